@@ -1,0 +1,297 @@
+"""Weight files: our checkpoints, the original's `model_final.pth`, CLIP and backbone weights.
+
+No file is ever executed: `weights_only=True`, TorchScript archives read for their tensors, a restricted unpickler.
+"""
+
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.models import ResNet50_Weights
+
+from zsseg.run import UserError, cache_dir, fetch, replacing
+
+State = dict[str, Tensor]
+
+# --- our own checkpoints -----------------------------------------------------------------------------------------
+
+
+def save(path: Path, **content: object) -> None:
+    """Write a checkpoint so that `path` is always whole: the old one or the new one."""
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load(path: str | Path) -> dict:
+    """A checkpoint of ours ({"config", "step", "model", ...}) or the original's ({"model": ...}), on the CPU."""
+    content = read_torch(Path(path), f"checkpoint {path}")
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise UserError(f"checkpoint {path}", "holds no model", "give a checkpoint of train.py or a model_final.pth")
+    return content
+
+
+def read_torch(path: Path, what: str) -> object:
+    if not path.is_file():
+        raise UserError(what, "no such file", "check the path")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for files that are broken or hold more than tensors
+        raise UserError(what, f"cannot be read as tensors ({str(error).splitlines()[0]})", "check the file") from None
+
+
+def load_strict(module: nn.Module, state: State, what: str, hint: str) -> None:
+    """`load_state_dict` whose complaint is one line: the first few missing, unknown and mis-shaped names."""
+    own = module.state_dict()
+    problems = [f"{k} is missing" for k in own if k not in state]
+    problems += [f"{k} is unknown" for k in state if k not in own]
+    problems += [
+        f"{k} has shape {tuple(v.shape)}, not {tuple(own[k].shape)}"
+        for k, v in state.items()
+        if k in own and v.shape != own[k].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(what, "does not fit: " + ", ".join(problems[:3]) + more, hint)
+    module.load_state_dict(state)
+
+
+# --- the original's checkpoints ----------------------------------------------------------------------------------
+
+BLOCK = r"res(?P<stage>[2-5])\.(?P<block>\d+)\."
+ATTENTION = r"(?P<rest>(?:self_attn|linear[12]|norm[123])\..+)"
+HEAD = r"sem_seg_head\."
+# (pattern of the original's name, our name); {x} is a named group, {x-1} and {2x} a number made from one. Parts:
+# "maskformer", "clip" and "prompt", and the last two once more with "region_" for a separate region adapter.
+NAMES = [
+    (r"backbone\.stem\.conv1\.(?P<leaf>weight)", "maskformer.backbone.conv1.{leaf}"),
+    (r"backbone\.stem\.conv1\.norm\.(?P<leaf>\w+)", "maskformer.backbone.bn1.{leaf}"),
+    (rf"backbone\.{BLOCK}conv(?P<i>[123])\.weight", "maskformer.backbone.layer{stage-1}.{block}.conv{i}.weight"),
+    (rf"backbone\.{BLOCK}conv(?P<i>[123])\.norm\.(?P<leaf>\w+)",
+     "maskformer.backbone.layer{stage-1}.{block}.bn{i}.{leaf}"),
+    (rf"backbone\.{BLOCK}shortcut\.weight", "maskformer.backbone.layer{stage-1}.{block}.downsample.0.weight"),
+    (rf"backbone\.{BLOCK}shortcut\.norm\.(?P<leaf>\w+)",
+     "maskformer.backbone.layer{stage-1}.{block}.downsample.1.{leaf}"),
+    (HEAD + r"pixel_decoder\.adapter_(?P<i>[123])\.weight", "maskformer.pixel_decoder.lateral.{i-1}.0.weight"),
+    (HEAD + r"pixel_decoder\.adapter_(?P<i>[123])\.norm\.(?P<leaf>\w+)",
+     "maskformer.pixel_decoder.lateral.{i-1}.1.{leaf}"),
+    (HEAD + r"pixel_decoder\.layer_(?P<i>[123])\.weight", "maskformer.pixel_decoder.output.{i-1}.0.weight"),
+    (HEAD + r"pixel_decoder\.layer_(?P<i>[123])\.norm\.(?P<leaf>\w+)",
+     "maskformer.pixel_decoder.output.{i-1}.1.{leaf}"),
+    (HEAD + r"pixel_decoder\.layer_4\.weight", "maskformer.pixel_decoder.top.0.weight"),
+    (HEAD + r"pixel_decoder\.layer_4\.norm\.(?P<leaf>\w+)", "maskformer.pixel_decoder.top.1.{leaf}"),
+    (HEAD + r"pixel_decoder\.mask_features\.(?P<leaf>\w+)", "maskformer.pixel_decoder.mask_features.{leaf}"),
+    (HEAD + r"predictor\.transformer\.decoder\.layers\.(?P<i>\d+)\." + ATTENTION, "maskformer.layers.{i}.{rest}"),
+    (HEAD + r"predictor\.transformer\.decoder\.layers\.(?P<i>\d+)\.multihead_attn\.(?P<rest>.+)",
+     "maskformer.layers.{i}.cross_attn.{rest}"),
+    (HEAD + r"predictor\.transformer\.decoder\.norm\.(?P<leaf>\w+)", "maskformer.norm.{leaf}"),
+    (HEAD + r"predictor\.(?P<rest>(?:query_embed|input_proj)\.\w+)", "maskformer.{rest}"),
+    (HEAD + r"predictor\.(?P<mlp>class_embed|mask_embed)\.layers\.(?P<i>\d)\.(?P<leaf>\w+)",
+     "maskformer.{mlp}.{2i}.{leaf}"),
+    (HEAD + r"predictor\.(?P<leaf>weight|bias)", "maskformer.pixel_embed.{leaf}"),  # the per-pixel baseline
+    (r"clip_adapter\.non_object_embedding", "maskformer.non_object"),
+    (r"(?P<region>(?:_region_)?)clip_adapter\.clip_model\.(?P<rest>.+)", "{region}clip.{rest}"),
+    (r"(?P<region>(?:_region_)?)clip_adapter\.prompt_learner\.(?P<rest>prefix|suffix)_prompt", "{region}prompt.{rest}"),
+]  # fmt: skip
+DEEP_STEM = [  # R101c: conv1 is a sequence of convolution, norm, relu, and so on
+    (rf"backbone\.stem\.conv{i}\.{norm}(?P<leaf>\w+)", f"maskformer.backbone.{ours}.{{leaf}}")
+    for i, norm, ours in [
+        (1, "", "conv1.0"), (1, r"norm\.", "conv1.1"), (2, "", "conv1.3"), (2, r"norm\.", "conv1.4"),
+        (3, "", "conv1.6"), (3, r"norm\.", "bn1"),
+    ]
+]  # fmt: skip
+# Constants of the original's modules that ours hold or compute themselves, and the unused column of the region adapter.
+DROPPED = [
+    r"criterion\.empty_weight",
+    r"(?:_region_)?(?:clip_adapter\.)?pixel_(?:mean|std)",
+    r"(?:_region_)?clip_adapter\.prompt_learner\.(?:start|dot|end|pad)_signal",
+    r"_region_clip_adapter\.non_object_embedding",
+]
+
+
+def our_name(name: str, deep_stem: bool = False) -> str | None:
+    """Our name for a parameter of the original, None where it is dropped. Raises KeyError for an unknown name."""
+    if any(re.fullmatch(pattern, name) for pattern in DROPPED):
+        return None
+    for pattern, ours in (DEEP_STEM if deep_stem else []) + NAMES:
+        if match := re.fullmatch(pattern, name):
+            groups = match.groupdict()
+            groups |= {f"{k}-1": int(v) - 1 for k, v in groups.items() if v.isdecimal()}
+            groups |= {f"2{k}": 2 * int(v) for k, v in match.groupdict().items() if v.isdecimal()}
+            return re.sub(r"\{([^}]+)\}", lambda m: str(groups[m[1]]), ours).removeprefix("_")
+    raise KeyError(name)
+
+
+def import_original(state: State, what: str) -> tuple[dict[str, State], list[str]]:
+    """The original's state dict -> ({part: state dict of ours}, names that were dropped).
+
+    Parts: "maskformer", "clip", "prompt" and, for a separate region adapter, "region_prompt" (its CLIP must be the
+    same, since it is frozen). Raises UserError for a name that is not in the map.
+    """
+    parts, dropped = {}, []
+    deep_stem = "backbone.stem.conv3.weight" in state
+    for name, tensor in state.items():
+        try:
+            ours = our_name(name, deep_stem)
+        except KeyError:
+            raise UserError(what, f"has an unknown entry {name}", "give a checkpoint of zsseg.baseline") from None
+        if ours is None:
+            dropped.append(name)
+        else:
+            part, _, key = ours.partition(".")
+            parts.setdefault(part, {})[key] = tensor
+    region_clip = parts.pop("region_clip", None)
+    if region_clip is not None:
+        clip = parts["clip"]
+        if region_clip.keys() != clip.keys() or any(not torch.equal(v, clip[k]) for k, v in region_clip.items()):
+            raise UserError(what, "has two different CLIPs", "only one shared CLIP is supported")
+        dropped += [f"_region_clip_adapter.clip_model.{k}" for k in region_clip]
+    return parts, dropped
+
+
+# --- backbone weights --------------------------------------------------------------------------------------------
+
+
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads NumPy arrays and plain containers (detectron2's .pkl) and refuses everything else."""
+
+    ALLOWED = {
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
+        ("collections", "OrderedDict"): OrderedDict,
+    }
+
+    def find_class(self, module: str, name: str) -> object:
+        if name in ("_reconstruct", "scalar") and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return getattr(np._core.multiarray, name)
+        if (module, name) in self.ALLOWED:
+            return self.ALLOWED[module, name]
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+
+
+def load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
+    """Initial weights of R50 or R101c: a torchvision `.pth`, a detectron2 `.pkl`, or "imagenet" (downloaded)."""
+    what = f"model.weights {weights}"
+    hint = f"give ImageNet weights of {name}"
+    if weights == "imagenet":
+        if name != "R50":
+            raise UserError(what, f"torchvision has none for {name}", "give detectron2's R-103.pkl as model.weights")
+        try:
+            state = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(model_dir=cache_dir(), check_hash=True)
+        except OSError as error:
+            raise UserError(what, f"cannot be downloaded ({error})", "give a file as model.weights") from None
+    elif weights.endswith(".pkl"):
+        state = read_detectron(Path(weights), what, hint)
+    else:
+        state = read_torch(Path(weights), what)
+    if not isinstance(state, dict):
+        raise UserError(what, "is not a state dict", hint)
+    state = {k: v for k, v in state.items() if not k.startswith("fc.") and "num_batches" not in k}
+    load_strict(backbone, state, what, hint)
+
+
+def read_detectron(path: Path, what: str, hint: str) -> State:
+    """The backbone in a detectron2 model-zoo file, under our names; its classifier is left out."""
+    try:
+        with open(path, "rb") as file:
+            content = ArrayUnpickler(file, encoding="latin1").load()
+        arrays = {"backbone." + k.removeprefix("backbone."): v for k, v in content.get("model", content).items()}
+    except (OSError, pickle.UnpicklingError, AttributeError, EOFError, TypeError) as error:
+        raise UserError(what, f"cannot be read as arrays ({error})", hint) from None
+    state = {k: torch.from_numpy(v) for k, v in arrays.items() if re.match(r"backbone\.(stem|res\d)\.", k)}
+    state = import_original(state, what)[0].get("maskformer", {})
+    return {k.removeprefix("backbone."): v for k, v in state.items()}
+
+
+# --- CLIP weights ------------------------------------------------------------------------------------------------
+
+OPENAI = "https://openaipublic.azureedge.net/clip/models/"
+OPENAI_MODELS = {  # name: (SHA-256 of the file, its name)
+    "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762", "RN50.pt"),
+    "RN101": ("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599", "RN101.pt"),
+    "RN50x4": ("7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd", "RN50x4.pt"),
+    "RN50x16": ("52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa", "RN50x16.pt"),
+    "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", "ViT-B-32.pt"),
+    "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "ViT-B-16.pt"),
+    "ViT-L/14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "ViT-L-14.pt"),
+}
+
+
+def load_clip_state(weights: str, root: Path) -> State:
+    """CLIP's state dict from an OpenAI name (downloaded to the cache), an OpenAI archive or a state-dict file."""
+    what = f"clip.weights {weights}"
+    if weights in OPENAI_MODELS:
+        digest, file = OPENAI_MODELS[weights]
+        path = fetch(f"{OPENAI}{digest}/{file}", cache_dir() / file, digest, what)
+    else:
+        path = Path(weights.format(root=root))
+        if not path.is_file():
+            names = ", ".join(OPENAI_MODELS)
+            raise UserError(what, f"no file {path}", f"run prepare_data.py, or give a file or one of {names}")
+    if is_torchscript(path):
+        return read_torchscript(path, what)
+    content = read_torch(path, what)
+    return content["model"] if isinstance(content, dict) and "model" in content else content
+
+
+def is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+class ScriptUnpickler(pickle.Unpickler):
+    """Reads the object tree of a TorchScript archive: modules become plain attribute holders, nothing is called."""
+
+    class Module:
+        def __setstate__(self, state: dict) -> None:
+            self.__dict__.update(state)
+
+    def __init__(self, archive: zipfile.ZipFile, prefix: str):
+        super().__init__(archive.open(prefix + "data.pkl"))
+        self.archive, self.prefix = archive, prefix
+
+    def find_class(self, module: str, name: str) -> object:
+        if module.startswith("__torch__"):
+            return type(name, (self.Module,), {})
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *rest: torch.as_strided(storage, size, stride, offset).clone()
+        if module == "torch" and name.endswith("Storage"):
+            return getattr(torch, name)
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if module == "torch.jit._pickle" and name.startswith("build_"):
+            return list
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+
+    def persistent_load(self, key: tuple) -> Tensor:
+        _, storage_type, name, _, _ = key
+        data = bytearray(self.archive.read(f"{self.prefix}data/{name}"))
+        return torch.frombuffer(data, dtype=storage_type.dtype) if data else torch.empty(0, dtype=storage_type.dtype)
+
+
+def read_torchscript(path: Path, what: str) -> State:
+    """Every tensor of a TorchScript archive under its attribute path."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            prefix = next(n for n in archive.namelist() if n.endswith("/constants.pkl"))[: -len("constants.pkl")]
+            tree = ScriptUnpickler(archive, prefix).load()
+    except (OSError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise UserError(what, f"cannot be read ({error})", "delete it to download it again") from None
+    state = {}
+
+    def collect(module: object, name: str) -> None:
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor):
+                state[name + key] = value
+            elif isinstance(value, ScriptUnpickler.Module):
+                collect(value, f"{name}{key}.")
+
+    collect(tree, "")
+    return state

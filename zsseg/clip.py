@@ -1,0 +1,360 @@
+"""CLIP (Radford et al. 2021): tokenizer, ViT and ResNet image towers, text tower; sizes are read off the state dict.
+
+Parameter names are OpenAI's, so its weights load strictly and without a map.
+"""
+
+import gzip
+import html
+import math
+import os
+from collections import OrderedDict
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zsseg.run import UserError, cache_dir, fetch
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in 0..1
+STD = (0.26862954, 0.26130258, 0.27577711)
+BYTES_ONLY = 514  # vocabulary size with no merges: 256 bytes, 256 ending a word, start, end
+VOCABULARY = (
+    "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
+    "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
+)
+
+
+# --- tokenizer ---------------------------------------------------------------------------------------------------
+
+
+def byte_symbols() -> list[str]:
+    """The 256 printable characters that stand for the bytes in vocabulary order; values that print badly come last."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
+
+
+def byte_order() -> list[int]:
+    """Byte values in the same order as `byte_symbols`."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return printable + [b for b in range(256) if b not in printable]
+
+
+def read_merges(count: int) -> list[tuple[str, str]]:
+    """The first `count` merges of OpenAI's vocabulary file ($ZSSEG_VOCAB, else the cache, else downloaded)."""
+    given = os.environ.get("ZSSEG_VOCAB")
+    path = Path(given) if given else cache_dir() / "bpe_simple_vocab_16e6.txt.gz"
+    if given and not path.is_file():
+        raise UserError(f"ZSSEG_VOCAB={given}", "no such file", "unset it or name bpe_simple_vocab_16e6.txt.gz")
+    if not given:
+        fetch(VOCABULARY[0], path, VOCABULARY[1], "BPE vocabulary")
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"BPE vocabulary {path}", f"cannot be read ({error})", "delete it to download it again") from None
+    merges = [tuple(line.split()) for line in lines[1 : count + 1]]  # the first line is a version
+    if len(merges) < count or any(len(m) != 2 for m in merges):
+        raise UserError(f"BPE vocabulary {path}", f"holds fewer than {count} merges", "delete it to download it again")
+    return merges
+
+
+class Tokenizer:
+    """Lower-case byte-pair encoding. The vocabulary size says how many merges there are (none for 514)."""
+
+    def __init__(self, vocab_size: int, context: int):
+        self.context = context
+        symbols = byte_symbols()
+        self.symbol_of_byte = dict(zip(byte_order(), symbols, strict=True))
+        merges = read_merges(vocab_size - BYTES_ONLY) if vocab_size > BYTES_ONLY else []
+        self.rank = {pair: i for i, pair in enumerate(merges)}
+        words = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
+        self.index = {word: i for i, word in enumerate(words)}
+        self.start, self.end = vocab_size - 2, vocab_size - 1
+        self._merge = cache(self._merge)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` without start and end."""
+        import regex  # \p classes, which `re` lacks
+
+        if not (text.isascii() and text.isprintable() and "&" not in text):  # else there is nothing to repair
+            import ftfy
+
+            text = html.unescape(html.unescape(ftfy.fix_text(text)))
+        text = " ".join(text.split()).lower()
+        pattern = r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+        ids = []
+        for word in regex.findall(pattern, text, regex.IGNORECASE):
+            if word in ("<|startoftext|>", "<|endoftext|>"):
+                ids.append(self.start if word == "<|startoftext|>" else self.end)
+            else:
+                ids += self._merge("".join(self.symbol_of_byte[b] for b in word.encode("utf-8")))
+        return ids
+
+    def _merge(self, word: str) -> list[int]:
+        """Join the pair of lowest rank everywhere, left to right, until no known pair is left."""
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            best = min(zip(parts, parts[1:], strict=False), key=lambda pair: self.rank.get(pair, math.inf))
+            if best not in self.rank:
+                break
+            joined, i = [], 0
+            while i < len(parts):
+                step = 2 if tuple(parts[i : i + 2]) == best else 1
+                joined.append("".join(parts[i : i + step]))
+                i += step
+            parts = joined
+        return [self.index[part] for part in parts]
+
+    def __call__(self, texts: list[str], truncate: bool = False) -> Tensor:
+        """Texts -> int64 [N, context], zero-padded. A text that does not fit is a UserError unless it may be cut."""
+        tokens = torch.zeros(len(texts), self.context, dtype=torch.int64)
+        for row, text in zip(tokens, texts, strict=True):
+            ids = [self.start, *self.encode(text), self.end]
+            if len(ids) > self.context:
+                if not truncate:
+                    why = f"has {len(ids)} tokens, CLIP reads {self.context}"
+                    raise UserError(f"text {text!r}", why, "shorten the class name or the prompt")
+                ids = [*ids[: self.context - 1], self.end]
+            row[: len(ids)] = torch.tensor(ids)
+        return tokens
+
+
+# --- transformer -------------------------------------------------------------------------------------------------
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in fp32 whatever the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+class QuickGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, max(width // 64, 1), batch_first=True)
+        self.ln_1, self.ln_2 = LayerNorm(width), LayerNorm(width)
+        layers = [("c_fc", nn.Linear(width, 4 * width)), ("gelu", QuickGELU()), ("c_proj", nn.Linear(4 * width, width))]
+        self.mlp = nn.Sequential(OrderedDict(layers))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """Pre-norm blocks on [N, length, width]; `mask` [length, length] is added to the attention logits."""
+
+    def __init__(self, width: int, layers: int):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width) for _ in range(layers))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for block in self.resblocks:
+            x = block(x, mask)
+        return x
+
+
+def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
+    """Position embeddings [1+n*n, D] -> [1+height*width, D]: bicubic on the grid, the class token as it is."""
+    side = math.isqrt(len(positions) - 1)
+    if (side, side) == (height, width):
+        return positions
+    grid = positions[1:].T.reshape(1, -1, side, side)  # [1, D, n, n]
+    grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], grid.flatten(2)[0].T])
+
+
+# --- image towers ------------------------------------------------------------------------------------------------
+
+
+class VisionTransformer(nn.Module):
+    """ViT image tower. `stem` gives the widths of a convolutional stem (the small CLIP); without it, plain patches."""
+
+    def __init__(self, resolution: int, patch: int, width: int, layers: int, embed: int, stem: list[int] = ()):
+        super().__init__()
+        self.resolution, self.patch = resolution, patch
+        self.conv1 = conv_stem(stem, width) if stem else nn.Conv2d(3, width, patch, patch, bias=False)
+        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
+        tokens = (resolution // patch) ** 2 + 1
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
+        self.ln_pre, self.ln_post = LayerNorm(width), LayerNorm(width)
+        self.transformer = Transformer(width, layers)
+        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed))
+
+    def forward(self, images: Tensor, dense: bool = False) -> Tensor:
+        """Normalised images [N, 3, H, W] -> [N, D], or with `dense` one feature a patch [N, H/p, W/p, D]."""
+        x = self.conv1(images)  # [N, width, H/p, W/p]
+        height, width = x.shape[-2:]
+        x = x.flatten(2).transpose(1, 2)  # [N, H/p * W/p, width]
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)
+        x = self.ln_pre(x + resize_positions(self.positional_embedding, height, width).to(x.dtype))
+        x = self.transformer(x)
+        if not dense:
+            return self.ln_post(x[:, 0]) @ self.proj
+        return (self.ln_post(x[:, 1:]) @ self.proj).unflatten(1, (height, width))
+
+
+def conv_stem(widths: list[int], out: int) -> nn.Sequential:
+    """Stride-2 3x3 convolutions; the last one makes the tokens."""
+    layers, channels = [], 3
+    for width in widths:
+        layers += [nn.Conv2d(channels, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        channels = width
+    return nn.Sequential(*layers, nn.Conv2d(channels, out, 3, 2, 1))
+
+
+class Bottleneck(nn.Module):
+    """ResNet block whose stride is an average pool, in the main path and in the shortcut."""
+
+    def __init__(self, channels: int, planes: int, stride: int):
+        super().__init__()
+        out = 4 * planes
+        self.conv1, self.bn1 = nn.Conv2d(channels, planes, 1, bias=False), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False), nn.BatchNorm2d(planes)
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3, self.bn3 = nn.Conv2d(planes, out, 1, bias=False), nn.BatchNorm2d(out)
+        self.downsample = None
+        if stride > 1 or channels != out:
+            pool, conv = nn.AvgPool2d(stride), nn.Conv2d(channels, out, 1, bias=False)
+            self.downsample = nn.Sequential(OrderedDict([("-1", pool), ("0", conv), ("1", nn.BatchNorm2d(out))]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.pool(F.relu(self.bn2(self.conv2(y))))
+        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
+
+
+class AttentionPool(nn.Module):
+    """Attention over the grid and its mean; the mean's output is the image feature."""
+
+    def __init__(self, side: int, width: int, heads: int, embed: int):
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(side * side + 1, width))
+        self.k_proj, self.q_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.c_proj = nn.Linear(width, embed)
+
+    def forward(self, x: Tensor, dense: bool) -> Tensor:
+        height, width = x.shape[-2:]
+        x = x.flatten(2).transpose(1, 2)  # [N, h*w, width]
+        x = torch.cat([x.mean(1, keepdim=True), x], 1)
+        x = x + resize_positions(self.positional_embedding, height, width).to(x.dtype)
+        query = x[:, 1:] if dense else x[:, :1]
+        q, k, v = (
+            proj(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [N, heads, length, width/heads]
+            for proj, y in ((self.q_proj, query), (self.k_proj, x), (self.v_proj, x))
+        )
+        out = self.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # [N, length, D]
+        return out.unflatten(1, (height, width)) if dense else out[:, 0]
+
+
+class ModifiedResNet(nn.Module):
+    """CLIP's ResNet: three-convolution stem, anti-aliased strides, attention pool."""
+
+    def __init__(self, layers: list[int], width: int, resolution: int, embed: int):
+        super().__init__()
+        self.resolution, self.patch = resolution, 32
+        half = width // 2
+        self.conv1, self.bn1 = nn.Conv2d(3, half, 3, 2, 1, bias=False), nn.BatchNorm2d(half)
+        self.conv2, self.bn2 = nn.Conv2d(half, half, 3, padding=1, bias=False), nn.BatchNorm2d(half)
+        self.conv3, self.bn3 = nn.Conv2d(half, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        channels = width
+        for i, depth in enumerate(layers):
+            planes = width * 2**i
+            blocks = [Bottleneck(channels if j == 0 else 4 * planes, planes, 1 if i == 0 or j else 2) for j in range(depth)]
+            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+            channels = 4 * planes
+        self.attnpool = AttentionPool(resolution // 32, channels, channels // 64, embed)
+
+    def forward(self, images: Tensor, dense: bool = False) -> Tensor:
+        """Normalised images [N, 3, H, W] -> [N, D], or with `dense` [N, H/32, W/32, D]."""
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.attnpool(x, dense)
+
+
+# --- the model ---------------------------------------------------------------------------------------------------
+
+
+class CLIP(nn.Module):
+    """Two towers and a temperature. Image and text features have the same width D; callers normalise them."""
+
+    def __init__(self, visual: nn.Module, embed: int, context: int, vocab_size: int, width: int, layers: int):
+        super().__init__()
+        self.visual = visual
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, width))
+        self.transformer = Transformer(width, layers)
+        self.ln_final = LayerNorm(width)
+        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.register_buffer("causal_mask", torch.full((context, context), -math.inf).triu(1), persistent=False)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    @property
+    def context(self) -> int:
+        return len(self.positional_embedding)
+
+    def encode_image(self, images: Tensor, dense: bool = False) -> Tensor:
+        return self.visual(images, dense)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """int64 [N, context] -> [N, D], read at the end token (the largest id)."""
+        return self.encode_embedded(self.token_embedding(tokens), tokens.argmax(-1))
+
+    def encode_embedded(self, x: Tensor, end: Tensor) -> Tensor:
+        """Token embeddings [N, context, width] and the position of the end token [N] -> [N, D]."""
+        x = self.transformer(x + self.positional_embedding, self.causal_mask)
+        x = self.ln_final(x[torch.arange(len(x), device=x.device), end])
+        return x @ self.text_projection
+
+
+def build_clip(state: dict[str, Tensor]) -> CLIP:
+    """The model whose weights `state` holds (OpenAI names; any float dtype), in fp32, frozen, in eval mode.
+
+    Raises UserError when `state` is not a whole CLIP.
+    """
+    state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
+    try:
+        embed = state["text_projection"].shape[1]
+        vocab_size, width = state["token_embedding.weight"].shape
+        text = (embed, len(state["positional_embedding"]), vocab_size, width, depth(state, "transformer.resblocks"))
+        clip = CLIP(build_visual(state, embed), *text)
+        clip.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError("CLIP weights", f"are not a CLIP state dict ({error})", "check clip.weights") from None
+    return clip.eval().requires_grad_(False)
+
+
+def build_visual(state: dict[str, Tensor], embed: int) -> nn.Module:
+    if "visual.proj" not in state:
+        layers = [depth(state, f"visual.layer{i}") for i in (1, 2, 3, 4)]
+        side = math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1)
+        return ModifiedResNet(layers, len(state["visual.layer1.0.conv1.weight"]), 32 * side, embed)
+    width, layers = len(state["visual.class_embedding"]), depth(state, "visual.transformer.resblocks")
+    side = math.isqrt(len(state["visual.positional_embedding"]) - 1)
+    if "visual.conv1.weight" in state:
+        patch = state["visual.conv1.weight"].shape[-1]
+        return VisionTransformer(side * patch, patch, width, layers, embed)
+    convs = [v for k, v in state.items() if k.startswith("visual.conv1.") and v.ndim == 4]
+    patch = 2 ** len(convs)
+    return VisionTransformer(side * patch, patch, width, layers, embed, [len(w) for w in convs[:-1]])
+
+
+def depth(state: dict[str, Tensor], prefix: str) -> int:
+    """How many numbered modules lie below `prefix`."""
+    numbers = {k[len(prefix) + 1 :].split(".")[0] for k in state if k.startswith(prefix + ".")}
+    if not numbers:
+        raise KeyError(prefix)
+    return len(numbers)

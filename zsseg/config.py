@@ -1,0 +1,236 @@
+"""Every option of the program with its default, read from a TOML file and `--set section.key=value`.
+
+A field exists here or it is an error: an unknown key or a wrong type names the nearest known key.
+Numbers are those of the paper's COCO-Stuff setting unless a file in `configs/` says otherwise.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from zsseg.run import UserError
+
+
+@dataclass
+class DataConfig:
+    name: str = "shapes"  # shapes | voc | coco_stuff
+    split: str = "val"  # the split that train.py (at its end) and eval.py measure on
+    short_edges: list[int] = field(default_factory=lambda: list(range(320, 961, 64)))  # drawn at training
+    max_size: int = 2560  # longest edge after resizing, at training and at test
+    crop: int = 640  # side of the square training crop
+    color_jitter: bool = True
+    test_short_edge: int = 640
+    workers: int = 4
+
+
+@dataclass
+class ModelConfig:
+    backbone: str = "R101c"  # R50 | R101c | small (a few layers with batch norm, trained from scratch)
+    weights: str = ""  # initial backbone: "" (random), a file (torchvision .pth, detectron2 .pkl) or "imagenet"
+    small_widths: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
+    queries: int = 100
+    hidden: int = 256  # width of pixel decoder, transformer and mask embedding
+    heads: int = 8
+    feedforward: int = 2048
+    decoder_layers: int = 6
+    dropout: float = 0.1
+    class_hidden: int = 1024  # hidden width of the class-embedding MLP
+    compile: str = "auto"  # auto (on CUDA only) | on | off
+    bf16: str = "auto"  # autocast: auto (on CUDA only) | on | off
+
+
+@dataclass
+class ClipConfig:
+    weights: str = "ViT-B/16"  # an OpenAI model name or a state-dict file; {root} is the data root
+    prompt: str | list[str] = "single"  # single | imagenet | vild | learned | a list of templates
+    region_prompt: str | list[str] = ""  # a prompt of its own for the regions ("" = the same)
+    prompts: str = ""  # checkpoint that holds the learned prompt
+    prompt_prefix: int = 16  # learned tokens before and after the name
+    prompt_suffix: int = 0
+    ensemble: bool = True  # False: the segmenter's own class probabilities alone
+    ensemble_weight: float = 0.8  # w of METHOD section 5; 0 = CLIP alone
+    mask_threshold: float = 0.5
+    expand_ratio: float = 1.0
+    chunk: int = 100  # region crops per pass through CLIP
+
+
+@dataclass
+class TrainConfig:
+    task: str = "segment"  # segment | clip (contrastive, for the embedded data set)
+    steps: int = 60_000
+    batch_size: int = 32  # over all processes
+    seed: int = 0
+    lr: float = 1e-4
+    weight_decay: float = 1e-4
+    backbone_lr: float = 0.1  # multiplies lr for the backbone
+    power: float = 0.9  # polynomial decay
+    clip_grad: float = 0.01  # norm over all parameters
+    focal_weight: float = 20.0
+    dice_weight: float = 1.0
+    no_object_weight: float = 0.1
+    checkpoint_every: int = 5000
+    eval_every: int = 0  # 0: only at the end
+
+
+@dataclass
+class ContrastConfig:
+    """The small CLIP of the embedded data set: sizes of a model that is built rather than loaded."""
+
+    embed: int = 64
+    resolution: int = 32
+    stem: list[int] = field(default_factory=lambda: [24, 48])
+    vision_width: int = 96
+    vision_layers: int = 3
+    text_width: int = 64
+    text_layers: int = 2
+    context: int = 40
+    groups: int = 4  # sets of distinct classes a step
+
+
+@dataclass
+class EvalConfig:
+    compare: bool = False  # also measure the head alone and CLIP on the true masks
+
+
+@dataclass
+class LogConfig:
+    wandb: str = "disabled"  # online | offline | disabled
+    project: str = "zsseg"
+    every: int = 20
+
+
+@dataclass
+class Config:
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    contrast: ContrastConfig = field(default_factory=ContrastConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+# Fields whose value is one of a few words; checked when a configuration is complete.
+CHOICES = {
+    "model.backbone": ("R50", "R101c", "small"),
+    "model.compile": ("auto", "on", "off"),
+    "model.bf16": ("auto", "on", "off"),
+    "train.task": ("segment", "clip"),
+    "log.wandb": ("online", "offline", "disabled"),
+}
+POSITIVE = ("train.steps", "train.batch_size", "train.checkpoint_every", "log.every", "model.queries", "clip.chunk",
+            "data.crop", "data.test_short_edge", "data.max_size", "clip.expand_ratio")
+UNIT = ("clip.ensemble_weight", "clip.mask_threshold")
+
+
+def load_config(file: str | None = None, overrides: list[str] = (), base: dict | None = None) -> Config:
+    """The configuration of a run: `base` (a checkpoint's), then the TOML `file`, then `section.key=value` overrides.
+
+    Raises UserError for a missing or broken file, an unknown key, a wrong type or an impossible value.
+    """
+    config = Config()
+    if base is not None:
+        update(config, base, "checkpoint's configuration")
+    if file is not None:
+        update(config, read_toml(file), str(file))
+    for item in overrides:
+        key, sign, text = item.partition("=")
+        if not sign or key.count(".") != 1:
+            raise UserError(f"--set {item}", "is not of the form section.key=value", "write e.g. train.steps=100")
+        section, name = key.strip().split(".")
+        update(config, {section: {name: text.strip()}}, "--set", text_values=True)
+    check(config)
+    return config
+
+
+def read_toml(file: str | Path) -> dict:
+    try:
+        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config {file}", error.strerror or str(error), "give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"config {file}", f"is not TOML: {error}", "correct that line") from None
+
+
+def update(config: Config, values: dict, source: str, text_values: bool = False) -> None:
+    """Set known fields of `config` from {section: {key: value}}; with `text_values`, values are parsed from text."""
+    for section, fields in values.items():
+        part = getattr(config, section, None) if section in known(config) else None
+        if part is None:
+            raise unknown(source, section, list(known(config)))
+        if not isinstance(fields, dict):
+            raise UserError(f"{source}: {section}", "is a section, not a value", f"write [{section}] with keys below it")
+        kinds = typing.get_type_hints(type(part))
+        for key, value in fields.items():
+            name = f"{section}.{key}"
+            if key not in kinds:
+                raise unknown(source, name, [f"{s}.{f}" for s in known(config) for f in known(getattr(config, s))])
+            if text_values:
+                value = parse(value, kinds[key])
+            if isinstance(value, int) and not isinstance(value, bool) and kinds[key] is float:
+                value = float(value)
+            if not matches(value, kinds[key]):
+                raise UserError(f"{source}: {name}", f"is {value!r}, not {describe(kinds[key])}", "correct its type")
+            setattr(part, key, value)
+
+
+def parse(text: str, kind: object) -> object:
+    """A command-line value: TOML where that gives the field's type, else the text itself (so strings need no quotes)."""
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return value if matches(value, kind) or kind is not str else text
+
+
+def matches(value: object, kind: object) -> bool:
+    if isinstance(kind, types.UnionType):
+        return any(matches(value, k) for k in typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list) and all(matches(v, typing.get_args(kind)[0]) for v in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is kind
+
+
+def describe(kind: object) -> str:
+    words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+    if isinstance(kind, types.UnionType):
+        return " or ".join(describe(k) for k in typing.get_args(kind))
+    if typing.get_origin(kind) is list:
+        return f"a list, each {describe(typing.get_args(kind)[0])}"
+    return words[kind]
+
+
+def check(config: Config) -> None:
+    for name, allowed in CHOICES.items():
+        if (value := value_of(config, name)) not in allowed:
+            raise UserError(name, f"is {value!r}", f"choose one of {', '.join(allowed)}")
+    for name in POSITIVE:
+        if (value := value_of(config, name)) <= 0:
+            raise UserError(name, f"is {value}", "give a number above 0")
+    for name in UNIT:
+        if not 0 <= (value := value_of(config, name)) <= 1:
+            raise UserError(name, f"is {value}", "give a number from 0 to 1")
+
+
+def value_of(config: Config, name: str) -> object:
+    section, key = name.split(".")
+    return getattr(getattr(config, section), key)
+
+
+def unknown(source: str, name: str, choices: list[str]) -> UserError:
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0) or ["one of the README's keys"]
+    return UserError(f"{source}: {name}", "is not a known key", f"did you mean {near[0]}?")
+
+
+def known(section: object) -> list[str]:
+    return [f.name for f in dataclasses.fields(section)]
+
+
+def to_dict(config: Config) -> dict:
+    return dataclasses.asdict(config)

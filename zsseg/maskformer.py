@@ -1,0 +1,245 @@
+"""MaskFormer with zero-shot classification (Cheng et al. 2021; paper section 3.2): picture -> masks and class embeddings.
+
+Backbone (R50, R101c or a small one) -> FPN pixel decoder -> transformer decoder over learned queries -> heads.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import ops
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from zsseg.config import ModelConfig
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)  # of RGB in 0..255
+PIXEL_STD = (58.395, 57.12, 57.375)
+DIVISOR = 32  # picture sides are padded to a multiple of the coarsest stride
+
+
+# --- backbones: [B, 3, H, W] -> res2..res5 at strides 4, 8, 16, 32 -----------------------------------------------
+
+
+class FrozenBatchNorm2d(ops.FrozenBatchNorm2d):
+    """Batch norm whose four tensors are buffers (eps 1e-5).
+
+    One fused operator where no gradient is needed, else scale and bias, which keep less for the backward pass: each is
+    what detectron2 computes, to the last bit, and sharp attention can amplify a last bit a millionfold.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+class DeepResNet(ResNet):
+    """torchvision's ResNet (stride in the 3x3 convolution) with frozen batch norm, without the classifier.
+
+    "R101c": a stem of three 3x3 convolutions, and dilations 1, 2, 4 in res5, whose stride stays 2 (DeepLab).
+    """
+
+    def __init__(self, name: str):
+        super().__init__(Bottleneck, [3, 4, 6, 3] if name == "R50" else [3, 4, 23, 3], norm_layer=FrozenBatchNorm2d)
+        del self.fc, self.avgpool
+        self.channels = [256, 512, 1024, 2048]
+        if name == "R50":
+            return
+        stem, channels = [], 3
+        for width, stride in ((64, 2), (64, 1), (128, 1)):
+            stem += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), FrozenBatchNorm2d(width), nn.ReLU(inplace=True)]
+            channels = width
+        self.conv1, self.bn1, self.relu = nn.Sequential(*stem[:-2]), stem[-2], stem[-1]
+        self.layer1[0].conv1 = nn.Conv2d(128, 64, 1, bias=False)
+        self.layer1[0].downsample[0] = nn.Conv2d(128, 256, 1, bias=False)
+        for block, dilation in zip(self.layer4, (1, 2, 4), strict=True):
+            block.conv2.dilation = block.conv2.padding = (dilation, dilation)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        features = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            features.append(x)
+        return features
+
+
+class SmallResNet(nn.Module):
+    """One basic block a stage, batch norm: learns from scratch on 64 x 64 pictures in minutes."""
+
+    def __init__(self, widths: list[int]):
+        super().__init__()
+        self.channels = list(widths)
+        w = widths[0]
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, w, 3, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(inplace=True),
+            nn.Conv2d(w, w, 3, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(inplace=True),
+        )  # fmt: skip
+        stages, channels = [], w
+        for i, width in enumerate(widths):
+            shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, 2, bias=False), nn.BatchNorm2d(width))
+            stages.append(BasicBlock(channels, width, 2, shortcut) if i else BasicBlock(channels, width))
+            channels = width
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self.stem(x)
+        features = []
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        return features
+
+
+def build_backbone(config: ModelConfig) -> nn.Module:
+    return SmallResNet(config.small_widths) if config.backbone == "small" else DeepResNet(config.backbone)
+
+
+# --- pixel decoder -----------------------------------------------------------------------------------------------
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution without bias, then GroupNorm; Kaiming-uniform weights (a=1)."""
+
+    def __init__(self, channels: int, out: int, kernel: int):
+        conv = nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False)
+        nn.init.kaiming_uniform_(conv.weight, a=1)
+        super().__init__(conv, nn.GroupNorm(min(32, out // 2), out))
+
+
+class PixelDecoder(nn.Module):
+    """FPN: res2..res5 -> mask features [B, hidden, h, w] at stride 4."""
+
+    def __init__(self, channels: list[int], hidden: int):
+        super().__init__()
+        self.top = ConvNorm(channels[-1], hidden, 3)
+        self.lateral = nn.ModuleList(ConvNorm(c, hidden, 1) for c in channels[:-1])
+        self.output = nn.ModuleList(ConvNorm(hidden, hidden, 3) for _ in channels[:-1])
+        self.mask_features = nn.Conv2d(hidden, hidden, 3, padding=1)
+        plain_init(self.mask_features)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        y = F.relu(self.top(features[-1]))
+        for x, lateral, output in zip(features[-2::-1], self.lateral[::-1], self.output[::-1], strict=True):
+            x = lateral(x)
+            y = F.relu(output(x + F.interpolate(y, x.shape[-2:], mode="nearest")))
+        return self.mask_features(y)
+
+
+def plain_init(conv: nn.Conv2d) -> None:
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    nn.init.zeros_(conv.bias)
+
+
+# --- transformer decoder -----------------------------------------------------------------------------------------
+
+
+def sine_positions(height: int, width: int, hidden: int, device: torch.device) -> Tensor:
+    """Normalised sine position encoding [height*width, hidden], y before x (DETR; temperature 10000, scale 2 pi)."""
+    axis = hidden // 2
+    frequency = 10000 ** (2 * (torch.arange(axis, device=device, dtype=torch.float32) // 2) / axis)
+
+    def encode(n: int) -> Tensor:
+        position = torch.arange(1, n + 1, device=device, dtype=torch.float32)
+        angle = (position / (n + 1e-6) * (2 * math.pi))[:, None] / frequency
+        return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], 2).flatten(1)  # [n, axis]
+
+    y = encode(height)[:, None].expand(height, width, axis)
+    x = encode(width)[None].expand(height, width, axis)
+    return torch.cat([y, x], 2).flatten(0, 1)
+
+
+class DecoderLayer(nn.Module):
+    """Post-norm decoder layer; positions are added to queries and keys, never to values."""
+
+    def __init__(self, hidden: int, heads: int, feedforward: int, dropout: float):
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(hidden, heads, dropout)
+        self.cross_attn = nn.MultiheadAttention(hidden, heads, dropout)
+        self.linear1, self.linear2 = nn.Linear(hidden, feedforward), nn.Linear(feedforward, hidden)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(hidden) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, query_pos: Tensor, memory: Tensor, keys: Tensor) -> Tensor:
+        """x [Q, B, hidden], query_pos [Q, B, hidden], memory and keys (memory + positions) [h*w, B, hidden] -> like x."""
+        # The explicit softmax (need_weights) costs little at this size and rounds as the original does.
+        q = x + query_pos
+        x = self.norm1(x + self.dropout(self.self_attn(q, q, x)[0]))
+        y = self.cross_attn(x + query_pos, keys, memory)[0]
+        x = self.norm2(x + self.dropout(y))
+        y = self.linear2(self.dropout(F.relu(self.linear1(x))))
+        return self.norm3(x + self.dropout(y))
+
+
+class MLP(nn.Sequential):
+    """Linear layers with relu between them."""
+
+    def __init__(self, *widths: int):
+        layers = []
+        for a, b in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(a, b), nn.ReLU(inplace=True)]
+        super().__init__(*layers[:-1])
+
+
+# --- the model ---------------------------------------------------------------------------------------------------
+
+
+class MaskFormer(nn.Module):
+    """Everything of the segmenter that learns. `embed` is CLIP's feature width D."""
+
+    def __init__(self, config: ModelConfig, embed: int):
+        super().__init__()
+        hidden = config.hidden
+        self.backbone = build_backbone(config)
+        self.pixel_decoder = PixelDecoder(self.backbone.channels, hidden)
+        self.input_proj = nn.Conv2d(self.backbone.channels[-1], hidden, 1)
+        layer = (hidden, config.heads, config.feedforward, config.dropout)
+        self.layers = nn.ModuleList(DecoderLayer(*layer) for _ in range(config.decoder_layers))
+        self.norm = nn.LayerNorm(hidden)
+        for p in self.layers.parameters():
+            if p.ndim > 1:
+                nn.init.xavier_uniform_(p)
+        plain_init(self.input_proj)
+        self.query_embed = nn.Embedding(config.queries, hidden)
+        self.class_embed = MLP(hidden, config.class_hidden, embed)
+        self.mask_embed = MLP(hidden, hidden, hidden, hidden)
+        self.non_object = nn.Parameter(torch.empty(1, embed))
+        nn.init.normal_(self.non_object, std=embed**-0.5)
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+
+    def propose(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Proposals (METHOD section 1) of pictures that are RGB in 0..255 [B, 3, H, W], any dtype and size.
+
+        Returns class embeddings [L, B, Q, D] and mask logits [L, B, Q, h, w]; in eval mode of the last layer only
+        (L = 1). h, w are at stride 4 of the picture padded with zeros to a multiple of 32.
+        """
+        x = (images - self.pixel_mean) / self.pixel_std
+        x = F.pad(x, (0, -x.shape[-1] % DIVISOR, 0, -x.shape[-2] % DIVISOR))
+        features = self.backbone(x)
+        mask_features = self.pixel_decoder(features)  # [B, hidden, h, w]
+        memory = self.input_proj(features[-1])  # [B, hidden, H/32, W/32]
+        positions = sine_positions(*memory.shape[-2:], memory.shape[1], memory.device)
+        memory = memory.flatten(2).permute(2, 0, 1)  # [H/32 * W/32, B, hidden]
+        keys = memory + positions[:, None]
+        query_pos = self.query_embed.weight[:, None].expand(-1, len(images), -1)  # [Q, B, hidden]
+        y = torch.zeros_like(query_pos)
+        outputs = []
+        for layer in self.layers:
+            y = layer(y, query_pos, memory, keys)
+            outputs.append(y)
+        y = self.norm(torch.stack(outputs if self.training else outputs[-1:])).transpose(1, 2)  # [L, B, Q, hidden]
+        masks = torch.einsum("lbqc,bchw->lbqhw", self.mask_embed(y), mask_features)
+        return self.class_embed(y), masks
+
+    def classify(self, embeds: Tensor, text: Tensor) -> Tensor:
+        """Class embeddings [..., D], text features [C, D] -> logits [..., C+1], the last column no object; fp32."""
+        with torch.autocast(embeds.device.type, enabled=False):  # 100 x cosine: bf16 steps would be 0.1 wide
+            text = torch.cat([text.float(), F.normalize(self.non_object.float(), dim=-1)])
+            return 100 * F.normalize(embeds.float(), dim=-1) @ text.T
+
+    def forward(self, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits [L, B, Q, C+1] and mask logits [L, B, Q, h, w]; see `propose` and `classify`."""
+        embeds, masks = self.propose(images)
+        return self.classify(embeds, text), masks

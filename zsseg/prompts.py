@@ -1,0 +1,110 @@
+"""Prompts: class names -> text features (METHOD section 2; paper section 3.4)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zsseg.clip import CLIP, Tokenizer
+from zsseg.run import UserError
+
+SINGLE = ["a sculpture of a {}."]
+VILD = [
+    "a photo of a {}.", "This is a photo of a {}", "There is a {} in the scene", "There is the {} in the scene",
+    "a photo of a {} in the scene", "a photo of a small {}.", "a photo of a medium {}.", "a photo of a large {}.",
+    "This is a photo of a small {}.", "This is a photo of a medium {}.", "This is a photo of a large {}.",
+    "There is a small {} in the scene.", "There is a medium {} in the scene.", "There is a large {} in the scene.",
+]  # fmt: skip
+IMAGENET = [
+    "a bad photo of a {}.", "a photo of many {}.", "a sculpture of a {}.", "a photo of the hard to see {}.",
+    "a low resolution photo of the {}.", "a rendering of a {}.", "graffiti of a {}.", "a bad photo of the {}.",
+    "a cropped photo of the {}.", "a tattoo of a {}.", "the embroidered {}.", "a photo of a hard to see {}.",
+    "a bright photo of a {}.", "a photo of a clean {}.", "a photo of a dirty {}.", "a dark photo of the {}.",
+    "a drawing of a {}.", "a photo of my {}.", "the plastic {}.", "a photo of the cool {}.",
+    "a close-up photo of a {}.", "a black and white photo of the {}.", "a painting of the {}.", "a painting of a {}.",
+    "a pixelated photo of the {}.", "a sculpture of the {}.", "a bright photo of the {}.", "a cropped photo of a {}.",
+    "a plastic {}.", "a photo of the dirty {}.", "a jpeg corrupted photo of a {}.", "a blurry photo of the {}.",
+    "a photo of the {}.", "a good photo of the {}.", "a rendering of the {}.", "a {} in a video game.",
+    "a photo of one {}.", "a doodle of a {}.", "a close-up photo of the {}.", "a photo of a {}.", "the origami {}.",
+    "the {} in a video game.", "a sketch of a {}.", "a doodle of the {}.", "a origami {}.",
+    "a low resolution photo of a {}.", "the toy {}.", "a rendition of the {}.", "a photo of the clean {}.",
+    "a photo of a large {}.", "a rendition of a {}.", "a photo of a nice {}.", "a photo of a weird {}.",
+    "a blurry photo of a {}.", "a cartoon {}.", "art of a {}.", "a sketch of the {}.", "a embroidered {}.",
+    "a pixelated photo of a {}.", "itap of the {}.", "a jpeg corrupted photo of the {}.", "a good photo of a {}.",
+    "a plushie {}.", "a photo of the nice {}.", "a photo of the small {}.", "a photo of the weird {}.",
+    "the cartoon {}.", "art of the {}.", "a drawing of the {}.", "a photo of the large {}.",
+    "a black and white photo of a {}.", "the plushie {}.", "a dark photo of a {}.", "itap of a {}.",
+    "graffiti of the {}.", "a toy {}.", "itap of my {}.", "a photo of a cool {}.", "a photo of a small {}.",
+    "a tattoo of the {}.",
+]  # fmt: skip
+NAMED = {"single": SINGLE, "imagenet": IMAGENET, "vild": VILD}
+CHUNK = 256  # texts in one pass through the text tower
+
+
+class FixedPrompt(nn.Module):
+    """Templates with `{}` for the name: encode, normalise, average over the templates, normalise."""
+
+    def __init__(self, templates: list[str]):
+        super().__init__()
+        for template in templates:
+            if "{}" not in template:
+                raise UserError(f"prompt {template!r}", "has no {} for the class name", "write e.g. 'a photo of a {}.'")
+        self.templates = templates
+
+    def forward(self, clip: CLIP, tokenizer: Tokenizer, names: list[str]) -> Tensor:
+        """Names -> normalised features [C, D]."""
+        texts = [template.replace("{}", name) for template in self.templates for name in names]
+        tokens = tokenizer(texts).to(clip.text_projection.device)
+        features = torch.cat([clip.encode_text(chunk) for chunk in tokens.split(CHUNK)])
+        features = F.normalize(features, dim=-1).view(len(self.templates), len(names), -1)
+        return F.normalize(features.mean(0), dim=-1)
+
+
+class LearnedPrompt(nn.Module):
+    """`[start] prefix name [suffix] . [end]` with learned token embeddings (CoOp; paper section 3.4)."""
+
+    def __init__(self, width: int, prefix: int = 16, suffix: int = 0):
+        super().__init__()
+        self.prefix = nn.Parameter(0.02 * torch.randn(prefix, width))
+        self.suffix = nn.Parameter(0.02 * torch.randn(suffix, width)) if suffix else None
+
+    def forward(self, clip: CLIP, tokenizer: Tokenizer, names: list[str]) -> Tensor:
+        """Names -> normalised features [C, D]; differentiable in the prompt."""
+        before, after = len(self.prefix), 0 if self.suffix is None else len(self.suffix)
+        tokens = torch.zeros(len(names), tokenizer.context, dtype=torch.int64)
+        ends = []
+        for row, name in zip(tokens, names, strict=True):
+            ids = tokenizer.encode(name)
+            ids = [tokenizer.start, *[0] * before, *ids, *[0] * after, *tokenizer.encode("."), tokenizer.end]
+            if len(ids) > tokenizer.context:
+                why = f"needs {len(ids)} tokens with its prompt, CLIP reads {tokenizer.context}"
+                raise UserError(f"class name {name!r}", why, "shorten it")
+            row[: len(ids)] = torch.tensor(ids)
+            ends.append(len(ids) - 1)
+        ends = torch.tensor(ends, device=self.prefix.device)
+        x = clip.token_embedding(tokens.to(self.prefix.device))  # [C, context, width]
+        x = torch.cat([x[:, :1], self.prefix.expand(len(x), -1, -1), x[:, 1 + before :]], 1)
+        if after:
+            position = ends[:, None] - 1 - after + torch.arange(after, device=ends.device)  # [C, after]
+            x = x.scatter(1, position[..., None].expand(-1, -1, x.shape[-1]), self.suffix.expand(len(x), -1, -1))
+        return F.normalize(clip.encode_embedded(x, ends), dim=-1)
+
+
+def build_prompt(spec: str | list[str], width: int, prefix: int = 16, suffix: int = 0) -> nn.Module:
+    """The prompt that `clip.prompt` names; `width` is the text tower's. Raises UserError for an unknown name."""
+    if spec == "learned":
+        return LearnedPrompt(width, prefix, suffix)
+    if isinstance(spec, str) and spec not in NAMED:
+        choices = ", ".join([*NAMED, "learned"])
+        raise UserError("clip.prompt", f"is {spec!r}", f"choose {choices}, or give a list of templates")
+    return FixedPrompt(NAMED[spec] if isinstance(spec, str) else spec)
+
+
+def check_names(names: list[str]) -> list[str]:
+    """Class names without surrounding white space; UserError where one is missing or stands twice."""
+    names = [name.strip() for name in names]
+    for i, name in enumerate(names):
+        if not name:
+            raise UserError(f"class {i}", "has no name", "give every class a name")
+        if name in names[:i]:
+            raise UserError(f"class name {name!r}", "stands twice", "give every class a name of its own")
+    return names

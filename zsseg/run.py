@@ -1,0 +1,186 @@
+"""What every command shares: user errors, processes and devices, stateless seeds, downloads, the log of a run."""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """Something the user can put right: shown as one line, exit code 2, no traceback."""
+
+    def __init__(self, what: str, why: str, todo: str):
+        super().__init__(" ".join(f"{what}: {why}; {todo}".split()))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one line like every other user error."""
+
+    def error(self, message: str):
+        raise UserError("command line", message, f"see {self.prog} --help")
+
+
+def command(main: Callable[[list[str]], None]) -> None:
+    """Run a script's `main(argv)`; a UserError becomes `error: ...` on stderr and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def parser(doc: str, config_required: bool = False) -> Parser:
+    """The options that train.py and eval.py share; `doc` is the script's docstring."""
+    shared = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared.add_argument("--config", metavar="FILE", required=config_required, help="TOML file of options")
+    shared.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one option")
+    shared.add_argument("--root", metavar="DIR", help="data root (else $ZSSEG_DATA, else ./datasets)")
+    shared.add_argument("--out", metavar="DIR", help="where results go")
+    shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return shared
+
+
+def data_root(option: str | None) -> Path:
+    return Path(option or os.environ.get("ZSSEG_DATA") or "datasets")
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("ZSSEG_CACHE") or Path.home() / ".cache" / "zsseg")
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those that torchrun started (one, if it did not)."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def autocast(self, setting: str) -> torch.autocast:
+        """bf16 autocast as `model.bf16` says: "auto" is on for CUDA only."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.enabled(setting))
+
+    def enabled(self, setting: str) -> bool:
+        return setting == "on" or (setting == "auto" and self.device.type == "cuda")
+
+
+def start(device: str = "auto") -> Process:
+    """Pick the device and join the process group when torchrun started us."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda", "no CUDA device is available", "use --device cpu")
+    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda":
+        torch.cuda.set_device(local)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return Process(torch.device(kind, local) if kind == "cuda" else torch.device(kind), rank, world)
+
+
+def seed_of(*numbers: int) -> int:
+    """One well-mixed 63-bit seed from several small numbers, e.g. (run seed, step, rank)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """Yield a temporary path beside `path`; it takes the name only when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fetch(url: str, path: Path, sha256: str, what: str) -> Path:
+    """Download `url` to `path` unless it is there, and check its SHA-256. Raises UserError, leaves no partial file."""
+    if path.exists():
+        return path
+    try:
+        with replacing(path) as temporary:
+            digest = hashlib.sha256()
+            with urllib.request.urlopen(url, timeout=60) as source, open(temporary, "wb") as file:
+                while block := source.read(1 << 20):
+                    digest.update(block)
+                    file.write(block)
+            if digest.hexdigest() != sha256:
+                raise UserError(what, f"{url} has a wrong checksum", "try again or fetch it by hand")
+    except (urllib.error.URLError, OSError) as error:
+        raise UserError(what, f"cannot download {url} ({error})", f"put the file at {path}") from None
+    return path
+
+
+class Log:
+    """The record of a run: one JSON object a line in `metrics.jsonl`, and wandb where asked for (rank 0 only)."""
+
+    def __init__(self, folder: Path, process: Process, mode: str = "disabled", project: str = "", config: dict = None,
+                 step: int = 0, run_id: str | None = None):
+        self.file = folder / "metrics.jsonl" if process.is_main else None
+        self.wandb, self.run_id = None, run_id
+        if not process.is_main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        # A resumed run repeats the steps after its checkpoint: forget what was logged about them.
+        lines = self.file.read_text().splitlines() if step and self.file.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        self.file.write_text("".join(line + "\n" for line in kept))
+        if mode != "disabled":
+            self.wandb = start_wandb(mode, project, config, folder, run_id)
+            self.run_id = self.wandb.id
+
+    def write(self, step: int, **values: object) -> None:
+        if self.file is None:
+            return
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
+
+    def close(self) -> None:
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def start_wandb(mode: str, project: str, config: dict, folder: Path, run_id: str | None):
+    try:
+        import wandb  # here: it takes seconds to import and most runs do without
+    except ImportError:
+        raise UserError("log.wandb", "wandb is not installed", "pip install wandb, or set log.wandb=disabled") from None
+    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        print("wandb: no login found, logging offline (later: wandb login; wandb sync)")
+        mode = "offline"
+    return wandb.init(project=project, config=config, dir=folder, mode=mode, id=run_id, resume="allow")

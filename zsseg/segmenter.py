@@ -1,0 +1,144 @@
+"""The whole method at inference (METHOD section 5): proposals, CLIP on the regions, ensemble, label map."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zsseg import checkpoint
+from zsseg.clip import Tokenizer, build_clip
+from zsseg.config import Config
+from zsseg.maskformer import DIVISOR, MaskFormer
+from zsseg.prompts import FixedPrompt, build_prompt, check_names
+from zsseg.regions import classify_crops, mask_boxes, region_crops
+from zsseg.run import UserError
+
+
+@dataclass
+class Proposals:
+    """What one picture gives before the classes are decided; kept so that ensembles can be tried without new passes."""
+
+    masks: Tensor  # [Q, H, W] in 0..1 at network-input size
+    head: Tensor  # [Q, C] class probabilities of the segmenter, no-object dropped
+    region: Tensor | None  # [Q, C] CLIP's class probabilities, 1 where invalid; None without the ensemble
+    valid: Tensor  # [Q] bool: the mask has a pixel above the threshold
+
+
+class Segmenter(nn.Module):
+    """MaskFormer and a frozen CLIP over a vocabulary that `set_classes` fixes and may change at any time."""
+
+    def __init__(self, config: Config, clip_state: checkpoint.State):
+        super().__init__()
+        self.config = config.clip
+        self.clip = build_clip(clip_state)
+        self.tokenizer = Tokenizer(*self.clip.token_embedding.weight.shape[:1], self.clip.context)
+        self.maskformer = MaskFormer(config.model, self.clip.text_projection.shape[1])
+        width = self.clip.token_embedding.weight.shape[1]
+        learned = (width, config.clip.prompt_prefix, config.clip.prompt_suffix)
+        self.prompt = build_prompt(config.clip.prompt, *learned)
+        # The paper's VOC setting: fixed prompts for the segmenter's head, learned ones for the regions.
+        self.region_prompt = build_prompt(config.clip.region_prompt, *learned) if config.clip.region_prompt else None
+        self.text = self.region_text = None  # [C, D]
+        self.names: list[str] = []
+
+    @torch.no_grad()
+    def set_classes(self, names: list[str], seen: list[int] = ()) -> None:
+        """Fix the vocabulary. `seen` holds the class ids that were trained on; none where there is no such split."""
+        self.names = check_names(names)
+        self.text = self.prompt(self.clip, self.tokenizer, self.names)
+        self.region_text = self.text
+        if self.region_prompt is not None:
+            self.region_text = self.region_prompt(self.clip, self.tokenizer, self.names)
+        self.seen = torch.zeros(len(names), dtype=torch.bool, device=self.text.device)
+        self.seen[list(seen)] = True
+
+    @torch.inference_mode()
+    def propose(self, image: Tensor, regions: bool = True) -> Proposals:
+        """image: RGB uint8 or float in 0..255 [3, H, W] at network-input size."""
+        height, width = image.shape[-2:]
+        embeds, masks = self.maskformer.propose(image[None])
+        head = self.maskformer.classify(embeds[-1, 0], self.text).softmax(-1)[:, :-1]  # [Q, C]
+        padded = (height + -height % DIVISOR, width + -width % DIVISOR)
+        masks = F.interpolate(masks[-1].float(), padded, mode="bilinear", align_corners=False)[0]
+        masks = masks[:, :height, :width].sigmoid()  # [Q, H, W]
+        binary = masks > self.config.mask_threshold
+        boxes, valid = mask_boxes(binary, self.config.expand_ratio)
+        if not (regions and self.config.ensemble):
+            return Proposals(masks, head, None, valid)
+        region = torch.ones_like(head)
+        region[valid] = self.region_logits(image, binary[valid], boxes[valid]).softmax(-1)
+        return Proposals(masks, head, region, valid)
+
+    @torch.inference_mode()
+    def region_logits(self, image: Tensor, masks: Tensor, boxes: Tensor) -> Tensor:
+        """CLIP's class logits [P, C] of the regions masks [P, H, W] bool with boxes [P, 4]."""
+        crops = region_crops(image, masks, boxes, self.clip.visual.resolution)
+        return classify_crops(self.clip, crops, self.region_text, self.config.chunk)
+
+    def ensemble(self, proposals: Proposals, weight: float | None = None) -> tuple[Tensor, Tensor]:
+        """Class scores [Q', C] and masks [Q', H, W] with ensemble weight w (the configuration's where None).
+
+        Seen classes head^w region^(1-w), unseen ones head^(1-w) region^w; w = 0 is CLIP alone, valid queries only.
+        """
+        w = self.config.ensemble_weight if weight is None else weight
+        if proposals.region is None:
+            return proposals.head, proposals.masks
+        if w == 0:
+            return proposals.region[proposals.valid], proposals.masks[proposals.valid]
+        power = torch.where(self.seen, w, 1 - w)  # [C], of the head
+        return proposals.head**power * proposals.region ** (1 - power), proposals.masks
+
+    @torch.inference_mode()
+    def score_map(self, classes: Tensor, masks: Tensor, size: tuple[int, int]) -> Tensor:
+        """Sum over queries of class score x mask, resized to the original `size` (height, width): [C, *size]."""
+        scores = torch.einsum("qc,qhw->chw", classes, masks)
+        return F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
+
+    def forward(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """Picture [3, H, W] -> label map int64 `size`."""
+        return self.score_map(*self.ensemble(self.propose(image)), size).argmax(0)
+
+    # -- weights --------------------------------------------------------------------------------------------------
+
+    def learned_state(self) -> dict[str, checkpoint.State]:
+        """What a checkpoint must hold besides CLIP."""
+        parts = {"maskformer": self.maskformer, "prompt": self.prompt, "region_prompt": self.region_prompt}
+        return {k: m.state_dict() for k, m in parts.items() if m is not None and not isinstance(m, FixedPrompt)}
+
+    def load_learned(self, parts: dict[str, checkpoint.State], what: str) -> None:
+        """Load `learned_state` or the parts of an original checkpoint; strict about every part that is in use."""
+        hint = "use the configuration that the checkpoint was trained with"
+        checkpoint.load_strict(self.maskformer, parts.get("maskformer", {}), what, hint)
+        self.load_prompts(parts, what)
+
+    def load_prompts(self, parts: dict[str, checkpoint.State], what: str) -> None:
+        for name in ("prompt", "region_prompt"):
+            module = getattr(self, name)
+            if module is None or isinstance(module, FixedPrompt):
+                continue
+            if name not in parts and not self.config.prompts:
+                raise UserError(what, f"has no learned {name}", f"set clip.{name} to a fixed prompt, or clip.prompts")
+            if name in parts:
+                checkpoint.load_strict(module, parts[name], what, "set clip.prompt_prefix and clip.prompt_suffix")
+
+
+def build_segmenter(config: Config, root: Path) -> Segmenter:
+    """A segmenter with fresh MaskFormer weights and the configuration's CLIP, prompts and initial backbone."""
+    segmenter = Segmenter(config, checkpoint.load_clip_state(config.clip.weights, root))
+    if config.clip.prompts:
+        segmenter.load_prompts(read_prompts(config.clip.prompts), f"clip.prompts {config.clip.prompts}")
+    if config.model.weights:
+        checkpoint.load_backbone(segmenter.maskformer.backbone, config.model.backbone, config.model.weights)
+    return segmenter
+
+
+def read_prompts(path: str) -> dict[str, checkpoint.State]:
+    """The learned prompt of a checkpoint (ours or the original's prompt learning), for head and regions alike."""
+    content = checkpoint.load(path)
+    parts = content["model"] if "config" in content else checkpoint.import_original(content["model"], path)[0]
+    prompt = parts.get("prompt") or parts.get("region_prompt")
+    if not prompt:
+        raise UserError(f"clip.prompts {path}", "holds no learned prompt", "give a checkpoint of prompt learning")
+    return {"prompt": prompt, "region_prompt": prompt}

@@ -306,6 +306,10 @@ class CLIP(nn.Module):
     def context(self) -> int:
         return len(self.positional_embedding)
 
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Both towers, for contrastive training: features [N, D] each."""
+        return self.encode_image(images), self.encode_text(tokens)
+
     def encode_image(self, images: Tensor, dense: bool = False) -> Tensor:
         return self.visual(images, dense)
 

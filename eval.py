@@ -1,0 +1,60 @@
+"""Measure a segmenter on a data set.
+
+    python eval.py runs/shapes/last.pt
+    python eval.py model_final.pth --config configs/voc_r50_single.toml --root datasets --save-predictions
+    torchrun --nproc-per-node=8 eval.py CHECKPOINT
+
+CHECKPOINT is one of train.py (its configuration is inside) or an original zsseg.baseline model_final.pth (give its
+--config). Writes metrics.json and samples.png to --out (else eval/ beside the checkpoint).
+"""
+
+import json
+from pathlib import Path
+
+from zsseg import checkpoint, run
+from zsseg.config import Config, load_config
+from zsseg.metrics import evaluate, table
+from zsseg.segmenter import Segmenter, build_segmenter
+
+
+def main(argv: list[str]) -> None:
+    parser = run.parser(__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("--save-predictions", action="store_true", help="write OUT/predictions/<stem>.png, class ids")
+    args = parser.parse_args(argv)
+    content = checkpoint.load(args.checkpoint)
+    if "config" not in content and not args.config:
+        raise run.UserError(f"checkpoint {args.checkpoint}", "holds no configuration", "give its --config")
+    config = load_config(args.config, args.set, content.get("config"))
+    process, root = run.start(args.device), run.data_root(args.root)
+    out = Path(args.out) if args.out else Path(args.checkpoint).parent / "eval"
+    segmenter = load_segmenter(content, config, root, args.checkpoint).to(process.device)
+    result = evaluate(segmenter, config, root, process, config.data.split, out, args.save_predictions)
+    if process.is_main:
+        print(table(result))
+        with run.replacing(out / "metrics.json") as file:
+            file.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"{result['images']} images, {result['images_per_second']:.2f} images/s -> {out / 'metrics.json'}")
+
+
+def load_segmenter(content: dict, config: Config, root: Path, name: str) -> Segmenter:
+    """The segmenter of a loaded checkpoint, ours or the original's."""
+    what = f"checkpoint {name}"
+    if "config" in content:
+        if "maskformer" not in content["model"]:
+            raise run.UserError(what, "holds a CLIP, not a segmenter", "give a checkpoint of task segment")
+        config.model.weights = ""  # the checkpoint has the trained backbone
+        segmenter = build_segmenter(config, root)
+        segmenter.load_learned(content["model"], what)
+        return segmenter
+    parts, dropped = checkpoint.import_original(content["model"], what)
+    if "clip" not in parts:
+        raise run.UserError(what, "holds no CLIP", "give a zero-shot checkpoint of zsseg.baseline")
+    segmenter = Segmenter(config, parts["clip"])
+    segmenter.load_learned(parts, what)
+    print(f"imported {len(content['model']) - len(dropped)} tensors, {len(dropped)} not needed: {', '.join(dropped[:4])} ...")
+    return segmenter
+
+
+if __name__ == "__main__":
+    run.command(main)

@@ -1,0 +1,71 @@
+"""Prepare a data set below the data root, or verify it.
+
+    python prepare_data.py shapes        generates the embedded data set and trains its small CLIP (minutes)
+    python prepare_data.py voc --check   verifies what lies there
+
+Running it again changes nothing; killed half-way and run again it finishes.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from train import train
+from zsseg import checkpoint, run, shapes
+from zsseg.config import load_config
+from zsseg.data import DATASETS, dataset, find_pairs, read_labels, read_picture
+
+CLIP_CONFIG = Path(__file__).parent / "configs" / "shapes_clip.toml"
+
+
+def main(argv: list[str]) -> None:
+    parser = run.Parser(description=__doc__, formatter_class=run.RawHelp)
+    parser.add_argument("dataset", choices=DATASETS)
+    parser.add_argument("--root", metavar="DIR", help="data root (else $ZSSEG_DATA, else ./datasets)")
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--check", action="store_true", help="only verify: counts, unreadable files, label histogram")
+    args = parser.parse_args(argv)
+    root = run.data_root(args.root)
+    if args.dataset == "shapes" and not args.check:
+        prepare_shapes(root, args.workers)
+    check(args.dataset, root, full=args.check)
+
+
+def prepare_shapes(root: Path, workers: int) -> None:
+    folder = root / dataset("shapes").folder
+    shapes.generate(folder)
+    if (folder / "clip.pt").exists():
+        return
+    config = load_config(CLIP_CONFIG, [f"data.workers={workers}"])
+    train(config, root, folder / "clip", run.start("cpu"), resume=(folder / "clip" / "last.pt").exists())
+    with run.replacing(folder / "clip.pt") as file:
+        checkpoint.save(file, model=checkpoint.load(folder / "clip" / "last.pt")["model"])
+
+
+def check(name: str, root: Path, full: bool) -> None:
+    """Print the counts of each split; with `full`, read every file and print the label histogram.
+
+    Raises UserError for a file that is broken, and if a pixel of an unseen class survived in the training labels.
+    """
+    data = dataset(name)
+    for split in ("train", "val"):
+        pairs = find_pairs(name, root, split)
+        print(f"{name} {split}: {len(pairs)} pictures")
+        if not full:
+            continue
+        lut, names = (data.training_lut, data.training_names) if split == "train" else (data.lut, data.names)
+        pixels = np.zeros(256, np.int64)
+        for image, label in tqdm(pairs, split, disable=None):
+            pixels += np.bincount(read_labels(label, lut, read_picture(image).size).ravel(), minlength=256)
+        share = 100 * pixels / max(pixels.sum(), 1)
+        for i, class_name in enumerate(names):
+            print(f"  {class_name:24}{share[i]:7.2f} %")
+        print(f"  {'ignored':24}{share[data.ignore]:7.2f} %")
+        if split == "train" and data.unseen:
+            assert pixels[len(names) : data.ignore].sum() == 0
+            print(f"  no pixel of the {len(data.unseen)} unseen classes: {', '.join(data.unseen)}")
+
+
+if __name__ == "__main__":
+    run.command(main)

@@ -1,0 +1,217 @@
+"""Train a segmenter, or the small CLIP of the embedded data set, as a configuration file says.
+
+    python train.py --config configs/shapes.toml
+    torchrun --nproc-per-node=8 train.py --config configs/voc_r50_single.toml --out runs/voc
+    torchrun train.py --config configs/voc_r50_single.toml --out runs/voc --resume
+
+Writes last.pt, metrics.jsonl and samples.png to --out (else runs/<name of the config>), evaluates at the end. --resume
+goes on from last.pt with the configuration in it; on the CPU the weights come out the same to the last bit.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from zsseg import checkpoint, run
+from zsseg.clip import CLIP, Tokenizer, VisionTransformer
+from zsseg.config import Config, ContrastConfig, load_config, to_dict
+from zsseg.data import RegionsWithCaptions, TrainPictures, collate, dataset, stream
+from zsseg.losses import contrastive_loss, segmentation_losses
+from zsseg.metrics import evaluate, table
+from zsseg.segmenter import build_segmenter
+
+# --- tasks: a model, its samples, its loss -----------------------------------------------------------------------
+
+
+class Segment:
+    """MaskFormer on the seen classes of a data set, CLIP frozen (METHOD section 3)."""
+
+    def __init__(self, config: Config, root: Path, process: run.Process):
+        self.config, self.root, self.process = config, root, process
+        self.segmenter = build_segmenter(config, root).to(process.device)
+        self.segmenter.set_classes(dataset(config.data.name).training_names)
+        self.text = self.segmenter.text
+        self.model = self.segmenter.maskformer
+        self.samples, self.collate, self.batch_size = TrainPictures(config, root), collate, config.train.batch_size
+
+    def loss(self, model: nn.Module, batch: tuple) -> tuple[Tensor, dict[str, Tensor]]:
+        images, targets = batch
+        device, train = self.process.device, self.config.train
+        targets.labels = targets.labels.to(device, non_blocking=True)
+        targets.classes = targets.classes.to(device, non_blocking=True)
+        logits, masks = model(images.to(device, non_blocking=True), self.text)
+        weights = (train.focal_weight, train.dice_weight, train.no_object_weight)
+        losses = segmentation_losses(logits, masks, targets, *weights, self.process)
+        return sum(v.sum() for v in losses.values()), {k: v[-1].detach() for k, v in losses.items()}
+
+    def state(self) -> dict:
+        return self.segmenter.learned_state()
+
+    def load(self, state: dict, what: str) -> None:
+        self.segmenter.load_learned(state, what)
+
+    def evaluate(self, split: str, out: Path | None) -> dict:
+        result = evaluate(self.segmenter, self.config, self.root, self.process, split, out)
+        self.segmenter.set_classes(dataset(self.config.data.name).training_names)
+        return result
+
+
+class Contrast:
+    """The small CLIP of the embedded data set, from regions and captions of all classes."""
+
+    def __init__(self, config: Config, root: Path, process: run.Process):
+        self.process = process
+        self.model = build_small_clip(config.contrast).to(process.device)
+        self.tokenizer = Tokenizer(self.model.token_embedding.num_embeddings, self.model.context)
+        self.samples, self.collate, self.batch_size = RegionsWithCaptions(config, root), list, config.contrast.groups
+
+    def loss(self, model: nn.Module, batch: list) -> tuple[Tensor, dict[str, Tensor]]:
+        crops, captions = zip(*batch, strict=True)
+        G, N = len(crops), len(crops[0])
+        tokens = self.tokenizer([text for group in captions for text in group]).to(self.process.device)
+        image, text = model(torch.cat(crops).to(self.process.device), tokens)  # [G*N, D] each
+        image, text = image.view(G, N, -1), text.view(G, N, -1)
+        loss = contrastive_loss(image, text, self.model.logit_scale)
+        right = (image @ torch.nn.functional.normalize(text, dim=-1).mT).argmax(-1) == torch.arange(N, device=image.device)
+        return loss, {"accuracy": 100 * right.float().mean()}
+
+    def state(self) -> dict:
+        return self.model.state_dict()
+
+    def load(self, state: dict, what: str) -> None:
+        checkpoint.load_strict(self.model, state, what, "use the configuration of its run")
+
+    def evaluate(self, split: str, out: Path | None) -> None:
+        """Nothing by itself: the segmenter's evaluation tells how it does on true masks."""
+
+
+def build_small_clip(config: ContrastConfig) -> CLIP:
+    """A CLIP with a convolutional stem (plain patches learn too slowly) and the 514 byte tokens."""
+    patch = 2 ** (len(config.stem) + 1)
+    sizes = (config.resolution, patch, config.vision_width, config.vision_layers, config.embed, config.stem)
+    return CLIP(VisionTransformer(*sizes), config.embed, config.context, 514, config.text_width, config.text_layers)
+
+
+TASKS = {"segment": Segment, "clip": Contrast}
+
+
+# --- optimisation ------------------------------------------------------------------------------------------------
+
+
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    """AdamW; no weight decay for norm layers and embeddings, a smaller rate for the backbone (METHOD section 3)."""
+    groups: dict[tuple, list] = {}
+    for prefix, module in model.named_modules():
+        plain = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.Embedding))
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad:
+                rate = config.train.lr * (config.train.backbone_lr if prefix.startswith("backbone") else 1)
+                groups.setdefault((rate, 0.0 if plain else config.train.weight_decay), []).append(parameter)
+    groups = [{"params": p, "lr": rate, "base": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+    return torch.optim.AdamW(groups, fused=True)
+
+
+class Numbers:
+    """The sample numbers of this process from step `start` on: the global order does not depend on the world size."""
+
+    def __init__(self, start: int, steps: int, batch: int, process: run.Process):
+        if batch % process.world:
+            raise run.UserError("train.batch_size", f"{batch} cannot be shared by {process.world} processes", "change it")
+        self.start, self.steps, self.batch, self.share = start, steps, batch, batch // process.world
+        self.offset = process.rank * self.share
+
+    def __len__(self) -> int:
+        return (self.steps - self.start) * self.share
+
+    def __iter__(self) -> Iterator[int]:
+        for step in range(self.start, self.steps):
+            first = step * self.batch + self.offset
+            yield from range(first, first + self.share)
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]) -> None:
+    parser = run.parser(__doc__, config_required=True)
+    parser.add_argument("--resume", action="store_true", help="continue OUT/last.pt")
+    args = parser.parse_args(argv)
+    out = Path(args.out) if args.out else Path("runs") / Path(args.config).stem
+    config = load_config(args.config, args.set)
+    process, root = run.start(args.device), run.data_root(args.root)
+    train(config, root, out, process, args.resume)
+
+
+def train(config: Config, root: Path, out: Path, process: run.Process, resume: bool = False) -> None:
+    last = out / "last.pt"
+    saved = checkpoint.load(last) if resume else {}
+    if not resume and last.exists():
+        raise run.UserError(f"output {out}", "holds a run already", "add --resume, or give another --out")
+    torch.manual_seed(run.seed_of(config.train.seed, 0))
+    task = TASKS[config.train.task](config, root, process)
+    optimizer = build_optimizer(task.model, config)
+    if saved:
+        task.load(saved["model"], f"checkpoint {last}")
+        optimizer.load_state_dict(saved["optimizer"])
+    start, steps, best = saved.get("step", 0), config.train.steps, saved.get("best", -math.inf)
+    task.model.train()
+    if process.enabled(config.model.compile):
+        task.model.compile()  # in place: names in the state dict stay as they are
+    model = DistributedDataParallel(task.model) if process.world > 1 else task.model
+    log = run.Log(out, process, config.log.wandb, config.log.project, to_dict(config), start, saved.get("wandb"))
+
+    def save(name: str, step: int) -> None:
+        if process.is_main:
+            states = {"model": task.state(), "optimizer": optimizer.state_dict()}
+            checkpoint.save(out / name, config=to_dict(config), step=step, best=best, wandb=log.run_id, **states)
+
+    numbers = Numbers(start, steps, task.batch_size, process)
+    batches = stream(task.samples, numbers, numbers.share, config.data.workers, task.collate)
+    bar = tqdm(range(start, steps), config.train.task, initial=start, total=steps, disable=None if process.is_main else True)
+    for step, batch in zip(bar, batches, strict=True):
+        torch.manual_seed(run.seed_of(config.train.seed, 4, step, process.rank))  # dropout: stateless, so resumable
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * (1 - step / steps) ** config.train.power
+        with process.autocast(config.model.bf16):
+            loss, parts = task.loss(model, batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_grad)
+        optimizer.step()
+        done = step + 1
+        if done % config.log.every == 0 or done == steps:
+            values = {"loss": float(loss.detach()), "grad_norm": float(norm), **{k: float(v) for k, v in parts.items()}}
+            if not math.isfinite(values["loss"]):
+                raise run.UserError("training", f"the loss is {values['loss']} at step {done}", "lower train.lr; --resume")
+            log.write(done, **values, lr=optimizer.param_groups[0]["lr"])
+            bar.set_postfix(loss=f"{values['loss']:.3f}")
+            if process.is_main and not sys.stderr.isatty() and done % (10 * config.log.every) == 0:
+                print(f"{config.train.task} step {done}/{steps} loss {values['loss']:.3f}", flush=True)
+        if config.train.eval_every and done % config.train.eval_every == 0 and done < steps:
+            if result := task.evaluate("val", None):
+                log.write(done, **{f"val/{k}": v for k, v in result.items() if isinstance(v, float)})
+                if (score := result.get("hIoU", result["mIoU"])) > best:
+                    best = score
+                    save("best.pt", done)
+            task.model.train()
+        if done % config.train.checkpoint_every == 0 or done == steps:
+            save("last.pt", done)
+    if result := task.evaluate(config.data.split, out):
+        log.write(steps, **{f"{config.data.split}/{k}": v for k, v in result.items() if k != "per_class"})
+        if process.is_main:
+            print(table(result))
+            with run.replacing(out / "metrics.json") as file:
+                file.write_text(json.dumps(result, indent=1) + "\n")
+            print(f"{result['images']} images, {result['images_per_second']:.2f} images/s -> {out}")
+    log.close()
+
+
+if __name__ == "__main__":
+    run.command(main)

@@ -1,0 +1,182 @@
+"""Evaluation (METHOD section 7): exact integer confusion matrices over all processes, the metrics, a table, a picture."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from zsseg.config import Config
+from zsseg.data import DataSet, TestPictures, dataset, stream
+from zsseg.regions import mask_boxes
+from zsseg.run import Process, UserError, replacing
+from zsseg.segmenter import Segmenter
+
+GRID = 8  # pictures in samples.png
+
+
+def confusion(labels: Tensor, predicted: Tensor, classes: int, ignore: int) -> Tensor:
+    """Pixel counts int64 [C, C], rows true classes, columns predicted ones; `ignore` pixels are left out."""
+    known = labels != ignore
+    index = labels[known] * classes + predicted[known]
+    return torch.bincount(index, minlength=classes * classes).view(classes, classes)
+
+
+def summarize(matrix: Tensor, data: DataSet) -> dict:
+    """All metrics of a confusion matrix, in percent; null where a class has no ground truth.
+
+    mIoU is the original's: the sum over classes with ground truth, divided by the number of classes with ground truth
+    or predictions; mIoU_gt divides by those with ground truth. hIoU is the harmonic mean of seen and unseen mIoU.
+    """
+    matrix = matrix.cpu().numpy().astype(np.float64)
+    hit, truth, predicted = np.diag(matrix), matrix.sum(1), matrix.sum(0)
+    there, touched = truth > 0, truth + predicted > 0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        iou = 100 * hit / (truth + predicted - hit)
+        accuracy = 100 * hit / truth
+
+    def ratio(a: float, b: float) -> float:
+        return float(a / b) if b else 0.0
+
+    def part(ids: list[int]) -> tuple[float, float, float]:
+        chosen = np.isin(np.arange(len(truth)), ids)
+        total = iou[there & chosen].sum()
+        pixels = 100 * ratio(hit[chosen].sum(), truth[chosen].sum())
+        return ratio(total, (touched & chosen).sum()), ratio(total, (there & chosen).sum()), pixels
+
+    everything = list(range(len(truth)))
+    miou, miou_gt, pixels = part(everything)
+    result = {
+        "mIoU": miou,
+        "mIoU_gt": miou_gt,
+        "fwIoU": ratio((iou[there] * truth[there]).sum(), truth.sum()),
+        "mAcc": ratio(accuracy[there].sum(), there.sum()),
+        "pAcc": pixels,
+    }
+    if data.seen:
+        seen, _, result["pAcc_seen"] = part(data.seen)
+        unseen, _, result["pAcc_unseen"] = part([i for i in everything if i not in data.seen])
+        result |= {"mIoU_seen": seen, "mIoU_unseen": unseen, "hIoU": ratio(2 * seen * unseen, seen + unseen)}
+    result["per_class"] = {
+        name: {"IoU": float(iou[i]) if there[i] else None, "Acc": float(accuracy[i]) if there[i] else None}
+        for i, name in enumerate(data.names)
+    }
+    return result
+
+
+@torch.inference_mode()
+def evaluate(
+    segmenter: Segmenter, config: Config, root: Path, process: Process, split: str, out: Path | None = None,
+    save_predictions: bool = False,
+) -> dict:  # fmt: skip
+    """Metrics of a split, its pictures shared among the processes; with `out`, also a grid of pictures (rank 0)."""
+    data, pictures = dataset(config.data.name), TestPictures(config.data, root, split)
+    C = len(data.names)
+    segmenter.set_classes(data.names, data.seen)
+    segmenter.eval()
+    matrix, head_matrix = (torch.zeros(C, C, dtype=torch.int64, device=process.device) for _ in range(2))
+    regions = torch.zeros(2, 2, dtype=torch.int64, device=process.device)  # seen, unseen x right, all
+    numbers = range(process.rank, len(pictures), process.world)
+    batches = stream(pictures, numbers, None, config.data.workers, lambda item: item)
+    samples, started = [], time.perf_counter()
+    for image, labels, stem in tqdm(batches, f"evaluate {split}", len(numbers), disable=None if process.is_main else True):
+        image, labels, size = image.to(process.device), labels.to(process.device), tuple(labels.shape)
+        with process.autocast(config.model.bf16):
+            proposals = segmenter.propose(image)
+            predicted = segmenter.score_map(*segmenter.ensemble(proposals), size).argmax(0)
+            if config.eval.compare:
+                head = segmenter.score_map(proposals.head, proposals.masks, size).argmax(0)
+                head_matrix += confusion(labels, head, C, data.ignore)
+                regions += true_mask_accuracy(segmenter, image, labels, data)
+        matrix += confusion(labels, predicted, C, data.ignore)
+        if save_predictions:
+            save_label_map(predicted, out / "predictions" / f"{stem}.png", C)
+        if process.is_main and len(samples) < GRID:
+            samples.append((image.cpu(), labels.cpu(), predicted.cpu()))
+    seconds = torch.tensor(time.perf_counter() - started, device=process.device, dtype=torch.float64)
+    for tensor in (matrix, head_matrix, regions, seconds):
+        process.sum(tensor)
+    result = summarize(matrix, data)
+    result |= {"images": len(pictures), "images_per_second": len(pictures) * process.world / float(seconds)}
+    if config.eval.compare:
+        result["head_only"] = summarize(head_matrix, data)
+        right, total = (regions.double().sum(0) if not data.seen else regions.double()).T.cpu().numpy().reshape(2, -1)
+        result["clip_true_masks"] = {"accuracy": float(100 * right.sum() / total.sum()), "regions": int(total.sum())}
+        if data.seen:
+            seen, unseen = (100 * right / np.maximum(total, 1)).tolist()
+            result["clip_true_masks"] |= {"accuracy_seen": seen, "accuracy_unseen": unseen}
+    if out is not None and process.is_main:
+        save_grid(samples, out / "samples.png")
+    return result
+
+
+def true_mask_accuracy(segmenter: Segmenter, image: Tensor, labels: Tensor, data: DataSet) -> Tensor:
+    """CLIP alone on the ground-truth mask of every class present: int64 [2, 2], rows seen and unseen, right and all."""
+    classes = labels.unique()
+    classes = classes[classes != data.ignore]
+    size = image.shape[-2:]
+    masks = (labels == classes[:, None, None]).float()[None]  # [1, T, H, W]
+    masks = torch.nn.functional.interpolate(masks, size, mode="nearest")[0] > 0.5
+    boxes, valid = mask_boxes(masks)  # a class of a few pixels may vanish where the picture shrinks
+    right = segmenter.region_logits(image, masks[valid], boxes[valid]).argmax(1) == classes[valid]
+    seen = segmenter.seen[classes[valid]] if data.seen else torch.ones_like(right)
+    rows = [torch.stack([(right & chosen).sum(), chosen.sum()]) for chosen in (seen, ~seen)]
+    return torch.stack(rows)
+
+
+# --- what a person looks at --------------------------------------------------------------------------------------
+
+
+def table(result: dict, per_class: bool = True) -> str:
+    """The metrics as lines of text: seen, unseen and hIoU of each part side by side, then every class."""
+    rows = [("ensemble", result)]
+    if "head_only" in result:
+        rows.insert(0, ("head alone", result["head_only"]))
+    split = "hIoU" in result
+    keys = ("mIoU_seen", "mIoU_unseen", "hIoU", "mIoU", "pAcc") if split else ("mIoU", "mIoU_gt", "fwIoU", "mAcc", "pAcc")
+    lines = ["".join([f"{'':24}", *(f"{k.removeprefix('mIoU_'):>9}" for k in keys)])]
+    lines += ["".join([f"{name:24}", *(f"{values[k]:9.1f}" for k in keys)]) for name, values in rows]
+    if clip := result.get("clip_true_masks"):
+        shown = [clip[k] for k in ("accuracy_seen", "accuracy_unseen") if k in clip]
+        text = "".join(f"{v:9.1f}" for v in shown) + f"   all {clip['accuracy']:.1f} (accuracy, {clip['regions']} regions)"
+        lines.append(f"{'CLIP on the true masks':24}{text}")
+    if per_class:
+        shown = [f"{name[:17]:17} {'-' if v['IoU'] is None else format(v['IoU'], '.1f'):>5}"
+                 for name, v in result["per_class"].items()]  # fmt: skip
+        lines += ["", "IoU of each class", *("  ".join(shown[i : i + 4]) for i in range(0, len(shown), 4))]
+    return "\n".join(lines)
+
+
+def palette(count: int) -> np.ndarray:
+    """`count` distinct colours and, last, black for ignored pixels: uint8 [count + 1, 3]."""
+    hue = (np.arange(count) * 0.618034) % 1  # golden-ratio steps keep neighbours apart
+    value = 0.95 - 0.35 * ((np.arange(count) // 7) % 3) / 2
+    phase = (hue[:, None] * 6 + np.array([5, 3, 1])) % 6
+    rgb = value[:, None] * (1 - 0.75 * np.clip(np.minimum(phase, 4 - phase), 0, 1))
+    return np.concatenate([(255 * rgb).astype(np.uint8), np.zeros((1, 3), np.uint8)])
+
+
+def save_grid(samples: list[tuple[Tensor, Tensor, Tensor]], path: Path, height: int = 160) -> None:
+    """Rows of picture, truth and prediction."""
+    colours = palette(1024)
+    columns = []
+    for image, labels, predicted in samples:
+        parts = [image.permute(1, 2, 0).numpy()]
+        parts += [colours[np.minimum(labels_.numpy(), 1024)] for labels_ in (labels.where(labels != 255, 1024), predicted)]
+        width = max(round(height * image.shape[2] / image.shape[1]), 1)
+        columns.append(np.concatenate([np.array(Image.fromarray(p).resize((width, height), 0)) for p in parts]))
+    with replacing(path) as temporary:
+        Image.fromarray(np.concatenate(columns, 1)).save(temporary, "PNG")
+
+
+def save_label_map(predicted: Tensor, path: Path, classes: int) -> None:
+    """Class ids as a PNG of 8 bits, 16 above 255 classes."""
+    array = predicted.cpu().numpy().astype(np.uint8 if classes <= 255 else np.uint16)
+    try:
+        with replacing(path) as temporary:
+            Image.fromarray(array).save(temporary, "PNG")
+    except OSError as error:
+        raise UserError(f"prediction {path}", f"cannot be written ({error.strerror})", "choose another --out") from None

@@ -187,7 +187,8 @@ def train(config: Config, root: Path, out: Path, process: run.Process, resume: b
         optimizer.step()
         done = step + 1
         if done % config.log.every == 0 or done == steps:
-            values = {"loss": float(loss.detach()), "grad_norm": float(norm), **{k: float(v) for k, v in parts.items()}}
+            means = process.sum(torch.stack([loss.detach(), *parts.values()]).double()) / process.world
+            values = dict(zip(["loss", *parts], means.tolist(), strict=True)) | {"grad_norm": float(norm)}
             if not math.isfinite(values["loss"]):
                 raise run.UserError("training", f"the loss is {values['loss']} at step {done}", "lower train.lr; --resume")
             log.write(done, **values, lr=optimizer.param_groups[0]["lr"])

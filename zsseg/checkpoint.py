@@ -246,6 +246,13 @@ def is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
+STORAGES = {
+    "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64,
+    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+    "Bool": torch.bool,
+}  # fmt: skip
+
+
 class ScriptUnpickler(pickle.Unpickler):
     """Reads the object tree of a TorchScript archive: modules become plain attribute holders, nothing is called."""
 
@@ -262,8 +269,8 @@ class ScriptUnpickler(pickle.Unpickler):
             return type(name, (self.Module,), {})
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda storage, offset, size, stride, *rest: torch.as_strided(storage, size, stride, offset).clone()
-        if module == "torch" and name.endswith("Storage"):
-            return getattr(torch, name)
+        if module == "torch" and name.removesuffix("Storage") in STORAGES:
+            return STORAGES[name.removesuffix("Storage")]
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch.jit._pickle" and name.startswith("build_"):
@@ -271,9 +278,9 @@ class ScriptUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
     def persistent_load(self, key: tuple) -> Tensor:
-        _, storage_type, name, _, _ = key
+        _, dtype, name, _, _ = key
         data = bytearray(self.archive.read(f"{self.prefix}data/{name}"))
-        return torch.frombuffer(data, dtype=storage_type.dtype) if data else torch.empty(0, dtype=storage_type.dtype)
+        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
 def read_torchscript(path: Path, what: str) -> State:

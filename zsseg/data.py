@@ -6,7 +6,7 @@ A sample of a training stream is a function of (seed, sample number) alone, so r
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -344,8 +344,29 @@ def rough_mask(mask: Tensor, rng: np.random.Generator) -> Tensor:
     return smooth > min(float(rng.uniform(0.15, 0.75)), 0.9 * float(smooth.max()))
 
 
-def stream(samples: Dataset, numbers: Iterable[int], batch_size: int | None, workers: int, collate_fn: Callable) -> DataLoader:
-    """Batches of the samples with these numbers, in order; `batch_size` None gives them one by one."""
-    workers = min(workers, os.cpu_count() or 1)
-    return DataLoader(samples, batch_size, sampler=numbers, num_workers=workers, collate_fn=collate_fn,
-                      pin_memory=torch.cuda.is_available(), persistent_workers=workers > 0)  # fmt: skip
+class Guarded(Dataset):
+    """Hands a UserError over as an item: a worker process would turn it into a traceback."""
+
+    def __init__(self, samples: Dataset):
+        self.samples = samples
+
+    def __getitem__(self, n: int) -> object:
+        try:
+            return self.samples[n]
+        except UserError as error:
+            return error
+
+
+def guarded(collate_fn: Callable, samples: list) -> object:
+    errors = [s for s in samples if isinstance(s, UserError)]
+    return errors[0] if errors else collate_fn(samples)
+
+
+def stream(samples: Dataset, numbers: Iterable[int], batch_size: int, workers: int, collate_fn: Callable = list) -> Iterator:
+    """Batches of the samples with these numbers, in order."""
+    loader = DataLoader(Guarded(samples), batch_size, sampler=numbers, num_workers=min(workers, os.cpu_count() or 1),
+                        collate_fn=functools.partial(guarded, collate_fn), pin_memory=torch.cuda.is_available())  # fmt: skip
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

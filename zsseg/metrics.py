@@ -80,9 +80,9 @@ def evaluate(
     matrix, head_matrix = (torch.zeros(C, C, dtype=torch.int64, device=process.device) for _ in range(2))
     regions = torch.zeros(2, 2, dtype=torch.int64, device=process.device)  # seen, unseen x right, all
     numbers = range(process.rank, len(pictures), process.world)
-    batches = stream(pictures, numbers, None, config.data.workers, lambda item: item)
+    batches = stream(pictures, numbers, 1, config.data.workers)
     samples, started = [], time.perf_counter()
-    for image, labels, stem in tqdm(batches, f"evaluate {split}", len(numbers), disable=None if process.is_main else True):
+    for [(image, labels, stem)] in tqdm(batches, f"evaluate {split}", len(numbers), disable=None if process.is_main else True):
         image, labels, size = image.to(process.device), labels.to(process.device), tuple(labels.shape)
         with process.autocast(config.model.bf16):
             proposals = segmenter.propose(image)

@@ -28,7 +28,11 @@ class UserError(Exception):
     """Something the user can put right: shown as one line, exit code 2, no traceback."""
 
     def __init__(self, what: str, why: str, todo: str):
-        super().__init__(" ".join(f"{what}: {why}; {todo}".split()))
+        super().__init__(what, why, todo)
+
+    def __str__(self) -> str:
+        what, why, todo = self.args
+        return " ".join(f"{what}: {why}; {todo}".split())
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,0 +1,117 @@
+"""Shared by all tests: the stand-in weights and pictures of the reference values, small data sets, the command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+from zsseg import run  # noqa: E402  (first of all: it fixes the CPU's instruction set before torch computes anything)
+
+import recipe  # noqa: E402
+import torch  # noqa: E402
+
+from zsseg import shapes  # noqa: E402
+from zsseg.clip import build_clip, read_merges  # noqa: E402
+from zsseg.config import load_config  # noqa: E402
+from zsseg.segmenter import Segmenter  # noqa: E402
+
+torch.set_num_threads(max(torch.get_num_threads(), 2))  # one thread sums convolutions in yet another order
+PROCESS = run.Process(torch.device("cpu"))
+
+
+def relative_error(ours: torch.Tensor, reference: np.ndarray) -> float:
+    """Largest difference relative to the reference's largest absolute value."""
+    return float(np.abs(ours.detach().numpy() - reference).max() / np.abs(reference).max())
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    return dict(np.load(GOLDEN / name))
+
+
+def original_state(keys: dict[str, list[int]], arrays: dict[str, np.ndarray] = {}) -> dict[str, torch.Tensor]:  # noqa: B006
+    """An original checkpoint of stand-in weights: {name: shape} plus the arrays stored as `override/<name>`."""
+    state = {k: torch.as_tensor(recipe.make_tensor(k.split("clip_model.")[-1], shape)) for k, shape in keys.items()}
+    state |= {k.removeprefix("override/"): torch.from_numpy(v) for k, v in arrays.items() if k.startswith("override/")}
+    return state
+
+
+def keys(name: str, entry: str | None = None) -> dict[str, list[int]]:
+    content = json.loads((GOLDEN / name).read_text())
+    return content[entry] if entry else content
+
+
+def tiny_config(*overrides: str, task: str = "segment"):
+    """The embedded data set's configuration with a few steps and smaller still."""
+    sizes = ["train.steps=6", "train.batch_size=4", "data.workers=0", "log.every=1", "model.queries=8", "contrast.groups=2"]
+    sizes += ["data.short_edges=[64]", "data.crop=64", "data.test_short_edge=64"]
+    file = ROOT / "configs" / ("shapes.toml" if task == "segment" else "shapes_clip.toml")
+    return load_config(str(file), [*sizes, *overrides])
+
+
+def tiny_clip_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    from train import build_small_clip
+
+    torch.manual_seed(seed)
+    return build_small_clip(load_config().contrast).state_dict()
+
+
+@pytest.fixture(scope="session")
+def vocabulary() -> None:
+    """Tests with OpenAI's vocabulary: $ZSSEG_VOCAB, the cache or the network must provide it."""
+    try:
+        read_merges(48894)
+    except run.UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def shapes_root(tmp_path_factory) -> Path:
+    """A data root with a few pictures of the embedded data set and an untrained small CLIP."""
+    root = tmp_path_factory.mktemp("root")
+    counts, shapes.SPLITS = shapes.SPLITS, {"clip": 60, "train": 10, "val": 3, "test": 4}
+    try:
+        shapes.generate(root / "shapes")
+    finally:
+        shapes.SPLITS = counts
+    torch.save(tiny_clip_state(), root / "shapes" / "clip.pt")
+    return root
+
+
+@pytest.fixture
+def segmenter() -> Segmenter:
+    """A small untrained segmenter over three classes, the first two seen."""
+    torch.manual_seed(0)
+    segmenter = Segmenter(tiny_config(), tiny_clip_state()).eval()
+    segmenter.set_classes(["red disc", "blue square", "striped wall"], [0, 1])
+    return segmenter
+
+
+@pytest.fixture
+def small_clip():
+    return build_clip(tiny_clip_state())
+
+
+def command(*arguments: object, env: dict[str, str] = {}, processes: int = 1) -> subprocess.CompletedProcess:  # noqa: B006
+    """Run `python SCRIPT ...` (or torchrun) as a user would, from the repository."""
+    start = [sys.executable]
+    if processes > 1:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    words = [*start, *map(str, arguments)]
+    return subprocess.run(words, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=280)
+
+
+def fails_in_one_line(result: subprocess.CompletedProcess, *parts: str) -> None:
+    """Exit code 2 and exactly `error: ...` on stderr with all `parts` in it."""
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for part in parts:
+        assert part in lines[0]

@@ -1,0 +1,150 @@
+"""Import of original checkpoints, backbone weights, and files that are not what they should be."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import keys
+
+from zsseg import checkpoint
+from zsseg.checkpoint import import_original, load_backbone, load_strict, our_name
+from zsseg.config import ModelConfig
+from zsseg.maskformer import DeepResNet, MaskFormer
+from zsseg.prompts import LearnedPrompt
+from zsseg.run import UserError
+
+LISTS = keys("upstream_keys.json")
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_every_key_of_the_original_is_used_or_dropped(name):
+    """Each name goes to one place of ours, shapes fit, nothing of ours is left without a value."""
+    with torch.device("meta"):
+        state = {k: torch.empty(shape) for k, shape in LISTS[name].items()}
+    region = {k for k in state if k.startswith("_region_clip_adapter.clip_model.")}
+    parts, dropped = import_original({k: v for k, v in state.items() if k not in region}, name)
+    assert len(state) - len(region) == len(dropped) + sum(len(p) for p in parts.values())
+    assert all(any(word in k for word in ("_signal", "pixel_", "empty_weight", "_region")) for k in dropped)
+    maskformer = parts.get("maskformer", {})
+    assert ("maskformer" in parts) == (name != "coco_prompt_learning")
+    if "pixel_embed.weight" in maskformer:
+        assert maskformer["pixel_embed.weight"].shape == (512, 256, 1, 1)
+    elif maskformer:
+        embed = maskformer["non_object"].shape[1]
+        with torch.device("meta"):
+            model = MaskFormer(ModelConfig("R50" if name.startswith("voc_r50") else "R101c"), embed)
+            load_strict(model, maskformer, name, "")
+    for part in ("prompt", "region_prompt"):
+        if part in parts:
+            with torch.device("meta"):
+                load_strict(LearnedPrompt(parts[part]["prefix"].shape[1]), parts[part], name, "")
+    assert ("prompt" in parts) == ("learn" in name) and ("region_prompt" in parts) == ("separate" in name)
+
+
+def test_region_adapter_must_share_the_clip():
+    names = ["clip_adapter.clip_model.ln_final.weight", "_region_clip_adapter.clip_model.ln_final.weight"]
+    parts, dropped = import_original({n: torch.ones(3) for n in names}, "file")
+    assert list(parts) == ["clip"] and dropped == names[1:]
+    with pytest.raises(UserError, match="two different CLIPs"):
+        import_original({n: torch.full((3,), float(i)) for i, n in enumerate(names)}, "file")
+
+
+def test_unknown_names_are_refused():
+    for name in ("backbone.stem.conv9.weight", "sem_seg_head.extra", "backbone.res2.0.conv4.weight", "xbackbone.stem.conv1.weight"):
+        with pytest.raises(KeyError):
+            our_name(name)
+    with pytest.raises(UserError, match="unknown entry sem_seg_head.extra"):
+        import_original({"sem_seg_head.extra": torch.zeros(1)}, "file")
+
+
+def test_strict_loading_lists_what_does_not_fit():
+    module = torch.nn.Linear(2, 3)
+    state = {"weight": torch.zeros(3, 5), "extra": torch.zeros(1)}
+    before = module.weight.clone()
+    with pytest.raises(UserError, match=r"bias is missing, extra is unknown, weight has shape \(3, 5\), not \(3, 2\)"):
+        load_strict(module, state, "file", "hint")
+    assert torch.equal(module.weight, before)
+
+
+def test_frozen_batch_norm_equals_batch_norm_with_and_without_gradients():
+    torch.manual_seed(0)
+    model = DeepResNet("R50")
+    frozen = model.bn1
+    for buffer in (frozen.weight, frozen.bias, frozen.running_mean, frozen.running_var):
+        buffer.uniform_(0.5, 2)
+    x = torch.randn(2, 64, 5, 5)
+    wanted = torch.nn.functional.batch_norm(x, frozen.running_mean, frozen.running_var, frozen.weight, frozen.bias, eps=1e-5)
+    assert torch.equal(frozen(x), wanted)
+    assert torch.allclose(frozen(x.clone().requires_grad_()), wanted, atol=1e-5)
+    assert not list(frozen.parameters())
+
+
+def to_detectron(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """torchvision's ResNet names -> detectron2's, the other way round than the importer."""
+    out = {}
+    for key, value in state.items():
+        key = key.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        for i in "123":
+            key = key.replace(f"bn{i}", f"conv{i}.norm")
+            key = key.replace(f"layer{i}", f"res{int(i) + 1}")
+        key = key.replace("layer4", "res5")
+        out[key if key.startswith("res") else f"stem.{key}"] = value.numpy()
+    return out
+
+
+def test_backbone_weights_from_torchvision_and_detectron2(tmp_path):
+    torch.manual_seed(0)
+    source = torchvision.models.resnet50(weights=None)
+    state = {k: v for k, v in source.state_dict().items() if "num_batches" not in k}
+    torch.save(source.state_dict(), tmp_path / "r50.pth")
+    arrays = to_detectron({k: v for k, v in state.items() if not k.startswith("fc.")})
+    arrays["stem.fc.weight"] = np.zeros((10, 3), np.float32)
+    with open(tmp_path / "R-50.pkl", "wb") as file:
+        pickle.dump({"model": {k: v for k, v in arrays.items() if "stem.fc" not in k}, "matching_heuristics": True}, file)
+    for name in ("r50.pth", "R-50.pkl"):
+        backbone = DeepResNet("R50")
+        load_backbone(backbone, "R50", str(tmp_path / name))
+        assert all(torch.equal(v, state[k]) for k, v in backbone.state_dict().items())
+        x = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            y = source.eval().maxpool(source.relu(source.bn1(source.conv1(x))))
+            wanted = source.layer2(source.layer1(y))
+            assert torch.allclose(backbone.eval()(x)[1], wanted, rtol=1e-4, atol=1e-4)
+        with pytest.raises(UserError, match="does not fit"):
+            load_backbone(DeepResNet("R101c"), "R101c", str(tmp_path / name))
+    with pytest.raises(UserError, match="none for R101c"):
+        load_backbone(DeepResNet("R101c"), "R101c", "imagenet")
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("pwned", "w"))
+
+
+@pytest.mark.parametrize("ending", [".pkl", ".pth"])
+def test_files_with_code_are_refused_and_not_run(tmp_path, monkeypatch, ending):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"evil{ending}").write_bytes(pickle.dumps({"model": Evil()}))
+    with pytest.raises(UserError, match="evil"):
+        load_backbone(DeepResNet("R50"), "R50", f"evil{ending}")
+    torch.save({"model": Evil()}, "evil.pt")
+    with pytest.raises(UserError, match=r"evil\.pt: cannot be read as tensors"):
+        checkpoint.load("evil.pt")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_saving_replaces_or_leaves_the_file(tmp_path):
+    path = tmp_path / "new" / "last.pt"
+    checkpoint.save(path, model={"w": torch.ones(2)}, step=1)
+    with pytest.raises(AttributeError):
+        checkpoint.save(path, model=lambda: None)  # cannot be pickled
+    assert checkpoint.load(path)["step"] == 1 and [f.name for f in path.parent.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("content", [{"model": 3}, [1, 2], {"state": {}}])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="holds no model"):
+        checkpoint.load(tmp_path / "x.pt")

@@ -1,0 +1,144 @@
+"""Tokenizer and CLIP beyond the reference values."""
+
+import pytest
+import torch
+from conftest import GOLDEN, keys, original_state, tiny_clip_state
+
+from zsseg.checkpoint import load_clip_state, read_torchscript
+from zsseg.clip import CLIP, ModifiedResNet, Tokenizer, VisionTransformer, build_clip
+from zsseg.run import UserError
+
+
+def test_byte_vocabulary_needs_no_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("ZSSEG_VOCAB", str(tmp_path / "absent"))
+    tokenizer = Tokenizer(514, 12)
+    a, z = ord("a") - ord("!"), ord("z") - ord("!")
+    assert tokenizer(["az A"]).tolist() == [[512, a, z + 256, a + 256, 513, 0, 0, 0, 0, 0, 0, 0]]
+    assert tokenizer.encode("é")[0] < 256 <= tokenizer.encode("é")[1] < 512  # two bytes, the last one ends the word
+    with pytest.raises(UserError, match=r"ZSSEG_VOCAB=.*absent: no such file"):
+        Tokenizer(49408, 77)
+
+
+def test_every_byte_has_its_own_token():
+    tokenizer = Tokenizer(514, 77)
+    assert sorted(tokenizer.index.values()) == list(range(512)) and len(set(tokenizer.symbol_of_byte.values())) == 256
+
+
+def test_a_text_that_does_not_fit_is_named_or_cut():
+    tokenizer = Tokenizer(514, 8)
+    assert tokenizer(["abcdef"])[0, -1] == 513
+    with pytest.raises(UserError, match="text 'abcdefg': has 9 tokens, CLIP reads 8"):
+        tokenizer(["abcdefg"])
+    assert tokenizer(["abcdefg"], truncate=True)[0].tolist()[-2:] == [tokenizer.encode("abcdef")[5] - 256, 513]
+
+
+def test_broken_vocabulary_is_named(monkeypatch, tmp_path):
+    (tmp_path / "vocab.gz").write_bytes(b"not gzip")
+    monkeypatch.setenv("ZSSEG_VOCAB", str(tmp_path / "vocab.gz"))
+    with pytest.raises(UserError, match=r"vocab\.gz cannot be read|vocab\.gz: cannot be read"):
+        Tokenizer(49408, 77)
+
+
+def test_sizes_are_read_off_the_state_dict():
+    clip = build_clip(tiny_clip_state())
+    assert (clip.visual.resolution, clip.visual.patch, clip.context, clip.token_embedding.num_embeddings) == (32, 8, 40, 514)
+    assert sum(p.numel() for p in clip.parameters()) < 700_000
+    assert not clip.training and not any(p.requires_grad for p in clip.parameters())
+    small = CLIP(ModifiedResNet([1, 2, 1, 1], 8, 64, 16), 16, 10, 514, 64, 1)
+    again = build_clip(small.state_dict())
+    assert again.visual.resolution == 64 and len(again.visual.layer2) == 2
+    half = {k: v.half() if v.is_floating_point() else v for k, v in tiny_clip_state().items()}
+    assert build_clip(half).text_projection.dtype == torch.float32
+
+
+@pytest.mark.parametrize("damage", ["drop", "shape", "extra", "empty"])
+def test_what_is_not_a_clip_is_refused(damage):
+    state = tiny_clip_state()
+    if damage == "drop":
+        del state["visual.ln_post.weight"]
+    elif damage == "shape":
+        state["ln_final.weight"] = torch.zeros(3)
+    elif damage == "extra":
+        state["something"] = torch.zeros(3)
+    else:
+        state = {}
+    with pytest.raises(UserError, match="not a CLIP state dict"):
+        build_clip(state)
+
+
+def test_other_resolutions_interpolate_the_positions(small_clip):
+    vit, resnet = small_clip.visual, ModifiedResNet([1, 1, 1, 1], 8, 64, 16).eval()
+    for tower, size, grid in ((vit, (64, 24), (8, 3)), (resnet, (128, 64), (4, 2))):
+        images = torch.randn(2, 3, *size)
+        assert tower(images).shape == (2, tower(images, dense=True).shape[-1])
+        assert tower(images, dense=True).shape[:3] == (2, *grid)
+
+
+def test_towers_compile_without_a_graph_break():
+    images = torch.randn(2, 3, 32, 32)
+    torch.manual_seed(0)
+    for tower in (build_clip(tiny_clip_state()).visual, VisionTransformer(32, 8, 64, 2, 16).eval(),
+                  ModifiedResNet([1, 1, 1, 1], 8, 32, 16).eval()):  # fmt: skip
+        with torch.no_grad():
+            compiled = torch.compile(tower, fullgraph=True, backend="aot_eager")
+            assert torch.allclose(compiled(images), tower(images), atol=1e-5)
+
+
+class Scripted(torch.nn.Module):
+    """Looks like a CLIP archive: nested modules, half precision, a shared storage, a method that must never run."""
+
+    def __init__(self, state: dict[str, torch.Tensor]):
+        super().__init__()
+        for name, tensor in state.items():
+            module, *path = self, *name.split(".")[:-1]
+            for part in path:
+                if not hasattr(module, part):
+                    module.add_module(part, torch.nn.Module())
+                module = getattr(module, part)
+            module.register_buffer(name.split(".")[-1], tensor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_openai_archives_are_read_for_their_tensors(tmp_path):
+    state = {k: v.half() if v.is_floating_point() else v for k, v in tiny_clip_state().items()}
+    state["input_resolution"] = torch.tensor(32)
+    base = torch.arange(12.0)
+    views = {"view": base.view(3, 4).T[1:], "scalar": torch.tensor(2.5)}
+    torch.jit.script(Scripted(state | views)).save(tmp_path / "clip.pt")
+    read = read_torchscript(tmp_path / "clip.pt", "archive")
+    assert read.keys() == (state | views).keys()
+    assert all(torch.equal(read[k], v) for k, v in (state | views).items())
+    torch.jit.script(Scripted(state)).save(tmp_path / "clip.pt")
+    clip = build_clip(load_clip_state("{root}/clip.pt", tmp_path))
+    assert torch.equal(clip.text_projection, state["text_projection"].float())
+
+
+def test_unknown_or_broken_weights_are_named(tmp_path):
+    with pytest.raises(UserError, match="ViT-B/16"):
+        load_clip_state("ViT-B-16", tmp_path)
+    (tmp_path / "clip.pt").write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"clip\.pt: cannot be read"):
+        load_clip_state(str(tmp_path / "clip.pt"), tmp_path)
+
+
+def test_a_batch_of_texts_equals_one_by_one(small_clip):
+    tokens = Tokenizer(514, 40)(["a red disc", "a", "a photo of a yellow triangle."])
+    with torch.no_grad():
+        together = small_clip.encode_text(tokens)
+        alone = torch.cat([small_clip.encode_text(t[None]) for t in tokens])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_causal_mask_hides_what_follows_the_end(small_clip):
+    tokens = Tokenizer(514, 40)(["a red disc"])
+    changed = tokens.clone()
+    changed[0, -1] = 7
+    with torch.no_grad():
+        assert torch.allclose(small_clip.encode_text(tokens), small_clip.encode_text(changed), atol=1e-6)
+
+
+def test_golden_folder_is_whole():
+    assert len(keys("upstream_keys.json")) == 9 and (GOLDEN / "e2e" / "VOC2012" / "val.txt").exists()
+    assert original_state({"a.weight": [2, 2]})["a.weight"].shape == (2, 2)

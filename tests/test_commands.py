@@ -1,0 +1,268 @@
+"""The three commands as users run them: training, resuming, several processes, evaluation, mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command, fails_in_one_line, tiny_config
+from PIL import Image
+
+import eval as evaluation
+import prepare_data
+import train
+from zsseg import checkpoint, run
+from zsseg.config import to_dict
+
+TINY = ["--config", "configs/shapes.toml", "--device", "cpu"]
+for setting in ("train.batch_size=4", "train.steps=4", "log.every=1", "data.workers=0", "data.crop=64", "data.short_edges=[64]",
+                "model.queries=8", "data.test_short_edge=64", "train.checkpoint_every=2", "model.decoder_layers=2"):  # fmt: skip
+    TINY += ["--set", setting]
+
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(path)["model"]["maskformer"]
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def trained(shapes_root, tmp_path_factory) -> Path:
+    """Four steps of training through the command line, with an evaluation on the way."""
+    out = tmp_path_factory.mktemp("run")
+    result = command("train.py", *TINY, "--root", shapes_root, "--out", out, "--set", "train.eval_every=2")
+    assert result.returncode == 0, result.stderr
+    assert "CLIP on the true masks" in result.stdout and "head alone" in result.stdout and "hIoU" in result.stdout
+    return out
+
+
+def test_training_leaves_what_the_contract_says(trained):
+    names = {"last.pt", "best.pt", "metrics.jsonl", "metrics.json", "samples.png"}
+    assert {f.name for f in trained.iterdir()} == names
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+    assert [line["step"] for line in lines if "val/hIoU" in line] == [2] and "test/hIoU" in lines[-1]
+    content = checkpoint.load(trained / "last.pt")
+    assert content["step"] == 4 and content["config"]["train"]["batch_size"] == 4
+    assert checkpoint.load(trained / "best.pt")["step"] == 2
+    assert Image.open(trained / "samples.png").size == (4 * 160, 3 * 160)
+
+
+def test_evaluation_repeats_the_numbers_of_training(trained, shapes_root, tmp_path):
+    """Also from two processes, with the exact same confusion matrix, and with its predictions saved."""
+    arguments = [trained / "last.pt", "--root", shapes_root, "--device", "cpu"]
+    once = command("eval.py", *arguments, "--out", tmp_path / "one", "--save-predictions")
+    twice = command("eval.py", *arguments, "--out", tmp_path / "two", processes=2)
+    assert once.returncode == 0 and twice.returncode == 0, once.stderr + twice.stderr
+    results = [json.loads((folder / "metrics.json").read_text()) for folder in (trained, tmp_path / "one", tmp_path / "two")]
+    for result in results:
+        del result["images_per_second"]
+    assert results[0] == results[1]
+    assert results[2]["images"] == 4
+    assert results[2]["mIoU"] == pytest.approx(results[1]["mIoU"], abs=0.1)  # one thread each: another order of sums
+    assert {"mIoU", "mIoU_gt", "fwIoU", "mAcc", "pAcc", "mIoU_seen", "mIoU_unseen", "hIoU", "pAcc_seen", "pAcc_unseen",
+            "per_class", "images", "head_only", "clip_true_masks"} == set(results[1])  # fmt: skip
+    maps = sorted((tmp_path / "one" / "predictions").iterdir())
+    assert [m.name for m in maps] == [f"test0000{i}.png" for i in range(4)]
+    assert all(np.array(Image.open(m)).shape == (64, 64) and np.array(Image.open(m)).max() < 24 for m in maps)
+
+
+def test_resumed_training_equals_uninterrupted_training(trained, shapes_root, tmp_path, monkeypatch):
+    """Killed after step 2 (the checkpoint interval), resumed: the same weights bit for bit, with workers too."""
+    out = tmp_path / "run"
+    arguments = [*TINY, "--root", str(shapes_root), "--out", str(out), "--set", "data.workers=1"]
+    saves = []
+
+    def save_and_die(path: Path, **content: object) -> None:
+        original(path, **content)
+        saves.append(content["step"])
+        if content["step"] == 2:
+            raise KeyboardInterrupt
+
+    original = checkpoint.save
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(checkpoint, "save", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(arguments)
+    monkeypatch.setattr(checkpoint, "save", original)
+    assert saves == [2] and checkpoint.load(out / "last.pt")["step"] == 2
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "loss": 0}\n')  # logged, but after the checkpoint
+    train.main([*arguments, "--resume"])
+    assert same(weights(out / "last.pt"), weights(trained / "last.pt"))
+    first, second = (checkpoint.load(p / "last.pt")["optimizer"]["state"] for p in (out, trained))
+    assert all(torch.equal(first[k]["exp_avg_sq"], second[k]["exp_avg_sq"]) for k in second)
+    logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in logged if "loss" in line] == [1, 2, 3, 4] and all(v.get("loss") != 0 for v in logged)
+
+
+def test_two_processes_train_as_one(shapes_root, tmp_path):
+    """The same global batches, losses averaged over both: the same course (without batch norm, which is per process)."""
+    settings = [*TINY, "--root", shapes_root]
+    for setting in ("model.backbone=R50", "train.steps=3", "model.dropout=0", "train.lr=1e-4"):
+        settings += ["--set", setting]
+    for n in (1, 2):
+        result = command("train.py", *settings, "--out", tmp_path / str(n), processes=n, env={"OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr
+    logs = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()][:3] for n in "12"]
+    for one, two in zip(*logs, strict=True):
+        for key in ("loss", "class", "focal", "dice", "grad_norm"):
+            assert one[key] == pytest.approx(two[key], rel=1e-3)
+    one, two = weights(tmp_path / "1" / "last.pt"), weights(tmp_path / "2" / "last.pt")
+    apart = torch.cat([(two[k] - v).abs().flatten() for k, v in one.items()])
+    assert (apart > 1e-5).float().mean() < 0.01  # AdamW moves a weight without gradient by the sign of rounding errors
+
+
+def test_compiled_training_runs(shapes_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    arguments = [*TINY, "--root", str(shapes_root), "--out", str(tmp_path), "--set", "train.steps=1"]
+    real = torch.nn.Module.compile  # Inductor needs minutes here; AOTAutograd follows the same path
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: real(self, backend="aot_eager", fullgraph=True))
+    train.main([*arguments, "--set", "model.compile=on", "--set", "model.bf16=on"])
+    assert not any("_orig_mod" in k for k in weights(tmp_path / "last.pt"))
+
+
+def test_wandb_offline_writes_the_run(shapes_root, tmp_path):
+    pytest.importorskip("wandb")
+    result = command("train.py", *TINY, "--root", shapes_root, "--out", tmp_path, "--set", "log.wandb=online",
+                     "--set", "train.steps=1", env={"WANDB_API_KEY": "", "WANDB_SILENT": "true", "HOME": str(tmp_path)})  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "logging offline" in result.stdout
+    runs = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(runs) == 1 and runs[0].stat().st_size > 1000
+    assert checkpoint.load(tmp_path / "last.pt")["wandb"] in runs[0].name
+
+
+def test_preparing_shapes_can_be_killed_and_repeated(tmp_path, monkeypatch):
+    """SIGKILL while pictures are written: run again, every file is whole and equals one never interrupted."""
+    script = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from zsseg import run, shapes
+shapes.SPLITS = {{"clip": 300, "train": 100, "val": 3, "test": 4}}
+shapes.generate(__import__("pathlib").Path(sys.argv[1]))
+"""
+    victim = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "a")])
+    while not list(tmp_path.glob("a/images/clip/*")):
+        time.sleep(0.02)
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    assert not (tmp_path / "a" / "captions.json").exists()
+    for folder in ("a", "b"):
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / folder)], check=True)
+    names = sorted(f.relative_to(tmp_path / "b") for f in (tmp_path / "b").rglob("*") if f.is_file())
+    assert len(names) == 2 * 407 + 1
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+
+
+def test_check_reports_histogram_and_absence_of_unseen_pixels(shapes_root, capsys):
+    prepare_data.main(["shapes", "--root", str(shapes_root), "--check"])
+    text = capsys.readouterr().out
+    assert "shapes train: 10 pictures" in text and "shapes val: 3 pictures" in text
+    assert "no pixel of the 5 unseen classes: red square" in text and "striped wall" in text
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------------
+
+
+def fails(capsys, monkeypatch, main, arguments: list[str], *parts: str) -> None:
+    """In this process: run.command must end with code 2 and one line."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        run.command(main)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and lines[0].count("; ") >= 1
+    assert all(part in lines[0] for part in parts), lines[0]
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
+    result = command("train.py", "--config", "configs/voc_r50_single.toml", "--set", "train.stps=1", "--out", tmp_path / "out")
+    fails_in_one_line(result, "train.stps", "train.steps")
+    assert not (tmp_path / "out").exists() and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [(["--root", "{empty}", "--config", "configs/shapes.toml"], ["clip.pt", "prepare_data.py"]),
+     (["--config", "configs/absent.toml"], ["absent.toml", "No such file"]),
+     ([], ["--config"]),
+     (["--config", "configs/shapes.toml", "--colour"], ["--colour"]),
+     (["--config", "configs/shapes.toml", "--root", "{root}", "--set", "data.name=pets"], ["pets", "voc"]),
+     (["--config", "configs/shapes.toml", "--root", "{root}", "--set", "data.name=voc"], ["voc", "prepare_data.py voc"]),
+     (["--config", "configs/shapes.toml", "--root", "{root}", "--set", "clip.prompt=poem"], ["clip.prompt", "imagenet"]),
+     (["--config", "configs/shapes.toml", "--root", "{root}", "--resume"], ["last.pt", "no such file"]),
+     (["--config", "configs/shapes.toml", "--root", "{root}", "--set",
+       "clip.prompt=['a very long and winding description of one single {} on a wall']"], ["tokens", "shorten"])],
+)  # fmt: skip
+def test_mistakes_in_training(capsys, monkeypatch, shapes_root, tmp_path, arguments, parts):
+    words = [a.format(empty=tmp_path / "nothing", root=shapes_root) if a[0] == "{" else a for a in arguments]
+    fails(capsys, monkeypatch, train.main, [*words, "--out", tmp_path / "out"], *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_overwritten(capsys, monkeypatch, trained, shapes_root):
+    before = (trained / "last.pt").read_bytes()
+    fails(capsys, monkeypatch, train.main, [*TINY, "--root", shapes_root, "--out", trained], "--resume")
+    assert (trained / "last.pt").read_bytes() == before
+
+
+def test_mistakes_in_evaluation(capsys, monkeypatch, trained, shapes_root, tmp_path):
+    out = ["--out", tmp_path / "out", "--root", shapes_root]
+    fails(capsys, monkeypatch, evaluation.main, [tmp_path / "no.pt", *out], "no.pt", "no such file")
+    (tmp_path / "junk.pt").write_bytes(b"PK\x03\x04junk")
+    fails(capsys, monkeypatch, evaluation.main, [tmp_path / "junk.pt", *out], "junk.pt", "cannot be read")
+    torch.save({"model": {"backbone.stem.conv1.weight": torch.zeros(1)}}, tmp_path / "theirs.pth")
+    fails(capsys, monkeypatch, evaluation.main, [tmp_path / "theirs.pth", *out], "give its --config")
+    theirs = [tmp_path / "theirs.pth", "--config", "configs/voc_r50_single.toml", *out]
+    fails(capsys, monkeypatch, evaluation.main, theirs, "holds no CLIP")
+    wrong = [trained / "last.pt", *out, "--set", "model.queries=9"]
+    fails(capsys, monkeypatch, evaluation.main, wrong, "query_embed.weight has shape")
+    checkpoint.save(tmp_path / "clip.pt", model={"text_projection": torch.zeros(1)}, config=to_dict(tiny_config(task="clip")))
+    fails(capsys, monkeypatch, evaluation.main, [tmp_path / "clip.pt", *out], "holds a CLIP")
+    learned = [trained / "last.pt", *out, "--set", "clip.prompt=learned"]
+    fails(capsys, monkeypatch, evaluation.main, learned, "no learned prompt")
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_data_stops_evaluation_and_names_the_file(capsys, monkeypatch, trained, shapes_root, tmp_path):
+    root = tmp_path / "root"
+    subprocess.run(["cp", "-r", str(shapes_root), str(root)], check=True)
+    Image.new("L", (10, 10)).save(root / "shapes" / "labels" / "test" / "test00001.png")
+    arguments = [trained / "last.pt", "--root", root, "--out", tmp_path / "out"]
+    fails(capsys, monkeypatch, evaluation.main, arguments, "test00001.png", "is 10 x 10, its picture 64 x 64")
+    os.remove(root / "shapes" / "images" / "test" / "test00000.jpg")
+    fails(capsys, monkeypatch, evaluation.main, arguments, "test00000.jpg", "No such file")
+    assert not (tmp_path / "out").exists()
+
+
+def test_broken_data_in_a_worker_is_one_line_too(trained, shapes_root, tmp_path):
+    root = tmp_path / "root"
+    subprocess.run(["cp", "-r", str(shapes_root), str(root)], check=True)
+    (root / "shapes" / "images" / "test" / "test00002.jpg").write_bytes(b"junk")
+    result = command("eval.py", trained / "last.pt", "--root", root, "--out", tmp_path / "out", "--set", "data.workers=2")
+    fails_in_one_line(result, "test00002.jpg", "cannot be read")
+
+
+def test_missing_vocabulary(capsys, monkeypatch, tmp_path, shapes_root):
+    from zsseg.clip import CLIP, VisionTransformer
+
+    big = CLIP(VisionTransformer(32, 16, 64, 1, 16), 16, 77, 49408, 64, 1)
+    torch.save(big.state_dict(), tmp_path / "clip.pt")
+    monkeypatch.setenv("ZSSEG_VOCAB", str(tmp_path / "vocab.gz"))
+    arguments = [*TINY, "--root", shapes_root, "--out", tmp_path / "out", "--set", f"clip.weights={tmp_path / 'clip.pt'}"]
+    fails(capsys, monkeypatch, train.main, arguments, "vocab.gz", "no such file")
+    monkeypatch.delenv("ZSSEG_VOCAB")
+    monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("zsseg.clip.VOCABULARY", ("http://127.0.0.1:9/vocab.gz", "0" * 64))
+    fails(capsys, monkeypatch, train.main, arguments, "BPE vocabulary", "cannot download", str(tmp_path / "cache"))
+    assert not list((tmp_path / "cache").glob("*"))

@@ -1,0 +1,221 @@
+"""Pictures, label maps, augmentation and the training streams."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from PIL import Image
+from torchvision import tv_tensors
+
+from zsseg import shapes
+from zsseg.data import (
+    DATASETS,
+    CropAtMost,
+    PadTo,
+    RegionsWithCaptions,
+    SSDJitter,
+    TestPictures,
+    TrainPictures,
+    augmentation,
+    collate,
+    find_pairs,
+    read_labels,
+    read_picture,
+    rough_mask,
+    stream,
+    test_size,
+)
+from zsseg.run import UserError
+
+test_size.__test__ = TestPictures.__test__ = False  # pytest would take them for tests
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "longest", "wanted"),
+    [((640, 480), 512, 2048, (683, 512)), ((170, 230), 512, 2048, (512, 693)), ((230, 190), 512, 2048, (620, 512)),
+     ((1, 1), 512, 2048, (512, 512)), ((1000, 10), 512, 2048, (2048, 20)), ((10000, 1), 640, 2560, (2560, 1))],
+)  # fmt: skip
+def test_sizes_at_test_time(size, short, longest, wanted):
+    assert test_size(*size, short, longest) == wanted
+
+
+def test_no_pixel_and_no_name_of_an_unseen_class_reaches_the_segmenter(shapes_root):
+    """Through everything that training reads: pictures of the data set do show unseen things, targets never do."""
+    data = DATASETS["shapes"]
+    config = tiny_config()
+    samples = TrainPictures(config, shapes_root)
+    assert set(samples.data.training_names).isdisjoint(data.unseen) and len(samples.data.training_names) == 19
+    unseen = [data.names.index(n) for n in data.unseen]
+    hidden = 0
+    for i, (image, label) in enumerate(samples.pairs):
+        raw = np.array(Image.open(label))
+        mapped = read_labels(label, data.training_lut, read_picture(image).size)
+        hidden += np.isin(raw, unseen).sum()
+        assert (mapped[np.isin(raw, unseen)] == data.ignore).all()
+        kept = mapped != data.ignore
+        assert (np.array(data.training_names)[mapped[kept]] == np.array(data.names)[raw[kept]]).all()
+        _, labels, classes = samples[i]
+        assert classes.max() < 19 and set(classes.tolist()) == set(labels.unique().tolist()) - {data.ignore}
+    assert hidden > 0
+
+
+def test_a_sample_is_a_function_of_its_number(shapes_root):
+    """Order of access, the global generator and workers change nothing."""
+    samples = TrainPictures(tiny_config(), shapes_root)
+    first = [samples[n] for n in (0, 25, 7)]
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    again = [TrainPictures(tiny_config(), shapes_root)[n] for n in (7, 0, 25)]
+    assert torch.equal(torch.get_rng_state(), state)
+    for a, b in zip(first, (again[1], again[2], again[0]), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    for (image, targets), n in zip(stream(samples, [0, 25, 7, 8], 2, 2, collate), (0, 7), strict=True):
+        assert torch.equal(image[0], samples[n][0]) and targets.counts[0] == len(samples[n][2])
+    other = TrainPictures(tiny_config("train.seed=1"), shapes_root)
+    assert any(not torch.equal(other[n][0], samples[n][0]) for n in range(4))
+
+
+def test_every_picture_comes_once_an_epoch(shapes_root):
+    samples = TrainPictures(tiny_config(), shapes_root)
+    N = len(samples.pairs)
+    orders = [samples.order(e).tolist() for e in range(3)]
+    assert all(sorted(o) == list(range(N)) for o in orders) and orders[0] != orders[1]
+
+
+def test_collate_pads_the_classes():
+    item = lambda *c: (torch.zeros(3, 2, 2), torch.zeros(2, 2), torch.tensor(c, dtype=torch.int64))
+    _, targets = collate([item(3, 5), item(), item(1)])
+    assert targets.classes.tolist() == [[3, 5], [0, 0], [1, 0]] and targets.counts.tolist() == [2, 0, 1]
+    assert collate([item()])[1].classes.shape == (1, 0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (33, 200), (64, 64), (301, 77)])
+def test_augmentation_moves_picture_and_labels_together(size):
+    """A picture whose colour is its label keeps that property wherever no border was interpolated."""
+    labels = torch.zeros(size, dtype=torch.uint8)
+    labels[size[0] // 2 :] = 7
+    image = (labels * 20).expand(3, *size).clone()
+    config = tiny_config("data.short_edges=[40, 90]", "data.crop=64", "data.color_jitter=false").data
+    torch.manual_seed(0)
+    for _ in range(5):
+        picture, mask = augmentation(config, 255)(tv_tensors.Image(image), tv_tensors.Mask(labels))
+        assert picture.shape == (3, 64, 64) and mask.shape == (64, 64) and picture.dtype == torch.uint8
+        padding = mask == 255
+        assert (picture[:, padding] == 128).all() and set(mask.unique().tolist()) <= {0, 7, 255}
+        agree = (picture[0][~padding].int() - 20 * mask[~padding].int()).abs() < 10
+        assert agree.float().mean() > 0.9
+
+
+def test_jitter_changes_colours_of_the_picture_only():
+    torch.manual_seed(0)
+    image, mask = tv_tensors.Image(torch.full((3, 4, 4), 100, dtype=torch.uint8)), tv_tensors.Mask(torch.ones(4, 4))
+    means = []
+    for _ in range(200):
+        picture, same = SSDJitter()(image, mask)
+        assert torch.equal(same, mask) and picture.dtype == torch.uint8
+        means.append(float(picture.float().mean()))
+    assert min(means) >= 34 - 1 and max(means) <= 198 + 1  # (100 - 32) / 2 and (100 + 32) * 1.5
+    assert 0.15 < np.mean(np.array(means) == 100) < 0.35  # neither brightness nor contrast: a quarter
+
+
+def test_crop_is_inside_and_pad_is_right_and_bottom():
+    image = torch.arange(12.0).view(1, 3, 4)
+    assert torch.equal(CropAtMost(9)(tv_tensors.Image(image)), image)
+    assert CropAtMost(2)(tv_tensors.Image(image)).shape == (1, 2, 2)
+    padded = PadTo(5, 255)(tv_tensors.Image(image))
+    assert torch.equal(padded[:, :3, :4], image) and (padded[:, 3:] == 128).all() and (padded[:, :, 4:] == 128).all()
+
+
+def test_voc_and_coco_layouts(tmp_path):
+    voc, coco = tmp_path / "VOC2012", tmp_path / "coco"
+    for folder in (voc / "JPEGImages", voc / "SegmentationClassAug", coco / "val2017", coco / "stuffthingmaps/val2017"):
+        folder.mkdir(parents=True)
+    picture, values = Image.new("RGB", (6, 4), (10, 20, 30)), np.array([[0, 1, 15, 16, 20, 255]] * 4, np.uint8)
+    picture.save(voc / "JPEGImages" / "a.jpg")
+    palette = Image.fromarray(values).convert("P")  # VOC's own masks have a palette; the index is what counts
+    palette.putdata(values.ravel().tolist())
+    palette.save(voc / "SegmentationClassAug" / "a.png")
+    (voc / "val.txt").write_text("a\n")
+    picture.save(coco / "val2017" / "b.jpg")
+    Image.fromarray(np.array([[0, 10, 11, 12, 181, 255]] * 4, np.uint8)).save(coco / "stuffthingmaps/val2017/b.png")
+    config = tiny_config("data.name=voc").data
+    image, labels, stem = TestPictures(config, tmp_path, "val")[0]
+    assert (stem, image.shape, image.is_contiguous()) == ("a", (3, 64, 96), True)
+    assert labels[0].tolist() == [255, 0, 14, 15, 19, 255]
+    data = DATASETS["voc"]
+    trained = read_labels(voc / "SegmentationClassAug" / "a.png", data.training_lut, (6, 4))
+    assert trained[0].tolist() == [255, 0, 14, 255, 255, 255]
+    config = tiny_config("data.name=coco_stuff").data
+    assert TestPictures(config, tmp_path, "val")[0][1][0].tolist() == [0, 10, 255, 11, 170, 255]
+
+
+def test_bad_files_are_named(tmp_path, shapes_root):
+    lut = DATASETS["voc"].lut
+    (tmp_path / "broken.jpg").write_bytes((shapes_root / "shapes/images/val/val00000.jpg").read_bytes()[:700])
+    with pytest.raises(UserError, match=r"broken\.jpg"):
+        read_picture(tmp_path / "broken.jpg")
+    with pytest.raises(UserError, match=r"absent\.png"):
+        read_labels(tmp_path / "absent.png", lut, (4, 4))
+    Image.new("L", (5, 4)).save(tmp_path / "small.png")
+    with pytest.raises(UserError, match=r"small\.png: is 5 x 4, its picture 6 x 4"):
+        read_labels(tmp_path / "small.png", lut, (6, 4))
+    Image.new("RGB", (6, 4)).save(tmp_path / "colour.png")
+    with pytest.raises(UserError, match="8-bit"):
+        read_labels(tmp_path / "colour.png", lut, (6, 4))
+    with pytest.raises(UserError, match=r"prepare_data\.py voc"):
+        find_pairs("voc", tmp_path, "val")
+    with pytest.raises(UserError, match="no 'val' label maps"):
+        find_pairs("coco_stuff", tmp_path, "val")
+    with pytest.raises(UserError, match="choose one of"):
+        find_pairs("vok", tmp_path, "val")
+
+
+def test_shapes_are_deterministic_and_their_splits_differ():
+    for split in shapes.SPLITS:
+        one, two = shapes.draw(split, 3), shapes.draw(split, 3)
+        assert np.array_equal(one[0], two[0]) and np.array_equal(one[1], two[1]) and one[2] == two[2]
+    pictures = [shapes.draw(split, 0)[0].tobytes() for split in shapes.SPLITS]
+    assert len(set(pictures)) == len(pictures)
+
+
+def test_shapes_show_two_to_four_things_on_one_wall():
+    names = [*shapes.THINGS, *shapes.WALLS]
+    for i in range(40):
+        picture, labels, captions = shapes.draw("train", i)
+        present = np.unique(labels).tolist()
+        assert picture.shape == (64, 64, 3) and picture.dtype == labels.dtype == np.uint8
+        assert 2 <= sum(p < 20 for p in present) <= 4 and sum(p >= 20 for p in present) == 1
+        assert sorted(captions) == present and all(names[k] in text for k, text in captions.items())
+
+
+def test_every_colour_and_every_shape_is_seen():
+    data = DATASETS["shapes"]
+    seen = [n for n in data.names[:20] if n not in data.unseen]
+    assert len(data.unseen) == 5
+    assert {n.split()[0] for n in seen} == {n.split()[0] for n in data.names[:20]}
+    assert {n.split()[1] for n in seen} == {n.split()[1] for n in data.names[:20]}
+
+
+def test_generating_again_changes_nothing(shapes_root):
+    files = {f: f.stat().st_mtime_ns for f in shapes_root.rglob("*.*")}
+    shapes.generate(shapes_root / "shapes")
+    assert files == {f: f.stat().st_mtime_ns for f in shapes_root.rglob("*.*")}
+
+
+def test_a_contrastive_sample_has_every_class_once(shapes_root):
+    samples = RegionsWithCaptions(tiny_config(task="clip"), shapes_root)
+    crops, captions = samples[5]
+    names = [*shapes.THINGS, *shapes.WALLS]
+    assert crops.shape == (24, 3, 32, 32) and all(n in text for n, text in zip(names, captions, strict=True))
+    again, same = samples[5]
+    assert torch.equal(crops, again) and captions == same
+
+
+def test_rough_masks_are_never_empty():
+    rng = np.random.default_rng(0)
+    for size in ((64, 64), (13, 9)):
+        mask = torch.zeros(size, dtype=torch.bool)
+        mask[4, 5] = True
+        for _ in range(30):
+            rough = rough_mask(mask, rng)
+            assert rough.shape == size and rough.any() and not rough.all()

@@ -1,0 +1,163 @@
+"""Matching, assignment and losses against slow, literal versions, and at the edges."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import PROCESS
+from scipy.optimize import linear_sum_assignment
+
+from zsseg.losses import Targets, assign, class_loss, contrastive_loss, matching_cost, segmentation_losses
+
+L, B, Q, C, SIDE = 2, 3, 5, 4, 16
+IGNORE = 255
+
+
+def case(labels: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, Targets]:
+    torch.manual_seed(seed)
+    present = [[c for c in x.unique().tolist() if c != IGNORE] for x in labels]
+    width = max(map(len, present))
+    padded = [p + [0] * (width - len(p)) for p in present]
+    classes = torch.tensor(padded, dtype=torch.int64).view(len(labels), width)
+    logits, masks = torch.randn(L, len(labels), Q, C + 1) * 3, torch.randn(L, len(labels), Q, SIDE // 4, SIDE // 4) * 4
+    return logits, masks, Targets(labels, classes, torch.tensor([len(p) for p in present]))
+
+
+def mixed_labels() -> torch.Tensor:
+    """Three label maps of 3, 1 and 0 classes; the last is all ignored."""
+    torch.manual_seed(1)
+    labels = torch.randint(0, 3, (B, SIDE, SIDE))
+    labels[0, :3] = IGNORE
+    labels[1], labels[1, 5:7] = 3, IGNORE
+    labels[2] = IGNORE
+    return labels
+
+
+def literal_cost(logits, masks, labels, cls):
+    """One query, one target, METHOD section 3 word by word."""
+    truth = (labels[::4, ::4] == cls).double()
+    x = masks.double()
+    p = x.sigmoid()
+    focal = (0.25 * (1 - p) ** 2 * F.softplus(-x) * truth + 0.75 * p**2 * F.softplus(x) * (1 - truth)).mean()
+    dice = 1 - (2 * (p * truth).sum() + 1) / (p.sum() + truth.sum() + 1)
+    return -logits.double().softmax(-1)[cls] + 20 * focal + dice
+
+
+def test_matching_cost_is_the_formula():
+    logits, masks, targets = case(mixed_labels())
+    cost = matching_cost(logits, masks, targets, 20, 1)
+    for layer in range(L):
+        for b in range(B):
+            for t in range(targets.counts[b]):
+                for q in range(Q):
+                    wanted = literal_cost(logits[layer, b, q], masks[layer, b, q], targets.labels[b], targets.classes[b, t])
+                    assert float(cost[layer, b, q, t]) == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_padding_targets_change_nothing():
+    """A picture costs and loses the same alone as beside one with more targets."""
+    labels = mixed_labels()
+    logits, masks, targets = case(labels)
+    together = matching_cost(logits, masks, targets, 20, 1)
+    alone = Targets(labels[1:2], targets.classes[1:2, :1], targets.counts[1:2])
+    assert torch.allclose(together[:, 1:2, :, :1], matching_cost(logits[:, 1:2], masks[:, 1:2], alone, 20, 1))
+
+
+def test_assignment_is_minimal_and_marks_what_has_no_query():
+    torch.manual_seed(0)
+    counts = torch.tensor([4, 0, 7, 2])
+    cost = torch.randn(3, 4, 5, 7)
+    cost[1, 0] = 1.0  # all ties
+    matched = assign(cost, counts)
+    for layer in range(3):
+        for b, count in enumerate(counts.tolist()):
+            row = matched[layer, b]
+            real = row[:count][row[:count] >= 0]
+            assert len(real) == min(count, 5) and len(set(real.tolist())) == len(real)
+            assert (row[count:] == -1).all()
+            ours = sum(cost[layer, b, q, t] for t, q in enumerate(row[:count].tolist()) if q >= 0)
+            best = linear_sum_assignment(cost[layer, b, :, :count].numpy())
+            assert float(ours) == pytest.approx(float(cost[layer, b][best].sum()), abs=1e-6)
+
+
+def test_assignment_survives_values_that_are_not_finite():
+    cost = torch.tensor([[[[float("nan"), 1.0], [0.0, float("inf")], [2.0, 3.0]]]])
+    assert assign(cost, torch.tensor([2])).tolist() == [[[1, 0]]]
+
+
+def test_losses_are_the_formulas():
+    logits, masks, targets = case(mixed_labels())
+    losses = segmentation_losses(logits, masks, targets, 20.0, 1.0, 0.1, PROCESS)
+    matched = assign(matching_cost(logits, masks, targets, 20, 1), targets.counts)
+    for layer in range(L):
+        focal = dice = nll = weight = 0.0
+        for b in range(B):
+            of_query = {int(matched[layer, b, t]): int(targets.classes[b, t]) for t in range(targets.counts[b])}
+            for q in range(Q):
+                w = 1.0 if q in of_query else 0.1
+                nll -= w * float(logits[layer, b, q].double().log_softmax(-1)[of_query.get(q, C)])
+                weight += w
+            for q, cls in of_query.items():
+                x = F.interpolate(masks[layer, b, q][None, None], (SIDE, SIDE), mode="bilinear")[0, 0].double()
+                truth, p = (targets.labels[b] == cls).double(), x.sigmoid()
+                pt = p * truth + (1 - p) * (1 - truth)
+                focal += float(-((0.25 * truth + 0.75 * (1 - truth)) * (1 - pt) ** 2 * pt.log()).mean())
+                dice += float(1 - (2 * (p * truth).sum() + 1) / (p.sum() + truth.sum() + 1))
+        assert float(losses["class"][layer]) == pytest.approx(nll / weight, rel=1e-5)
+        assert float(losses["focal"][layer]) == pytest.approx(20 * focal / 4, rel=1e-4)  # 4 targets in the batch
+        assert float(losses["dice"][layer]) == pytest.approx(dice / 4, rel=1e-5)
+
+
+def test_a_batch_without_targets_still_trains_every_output():
+    logits, masks, targets = case(torch.full((B, SIDE, SIDE), IGNORE))
+    assert targets.classes.shape == (B, 0)
+    logits.requires_grad_(), masks.requires_grad_()
+    losses = segmentation_losses(logits, masks, targets, 20.0, 1.0, 0.1, PROCESS)
+    total = sum(v.sum() for v in losses.values())
+    total.backward()
+    assert torch.isfinite(total) and float(losses["focal"].detach().sum()) == 0
+    assert logits.grad.abs().sum() > 0 and torch.isfinite(masks.grad).all()
+
+
+def test_more_targets_than_queries():
+    labels = torch.arange(4).repeat_interleave(SIDE // 4).expand(1, SIDE, SIDE).contiguous()
+    logits, masks, targets = case(labels)
+    losses = segmentation_losses(logits[:, :, :2], masks[:, :, :2], targets, 20.0, 1.0, 0.1, PROCESS)
+    assert all(torch.isfinite(v).all() for v in losses.values())
+
+
+def test_losses_do_not_depend_on_the_order_of_queries():
+    logits, masks, targets = case(mixed_labels())
+    order = torch.randperm(Q)
+    one = segmentation_losses(logits, masks, targets, 20.0, 1.0, 0.1, PROCESS)
+    two = segmentation_losses(logits[:, :, order], masks[:, :, order], targets, 20.0, 1.0, 0.1, PROCESS)
+    for name in one:
+        assert torch.allclose(one[name], two[name], rtol=1e-5)
+
+
+def test_perfect_predictions_cost_next_to_nothing():
+    labels = mixed_labels()[1:2].repeat_interleave(4, 1).repeat_interleave(4, 2)  # edges on the stride-4 grid
+    truth = (labels[:, ::4, ::4] == 3).float()
+    masks = torch.full((1, 1, Q, SIDE, SIDE), -30.0)
+    masks[0, 0, 2] = 60 * truth[0] - 30
+    logits = torch.zeros(1, 1, Q, C + 1)
+    logits[..., C], logits[0, 0, 2, C], logits[0, 0, 2, 3] = 30, 0, 30
+    targets = Targets(labels, torch.tensor([[3]]), torch.tensor([1]))
+    assert assign(matching_cost(logits, masks, targets, 20, 1), targets.counts).item() == 2
+    losses = segmentation_losses(logits, masks, targets, 20.0, 1.0, 0.1, PROCESS)
+    assert float(losses["class"]) < 1e-6 and float(losses["dice"]) < 0.2 and float(losses["focal"]) < 2
+
+
+def test_class_loss_counts_a_query_once():
+    """Padding columns (-1) must not overwrite the class of query 0."""
+    logits = torch.zeros(1, 1, 2, 3)
+    logits[0, 0, 0, 1] = 50
+    matched = torch.tensor([[[0, -1, -1]]])
+    loss = class_loss(logits, matched, torch.tensor([[1, 0, 0]]), 0.1, PROCESS)
+    assert float(loss) == pytest.approx(0.1 * float(torch.tensor(3.0).log()) / 1.1, rel=1e-5)
+
+
+def test_contrastive_loss_prefers_the_right_pairs():
+    eye = torch.eye(4)[None]
+    scale = torch.tensor(3.0)
+    assert contrastive_loss(eye, eye, scale) < contrastive_loss(eye, eye.roll(1, 1), scale)
+    assert float(contrastive_loss(torch.ones(1, 4, 4), eye, scale)) == pytest.approx(float(torch.tensor(4.0).log()), rel=1e-5)

@@ -39,8 +39,7 @@ def prepare_shapes(root: Path, workers: int) -> None:
         return
     config = load_config(CLIP_CONFIG, [f"data.workers={workers}"])
     train(config, root, folder / "clip", run.start("cpu"), resume=(folder / "clip" / "last.pt").exists())
-    with run.replacing(folder / "clip.pt") as file:
-        checkpoint.save(file, model=checkpoint.load(folder / "clip" / "last.pt")["model"])
+    checkpoint.save(folder / "clip.pt", model=checkpoint.load(folder / "clip" / "last.pt")["model"])
 
 
 def check(name: str, root: Path, full: bool) -> None:
@@ -54,7 +53,7 @@ def check(name: str, root: Path, full: bool) -> None:
         print(f"{name} {split}: {len(pairs)} pictures")
         if not full:
             continue
-        lut, names = (data.training_lut, data.training_names) if split == "train" else (data.lut, data.names)
+        lut, names = data.lut(split == "train"), data.training_names if split == "train" else data.names
         pixels = np.zeros(256, np.int64)
         for image, label in tqdm(pairs, split, disable=None):
             pixels += np.bincount(read_labels(label, lut, read_picture(image).size).ravel(), minlength=256)

@@ -12,6 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,13 +22,11 @@ from tqdm import tqdm
 
 from zsseg import checkpoint, run
 from zsseg.clip import CLIP, Tokenizer, VisionTransformer
-from zsseg.config import Config, ContrastConfig, load_config, to_dict
+from zsseg.config import Config, ContrastConfig, load_config
 from zsseg.data import RegionsWithCaptions, TrainPictures, collate, dataset, stream
 from zsseg.losses import contrastive_loss, segmentation_losses
 from zsseg.metrics import evaluate, table
 from zsseg.segmenter import build_segmenter
-
-# --- tasks: a model, its samples, its loss -----------------------------------------------------------------------
 
 
 class Segment:
@@ -102,9 +101,6 @@ def build_small_clip(config: ContrastConfig) -> CLIP:
 TASKS = {"segment": Segment, "clip": Contrast}
 
 
-# --- optimisation ------------------------------------------------------------------------------------------------
-
-
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     """AdamW; no weight decay for norm layers and embeddings, a smaller rate for the backbone (METHOD section 3)."""
     groups: dict[tuple, list] = {}
@@ -136,9 +132,6 @@ class Numbers:
             yield from range(first, first + self.share)
 
 
-# --- the loop ----------------------------------------------------------------------------------------------------
-
-
 def main(argv: list[str]) -> None:
     parser = run.parser(__doc__, config_required=True)
     parser.add_argument("--resume", action="store_true", help="continue OUT/last.pt")
@@ -165,12 +158,12 @@ def train(config: Config, root: Path, out: Path, process: run.Process, resume: b
     if process.enabled(config.model.compile):
         task.model.compile()  # in place: names in the state dict stay as they are
     model = DistributedDataParallel(task.model) if process.world > 1 else task.model
-    log = run.Log(out, process, config.log.wandb, config.log.project, to_dict(config), start, saved.get("wandb"))
+    log = run.Log(out, process, config.log.wandb, config.log.project, asdict(config), start, saved.get("wandb"))
 
     def save(name: str, step: int) -> None:
         if process.is_main:
             states = {"model": task.state(), "optimizer": optimizer.state_dict()}
-            checkpoint.save(out / name, config=to_dict(config), step=step, best=best, wandb=log.run_id, **states)
+            checkpoint.save(out / name, config=asdict(config), step=step, best=best, wandb=log.run_id, **states)
 
     numbers = Numbers(start, steps, task.batch_size, process)
     batches = stream(task.samples, numbers, numbers.share, config.data.workers, task.collate)

@@ -13,12 +13,13 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from zsseg import run  # noqa: E402  (first of all: it fixes the CPU's instruction set before torch computes anything)
-
 import recipe  # noqa: E402
 import torch  # noqa: E402
 
-from zsseg import shapes  # noqa: E402
+from zsseg import (
+    run,
+    shapes,
+)
 from zsseg.clip import build_clip, read_merges  # noqa: E402
 from zsseg.config import load_config  # noqa: E402
 from zsseg.segmenter import Segmenter  # noqa: E402

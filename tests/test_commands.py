@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ import eval as evaluation
 import prepare_data
 import train
 from zsseg import checkpoint, run
-from zsseg.config import to_dict
 
 TINY = ["--config", "configs/shapes.toml", "--device", "cpu"]
 for setting in ("train.batch_size=4", "train.steps=4", "log.every=1", "data.workers=0", "data.crop=64", "data.short_edges=[64]",
@@ -227,7 +227,7 @@ def test_mistakes_in_evaluation(capsys, monkeypatch, trained, shapes_root, tmp_p
     fails(capsys, monkeypatch, evaluation.main, theirs, "holds no CLIP")
     wrong = [trained / "last.pt", *out, "--set", "model.queries=9"]
     fails(capsys, monkeypatch, evaluation.main, wrong, "query_embed.weight has shape")
-    checkpoint.save(tmp_path / "clip.pt", model={"text_projection": torch.zeros(1)}, config=to_dict(tiny_config(task="clip")))
+    checkpoint.save(tmp_path / "clip.pt", model={"text_projection": torch.zeros(1)}, config=asdict(tiny_config(task="clip")))
     fails(capsys, monkeypatch, evaluation.main, [tmp_path / "clip.pt", *out], "holds a CLIP")
     learned = [trained / "last.pt", *out, "--set", "clip.prompt=learned"]
     fails(capsys, monkeypatch, evaluation.main, learned, "no learned prompt")

@@ -1,18 +1,19 @@
 """Configuration files and overrides."""
 
 import dataclasses
+from dataclasses import asdict
 
 import pytest
 from conftest import ROOT
 
-from zsseg.config import Config, load_config, to_dict
-from zsseg.prompts import IMAGENET, SINGLE, VILD, FixedPrompt
+from zsseg.config import Config, load_config
+from zsseg.prompts import TEMPLATES, FixedPrompt
 from zsseg.run import UserError
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda f: f.stem)
 def test_every_file_loads_and_says_something(file):
-    assert to_dict(load_config(str(file))) != to_dict(Config())
+    assert asdict(load_config(str(file))) != asdict(Config())
 
 
 def test_overrides_come_last_and_need_no_quotes(tmp_path):
@@ -29,8 +30,8 @@ def test_overrides_come_last_and_need_no_quotes(tmp_path):
 
 def test_a_checkpoint_s_configuration_round_trips():
     config = load_config(None, ["clip.prompt=['x {}']", "train.lr=0.5"])
-    assert to_dict(load_config(base=to_dict(config))) == to_dict(config)
-    assert load_config(base=to_dict(config), overrides=["train.lr=2"]).train.lr == 2
+    assert asdict(load_config(base=asdict(config))) == asdict(config)
+    assert load_config(base=asdict(config), overrides=["train.lr=2"]).train.lr == 2
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,6 @@ def test_defaults_are_the_paper_s_coco_stuff_setting():
 
 
 def test_prompt_tables():
-    assert (len(SINGLE), len(VILD), len(IMAGENET), len(set(IMAGENET))) == (1, 14, 80, 80)
+    assert {k: (len(v), len(set(v))) for k, v in TEMPLATES.items()} == {"single": (1, 1), "vild": (14, 14), "imagenet": (80, 80)}
     with pytest.raises(UserError, match="has no {}"):
         FixedPrompt(["a photo"])

@@ -92,6 +92,6 @@ def test_the_table_of_data_sets_is_consistent():
         assert [data.names[i] for i in data.seen] == data.training_names
         for i, value in enumerate(data.values):
             unseen = data.names[i] in data.unseen
-            assert data.lut[value] == i
-            assert data.training_lut[value] == (data.ignore if unseen else data.training_names.index(data.names[i]))
-        assert (np.delete(data.lut, data.values) == data.ignore).all()
+            assert data.lut()[value] == i
+            assert data.lut(training=True)[value] == (data.ignore if unseen else data.training_names.index(data.names[i]))
+        assert (np.delete(data.lut(), data.values) == data.ignore).all()

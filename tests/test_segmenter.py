@@ -16,7 +16,7 @@ def picture(height: int = 50, width: int = 70) -> torch.Tensor:
 def test_any_size_gives_a_label_map_of_any_size(segmenter, size):
     labels = segmenter(picture(*size), (37, 91))
     assert labels.shape == (37, 91) and labels.dtype == torch.int64
-    assert 0 <= labels.min() and labels.max() < 3
+    assert labels.min() >= 0 and labels.max() < 3
 
 
 def test_ensemble_weights_seen_and_unseen_the_other_way_round(segmenter):

@@ -18,9 +18,6 @@ from zsseg.run import UserError, cache_dir, fetch, replacing
 
 State = dict[str, Tensor]
 
-# --- our own checkpoints -----------------------------------------------------------------------------------------
-
-
 def save(path: Path, **content: object) -> None:
     """Write a checkpoint so that `path` is always whole: the old one or the new one."""
     with replacing(path) as temporary:
@@ -60,50 +57,43 @@ def load_strict(module: nn.Module, state: State, what: str, hint: str) -> None:
     module.load_state_dict(state)
 
 
-# --- the original's checkpoints ----------------------------------------------------------------------------------
-
-BLOCK = r"res(?P<stage>[2-5])\.(?P<block>\d+)\."
-ATTENTION = r"(?P<rest>(?:self_attn|linear[12]|norm[123])\..+)"
-HEAD = r"sem_seg_head\."
+BLOCK = r"backbone\.res(?P<stage>[2-5])\.(?P<block>\d+)\."
+BLOCK_TO = "maskformer.backbone.layer{stage-1}.{block}."
+PIXEL, PIXEL_TO = r"sem_seg_head\.pixel_decoder\.", "maskformer.pixel_decoder."
+HEAD = r"sem_seg_head\.predictor\."
+LAYER = HEAD + r"transformer\.decoder\.layers\.(?P<i>\d+)\."
+LEAF = r"(?P<leaf>\w+)"
+ADAPTER = r"(?P<region>(?:_region_)?)clip_adapter\."
 # (pattern of the original's name, our name); {x} is a named group, {x-1} and {2x} a number made from one. Parts:
 # "maskformer", "clip" and "prompt", and the last two once more with "region_" for a separate region adapter.
 NAMES = [
     (r"backbone\.stem\.conv1\.(?P<leaf>weight)", "maskformer.backbone.conv1.{leaf}"),
-    (r"backbone\.stem\.conv1\.norm\.(?P<leaf>\w+)", "maskformer.backbone.bn1.{leaf}"),
-    (rf"backbone\.{BLOCK}conv(?P<i>[123])\.weight", "maskformer.backbone.layer{stage-1}.{block}.conv{i}.weight"),
-    (rf"backbone\.{BLOCK}conv(?P<i>[123])\.norm\.(?P<leaf>\w+)",
-     "maskformer.backbone.layer{stage-1}.{block}.bn{i}.{leaf}"),
-    (rf"backbone\.{BLOCK}shortcut\.weight", "maskformer.backbone.layer{stage-1}.{block}.downsample.0.weight"),
-    (rf"backbone\.{BLOCK}shortcut\.norm\.(?P<leaf>\w+)",
-     "maskformer.backbone.layer{stage-1}.{block}.downsample.1.{leaf}"),
-    (HEAD + r"pixel_decoder\.adapter_(?P<i>[123])\.weight", "maskformer.pixel_decoder.lateral.{i-1}.0.weight"),
-    (HEAD + r"pixel_decoder\.adapter_(?P<i>[123])\.norm\.(?P<leaf>\w+)",
-     "maskformer.pixel_decoder.lateral.{i-1}.1.{leaf}"),
-    (HEAD + r"pixel_decoder\.layer_(?P<i>[123])\.weight", "maskformer.pixel_decoder.output.{i-1}.0.weight"),
-    (HEAD + r"pixel_decoder\.layer_(?P<i>[123])\.norm\.(?P<leaf>\w+)",
-     "maskformer.pixel_decoder.output.{i-1}.1.{leaf}"),
-    (HEAD + r"pixel_decoder\.layer_4\.weight", "maskformer.pixel_decoder.top.0.weight"),
-    (HEAD + r"pixel_decoder\.layer_4\.norm\.(?P<leaf>\w+)", "maskformer.pixel_decoder.top.1.{leaf}"),
-    (HEAD + r"pixel_decoder\.mask_features\.(?P<leaf>\w+)", "maskformer.pixel_decoder.mask_features.{leaf}"),
-    (HEAD + r"predictor\.transformer\.decoder\.layers\.(?P<i>\d+)\." + ATTENTION, "maskformer.layers.{i}.{rest}"),
-    (HEAD + r"predictor\.transformer\.decoder\.layers\.(?P<i>\d+)\.multihead_attn\.(?P<rest>.+)",
-     "maskformer.layers.{i}.cross_attn.{rest}"),
-    (HEAD + r"predictor\.transformer\.decoder\.norm\.(?P<leaf>\w+)", "maskformer.norm.{leaf}"),
-    (HEAD + r"predictor\.(?P<rest>(?:query_embed|input_proj)\.\w+)", "maskformer.{rest}"),
-    (HEAD + r"predictor\.(?P<mlp>class_embed|mask_embed)\.layers\.(?P<i>\d)\.(?P<leaf>\w+)",
-     "maskformer.{mlp}.{2i}.{leaf}"),
-    (HEAD + r"predictor\.(?P<leaf>weight|bias)", "maskformer.pixel_embed.{leaf}"),  # the per-pixel baseline
+    (r"backbone\.stem\.conv1\.norm\." + LEAF, "maskformer.backbone.bn1.{leaf}"),
+    (BLOCK + r"conv(?P<i>[123])\.weight", BLOCK_TO + "conv{i}.weight"),
+    (BLOCK + r"conv(?P<i>[123])\.norm\." + LEAF, BLOCK_TO + "bn{i}.{leaf}"),
+    (BLOCK + r"shortcut\.weight", BLOCK_TO + "downsample.0.weight"),
+    (BLOCK + r"shortcut\.norm\." + LEAF, BLOCK_TO + "downsample.1.{leaf}"),
+    (PIXEL + r"adapter_(?P<i>[123])\.weight", PIXEL_TO + "lateral.{i-1}.0.weight"),
+    (PIXEL + r"adapter_(?P<i>[123])\.norm\." + LEAF, PIXEL_TO + "lateral.{i-1}.1.{leaf}"),
+    (PIXEL + r"layer_(?P<i>[123])\.weight", PIXEL_TO + "output.{i-1}.0.weight"),
+    (PIXEL + r"layer_(?P<i>[123])\.norm\." + LEAF, PIXEL_TO + "output.{i-1}.1.{leaf}"),
+    (PIXEL + r"layer_4\.weight", PIXEL_TO + "top.0.weight"),
+    (PIXEL + r"layer_4\.norm\." + LEAF, PIXEL_TO + "top.1.{leaf}"),
+    (PIXEL + r"mask_features\." + LEAF, PIXEL_TO + "mask_features.{leaf}"),
+    (LAYER + r"(?P<rest>(?:self_attn|linear[12]|norm[123])\..+)", "maskformer.layers.{i}.{rest}"),
+    (LAYER + r"multihead_attn\.(?P<rest>.+)", "maskformer.layers.{i}.cross_attn.{rest}"),
+    (HEAD + r"transformer\.decoder\.norm\." + LEAF, "maskformer.norm.{leaf}"),
+    (HEAD + r"(?P<rest>(?:query_embed|input_proj)\.\w+)", "maskformer.{rest}"),
+    (HEAD + r"(?P<mlp>class_embed|mask_embed)\.layers\.(?P<i>\d)\." + LEAF, "maskformer.{mlp}.{2i}.{leaf}"),
+    (HEAD + r"(?P<leaf>weight|bias)", "maskformer.pixel_embed.{leaf}"),  # the per-pixel baseline
     (r"clip_adapter\.non_object_embedding", "maskformer.non_object"),
-    (r"(?P<region>(?:_region_)?)clip_adapter\.clip_model\.(?P<rest>.+)", "{region}clip.{rest}"),
-    (r"(?P<region>(?:_region_)?)clip_adapter\.prompt_learner\.(?P<rest>prefix|suffix)_prompt", "{region}prompt.{rest}"),
-]  # fmt: skip
+    (ADAPTER + r"clip_model\.(?P<rest>.+)", "{region}clip.{rest}"),
+    (ADAPTER + r"prompt_learner\.(?P<rest>prefix|suffix)_prompt", "{region}prompt.{rest}"),
+]
 DEEP_STEM = [  # R101c: conv1 is a sequence of convolution, norm, relu, and so on
-    (rf"backbone\.stem\.conv{i}\.{norm}(?P<leaf>\w+)", f"maskformer.backbone.{ours}.{{leaf}}")
-    for i, norm, ours in [
-        (1, "", "conv1.0"), (1, r"norm\.", "conv1.1"), (2, "", "conv1.3"), (2, r"norm\.", "conv1.4"),
-        (3, "", "conv1.6"), (3, r"norm\.", "bn1"),
-    ]
-]  # fmt: skip
+    (rf"backbone\.stem\.conv{i}\.{norm}" + LEAF, f"maskformer.backbone.{ours}.{{leaf}}")
+    for i, norm, ours in zip("112233", ("", r"norm\.") * 3, ["conv1.0", "conv1.1", "conv1.3", "conv1.4", "conv1.6", "bn1"], strict=True)
+]
 # Constants of the original's modules that ours hold or compute themselves, and the unused column of the region adapter.
 DROPPED = [
     r"criterion\.empty_weight",
@@ -120,9 +110,12 @@ def our_name(name: str, deep_stem: bool = False) -> str | None:
     for pattern, ours in (DEEP_STEM if deep_stem else []) + NAMES:
         if match := re.fullmatch(pattern, name):
             groups = match.groupdict()
-            groups |= {f"{k}-1": int(v) - 1 for k, v in groups.items() if v.isdecimal()}
-            groups |= {f"2{k}": 2 * int(v) for k, v in match.groupdict().items() if v.isdecimal()}
-            return re.sub(r"\{([^}]+)\}", lambda m: str(groups[m[1]]), ours).removeprefix("_")
+            for key, text in match.groupdict().items():
+                if text.isdecimal():
+                    groups |= {f"{key}-1": str(int(text) - 1), f"2{key}": str(2 * int(text))}
+            for key, text in groups.items():
+                ours = ours.replace(f"{{{key}}}", text)
+            return ours.removeprefix("_")
     raise KeyError(name)
 
 
@@ -151,9 +144,6 @@ def import_original(state: State, what: str) -> tuple[dict[str, State], list[str
             raise UserError(what, "has two different CLIPs", "only one shared CLIP is supported")
         dropped += [f"_region_clip_adapter.clip_model.{k}" for k in region_clip]
     return parts, dropped
-
-
-# --- backbone weights --------------------------------------------------------------------------------------------
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -208,8 +198,6 @@ def read_detectron(path: Path, what: str, hint: str) -> State:
     return {k.removeprefix("backbone."): v for k, v in state.items()}
 
 
-# --- CLIP weights ------------------------------------------------------------------------------------------------
-
 OPENAI = "https://openaipublic.azureedge.net/clip/models/"
 OPENAI_MODELS = {  # name: (SHA-256 of the file, its name)
     "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762", "RN50.pt"),
@@ -246,11 +234,7 @@ def is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-STORAGES = {
-    "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Double": torch.float64,
-    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
-    "Bool": torch.bool,
-}  # fmt: skip
+STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "LongStorage": torch.int64}
 
 
 class ScriptUnpickler(pickle.Unpickler):
@@ -269,8 +253,8 @@ class ScriptUnpickler(pickle.Unpickler):
             return type(name, (self.Module,), {})
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
             return lambda storage, offset, size, stride, *rest: torch.as_strided(storage, size, stride, offset).clone()
-        if module == "torch" and name.removesuffix("Storage") in STORAGES:
-            return STORAGES[name.removesuffix("Storage")]
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch.jit._pickle" and name.startswith("build_"):

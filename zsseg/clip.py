@@ -26,20 +26,11 @@ VOCABULARY = (
 )
 
 
-# --- tokenizer ---------------------------------------------------------------------------------------------------
-
-
-def byte_symbols() -> list[str]:
-    """The 256 printable characters that stand for the bytes in vocabulary order; values that print badly come last."""
+def byte_symbols() -> dict[int, str]:
+    """The printable character that stands for each byte, in vocabulary order; values that print badly come last."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in printable]
-    return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(others))]
-
-
-def byte_order() -> list[int]:
-    """Byte values in the same order as `byte_symbols`."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return printable + [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def read_merges(count: int) -> list[tuple[str, str]]:
@@ -65,8 +56,8 @@ class Tokenizer:
 
     def __init__(self, vocab_size: int, context: int):
         self.context = context
-        symbols = byte_symbols()
-        self.symbol_of_byte = dict(zip(byte_order(), symbols, strict=True))
+        self.symbol_of_byte = byte_symbols()
+        symbols = list(self.symbol_of_byte.values())
         merges = read_merges(vocab_size - BYTES_ONLY) if vocab_size > BYTES_ONLY else []
         self.rank = {pair: i for i, pair in enumerate(merges)}
         words = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
@@ -121,9 +112,6 @@ class Tokenizer:
         return tokens
 
 
-# --- transformer -------------------------------------------------------------------------------------------------
-
-
 class LayerNorm(nn.LayerNorm):
     """Layer norm in fp32 whatever the dtype of its input."""
 
@@ -171,9 +159,6 @@ def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
     grid = positions[1:].T.reshape(1, -1, side, side)  # [1, D, n, n]
     grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
     return torch.cat([positions[:1], grid.flatten(2)[0].T])
-
-
-# --- image towers ------------------------------------------------------------------------------------------------
 
 
 class VisionTransformer(nn.Module):
@@ -282,9 +267,6 @@ class ModifiedResNet(nn.Module):
         x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.attnpool(x, dense)
-
-
-# --- the model ---------------------------------------------------------------------------------------------------
 
 
 class CLIP(nn.Module):

@@ -4,12 +4,11 @@ A field exists here or it is an error: an unknown key or a wrong type names the 
 Numbers are those of the paper's COCO-Stuff setting unless a file in `configs/` says otherwise.
 """
 
-import dataclasses
 import difflib
 import tomllib
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from zsseg.run import UserError
@@ -114,7 +113,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-# Fields whose value is one of a few words; checked when a configuration is complete.
+# What the type of a field does not say.
 CHOICES = {
     "model.backbone": ("R50", "R101c", "small"),
     "model.compile": ("auto", "on", "off"),
@@ -133,8 +132,7 @@ def load_config(file: str | None = None, overrides: list[str] = (), base: dict |
     Raises UserError for a missing or broken file, an unknown key, a wrong type or an impossible value.
     """
     config = Config()
-    if base is not None:
-        update(config, base, "checkpoint's configuration")
+    update(config, base or {}, "checkpoint's configuration")
     if file is not None:
         update(config, read_toml(file), str(file))
     for item in overrides:
@@ -143,11 +141,17 @@ def load_config(file: str | None = None, overrides: list[str] = (), base: dict |
             raise UserError(f"--set {item}", "is not of the form section.key=value", "write e.g. train.steps=100")
         section, name = key.strip().split(".")
         update(config, {section: {name: text.strip()}}, "--set", text_values=True)
-    check(config)
+    values = {f"{s}.{k}": v for s, part in asdict(config).items() for k, v in part.items()}
+    for name, allowed in CHOICES.items():
+        if values[name] not in allowed:
+            raise UserError(name, f"is {values[name]!r}", f"choose one of {', '.join(allowed)}")
+    for name in (*POSITIVE, *UNIT):
+        if not 0 <= values[name] <= (1 if name in UNIT else float("inf")) or (name in POSITIVE and not values[name]):
+            raise UserError(name, f"is {values[name]}", f"give a number {'from 0 to 1' if name in UNIT else 'above 0'}")
     return config
 
 
-def read_toml(file: str | Path) -> dict:
+def read_toml(file: str) -> dict:
     try:
         return tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
@@ -158,20 +162,21 @@ def read_toml(file: str | Path) -> dict:
 
 def update(config: Config, values: dict, source: str, text_values: bool = False) -> None:
     """Set known fields of `config` from {section: {key: value}}; with `text_values`, values are parsed from text."""
+    sections = asdict(config)
     for section, fields in values.items():
-        part = getattr(config, section, None) if section in known(config) else None
-        if part is None:
-            raise unknown(source, section, list(known(config)))
+        if section not in sections:
+            raise unknown(source, section, list(sections))
         if not isinstance(fields, dict):
             raise UserError(f"{source}: {section}", "is a section, not a value", f"write [{section}] with keys below it")
+        part = getattr(config, section)
         kinds = typing.get_type_hints(type(part))
         for key, value in fields.items():
             name = f"{section}.{key}"
             if key not in kinds:
-                raise unknown(source, name, [f"{s}.{f}" for s in known(config) for f in known(getattr(config, s))])
+                raise unknown(source, name, [f"{s}.{k}" for s in sections for k in sections[s]])
             if text_values:
                 value = parse(value, kinds[key])
-            if isinstance(value, int) and not isinstance(value, bool) and kinds[key] is float:
+            if type(value) is int and kinds[key] is float:
                 value = float(value)
             if not matches(value, kinds[key]):
                 raise UserError(f"{source}: {name}", f"is {value!r}, not {describe(kinds[key])}", "correct its type")
@@ -192,45 +197,17 @@ def matches(value: object, kind: object) -> bool:
         return any(matches(value, k) for k in typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return isinstance(value, list) and all(matches(v, typing.get_args(kind)[0]) for v in value)
-    if kind is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return type(value) is kind
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def describe(kind: object) -> str:
-    words = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
     if isinstance(kind, types.UnionType):
         return " or ".join(describe(k) for k in typing.get_args(kind))
     if typing.get_origin(kind) is list:
         return f"a list, each {describe(typing.get_args(kind)[0])}"
-    return words[kind]
-
-
-def check(config: Config) -> None:
-    for name, allowed in CHOICES.items():
-        if (value := value_of(config, name)) not in allowed:
-            raise UserError(name, f"is {value!r}", f"choose one of {', '.join(allowed)}")
-    for name in POSITIVE:
-        if (value := value_of(config, name)) <= 0:
-            raise UserError(name, f"is {value}", "give a number above 0")
-    for name in UNIT:
-        if not 0 <= (value := value_of(config, name)) <= 1:
-            raise UserError(name, f"is {value}", "give a number from 0 to 1")
-
-
-def value_of(config: Config, name: str) -> object:
-    section, key = name.split(".")
-    return getattr(getattr(config, section), key)
+    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}[kind]
 
 
 def unknown(source: str, name: str, choices: list[str]) -> UserError:
-    near = difflib.get_close_matches(name, choices, n=1, cutoff=0) or ["one of the README's keys"]
-    return UserError(f"{source}: {name}", "is not a known key", f"did you mean {near[0]}?")
-
-
-def known(section: object) -> list[str]:
-    return [f.name for f in dataclasses.fields(section)]
-
-
-def to_dict(config: Config) -> dict:
-    return dataclasses.asdict(config)
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0)[0]
+    return UserError(f"{source}: {name}", "is not a known key", f"did you mean {near}?")

@@ -6,6 +6,7 @@ A sample of a training stream is a function of (seed, sample number) alone, so r
 import functools
 import json
 import os
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,32 +26,7 @@ from zsseg.losses import Targets
 from zsseg.regions import mask_boxes, region_crops
 from zsseg.run import UserError, seed_of
 
-# --- the table ---------------------------------------------------------------------------------------------------
-
-VOC = (
-    "aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse,motorbike,person,pottedplant,"
-    "sheep,sofa,train,tvmonitor"
-)
-COCO_STUFF = (
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
-    "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
-    "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,"
-    "wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,"
-    "chair,couch,potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,"
-    "toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush,banner,blanket,branch,"
-    "bridge,building-other,bush,cabinet,cage,cardboard,carpet,ceiling-other,ceiling-tile,cloth,clothes,clouds,"
-    "counter,cupboard,curtain,desk-stuff,dirt,door-stuff,fence,floor-marble,floor-other,floor-stone,floor-tile,"
-    "floor-wood,flower,fog,food-other,fruit,furniture-other,grass,gravel,ground-other,hill,house,leaves,light,mat,"
-    "metal,mirror-stuff,moss,mountain,mud,napkin,net,paper,pavement,pillow,plant-other,plastic,platform,playingfield,"
-    "railing,railroad,river,road,rock,roof,rug,salad,sand,sea,shelf,sky-other,skyscraper,snow,solid-other,stairs,"
-    "stone,straw,structural-other,table,tent,textile-other,towel,tree,vegetable,wall-brick,wall-concrete,wall-other,"
-    "wall-panel,wall-stone,wall-tile,wall-wood,water-other,waterdrops,window-blind,window-other,wood"
-)
-COCO_STUFF_UNSEEN = (
-    "cow,giraffe,suitcase,frisbee,skateboard,carrot,scissors,cardboard,clouds,grass,playingfield,river,road,tree,"
-    "wall-concrete"
-)
-COCO_STUFF_GAPS = (11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90)  # label values that no class has
+NAMES = tomllib.loads((Path(__file__).parent / "names.toml").read_text())
 COLOURS, SHAPES = ("red", "green", "blue", "yellow", "purple"), ("disc", "square", "triangle", "cross")
 WALLS = ("striped wall", "checked wall", "dotted wall", "speckled wall")
 THINGS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
@@ -73,23 +49,19 @@ class DataSet:
         """Ids of the classes that are trained on; none where there is no seen/unseen split."""
         return [i for i, n in enumerate(self.names) if n not in self.unseen] if self.unseen else []
 
-    @functools.cached_property
-    def lut(self) -> np.ndarray:
-        table = np.full(256, self.ignore, np.uint8)
-        table[self.values] = np.arange(len(self.names))
-        return table
-
-    @functools.cached_property
-    def training_lut(self) -> np.ndarray:
-        """Label value -> index among the seen classes; pixels of unseen ones become `ignore` before anything else."""
-        table = np.full(256, self.ignore, np.uint8)
-        seen = self.seen or range(len(self.names))
-        table[[self.values[i] for i in seen]] = np.arange(len(seen))
-        return table
-
     @property
     def training_names(self) -> list[str]:
         return [self.names[i] for i in self.seen] or self.names
+
+    def lut(self, training: bool = False) -> np.ndarray:
+        """Label value -> class id, uint8 [256]; in training the index among the seen classes.
+
+        Then the pixels of unseen classes become `ignore` before anything else sees the label map.
+        """
+        table = np.full(256, self.ignore, np.uint8)
+        names = self.training_names if training else self.names
+        table[[self.values[self.names.index(n)] for n in names]] = np.arange(len(names))
+        return table
 
 
 def listed_pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
@@ -104,16 +76,13 @@ def globbed_pairs(images: str, labels: str, folder: Path, split: str) -> list[tu
     return [(folder / images.format(split) / f"{file.stem}.jpg", file) for file in files]
 
 
-def coco_values() -> list[int]:
-    return [v for v in range(182) if v not in COCO_STUFF_GAPS]
-
-
+VOC, COCO = NAMES["voc"], NAMES["coco_stuff"]
 DATASETS = {
     "shapes": DataSet([*THINGS, *WALLS], SHAPES_UNSEEN, list(range(24)), "shapes",
                       functools.partial(globbed_pairs, "images/{}", "labels/{}")),
-    "voc": DataSet(VOC.split(","), tuple(VOC.split(",")[15:]), list(range(1, 21)), "VOC2012", listed_pairs),
-    "coco_stuff": DataSet(COCO_STUFF.split(","), tuple(COCO_STUFF_UNSEEN.split(",")), coco_values(), "coco",
-                          functools.partial(globbed_pairs, "{}2017", "stuffthingmaps/{}2017")),
+    "voc": DataSet(VOC["names"], tuple(VOC["unseen"]), list(range(1, 21)), "VOC2012", listed_pairs),
+    "coco_stuff": DataSet(COCO["names"], tuple(COCO["unseen"]), [v for v in range(182) if v not in COCO["unused_values"]],
+                          "coco", functools.partial(globbed_pairs, "{}2017", "stuffthingmaps/{}2017")),
 }  # fmt: skip
 
 
@@ -128,33 +97,27 @@ def find_pairs(name: str, root: Path, split: str) -> list[tuple[Path, Path]]:
     data = dataset(name)
     try:
         pairs = data.pairs(root / data.folder, split)
-    except OSError as error:
-        raise UserError(f"data set {name}", f"cannot read {error.filename}", f"run prepare_data.py {name} or give --root") from None
+    except OSError:
+        pairs = []
     if not pairs:
-        where = root / data.folder
-        raise UserError(f"data set {name}", f"no {split!r} label maps in {where}", f"run prepare_data.py {name} or give --root")
+        why = f"no {split!r} pictures in {root / data.folder}"
+        raise UserError(f"data set {name}", why, f"run prepare_data.py {name} or give --root")
     return pairs
 
 
-# --- files -------------------------------------------------------------------------------------------------------
-
-
-def read_picture(file: Path) -> Image.Image:
-    """An RGB picture. A missing or broken file is a UserError that names it."""
+def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture") -> Image.Image:
+    """A picture, whole and in `mode` (None: as it is). A missing or broken file is a UserError that names it."""
     try:
         with Image.open(file) as image:
-            return image.convert("RGB")
+            image.load()
+            return image.convert(mode) if mode else image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"picture {file}", f"cannot be read ({error})", "replace the file") from None
+        raise UserError(f"{what} {file}", f"cannot be read ({error})", "replace the file") from None
 
 
 def read_labels(file: Path, lut: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A label map through `lut`: [H, W]; `size` is its picture's (width, height)."""
-    try:
-        with Image.open(file) as image:
-            values = np.array(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"label map {file}", f"cannot be read ({error})", "replace the file") from None
+    values = np.array(read_picture(file, None, "label map"))
     if values.dtype != np.uint8 or values.ndim != 2:
         raise UserError(f"label map {file}", "is not an 8-bit single-channel picture", "replace the file")
     if values.shape[::-1] != size:
@@ -177,14 +140,11 @@ def test_size(width: int, height: int, short: int, longest: int) -> tuple[int, i
     return max(int(w + 0.5), 1), max(int(h + 0.5), 1)
 
 
-# --- evaluation --------------------------------------------------------------------------------------------------
-
-
 class TestPictures(Dataset):
     """Item i: (picture uint8 [3, h, w] at network-input size, class ids int64 [H, W] at its own size, stem)."""
 
     def __init__(self, config: DataConfig, root: Path, split: str):
-        self.config, self.data = config, dataset(config.name)
+        self.config, self.lut = config, dataset(config.name).lut()
         self.pairs = find_pairs(config.name, root, split)
 
     def __len__(self) -> int:
@@ -193,79 +153,43 @@ class TestPictures(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor, str]:
         image_file, label_file = self.pairs[i]
         image = read_picture(image_file)
-        labels = torch.from_numpy(read_labels(label_file, self.data.lut, image.size)).long()
+        labels = torch.from_numpy(read_labels(label_file, self.lut, image.size)).long()
         size = test_size(*image.size, self.config.test_short_edge, self.config.max_size)
         return to_tensor(image.resize(size, Image.Resampling.BILINEAR)), labels, image_file.stem
 
 
-# --- augmentation ------------------------------------------------------------------------------------------------
+def augment(image: Tensor, labels: Tensor, config: DataConfig, ignore: int) -> tuple[Tensor, Tensor]:
+    """METHOD section 3, on uint8 [3, H, W] and [H, W] -> [3, S, S] and [S, S], S = config.crop.
 
-
-class CropAtMost(v2.Transform):
-    """A random crop of `size` x `size`, smaller where the picture is."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.size = size
-
-    def make_params(self, inputs: list) -> dict:
-        height, width = TF.get_size(inputs[0])
-        h, w = min(height, self.size), min(width, self.size)
-        top, left = (int(torch.randint(n + 1, ())) for n in (height - h, width - w))
-        return {"top": top, "left": left, "height": h, "width": w}
-
-    def transform(self, item: Tensor, params: dict) -> Tensor:
-        return TF.crop(item, **params)
-
-
-class SSDJitter(v2.Transform):
-    """SSD's colour jitter: brightness, contrast, saturation, hue, each with p = 0.5; contrast before or after by coin."""
-
-    def make_params(self, inputs: list) -> dict:
-        draws = torch.rand(9).tolist()
-        keys = ("brightness", "contrast", "saturation", "hue")
-        ranges = ((-32, 32), (0.5, 1.5), (0.5, 1.5), (-0.05, 0.05))  # hue in turns: 18 degrees
-        values = [low + (high - low) * u for (low, high), u in zip(ranges, draws[4:8], strict=True)]
-        used = {k: v for k, v, coin in zip(keys, values, draws[:4], strict=True) if coin < 0.5}
-        order = ["brightness", "contrast", "saturation", "hue"]
-        if draws[8] < 0.5:
-            order = ["brightness", "saturation", "hue", "contrast"]
-        return {"steps": [(name, used[name]) for name in order if name in used]}
-
-    def transform(self, item: Tensor, params: dict) -> Tensor:
-        if not isinstance(item, tv_tensors.Image):
-            return item
-        for name, value in params["steps"]:
-            if name in ("saturation", "hue"):
-                item = getattr(TF, f"adjust_{name}")(item, value)
-            else:  # SSD adds brightness and multiplies contrast, torchvision blends
-                changed = item.float() + value if name == "brightness" else item.float() * value
-                item = tv_tensors.Image(changed.clamp(0, 255).to(torch.uint8))
-        return item
-
-
-class PadTo(v2.Transform):
-    """Padding at the right and bottom to `size` x `size`: 128 in the picture, `ignore` in the label map."""
-
-    def __init__(self, size: int, ignore: int):
-        super().__init__()
-        self.size, self.ignore = size, ignore
-
-    def transform(self, item: Tensor, params: dict) -> Tensor:
-        height, width = TF.get_size(item)
-        fill = 128 if isinstance(item, tv_tensors.Image) else self.ignore
-        return TF.pad(item, [0, 0, self.size - width, self.size - height], fill=fill)
-
-
-def augmentation(config: DataConfig, ignore: int) -> v2.Compose:
-    """METHOD section 3, on (tv_tensors.Image, tv_tensors.Mask)."""
-    steps = [v2.RandomShortestSize(config.short_edges, config.max_size), CropAtMost(config.crop)]
+    Shortest edge, random crop (as much as there is), colour jitter, flip, padding at the right and bottom.
+    """
+    S = config.crop
+    resize = v2.RandomShortestSize(config.short_edges, config.max_size)
+    image, labels = (x.as_subclass(Tensor) for x in resize(tv_tensors.Image(image), tv_tensors.Mask(labels)))
+    (height, width), (h, w) = labels.shape, (min(n, S) for n in labels.shape)
+    top, left = int(torch.randint(height - h + 1, ())), int(torch.randint(width - w + 1, ()))
+    image, labels = (x[..., top : top + h, left : left + w] for x in (image, labels))
     if config.color_jitter:
-        steps.append(SSDJitter())
-    return v2.Compose([*steps, v2.RandomHorizontalFlip(), PadTo(config.crop, ignore)])
+        image = ssd_jitter(image)
+    if torch.rand(()) < 0.5:
+        image, labels = image.flip(-1), labels.flip(-1)
+    padding = (0, S - w, 0, S - h)
+    return F.pad(image, padding, value=128), F.pad(labels, padding, value=ignore)
 
 
-# --- training streams --------------------------------------------------------------------------------------------
+def ssd_jitter(image: Tensor) -> Tensor:
+    """SSD's colour jitter: brightness, contrast, saturation, hue, each with p = 0.5; contrast before or after by coin."""
+    coins, u = torch.rand(5).tolist(), (2 * torch.rand(4) - 1).tolist()
+    steps = [
+        lambda x: (x.float() + 32 * u[0]).clamp(0, 255).to(torch.uint8),  # SSD adds and multiplies; torchvision blends
+        lambda x: (x.float() * (1 + u[1] / 2)).clamp(0, 255).to(torch.uint8),
+        lambda x: TF.adjust_saturation(x, 1 + u[2] / 2),
+        lambda x: TF.adjust_hue(x, 0.05 * u[3]),  # in turns: 18 degrees
+    ]
+    for i in (0, 1, 2, 3) if coins[4] < 0.5 else (0, 2, 3, 1):
+        if coins[i] < 0.5:
+            image = steps[i](image)
+    return image
 
 
 class TrainPictures(Dataset):
@@ -277,7 +201,7 @@ class TrainPictures(Dataset):
     def __init__(self, config: Config, root: Path):
         self.data, self.seed = dataset(config.data.name), config.train.seed
         self.pairs = find_pairs(config.data.name, root, "train")
-        self.augment = augmentation(config.data, self.data.ignore)
+        self.config, self.lut = config.data, self.data.lut(training=True)
         self.order = functools.lru_cache(2)(self.order)
 
     def order(self, epoch: int) -> np.ndarray:
@@ -287,12 +211,12 @@ class TrainPictures(Dataset):
         epoch, i = divmod(n, len(self.pairs))
         image_file, label_file = self.pairs[self.order(epoch)[i]]
         image = read_picture(image_file)
-        labels = read_labels(label_file, self.data.training_lut, image.size)
+        labels = read_labels(label_file, self.lut, image.size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(self.seed, 2, n))
-            picture, mask = self.augment(tv_tensors.Image(to_tensor(image)), tv_tensors.Mask(torch.from_numpy(labels)))
+            picture, mask = augment(to_tensor(image), torch.from_numpy(labels), self.config, self.data.ignore)
         classes = mask.unique().long()
-        return picture.as_subclass(Tensor), mask.as_subclass(Tensor), classes[classes != self.data.ignore]
+        return picture, mask, classes[classes != self.data.ignore]
 
 
 def collate(samples: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Targets]:
@@ -315,7 +239,7 @@ class RegionsWithCaptions(Dataset):
         pairs = find_pairs(config.data.name, root, "clip")
         self.images = [to_tensor(read_picture(image)) for image, _ in pairs]
         self.labels = [
-            torch.from_numpy(read_labels(label, data.lut, tuple(image.shape[:0:-1])))
+            torch.from_numpy(read_labels(label, data.lut(), tuple(image.shape[:0:-1])))
             for (_, label), image in zip(pairs, self.images, strict=True)
         ]
         captions = json.loads((root / data.folder / "captions.json").read_text())

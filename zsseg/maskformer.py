@@ -18,9 +18,6 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 DIVISOR = 32  # picture sides are padded to a multiple of the coarsest stride
 
 
-# --- backbones: [B, 3, H, W] -> res2..res5 at strides 4, 8, 16, 32 -----------------------------------------------
-
-
 class FrozenBatchNorm2d(ops.FrozenBatchNorm2d):
     """Batch norm whose four tensors are buffers (eps 1e-5).
 
@@ -58,11 +55,7 @@ class DeepResNet(ResNet):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        features = []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
-            features.append(x)
-        return features
+        return [x := layer(x) for layer in (self.layer1, self.layer2, self.layer3, self.layer4)]
 
 
 class SmallResNet(nn.Module):
@@ -85,18 +78,11 @@ class SmallResNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         x = self.stem(x)
-        features = []
-        for stage in self.stages:
-            x = stage(x)
-            features.append(x)
-        return features
+        return [x := stage(x) for stage in self.stages]
 
 
 def build_backbone(config: ModelConfig) -> nn.Module:
     return SmallResNet(config.small_widths) if config.backbone == "small" else DeepResNet(config.backbone)
-
-
-# --- pixel decoder -----------------------------------------------------------------------------------------------
 
 
 class ConvNorm(nn.Sequential):
@@ -130,9 +116,6 @@ class PixelDecoder(nn.Module):
 def plain_init(conv: nn.Conv2d) -> None:
     nn.init.kaiming_uniform_(conv.weight, a=1)
     nn.init.zeros_(conv.bias)
-
-
-# --- transformer decoder -----------------------------------------------------------------------------------------
 
 
 def sine_positions(height: int, width: int, hidden: int, device: torch.device) -> Tensor:
@@ -180,9 +163,6 @@ class MLP(nn.Sequential):
         for a, b in zip(widths, widths[1:], strict=False):
             layers += [nn.Linear(a, b), nn.ReLU(inplace=True)]
         super().__init__(*layers[:-1])
-
-
-# --- the model ---------------------------------------------------------------------------------------------------
 
 
 class MaskFormer(nn.Module):

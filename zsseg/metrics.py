@@ -12,7 +12,7 @@ from tqdm import tqdm
 from zsseg.config import Config
 from zsseg.data import DataSet, TestPictures, dataset, stream
 from zsseg.regions import mask_boxes
-from zsseg.run import Process, UserError, replacing
+from zsseg.run import Process, replacing
 from zsseg.segmenter import Segmenter
 
 GRID = 8  # pictures in samples.png
@@ -127,9 +127,6 @@ def true_mask_accuracy(segmenter: Segmenter, image: Tensor, labels: Tensor, data
     return torch.stack(rows)
 
 
-# --- what a person looks at --------------------------------------------------------------------------------------
-
-
 def table(result: dict, per_class: bool = True) -> str:
     """The metrics as lines of text: seen, unseen and hIoU of each part side by side, then every class."""
     rows = [("ensemble", result)]
@@ -175,8 +172,5 @@ def save_grid(samples: list[tuple[Tensor, Tensor, Tensor]], path: Path, height: 
 def save_label_map(predicted: Tensor, path: Path, classes: int) -> None:
     """Class ids as a PNG of 8 bits, 16 above 255 classes."""
     array = predicted.cpu().numpy().astype(np.uint8 if classes <= 255 else np.uint16)
-    try:
-        with replacing(path) as temporary:
-            Image.fromarray(array).save(temporary, "PNG")
-    except OSError as error:
-        raise UserError(f"prediction {path}", f"cannot be written ({error.strerror})", "choose another --out") from None
+    with replacing(path) as temporary:
+        Image.fromarray(array).save(temporary, "PNG")

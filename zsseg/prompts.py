@@ -1,5 +1,8 @@
 """Prompts: class names -> text features (METHOD section 2; paper section 3.4)."""
 
+import tomllib
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,36 +10,7 @@ from torch import Tensor, nn
 from zsseg.clip import CLIP, Tokenizer
 from zsseg.run import UserError
 
-SINGLE = ["a sculpture of a {}."]
-VILD = [
-    "a photo of a {}.", "This is a photo of a {}", "There is a {} in the scene", "There is the {} in the scene",
-    "a photo of a {} in the scene", "a photo of a small {}.", "a photo of a medium {}.", "a photo of a large {}.",
-    "This is a photo of a small {}.", "This is a photo of a medium {}.", "This is a photo of a large {}.",
-    "There is a small {} in the scene.", "There is a medium {} in the scene.", "There is a large {} in the scene.",
-]  # fmt: skip
-IMAGENET = [
-    "a bad photo of a {}.", "a photo of many {}.", "a sculpture of a {}.", "a photo of the hard to see {}.",
-    "a low resolution photo of the {}.", "a rendering of a {}.", "graffiti of a {}.", "a bad photo of the {}.",
-    "a cropped photo of the {}.", "a tattoo of a {}.", "the embroidered {}.", "a photo of a hard to see {}.",
-    "a bright photo of a {}.", "a photo of a clean {}.", "a photo of a dirty {}.", "a dark photo of the {}.",
-    "a drawing of a {}.", "a photo of my {}.", "the plastic {}.", "a photo of the cool {}.",
-    "a close-up photo of a {}.", "a black and white photo of the {}.", "a painting of the {}.", "a painting of a {}.",
-    "a pixelated photo of the {}.", "a sculpture of the {}.", "a bright photo of the {}.", "a cropped photo of a {}.",
-    "a plastic {}.", "a photo of the dirty {}.", "a jpeg corrupted photo of a {}.", "a blurry photo of the {}.",
-    "a photo of the {}.", "a good photo of the {}.", "a rendering of the {}.", "a {} in a video game.",
-    "a photo of one {}.", "a doodle of a {}.", "a close-up photo of the {}.", "a photo of a {}.", "the origami {}.",
-    "the {} in a video game.", "a sketch of a {}.", "a doodle of the {}.", "a origami {}.",
-    "a low resolution photo of a {}.", "the toy {}.", "a rendition of the {}.", "a photo of the clean {}.",
-    "a photo of a large {}.", "a rendition of a {}.", "a photo of a nice {}.", "a photo of a weird {}.",
-    "a blurry photo of a {}.", "a cartoon {}.", "art of a {}.", "a sketch of the {}.", "a embroidered {}.",
-    "a pixelated photo of a {}.", "itap of the {}.", "a jpeg corrupted photo of the {}.", "a good photo of a {}.",
-    "a plushie {}.", "a photo of the nice {}.", "a photo of the small {}.", "a photo of the weird {}.",
-    "the cartoon {}.", "art of the {}.", "a drawing of the {}.", "a photo of the large {}.",
-    "a black and white photo of a {}.", "the plushie {}.", "a dark photo of a {}.", "itap of a {}.",
-    "graffiti of the {}.", "a toy {}.", "itap of my {}.", "a photo of a cool {}.", "a photo of a small {}.",
-    "a tattoo of the {}.",
-]  # fmt: skip
-NAMED = {"single": SINGLE, "imagenet": IMAGENET, "vild": VILD}
+TEMPLATES = tomllib.loads((Path(__file__).parent / "names.toml").read_text())["prompts"]  # single, vild, imagenet
 CHUNK = 256  # texts in one pass through the text tower
 
 
@@ -93,10 +67,10 @@ def build_prompt(spec: str | list[str], width: int, prefix: int = 16, suffix: in
     """The prompt that `clip.prompt` names; `width` is the text tower's. Raises UserError for an unknown name."""
     if spec == "learned":
         return LearnedPrompt(width, prefix, suffix)
-    if isinstance(spec, str) and spec not in NAMED:
-        choices = ", ".join([*NAMED, "learned"])
+    if isinstance(spec, str) and spec not in TEMPLATES:
+        choices = ", ".join([*TEMPLATES, "learned"])
         raise UserError("clip.prompt", f"is {spec!r}", f"choose {choices}, or give a list of templates")
-    return FixedPrompt(NAMED[spec] if isinstance(spec, str) else spec)
+    return FixedPrompt(TEMPLATES[spec] if isinstance(spec, str) else spec)
 
 
 def check_names(names: list[str]) -> list[str]:

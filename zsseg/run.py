@@ -2,12 +2,9 @@
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,10 +91,6 @@ class Process:
             dist.all_reduce(tensor)
         return tensor
 
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
-
     def autocast(self, setting: str) -> torch.autocast:
         """bf16 autocast as `model.bf16` says: "auto" is on for CUDA only."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.enabled(setting))
@@ -128,16 +121,22 @@ def seed_of(*numbers: int) -> int:
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """Yield a temporary path beside `path`; it takes the name only when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yield a temporary path beside `path`; it takes the name only when the block ends without an error.
+
+    Raises UserError where the file system refuses.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"file {path}", f"cannot be written ({error.strerror})", "check the folder and the disk") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def fetch(url: str, path: Path, sha256: str, what: str) -> Path:
@@ -145,15 +144,9 @@ def fetch(url: str, path: Path, sha256: str, what: str) -> Path:
     if path.exists():
         return path
     try:
-        with replacing(path) as temporary:
-            digest = hashlib.sha256()
-            with urllib.request.urlopen(url, timeout=60) as source, open(temporary, "wb") as file:
-                while block := source.read(1 << 20):
-                    digest.update(block)
-                    file.write(block)
-            if digest.hexdigest() != sha256:
-                raise UserError(what, f"{url} has a wrong checksum", "try again or fetch it by hand")
-    except (urllib.error.URLError, OSError) as error:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), sha256)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a wrong checksum
         raise UserError(what, f"cannot download {url} ({error})", f"put the file at {path}") from None
     return path
 
@@ -161,7 +154,7 @@ def fetch(url: str, path: Path, sha256: str, what: str) -> Path:
 class Log:
     """The record of a run: one JSON object a line in `metrics.jsonl`, and wandb where asked for (rank 0 only)."""
 
-    def __init__(self, folder: Path, process: Process, mode: str = "disabled", project: str = "", config: dict = None,
+    def __init__(self, folder: Path, process: Process, mode: str = "disabled", project: str = "", config: dict | None = None,
                  step: int = 0, run_id: str | None = None):
         self.file = folder / "metrics.jsonl" if process.is_main else None
         self.wandb, self.run_id = None, run_id

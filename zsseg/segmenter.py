@@ -100,8 +100,6 @@ class Segmenter(nn.Module):
         """Picture [3, H, W] -> label map int64 `size`."""
         return self.score_map(*self.ensemble(self.propose(image)), size).argmax(0)
 
-    # -- weights --------------------------------------------------------------------------------------------------
-
     def learned_state(self) -> dict[str, checkpoint.State]:
         """What a checkpoint must hold besides CLIP."""
         parts = {"maskformer": self.maskformer, "prompt": self.prompt, "region_prompt": self.region_prompt}

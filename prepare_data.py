@@ -20,7 +20,7 @@ CLIP_CONFIG = Path(__file__).parent / "configs" / "shapes_clip.toml"
 
 
 def main(argv: list[str]) -> None:
-    parser = run.Parser(description=__doc__, formatter_class=run.RawHelp)
+    parser = run.Parser(__doc__)
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_argument("--root", metavar="DIR", help="data root (else $ZSSEG_DATA, else ./datasets)")
     parser.add_argument("--workers", type=int, default=4)
@@ -43,10 +43,7 @@ def prepare_shapes(root: Path, workers: int) -> None:
 
 
 def check(name: str, root: Path, full: bool) -> None:
-    """Print the counts of each split; with `full`, read every file and print the label histogram.
-
-    Raises UserError for a file that is broken, and if a pixel of an unseen class survived in the training labels.
-    """
+    """Print the counts of each split; with `full`, read every file (a broken one is a UserError), print the histogram."""
     data = dataset(name)
     for split in ("train", "val"):
         pairs = find_pairs(name, root, split)

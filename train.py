@@ -30,14 +30,14 @@ from zsseg.segmenter import build_segmenter
 
 
 class Segment:
-    """MaskFormer on the seen classes of a data set, CLIP frozen (METHOD section 3)."""
+    """MaskFormer on the seen classes of a data set, CLIP frozen."""
 
     def __init__(self, config: Config, root: Path, process: run.Process):
         self.config, self.root, self.process = config, root, process
         self.segmenter = build_segmenter(config, root).to(process.device)
         self.segmenter.set_classes(dataset(config.data.name).training_names)
         self.text = self.segmenter.text
-        self.model = self.segmenter.maskformer
+        self.model, self.state, self.load = self.segmenter.maskformer, self.segmenter.learned_state, self.segmenter.load_learned
         self.samples, self.collate, self.batch_size = TrainPictures(config, root), collate, config.train.batch_size
 
     def loss(self, model: nn.Module, batch: tuple) -> tuple[Tensor, dict[str, Tensor]]:
@@ -49,12 +49,6 @@ class Segment:
         weights = (train.focal_weight, train.dice_weight, train.no_object_weight)
         losses = segmentation_losses(logits, masks, targets, *weights, self.process)
         return sum(v.sum() for v in losses.values()), {k: v[-1].detach() for k, v in losses.items()}
-
-    def state(self) -> dict:
-        return self.segmenter.learned_state()
-
-    def load(self, state: dict, what: str) -> None:
-        self.segmenter.load_learned(state, what)
 
     def evaluate(self, split: str, out: Path | None) -> dict:
         result = evaluate(self.segmenter, self.config, self.root, self.process, split, out)
@@ -88,7 +82,7 @@ class Contrast:
         checkpoint.load_strict(self.model, state, what, "use the configuration of its run")
 
     def evaluate(self, split: str, out: Path | None) -> None:
-        """Nothing by itself: the segmenter's evaluation tells how it does on true masks."""
+        """Nothing: the segmenter's evaluation tells how CLIP does on true masks."""
 
 
 def build_small_clip(config: ContrastConfig) -> CLIP:
@@ -102,7 +96,7 @@ TASKS = {"segment": Segment, "clip": Contrast}
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW; no weight decay for norm layers and embeddings, a smaller rate for the backbone (METHOD section 3)."""
+    """AdamW; no weight decay for norm layers and embeddings, a smaller rate for the backbone."""
     groups: dict[tuple, list] = {}
     for prefix, module in model.named_modules():
         plain = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.Embedding))
@@ -114,22 +108,12 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, fused=True)
 
 
-class Numbers:
+def sample_numbers(start: int, steps: int, batch: int, process: run.Process) -> Iterator[int]:
     """The sample numbers of this process from step `start` on: the global order does not depend on the world size."""
-
-    def __init__(self, start: int, steps: int, batch: int, process: run.Process):
-        if batch % process.world:
-            raise run.UserError("train.batch_size", f"{batch} cannot be shared by {process.world} processes", "change it")
-        self.start, self.steps, self.batch, self.share = start, steps, batch, batch // process.world
-        self.offset = process.rank * self.share
-
-    def __len__(self) -> int:
-        return (self.steps - self.start) * self.share
-
-    def __iter__(self) -> Iterator[int]:
-        for step in range(self.start, self.steps):
-            first = step * self.batch + self.offset
-            yield from range(first, first + self.share)
+    share = batch // process.world
+    for step in range(start, steps):
+        first = step * batch + process.rank * share
+        yield from range(first, first + share)
 
 
 def main(argv: list[str]) -> None:
@@ -165,8 +149,10 @@ def train(config: Config, root: Path, out: Path, process: run.Process, resume: b
             states = {"model": task.state(), "optimizer": optimizer.state_dict()}
             checkpoint.save(out / name, config=asdict(config), step=step, best=best, wandb=log.run_id, **states)
 
-    numbers = Numbers(start, steps, task.batch_size, process)
-    batches = stream(task.samples, numbers, numbers.share, config.data.workers, task.collate)
+    if task.batch_size % process.world:
+        raise run.UserError("train.batch_size", f"{task.batch_size} cannot be shared by {process.world} processes", "change it")
+    numbers = sample_numbers(start, steps, task.batch_size, process)
+    batches = stream(task.samples, numbers, task.batch_size // process.world, config.data.workers, task.collate)
     bar = tqdm(range(start, steps), config.train.task, initial=start, total=steps, disable=None if process.is_main else True)
     for step, batch in zip(bar, batches, strict=True):
         torch.manual_seed(run.seed_of(config.train.seed, 4, step, process.rank))  # dropout: stateless, so resumable

@@ -8,22 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import recipe
+import torch
+
+from zsseg import run, shapes
+from zsseg.clip import build_clip, read_merges
+from zsseg.config import load_config
+from zsseg.segmenter import Segmenter
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-
-import recipe  # noqa: E402
-import torch  # noqa: E402
-
-from zsseg import (
-    run,
-    shapes,
-)
-from zsseg.clip import build_clip, read_merges  # noqa: E402
-from zsseg.config import load_config  # noqa: E402
-from zsseg.segmenter import Segmenter  # noqa: E402
-
 torch.set_num_threads(max(torch.get_num_threads(), 2))  # one thread sums convolutions in yet another order
 PROCESS = run.Process(torch.device("cpu"))
 

@@ -21,8 +21,9 @@ import train
 from zsseg import checkpoint, run
 
 TINY = ["--config", "configs/shapes.toml", "--device", "cpu"]
-for setting in ("train.batch_size=4", "train.steps=4", "log.every=1", "data.workers=0", "data.crop=64", "data.short_edges=[64]",
-                "model.queries=8", "data.test_short_edge=64", "train.checkpoint_every=2", "model.decoder_layers=2"):  # fmt: skip
+for setting in ("train.batch_size=4", "train.steps=4", "train.checkpoint_every=2", "log.every=1", "data.workers=0",
+                "data.crop=64", "data.short_edges=[64]", "data.test_short_edge=64", "model.queries=8",
+                "model.decoder_layers=2"):  # fmt: skip
     TINY += ["--set", setting]
 
 
@@ -107,7 +108,7 @@ def test_resumed_training_equals_uninterrupted_training(trained, shapes_root, tm
 
 
 def test_two_processes_train_as_one(shapes_root, tmp_path):
-    """The same global batches, losses averaged over both: the same course (without batch norm, which is per process)."""
+    """The same global batches, losses averaged over both: the same course (batch norm, which is per process, left out)."""
     settings = [*TINY, "--root", shapes_root]
     for setting in ("model.backbone=R50", "train.steps=3", "model.dropout=0", "train.lr=1e-4"):
         settings += ["--set", setting]
@@ -134,8 +135,8 @@ def test_compiled_training_runs(shapes_root, tmp_path, monkeypatch):
 
 def test_wandb_offline_writes_the_run(shapes_root, tmp_path):
     pytest.importorskip("wandb")
-    result = command("train.py", *TINY, "--root", shapes_root, "--out", tmp_path, "--set", "log.wandb=online",
-                     "--set", "train.steps=1", env={"WANDB_API_KEY": "", "WANDB_SILENT": "true", "HOME": str(tmp_path)})  # fmt: skip
+    arguments = [*TINY, "--root", shapes_root, "--out", tmp_path, "--set", "log.wandb=online", "--set", "train.steps=1"]
+    result = command("train.py", *arguments, env={"WANDB_API_KEY": "", "WANDB_SILENT": "true", "HOME": str(tmp_path)})
     assert result.returncode == 0, result.stderr
     assert "logging offline" in result.stdout
     runs = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))

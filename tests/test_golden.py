@@ -152,7 +152,8 @@ def test_end_to_end(tmp_path):
     ours = json.loads((tmp_path / "out" / "metrics.json").read_text())
     theirs = json.loads((GOLDEN / "e2e" / "voc_r50_single_metrics.json").read_text())
     names = {"mIoU": "mIoU", "fwIoU": "fwIoU", "mAcc": "mACC", "pAcc": "pACC", "mIoU_seen": "mIoU-base",
-             "pAcc_seen": "pAcc-base", "mIoU_unseen": "mIoU-unbase", "pAcc_unseen": "pAcc-unbase", "hIoU": "hIoU-base"}  # fmt: skip
+             "pAcc_seen": "pAcc-base", "mIoU_unseen": "mIoU-unbase", "pAcc_unseen": "pAcc-unbase",
+             "hIoU": "hIoU-base"}  # fmt: skip
     for our, their in names.items():
         assert ours[our] == pytest.approx(theirs[their], abs=0.2)
     for name, values in ours["per_class"].items():

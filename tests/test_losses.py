@@ -33,7 +33,7 @@ def mixed_labels() -> torch.Tensor:
 
 
 def literal_cost(logits, masks, labels, cls):
-    """One query, one target, METHOD section 3 word by word."""
+    """One query, one target, the definition word by word."""
     truth = (labels[::4, ::4] == cls).double()
     x = masks.double()
     p = x.sigmoid()

@@ -44,13 +44,10 @@ def read_torch(path: Path, what: str) -> object:
 def load_strict(module: nn.Module, state: State, what: str, hint: str) -> None:
     """`load_state_dict` whose complaint is one line: the first few missing, unknown and mis-shaped names."""
     own = module.state_dict()
-    problems = [f"{k} is missing" for k in own if k not in state]
-    problems += [f"{k} is unknown" for k in state if k not in own]
-    problems += [
-        f"{k} has shape {tuple(v.shape)}, not {tuple(own[k].shape)}"
-        for k, v in state.items()
-        if k in own and v.shape != own[k].shape
-    ]
+    problems = [f"{k} is missing" for k in own if k not in state] + [f"{k} is unknown" for k in state if k not in own]
+    for k in own.keys() & state.keys():
+        if state[k].shape != own[k].shape:
+            problems.append(f"{k} has shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(what, "does not fit: " + ", ".join(problems[:3]) + more, hint)
@@ -92,20 +89,17 @@ NAMES = [
 ]
 DEEP_STEM = [  # R101c: conv1 is a sequence of convolution, norm, relu, and so on
     (rf"backbone\.stem\.conv{i}\.{norm}" + LEAF, f"maskformer.backbone.{ours}.{{leaf}}")
-    for i, norm, ours in zip("112233", ("", r"norm\.") * 3, ["conv1.0", "conv1.1", "conv1.3", "conv1.4", "conv1.6", "bn1"], strict=True)
-]
+    for (i, norm), ours in {(1, ""): "conv1.0", (1, r"norm\."): "conv1.1", (2, ""): "conv1.3", (2, r"norm\."): "conv1.4",
+                            (3, ""): "conv1.6", (3, r"norm\."): "bn1"}.items()
+]  # fmt: skip
 # Constants of the original's modules that ours hold or compute themselves, and the unused column of the region adapter.
-DROPPED = [
-    r"criterion\.empty_weight",
-    r"(?:_region_)?(?:clip_adapter\.)?pixel_(?:mean|std)",
-    r"(?:_region_)?clip_adapter\.prompt_learner\.(?:start|dot|end|pad)_signal",
-    r"_region_clip_adapter\.non_object_embedding",
-]
+DROPPED = (r"criterion\.empty_weight|_region_clip_adapter\.non_object_embedding|(?:_region_)?clip_adapter\."
+           r"(?:pixel_(?:mean|std)|prompt_learner\.(?:start|dot|end|pad)_signal)")  # fmt: skip
 
 
 def our_name(name: str, deep_stem: bool = False) -> str | None:
     """Our name for a parameter of the original, None where it is dropped. Raises KeyError for an unknown name."""
-    if any(re.fullmatch(pattern, name) for pattern in DROPPED):
+    if re.fullmatch(DROPPED, name):
         return None
     for pattern, ours in (DEEP_STEM if deep_stem else []) + NAMES:
         if match := re.fullmatch(pattern, name):
@@ -137,9 +131,8 @@ def import_original(state: State, what: str) -> tuple[dict[str, State], list[str
         else:
             part, _, key = ours.partition(".")
             parts.setdefault(part, {})[key] = tensor
-    region_clip = parts.pop("region_clip", None)
-    if region_clip is not None:
-        clip = parts["clip"]
+    if region_clip := parts.pop("region_clip", {}):
+        clip = parts.get("clip", {})
         if region_clip.keys() != clip.keys() or any(not torch.equal(v, clip[k]) for k, v in region_clip.items()):
             raise UserError(what, "has two different CLIPs", "only one shared CLIP is supported")
         dropped += [f"_region_clip_adapter.clip_model.{k}" for k in region_clip]
@@ -149,18 +142,13 @@ def import_original(state: State, what: str) -> tuple[dict[str, State], list[str
 class ArrayUnpickler(pickle.Unpickler):
     """Reads NumPy arrays and plain containers (detectron2's .pkl) and refuses everything else."""
 
-    ALLOWED = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
-        ("collections", "OrderedDict"): OrderedDict,
-    }
-
     def find_class(self, module: str, name: str) -> object:
         if name in ("_reconstruct", "scalar") and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             return getattr(np._core.multiarray, name)
-        if (module, name) in self.ALLOWED:
-            return self.ALLOWED[module, name]
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype"), ("collections", "OrderedDict")):
+            return super().find_class(module, name)
+        if (module, name) == ("_codecs", "encode"):
+            return lambda text, encoding: text.encode("latin1")
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
 
@@ -219,19 +207,11 @@ def load_clip_state(weights: str, root: Path) -> State:
     else:
         path = Path(weights.format(root=root))
         if not path.is_file():
-            names = ", ".join(OPENAI_MODELS)
-            raise UserError(what, f"no file {path}", f"run prepare_data.py, or give a file or one of {names}")
-    if is_torchscript(path):
+            raise UserError(what, f"no file {path}", f"run prepare_data.py, or give one of {', '.join(OPENAI_MODELS)}")
+    if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
         return read_torchscript(path, what)
     content = read_torch(path, what)
     return content["model"] if isinstance(content, dict) and "model" in content else content
-
-
-def is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "LongStorage": torch.int64}

@@ -9,6 +9,7 @@ import math
 import os
 from collections import OrderedDict
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -87,7 +88,7 @@ class Tokenizer:
         """Join the pair of lowest rank everywhere, left to right, until no known pair is left."""
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
-            best = min(zip(parts, parts[1:], strict=False), key=lambda pair: self.rank.get(pair, math.inf))
+            best = min(pairwise(parts), key=lambda pair: self.rank.get(pair, math.inf))
             if best not in self.rank:
                 break
             joined, i = [], 0

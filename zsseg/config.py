@@ -51,7 +51,7 @@ class ClipConfig:
     prompt_prefix: int = 16  # learned tokens before and after the name
     prompt_suffix: int = 0
     ensemble: bool = True  # False: the segmenter's own class probabilities alone
-    ensemble_weight: float = 0.8  # w of METHOD section 5; 0 = CLIP alone
+    ensemble_weight: float = 0.8  # w: seen classes head^w clip^(1-w), unseen the other way round; 0: CLIP alone
     mask_threshold: float = 0.5
     expand_ratio: float = 1.0
     chunk: int = 100  # region crops per pass through CLIP

@@ -54,10 +54,7 @@ class DataSet:
         return [self.names[i] for i in self.seen] or self.names
 
     def lut(self, training: bool = False) -> np.ndarray:
-        """Label value -> class id, uint8 [256]; in training the index among the seen classes.
-
-        Then the pixels of unseen classes become `ignore` before anything else sees the label map.
-        """
+        """Label value -> class id, uint8 [256]; in training -> index among the seen classes, unseen ones -> `ignore`."""
         table = np.full(256, self.ignore, np.uint8)
         names = self.training_names if training else self.names
         table[[self.values[self.names.index(n)] for n in names]] = np.arange(len(names))
@@ -159,7 +156,7 @@ class TestPictures(Dataset):
 
 
 def augment(image: Tensor, labels: Tensor, config: DataConfig, ignore: int) -> tuple[Tensor, Tensor]:
-    """METHOD section 3, on uint8 [3, H, W] and [H, W] -> [3, S, S] and [S, S], S = config.crop.
+    """The augmentation of training, on uint8 [3, H, W] and [H, W] -> [3, S, S] and [S, S], S = config.crop.
 
     Shortest edge, random crop (as much as there is), colour jitter, flip, padding at the right and bottom.
     """

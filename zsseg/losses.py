@@ -1,4 +1,4 @@
-"""Set-prediction training (METHOD section 3): matching cost, exact assignment, losses; and CLIP's contrastive loss.
+"""Set-prediction training (MaskFormer, Cheng et al. 2021): matching cost, assignment, losses; CLIP's contrastive loss.
 
 Targets are padded to the largest count T of the batch: `classes` [B, T] int64, `counts` [B] int64 on the CPU, and
 the label map [B, H, W], from which the binary mask of a target is `labels == class`.

@@ -1,9 +1,10 @@
-"""MaskFormer with zero-shot classification (Cheng et al. 2021; paper section 3.2): picture -> masks and class embeddings.
+"""MaskFormer with zero-shot classification (Cheng et al. 2021): picture -> masks and class embeddings.
 
 Backbone (R50, R101c or a small one) -> FPN pixel decoder -> transformer decoder over learned queries -> heads.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -81,10 +82,6 @@ class SmallResNet(nn.Module):
         return [x := stage(x) for stage in self.stages]
 
 
-def build_backbone(config: ModelConfig) -> nn.Module:
-    return SmallResNet(config.small_widths) if config.backbone == "small" else DeepResNet(config.backbone)
-
-
 class ConvNorm(nn.Sequential):
     """Convolution without bias, then GroupNorm; Kaiming-uniform weights (a=1)."""
 
@@ -160,7 +157,7 @@ class MLP(nn.Sequential):
 
     def __init__(self, *widths: int):
         layers = []
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in pairwise(widths):
             layers += [nn.Linear(a, b), nn.ReLU(inplace=True)]
         super().__init__(*layers[:-1])
 
@@ -171,7 +168,7 @@ class MaskFormer(nn.Module):
     def __init__(self, config: ModelConfig, embed: int):
         super().__init__()
         hidden = config.hidden
-        self.backbone = build_backbone(config)
+        self.backbone = SmallResNet(config.small_widths) if config.backbone == "small" else DeepResNet(config.backbone)
         self.pixel_decoder = PixelDecoder(self.backbone.channels, hidden)
         self.input_proj = nn.Conv2d(self.backbone.channels[-1], hidden, 1)
         layer = (hidden, config.heads, config.feedforward, config.dropout)
@@ -190,7 +187,7 @@ class MaskFormer(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
 
     def propose(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Proposals (METHOD section 1) of pictures that are RGB in 0..255 [B, 3, H, W], any dtype and size.
+        """Proposals of pictures that are RGB in 0..255 [B, 3, H, W], any dtype and size.
 
         Returns class embeddings [L, B, Q, D] and mask logits [L, B, Q, h, w]; in eval mode of the last layer only
         (L = 1). h, w are at stride 4 of the picture padded with zeros to a multiple of 32.

@@ -1,10 +1,11 @@
-"""Evaluation (METHOD section 7): exact integer confusion matrices over all processes, the metrics, a table, a picture."""
+"""Evaluation: exact integer confusion matrices over all processes, the metrics, a table, a picture."""
 
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -34,31 +35,23 @@ def summarize(matrix: Tensor, data: DataSet) -> dict:
     matrix = matrix.cpu().numpy().astype(np.float64)
     hit, truth, predicted = np.diag(matrix), matrix.sum(1), matrix.sum(0)
     there, touched = truth > 0, truth + predicted > 0
-    with np.errstate(invalid="ignore", divide="ignore"):
-        iou = 100 * hit / (truth + predicted - hit)
-        accuracy = 100 * hit / truth
+    iou = 100 * hit / np.maximum(truth + predicted - hit, 1)
+    accuracy = 100 * hit / np.maximum(truth, 1)
 
     def ratio(a: float, b: float) -> float:
         return float(a / b) if b else 0.0
 
-    def part(ids: list[int]) -> tuple[float, float, float]:
-        chosen = np.isin(np.arange(len(truth)), ids)
-        total = iou[there & chosen].sum()
-        pixels = 100 * ratio(hit[chosen].sum(), truth[chosen].sum())
-        return ratio(total, (touched & chosen).sum()), ratio(total, (there & chosen).sum()), pixels
+    def part(chosen: np.ndarray) -> tuple[float, float]:
+        miou = ratio(iou[there & chosen].sum(), (touched & chosen).sum())
+        return miou, 100 * ratio(hit[chosen].sum(), truth[chosen].sum())
 
-    everything = list(range(len(truth)))
-    miou, miou_gt, pixels = part(everything)
-    result = {
-        "mIoU": miou,
-        "mIoU_gt": miou_gt,
-        "fwIoU": ratio((iou[there] * truth[there]).sum(), truth.sum()),
-        "mAcc": ratio(accuracy[there].sum(), there.sum()),
-        "pAcc": pixels,
-    }
+    miou, pixels = part(np.ones_like(there))
+    result = {"mIoU": miou, "mIoU_gt": ratio(iou[there].sum(), there.sum()), "fwIoU": ratio((iou * truth).sum(), truth.sum()),
+              "mAcc": ratio(accuracy[there].sum(), there.sum()), "pAcc": pixels}  # fmt: skip
     if data.seen:
-        seen, _, result["pAcc_seen"] = part(data.seen)
-        unseen, _, result["pAcc_unseen"] = part([i for i in everything if i not in data.seen])
+        is_seen = np.isin(np.arange(len(truth)), data.seen)
+        seen, result["pAcc_seen"] = part(is_seen)
+        unseen, result["pAcc_unseen"] = part(~is_seen)
         result |= {"mIoU_seen": seen, "mIoU_unseen": unseen, "hIoU": ratio(2 * seen * unseen, seen + unseen)}
     result["per_class"] = {
         name: {"IoU": float(iou[i]) if there[i] else None, "Acc": float(accuracy[i]) if there[i] else None}
@@ -103,10 +96,10 @@ def evaluate(
     result |= {"images": len(pictures), "images_per_second": len(pictures) * process.world / float(seconds)}
     if config.eval.compare:
         result["head_only"] = summarize(head_matrix, data)
-        right, total = (regions.double().sum(0) if not data.seen else regions.double()).T.cpu().numpy().reshape(2, -1)
-        result["clip_true_masks"] = {"accuracy": float(100 * right.sum() / total.sum()), "regions": int(total.sum())}
+        right, total = regions.T.tolist()
+        result["clip_true_masks"] = {"accuracy": 100 * sum(right) / max(sum(total), 1), "regions": sum(total)}
         if data.seen:
-            seen, unseen = (100 * right / np.maximum(total, 1)).tolist()
+            seen, unseen = (100 * r / max(n, 1) for r, n in zip(right, total, strict=True))
             result["clip_true_masks"] |= {"accuracy_seen": seen, "accuracy_unseen": unseen}
     if out is not None and process.is_main:
         save_grid(samples, out / "samples.png")
@@ -115,23 +108,19 @@ def evaluate(
 
 def true_mask_accuracy(segmenter: Segmenter, image: Tensor, labels: Tensor, data: DataSet) -> Tensor:
     """CLIP alone on the ground-truth mask of every class present: int64 [2, 2], rows seen and unseen, right and all."""
+    labels = F.interpolate(labels[None, None].float(), image.shape[-2:], mode="nearest")[0, 0].long()
     classes = labels.unique()
-    classes = classes[classes != data.ignore]
-    size = image.shape[-2:]
-    masks = (labels == classes[:, None, None]).float()[None]  # [1, T, H, W]
-    masks = torch.nn.functional.interpolate(masks, size, mode="nearest")[0] > 0.5
-    boxes, valid = mask_boxes(masks)  # a class of a few pixels may vanish where the picture shrinks
-    right = segmenter.region_logits(image, masks[valid], boxes[valid]).argmax(1) == classes[valid]
-    seen = segmenter.seen[classes[valid]] if data.seen else torch.ones_like(right)
-    rows = [torch.stack([(right & chosen).sum(), chosen.sum()]) for chosen in (seen, ~seen)]
-    return torch.stack(rows)
+    classes = classes[classes != data.ignore]  # [T]
+    masks = labels == classes[:, None, None]  # [T, H, W]
+    right = segmenter.region_logits(image, masks, mask_boxes(masks)[0]).argmax(1) == classes
+    seen = segmenter.seen[classes]
+    return torch.stack([torch.stack([(right & chosen).sum(), chosen.sum()]) for chosen in (seen, ~seen)])
 
 
-def table(result: dict, per_class: bool = True) -> str:
+def table(result: dict) -> str:
     """The metrics as lines of text: seen, unseen and hIoU of each part side by side, then every class."""
-    rows = [("ensemble", result)]
-    if "head_only" in result:
-        rows.insert(0, ("head alone", result["head_only"]))
+    rows = [("head alone", result["head_only"])] if "head_only" in result else []
+    rows.append(("ensemble", result))
     split = "hIoU" in result
     keys = ("mIoU_seen", "mIoU_unseen", "hIoU", "mIoU", "pAcc") if split else ("mIoU", "mIoU_gt", "fwIoU", "mAcc", "pAcc")
     lines = ["".join([f"{'':24}", *(f"{k.removeprefix('mIoU_'):>9}" for k in keys)])]
@@ -140,11 +129,9 @@ def table(result: dict, per_class: bool = True) -> str:
         shown = [clip[k] for k in ("accuracy_seen", "accuracy_unseen") if k in clip]
         text = "".join(f"{v:9.1f}" for v in shown) + f"   all {clip['accuracy']:.1f} (accuracy, {clip['regions']} regions)"
         lines.append(f"{'CLIP on the true masks':24}{text}")
-    if per_class:
-        shown = [f"{name[:17]:17} {'-' if v['IoU'] is None else format(v['IoU'], '.1f'):>5}"
-                 for name, v in result["per_class"].items()]  # fmt: skip
-        lines += ["", "IoU of each class", *("  ".join(shown[i : i + 4]) for i in range(0, len(shown), 4))]
-    return "\n".join(lines)
+    shown = {k: "-" if v["IoU"] is None else format(v["IoU"], ".1f") for k, v in result["per_class"].items()}
+    cells = [f"{name[:17]:17} {iou:>5}" for name, iou in shown.items()]
+    return "\n".join([*lines, "", "IoU of each class", *("  ".join(cells[i : i + 4]) for i in range(0, len(cells), 4))])
 
 
 def palette(count: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Prompts: class names -> text features (METHOD section 2; paper section 3.4)."""
+"""Prompts: class names -> text features: fixed templates or learned (Xu et al. 2021)."""
 
 import tomllib
 from pathlib import Path
@@ -34,7 +34,7 @@ class FixedPrompt(nn.Module):
 
 
 class LearnedPrompt(nn.Module):
-    """`[start] prefix name [suffix] . [end]` with learned token embeddings (CoOp; paper section 3.4)."""
+    """`[start] prefix name [suffix] . [end]` with learned token embeddings (CoOp, Zhou et al. 2021)."""
 
     def __init__(self, width: int, prefix: int = 16, suffix: int = 0):
         super().__init__()

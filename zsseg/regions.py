@@ -1,4 +1,4 @@
-"""Region classification (METHOD section 5, steps 3-4): binary masks -> masked crops -> CLIP class logits."""
+"""Region classification (Xu et al. 2021): binary masks -> masked crops -> CLIP class logits."""
 
 import torch
 import torch.nn.functional as F

@@ -22,10 +22,7 @@ if CPU_FEATURES.exists() and "avx512f" in CPU_FEATURES.read_text():
 
 
 class UserError(Exception):
-    """Something the user can put right: shown as one line, exit code 2, no traceback."""
-
-    def __init__(self, what: str, why: str, todo: str):
-        super().__init__(what, why, todo)
+    """Something the user can put right, as (what, why, what to do): one line, exit code 2, no traceback."""
 
     def __str__(self) -> str:
         what, why, todo = self.args
@@ -34,6 +31,9 @@ class UserError(Exception):
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line like every other user error."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str):
         raise UserError("command line", message, f"see {self.prog} --help")
@@ -51,12 +51,9 @@ def command(main: Callable[[list[str]], None]) -> None:
             dist.destroy_process_group()
 
 
-RawHelp = argparse.RawDescriptionHelpFormatter  # keeps the line breaks of a docstring
-
-
 def parser(doc: str, config_required: bool = False) -> Parser:
     """The options that train.py and eval.py share; `doc` is the script's docstring."""
-    shared = Parser(description=doc, formatter_class=RawHelp)
+    shared = Parser(doc)
     shared.add_argument("--config", metavar="FILE", required=config_required, help="TOML file of options")
     shared.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one option")
     shared.add_argument("--root", metavar="DIR", help="data root (else $ZSSEG_DATA, else ./datasets)")

@@ -1,4 +1,4 @@
-"""The whole method at inference (METHOD section 5): proposals, CLIP on the regions, ensemble, label map."""
+"""The whole method at inference (Xu et al. 2021): proposals, CLIP on the regions, ensemble, label map."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from zsseg import checkpoint
 from zsseg.clip import Tokenizer, build_clip
 from zsseg.config import Config
 from zsseg.maskformer import DIVISOR, MaskFormer
-from zsseg.prompts import FixedPrompt, build_prompt, check_names
+from zsseg.prompts import LearnedPrompt, build_prompt, check_names
 from zsseg.regions import classify_crops, mask_boxes, region_crops
 from zsseg.run import UserError
 
@@ -33,9 +33,9 @@ class Segmenter(nn.Module):
         super().__init__()
         self.config = config.clip
         self.clip = build_clip(clip_state)
-        self.tokenizer = Tokenizer(*self.clip.token_embedding.weight.shape[:1], self.clip.context)
+        vocab_size, width = self.clip.token_embedding.weight.shape
+        self.tokenizer = Tokenizer(vocab_size, self.clip.context)
         self.maskformer = MaskFormer(config.model, self.clip.text_projection.shape[1])
-        width = self.clip.token_embedding.weight.shape[1]
         learned = (width, config.clip.prompt_prefix, config.clip.prompt_suffix)
         self.prompt = build_prompt(config.clip.prompt, *learned)
         # The paper's VOC setting: fixed prompts for the segmenter's head, learned ones for the regions.
@@ -48,9 +48,7 @@ class Segmenter(nn.Module):
         """Fix the vocabulary. `seen` holds the class ids that were trained on; none where there is no such split."""
         self.names = check_names(names)
         self.text = self.prompt(self.clip, self.tokenizer, self.names)
-        self.region_text = self.text
-        if self.region_prompt is not None:
-            self.region_text = self.region_prompt(self.clip, self.tokenizer, self.names)
+        self.region_text = self.region_prompt(self.clip, self.tokenizer, self.names) if self.region_prompt else self.text
         self.seen = torch.zeros(len(names), dtype=torch.bool, device=self.text.device)
         self.seen[list(seen)] = True
 
@@ -103,23 +101,20 @@ class Segmenter(nn.Module):
     def learned_state(self) -> dict[str, checkpoint.State]:
         """What a checkpoint must hold besides CLIP."""
         parts = {"maskformer": self.maskformer, "prompt": self.prompt, "region_prompt": self.region_prompt}
-        return {k: m.state_dict() for k, m in parts.items() if m is not None and not isinstance(m, FixedPrompt)}
+        return {k: m.state_dict() for k, m in parts.items() if isinstance(m, (MaskFormer, LearnedPrompt))}
 
     def load_learned(self, parts: dict[str, checkpoint.State], what: str) -> None:
         """Load `learned_state` or the parts of an original checkpoint; strict about every part that is in use."""
-        hint = "use the configuration that the checkpoint was trained with"
-        checkpoint.load_strict(self.maskformer, parts.get("maskformer", {}), what, hint)
+        checkpoint.load_strict(self.maskformer, parts.get("maskformer", {}), what, "use the configuration of its training")
         self.load_prompts(parts, what)
 
     def load_prompts(self, parts: dict[str, checkpoint.State], what: str) -> None:
-        for name in ("prompt", "region_prompt"):
-            module = getattr(self, name)
-            if module is None or isinstance(module, FixedPrompt):
-                continue
-            if name not in parts and not self.config.prompts:
-                raise UserError(what, f"has no learned {name}", f"set clip.{name} to a fixed prompt, or clip.prompts")
-            if name in parts:
-                checkpoint.load_strict(module, parts[name], what, "set clip.prompt_prefix and clip.prompt_suffix")
+        for name, module in (("prompt", self.prompt), ("region_prompt", self.region_prompt)):
+            if isinstance(module, LearnedPrompt):
+                if name in parts:
+                    checkpoint.load_strict(module, parts[name], what, "set clip.prompt_prefix and clip.prompt_suffix")
+                elif not self.config.prompts:
+                    raise UserError(what, f"has no learned {name}", f"set clip.{name} to a fixed prompt, or clip.prompts")
 
 
 def build_segmenter(config: Config, root: Path) -> Segmenter:

@@ -82,11 +82,9 @@ def generate(folder: Path) -> None:
     for split, count in SPLITS.items():
         for index in range(count):
             picture, labels, captions[f"{split}{index:05}"] = draw(split, index)
-            for kind, ending, array, options in (
-                ("images", "jpg", picture, {"quality": 80, "subsampling": 0}),
-                ("labels", "png", labels, {}),
-            ):
-                with replacing(folder / kind / split / f"{split}{index:05}.{ending}") as file:
-                    Image.fromarray(array).save(file, "JPEG" if ending == "jpg" else "PNG", **options)
+            with replacing(folder / "images" / split / f"{split}{index:05}.jpg") as file:
+                Image.fromarray(picture).save(file, "JPEG", quality=80, subsampling=0)
+            with replacing(folder / "labels" / split / f"{split}{index:05}.png") as file:
+                Image.fromarray(labels).save(file, "PNG")
     with replacing(folder / "captions.json") as file:
         file.write_text(json.dumps(captions))

@@ -54,7 +54,7 @@ class ClipConfig:
     ensemble_weight: float = 0.8  # w: seen classes head^w clip^(1-w), unseen the other way round; 0: CLIP alone
     mask_threshold: float = 0.5
     expand_ratio: float = 1.0
-    chunk: int = 100  # region crops per pass through CLIP
+    chunk: int = 0  # region crops in one pass through CLIP; 0: what suits the device
 
 
 @dataclass
@@ -121,9 +121,10 @@ CHOICES = {
     "train.task": ("segment", "clip"),
     "log.wandb": ("online", "offline", "disabled"),
 }
-POSITIVE = ("train.steps", "train.batch_size", "train.checkpoint_every", "log.every", "model.queries", "clip.chunk",
+POSITIVE = ("train.steps", "train.batch_size", "train.checkpoint_every", "log.every", "model.queries",
             "data.crop", "data.test_short_edge", "data.max_size", "clip.expand_ratio")
 UNIT = ("clip.ensemble_weight", "clip.mask_threshold")
+COUNTS = ("clip.chunk", "data.workers", "train.eval_every", "clip.prompt_prefix", "clip.prompt_suffix", "train.seed")
 
 
 def load_config(file: str | None = None, overrides: list[str] = (), base: dict | None = None) -> Config:
@@ -145,9 +146,10 @@ def load_config(file: str | None = None, overrides: list[str] = (), base: dict |
     for name, allowed in CHOICES.items():
         if values[name] not in allowed:
             raise UserError(name, f"is {values[name]!r}", f"choose one of {', '.join(allowed)}")
-    for name in (*POSITIVE, *UNIT):
-        if not 0 <= values[name] <= (1 if name in UNIT else float("inf")) or (name in POSITIVE and not values[name]):
-            raise UserError(name, f"is {values[name]}", f"give a number {'from 0 to 1' if name in UNIT else 'above 0'}")
+    for name in (*POSITIVE, *UNIT, *COUNTS):
+        if values[name] < 0 or (name in POSITIVE and values[name] == 0) or (name in UNIT and values[name] > 1):
+            allowed = "above 0" if name in POSITIVE else "from 0 to 1" if name in UNIT else "of 0 or more"
+            raise UserError(name, f"is {values[name]}", f"give a number {allowed}")
     return config
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from zsseg import checkpoint, run
 from zsseg.config import Config, load_config
 from zsseg.metrics import evaluate, table
-from zsseg.segmenter import Segmenter, build_segmenter
+from zsseg.segmenter import Segmenter
 
 
 def main(argv: list[str]) -> None:
@@ -43,16 +43,17 @@ def load_segmenter(content: dict, config: Config, root: Path, name: str) -> Segm
     if "config" in content:
         if "maskformer" not in content["model"]:
             raise run.UserError(what, "holds a CLIP, not a segmenter", "give a checkpoint of task segment")
-        config.model.weights = ""  # the checkpoint has the trained backbone
-        segmenter = build_segmenter(config, root)
-        segmenter.load_learned(content["model"], what)
-        return segmenter
-    parts, dropped = checkpoint.import_original(content["model"], what)
-    if "clip" not in parts:
-        raise run.UserError(what, "holds no CLIP", "give a zero-shot checkpoint of zsseg.baseline")
-    segmenter = Segmenter(config, parts["clip"])
+        parts, clip = content["model"], checkpoint.load_clip_state(config.clip.weights, root)
+        if config.clip.prompts == content["config"]["clip"]["prompts"]:
+            config.clip.prompts = ""  # the checkpoint holds them
+    else:
+        parts, dropped = checkpoint.import_original(content["model"], what)
+        if "clip" not in parts:
+            raise run.UserError(what, "holds no CLIP", "give a zero-shot checkpoint of zsseg.baseline")
+        clip = parts["clip"]
+        print(f"imported {len(content['model']) - len(dropped)} tensors; not needed: {', '.join(dropped[:4])} ...")
+    segmenter = Segmenter(config, clip)
     segmenter.load_learned(parts, what)
-    print(f"imported {len(content['model']) - len(dropped)} tensors, {len(dropped)} not needed: {', '.join(dropped[:4])} ...")
     return segmenter
 
 

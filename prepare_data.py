@@ -37,9 +37,10 @@ def prepare_shapes(root: Path, workers: int) -> None:
     shapes.generate(folder)
     if (folder / "clip.pt").exists():
         return
+    last = folder / "clip" / "last.pt"
     config = load_config(CLIP_CONFIG, [f"data.workers={workers}"])
-    train(config, root, folder / "clip", run.start("cpu"), resume=(folder / "clip" / "last.pt").exists())
-    checkpoint.save(folder / "clip.pt", model=checkpoint.load(folder / "clip" / "last.pt")["model"])
+    train(config, root, last.parent, run.start("cpu"), checkpoint.load(last) if last.exists() else {})
+    checkpoint.save(folder / "clip.pt", model=checkpoint.load(last)["model"])
 
 
 def check(name: str, root: Path, full: bool) -> None:

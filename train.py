@@ -121,21 +121,22 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="continue OUT/last.pt")
     args = parser.parse_args(argv)
     out = Path(args.out) if args.out else Path("runs") / Path(args.config).stem
-    config = load_config(args.config, args.set)
-    process, root = run.start(args.device), run.data_root(args.root)
-    train(config, root, out, process, args.resume)
-
-
-def train(config: Config, root: Path, out: Path, process: run.Process, resume: bool = False) -> None:
-    last = out / "last.pt"
-    saved = checkpoint.load(last) if resume else {}
-    if not resume and last.exists():
+    saved = checkpoint.load(out / "last.pt") if args.resume else {}
+    if not saved and (out / "last.pt").exists():
         raise run.UserError(f"output {out}", "holds a run already", "add --resume, or give another --out")
+    config = load_config(None if saved else args.config, args.set, saved.get("config"))
+    train(config, run.data_root(args.root), out, run.start(args.device), saved)
+
+
+def train(config: Config, root: Path, out: Path, process: run.Process, saved: dict) -> None:
+    """Train as `config` says and evaluate, from the start or from `saved`, the content of a checkpoint."""
     torch.manual_seed(run.seed_of(config.train.seed, 0))
     task = TASKS[config.train.task](config, root, process)
+    if task.batch_size % process.world:
+        raise run.UserError("train.batch_size", f"{task.batch_size} cannot be shared by {process.world} processes", "change it")
     optimizer = build_optimizer(task.model, config)
     if saved:
-        task.load(saved["model"], f"checkpoint {last}")
+        task.load(saved["model"], f"checkpoint {out / 'last.pt'}")
         optimizer.load_state_dict(saved["optimizer"])
     start, steps, best = saved.get("step", 0), config.train.steps, saved.get("best", -math.inf)
     task.model.train()
@@ -149,8 +150,6 @@ def train(config: Config, root: Path, out: Path, process: run.Process, resume: b
             states = {"model": task.state(), "optimizer": optimizer.state_dict()}
             checkpoint.save(out / name, config=asdict(config), step=step, best=best, wandb=log.run_id, **states)
 
-    if task.batch_size % process.world:
-        raise run.UserError("train.batch_size", f"{task.batch_size} cannot be shared by {process.world} processes", "change it")
     numbers = sample_numbers(start, steps, task.batch_size, process)
     batches = stream(task.samples, numbers, task.batch_size // process.world, config.data.workers, task.collate)
     bar = tqdm(range(start, steps), config.train.task, initial=start, total=steps, disable=None if process.is_main else True)

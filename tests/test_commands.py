@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, fails_in_one_line, tiny_config
+from conftest import PROCESS, ROOT, command, fails_in_one_line, tiny_config
 from PIL import Image
 
 import eval as evaluation
@@ -99,12 +99,27 @@ def test_resumed_training_equals_uninterrupted_training(trained, shapes_root, tm
     assert saves == [2] and checkpoint.load(out / "last.pt")["step"] == 2
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "loss": 0}\n')  # logged, but after the checkpoint
-    train.main([*arguments, "--resume"])
+    train.main([*arguments[:4], "--root", str(shapes_root), "--out", str(out), "--resume"])  # settings: the checkpoint's
     assert same(weights(out / "last.pt"), weights(trained / "last.pt"))
     first, second = (checkpoint.load(p / "last.pt")["optimizer"]["state"] for p in (out, trained))
     assert all(torch.equal(first[k]["exp_avg_sq"], second[k]["exp_avg_sq"]) for k in second)
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in logged if "loss" in line] == [1, 2, 3, 4] and all(v.get("loss") != 0 for v in logged)
+
+
+def test_the_small_clip_resumes_exactly_too(shapes_root, tmp_path, monkeypatch):
+    config = tiny_config("train.steps=4", "train.checkpoint_every=2", task="clip")
+    kept, original = {}, checkpoint.save
+
+    def save_and_keep(path: Path, **content: object) -> None:
+        original(path, **content)
+        kept[content["step"]] = checkpoint.load(path)
+
+    monkeypatch.setattr(checkpoint, "save", save_and_keep)
+    train.train(config, shapes_root, tmp_path / "a", PROCESS, {})
+    train.train(config, shapes_root, tmp_path / "b", PROCESS, kept[2])
+    assert same(checkpoint.load(tmp_path / "b" / "last.pt")["model"], kept[4]["model"])
+    assert not same(kept[2]["model"], kept[4]["model"])
 
 
 def test_two_processes_train_as_one(shapes_root, tmp_path):

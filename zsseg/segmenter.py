@@ -53,7 +53,7 @@ class Segmenter(nn.Module):
         self.seen[list(seen)] = True
 
     @torch.inference_mode()
-    def propose(self, image: Tensor, regions: bool = True) -> Proposals:
+    def propose(self, image: Tensor) -> Proposals:
         """image: RGB uint8 or float in 0..255 [3, H, W] at network-input size."""
         height, width = image.shape[-2:]
         embeds, masks = self.maskformer.propose(image[None])
@@ -63,7 +63,7 @@ class Segmenter(nn.Module):
         masks = masks[:, :height, :width].sigmoid()  # [Q, H, W]
         binary = masks > self.config.mask_threshold
         boxes, valid = mask_boxes(binary, self.config.expand_ratio)
-        if not (regions and self.config.ensemble):
+        if not self.config.ensemble:
             return Proposals(masks, head, None, valid)
         region = torch.ones_like(head)
         region[valid] = self.region_logits(image, binary[valid], boxes[valid]).softmax(-1)
@@ -109,19 +109,20 @@ class Segmenter(nn.Module):
         self.load_prompts(parts, what)
 
     def load_prompts(self, parts: dict[str, checkpoint.State], what: str) -> None:
+        """Load the learned prompts from `clip.prompts` where that is set, else from `parts`."""
+        if self.config.prompts:
+            parts, what = read_prompts(self.config.prompts), f"clip.prompts {self.config.prompts}"
         for name, module in (("prompt", self.prompt), ("region_prompt", self.region_prompt)):
             if isinstance(module, LearnedPrompt):
-                if name in parts:
-                    checkpoint.load_strict(module, parts[name], what, "set clip.prompt_prefix and clip.prompt_suffix")
-                elif not self.config.prompts:
-                    raise UserError(what, f"has no learned {name}", f"set clip.{name} to a fixed prompt, or clip.prompts")
+                if name not in parts:
+                    raise UserError(what, f"has no learned {name}", f"set clip.prompts, or clip.{name} to a fixed prompt")
+                checkpoint.load_strict(module, parts[name], what, "set clip.prompt_prefix and clip.prompt_suffix")
 
 
 def build_segmenter(config: Config, root: Path) -> Segmenter:
-    """A segmenter with fresh MaskFormer weights and the configuration's CLIP, prompts and initial backbone."""
+    """A segmenter to train: fresh MaskFormer weights and the configuration's CLIP, prompts and initial backbone."""
     segmenter = Segmenter(config, checkpoint.load_clip_state(config.clip.weights, root))
-    if config.clip.prompts:
-        segmenter.load_prompts(read_prompts(config.clip.prompts), f"clip.prompts {config.clip.prompts}")
+    segmenter.load_prompts({}, "configuration")
     if config.model.weights:
         checkpoint.load_backbone(segmenter.maskformer.backbone, config.model.backbone, config.model.weights)
     return segmenter

@@ -8,12 +8,11 @@ CHECKPOINT is one of train.py (its configuration is inside) or an original zsseg
 --config). Writes metrics.json and samples.png to --out (else eval/ beside the checkpoint).
 """
 
-import json
 from pathlib import Path
 
 from zsseg import checkpoint, run
 from zsseg.config import Config, load_config
-from zsseg.metrics import evaluate, table
+from zsseg.metrics import evaluate, report
 from zsseg.segmenter import Segmenter
 
 
@@ -26,15 +25,12 @@ def main(argv: list[str]) -> None:
     if "config" not in content and not args.config:
         raise run.UserError(f"checkpoint {args.checkpoint}", "holds no configuration", "give its --config")
     config = load_config(args.config, args.set, content.get("config"))
-    process, root = run.start(args.device), run.data_root(args.root)
+    process, root = run.start(args.device), args.root
     out = Path(args.out) if args.out else Path(args.checkpoint).parent / "eval"
     segmenter = load_segmenter(content, config, root, args.checkpoint).to(process.device)
     result = evaluate(segmenter, config, root, process, config.data.split, out, args.save_predictions)
     if process.is_main:
-        print(table(result))
-        with run.replacing(out / "metrics.json") as file:
-            file.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"{result['images']} images, {result['images_per_second']:.2f} images/s -> {out / 'metrics.json'}")
+        report(result, config, out)
 
 
 def load_segmenter(content: dict, config: Config, root: Path, name: str) -> Segmenter:
@@ -51,7 +47,8 @@ def load_segmenter(content: dict, config: Config, root: Path, name: str) -> Segm
         if "clip" not in parts:
             raise run.UserError(what, "holds no CLIP", "give a zero-shot checkpoint of zsseg.baseline")
         clip = parts["clip"]
-        print(f"imported {len(content['model']) - len(dropped)} tensors; not needed: {', '.join(dropped[:4])} ...")
+        dropped += [p for p in ("prompt", "region_prompt") if p in parts and getattr(config.clip, p) != "learned"]
+        print(f"imported {len(content['model']) - len(dropped)} tensors; not needed: {', '.join(dropped)}"[:300])
     segmenter = Segmenter(config, clip)
     segmenter.load_learned(parts, what)
     return segmenter

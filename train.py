@@ -8,9 +8,7 @@ Writes last.pt, metrics.jsonl and samples.png to --out (else runs/<name of the c
 goes on from last.pt with the configuration in it; on the CPU the weights come out the same to the last bit.
 """
 
-import json
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -23,19 +21,20 @@ from tqdm import tqdm
 from zsseg import checkpoint, run
 from zsseg.clip import CLIP, Tokenizer, VisionTransformer
 from zsseg.config import Config, ContrastConfig, load_config
-from zsseg.data import RegionsWithCaptions, TrainPictures, collate, dataset, stream
+from zsseg.data import RegionsWithCaptions, TrainPictures, collate, dataset, find_pairs, stream
 from zsseg.losses import contrastive_loss, segmentation_losses
-from zsseg.metrics import evaluate, table
+from zsseg.metrics import evaluate, report
 from zsseg.segmenter import build_segmenter
 
 
 class Segment:
     """MaskFormer on the seen classes of a data set, CLIP frozen."""
-
     def __init__(self, config: Config, root: Path, process: run.Process):
         self.config, self.root, self.process = config, root, process
-        self.segmenter = build_segmenter(config, root).to(process.device)
-        self.segmenter.set_classes(dataset(config.data.name).training_names)
+        self.segmenter, data = build_segmenter(config, root).to(process.device), dataset(config.data.name)
+        find_pairs(config.data.name, root, config.data.split)  # what the evaluation needs is noticed now, not at the end
+        self.segmenter.set_classes(data.names)
+        self.segmenter.set_classes(data.training_names)
         self.text = self.segmenter.text
         self.model, self.state, self.load = self.segmenter.maskformer, self.segmenter.learned_state, self.segmenter.load_learned
         self.samples, self.collate, self.batch_size = TrainPictures(config, root), collate, config.train.batch_size
@@ -45,22 +44,20 @@ class Segment:
         device, train = self.process.device, self.config.train
         targets.labels = targets.labels.to(device, non_blocking=True)
         targets.classes = targets.classes.to(device, non_blocking=True)
-        logits, masks = model(images.to(device, non_blocking=True), self.text)
+        with self.process.autocast(self.config.model.bf16):  # the network only: costs and losses need fp32
+            logits, masks = model(images.to(device, non_blocking=True), self.text)
         weights = (train.focal_weight, train.dice_weight, train.no_object_weight)
         losses = segmentation_losses(logits, masks, targets, *weights, self.process)
         return sum(v.sum() for v in losses.values()), {k: v[-1].detach() for k, v in losses.items()}
 
     def evaluate(self, split: str, out: Path | None) -> dict:
-        result = evaluate(self.segmenter, self.config, self.root, self.process, split, out)
-        self.segmenter.set_classes(dataset(self.config.data.name).training_names)
-        return result
+        return evaluate(self.segmenter, self.config, self.root, self.process, split, out)
 
 
 class Contrast:
     """The small CLIP of the embedded data set, from regions and captions of all classes."""
-
     def __init__(self, config: Config, root: Path, process: run.Process):
-        self.process = process
+        self.config, self.process = config, process
         self.model = build_small_clip(config.contrast).to(process.device)
         self.tokenizer = Tokenizer(self.model.token_embedding.num_embeddings, self.model.context)
         self.samples, self.collate, self.batch_size = RegionsWithCaptions(config, root), list, config.contrast.groups
@@ -69,8 +66,9 @@ class Contrast:
         crops, captions = zip(*batch, strict=True)
         G, N = len(crops), len(crops[0])
         tokens = self.tokenizer([text for group in captions for text in group]).to(self.process.device)
-        image, text = model(torch.cat(crops).to(self.process.device), tokens)  # [G*N, D] each
-        image, text = image.view(G, N, -1), text.view(G, N, -1)
+        with self.process.autocast(self.config.model.bf16):
+            image, text = model(torch.cat(crops).to(self.process.device), tokens)  # [G*N, D] each
+        image, text = image.float().view(G, N, -1), text.float().view(G, N, -1)
         loss = contrastive_loss(image, text, self.model.logit_scale)
         right = (image @ torch.nn.functional.normalize(text, dim=-1).mT).argmax(-1) == torch.arange(N, device=image.device)
         return loss, {"accuracy": 100 * right.float().mean()}
@@ -90,9 +88,6 @@ def build_small_clip(config: ContrastConfig) -> CLIP:
     patch = 2 ** (len(config.stem) + 1)
     sizes = (config.resolution, patch, config.vision_width, config.vision_layers, config.embed, config.stem)
     return CLIP(VisionTransformer(*sizes), config.embed, config.context, 514, config.text_width, config.text_layers)
-
-
-TASKS = {"segment": Segment, "clip": Contrast}
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
@@ -125,25 +120,31 @@ def main(argv: list[str]) -> None:
     if not saved and (out / "last.pt").exists():
         raise run.UserError(f"output {out}", "holds a run already", "add --resume, or give another --out")
     config = load_config(None if saved else args.config, args.set, saved.get("config"))
-    train(config, run.data_root(args.root), out, run.start(args.device), saved)
+    train(config, args.root, out, run.start(args.device), saved)
 
 
 def train(config: Config, root: Path, out: Path, process: run.Process, saved: dict) -> None:
     """Train as `config` says and evaluate, from the start or from `saved`, the content of a checkpoint."""
     torch.manual_seed(run.seed_of(config.train.seed, 0))
-    task = TASKS[config.train.task](config, root, process)
+    task = (Segment if config.train.task == "segment" else Contrast)(config, root, process)
     if task.batch_size % process.world:
         raise run.UserError("train.batch_size", f"{task.batch_size} cannot be shared by {process.world} processes", "change it")
     optimizer = build_optimizer(task.model, config)
     if saved:
         task.load(saved["model"], f"checkpoint {out / 'last.pt'}")
-        optimizer.load_state_dict(saved["optimizer"])
+        bases = [group["base"] for group in optimizer.param_groups]
+        try:
+            optimizer.load_state_dict(saved["optimizer"])
+        except (KeyError, ValueError) as error:
+            raise run.UserError(f"checkpoint {out / 'last.pt'}", f"cannot resume ({error})", "undo the last --set") from None
+        for group, base in zip(optimizer.param_groups, bases, strict=True):
+            group["base"] = base
     start, steps, best = saved.get("step", 0), config.train.steps, saved.get("best", -math.inf)
     task.model.train()
     if process.enabled(config.model.compile):
         task.model.compile()  # in place: names in the state dict stay as they are
     model = DistributedDataParallel(task.model) if process.world > 1 else task.model
-    log = run.Log(out, process, config.log.wandb, config.log.project, asdict(config), start, saved.get("wandb"))
+    log = run.Log(out, process, asdict(config), start, saved.get("wandb"))
 
     def save(name: str, step: int) -> None:
         if process.is_main:
@@ -157,39 +158,40 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
         torch.manual_seed(run.seed_of(config.train.seed, 4, step, process.rank))  # dropout: stateless, so resumable
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * (1 - step / steps) ** config.train.power
-        with process.autocast(config.model.bf16):
-            loss, parts = task.loss(model, batch)
+        loss, parts = task.loss(model, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_grad)
         optimizer.step()
         done = step + 1
-        if done % config.log.every == 0 or done == steps:
+        saving = done % config.train.checkpoint_every == 0 or done == steps
+        if done % config.log.every == 0 or saving:
             means = process.sum(torch.stack([loss.detach(), *parts.values()]).double()) / process.world
             values = dict(zip(["loss", *parts], means.tolist(), strict=True)) | {"grad_norm": float(norm)}
             if not math.isfinite(values["loss"]):
                 raise run.UserError("training", f"the loss is {values['loss']} at step {done}", "lower train.lr; --resume")
             log.write(done, **values, lr=optimizer.param_groups[0]["lr"])
-            bar.set_postfix(loss=f"{values['loss']:.3f}")
-            if process.is_main and not sys.stderr.isatty() and done % (10 * config.log.every) == 0:
-                print(f"{config.train.task} step {done}/{steps} loss {values['loss']:.3f}", flush=True)
+            if process.is_main and done % (10 * config.log.every) == 0:
+                bar.write(f"{config.train.task} step {done}/{steps} loss {values['loss']:.3f}")
         if config.train.eval_every and done % config.train.eval_every == 0 and done < steps:
+            process.share(task.model)
             if result := task.evaluate("val", None):
                 log.write(done, **{f"val/{k}": v for k, v in result.items() if isinstance(v, float)})
                 if (score := result.get("hIoU", result["mIoU"])) > best:
                     best = score
                     save("best.pt", done)
             task.model.train()
-        if done % config.train.checkpoint_every == 0 or done == steps:
+        if saving:
             save("last.pt", done)
+    process.share(task.model)
     if result := task.evaluate(config.data.split, out):
         log.write(steps, **{f"{config.data.split}/{k}": v for k, v in result.items() if k != "per_class"})
+        if best == -math.inf:
+            save("best.pt", steps)
         if process.is_main:
-            print(table(result))
-            with run.replacing(out / "metrics.json") as file:
-                file.write_text(json.dumps(result, indent=1) + "\n")
-            print(f"{result['images']} images, {result['images_per_second']:.2f} images/s -> {out}")
-    log.close()
+            report(result, config, out)
+    if log.wandb is not None:
+        log.wandb.finish()
 
 
 if __name__ == "__main__":

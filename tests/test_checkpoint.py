@@ -1,12 +1,14 @@
 """Import of original checkpoints, backbone weights, and files that are not what they should be."""
 
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import keys
+from conftest import ROOT, keys
 
 from zsseg import checkpoint
 from zsseg.checkpoint import import_original, load_backbone, load_strict, our_name
@@ -133,6 +135,38 @@ def test_files_with_code_are_refused_and_not_run(tmp_path, monkeypatch, ending):
     with pytest.raises(UserError, match=r"evil\.pt: cannot be read as tensors"):
         checkpoint.load("evil.pt")
     assert not (tmp_path / "pwned").exists()
+
+
+def test_empty_and_cut_files_are_named(tmp_path):
+    (tmp_path / "x.pt").touch()
+    with pytest.raises(UserError, match=r"x\.pt: cannot be read"):
+        checkpoint.load(tmp_path / "x.pt")
+    torch.save({"model": {"w": torch.zeros(1000)}}, tmp_path / "x.pt")
+    for size in (100, 3000):
+        (tmp_path / "y.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:size])
+        with pytest.raises(UserError, match=r"y\.pt: cannot be read"):
+            checkpoint.load(tmp_path / "y.pt")
+
+
+def test_a_full_disk_is_a_user_error_and_keeps_the_old_file(tmp_path):
+    script = f"""
+import resource, sys, signal, torch
+sys.path.insert(0, {str(ROOT)!r})
+from zsseg import checkpoint
+from pathlib import Path
+path = Path(sys.argv[1]) / "last.pt"
+checkpoint.save(path, model={{"w": torch.ones(2)}})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    checkpoint.save(path, model={{"w": torch.ones(100_000)}})
+except checkpoint.UserError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert "last.pt: cannot be written" in result.stdout, result.stderr
+    assert len(checkpoint.load(tmp_path / "last.pt")["model"]["w"]) == 2
+    assert [f.name for f in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_saving_replaces_or_leaves_the_file(tmp_path):

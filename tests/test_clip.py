@@ -51,7 +51,7 @@ def test_sizes_are_read_off_the_state_dict():
     assert build_clip(half).text_projection.dtype == torch.float32
 
 
-@pytest.mark.parametrize("damage", ["drop", "shape", "extra", "empty"])
+@pytest.mark.parametrize("damage", ["drop", "shape", "extra", "flat", "list", "empty"])
 def test_what_is_not_a_clip_is_refused(damage):
     state = tiny_clip_state()
     if damage == "drop":
@@ -60,8 +60,10 @@ def test_what_is_not_a_clip_is_refused(damage):
         state["ln_final.weight"] = torch.zeros(3)
     elif damage == "extra":
         state["something"] = torch.zeros(3)
+    elif damage == "flat":
+        state["text_projection"] = torch.zeros(3)
     else:
-        state = {}
+        state = [1] if damage == "list" else {}
     with pytest.raises(UserError, match="not a CLIP state dict"):
         build_clip(state)
 

@@ -48,6 +48,14 @@ def test_a_checkpoint_s_configuration_round_trips():
      ("train.steps=0", ["train.steps", "above 0"]),
      ("clip.ensemble_weight=1.5", ["clip.ensemble_weight", "0 to 1"]),
      ("model.backbone=R18", ["model.backbone", "R50"]),
+     ("model.heads=3", ["model.heads", "divisor"]),
+     ("model.hidden=63", ["model.hidden", "multiple of 32"]),
+     ("model.small_widths=[]", ["model.small_widths"]),
+     ("data.short_edges=[0]", ["data.short_edges"]),
+     ("clip.prompt=[]", ["clip.prompt", "template"]),
+     ("train.lr=nan", ["train.lr"]),
+     ("clip.ensemble_weight=nan", ["clip.ensemble_weight"]),
+     ("clip.chunk=-1", ["clip.chunk", "0 or more"]),
      ("log.wandb=maybe", ["log.wandb", "offline"])],
 )  # fmt: skip
 def test_mistakes_are_user_errors_that_name_the_key(word, parts):

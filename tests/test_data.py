@@ -1,5 +1,7 @@
 """Pictures, label maps, augmentation and the training streams."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -86,7 +88,7 @@ def test_collate_pads_the_classes():
     assert collate([item()])[1].classes.shape == (1, 0)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (33, 200), (64, 64), (301, 77)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (33, 200), (64, 64), (301, 77)])
 def test_augmentation_moves_picture_and_labels_together(size):
     """A picture whose colour is its label keeps that property wherever no border was interpolated."""
     labels = torch.zeros(size, dtype=torch.uint8)
@@ -105,11 +107,17 @@ def test_augmentation_moves_picture_and_labels_together(size):
 
 
 def test_jitter_is_ssd_s():
+    """A grey picture has neither saturation nor hue; a pure red one has no contrast or brightness left to hide them."""
     torch.manual_seed(0)
-    image = torch.full((3, 4, 4), 100, dtype=torch.uint8)
-    means = np.array([float(ssd_jitter(image).float().mean()) for _ in range(300)])
+    grey = torch.full((3, 4, 4), 100, dtype=torch.uint8)
+    means = np.array([float(ssd_jitter(grey).float().mean()) for _ in range(300)])
     assert 34 - 1 <= means.min() < 45 and 170 < means.max() <= 198 + 1  # (100 - 32) / 2 and (100 + 32) * 1.5
-    assert 0.17 < (means == 100).mean() < 0.33  # neither brightness nor contrast: a quarter; a grey has no hue
+    assert 0.17 < (means == 100).mean() < 0.33  # neither brightness nor contrast: a quarter
+    red = torch.tensor([200, 60, 60], dtype=torch.uint8).view(3, 1, 1).expand(3, 2, 2)
+    pixels = torch.stack([ssd_jitter(red)[:, 0, 0].float() for _ in range(300)])
+    hue_moved = pixels[:, 1] != pixels[:, 2]  # green and blue part only when the hue turns
+    spread = (pixels[:, 0] - pixels[:, 1:].mean(1))[~hue_moved] / 140
+    assert 0.35 < hue_moved.float().mean() < 0.6 and spread.min() < 0.6 and spread.max() > 1.3
 
 
 def test_voc_and_coco_layouts(tmp_path):
@@ -154,6 +162,23 @@ def test_bad_files_are_named(tmp_path, shapes_root):
         find_pairs("coco_stuff", tmp_path, "val")
     with pytest.raises(UserError, match="choose one of"):
         find_pairs("vok", tmp_path, "val")
+
+
+def test_samples_survive_pickling(shapes_root):
+    """Workers are started by pickling wherever processes are not forked."""
+    for samples in (TrainPictures(tiny_config(), shapes_root), TestPictures(tiny_config().data, shapes_root, "val")):
+        assert torch.equal(pickle.loads(pickle.dumps(samples))[1][0], samples[1][0])
+    regions = RegionsWithCaptions(tiny_config(task="clip"), shapes_root)
+    assert torch.equal(pickle.loads(pickle.dumps(regions))[1][0], regions[1][0])
+
+
+def test_pictures_of_other_modes(tmp_path):
+    for mode, colour in (("L", 7), ("RGBA", (7, 7, 7, 0)), ("LA", (7, 0)), ("P", 7), ("1", 1)):
+        Image.new(mode, (3, 2), colour).save(tmp_path / "x.png")
+        assert read_picture(tmp_path / "x.png").mode == "RGB"
+    Image.new("I;16", (3, 2), 300).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match=r"x\.png: cannot be read \(more than 8 bits a channel\)"):
+        read_picture(tmp_path / "x.png")
 
 
 def test_shapes_are_deterministic_and_their_splits_differ():

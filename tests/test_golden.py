@@ -144,7 +144,7 @@ def test_end_to_end(tmp_path):
     arrays = {f"override/{k}": v for k, v in golden("e2e/voc_r50_single_override.npz").items()}
     torch.save({"model": original_state(keys("e2e/voc_r50_single_keys.json"), arrays)}, tmp_path / "model_final.pth")
     result = command("eval.py", tmp_path / "model_final.pth", "--config", "configs/voc_r50_single.toml", "--root",
-                     GOLDEN / "e2e", "--out", tmp_path / "out", "--save-predictions")  # fmt: skip
+                     GOLDEN / "e2e", "--out", tmp_path / "out", "--save-predictions", "--device", "cpu")  # fmt: skip
     assert result.returncode == 0, result.stderr
     for stem, reference in golden("e2e/voc_r50_single_predictions.npz").items():
         ours = np.array(Image.open(tmp_path / "out" / "predictions" / f"{stem}.png"))

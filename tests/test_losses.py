@@ -156,6 +156,14 @@ def test_class_loss_counts_a_query_once():
     assert float(loss) == pytest.approx(0.1 * float(torch.tensor(3.0).log()) / 1.1, rel=1e-5)
 
 
+def test_costs_need_fp32_inputs_not_an_autocast_free_caller():
+    """The training step leaves autocast before the losses: bf16 network outputs are summed in fp32."""
+    logits, masks, targets = case(mixed_labels())
+    cost = matching_cost(logits.bfloat16(), masks.bfloat16(), targets, 20, 1)
+    exact = matching_cost(logits.bfloat16().float(), masks.bfloat16().float(), targets, 20, 1)
+    assert cost.dtype == torch.float32 and torch.equal(cost, exact)
+
+
 def test_contrastive_loss_prefers_the_right_pairs():
     eye = torch.eye(4)[None]
     scale = torch.tensor(3.0)

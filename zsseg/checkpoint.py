@@ -3,6 +3,7 @@
 No file is ever executed: `weights_only=True`, TorchScript archives read for their tensors, a restricted unpickler.
 """
 
+import errno
 import pickle
 import re
 import zipfile
@@ -21,7 +22,10 @@ State = dict[str, Tensor]
 def save(path: Path, **content: object) -> None:
     """Write a checkpoint so that `path` is always whole: the old one or the new one."""
     with replacing(path) as temporary:
-        torch.save(content, temporary)
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # how torch reports a full disk
+            raise OSError(errno.EIO, str(error).partition("\n")[0]) from None
 
 
 def load(path: str | Path) -> dict:
@@ -38,7 +42,8 @@ def read_torch(path: Path, what: str) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for files that are broken or hold more than tensors
-        raise UserError(what, f"cannot be read as tensors ({str(error).splitlines()[0]})", "check the file") from None
+        first_line = str(error).partition("\n")[0]
+        raise UserError(what, f"cannot be read as tensors ({first_line})", "check the file") from None
 
 
 def load_strict(module: nn.Module, state: State, what: str, hint: str) -> None:
@@ -131,17 +136,15 @@ def import_original(state: State, what: str) -> tuple[dict[str, State], list[str
         else:
             part, _, key = ours.partition(".")
             parts.setdefault(part, {})[key] = tensor
-    if region_clip := parts.pop("region_clip", {}):
-        clip = parts.get("clip", {})
-        if region_clip.keys() != clip.keys() or any(not torch.equal(v, clip[k]) for k, v in region_clip.items()):
+    for key, tensor in parts.pop("region_clip", {}).items():
+        if not torch.equal(tensor, parts.get("clip", {}).get(key, torch.empty(0))):
             raise UserError(what, "has two different CLIPs", "only one shared CLIP is supported")
-        dropped += [f"_region_clip_adapter.clip_model.{k}" for k in region_clip]
+        dropped.append(f"_region_clip_adapter.clip_model.{key}")
     return parts, dropped
 
 
 class ArrayUnpickler(pickle.Unpickler):
     """Reads NumPy arrays and plain containers (detectron2's .pkl) and refuses everything else."""
-
     def find_class(self, module: str, name: str) -> object:
         if name in ("_reconstruct", "scalar") and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             return getattr(np._core.multiarray, name)
@@ -154,8 +157,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 def load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
     """Initial weights of R50 or R101c: a torchvision `.pth`, a detectron2 `.pkl`, or "imagenet" (downloaded)."""
-    what = f"model.weights {weights}"
-    hint = f"give ImageNet weights of {name}"
+    what, hint = f"model.weights {weights}", f"give ImageNet weights of {name}"
     if weights == "imagenet":
         if name != "R50":
             raise UserError(what, f"torchvision has none for {name}", "give detectron2's R-103.pkl as model.weights")
@@ -186,7 +188,6 @@ def read_detectron(path: Path, what: str, hint: str) -> State:
     return {k.removeprefix("backbone."): v for k, v in state.items()}
 
 
-OPENAI = "https://openaipublic.azureedge.net/clip/models/"
 OPENAI_MODELS = {  # name: (SHA-256 of the file, its name)
     "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762", "RN50.pt"),
     "RN101": ("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599", "RN101.pt"),
@@ -203,9 +204,9 @@ def load_clip_state(weights: str, root: Path) -> State:
     what = f"clip.weights {weights}"
     if weights in OPENAI_MODELS:
         digest, file = OPENAI_MODELS[weights]
-        path = fetch(f"{OPENAI}{digest}/{file}", cache_dir() / file, digest, what)
+        path = fetch(f"https://openaipublic.azureedge.net/clip/models/{digest}/{file}", cache_dir() / file, digest, what)
     else:
-        path = Path(weights.format(root=root))
+        path = Path(weights.replace("{root}", str(root)))
         if not path.is_file():
             raise UserError(what, f"no file {path}", f"run prepare_data.py, or give one of {', '.join(OPENAI_MODELS)}")
     if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
@@ -219,7 +220,6 @@ STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "LongSt
 
 class ScriptUnpickler(pickle.Unpickler):
     """Reads the object tree of a TorchScript archive: modules become plain attribute holders, nothing is called."""
-
     class Module:
         def __setstate__(self, state: dict) -> None:
             self.__dict__.update(state)

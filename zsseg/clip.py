@@ -54,7 +54,6 @@ def read_merges(count: int) -> list[tuple[str, str]]:
 
 class Tokenizer:
     """Lower-case byte-pair encoding. The vocabulary size says how many merges there are (none for 514)."""
-
     def __init__(self, vocab_size: int, context: int):
         self.context = context
         self.symbol_of_byte = byte_symbols()
@@ -115,7 +114,6 @@ class Tokenizer:
 
 class LayerNorm(nn.LayerNorm):
     """Layer norm in fp32 whatever the dtype of its input."""
-
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
 
@@ -141,7 +139,6 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """Pre-norm blocks on [N, length, width]; `mask` [length, length] is added to the attention logits."""
-
     def __init__(self, width: int, layers: int):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width) for _ in range(layers))
@@ -164,7 +161,6 @@ def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
 
 class VisionTransformer(nn.Module):
     """ViT image tower. `stem` gives the widths of a convolutional stem (the small CLIP); without it, plain patches."""
-
     def __init__(self, resolution: int, patch: int, width: int, layers: int, embed: int, stem: list[int] = ()):
         super().__init__()
         self.resolution, self.patch = resolution, patch
@@ -200,7 +196,6 @@ def conv_stem(widths: list[int], out: int) -> nn.Sequential:
 
 class Bottleneck(nn.Module):
     """ResNet block whose stride is an average pool, in the main path and in the shortcut."""
-
     def __init__(self, channels: int, planes: int, stride: int):
         super().__init__()
         out = 4 * planes
@@ -221,7 +216,6 @@ class Bottleneck(nn.Module):
 
 class AttentionPool(nn.Module):
     """Attention over the grid and its mean; the mean's output is the image feature."""
-
     def __init__(self, side: int, width: int, heads: int, embed: int):
         super().__init__()
         self.heads = heads
@@ -245,7 +239,6 @@ class AttentionPool(nn.Module):
 
 class ModifiedResNet(nn.Module):
     """CLIP's ResNet: three-convolution stem, anti-aliased strides, attention pool."""
-
     def __init__(self, layers: list[int], width: int, resolution: int, embed: int):
         super().__init__()
         self.resolution, self.patch = resolution, 32
@@ -272,7 +265,6 @@ class ModifiedResNet(nn.Module):
 
 class CLIP(nn.Module):
     """Two towers and a temperature. Image and text features have the same width D; callers normalise them."""
-
     def __init__(self, visual: nn.Module, embed: int, context: int, vocab_size: int, width: int, layers: int):
         super().__init__()
         self.visual = visual
@@ -312,15 +304,15 @@ def build_clip(state: dict[str, Tensor]) -> CLIP:
 
     Raises UserError when `state` is not a whole CLIP.
     """
-    state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
     try:
+        state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
         embed = state["text_projection"].shape[1]
         vocab_size, width = state["token_embedding.weight"].shape
         text = (embed, len(state["positional_embedding"]), vocab_size, width, depth(state, "transformer.resblocks"))
         clip = CLIP(build_visual(state, embed), *text)
         clip.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError("CLIP weights", f"are not a CLIP state dict ({error})", "check clip.weights") from None
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError("CLIP weights", f"are not a CLIP state dict ({str(error)[:200]})", "check clip.weights") from None
     return clip.eval().requires_grad_(False)
 
 

@@ -38,7 +38,7 @@ class ModelConfig:
     decoder_layers: int = 6
     dropout: float = 0.1
     class_hidden: int = 1024  # hidden width of the class-embedding MLP
-    compile: str = "auto"  # auto (on CUDA only) | on | off
+    compile: str = "auto"  # the training step: auto (on CUDA only) | on | off
     bf16: str = "auto"  # autocast: auto (on CUDA only) | on | off
 
 
@@ -78,7 +78,6 @@ class TrainConfig:
 @dataclass
 class ContrastConfig:
     """The small CLIP of the embedded data set: sizes of a model that is built rather than loaded."""
-
     embed: int = 64
     resolution: int = 32
     stem: list[int] = field(default_factory=lambda: [24, 48])
@@ -121,10 +120,12 @@ CHOICES = {
     "train.task": ("segment", "clip"),
     "log.wandb": ("online", "offline", "disabled"),
 }
-POSITIVE = ("train.steps", "train.batch_size", "train.checkpoint_every", "log.every", "model.queries",
-            "data.crop", "data.test_short_edge", "data.max_size", "clip.expand_ratio")
-UNIT = ("clip.ensemble_weight", "clip.mask_threshold")
-COUNTS = ("clip.chunk", "data.workers", "train.eval_every", "clip.prompt_prefix", "clip.prompt_suffix", "train.seed")
+POSITIVE = ("train.steps", "train.batch_size", "train.lr", "train.checkpoint_every", "log.every", "data.crop", "data.max_size",
+            "data.test_short_edge", "model.queries", "model.heads", "model.feedforward", "model.decoder_layers",
+            "model.class_hidden", "clip.expand_ratio")
+UNIT = ("clip.ensemble_weight", "clip.mask_threshold", "model.dropout")
+COUNTS = ("clip.chunk", "clip.prompt_prefix", "clip.prompt_suffix", "data.workers", "train.eval_every", "train.seed",
+          "train.weight_decay", "train.power", "train.clip_grad")
 
 
 def load_config(file: str | None = None, overrides: list[str] = (), base: dict | None = None) -> Config:
@@ -147,9 +148,19 @@ def load_config(file: str | None = None, overrides: list[str] = (), base: dict |
         if values[name] not in allowed:
             raise UserError(name, f"is {values[name]!r}", f"choose one of {', '.join(allowed)}")
     for name in (*POSITIVE, *UNIT, *COUNTS):
-        if values[name] < 0 or (name in POSITIVE and values[name] == 0) or (name in UNIT and values[name] > 1):
+        if not values[name] >= 0 or (name in POSITIVE and not values[name]) or (name in UNIT and values[name] > 1):
             allowed = "above 0" if name in POSITIVE else "from 0 to 1" if name in UNIT else "of 0 or more"
             raise UserError(name, f"is {values[name]}", f"give a number {allowed}")
+    rules = {
+        "model.hidden": (config.model.hidden > 0 and config.model.hidden % 32 == 0, "give a multiple of 32"),
+        "model.heads": (config.model.hidden % config.model.heads == 0, "give a divisor of model.hidden"),
+        "model.small_widths": (len(config.model.small_widths) == 4 and min(config.model.small_widths) > 0, "give four widths"),
+        "data.short_edges": (min(config.data.short_edges, default=0) > 0, "give sizes above 0"),
+        "clip.prompt": (config.clip.prompt != [], "give at least one template"),
+    }
+    for name, (right, todo) in rules.items():
+        if not right:
+            raise UserError(name, f"is {values[name]}", todo)
     return config
 
 

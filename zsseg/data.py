@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from zsseg.config import Config, DataConfig
@@ -36,7 +35,6 @@ SHAPES_UNSEEN = ("red square", "green cross", "blue disc", "yellow triangle", "p
 @dataclass(frozen=True)
 class DataSet:
     """One row of the table. Label values become class ids through `lut`; ids run from 0, `ignore` is no class."""
-
     names: list[str]
     unseen: tuple[str, ...]
     values: list[int]  # the label value of each class
@@ -107,6 +105,8 @@ def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture") ->
     try:
         with Image.open(file) as image:
             image.load()
+            if mode and image.mode.startswith(("I", "F")):
+                raise ValueError("more than 8 bits a channel")
             return image.convert(mode) if mode else image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{what} {file}", f"cannot be read ({error})", "replace the file") from None
@@ -139,7 +139,6 @@ def test_size(width: int, height: int, short: int, longest: int) -> tuple[int, i
 
 class TestPictures(Dataset):
     """Item i: (picture uint8 [3, h, w] at network-input size, class ids int64 [H, W] at its own size, stem)."""
-
     def __init__(self, config: DataConfig, root: Path, split: str):
         self.config, self.lut = config, dataset(config.name).lut()
         self.pairs = find_pairs(config.name, root, split)
@@ -160,18 +159,18 @@ def augment(image: Tensor, labels: Tensor, config: DataConfig, ignore: int) -> t
 
     Shortest edge, random crop (as much as there is), colour jitter, flip, padding at the right and bottom.
     """
-    S = config.crop
-    resize = v2.RandomShortestSize(config.short_edges, config.max_size)
-    image, labels = (x.as_subclass(Tensor) for x in resize(tv_tensors.Image(image), tv_tensors.Mask(labels)))
-    (height, width), (h, w) = labels.shape, (min(n, S) for n in labels.shape)
+    S, both = config.crop, [tv_tensors.Image(image), tv_tensors.Mask(labels)]  # v2 samples masks by nearest
+    edge = config.short_edges[int(torch.randint(len(config.short_edges), ()))]
+    width, height = test_size(*labels.shape[::-1], edge, config.max_size)
+    h, w = min(height, S), min(width, S)
     top, left = int(torch.randint(height - h + 1, ())), int(torch.randint(width - w + 1, ()))
-    image, labels = (x[..., top : top + h, left : left + w] for x in (image, labels))
+    both = [TF.crop(TF.resize(x, [height, width]), top, left, h, w) for x in both]
     if config.color_jitter:
-        image = ssd_jitter(image)
+        both[0] = ssd_jitter(both[0])
     if torch.rand(()) < 0.5:
-        image, labels = image.flip(-1), labels.flip(-1)
-    padding = (0, S - w, 0, S - h)
-    return F.pad(image, padding, value=128), F.pad(labels, padding, value=ignore)
+        both = [TF.horizontal_flip(x) for x in both]
+    image, labels = (TF.pad(x, [0, 0, S - w, S - h], fill=f) for x, f in zip(both, (128, ignore), strict=True))
+    return image.as_subclass(Tensor), labels.as_subclass(Tensor)
 
 
 def ssd_jitter(image: Tensor) -> Tensor:
@@ -194,15 +193,16 @@ class TrainPictures(Dataset):
 
     Item: (picture uint8 [3, S, S], ids among the training classes uint8 [S, S], classes present int64 [T]).
     """
-
     def __init__(self, config: Config, root: Path):
         self.data, self.seed = dataset(config.data.name), config.train.seed
         self.pairs = find_pairs(config.data.name, root, "train")
         self.config, self.lut = config.data, self.data.lut(training=True)
-        self.order = functools.lru_cache(2)(self.order)
+        self.epoch, self.shuffled = -1, np.empty(0)
 
     def order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng(seed_of(self.seed, 1, epoch)).permutation(len(self.pairs))
+        if epoch != self.epoch:
+            self.epoch, self.shuffled = epoch, np.random.default_rng(seed_of(self.seed, 1, epoch)).permutation(len(self.pairs))
+        return self.shuffled
 
     def __getitem__(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         epoch, i = divmod(n, len(self.pairs))
@@ -229,16 +229,13 @@ class RegionsWithCaptions(Dataset):
 
     Item: (crops fp32 [N, 3, R, R], captions, a list of N). Half of the regions are masked crops, half plain boxes.
     """
-
     def __init__(self, config: Config, root: Path):
         self.seed, self.resolution = config.train.seed, config.contrast.resolution
         data = dataset(config.data.name)
         pairs = find_pairs(config.data.name, root, "clip")
         self.images = [to_tensor(read_picture(image)) for image, _ in pairs]
-        self.labels = [
-            torch.from_numpy(read_labels(label, data.lut(), tuple(image.shape[:0:-1])))
-            for (_, label), image in zip(pairs, self.images, strict=True)
-        ]
+        sizes = [(image.shape[2], image.shape[1]) for image in self.images]
+        self.labels = [torch.from_numpy(read_labels(p[1], data.lut(), s)) for p, s in zip(pairs, sizes, strict=True)]
         captions = json.loads((root / data.folder / "captions.json").read_text())
         self.captions = [{int(k): v for k, v in captions[label.stem].items()} for _, label in pairs]
         self.where = [[i for i, c in enumerate(self.captions) if k in c] for k in range(len(data.names))]
@@ -267,7 +264,6 @@ def rough_mask(mask: Tensor, rng: np.random.Generator) -> Tensor:
 
 class Guarded(Dataset):
     """Hands a UserError over as an item: a worker process would turn it into a traceback."""
-
     def __init__(self, samples: Dataset):
         self.samples = samples
 

@@ -1,8 +1,4 @@
-"""Set-prediction training (MaskFormer, Cheng et al. 2021): matching cost, assignment, losses; CLIP's contrastive loss.
-
-Targets are padded to the largest count T of the batch: `classes` [B, T] int64, `counts` [B] int64 on the CPU, and
-the label map [B, H, W], from which the binary mask of a target is `labels == class`.
-"""
+"""Set-prediction training (MaskFormer, Cheng et al. 2021): matching cost, assignment, losses; CLIP's contrastive loss."""
 
 from dataclasses import dataclass
 
@@ -17,6 +13,7 @@ from zsseg.run import Process
 
 @dataclass
 class Targets:
+    """What is in each picture, padded to the largest count T; the mask of a target is `labels == class`."""
     labels: Tensor  # [B, H, W], class ids and the ignore value
     classes: Tensor  # [B, T] int64, padded with 0
     counts: Tensor  # [B] int64, on the CPU
@@ -92,10 +89,8 @@ def mask_losses(masks: Tensor, matched: Tensor, targets: Targets, num_masks: Ten
     return torch.stack(focal) / num_masks, torch.stack(dice) / num_masks
 
 
-def segmentation_losses(
-    logits: Tensor, masks: Tensor, targets: Targets, focal_weight: float, dice_weight: float, no_object_weight: float,
-    process: Process,
-) -> dict[str, Tensor]:  # fmt: skip
+def segmentation_losses(logits: Tensor, masks: Tensor, targets: Targets, focal_weight: float, dice_weight: float,
+                        no_object_weight: float, process: Process) -> dict[str, Tensor]:  # fmt: skip
     """The weighted loss terms of every decoder layer: {"class": [L], "focal": [L], "dice": [L]}; their sum is the loss.
 
     logits [L, B, Q, C+1], masks [L, B, Q, h, w]. A batch without targets still gives every output a gradient.

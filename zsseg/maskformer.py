@@ -25,7 +25,6 @@ class FrozenBatchNorm2d(ops.FrozenBatchNorm2d):
     One fused operator where no gradient is needed, else scale and bias, which keep less for the backward pass: each is
     what detectron2 computes, to the last bit, and sharp attention can amplify a last bit a millionfold.
     """
-
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad:
             return super().forward(x)
@@ -37,7 +36,6 @@ class DeepResNet(ResNet):
 
     "R101c": a stem of three 3x3 convolutions, and dilations 1, 2, 4 in res5, whose stride stays 2 (DeepLab).
     """
-
     def __init__(self, name: str):
         super().__init__(Bottleneck, [3, 4, 6, 3] if name == "R50" else [3, 4, 23, 3], norm_layer=FrozenBatchNorm2d)
         del self.fc, self.avgpool
@@ -61,7 +59,6 @@ class DeepResNet(ResNet):
 
 class SmallResNet(nn.Module):
     """One basic block a stage, batch norm: learns from scratch on 64 x 64 pictures in minutes."""
-
     def __init__(self, widths: list[int]):
         super().__init__()
         self.channels = list(widths)
@@ -82,25 +79,21 @@ class SmallResNet(nn.Module):
         return [x := stage(x) for stage in self.stages]
 
 
-class ConvNorm(nn.Sequential):
+def conv_norm(channels: int, out: int, kernel: int) -> nn.Sequential:
     """Convolution without bias, then GroupNorm; Kaiming-uniform weights (a=1)."""
-
-    def __init__(self, channels: int, out: int, kernel: int):
-        conv = nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False)
-        nn.init.kaiming_uniform_(conv.weight, a=1)
-        super().__init__(conv, nn.GroupNorm(min(32, out // 2), out))
+    conv = nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False)
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    return nn.Sequential(conv, nn.GroupNorm(min(32, out // 2), out))
 
 
 class PixelDecoder(nn.Module):
     """FPN: res2..res5 -> mask features [B, hidden, h, w] at stride 4."""
-
     def __init__(self, channels: list[int], hidden: int):
         super().__init__()
-        self.top = ConvNorm(channels[-1], hidden, 3)
-        self.lateral = nn.ModuleList(ConvNorm(c, hidden, 1) for c in channels[:-1])
-        self.output = nn.ModuleList(ConvNorm(hidden, hidden, 3) for _ in channels[:-1])
+        self.top = conv_norm(channels[-1], hidden, 3)
+        self.lateral = nn.ModuleList(conv_norm(c, hidden, 1) for c in channels[:-1])
+        self.output = nn.ModuleList(conv_norm(hidden, hidden, 3) for _ in channels[:-1])
         self.mask_features = nn.Conv2d(hidden, hidden, 3, padding=1)
-        plain_init(self.mask_features)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         y = F.relu(self.top(features[-1]))
@@ -108,11 +101,6 @@ class PixelDecoder(nn.Module):
             x = lateral(x)
             y = F.relu(output(x + F.interpolate(y, x.shape[-2:], mode="nearest")))
         return self.mask_features(y)
-
-
-def plain_init(conv: nn.Conv2d) -> None:
-    nn.init.kaiming_uniform_(conv.weight, a=1)
-    nn.init.zeros_(conv.bias)
 
 
 def sine_positions(height: int, width: int, hidden: int, device: torch.device) -> Tensor:
@@ -132,7 +120,6 @@ def sine_positions(height: int, width: int, hidden: int, device: torch.device) -
 
 class DecoderLayer(nn.Module):
     """Post-norm decoder layer; positions are added to queries and keys, never to values."""
-
     def __init__(self, hidden: int, heads: int, feedforward: int, dropout: float):
         super().__init__()
         self.self_attn = nn.MultiheadAttention(hidden, heads, dropout)
@@ -152,19 +139,14 @@ class DecoderLayer(nn.Module):
         return self.norm3(x + self.dropout(y))
 
 
-class MLP(nn.Sequential):
+def mlp(*widths: int) -> nn.Sequential:
     """Linear layers with relu between them."""
-
-    def __init__(self, *widths: int):
-        layers = []
-        for a, b in pairwise(widths):
-            layers += [nn.Linear(a, b), nn.ReLU(inplace=True)]
-        super().__init__(*layers[:-1])
+    layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU(inplace=True))]
+    return nn.Sequential(*layers[:-1])
 
 
 class MaskFormer(nn.Module):
     """Everything of the segmenter that learns. `embed` is CLIP's feature width D."""
-
     def __init__(self, config: ModelConfig, embed: int):
         super().__init__()
         hidden = config.hidden
@@ -177,10 +159,12 @@ class MaskFormer(nn.Module):
         for p in self.layers.parameters():
             if p.ndim > 1:
                 nn.init.xavier_uniform_(p)
-        plain_init(self.input_proj)
+        for conv in (self.input_proj, self.pixel_decoder.mask_features):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+            nn.init.zeros_(conv.bias)
         self.query_embed = nn.Embedding(config.queries, hidden)
-        self.class_embed = MLP(hidden, config.class_hidden, embed)
-        self.mask_embed = MLP(hidden, hidden, hidden, hidden)
+        self.class_embed = mlp(hidden, config.class_hidden, embed)
+        self.mask_embed = mlp(hidden, hidden, hidden, hidden)
         self.non_object = nn.Parameter(torch.empty(1, embed))
         nn.init.normal_(self.non_object, std=embed**-0.5)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)

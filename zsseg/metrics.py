@@ -1,5 +1,6 @@
 """Evaluation: exact integer confusion matrices over all processes, the metrics, a table, a picture."""
 
+import json
 import time
 from pathlib import Path
 
@@ -8,15 +9,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from zsseg.config import Config
 from zsseg.data import DataSet, TestPictures, dataset, stream
 from zsseg.regions import mask_boxes
-from zsseg.run import Process, replacing
+from zsseg.run import Process, progress, replacing
 from zsseg.segmenter import Segmenter
-
-GRID = 8  # pictures in samples.png
 
 
 def confusion(labels: Tensor, predicted: Tensor, classes: int, ignore: int) -> Tensor:
@@ -61,10 +59,8 @@ def summarize(matrix: Tensor, data: DataSet) -> dict:
 
 
 @torch.inference_mode()
-def evaluate(
-    segmenter: Segmenter, config: Config, root: Path, process: Process, split: str, out: Path | None = None,
-    save_predictions: bool = False,
-) -> dict:  # fmt: skip
+def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process, split: str, out: Path | None = None,
+             save_predictions: bool = False) -> dict:  # fmt: skip
     """Metrics of a split, its pictures shared among the processes; with `out`, also a grid of pictures (rank 0)."""
     data, pictures = dataset(config.data.name), TestPictures(config.data, root, split)
     C = len(data.names)
@@ -75,19 +71,20 @@ def evaluate(
     numbers = range(process.rank, len(pictures), process.world)
     batches = stream(pictures, numbers, 1, config.data.workers)
     samples, started = [], time.perf_counter()
-    for [(image, labels, stem)] in tqdm(batches, f"evaluate {split}", len(numbers), disable=None if process.is_main else True):
+    for [(image, labels, stem)] in progress(batches, f"evaluate {split}", len(numbers), process.is_main):
         image, labels, size = image.to(process.device), labels.to(process.device), tuple(labels.shape)
         with process.autocast(config.model.bf16):
             proposals = segmenter.propose(image)
-            predicted = segmenter.score_map(*segmenter.ensemble(proposals), size).argmax(0)
             if config.eval.compare:
-                head = segmenter.score_map(proposals.head, proposals.masks, size).argmax(0)
-                head_matrix += confusion(labels, head, C, data.ignore)
                 regions += true_mask_accuracy(segmenter, image, labels, data)
+        predicted = segmenter.score_map(*segmenter.ensemble(proposals), size).argmax(0)
+        if config.eval.compare:
+            head = segmenter.score_map(proposals.head, proposals.masks, size).argmax(0)
+            head_matrix += confusion(labels, head, C, data.ignore)
         matrix += confusion(labels, predicted, C, data.ignore)
         if save_predictions:
             save_label_map(predicted, out / "predictions" / f"{stem}.png", C)
-        if process.is_main and len(samples) < GRID:
+        if process.is_main and len(samples) < 8:
             samples.append((image.cpu(), labels.cpu(), predicted.cpu()))
     seconds = torch.tensor(time.perf_counter() - started, device=process.device, dtype=torch.float64)
     for tensor in (matrix, head_matrix, regions, seconds):
@@ -117,10 +114,18 @@ def true_mask_accuracy(segmenter: Segmenter, image: Tensor, labels: Tensor, data
     return torch.stack([torch.stack([(right & chosen).sum(), chosen.sum()]) for chosen in (seen, ~seen)])
 
 
-def table(result: dict) -> str:
+def report(result: dict, config: Config, out: Path) -> None:
+    """Print the table and write `metrics.json`."""
+    print(table(result, "ensemble" if config.clip.ensemble else "head alone"))
+    with replacing(out / "metrics.json") as file:
+        file.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{result['images']} images, {result['images_per_second']:.2f} images/s -> {out / 'metrics.json'}")
+
+
+def table(result: dict, name: str = "ensemble") -> str:
     """The metrics as lines of text: seen, unseen and hIoU of each part side by side, then every class."""
     rows = [("head alone", result["head_only"])] if "head_only" in result else []
-    rows.append(("ensemble", result))
+    rows.append((name, result))
     split = "hIoU" in result
     keys = ("mIoU_seen", "mIoU_unseen", "hIoU", "mIoU", "pAcc") if split else ("mIoU", "mIoU_gt", "fwIoU", "mAcc", "pAcc")
     lines = ["".join([f"{'':24}", *(f"{k.removeprefix('mIoU_'):>9}" for k in keys)])]

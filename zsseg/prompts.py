@@ -11,12 +11,10 @@ from zsseg.clip import CLIP, Tokenizer
 from zsseg.run import UserError
 
 TEMPLATES = tomllib.loads((Path(__file__).parent / "names.toml").read_text())["prompts"]  # single, vild, imagenet
-CHUNK = 256  # texts in one pass through the text tower
 
 
 class FixedPrompt(nn.Module):
     """Templates with `{}` for the name: encode, normalise, average over the templates, normalise."""
-
     def __init__(self, templates: list[str]):
         super().__init__()
         for template in templates:
@@ -28,14 +26,13 @@ class FixedPrompt(nn.Module):
         """Names -> normalised features [C, D]."""
         texts = [template.replace("{}", name) for template in self.templates for name in names]
         tokens = tokenizer(texts).to(clip.text_projection.device)
-        features = torch.cat([clip.encode_text(chunk) for chunk in tokens.split(CHUNK)])
+        features = torch.cat([clip.encode_text(chunk) for chunk in tokens.split(256)])
         features = F.normalize(features, dim=-1).view(len(self.templates), len(names), -1)
         return F.normalize(features.mean(0), dim=-1)
 
 
 class LearnedPrompt(nn.Module):
     """`[start] prefix name [suffix] . [end]` with learned token embeddings (CoOp, Zhou et al. 2021)."""
-
     def __init__(self, width: int, prefix: int = 16, suffix: int = 0):
         super().__init__()
         self.prefix = nn.Parameter(0.02 * torch.randn(prefix, width))

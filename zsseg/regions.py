@@ -47,10 +47,12 @@ def region_crops(image: Tensor, masks: Tensor, boxes: Tensor, resolution: int) -
 def classify_crops(clip: CLIP, crops: Tensor, text: Tensor, chunk: int = 0) -> Tensor:
     """CLIP's logits, 100 x cosine: crops [P, 3, R, R], text features [C, D] -> fp32 [P, C].
 
-    `chunk` crops go through CLIP at once; 0: 100 of 224 x 224 on a GPU, 8 on a CPU, whose caches hold no more.
+    `chunk` crops go through CLIP at once; 0: 100 of 224 x 224 on a GPU, 8 on a CPU, where one large batch is slower
+    (tests/benchmarks/regions.py).
     """
+    if not len(crops):
+        return text.new_zeros(0, len(text))
     chunk = chunk or max((100 if crops.is_cuda else 8) * 224**2 // crops.shape[-1] ** 2, 1)
-    features = [clip.encode_image(part).float() for part in crops.split(chunk)]
-    features = torch.cat(features) if features else text.new_zeros(0, text.shape[1])
+    features = torch.cat([clip.encode_image(part).float() for part in crops.split(chunk)])
     with torch.autocast(text.device.type, enabled=False):
         return 100 * F.normalize(features, dim=-1) @ text.float().T

@@ -5,13 +5,14 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 # AVX-512 kernels sum in another order than AVX2 ones. Holding every x86 machine to AVX2 (set either variable to undo
 # it) gives the same numbers everywhere, those of the reference values included. Must precede the first operation.
@@ -23,7 +24,6 @@ if CPU_FEATURES.exists() and "avx512f" in CPU_FEATURES.read_text():
 
 class UserError(Exception):
     """Something the user can put right, as (what, why, what to do): one line, exit code 2, no traceback."""
-
     def __str__(self) -> str:
         what, why, todo = self.args
         return " ".join(f"{what}: {why}; {todo}".split())
@@ -31,9 +31,12 @@ class UserError(Exception):
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line like every other user error."""
-
     def __init__(self, doc: str):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add_root(self) -> None:
+        root = Path(os.environ.get("ZSSEG_DATA") or "datasets")
+        self.add_argument("--root", metavar="DIR", type=Path, default=root, help="data root ($ZSSEG_DATA, else ./datasets)")
 
     def error(self, message: str):
         raise UserError("command line", message, f"see {self.prog} --help")
@@ -56,14 +59,10 @@ def parser(doc: str, config_required: bool = False) -> Parser:
     shared = Parser(doc)
     shared.add_argument("--config", metavar="FILE", required=config_required, help="TOML file of options")
     shared.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one option")
-    shared.add_argument("--root", metavar="DIR", help="data root (else $ZSSEG_DATA, else ./datasets)")
+    shared.add_root()
     shared.add_argument("--out", metavar="DIR", help="where results go")
     shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return shared
-
-
-def data_root(option: str | None) -> Path:
-    return Path(option or os.environ.get("ZSSEG_DATA") or "datasets")
 
 
 def cache_dir() -> Path:
@@ -73,7 +72,6 @@ def cache_dir() -> Path:
 @dataclass(frozen=True)
 class Process:
     """This process among those that torchrun started (one, if it did not)."""
-
     device: torch.device
     rank: int = 0
     world: int = 1
@@ -88,6 +86,11 @@ class Process:
             dist.all_reduce(tensor)
         return tensor
 
+    def share(self, module: torch.nn.Module) -> None:
+        """Give every process the first one's buffers (batch-norm statistics), so that all evaluate the same model."""
+        for buffer in module.buffers() if self.world > 1 else ():
+            dist.broadcast(buffer, 0)
+
     def autocast(self, setting: str) -> torch.autocast:
         """bf16 autocast as `model.bf16` says: "auto" is on for CUDA only."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.enabled(setting))
@@ -101,11 +104,12 @@ def start(device: str = "auto") -> Process:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda", "no CUDA device is available", "use --device cpu")
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError("torchrun", f"process {local} has no GPU of its own", "start as many processes as there are GPUs")
         torch.cuda.set_device(local)
-        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = False  # where bf16 is off, fp32 means fp32
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return Process(torch.device(kind, local) if kind == "cuda" else torch.device(kind), rank, world)
@@ -122,7 +126,7 @@ def replacing(path: Path):
 
     Raises UserError where the file system refuses.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a kill leaves, the next try replaces
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -134,6 +138,17 @@ def replacing(path: Path):
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def progress(items: Iterable, name: str, total: int, show: bool = True) -> Iterator:
+    """The items, with a progress bar on a terminal and a line every tenth of the way elsewhere."""
+    if sys.stderr.isatty() or not show:
+        yield from tqdm(items, name, total, disable=not show)
+        return
+    for i, item in enumerate(items, 1):
+        yield item
+        if 10 * i // total > 10 * (i - 1) // total:
+            print(f"{name} {i}/{total}", flush=True)
 
 
 def fetch(url: str, path: Path, sha256: str, what: str) -> Path:
@@ -150,20 +165,17 @@ def fetch(url: str, path: Path, sha256: str, what: str) -> Path:
 
 class Log:
     """The record of a run: one JSON object a line in `metrics.jsonl`, and wandb where asked for (rank 0 only)."""
-
-    def __init__(self, folder: Path, process: Process, mode: str = "disabled", project: str = "", config: dict | None = None,
-                 step: int = 0, run_id: str | None = None):
+    def __init__(self, folder: Path, process: Process, config: dict, step: int = 0, run_id: str | None = None):
         self.file = folder / "metrics.jsonl" if process.is_main else None
         self.wandb, self.run_id = None, run_id
         if not process.is_main:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        # A resumed run repeats the steps after its checkpoint: forget what was logged about them.
-        lines = self.file.read_text().splitlines() if step and self.file.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self.file.write_text("".join(line + "\n" for line in kept))
-        if mode != "disabled":
-            self.wandb = start_wandb(mode, project, config, folder, run_id)
+        # A resumed run repeats the steps after its checkpoint: forget what was logged about them, and a line cut short.
+        lines = self.file.read_text().split("\n")[:-1] if step and self.file.exists() else []
+        with replacing(self.file) as file:
+            file.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+        if config["log"]["wandb"] != "disabled":
+            self.wandb = start_wandb(config, folder, run_id)
             self.run_id = self.wandb.id
 
     def write(self, step: int, **values: object) -> None:
@@ -174,17 +186,14 @@ class Log:
         if self.wandb is not None:
             self.wandb.log(values, step=step)
 
-    def close(self) -> None:
-        if self.wandb is not None:
-            self.wandb.finish()
 
-
-def start_wandb(mode: str, project: str, config: dict, folder: Path, run_id: str | None):
+def start_wandb(config: dict, folder: Path, run_id: str | None):
     try:
         import wandb  # here: it takes seconds to import and most runs do without
     except ImportError:
         raise UserError("log.wandb", "wandb is not installed", "pip install wandb, or set log.wandb=disabled") from None
+    mode, project = config["log"]["wandb"], config["log"]["project"]
     if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
         print("wandb: no login found, logging offline (later: wandb login; wandb sync)")
         mode = "offline"
-    return wandb.init(project=project, config=config, dir=folder, mode=mode, id=run_id, resume="allow")
+    return wandb.init(project=project, config=config, dir=str(folder), mode=mode, id=run_id, resume="allow")

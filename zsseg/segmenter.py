@@ -19,7 +19,6 @@ from zsseg.run import UserError
 @dataclass
 class Proposals:
     """What one picture gives before the classes are decided; kept so that ensembles can be tried without new passes."""
-
     masks: Tensor  # [Q, H, W] in 0..1 at network-input size
     head: Tensor  # [Q, C] class probabilities of the segmenter, no-object dropped
     region: Tensor | None  # [Q, C] CLIP's class probabilities, 1 where invalid; None without the ensemble
@@ -28,7 +27,6 @@ class Proposals:
 
 class Segmenter(nn.Module):
     """MaskFormer and a frozen CLIP over a vocabulary that `set_classes` fixes and may change at any time."""
-
     def __init__(self, config: Config, clip_state: checkpoint.State):
         super().__init__()
         self.config = config.clip

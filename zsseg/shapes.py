@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from zsseg.data import COLOURS, SHAPES, THINGS, WALLS
-from zsseg.run import replacing, seed_of
+from zsseg.run import progress, replacing, seed_of
 
 SIDE = 64
 SPLITS = {"clip": 1200, "train": 1200, "val": 200, "test": 300}  # pictures; a split's seed is its position here
@@ -80,7 +80,7 @@ def generate(folder: Path) -> None:
         return
     captions = {}
     for split, count in SPLITS.items():
-        for index in range(count):
+        for index in progress(range(count), f"draw {split}", count):
             picture, labels, captions[f"{split}{index:05}"] = draw(split, index)
             with replacing(folder / "images" / split / f"{split}{index:05}.jpg") as file:
                 Image.fromarray(picture).save(file, "JPEG", quality=80, subsampling=0)

@@ -32,8 +32,7 @@ class Segment:
     def __init__(self, config: Config, root: Path, process: run.Process):
         self.config, self.root, self.process = config, root, process
         self.segmenter, data = build_segmenter(config, root).to(process.device), dataset(config.data.name)
-        find_pairs(config.data.name, root, config.data.split)  # what the evaluation needs is noticed now, not at the end
-        self.segmenter.set_classes(data.names)
+        find_pairs(config.data.name, root, config.data.split)  # a missing split is noticed now, not at the end
         self.segmenter.set_classes(data.training_names)
         self.text = self.segmenter.text
         self.model, self.state, self.load = self.segmenter.maskformer, self.segmenter.learned_state, self.segmenter.load_learned

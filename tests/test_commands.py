@@ -218,7 +218,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
      ([], ["--config"]),
      (["--config", "configs/shapes.toml", "--colour"], ["--colour"]),
      (["--config", "configs/shapes.toml", "--root", "{root}", "--set", "data.name=pets"], ["pets", "voc"]),
-     (["--config", "configs/shapes.toml", "--root", "{root}", "--set", "data.name=voc"], ["voc", "prepare_data.py voc"]),
+     (["--config", "configs/shapes.toml", "--root", "{root}", "--set", "data.name=voc"], ["voc", "README"]),
      (["--config", "configs/shapes.toml", "--root", "{root}", "--set", "clip.prompt=poem"], ["clip.prompt", "imagenet"]),
      (["--config", "configs/shapes.toml", "--root", "{root}", "--set", "data.split=nope"], ["nope", "prepare_data.py"]),
      (["--config", "configs/shapes.toml", "--root", "{root}", "--set", "clip.prompt=learned"], ["no learned prompt"]),

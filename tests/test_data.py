@@ -156,7 +156,7 @@ def test_bad_files_are_named(tmp_path, shapes_root):
     Image.new("RGB", (6, 4)).save(tmp_path / "colour.png")
     with pytest.raises(UserError, match="8-bit"):
         read_labels(tmp_path / "colour.png", lut, (6, 4))
-    with pytest.raises(UserError, match=r"prepare_data\.py voc"):
+    with pytest.raises(UserError, match="README"):
         find_pairs("voc", tmp_path, "val")
     with pytest.raises(UserError, match="no 'val' pictures"):
         find_pairs("coco_stuff", tmp_path, "val")

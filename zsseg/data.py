@@ -95,8 +95,8 @@ def find_pairs(name: str, root: Path, split: str) -> list[tuple[Path, Path]]:
     except OSError:
         pairs = []
     if not pairs:
-        why = f"no {split!r} pictures in {root / data.folder}"
-        raise UserError(f"data set {name}", why, f"run prepare_data.py {name} or give --root")
+        todo = "run prepare_data.py shapes" if name == "shapes" else "put it there in the README's layout"
+        raise UserError(f"data set {name}", f"no {split!r} pictures in {root / data.folder}", f"{todo}, or give --root")
     return pairs
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from zsseg import checkpoint, run
 from zsseg.config import Config, load_config
+from zsseg.data import find_pairs
 from zsseg.metrics import evaluate, report
 from zsseg.segmenter import Segmenter
 
@@ -25,10 +26,10 @@ def main(argv: list[str]) -> None:
     if "config" not in content and not args.config:
         raise run.UserError(f"checkpoint {args.checkpoint}", "holds no configuration", "give its --config")
     config = load_config(args.config, args.set, content.get("config"))
-    process, root = run.start(args.device), args.root
-    out = Path(args.out) if args.out else Path(args.checkpoint).parent / "eval"
-    segmenter = load_segmenter(content, config, root, args.checkpoint).to(process.device)
-    result = evaluate(segmenter, config, root, process, config.data.split, out, args.save_predictions)
+    find_pairs(config.data.name, args.root, config.data.split)  # before anything is downloaded
+    process, out = run.start(args.device), Path(args.out or Path(args.checkpoint).parent / "eval")
+    segmenter = load_segmenter(content, config, args.root, args.checkpoint).to(process.device)
+    result = evaluate(segmenter, config, args.root, process, config.data.split, out, args.save_predictions)
     if process.is_main:
         report(result, config, out)
 

@@ -1,7 +1,8 @@
 """Prepare a data set below the data root, or verify it.
 
     python prepare_data.py shapes        generates the embedded data set and trains its small CLIP (minutes)
-    python prepare_data.py voc --check   verifies what lies there
+    python prepare_data.py voc           counts what you put there (also coco_stuff)
+    python prepare_data.py voc --check   reads it all and prints the label histogram
 
 Running it again changes nothing; killed half-way and run again it finishes.
 """

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node=8 train.py --config configs/voc_r50_single.toml --out runs/voc
     torchrun train.py --config configs/voc_r50_single.toml --out runs/voc --resume
 
-Writes last.pt, metrics.jsonl and samples.png to --out (else runs/<name of the config>), evaluates at the end. --resume
+Writes last.pt, best.pt, metrics.json, metrics.jsonl and samples.png to --out (else runs/<name of the config>). --resume
 goes on from last.pt with the configuration in it; on the CPU the weights come out the same to the last bit.
 """
 
@@ -31,9 +31,9 @@ class Segment:
     """MaskFormer on the seen classes of a data set, CLIP frozen."""
     def __init__(self, config: Config, root: Path, process: run.Process):
         self.config, self.root, self.process = config, root, process
-        self.segmenter, data = build_segmenter(config, root).to(process.device), dataset(config.data.name)
         find_pairs(config.data.name, root, config.data.split)  # a missing split is noticed now, not at the end
-        self.segmenter.set_classes(data.training_names)
+        self.segmenter = build_segmenter(config, root).to(process.device)
+        self.segmenter.set_classes(dataset(config.data.name).training_names)
         self.text = self.segmenter.text
         self.model, self.state, self.load = self.segmenter.maskformer, self.segmenter.learned_state, self.segmenter.load_learned
         self.samples, self.collate, self.batch_size = TrainPictures(config, root), collate, config.train.batch_size
@@ -114,11 +114,13 @@ def main(argv: list[str]) -> None:
     parser = run.parser(__doc__, config_required=True)
     parser.add_argument("--resume", action="store_true", help="continue OUT/last.pt")
     args = parser.parse_args(argv)
-    out = Path(args.out) if args.out else Path("runs") / Path(args.config).stem
+    out = Path(args.out or Path("runs") / Path(args.config).stem)
     saved = checkpoint.load(out / "last.pt") if args.resume else {}
     if not saved and (out / "last.pt").exists():
         raise run.UserError(f"output {out}", "holds a run already", "add --resume, or give another --out")
     config = load_config(None if saved else args.config, args.set, saved.get("config"))
+    if saved:
+        print(f"resuming {out} at step {saved['step']} of {config.train.steps}, with the configuration in it and --set")
     train(config, args.root, out, run.start(args.device), saved)
 
 
@@ -170,7 +172,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
             if not math.isfinite(values["loss"]):
                 raise run.UserError("training", f"the loss is {values['loss']} at step {done}", "lower train.lr; --resume")
             log.write(done, **values, lr=optimizer.param_groups[0]["lr"])
-            if process.is_main and done % (10 * config.log.every) == 0:
+            if process.is_main and (done % (10 * config.log.every) == 0 or done == steps):
                 bar.write(f"{config.train.task} step {done}/{steps} loss {values['loss']:.3f}")
         if config.train.eval_every and done % config.train.eval_every == 0 and done < steps:
             process.share(task.model)
@@ -189,7 +191,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
             save("best.pt", steps)
         if process.is_main:
             report(result, config, out)
-    if log.wandb is not None:
+    if log.wandb:
         log.wandb.finish()
 
 

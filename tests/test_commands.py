@@ -213,7 +213,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
-    [(["--root", "{empty}", "--config", "configs/shapes.toml"], ["clip.pt", "prepare_data.py"]),
+    [(["--root", "{empty}", "--config", "configs/shapes.toml"], ["shapes", "prepare_data.py shapes"]),
      (["--config", "configs/absent.toml"], ["absent.toml", "No such file"]),
      ([], ["--config"]),
      (["--config", "configs/shapes.toml", "--colour"], ["--colour"]),
@@ -277,7 +277,7 @@ def test_mistakes_in_evaluation(capsys, monkeypatch, trained, shapes_root, tmp_p
     fails(capsys, monkeypatch, evaluation.main, [tmp_path / "junk.pt", *out], "junk.pt", "cannot be read")
     torch.save({"model": {"backbone.stem.conv1.weight": torch.zeros(1)}}, tmp_path / "theirs.pth")
     fails(capsys, monkeypatch, evaluation.main, [tmp_path / "theirs.pth", *out], "give its --config")
-    theirs = [tmp_path / "theirs.pth", "--config", "configs/voc_r50_single.toml", *out]
+    theirs = [tmp_path / "theirs.pth", "--config", "configs/voc_r50_single.toml", "--set", "data.name=shapes", *out]
     fails(capsys, monkeypatch, evaluation.main, theirs, "holds no CLIP")
     wrong = [trained / "last.pt", *out, "--set", "model.queries=9"]
     fails(capsys, monkeypatch, evaluation.main, wrong, "query_embed.weight has shape")

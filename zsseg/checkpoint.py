@@ -41,9 +41,8 @@ def read_torch(path: Path, what: str) -> object:
         raise UserError(what, "no such file", "check the path")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for files that are broken or hold more than tensors
-        first_line = str(error).partition("\n")[0]
-        raise UserError(what, f"cannot be read as tensors ({first_line})", "check the file") from None
+    except Exception:  # torch raises many kinds, with advice to load such a file all the same
+        raise UserError(what, "cannot be read as tensors (broken, or more than tensors)", "check the file") from None
 
 
 def load_strict(module: nn.Module, state: State, what: str, hint: str) -> None:
@@ -208,7 +207,7 @@ def load_clip_state(weights: str, root: Path) -> State:
     else:
         path = Path(weights.replace("{root}", str(root)))
         if not path.is_file():
-            raise UserError(what, f"no file {path}", f"run prepare_data.py, or give one of {', '.join(OPENAI_MODELS)}")
+            raise UserError(what, f"no file {path}", f"run prepare_data.py shapes, or give one of {', '.join(OPENAI_MODELS)}")
     if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
         return read_torchscript(path, what)
     content = read_torch(path, what)

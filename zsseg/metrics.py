@@ -116,7 +116,8 @@ def true_mask_accuracy(segmenter: Segmenter, image: Tensor, labels: Tensor, data
 
 def report(result: dict, config: Config, out: Path) -> None:
     """Print the table and write `metrics.json`."""
-    print(table(result, "ensemble" if config.clip.ensemble else "head alone"))
+    w = config.clip.ensemble_weight if config.clip.ensemble else None
+    print(table(result, {None: "head alone", 0: "CLIP alone"}.get(w, "ensemble")))
     with replacing(out / "metrics.json") as file:
         file.write_text(json.dumps(result, indent=1) + "\n")
     print(f"{result['images']} images, {result['images_per_second']:.2f} images/s -> {out / 'metrics.json'}")
@@ -124,7 +125,7 @@ def report(result: dict, config: Config, out: Path) -> None:
 
 def table(result: dict, name: str = "ensemble") -> str:
     """The metrics as lines of text: seen, unseen and hIoU of each part side by side, then every class."""
-    rows = [("head alone", result["head_only"])] if "head_only" in result else []
+    rows = [("head alone", result["head_only"])] if "head_only" in result and name != "head alone" else []
     rows.append((name, result))
     split = "hIoU" in result
     keys = ("mIoU_seen", "mIoU_unseen", "hIoU", "mIoU", "pAcc") if split else ("mIoU", "mIoU_gt", "fwIoU", "mAcc", "pAcc")

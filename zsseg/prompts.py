@@ -65,8 +65,7 @@ def build_prompt(spec: str | list[str], width: int, prefix: int = 16, suffix: in
     if spec == "learned":
         return LearnedPrompt(width, prefix, suffix)
     if isinstance(spec, str) and spec not in TEMPLATES:
-        choices = ", ".join([*TEMPLATES, "learned"])
-        raise UserError("clip.prompt", f"is {spec!r}", f"choose {choices}, or give a list of templates")
+        raise UserError("clip.prompt", f"is {spec!r}", f"choose {', '.join(TEMPLATES)} or learned, or give a list of templates")
     return FixedPrompt(TEMPLATES[spec] if isinstance(spec, str) else spec)
 
 

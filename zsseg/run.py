@@ -16,8 +16,7 @@ from tqdm import tqdm
 
 # AVX-512 kernels sum in another order than AVX2 ones. Holding every x86 machine to AVX2 (set either variable to undo
 # it) gives the same numbers everywhere, those of the reference values included. Must precede the first operation.
-CPU_FEATURES = Path("/proc/cpuinfo")
-if CPU_FEATURES.exists() and "avx512f" in CPU_FEATURES.read_text():
+if (features := Path("/proc/cpuinfo")).exists() and "avx512f" in features.read_text():
     os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 

@@ -44,6 +44,7 @@ def prepare_shapes(root: Path, workers: int) -> None:
 def check(name: str, root: Path, full: bool) -> None:
     """Print the counts of each split; with `full`, read every file (a broken one is a UserError), print the histogram."""
     data = dataset(name)
+    unseen = [data.values[data.names.index(n)] for n in data.unseen]
     for split in ("train", "val", "test") if name == "shapes" else ("train", "val"):
         pairs = find_pairs(name, root, split)
         print(f"{name} {split}: {len(pairs)} pictures")
@@ -51,7 +52,6 @@ def check(name: str, root: Path, full: bool) -> None:
             continue
         lut, names = data.lut(split == "train"), data.training_names if split == "train" else data.names
         pixels = np.zeros(256, np.int64)
-        unseen = [data.values[data.names.index(name)] for name in data.unseen]
         for image, label in progress(pairs, f"check {split}", len(pairs)):
             ids = read_labels(label, lut, read_picture(image).size)
             pixels += np.bincount(ids.ravel(), minlength=256)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GOLDEN, keys, original_state, tiny_clip_state
+from conftest import tiny_clip_state
 
 from zsseg.checkpoint import load_clip_state, read_torchscript
 from zsseg.clip import CLIP, ModifiedResNet, Tokenizer, VisionTransformer, build_clip
@@ -41,7 +41,8 @@ def test_broken_vocabulary_is_named(monkeypatch, tmp_path):
 
 def test_sizes_are_read_off_the_state_dict():
     clip = build_clip(tiny_clip_state())
-    assert (clip.visual.resolution, clip.visual.patch, clip.context, clip.token_embedding.num_embeddings) == (32, 8, 40, 514)
+    assert (clip.visual.resolution, clip.visual.conv1[-1].stride, clip.context) == (32, (2, 2), 40)
+    assert clip.token_embedding.num_embeddings == 514
     assert sum(p.numel() for p in clip.parameters()) < 700_000
     assert not clip.training and not any(p.requires_grad for p in clip.parameters())
     small = CLIP(ModifiedResNet([1, 2, 1, 1], 8, 64, 16), 16, 10, 514, 64, 1)
@@ -139,8 +140,3 @@ def test_causal_mask_hides_what_follows_the_end(small_clip):
     changed[0, -1] = 7
     with torch.no_grad():
         assert torch.allclose(small_clip.encode_text(tokens), small_clip.encode_text(changed), atol=1e-6)
-
-
-def test_golden_folder_is_whole():
-    assert len(keys("upstream_keys.json")) == 9 and (GOLDEN / "e2e" / "VOC2012" / "val.txt").exists()
-    assert original_state({"a.weight": [2, 2]})["a.weight"].shape == (2, 2)

@@ -156,8 +156,7 @@ def test_class_loss_counts_a_query_once():
     assert float(loss) == pytest.approx(0.1 * float(torch.tensor(3.0).log()) / 1.1, rel=1e-5)
 
 
-def test_costs_need_fp32_inputs_not_an_autocast_free_caller():
-    """The training step leaves autocast before the losses: bf16 network outputs are summed in fp32."""
+def test_bf16_network_outputs_are_summed_in_fp32():
     logits, masks, targets = case(mixed_labels())
     cost = matching_cost(logits.bfloat16(), masks.bfloat16(), targets, 20, 1)
     exact = matching_cost(logits.bfloat16().float(), masks.bfloat16().float(), targets, 20, 1)

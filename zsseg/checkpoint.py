@@ -3,7 +3,6 @@
 No file is ever executed: `weights_only=True`, TorchScript archives read for their tensors, a restricted unpickler.
 """
 
-import errno
 import pickle
 import re
 import zipfile
@@ -19,13 +18,14 @@ from zsseg.run import UserError, cache_dir, fetch, replacing
 
 State = dict[str, Tensor]
 
+
 def save(path: Path, **content: object) -> None:
     """Write a checkpoint so that `path` is always whole: the old one or the new one."""
     with replacing(path) as temporary:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # how torch reports a full disk
-            raise OSError(errno.EIO, str(error).partition("\n")[0]) from None
+            raise OSError(0, str(error).partition("\n")[0]) from None
 
 
 def load(path: str | Path) -> dict:

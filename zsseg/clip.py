@@ -163,7 +163,7 @@ class VisionTransformer(nn.Module):
     """ViT image tower. `stem` gives the widths of a convolutional stem (the small CLIP); without it, plain patches."""
     def __init__(self, resolution: int, patch: int, width: int, layers: int, embed: int, stem: list[int] = ()):
         super().__init__()
-        self.resolution, self.patch = resolution, patch
+        self.resolution = resolution
         self.conv1 = conv_stem(stem, width) if stem else nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         tokens = (resolution // patch) ** 2 + 1
@@ -241,7 +241,7 @@ class ModifiedResNet(nn.Module):
     """CLIP's ResNet: three-convolution stem, anti-aliased strides, attention pool."""
     def __init__(self, layers: list[int], width: int, resolution: int, embed: int):
         super().__init__()
-        self.resolution, self.patch = resolution, 32
+        self.resolution = resolution
         half = width // 2
         self.conv1, self.bn1 = nn.Conv2d(3, half, 3, 2, 1, bias=False), nn.BatchNorm2d(half)
         self.conv2, self.bn2 = nn.Conv2d(half, half, 3, padding=1, bias=False), nn.BatchNorm2d(half)

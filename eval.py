@@ -12,7 +12,7 @@ from pathlib import Path
 
 from zsseg import checkpoint, run
 from zsseg.config import Config, load_config
-from zsseg.data import find_pairs
+from zsseg.datasets import find_pairs
 from zsseg.metrics import evaluate, report
 from zsseg.segmenter import Segmenter
 
@@ -40,18 +40,21 @@ def load_segmenter(content: dict, config: Config, root: Path, name: str) -> Segm
     if "config" in content:
         if "maskformer" not in content["model"]:
             raise run.UserError(what, "holds a CLIP, not a segmenter", "give a checkpoint of task segment")
-        parts, clip = content["model"], checkpoint.load_clip_state(config.clip.weights, root)
+        supervised = config.model.class_head == "linear"
+        parts, clip = content["model"], None if supervised else checkpoint.load_clip_state(config.clip.weights, root)
         if config.clip.prompts == content["config"]["clip"]["prompts"]:
             config.clip.prompts = ""  # the checkpoint holds them
     else:
         parts, dropped = checkpoint.import_original(content["model"], what)
-        if "clip" not in parts:
+        clip = parts.get("clip") if config.model.class_head == "text" else None
+        if clip is None and config.model.class_head == "text":
             raise run.UserError(what, "holds no CLIP", "give a zero-shot checkpoint of zsseg.baseline")
-        clip = parts["clip"]
-        dropped += [p for p in ("prompt", "region_prompt") if p in parts and getattr(config.clip, p) != "learned"]
-        print(f"imported {len(content['model']) - len(dropped)} tensors; not needed: {', '.join(dropped)}"[:300])
     segmenter = Segmenter(config, clip)
     segmenter.load_learned(parts, what)
+    if "config" not in content:
+        used = {"maskformer": True, "clip": clip is not None} | {k: k in segmenter.learned_state() for k in parts if "prompt" in k}
+        dropped += [f"{part}.{k}" for part in parts if not used[part] for k in parts[part]]
+        checkpoint.say_loaded(what, len(content["model"]) - len(dropped), dropped)
     return segmenter
 
 

@@ -1,21 +1,25 @@
 """Prepare a data set below the data root, or verify it.
 
     python prepare_data.py shapes        generates the embedded data set and trains its small CLIP (minutes)
-    python prepare_data.py voc           counts what you put there (also coco_stuff)
-    python prepare_data.py voc --check   reads it all and prints the label histogram
+    python prepare_data.py voc           downloads Pascal VOC 2012 and SBD, computes "trainaug"
+    python prepare_data.py voc --check   reads every file: counts, broken files by name, label histogram
 
-Running it again changes nothing; killed half-way and run again it finishes.
+What lies below the root in its official layout is used as it is; else it is downloaded where that is allowed (to
+$ZSSEG_CACHE, else ~/.cache/zsseg) or one line says what to put where. Running it again changes nothing; killed half-way
+and run again it finishes.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 
 from train import train
-from zsseg import checkpoint, run, shapes
+from zsseg import checkpoint, convert, run, shapes
 from zsseg.config import load_config
-from zsseg.data import DATASETS, dataset, find_pairs, read_labels, read_picture
-from zsseg.run import progress
+from zsseg.datasets import DATASETS, Archive, count_classes, dataset, find_pairs, label_statistics, read_picture
+from zsseg.download import check_file, fetch, unpack
+from zsseg.run import UserError
 
 
 def main(argv: list[str]) -> None:
@@ -25,13 +29,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--check", action="store_true", help="only verify: counts, unreadable files, label histogram")
     args = parser.parse_args(argv)
-    if args.dataset == "shapes" and not args.check:
+    if args.check:
+        check(args.dataset, args.root, args.workers)
+        return
+    if args.dataset == "shapes":
         prepare_shapes(args.root, args.workers)
-    check(args.dataset, args.root, full=args.check)
+    else:
+        prepare(args.dataset, args.root, args.workers)
+    summarize(args.dataset, args.root, args.workers)
 
 
 def prepare_shapes(root: Path, workers: int) -> None:
-    folder = root / dataset("shapes").folder
+    folder = root / dataset("shapes").folders[0]
     shapes.generate(folder)
     if (folder / "clip.pt").exists():
         return
@@ -41,29 +50,123 @@ def prepare_shapes(root: Path, workers: int) -> None:
     checkpoint.save(folder / "clip.pt", model=checkpoint.load(last)["model"])
 
 
-def check(name: str, root: Path, full: bool) -> None:
-    """Print the counts of each split; with `full`, read every file (a broken one is a UserError), print the histogram."""
+def prepare(name: str, root: Path, workers: int) -> None:
+    """Bring the official files into the layout that is read, unless the test split is there already."""
     data = dataset(name)
-    unseen = [data.values[data.names.index(n)] for n in data.unseen]
-    for split in ("train", "val", "test") if name == "shapes" else ("train", "val"):
-        pairs = find_pairs(name, root, split)
-        print(f"{name} {split}: {len(pairs)} pictures")
-        if not full:
-            continue
-        lut, names = data.lut(split == "train"), data.training_names if split == "train" else data.names
-        pixels = np.zeros(256, np.int64)
-        for image, label in progress(pairs, f"check {split}", len(pairs)):
-            ids = read_labels(label, lut, read_picture(image).size)
-            pixels += np.bincount(ids.ravel(), minlength=256)
-            hidden = np.isin(np.array(read_picture(label, None)), unseen)
-            if split == "train" and (ids[hidden] != data.ignore).any():
-                raise AssertionError(f"{label}: a pixel of an unseen class survived")
+    folder = data.folder(root)
+    if name == "ade20k_full" and (folder / "images").is_dir():
+        convert.ade20k_full(folder, workers)  # skips what is there
+    if is_there(name, root):
+        return
+    if name == "voc":
+        obtain(data.archives[0], name, root, folder)
+        places = (folder / "SBD", root / "SBD", root / "sbd", root / "benchmark_RELEASE" / "dataset")
+        sbd = next((p for p in places if (p / "cls").is_dir()), places[0])
+        if sbd == places[0]:
+            obtain(data.archives[1], name, root, folder)
+        convert.voc_trainaug(folder, sbd, workers)
+        return
+    for archive in data.archives:
+        obtain(archive, name, root, folder)
+    if name == "pcontext":
+        convert.pascal_context(folder, workers)
+    elif not data.archives:
+        raise UserError(f"data set {name}", f"nothing in {folder}", data.register)
+
+
+def is_there(name: str, root: Path) -> bool:
+    """The test split, whose list or files come last, is there."""
+    try:
+        return bool(find_pairs(name, root, "val"))
+    except UserError:
+        return False
+
+
+def obtain(archive: Archive, name: str, root: Path, folder: Path) -> None:
+    """Unpack an archive that lies below the root or in the cache, else download it first."""
+    if all((folder / outside).exists() for _, outside in archive.take):
+        return
+    what, cached = f"data set {name}, {archive.file}", run.cache_dir() / "downloads" / archive.file
+    file = next((p for p in (root / archive.file, folder / archive.file) if p.exists()), cached)
+    if file != cached:
+        check_file(file, archive.checksum, what, archive.bytes, delete=False)
+    elif archive.urls:
+        fetch(archive.urls, file, archive.checksum, what, archive.bytes)
+    elif not file.exists():
+        raise UserError(f"data set {name}", f"no {archive.file} in {root}, nothing in {folder}", dataset(name).register)
+    inside, outside = archive.take[0]
+    if inside:
+        unpack(file, archive.take, folder, what)
+    elif file != folder / outside:  # a single file
+        with run.replacing(folder / outside) as temporary:
+            temporary.write_bytes(file.read_bytes())
+
+
+def present(name: str, root: Path) -> list[str]:
+    """The splits that are there; the test split must be."""
+    data, splits = dataset(name), []
+    for split in data.splits:
+        try:
+            find_pairs(name, root, split)
+            splits.append(split)
+        except UserError:
+            if split == "val":
+                raise
+            print(f"{name} {split}: none (only training needs it)")
+    return splits
+
+
+def describe(name: str, root: Path, split: str) -> str:
+    """Counts of a split beside the published ones."""
+    data, pairs = dataset(name), find_pairs(name, root, split)
+    text = f"{name} {split}: {len(pairs)} pictures"
+    if published := data.counts.get(split):
+        text += f" (published: {published})"
+        if len(pairs) == published and split in data.digests:
+            digest = hashlib.sha256("".join(sorted(f"{p.stem}\n" for p, _ in pairs)).encode()).hexdigest()
+            text += ", the published ids" if digest == data.digests[split] else ", but NOT the published ids"
+    if alone := len(data.unpaired(data.folder(root), split)):
+        text += f"; {alone} files without a partner are left out (--check names them)"
+    return text
+
+
+def summarize(name: str, root: Path, workers: int) -> None:
+    """Print what is there; count the labels of the training split, which training needs."""
+    data = dataset(name)
+    for split in present(name, root):
+        text = describe(name, root, split)
+        if split == "train":
+            statistics = label_statistics(name, root, split, workers)
+            text += f"; {len(statistics.pictures_with(data.trained))} show a class that is trained on"
+        print(text)
+
+
+def check(name: str, root: Path, workers: int) -> None:
+    """Read every file of every split. What is broken or alone is printed, all of it; then it is a UserError."""
+    data, problems = dataset(name), 0
+    tables = data.lut(), data.lut(training=True)
+    for split in present(name, root):
+        broken = [f"{file} has no partner" for file in data.unpaired(data.folder(root), split)]
+
+        def count(pair: tuple[Path, Path]):
+            try:
+                return count_classes(pair[1], data, tables, read_picture(pair[0]).size)
+            except UserError as error:
+                broken.append(str(error))  # noqa: B023, called before the loop goes on
+                return np.empty((0, 2), np.int64)
+
+        pixels = label_statistics(name, root, split, workers, count).histogram(len(data.names))
+        print(describe(name, root, split))
         share = 100 * pixels / max(pixels.sum(), 1)
-        for i, class_name in enumerate(names):
-            print(f"  {class_name:24}{share[i]:7.2f} %")
-        print(f"  {'ignored':24}{share[data.ignore]:7.2f} %")
+        for label, percent in zip([*data.names, "ignored"], share, strict=True):
+            print(f"  {label[:40]:40}{percent:7.2f} %")
         if split == "train" and data.unseen:
-            print(f"  no pixel of the {len(data.unseen)} unseen classes: {', '.join(data.unseen)}")
+            print(f"  training targets hold no pixel of the {len(data.unseen)} unseen classes: {', '.join(data.unseen)}")
+        for line in sorted(broken):
+            print(f"  broken: {line}")
+        problems += len(broken)
+    if problems:
+        raise UserError(f"data set {name}", f"{problems} files are broken or have no partner (listed above)", "replace them")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from zsseg import checkpoint, run
 from zsseg.clip import CLIP, Tokenizer, VisionTransformer
 from zsseg.config import Config, ContrastConfig, load_config
-from zsseg.data import RegionsWithCaptions, TrainPictures, collate, dataset, find_pairs, stream
+from zsseg.data import RegionsWithCaptions, TrainPictures, collate, stream
+from zsseg.datasets import find_pairs, training_set
 from zsseg.losses import contrastive_loss, segmentation_losses
 from zsseg.metrics import evaluate, report
 from zsseg.segmenter import build_segmenter
@@ -33,10 +34,11 @@ class Segment:
         self.config, self.root, self.process = config, root, process
         find_pairs(config.data.name, root, config.data.split)  # a missing split is noticed now, not at the end
         self.segmenter = build_segmenter(config, root).to(process.device)
-        self.segmenter.set_classes(dataset(config.data.name).training_names)
+        self.segmenter.set_classes(training_set(config.data).training_names)
         self.text = self.segmenter.text
         self.model, self.state, self.load = self.segmenter.maskformer, self.segmenter.learned_state, self.segmenter.load_learned
-        self.samples, self.collate, self.batch_size = TrainPictures(config, root), collate, config.train.batch_size
+        self.samples = process.in_turn(lambda: TrainPictures(config, root))  # the first caches label statistics
+        self.collate, self.batch_size = collate, config.train.batch_size
 
     def loss(self, model: nn.Module, batch: tuple) -> tuple[Tensor, dict[str, Tensor]]:
         images, targets = batch

@@ -6,7 +6,7 @@ No file is ever executed: `weights_only=True`, TorchScript archives read for the
 import pickle
 import re
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights
 
-from zsseg.run import UserError, cache_dir, fetch, replacing
+from zsseg import run
+from zsseg.download import fetch
+from zsseg.run import UserError, cache_dir, replacing
 
 State = dict[str, Tensor]
 
@@ -86,6 +88,7 @@ NAMES = [
     (HEAD + r"transformer\.decoder\.norm\." + LEAF, "maskformer.norm.{leaf}"),
     (HEAD + r"(?P<rest>(?:query_embed|input_proj)\.\w+)", "maskformer.{rest}"),
     (HEAD + r"(?P<mlp>class_embed|mask_embed)\.layers\.(?P<i>\d)\." + LEAF, "maskformer.{mlp}.{2i}.{leaf}"),
+    (HEAD + r"class_embed\." + LEAF, "maskformer.class_embed.{leaf}"),  # fully supervised MaskFormer
     (HEAD + r"(?P<leaf>weight|bias)", "maskformer.pixel_embed.{leaf}"),  # the per-pixel baseline
     (r"clip_adapter\.non_object_embedding", "maskformer.non_object"),
     (ADAPTER + r"clip_model\.(?P<rest>.+)", "{region}clip.{rest}"),
@@ -142,6 +145,16 @@ def import_original(state: State, what: str) -> tuple[dict[str, State], list[str
     return parts, dropped
 
 
+def say_loaded(what: str, loaded: int, dropped: list[str]) -> None:
+    """One line: how many tensors were used, and every name that was not (many of one module as `module.*`)."""
+    modules = Counter(name.rpartition(".")[0].split(".resblocks")[0].split(".layer")[0] for name in dropped)
+    names = []
+    for name in dropped:
+        module = name.rpartition(".")[0].split(".resblocks")[0].split(".layer")[0]
+        names.append(name if modules[module] < 4 else f"{module}.* ({modules[module]})")
+    run.say(f"{what}: {loaded} tensors loaded, {len(dropped)} dropped" + ": " * bool(names) + ", ".join(dict.fromkeys(names)))
+
+
 class ArrayUnpickler(pickle.Unpickler):
     """Reads NumPy arrays and plain containers (detectron2's .pkl) and refuses everything else."""
     def find_class(self, module: str, name: str) -> object:
@@ -170,21 +183,24 @@ def load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
         state = read_torch(Path(weights), what)
     if not isinstance(state, dict):
         raise UserError(what, "is not a state dict", hint)
-    state = {k: v for k, v in state.items() if not k.startswith("fc.") and "num_batches" not in k}
+    dropped = [k for k in state if re.search(r"(^|\.)fc|num_batches_tracked$", k)]  # classifier, counters
+    state = {k: v for k, v in state.items() if k not in dropped}
     load_strict(backbone, state, what, hint)
+    say_loaded(what, len(state), dropped)
 
 
 def read_detectron(path: Path, what: str, hint: str) -> State:
-    """The backbone in a detectron2 model-zoo file, under our names; its classifier is left out."""
+    """A detectron2 model-zoo file, the backbone under our names, everything else under its own."""
     try:
         with open(path, "rb") as file:
             content = ArrayUnpickler(file, encoding="latin1").load()
-        arrays = {"backbone." + k.removeprefix("backbone."): v for k, v in content.get("model", content).items()}
+        arrays = {k.removeprefix("backbone."): torch.from_numpy(v) for k, v in content.get("model", content).items()}
     except (OSError, pickle.UnpicklingError, AttributeError, EOFError, TypeError) as error:
         raise UserError(what, f"cannot be read as arrays ({error})", hint) from None
-    state = {k: torch.from_numpy(v) for k, v in arrays.items() if re.match(r"backbone\.(stem|res\d)\.", k)}
+    other = re.compile(r"(stem\.)?fc|.*num_batches_tracked$")
+    state = {f"backbone.{k}": v for k, v in arrays.items() if not other.match(k)}
     state = import_original(state, what)[0].get("maskformer", {})
-    return {k.removeprefix("backbone."): v for k, v in state.items()}
+    return {k.removeprefix("backbone."): v for k, v in state.items()} | {k: v for k, v in arrays.items() if other.match(k)}
 
 
 OPENAI_MODELS = {  # name: (SHA-256 of the file, its name)
@@ -203,15 +219,22 @@ def load_clip_state(weights: str, root: Path) -> State:
     what = f"clip.weights {weights}"
     if weights in OPENAI_MODELS:
         digest, file = OPENAI_MODELS[weights]
-        path = fetch(f"https://openaipublic.azureedge.net/clip/models/{digest}/{file}", cache_dir() / file, digest, what)
+        url = f"https://openaipublic.azureedge.net/clip/models/{digest}/{file}"
+        path = fetch([url], cache_dir() / file, f"sha256:{digest}", what)
     else:
         path = Path(weights.replace("{root}", str(root)))
         if not path.is_file():
             raise UserError(what, f"no file {path}", f"run prepare_data.py shapes, or give one of {', '.join(OPENAI_MODELS)}")
     if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
-        return read_torchscript(path, what)
-    content = read_torch(path, what)
-    return content["model"] if isinstance(content, dict) and "model" in content else content
+        state = read_torchscript(path, what)
+    else:
+        state = read_torch(path, what)
+        state = state["model"] if isinstance(state, dict) and "model" in state else state
+    if not isinstance(state, dict):
+        raise UserError(what, "is not a state dict", "give a CLIP of OpenAI's")
+    dropped = [k for k in state if k in ("input_resolution", "context_length", "vocab_size")]
+    say_loaded(what, len(state) - len(dropped), dropped)
+    return {k: v for k, v in state.items() if k not in dropped}
 
 
 STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "LongStorage": torch.int64}

@@ -16,14 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zsseg.run import UserError, cache_dir, fetch
+from zsseg.download import fetch
+from zsseg.run import UserError, cache_dir
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
 BYTES_ONLY = 514  # vocabulary size with no merges: 256 bytes, 256 ending a word, start, end
 VOCABULARY = (
     "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
-    "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
+    "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
 )
 
 
@@ -41,7 +42,7 @@ def read_merges(count: int) -> list[tuple[str, str]]:
     if given and not path.is_file():
         raise UserError(f"ZSSEG_VOCAB={given}", "no such file", "unset it or name bpe_simple_vocab_16e6.txt.gz")
     if not given:
-        fetch(VOCABULARY[0], path, VOCABULARY[1], "BPE vocabulary")
+        fetch([VOCABULARY[0]], path, VOCABULARY[1], "BPE vocabulary")
     try:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     except (OSError, EOFError, UnicodeDecodeError) as error:

@@ -16,8 +16,9 @@ from zsseg.run import UserError
 
 @dataclass
 class DataConfig:
-    name: str = "shapes"  # shapes | voc | coco_stuff
+    name: str = "shapes"  # shapes | voc | coco_stuff | ade20k | ade20k_full | pcontext | cityscapes
     split: str = "val"  # the split that train.py (at its end) and eval.py measure on
+    train_on: str = "seen"  # seen | all: the classes that training targets show
     short_edges: list[int] = field(default_factory=lambda: list(range(320, 961, 64)))  # drawn at training
     max_size: int = 2560  # longest edge after resizing, at training and at test
     crop: int = 640  # side of the square training crop
@@ -37,6 +38,7 @@ class ModelConfig:
     feedforward: int = 2048
     decoder_layers: int = 6
     dropout: float = 0.1
+    class_head: str = "text"  # text (any words) | linear (fully supervised MaskFormer: the data set's classes, no CLIP)
     class_hidden: int = 1024  # hidden width of the class-embedding MLP
     compile: str = "auto"  # the training step: auto (on CUDA only) | on | off
     bf16: str = "auto"  # autocast: auto (on CUDA only) | on | off
@@ -114,6 +116,8 @@ class Config:
 
 # What the type of a field does not say.
 CHOICES = {
+    "data.train_on": ("seen", "all"),
+    "model.class_head": ("text", "linear"),
     "model.backbone": ("R50", "R101c", "small"),
     "model.compile": ("auto", "on", "off"),
     "model.bf16": ("auto", "on", "off"),
@@ -156,6 +160,8 @@ def load_config(file: str | None = None, overrides: list[str] = (), base: dict |
         "model.heads": (config.model.hidden % config.model.heads == 0, "give a divisor of model.hidden"),
         "model.small_widths": (len(config.model.small_widths) == 4 and min(config.model.small_widths) > 0, "give four widths"),
         "data.short_edges": (min(config.data.short_edges, default=0) > 0, "give sizes above 0"),
+        "data.train_on": (config.data.train_on == "all" or config.model.class_head == "text", "a linear head needs \"all\""),
+        "clip.ensemble": (not config.clip.ensemble or config.model.class_head == "text", "a linear head needs false"),
         "clip.prompt": (config.clip.prompt != [], "give at least one template"),
     }
     for name, (right, todo) in rules.items():

@@ -1,4 +1,4 @@
-"""Data sets (a table of what differs between them), the test-time pictures, and the endless training streams.
+"""What the networks read: test-time pictures and the endless training streams.
 
 A sample of a training stream is a function of (seed, sample number) alone, so resuming needs one integer.
 """
@@ -6,9 +6,7 @@ A sample of a training stream is a function of (seed, sample number) alone, so r
 import functools
 import json
 import os
-import tomllib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,110 +15,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as TF
 
 from zsseg.config import Config, DataConfig
+from zsseg.datasets import dataset, find_pairs, label_statistics, read_labels, read_picture, training_set
 from zsseg.losses import Targets
 from zsseg.regions import mask_boxes, region_crops
 from zsseg.run import UserError, seed_of
-
-NAMES = tomllib.loads((Path(__file__).parent / "names.toml").read_text())
-COLOURS, SHAPES = ("red", "green", "blue", "yellow", "purple"), ("disc", "square", "triangle", "cross")
-WALLS = ("striped wall", "checked wall", "dotted wall", "speckled wall")
-THINGS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-SHAPES_UNSEEN = ("red square", "green cross", "blue disc", "yellow triangle", "purple square")
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """One row of the table. Label values become class ids through `lut`; ids run from 0, `ignore` is no class."""
-    names: list[str]
-    unseen: tuple[str, ...]
-    values: list[int]  # the label value of each class
-    folder: str  # below the data root
-    pairs: Callable[[Path, str], list[tuple[Path, Path]]]  # (folder, split) -> (picture, label map) files
-    ignore: int = 255
-
-    @property
-    def seen(self) -> list[int]:
-        """Ids of the classes that are trained on; none where there is no seen/unseen split."""
-        return [i for i, n in enumerate(self.names) if n not in self.unseen] if self.unseen else []
-
-    @property
-    def training_names(self) -> list[str]:
-        return [self.names[i] for i in self.seen] or self.names
-
-    def lut(self, training: bool = False) -> np.ndarray:
-        """Label value -> class id, uint8 [256]; in training -> index among the seen classes, unseen ones -> `ignore`."""
-        table = np.full(256, self.ignore, np.uint8)
-        names = self.training_names if training else self.names
-        table[[self.values[self.names.index(n)] for n in names]] = np.arange(len(names))
-        return table
-
-
-def listed_pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
-    """VOC: ids in `<split>.txt`."""
-    ids = (folder / f"{split}.txt").read_text().split()
-    return [(folder / "JPEGImages" / f"{i}.jpg", folder / "SegmentationClassAug" / f"{i}.png") for i in ids]
-
-
-def globbed_pairs(images: str, labels: str, folder: Path, split: str) -> list[tuple[Path, Path]]:
-    """Every label map of a folder with the picture of the same stem."""
-    files = sorted((folder / labels.format(split)).glob("*.png"))
-    return [(folder / images.format(split) / f"{file.stem}.jpg", file) for file in files]
-
-
-VOC, COCO = NAMES["voc"], NAMES["coco_stuff"]
-DATASETS = {
-    "shapes": DataSet([*THINGS, *WALLS], SHAPES_UNSEEN, list(range(24)), "shapes",
-                      functools.partial(globbed_pairs, "images/{}", "labels/{}")),
-    "voc": DataSet(VOC["names"], tuple(VOC["unseen"]), list(range(1, 21)), "VOC2012", listed_pairs),
-    "coco_stuff": DataSet(COCO["names"], tuple(COCO["unseen"]), [v for v in range(182) if v not in COCO["unused_values"]],
-                          "coco", functools.partial(globbed_pairs, "{}2017", "stuffthingmaps/{}2017")),
-}  # fmt: skip
-
-
-def dataset(name: str) -> DataSet:
-    if name not in DATASETS:
-        raise UserError("data.name", f"is {name!r}", f"choose one of {', '.join(DATASETS)}")
-    return DATASETS[name]
-
-
-def find_pairs(name: str, root: Path, split: str) -> list[tuple[Path, Path]]:
-    """The (picture, label map) files of a split; UserError where there are none."""
-    data = dataset(name)
-    try:
-        pairs = data.pairs(root / data.folder, split)
-    except OSError:
-        pairs = []
-    if not pairs:
-        todo = "run prepare_data.py shapes" if name == "shapes" else "put it there in the README's layout"
-        raise UserError(f"data set {name}", f"no {split!r} pictures in {root / data.folder}", f"{todo}, or give --root")
-    return pairs
-
-
-def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture") -> Image.Image:
-    """A picture, whole and in `mode` (None: as it is). A missing or broken file is a UserError that names it."""
-    try:
-        with Image.open(file) as image:
-            image.load()
-            if mode and image.mode.startswith(("I", "F")):
-                raise ValueError("more than 8 bits a channel")
-            return image.convert(mode) if mode else image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{what} {file}", f"cannot be read ({error})", "replace the file") from None
-
-
-def read_labels(file: Path, lut: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A label map through `lut`: [H, W]; `size` is its picture's (width, height)."""
-    values = np.array(read_picture(file, None, "label map"))
-    if values.dtype != np.uint8 or values.ndim != 2:
-        raise UserError(f"label map {file}", "is not an 8-bit single-channel picture", "replace the file")
-    if values.shape[::-1] != size:
-        sizes = f"is {values.shape[1]} x {values.shape[0]}, its picture {size[0]} x {size[1]}"
-        raise UserError(f"label map {file}", sizes, "make the two the same size")
-    return lut[values]
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -154,48 +54,64 @@ class TestPictures(Dataset):
         return to_tensor(image.resize(size, Image.Resampling.BILINEAR)), labels, image_file.stem
 
 
-def augment(image: Tensor, labels: Tensor, config: DataConfig, ignore: int) -> tuple[Tensor, Tensor]:
-    """The augmentation of training, on uint8 [3, H, W] and [H, W] -> [3, S, S] and [S, S], S = config.crop.
+def augment(image: Image.Image, labels: np.ndarray, config: DataConfig, ignore: int, rng: np.random.Generator):
+    """The augmentation of training: RGB picture and class ids [H, W] -> uint8 [3, S, S] and ids [S, S], S = config.crop.
 
     Shortest edge, random crop (as much as there is), colour jitter, flip, padding at the right and bottom.
     """
-    S, both = config.crop, [tv_tensors.Image(image), tv_tensors.Mask(labels)]  # v2 samples masks by nearest
-    edge = config.short_edges[int(torch.randint(len(config.short_edges), ()))]
-    width, height = test_size(*labels.shape[::-1], edge, config.max_size)
+    S, (W, H) = config.crop, image.size
+    width, height = test_size(W, H, int(rng.choice(config.short_edges)), config.max_size)
     h, w = min(height, S), min(width, S)
-    top, left = int(torch.randint(height - h + 1, ())), int(torch.randint(width - w + 1, ()))
-    both = [TF.crop(TF.resize(x, [height, width]), top, left, h, w) for x in both]
+    top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+    # Only what the crop shows is resized; Pillow's filter still reads the picture around it, so the pixels are the same.
+    box = (left * W / width, top * H / height, (left + w) * W / width, (top + h) * H / height)
+    image = image.resize((w, h), Image.Resampling.BILINEAR, box)
+    rows = np.minimum((np.arange(top, top + h) + 0.5) * H / height, H - 1).astype(int)  # nearest
+    columns = np.minimum((np.arange(left, left + w) + 0.5) * W / width, W - 1).astype(int)
     if config.color_jitter:
-        both[0] = ssd_jitter(both[0])
-    if torch.rand(()) < 0.5:
-        both = [TF.horizontal_flip(x) for x in both]
-    image, labels = (TF.pad(x, [0, 0, S - w, S - h], fill=f) for x, f in zip(both, (128, ignore), strict=True))
-    return image.as_subclass(Tensor), labels.as_subclass(Tensor)
+        image = ssd_jitter(image, rng)
+    picture, mask = np.full((S, S, 3), 128, np.uint8), np.full((S, S), ignore, labels.dtype)
+    step = -1 if rng.random() < 0.5 else 1  # mirrored
+    picture[:h, :w] = np.asarray(image)[:, ::step]
+    mask[:h, :w] = labels[rows[:, None], columns[::step]]
+    return torch.from_numpy(picture).permute(2, 0, 1).contiguous(), torch.from_numpy(mask)
 
 
-def ssd_jitter(image: Tensor) -> Tensor:
+def ssd_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """SSD's colour jitter: brightness, contrast, saturation, hue, each with p = 0.5; contrast before or after by coin."""
-    coins, u = torch.rand(5).tolist(), (2 * torch.rand(4) - 1).tolist()
-    steps = [
-        lambda x: (x.float() + 32 * u[0]).clamp(0, 255).to(torch.uint8),  # SSD adds and multiplies; torchvision blends
-        lambda x: (x.float() * (1 + u[1] / 2)).clamp(0, 255).to(torch.uint8),
-        lambda x: TF.adjust_saturation(x, 1 + u[2] / 2),
-        lambda x: TF.adjust_hue(x, 0.05 * u[3]),  # in turns: 18 degrees
-    ]
-    for i in (0, 1, 2, 3) if coins[4] < 0.5 else (0, 2, 3, 1):
-        if coins[i] < 0.5:
-            image = steps[i](image)
+    brightness, contrast, saturation, hue, first = rng.random(5) < 0.5
+    u = rng.uniform(-1, 1, 4)
+    values, full = np.arange(256.0), 3 * [range(256)]
+
+    def by_table(image: Image.Image, *channels: np.ndarray) -> Image.Image:
+        return image.point(np.concatenate([np.clip(c, 0, 255) for c in channels]).astype(np.uint8).tolist())
+
+    if brightness:
+        image = by_table(image, *3 * [values + 32 * u[0]])
+    if contrast and first:
+        image = by_table(image, *3 * [values * (1 + u[1] / 2)])
+    if saturation or hue:  # as SSD does, in 8-bit HSV
+        turn = (values + round(256 * 18 / 360 * u[3])) % 256 if hue else full[0]
+        stretch = values * (1 + u[2] / 2) if saturation else full[1]
+        image = by_table(image.convert("HSV"), turn, stretch, full[2]).convert("RGB")
+    if contrast and not first:
+        image = by_table(image, *3 * [values * (1 + u[1] / 2)])
     return image
 
 
 class TrainPictures(Dataset):
     """Sample n of an endless stream: the pictures in a fresh order every epoch, augmented.
 
-    Item: (picture uint8 [3, S, S], ids among the training classes uint8 [S, S], classes present int64 [T]).
+    Item: (picture uint8 [3, S, S], ids among the training classes [S, S], classes present int64 [T]). A picture that
+    shows no class that is trained on is left out.
     """
     def __init__(self, config: Config, root: Path):
-        self.data, self.seed = dataset(config.data.name), config.train.seed
-        self.pairs = find_pairs(config.data.name, root, "train")
+        self.data, self.seed = training_set(config.data), config.train.seed
+        pairs = find_pairs(config.data.name, root, "train")
+        shown = label_statistics(config.data.name, root, "train", config.data.workers).pictures_with(self.data.trained)
+        self.pairs = [pairs[i] for i in shown]
+        if not self.pairs:
+            raise UserError(f"data set {config.data.name}", "no training picture shows a class that is trained on", "check it")
         self.config, self.lut = config.data, self.data.lut(training=True)
         self.epoch, self.shuffled = -1, np.empty(0)
 
@@ -209,9 +125,8 @@ class TrainPictures(Dataset):
         image_file, label_file = self.pairs[self.order(epoch)[i]]
         image = read_picture(image_file)
         labels = read_labels(label_file, self.lut, image.size)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.seed, 2, n))
-            picture, mask = augment(to_tensor(image), torch.from_numpy(labels), self.config, self.data.ignore)
+        rng = np.random.default_rng(seed_of(self.seed, 2, n))
+        picture, mask = augment(image, labels, self.config, self.data.ignore, rng)
         classes = mask.unique().long()
         return picture, mask, classes[classes != self.data.ignore]
 
@@ -236,7 +151,7 @@ class RegionsWithCaptions(Dataset):
         self.images = [to_tensor(read_picture(image)) for image, _ in pairs]
         sizes = [(image.shape[2], image.shape[1]) for image in self.images]
         self.labels = [torch.from_numpy(read_labels(p[1], data.lut(), s)) for p, s in zip(pairs, sizes, strict=True)]
-        captions = json.loads((root / data.folder / "captions.json").read_text())
+        captions = json.loads((data.folder(root) / "captions.json").read_text())
         self.captions = [{int(k): v for k, v in captions[label.stem].items()} for _, label in pairs]
         self.where = [[i for i, c in enumerate(self.captions) if k in c] for k in range(len(data.names))]
 

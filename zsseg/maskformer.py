@@ -146,7 +146,7 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 class MaskFormer(nn.Module):
-    """Everything of the segmenter that learns. `embed` is CLIP's feature width D."""
+    """Everything of the segmenter that learns. `embed` is CLIP's feature width D, or with a linear class head C + 1."""
     def __init__(self, config: ModelConfig, embed: int):
         super().__init__()
         hidden = config.hidden
@@ -163,10 +163,13 @@ class MaskFormer(nn.Module):
             nn.init.kaiming_uniform_(conv.weight, a=1)
             nn.init.zeros_(conv.bias)
         self.query_embed = nn.Embedding(config.queries, hidden)
-        self.class_embed = mlp(hidden, config.class_hidden, embed)
         self.mask_embed = mlp(hidden, hidden, hidden, hidden)
-        self.non_object = nn.Parameter(torch.empty(1, embed))
-        nn.init.normal_(self.non_object, std=embed**-0.5)
+        if config.class_head == "linear":  # fully supervised MaskFormer: the embeddings are the logits
+            self.class_embed, self.non_object = nn.Linear(hidden, embed), None
+        else:
+            self.class_embed = mlp(hidden, config.class_hidden, embed)
+            self.non_object = nn.Parameter(torch.empty(1, embed))
+            nn.init.normal_(self.non_object, std=embed**-0.5)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
 
@@ -194,13 +197,15 @@ class MaskFormer(nn.Module):
         masks = torch.einsum("lbqc,bchw->lbqhw", self.mask_embed(y), mask_features)
         return self.class_embed(y), masks
 
-    def classify(self, embeds: Tensor, text: Tensor) -> Tensor:
+    def classify(self, embeds: Tensor, text: Tensor | None) -> Tensor:
         """Class embeddings [..., D], text features [C, D] -> logits [..., C+1], the last column no object; fp32."""
+        if self.non_object is None:
+            return embeds.float()
         with torch.autocast(embeds.device.type, enabled=False):  # 100 x cosine: bf16 steps would be 0.1 wide
             text = torch.cat([text.float(), F.normalize(self.non_object.float(), dim=-1)])
             return 100 * F.normalize(embeds.float(), dim=-1) @ text.T
 
-    def forward(self, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
         """Class logits [L, B, Q, C+1] and mask logits [L, B, Q, h, w]; see `propose` and `classify`."""
         embeds, masks = self.propose(images)
         return self.classify(embeds, text), masks

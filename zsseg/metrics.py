@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from zsseg.config import Config
-from zsseg.data import DataSet, TestPictures, dataset, stream
+from zsseg.data import TestPictures, stream
+from zsseg.datasets import DataSet, dataset
 from zsseg.regions import mask_boxes
 from zsseg.run import Process, progress, replacing
 from zsseg.segmenter import Segmenter
@@ -70,28 +71,29 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
     regions = torch.zeros(2, 2, dtype=torch.int64, device=process.device)  # seen, unseen x right, all
     numbers = range(process.rank, len(pictures), process.world)
     batches = stream(pictures, numbers, 1, config.data.workers)
+    compare = config.eval.compare and segmenter.clip is not None
     samples, started = [], time.perf_counter()
     for [(image, labels, stem)] in progress(batches, f"evaluate {split}", len(numbers), process.is_main):
         image, labels, size = image.to(process.device), labels.to(process.device), tuple(labels.shape)
         with process.autocast(config.model.bf16):
             proposals = segmenter.propose(image)
-            if config.eval.compare:
+            if compare:
                 regions += true_mask_accuracy(segmenter, image, labels, data)
         predicted = segmenter.score_map(*segmenter.ensemble(proposals), size).argmax(0)
-        if config.eval.compare:
+        if compare:
             head = segmenter.score_map(proposals.head, proposals.masks, size).argmax(0)
             head_matrix += confusion(labels, head, C, data.ignore)
         matrix += confusion(labels, predicted, C, data.ignore)
         if save_predictions:
             save_label_map(predicted, out / "predictions" / f"{stem}.png", C)
         if process.is_main and len(samples) < 8:
-            samples.append((image.cpu(), labels.cpu(), predicted.cpu()))
+            samples.append((image.cpu(), labels.where(labels != data.ignore, C).cpu(), predicted.cpu()))
     seconds = torch.tensor(time.perf_counter() - started, device=process.device, dtype=torch.float64)
     for tensor in (matrix, head_matrix, regions, seconds):
         process.sum(tensor)
     result = summarize(matrix, data)
     result |= {"images": len(pictures), "images_per_second": len(pictures) * process.world / float(seconds)}
-    if config.eval.compare:
+    if compare:
         result["head_only"] = summarize(head_matrix, data)
         right, total = regions.T.tolist()
         result["clip_true_masks"] = {"accuracy": 100 * sum(right) / max(sum(total), 1), "regions": sum(total)}
@@ -99,7 +101,7 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
             seen, unseen = (100 * r / max(n, 1) for r, n in zip(right, total, strict=True))
             result["clip_true_masks"] |= {"accuracy_seen": seen, "accuracy_unseen": unseen}
     if out is not None and process.is_main:
-        save_grid(samples, out / "samples.png")
+        save_grid(samples, out / "samples.png", C)
     return result
 
 
@@ -120,7 +122,9 @@ def report(result: dict, config: Config, out: Path) -> None:
     print(table(result, {None: "head alone", 0: "CLIP alone"}.get(w, "ensemble")))
     with replacing(out / "metrics.json") as file:
         file.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{result['images']} images, {result['images_per_second']:.2f} images/s -> {out / 'metrics.json'}")
+    published = dataset(config.data.name).counts.get(config.data.split, result["images"])
+    note = f" (the published {config.data.split} split has {published})" if published != result["images"] else ""
+    print(f"{result['images']} images{note}, {result['images_per_second']:.2f} images/s -> {out / 'metrics.json'}")
 
 
 def table(result: dict, name: str = "ensemble") -> str:
@@ -149,13 +153,13 @@ def palette(count: int) -> np.ndarray:
     return np.concatenate([(255 * rgb).astype(np.uint8), np.zeros((1, 3), np.uint8)])
 
 
-def save_grid(samples: list[tuple[Tensor, Tensor, Tensor]], path: Path, height: int = 160) -> None:
-    """Rows of picture, truth and prediction."""
-    colours = palette(1024)
+def save_grid(samples: list[tuple[Tensor, Tensor, Tensor]], path: Path, classes: int, height: int = 160) -> None:
+    """Rows of picture, truth (`classes` where ignored) and prediction."""
+    colours = palette(classes)
     columns = []
     for image, labels, predicted in samples:
         parts = [image.permute(1, 2, 0).numpy()]
-        parts += [colours[np.minimum(labels_.numpy(), 1024)] for labels_ in (labels.where(labels != 255, 1024), predicted)]
+        parts += [colours[labels.numpy()], colours[predicted.numpy()]]
         width = max(round(height * image.shape[2] / image.shape[1]), 1)
         columns.append(np.concatenate([np.array(Image.fromarray(p).resize((width, height), 0)) for p in parts]))
     with replacing(path) as temporary:

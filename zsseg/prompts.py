@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zsseg.clip import CLIP, Tokenizer
 from zsseg.run import UserError
 
-TEMPLATES = tomllib.loads((Path(__file__).parent / "names.toml").read_text())["prompts"]  # single, vild, imagenet
+TEMPLATES = tomllib.loads((Path(__file__).parent / "prompts.toml").read_text())  # single, vild, imagenet
 
 
 class FixedPrompt(nn.Module):

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,15 @@ class Process:
             dist.all_reduce(tensor)
         return tensor
 
+    def in_turn(self, build: Callable):
+        """build() here, after the first process has done it, so that the others find what it caches."""
+        if not self.is_main:
+            self.sum(torch.zeros(1, device=self.device))
+        built = build()
+        if self.is_main:
+            self.sum(torch.zeros(1, device=self.device))
+        return built
+
     def share(self, module: torch.nn.Module) -> None:
         """Give every process the first one's buffers (batch-norm statistics), so that all evaluate the same model."""
         for buffer in module.buffers() if self.world > 1 else ():
@@ -112,6 +122,12 @@ def start(device: str = "auto") -> Process:
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return Process(torch.device(kind, local) if kind == "cuda" else torch.device(kind), rank, world)
+
+
+def say(text: str) -> None:
+    """Print on the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 def seed_of(*numbers: int) -> int:
@@ -150,16 +166,14 @@ def progress(items: Iterable, name: str, total: int, show: bool = True) -> Itera
             print(f"{name} {i}/{total}", flush=True)
 
 
-def fetch(url: str, path: Path, sha256: str, what: str) -> Path:
-    """Download `url` to `path` unless it is there, and check its SHA-256. Raises UserError, leaves no partial file."""
-    if path.exists():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), sha256)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a wrong checksum
-        raise UserError(what, f"cannot download {url} ({error})", f"put the file at {path}") from None
-    return path
+def parallel(function: Callable, items: Iterable, workers: int, name: str) -> Iterator:
+    """function(item) of every item, in order, by threads (Pillow and zlib let go of the interpreter), with progress."""
+    items = list(items)
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        try:
+            yield from progress(pool.map(function, items), name, len(items))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 class Log:

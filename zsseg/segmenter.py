@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zsseg import checkpoint
 from zsseg.clip import Tokenizer, build_clip
 from zsseg.config import Config
+from zsseg.datasets import dataset
 from zsseg.maskformer import DIVISOR, MaskFormer
 from zsseg.prompts import LearnedPrompt, build_prompt, check_names
 from zsseg.regions import classify_crops, mask_boxes, region_crops
@@ -26,10 +27,19 @@ class Proposals:
 
 
 class Segmenter(nn.Module):
-    """MaskFormer and a frozen CLIP over a vocabulary that `set_classes` fixes and may change at any time."""
-    def __init__(self, config: Config, clip_state: checkpoint.State):
+    """MaskFormer and a frozen CLIP over a vocabulary that `set_classes` fixes and may change at any time.
+
+    Fully supervised (`model.class_head = "linear"`) there is no CLIP, and the classes are those of the data set.
+    """
+    def __init__(self, config: Config, clip_state: checkpoint.State | None):
         super().__init__()
         self.config = config.clip
+        self.text = self.region_text = None  # [C, D]
+        self.names: list[str] = []
+        self.clip = self.prompt = self.region_prompt = None
+        if config.model.class_head == "linear":
+            self.maskformer = MaskFormer(config.model, len(dataset(config.data.name).names) + 1)
+            return
         self.clip = build_clip(clip_state)
         vocab_size, width = self.clip.token_embedding.weight.shape
         self.tokenizer = Tokenizer(vocab_size, self.clip.context)
@@ -38,17 +48,19 @@ class Segmenter(nn.Module):
         self.prompt = build_prompt(config.clip.prompt, *learned)
         # The paper's VOC setting: fixed prompts for the segmenter's head, learned ones for the regions.
         self.region_prompt = build_prompt(config.clip.region_prompt, *learned) if config.clip.region_prompt else None
-        self.text = self.region_text = None  # [C, D]
-        self.names: list[str] = []
 
     @torch.no_grad()
     def set_classes(self, names: list[str], seen: list[int] = ()) -> None:
         """Fix the vocabulary. `seen` holds the class ids that were trained on; none where there is no such split."""
         self.names = check_names(names)
+        self.seen = torch.zeros(len(names), dtype=torch.bool, device=self.maskformer.pixel_mean.device)
+        self.seen[list(seen)] = True
+        if self.clip is None:
+            if len(names) + 1 != self.maskformer.class_embed.out_features:
+                raise UserError("model.class_head", "is linear, for other classes than these", "evaluate on its own data set")
+            return
         self.text = self.prompt(self.clip, self.tokenizer, self.names)
         self.region_text = self.region_prompt(self.clip, self.tokenizer, self.names) if self.region_prompt else self.text
-        self.seen = torch.zeros(len(names), dtype=torch.bool, device=self.text.device)
-        self.seen[list(seen)] = True
 
     @torch.inference_mode()
     def propose(self, image: Tensor) -> Proposals:
@@ -61,7 +73,7 @@ class Segmenter(nn.Module):
         masks = masks[:, :height, :width].sigmoid()  # [Q, H, W]
         binary = masks > self.config.mask_threshold
         boxes, valid = mask_boxes(binary, self.config.expand_ratio)
-        if not self.config.ensemble:
+        if not self.config.ensemble or self.clip is None:
             return Proposals(masks, head, None, valid)
         region = torch.ones_like(head)
         region[valid] = self.region_logits(image, binary[valid], boxes[valid]).softmax(-1)
@@ -109,7 +121,8 @@ class Segmenter(nn.Module):
     def load_prompts(self, parts: dict[str, checkpoint.State], what: str) -> None:
         """Load the learned prompts from `clip.prompts` where that is set, else from `parts`."""
         if self.config.prompts:
-            parts, what = read_prompts(self.config.prompts), f"clip.prompts {self.config.prompts}"
+            what = f"clip.prompts {self.config.prompts}"
+            parts = read_prompts(self.config.prompts, what)
         for name, module in (("prompt", self.prompt), ("region_prompt", self.region_prompt)):
             if isinstance(module, LearnedPrompt):
                 if name not in parts:
@@ -119,18 +132,22 @@ class Segmenter(nn.Module):
 
 def build_segmenter(config: Config, root: Path) -> Segmenter:
     """A segmenter to train: fresh MaskFormer weights and the configuration's CLIP, prompts and initial backbone."""
-    segmenter = Segmenter(config, checkpoint.load_clip_state(config.clip.weights, root))
+    supervised = config.model.class_head == "linear"
+    segmenter = Segmenter(config, None if supervised else checkpoint.load_clip_state(config.clip.weights, root))
     segmenter.load_prompts({}, "configuration")
     if config.model.weights:
         checkpoint.load_backbone(segmenter.maskformer.backbone, config.model.backbone, config.model.weights)
     return segmenter
 
 
-def read_prompts(path: str) -> dict[str, checkpoint.State]:
+def read_prompts(path: str, what: str) -> dict[str, checkpoint.State]:
     """The learned prompt of a checkpoint (ours or the original's prompt learning), for head and regions alike."""
     content = checkpoint.load(path)
-    parts = content["model"] if "config" in content else checkpoint.import_original(content["model"], path)[0]
-    prompt = parts.get("prompt") or parts.get("region_prompt")
-    if not prompt:
-        raise UserError(f"clip.prompts {path}", "holds no learned prompt", "give a checkpoint of prompt learning")
-    return {"prompt": prompt, "region_prompt": prompt}
+    ours = "config" in content
+    parts, dropped = (content["model"], []) if ours else checkpoint.import_original(content["model"], what)
+    name = "prompt" if "prompt" in parts else "region_prompt"
+    if name not in parts:
+        raise UserError(what, "holds no learned prompt", "give a checkpoint of prompt learning")
+    dropped += [f"{part}.{k}" for part in parts if part != name for k in parts[part]]
+    checkpoint.say_loaded(what, len(parts[name]), dropped)
+    return {"prompt": parts[name], "region_prompt": parts[name]}

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from zsseg.data import COLOURS, SHAPES, THINGS, WALLS
+from zsseg.datasets import DATASETS
 from zsseg.run import progress, replacing, seed_of
 
+COLOURS, SHAPES = ("red", "green", "blue", "yellow", "purple"), ("disc", "square", "triangle", "cross")
+THINGS, WALLS = DATASETS["shapes"].names[:20], DATASETS["shapes"].names[20:]
 SIDE = 64
 SPLITS = {"clip": 1200, "train": 1200, "val": 200, "test": 300}  # pictures; a split's seed is its position here
 RGB = dict(zip(COLOURS, [(205, 50, 45), (60, 165, 70), (50, 85, 205), (225, 200, 50), (140, 60, 165)], strict=True))

@@ -1,0 +1,185 @@
+"""Label files that cannot be read in place: SBD's .mat, Context's run lengths in JSON, the colours of ADE20K-847.
+
+Every output file is written under a temporary name first and left alone when it is there, so that a conversion which was
+killed goes on where it was.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from zsseg.datasets import dataset, read_picture
+from zsseg.run import UserError, parallel, replacing
+
+
+def read_ids(file: Path) -> list[str]:
+    try:
+        return file.read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"list {file}", f"cannot be read ({error})", "replace the file") from None
+
+
+def write_ids(file: Path, ids: list[str]) -> None:
+    with replacing(file) as temporary:
+        temporary.write_text("".join(f"{i}\n" for i in ids))
+
+
+def voc_trainaug(folder: Path, sbd: Path, workers: int) -> None:
+    """Write `SegmentationClassAug/`, `train.txt` and, last, `val.txt` from VOC's own files and SBD's.
+
+    train = (VOC train + SBD train + SBD val) - VOC val, 10,582 pictures. A picture that VOC segmented keeps VOC's mask
+    (with its void borders); SBD's are for the others, and never for val.
+    """
+    train, val = (read_ids(folder / "ImageSets" / "Segmentation" / f"{split}.txt") for split in ("train", "val"))
+    both = {*train, *read_ids(sbd / "train.txt"), *read_ids(sbd / "val.txt")} - set(val)
+    missing = sorted(i for i in both if not (folder / "SegmentationClass" / f"{i}.png").exists())
+
+    def convert(name: str) -> None:
+        target = folder / "SegmentationClassAug" / f"{name}.png"
+        if not target.exists():
+            save(read_sbd(sbd / "cls" / f"{name}.mat"), target)
+
+    for _ in parallel(convert, missing, workers, "convert SBD"):
+        pass
+    write_ids(folder / "train.txt", sorted(both))
+    write_ids(folder / "val.txt", val)  # last: it says that all is there
+
+
+def read_sbd(file: Path) -> np.ndarray:
+    """SBD's class mask: uint8 [H, W], 0 background, 1..20; there is no void."""
+    from scipy.io import loadmat  # here: it takes a second to import
+
+    try:
+        values = loadmat(file, variable_names=["GTcls"])["GTcls"][0]["Segmentation"][0]
+    except Exception as error:  # SciPy raises many kinds for a broken file
+        raise UserError(f"SBD file {file}", f"cannot be read ({error or type(error).__name__})", "replace the file") from None
+    if values.ndim != 2 or values.dtype != np.uint8:
+        raise UserError(f"SBD file {file}", "holds no 8-bit class mask", "replace the file")
+    return values
+
+
+def save(values: np.ndarray, file: Path, **options: object) -> None:
+    with replacing(file) as temporary:
+        Image.fromarray(values).save(temporary, options.pop("format", "PNG"), **options)
+
+
+def decode_runs(segmentation: dict) -> np.ndarray:
+    """COCO's run-length mask, {"size": [h, w], "counts": list or compressed text} -> bool [h, w].
+
+    The runs go down the columns, background first. Compressed: 5 bits a character from 48 on, low bits first, the 6th
+    says that more follow, two's complement; from the third on, differences to the run before the last.
+    Raises ValueError where they do not add up to the picture.
+    """
+    height, width = segmentation["size"]
+    counts = segmentation["counts"]
+    if isinstance(counts, str):
+        runs, value, shift = [], 0, 0
+        for character in counts.encode("ascii"):
+            bits = character - 48
+            if not 0 <= bits < 64:
+                raise ValueError("not a run-length text")
+            value |= (bits & 31) << shift
+            shift += 5
+            if not bits & 32:
+                value -= (bits & 16) and 1 << shift
+                runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+                value = shift = 0
+        counts = runs
+    counts = np.array(counts, np.int64)
+    if counts.ndim != 1 or (counts < 0).any() or counts.sum() != height * width:
+        raise ValueError("run lengths that do not add up to the picture")
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+
+
+def pascal_context(folder: Path, workers: int) -> None:
+    """`trainval_merged.json` -> `labels/<id>.png`, 16-bit category ids painted in the file's order, and, last, the lists."""
+    file = folder / "trainval_merged.json"
+    try:
+        content = json.loads(file.read_bytes())
+        images = {int(i["image_id"]): i for i in content["images"] if i["phase"] in ("train", "val")}
+        annotations = defaultdict(list)
+        for annotation in content["annos_segmentation"]:
+            annotations[int(annotation["image_id"])].append(annotation)
+        stems = {key: Path(image["file_name"]).stem for key, image in images.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"annotations {file}", f"cannot be read ({error!r:.200})", "replace the file") from None
+    del content
+
+    def convert(key: int) -> None:
+        target = folder / "labels" / f"{stems[key]}.png"
+        if target.exists():
+            return
+        try:
+            values = np.zeros((images[key]["height"], images[key]["width"]), np.uint16)
+            for annotation in annotations[key]:
+                values[decode_runs(annotation["segmentation"])] = annotation["category_id"]
+        except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
+            why = f"holds no valid masks of {stems[key]} ({error!r:.200})"
+            raise UserError(f"annotations {file}", why, "replace the file") from None
+        save(values, target)
+
+    for _ in parallel(convert, sorted(images), workers, "convert Context"):
+        pass
+    for split in ("train", "val"):
+        write_ids(folder / f"{split}.txt", sorted(stems[k] for k, image in images.items() if image["phase"] == split))
+
+
+def ade20k_full(folder: Path, workers: int) -> None:
+    """`images/ADE/**/<id>.jpg` and `<id>_seg.png` -> `images_detectron2/` and `annotations_detectron2/`, as MaskFormer does.
+
+    Where both sides are longer than 512 the shorter one becomes 512: pictures bilinearly, label maps by nearest.
+    """
+    data = dataset("ade20k_full")
+    table = np.full(65536, data.ignore, np.uint16)
+    table[data.objects] = np.arange(len(data.objects))
+
+    def convert(jpeg: Path) -> None:
+        name, segmentation = jpeg.stem, jpeg.with_name(f"{jpeg.stem}_seg.png")
+        split = data.splits["val" if name.split("_")[1:2] == ["val"] else "train"]
+        picture = folder / data.pictures.format(split=split, id=name)
+        labels = folder / data.labels[0].format(split=split, id=name)
+        if picture.exists() and labels.exists():
+            return
+        colours = np.array(read_picture(segmentation, None, "label map"))
+        if colours.ndim != 3 or colours.dtype != np.uint8:
+            raise UserError(f"label map {segmentation}", "is not a colour picture", "replace the file")
+        image = read_picture(jpeg, None)
+        image = image if image.mode in ("L", "RGB") else image.convert("RGB")
+        red, green = colours[..., 0].astype(np.int64), colours[..., 1]
+        values = table[red // 10 * 256 + green]
+        if image.size != values.shape[::-1]:
+            why = f"is {values.shape[1]} x {values.shape[0]}, its picture {image.width} x {image.height}"
+            raise UserError(f"label map {segmentation}", why, "make the two the same size")
+        if min(image.size) > 512:
+            height, width = (round(side / min(image.size) * 512) for side in values.shape)
+            image = resize_bilinear(image, height, width)
+            H, W = values.shape
+            rows, columns = (np.floor(np.arange(n) * (1 / (n / m))).astype(int) for n, m in ((height, H), (width, W)))
+            values = values[rows[:, None], columns]
+        save(np.array(image), picture, format="JPEG")
+        save(values, labels, format="TIFF", compression="tiff_deflate")
+
+    jpegs = []
+    for parent, below, files in os.walk(folder / "images"):
+        names = {f.removesuffix(".jpg") for f in files if f.endswith(".jpg")}
+        jpegs += [Path(parent) / f"{n}.jpg" for n in sorted(names)]
+        below[:] = sorted(set(below) - names)  # a folder of the picture's name holds its instances
+    for _ in parallel(convert, jpegs, workers, "convert ADE20K"):
+        pass
+
+
+def resize_bilinear(image: Image.Image, height: int, width: int) -> Image.Image:
+    """Plain bilinear sampling, without the anti-aliasing of Pillow's resize (as OpenCV does)."""
+    pixels = torch.from_numpy(np.array(image)).float()
+    pixels = pixels.view(1, image.height, image.width, -1).permute(0, 3, 1, 2)  # [1, channels, H, W]
+    pixels = torch.nn.functional.interpolate(pixels, (height, width), mode="bilinear", align_corners=False)
+    return Image.fromarray(pixels[0].permute(1, 2, 0).round().byte().numpy().squeeze())
+
+
+CONVERT: dict[str, Callable[[Path, int], None]] = {"pcontext": pascal_context, "ade20k_full": ade20k_full}

@@ -1,0 +1,252 @@
+"""The data sets: one table of what differs between them, their files, and what is in their label maps.
+
+Official label files are read as they are; a look-up table turns their values into class ids when they are read. What the
+segmenter must not see becomes the ignore value right there.
+"""
+
+import hashlib
+import tomllib
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from zsseg.config import DataConfig
+from zsseg.run import UserError, parallel, replacing
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An official file: where it is downloaded, how it is recognised, which of its folders go where."""
+    file: str
+    take: list[tuple[str, str]]  # (folder or file in the archive, its place below the data set's folder)
+    urls: list[str] = field(default_factory=list)  # the first that answers; none: registration is needed
+    bytes: int = 0  # 0: not published
+    checksum: str = ""  # "sha256:..." or "sha1:..."; "": not published
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One row of the table, `datasets.toml`. Class ids run from 0; `ignore` is no class."""
+    names: list[str]
+    folders: list[str]  # below the data root; the first that exists is used
+    pictures: str  # below the folder; {split} and {id} are filled in, an id may hold a sub-folder
+    labels: list[str]  # the same; of several, the first file that exists
+    splits: dict[str, str]  # our name of a split -> its folder's name
+    unseen: list[str] = field(default_factory=list)
+    values: list[int] = field(default_factory=list)  # the label value of each class
+    lists: bool = False  # ids stand in <split>.txt; else every label map that has a picture counts
+    bits: int = 8  # of a label value; 16-bit data sets may hold 8-bit files
+    ignore: int = 255
+    counts: dict[str, int] = field(default_factory=dict)  # pictures of each split, as published
+    digests: dict[str, str] = field(default_factory=dict)  # SHA-256 of a split's sorted ids, one a line
+    objects: list[int] = field(default_factory=list)  # ADE20K-847: object index of each class
+    archives: list[Archive] = field(default_factory=list)
+    register: str = ""  # what to do where nothing may be downloaded
+
+    @property
+    def seen(self) -> list[int]:
+        """Ids of the classes that are trained on; none where there is no seen/unseen split."""
+        return [i for i, n in enumerate(self.names) if n not in self.unseen] if self.unseen else []
+
+    @property
+    def trained(self) -> list[int]:
+        """Ids of the classes that are trained on: the seen ones, or all where there is no such split."""
+        return self.seen or list(range(len(self.names)))
+
+    @property
+    def training_names(self) -> list[str]:
+        return [self.names[i] for i in self.trained]
+
+    def lut(self, training: bool = False) -> np.ndarray:
+        """Label value -> class id [2**bits]; in training -> index among the seen classes, unseen ones -> `ignore`."""
+        table = np.full(2**self.bits, self.ignore, np.uint8 if self.ignore < 256 else np.int32)
+        ids = self.trained if training else range(len(self.names))
+        table[[self.values[i] if self.values else i for i in ids]] = np.arange(len(ids))
+        return table
+
+    def folder(self, root: Path) -> Path:
+        return next((root / f for f in self.folders if (root / f).is_dir()), root / self.folders[0])
+
+    def found(self, folder: Path, split: str) -> tuple[dict[str, Path], dict[str, Path]]:
+        """The pictures and the label maps of a split that are there, by id."""
+        files = []
+        for pattern in (self.pictures, self.labels[0]):
+            before, after = pattern.replace("{split}", self.splits.get(split, split)).split("{id}")
+            paths = (folder / before).rglob(f"*{after}")
+            files.append({p.relative_to(folder / before).as_posix().removesuffix(after): p for p in paths})
+        return files[0], files[1]
+
+    def pairs(self, folder: Path, split: str) -> list[tuple[Path, Path]]:
+        """The (picture, label map) files of a split, sorted by id as listed or found. Raises OSError without a list."""
+        if not self.lists:
+            pictures, labels = self.found(folder, split)
+            return [(pictures[i], labels[i]) for i in sorted(pictures.keys() & labels.keys())]
+        pairs = []
+        for name in (folder / f"{split}.txt").read_text().split():
+            labels = [folder / pattern.format(id=name) for pattern in self.labels]
+            pairs.append((folder / self.pictures.format(id=name), next((p for p in labels if p.exists()), labels[0])))
+        return pairs
+
+    def unpaired(self, folder: Path, split: str) -> list[Path]:
+        """Files of a split that are there on one side only. A listed file that is missing is an error when it is read."""
+        if self.lists:
+            return []
+        pictures, labels = self.found(folder, split)
+        return sorted(pictures.get(i, labels.get(i)) for i in pictures.keys() ^ labels.keys())
+
+
+def read_table(file: Path) -> dict[str, DataSet]:
+    rows = tomllib.loads(file.read_text(encoding="utf-8"))
+    for row in rows.values():
+        row["archives"] = [Archive(**archive) for archive in row.get("archives", [])]
+    return {name: DataSet(**row) for name, row in rows.items()}
+
+
+DATASETS = read_table(Path(__file__).parent / "datasets.toml")
+
+
+def dataset(name: str) -> DataSet:
+    if name not in DATASETS:
+        raise UserError("data.name", f"is {name!r}", f"choose one of {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+def training_set(config: DataConfig) -> DataSet:
+    """The data set as training sees it: with `train_on = "all"` no class is unseen."""
+    data = dataset(config.name)
+    return replace(data, unseen=[]) if config.train_on == "all" else data
+
+
+def find_pairs(name: str, root: Path, split: str) -> list[tuple[Path, Path]]:
+    """The (picture, label map) files of a split; UserError where there are none."""
+    data = dataset(name)
+    folder = data.folder(root)
+    try:
+        pairs = data.pairs(folder, split)
+    except OSError:
+        pairs = []
+    if not pairs:
+        raise UserError(f"data set {name}", f"no {split!r} pictures in {folder}", f"run prepare_data.py {name}, or give --root")
+    return pairs
+
+
+def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture") -> Image.Image:
+    """A picture, whole and in `mode` (None: as it is), never turned (label maps are not turned either).
+
+    A missing or broken file is a UserError that names it.
+    """
+    try:
+        with Image.open(file) as image:
+            image.load()
+            if mode and image.mode.startswith(("I", "F")):
+                raise ValueError("more than 8 bits a channel")
+            return image.convert(mode) if mode else image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{what} {file}", f"cannot be read ({error})", "replace the file") from None
+
+
+def read_values(file: Path, bits: int, size: tuple[int, int] | None = None) -> np.ndarray:
+    """The label values [H, W] of a map, uint8 or uint16. `size`: its picture's (width, height). Raises UserError."""
+    values = np.array(read_picture(file, None, "label map"))
+    if bits == 16 and values.dtype == np.int32 and values.size and 0 <= values.min() <= values.max() < 65536:
+        values = values.astype(np.uint16)  # how Pillow opens some 16-bit files
+    if values.ndim != 2 or values.dtype not in ((np.uint8,) if bits == 8 else (np.uint8, np.uint16)):
+        raise UserError(f"label map {file}", f"is not a single-channel picture of {bits} bits", "replace the file")
+    if size and values.shape[::-1] != size:
+        sizes = f"is {values.shape[1]} x {values.shape[0]}, its picture {size[0]} x {size[1]}"
+        raise UserError(f"label map {file}", sizes, "make the two the same size")
+    return values
+
+
+def read_labels(file: Path, lut: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A label map through `lut`: [H, W] of the table's type; `size` is its picture's (width, height)."""
+    return lut[read_values(file, 8 if len(lut) == 256 else 16, size)]
+
+
+@dataclass
+class LabelStatistics:
+    """Which classes are in which picture of a split, by pixels. Row C of the classes is the ignore value."""
+    ids: np.ndarray  # the stem of each picture [N]
+    image: np.ndarray  # int32, one entry for each class of each picture
+    category: np.ndarray  # int32, 0..C
+    pixels: np.ndarray  # int64
+
+    def histogram(self, classes: int) -> np.ndarray:
+        """Pixels of each class and, last, of the ignore value: int64 [classes + 1]."""
+        histogram = np.zeros(classes + 1, np.int64)
+        np.add.at(histogram, self.category, self.pixels)
+        return histogram
+
+    def pictures_with(self, categories: list[int]) -> np.ndarray:
+        """Indices of the pictures that show at least one of the classes."""
+        return np.unique(self.image[np.isin(self.category, categories)])
+
+
+def count_classes(file: Path, data: DataSet, tables: tuple[np.ndarray, ...], size: tuple | None = None) -> np.ndarray:
+    """(class, pixels) rows of one label map, int64 [n, 2]; `tables` are the data set's for evaluation and training.
+
+    Raises AssertionError where the training table would let an unseen class through, UserError for a bad file.
+    """
+    full, training = tables
+    values = read_values(file, data.bits, size)
+    pixels = np.bincount(values.ravel())
+    there = pixels.nonzero()[0]
+    ids, trained = full[there].astype(np.int64), training[there]
+    kept = trained != data.ignore
+    if not np.array_equal(np.array(data.trained)[trained[kept]], ids[kept]):
+        raise AssertionError(f"{file}: a pixel of an unseen class survived")
+    ids[ids == data.ignore] = len(data.names)
+    classes, index = np.unique(ids, return_inverse=True)
+    return np.stack([classes, np.bincount(index, pixels[there], len(classes)).astype(np.int64)], 1)
+
+
+def label_statistics(name: str, root: Path, split: str, workers: int = 4,
+                     count: Callable | None = None) -> LabelStatistics:  # fmt: skip
+    """The statistics of a split: from the cache beside the data while files and table are the same, else counted now.
+
+    `count` counts one (picture, label map) pair instead, whatever the cache holds. Raises UserError for a bad file.
+    """
+    data, pairs = dataset(name), find_pairs(name, root, split)
+    tables = data.lut(), data.lut(training=True)
+    folder = data.folder(root)
+    cache = folder / ".zsseg" / f"{split}.npz"
+    version, changed = statistics_version(tables, folder, pairs)
+    if count is None and (cached := read_statistics(cache, version, changed)):
+        return cached
+    counter = count or (lambda pair: count_classes(pair[1], data, tables))
+    rows = list(parallel(counter, pairs, workers, f"{'check' if count else 'count'} {name} {split}"))
+    table = np.concatenate([np.empty((0, 2), np.int64), *rows])
+    image = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
+    statistics = LabelStatistics(np.array([p.stem for p, _ in pairs]), image, table[:, 0].astype(np.int32), table[:, 1])
+    if not all(map(len, rows)):  # `count` left a broken file out
+        return statistics
+    try:
+        with replacing(cache) as temporary, open(temporary, "wb") as file:
+            np.savez(file, version=version, **vars(statistics))
+    except UserError:
+        pass  # a read-only data root: count again next time
+    return statistics
+
+
+def statistics_version(tables: tuple[np.ndarray, ...], folder: Path, pairs: list[tuple[Path, Path]]) -> tuple[str, int]:
+    """A digest of the look-up tables and of every label map's name and size, and when the last of the maps changed."""
+    digest, changed = hashlib.sha256(b"".join(table.tobytes() for table in tables)), 0
+    for _, file in pairs:
+        stat = file.stat() if file.exists() else None
+        digest.update(f"{file.relative_to(folder).as_posix()} {stat and stat.st_size}\n".encode())
+        changed = max(changed, stat.st_mtime_ns if stat else 0)
+    return digest.hexdigest(), changed
+
+
+def read_statistics(file: Path, version: str, changed: int) -> LabelStatistics | None:
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            if str(content["version"]) == version and file.stat().st_mtime_ns >= changed:
+                return LabelStatistics(*(content[k] for k in ("ids", "image", "category", "pixels")))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # absent, from another version of the program, or broken: as good as none
+    return None

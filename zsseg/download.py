@@ -1,0 +1,180 @@
+"""Downloads that go on where they were cut, and archives that are unpacked without trusting them."""
+
+import contextlib
+import hashlib
+import http.client
+import shutil
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from tqdm import tqdm
+
+from zsseg.run import UserError
+
+BLOCK = 1 << 20
+TRIES = 5  # in a row without a single new byte
+RATIO = 50  # an archive that unpacks to more than this many times its size is a bomb
+
+
+def fetch(urls: list[str], path: Path, checksum: str, what: str, size: int = 0) -> Path:
+    """Download the first of `urls` that answers to `path` unless it is there, and check it.
+
+    What has arrived stays in `<path>.part`, and the next try or the next run goes on from there. `checksum` is
+    "sha256:<hex>" or the like, or "" where none is known; `size` in bytes, 0 where not known. Raises UserError.
+    """
+    if path.exists():
+        return path
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for i, url in enumerate(urls):
+            try:
+                transfer(url, part, what, size)
+                break
+            except (OSError, http.client.HTTPException) as error:
+                if i + 1 == len(urls):
+                    kept = f"; {part.stat().st_size} bytes are kept" if part.exists() else ""
+                    todo = f"run it again to go on, or put the file at {path}"
+                    raise UserError(what, f"cannot download {url} ({error}{kept})", todo) from None
+        check_file(part, checksum, what, size)
+        part.replace(path)
+    except OSError as error:
+        raise UserError(what, f"cannot write {path} ({error})", "check the folder and the disk") from None
+    return path
+
+
+def check_file(file: Path, checksum: str, what: str, size: int = 0, delete: bool = True) -> None:
+    """UserError where a file is not what was published; with `delete`, the file is removed first."""
+    problem = ""
+    if size and file.stat().st_size != size:
+        problem = f"has {file.stat().st_size} bytes instead of {size}"
+    elif checksum:
+        method, _, wanted = checksum.partition(":")
+        with open(file, "rb") as content:
+            found = hashlib.file_digest(content, method).hexdigest()
+        problem = "" if found == wanted else f"has {method} {found} instead of {wanted}"
+    if problem:
+        if delete:
+            file.unlink()
+        todo = "it was deleted: run it again" if delete else f"replace {file}"
+        raise UserError(what, f"the file {problem}", todo)
+
+
+def transfer(url: str, part: Path, what: str, size: int) -> None:
+    """Append the rest of `url` to `part`, trying again while bytes arrive. Raises OSError and HTTPException."""
+    failures = 0
+    while True:
+        had = part.stat().st_size if part.exists() else 0
+        if size and had >= size:
+            return
+        try:
+            if append(url, part, had, what):
+                return
+            error: Exception = ConnectionError("the transfer was cut")
+        except urllib.error.HTTPError as caught:
+            if caught.code == 416 and had:  # nothing lies beyond what we have
+                return
+            if caught.code < 500:
+                raise
+            error = caught
+        except (OSError, http.client.HTTPException) as caught:
+            error = caught
+        failures = 0 if part.exists() and part.stat().st_size > had else failures + 1
+        if failures == TRIES or isinstance(getattr(error, "reason", None), ConnectionRefusedError):
+            raise error
+        time.sleep(min(0.1 * 2**failures, 5))
+
+
+def append(url: str, part: Path, had: int, what: str) -> bool:
+    """One request for the bytes from `had` on; True when the server sent all that it announced."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={had}-", "User-Agent": "zsseg"} if had else {})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        resumed = had > 0 and answer.status == 206
+        announced = answer.headers.get("Content-Length")
+        start = had if resumed else 0
+        total = start + int(announced) if announced else None
+        bar = tqdm(desc=what, total=total, initial=start, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+        if bar.disable:
+            print(f"{what}: {url}" + (f", going on at byte {had}" if resumed else ""), flush=True)
+        with bar, open(part, "ab" if resumed else "wb") as file:
+            while block := answer.read(BLOCK):
+                file.write(block)
+                bar.update(len(block))
+        return total is None or part.stat().st_size == total
+
+
+def unpack(archive: Path, take: list[tuple[str, str]], folder: Path, what: str) -> None:
+    """Unpack parts of a .zip or .tar(.gz): each (path in the archive, path below `folder`) that is not there yet.
+
+    Files appear under their final names only when all have been written. An archive that is broken, that lacks a part,
+    or that holds a name or a link which leads outside is a UserError that names it, and nothing is unpacked.
+    """
+    wanted = [(PurePosixPath(inside), folder / outside) for inside, outside in take if not (folder / outside).exists()]
+    if not wanted:
+        return
+    staging = folder / ".unpacking"
+    limit = RATIO * archive.stat().st_size + BLOCK
+    try:
+        shutil.rmtree(staging, ignore_errors=True)  # what a kill left
+        for name, size, open_member in members(archive):
+            path = PurePosixPath(name)
+            if path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name or ":" in path.parts[0]:
+                raise ValueError(f"{name!r} leads outside")
+            limit -= size
+            if limit < 0:
+                raise ValueError(f"unpacks to more than {RATIO} times its size")
+            for i, (inside, _) in enumerate(wanted):
+                if path.is_relative_to(inside):
+                    target = staging / str(i) / path.relative_to(inside)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with open_member() as source, open(target, "wb") as file:
+                        shutil.copyfileobj(source, file, BLOCK)
+        for i, (inside, _) in enumerate(wanted):
+            if not (staging / str(i)).exists():
+                raise ValueError(f"holds no {inside}")
+        for i, (_, target) in enumerate(wanted):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (staging / str(i)).rename(target)
+    except (ValueError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        raise UserError(what, f"archive {archive} cannot be unpacked ({error})", "delete it to fetch it again") from None
+    except OSError as error:  # gzip.BadGzipFile is one, too
+        raise UserError(what, f"archive {archive} cannot be unpacked to {folder} ({error})", "check disk and file") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def members(archive: Path) -> Iterator[tuple[str, int, object]]:
+    """(name, size, function that opens it) of every file in an archive. Links and devices are a ValueError."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as content:
+            for info in content.infolist():
+                if not info.is_dir():
+                    yield info.filename, info.file_size, lambda info=info: content.open(info)
+        return
+    with tarfile.open(archive, "r|*") as content:
+        for info in content:
+            if not (info.isfile() or info.isdir()):
+                raise ValueError(f"{info.name!r} is a link or a device")
+            if info.isdir() and (info.name.startswith("/") or ".." in info.name.split("/")):
+                raise ValueError(f"{info.name!r} leads outside")
+            if info.isfile():
+                yield info.name, info.size, lambda info=info: whole(content, info)
+    if archive.suffix == ".tar":
+        with open(archive, "rb") as file:  # a tar cut between two files would pass for a whole one
+            file.seek(-512, 2)
+            if file.read(512).strip(b"\0"):
+                raise EOFError("it was cut")
+
+
+@contextlib.contextmanager
+def whole(content: tarfile.TarFile, info: tarfile.TarInfo) -> Iterator[IO[bytes]]:
+    with content.extractfile(info) as source:
+        yield source

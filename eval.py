@@ -52,8 +52,8 @@ def load_segmenter(content: dict, config: Config, root: Path, name: str) -> Segm
     segmenter = Segmenter(config, clip)
     segmenter.load_learned(parts, what)
     if "config" not in content:
-        used = {"maskformer": True, "clip": clip is not None} | {k: k in segmenter.learned_state() for k in parts if "prompt" in k}
-        dropped += [f"{part}.{k}" for part in parts if not used[part] for k in parts[part]]
+        used = {*segmenter.learned_state(), "clip"} - ({"clip"} if clip is None else set())
+        dropped += [f"{part}.{k}" for part in parts if part not in used for k in parts[part]]
         checkpoint.say_loaded(what, len(content["model"]) - len(dropped), dropped)
     return segmenter
 

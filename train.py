@@ -1,4 +1,4 @@
-"""Train a segmenter, or the small CLIP of the embedded data set, as a configuration file says.
+"""Train a segmenter, a prompt, or the small CLIP of the embedded data set, as a configuration file says.
 
     python train.py --config configs/shapes.toml
     torchrun --nproc-per-node=8 train.py --config configs/voc_r50_single.toml --out runs/voc
@@ -14,17 +14,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from zsseg import checkpoint, run
-from zsseg.clip import CLIP, Tokenizer, VisionTransformer
+from zsseg.clip import CLIP, Tokenizer, VisionTransformer, build_clip
 from zsseg.config import Config, ContrastConfig, load_config
-from zsseg.data import RegionsWithCaptions, TrainPictures, collate, stream
+from zsseg.data import Regions, RegionsWithCaptions, TrainPictures, collate, stream
 from zsseg.datasets import find_pairs, training_set
 from zsseg.losses import contrastive_loss, segmentation_losses
 from zsseg.metrics import evaluate, report
+from zsseg.prompts import LearnedPrompt
+from zsseg.regions import normalize
 from zsseg.segmenter import build_segmenter
 
 
@@ -55,6 +58,51 @@ class Segment:
         return evaluate(self.segmenter, self.config, self.root, self.process, split, out)
 
 
+class PromptClassifier(nn.Module):
+    """Region crops -> 100 x cosine with the text features of the prompt, over a frozen CLIP."""
+    def __init__(self, clip: CLIP, prompt: LearnedPrompt, names: list[str]):
+        super().__init__()
+        vocab_size, _ = clip.token_embedding.weight.shape
+        self.clip, self.prompt, self.names = clip, prompt, names
+        self.tokenizer = Tokenizer(vocab_size, clip.context)
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """Normalised crops [B, 3, R, R] -> logits [B, C]."""
+        with torch.no_grad():
+            features = F.normalize(self.clip.encode_image(crops).float(), dim=-1)
+        return 100 * features @ self.prompt(self.clip, self.tokenizer, self.names).float().T
+
+    def train(self, mode: bool = True) -> "PromptClassifier":
+        return self  # a frozen CLIP stays in eval mode
+
+
+class Prompts:
+    """The learned prompt (Xu et al. 2021, first stage): masked crops of the seen classes against their text features."""
+    def __init__(self, config: Config, root: Path, process: run.Process):
+        self.process, self.bf16 = process, config.model.bf16
+        clip = build_clip(checkpoint.load_clip_state(config.clip.weights, root))
+        prompt = LearnedPrompt(clip.token_embedding.weight.shape[1], config.clip.prompt_prefix, config.clip.prompt_suffix)
+        self.model = PromptClassifier(clip, prompt, training_set(config.data).training_names).to(process.device)
+        self.samples = process.in_turn(lambda: Regions(config, root, clip.visual.resolution))
+        self.collate, self.batch_size = torch.utils.data.default_collate, config.train.batch_size
+
+    def loss(self, model: nn.Module, batch: list) -> tuple[Tensor, dict[str, Tensor]]:
+        pictures, masks, classes = (x.to(self.process.device, non_blocking=True) for x in batch)
+        with self.process.autocast(self.bf16):
+            logits = model(normalize(pictures) * masks[:, None])  # outside the mask: CLIP's mean, which is 0 here
+        accuracy = 100 * (logits.argmax(1) == classes).float().mean()
+        return F.cross_entropy(logits.float(), classes), {"accuracy": accuracy}
+
+    def state(self) -> dict:
+        return {"prompt": self.model.prompt.state_dict()}
+
+    def load(self, state: dict, what: str) -> None:
+        checkpoint.load_strict(self.model.prompt, state.get("prompt", {}), what, "use the configuration of its run")
+
+    def evaluate(self, split: str, out: Path | None) -> None:
+        """Nothing: a segmenter's evaluation measures the prompt."""
+
+
 class Contrast:
     """The small CLIP of the embedded data set, from regions and captions of all classes."""
     def __init__(self, config: Config, root: Path, process: run.Process):
@@ -71,7 +119,7 @@ class Contrast:
             image, text = model(torch.cat(crops).to(self.process.device), tokens)  # [G*N, D] each
         image, text = image.float().view(G, N, -1), text.float().view(G, N, -1)
         loss = contrastive_loss(image, text, self.model.logit_scale)
-        right = (image @ torch.nn.functional.normalize(text, dim=-1).mT).argmax(-1) == torch.arange(N, device=image.device)
+        right = (image @ F.normalize(text, dim=-1).mT).argmax(-1) == torch.arange(N, device=image.device)
         return loss, {"accuracy": 100 * right.float().mean()}
 
     def state(self) -> dict:
@@ -91,17 +139,30 @@ def build_small_clip(config: ContrastConfig) -> CLIP:
     return CLIP(VisionTransformer(*sizes), config.embed, config.context, 514, config.text_width, config.text_layers)
 
 
-def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW; no weight decay for norm layers and embeddings, a smaller rate for the backbone."""
+def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW; no weight decay for norm layers and embeddings, a smaller rate for the backbone. SGD for prompts."""
+    train = config.train
+    if train.task == "prompts":
+        groups = [{"params": [p for p in model.parameters() if p.requires_grad], "base": train.lr}]
+        return torch.optim.SGD(groups, train.lr, config.prompts.momentum, weight_decay=train.weight_decay)
     groups: dict[tuple, list] = {}
     for prefix, module in model.named_modules():
         plain = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.Embedding))
         for parameter in module.parameters(recurse=False):
             if parameter.requires_grad:
-                rate = config.train.lr * (config.train.backbone_lr if prefix.startswith("backbone") else 1)
-                groups.setdefault((rate, 0.0 if plain else config.train.weight_decay), []).append(parameter)
+                rate = train.lr * (train.backbone_lr if prefix.startswith("backbone") else 1)
+                groups.setdefault((rate, 0.0 if plain else train.weight_decay), []).append(parameter)
     groups = [{"params": p, "lr": rate, "base": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
     return torch.optim.AdamW(groups, fused=True)
+
+
+def rate_factor(step: int, config: Config) -> float:
+    """What multiplies every learning rate: polynomial decay; for prompts a constant warm-up, then cosine decay."""
+    done = step / config.train.steps
+    if config.train.task != "prompts":
+        return (1 - done) ** config.train.power
+    warm = config.prompts.warmup_factor if step < config.prompts.warmup_steps else 1.0
+    return warm * (1 + math.cos(math.pi * done)) / 2
 
 
 def sample_numbers(start: int, steps: int, batch: int, process: run.Process) -> Iterator[int]:
@@ -129,7 +190,7 @@ def main(argv: list[str]) -> None:
 def train(config: Config, root: Path, out: Path, process: run.Process, saved: dict) -> None:
     """Train as `config` says and evaluate, from the start or from `saved`, the content of a checkpoint."""
     torch.manual_seed(run.seed_of(config.train.seed, 0))
-    task = (Segment if config.train.task == "segment" else Contrast)(config, root, process)
+    task = {"segment": Segment, "prompts": Prompts, "clip": Contrast}[config.train.task](config, root, process)
     if task.batch_size % process.world:
         raise run.UserError("train.batch_size", f"{task.batch_size} cannot be shared by {process.world} processes", "change it")
     optimizer = build_optimizer(task.model, config)
@@ -160,11 +221,11 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     for step, batch in zip(bar, batches, strict=True):
         torch.manual_seed(run.seed_of(config.train.seed, 4, step, process.rank))  # dropout: stateless, so resumable
         for group in optimizer.param_groups:
-            group["lr"] = group["base"] * (1 - step / steps) ** config.train.power
+            group["lr"] = group["base"] * rate_factor(step, config)
         loss, parts = task.loss(model, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_grad)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_grad or math.inf)  # 0: no limit
         optimizer.step()
         done = step + 1
         saving = done % config.train.checkpoint_every == 0 or done == steps

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import eval as evaluation
 import prepare_data
 import train
 from zsseg import checkpoint, losses, run
-from zsseg.data import DATASETS, DataSet
+from zsseg.datasets import DATASETS, DataSet
 
 TINY = ["--config", "configs/shapes.toml", "--device", "cpu"]
 for setting in ("train.batch_size=4", "train.steps=4", "train.checkpoint_every=2", "log.every=1", "data.workers=0",
@@ -218,9 +217,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
      ([], ["--config"]),
      (["--config", "configs/shapes.toml", "--colour"], ["--colour"]),
      (["--config", "configs/shapes.toml", "--root", "{root}", "--set", "data.name=pets"], ["pets", "voc"]),
-     (["--config", "configs/shapes.toml", "--root", "{root}", "--set", "data.name=voc"], ["voc", "README"]),
+     (["--config", "configs/shapes.toml", "--root", "{root}", "--set", "data.name=voc", "--set",
+       "data.split=val"], ["voc", "prepare_data.py voc"]),
      (["--config", "configs/shapes.toml", "--root", "{root}", "--set", "clip.prompt=poem"], ["clip.prompt", "imagenet"]),
-     (["--config", "configs/shapes.toml", "--root", "{root}", "--set", "data.split=nope"], ["nope", "prepare_data.py"]),
+     (["--config", "configs/shapes.toml", "--root", "{root}", "--set", "data.split=nope"], ["nope", "val, test"]),
      (["--config", "configs/shapes.toml", "--root", "{root}", "--set", "clip.prompt=learned"], ["no learned prompt"]),
      (["--config", "configs/shapes.toml", "--root", "{root}", "--resume"], ["last.pt", "no such file"]),
      (["--config", "configs/shapes.toml", "--root", "{root}", "--set",
@@ -294,8 +294,8 @@ def test_broken_data_stops_evaluation_and_names_the_file(capsys, monkeypatch, tr
     Image.new("L", (10, 10)).save(root / "shapes" / "labels" / "test" / "test00001.png")
     arguments = [trained / "last.pt", "--root", root, "--out", tmp_path / "out"]
     fails(capsys, monkeypatch, evaluation.main, arguments, "test00001.png", "is 10 x 10, its picture 64 x 64")
-    os.remove(root / "shapes" / "images" / "test" / "test00000.jpg")
-    fails(capsys, monkeypatch, evaluation.main, arguments, "test00000.jpg", "No such file")
+    (root / "shapes" / "labels" / "test" / "test00001.png").write_bytes(b"")
+    fails(capsys, monkeypatch, evaluation.main, arguments, "test00001.png", "cannot be read")
     assert not (tmp_path / "out").exists()
 
 

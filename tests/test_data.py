@@ -1,5 +1,6 @@
 """Pictures, label maps, augmentation and the training streams."""
 
+import colorsys
 import pickle
 
 import numpy as np
@@ -10,20 +11,17 @@ from PIL import Image
 
 from zsseg import shapes
 from zsseg.data import (
-    DATASETS,
     RegionsWithCaptions,
     TestPictures,
     TrainPictures,
     augment,
     collate,
-    find_pairs,
-    read_labels,
-    read_picture,
     rough_mask,
     ssd_jitter,
     stream,
     test_size,
 )
+from zsseg.datasets import DATASETS, find_pairs, read_labels, read_picture
 from zsseg.run import UserError
 
 test_size.__test__ = TestPictures.__test__ = False  # pytest would take them for tests
@@ -91,13 +89,13 @@ def test_collate_pads_the_classes():
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (33, 200), (64, 64), (301, 77)])
 def test_augmentation_moves_picture_and_labels_together(size):
     """A picture whose colour is its label keeps that property wherever no border was interpolated."""
-    labels = torch.zeros(size, dtype=torch.uint8)
+    labels = np.zeros(size, np.uint8)
     labels[size[0] // 2 :, size[1] // 3 :] = 7
-    image = (labels * 20).expand(3, *size).clone()
+    image = Image.fromarray(labels * 20).convert("RGB")
     config = tiny_config("data.short_edges=[40, 90]", "data.crop=64", "data.color_jitter=false").data
-    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
     for _ in range(5):
-        picture, mask = augment(image, labels, config, 255)
+        picture, mask = augment(image, labels, config, 255, rng)
         assert picture.shape == (3, 64, 64) and mask.shape == (64, 64) and picture.dtype == mask.dtype == torch.uint8
         padding = mask == 255
         assert (picture[:, padding] == 128).all() and set(mask.unique().tolist()) <= {0, 7, 255}
@@ -108,16 +106,21 @@ def test_augmentation_moves_picture_and_labels_together(size):
 
 def test_jitter_is_ssd_s():
     """A grey picture has neither saturation nor hue; a pure red one has no contrast or brightness left to hide them."""
-    torch.manual_seed(0)
-    grey = torch.full((3, 4, 4), 100, dtype=torch.uint8)
-    means = np.array([float(ssd_jitter(grey).float().mean()) for _ in range(300)])
+    rng = np.random.default_rng(0)
+    grey = Image.new("RGB", (4, 4), (100, 100, 100))
+    means = np.array([np.array(ssd_jitter(grey, rng)).mean() for _ in range(300)])
     assert 34 - 1 <= means.min() < 45 and 170 < means.max() <= 198 + 1  # (100 - 32) / 2 and (100 + 32) * 1.5
     assert 0.17 < (means == 100).mean() < 0.33  # neither brightness nor contrast: a quarter
-    red = torch.tensor([200, 60, 60], dtype=torch.uint8).view(3, 1, 1).expand(3, 2, 2)
-    pixels = torch.stack([ssd_jitter(red)[:, 0, 0].float() for _ in range(300)])
+    red = Image.new("RGB", (2, 2), (200, 60, 60))
+    pixels = np.array([np.array(ssd_jitter(red, rng))[0, 0] for _ in range(300)]).astype(float)
     hue_moved = pixels[:, 1] != pixels[:, 2]  # green and blue part only when the hue turns
     spread = (pixels[:, 0] - pixels[:, 1:].mean(1))[~hue_moved] / 140
-    assert 0.35 < hue_moved.float().mean() < 0.6 and spread.min() < 0.6 and spread.max() > 1.3
+    assert 0.35 < hue_moved.mean() < 0.6 and spread.min() < 0.6 and spread.max() > 1.3
+    dull = Image.new("RGB", (2, 2), (130, 50, 50))  # nothing of it is clipped
+    pixels = np.array([np.array(ssd_jitter(dull, rng))[0, 0] for _ in range(300)]) / 255
+    hues = np.array([colorsys.rgb_to_hsv(*p)[0] for p in pixels])
+    turned = 360 * np.abs((hues + 0.5) % 1 - 0.5)
+    assert 15 < turned.max() < 20  # degrees
 
 
 def test_voc_and_coco_layouts(tmp_path):
@@ -154,9 +157,9 @@ def test_bad_files_are_named(tmp_path, shapes_root):
     with pytest.raises(UserError, match=r"small\.png: is 5 x 4, its picture 6 x 4"):
         read_labels(tmp_path / "small.png", lut, (6, 4))
     Image.new("RGB", (6, 4)).save(tmp_path / "colour.png")
-    with pytest.raises(UserError, match="8-bit"):
+    with pytest.raises(UserError, match="single-channel picture of 8 bits"):
         read_labels(tmp_path / "colour.png", lut, (6, 4))
-    with pytest.raises(UserError, match="README"):
+    with pytest.raises(UserError, match=r"prepare_data\.py voc"):
         find_pairs("voc", tmp_path, "val")
     with pytest.raises(UserError, match="no 'val' pictures"):
         find_pairs("coco_stuff", tmp_path, "val")

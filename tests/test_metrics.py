@@ -1,14 +1,16 @@
 """Metrics against counting by hand."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from zsseg.data import DATASETS, DataSet
+from zsseg.datasets import DATASETS, DataSet
 from zsseg.metrics import confusion, palette, save_label_map, summarize, table
 
-SPLIT = DataSet(["a", "b", "c", "d"], ("c", "d"), [0, 1, 2, 3], "", None)
-PLAIN = DataSet(["a", "b", "c", "d"], (), [0, 1, 2, 3], "", None)
+PLAIN = DataSet(["a", "b", "c", "d"], [], "", [], {}, [0, 1, 2, 3])
+SPLIT = dataclasses.replace(PLAIN, unseen=["c", "d"])
 
 
 def literal_iou(labels: np.ndarray, predicted: np.ndarray, c: int) -> float:
@@ -84,12 +86,14 @@ def test_palette_colours_differ():
 
 
 def test_the_table_of_data_sets_is_consistent():
-    sizes = {"shapes": (24, 5), "voc": (20, 5), "coco_stuff": (171, 15)}
+    sizes = {"shapes": (24, 5), "voc": (20, 5), "coco_stuff": (171, 15), "ade20k": (150, 0), "ade20k_full": (847, 0),
+             "pcontext": (59, 0), "cityscapes": (19, 0)}  # fmt: skip
+    assert DATASETS.keys() == sizes.keys()
     for name, data in DATASETS.items():
         assert (len(data.names), len(data.unseen)) == sizes[name]
         assert len(set(data.names)) == len(data.names) == len(data.values) and set(data.unseen) <= set(data.names)
-        assert sorted([*data.seen, *(data.names.index(n) for n in data.unseen)]) == list(range(len(data.names)))
-        assert [data.names[i] for i in data.seen] == data.training_names
+        assert not data.unseen or sorted([*data.seen, *map(data.names.index, data.unseen)]) == list(range(len(data.names)))
+        assert [data.names[i] for i in data.trained] == data.training_names
         for i, value in enumerate(data.values):
             unseen = data.names[i] in data.unseen
             assert data.lut()[value] == i

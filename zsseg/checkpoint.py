@@ -167,12 +167,23 @@ class ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
 
+DETECTRON_MODELS = {  # no checksum is published; the reader executes nothing
+    "R-50.pkl": "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/torchvision/R-50.pkl",
+    "R-103.pkl": "https://dl.fbaipublicfiles.com/detectron2/DeepLab/R-103.pkl",
+}
+
+
 def load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
-    """Initial weights of R50 or R101c: a torchvision `.pth`, a detectron2 `.pkl`, or "imagenet" (downloaded)."""
+    """Initial weights of R50 or R101c: a torchvision `.pth`, a detectron2 `.pkl`, or "imagenet".
+
+    "imagenet" (R50), "R-50.pkl" and "R-103.pkl" (R101c) are downloaded where there is no such file.
+    """
     what, hint = f"model.weights {weights}", f"give ImageNet weights of {name}"
+    if weights in DETECTRON_MODELS and not Path(weights).exists():
+        weights = str(fetch([DETECTRON_MODELS[weights]], cache_dir() / weights, "", what))
     if weights == "imagenet":
         if name != "R50":
-            raise UserError(what, f"torchvision has none for {name}", "give detectron2's R-103.pkl as model.weights")
+            raise UserError(what, f"torchvision has none for {name}", "set model.weights=R-103.pkl")
         try:
             state = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(model_dir=cache_dir(), check_hash=True)
         except OSError as error:

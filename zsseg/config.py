@@ -61,7 +61,7 @@ class ClipConfig:
 
 @dataclass
 class TrainConfig:
-    task: str = "segment"  # segment | clip (contrastive, for the embedded data set)
+    task: str = "segment"  # segment | prompts (learning CLIP's prompt) | clip (contrastive, for the embedded data set)
     steps: int = 60_000
     batch_size: int = 32  # over all processes
     seed: int = 0
@@ -69,12 +69,21 @@ class TrainConfig:
     weight_decay: float = 1e-4
     backbone_lr: float = 0.1  # multiplies lr for the backbone
     power: float = 0.9  # polynomial decay
-    clip_grad: float = 0.01  # norm over all parameters
+    clip_grad: float = 0.01  # norm over all parameters; 0: no limit
     focal_weight: float = 20.0
     dice_weight: float = 1.0
     no_object_weight: float = 0.1
     checkpoint_every: int = 5000
     eval_every: int = 0  # 0: only at the end
+
+
+@dataclass
+class PromptsConfig:
+    """Learning a prompt: SGD with a cosine schedule, on crops of single regions."""
+    samples_per_class: int = 32  # at most; drawn with train.seed
+    momentum: float = 0.9
+    warmup_steps: int = 100
+    warmup_factor: float = 0.005  # of the rate, constant
 
 
 @dataclass
@@ -109,6 +118,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
     contrast: ContrastConfig = field(default_factory=ContrastConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -121,15 +131,15 @@ CHOICES = {
     "model.backbone": ("R50", "R101c", "small"),
     "model.compile": ("auto", "on", "off"),
     "model.bf16": ("auto", "on", "off"),
-    "train.task": ("segment", "clip"),
+    "train.task": ("segment", "prompts", "clip"),
     "log.wandb": ("online", "offline", "disabled"),
 }
 POSITIVE = ("train.steps", "train.batch_size", "train.lr", "train.checkpoint_every", "log.every", "data.crop", "data.max_size",
             "data.test_short_edge", "model.queries", "model.heads", "model.feedforward", "model.decoder_layers",
-            "model.class_hidden", "clip.expand_ratio")
-UNIT = ("clip.ensemble_weight", "clip.mask_threshold", "model.dropout")
+            "model.class_hidden", "clip.expand_ratio", "prompts.samples_per_class")
+UNIT = ("clip.ensemble_weight", "clip.mask_threshold", "model.dropout", "prompts.momentum", "prompts.warmup_factor")
 COUNTS = ("clip.chunk", "clip.prompt_prefix", "clip.prompt_suffix", "data.workers", "train.eval_every", "train.seed",
-          "train.weight_decay", "train.power", "train.clip_grad")
+          "train.weight_decay", "train.power", "train.clip_grad", "prompts.warmup_steps")
 
 
 def load_config(file: str | None = None, overrides: list[str] = (), base: dict | None = None) -> Config:

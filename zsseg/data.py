@@ -139,6 +139,57 @@ def collate(samples: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Targe
     return torch.stack(images), Targets(torch.stack(labels), classes, counts)
 
 
+class Regions(Dataset):
+    """Sample n of an endless stream of single regions, for learning a prompt (Xu et al. 2021, first stage).
+
+    Item: (picture uint8 [3, R, R], mask bool [R, R], index among the training classes). A region is all of a class in a
+    picture; its box gets a random resized crop (scale 0.08..1, ratio 3/4..4/3) and a flip.
+    """
+    def __init__(self, config: Config, root: Path, resolution: int):
+        self.data, self.seed, self.resolution = training_set(config.data), config.train.seed, resolution
+        self.pairs, self.lut = find_pairs(config.data.name, root, "train"), self.data.lut(training=True)
+        statistics = label_statistics(config.data.name, root, "train", config.data.workers)
+        rng, few = np.random.default_rng(self.seed), config.prompts.samples_per_class
+        self.regions = []  # (picture, class)
+        for i, category in enumerate(self.data.trained):
+            shown = statistics.image[statistics.category == category]
+            chosen = rng.choice(shown, few, replace=False) if len(shown) > few else shown
+            self.regions += [(int(picture), i) for picture in chosen]
+        if not self.regions:
+            raise UserError(f"data set {config.data.name}", "no training picture shows a class that is trained on", "check it")
+
+    def __getitem__(self, n: int) -> tuple[Tensor, Tensor, int]:
+        epoch, i = divmod(n, len(self.regions))
+        picture, category = self.regions[np.random.default_rng(seed_of(self.seed, 5, epoch)).permutation(len(self.regions))[i]]
+        image = read_picture(self.pairs[picture][0])
+        mask = read_labels(self.pairs[picture][1], self.lut, image.size) == category
+        x0, y0, x1, y1 = mask_boxes(torch.from_numpy(mask)[None])[0][0].tolist()
+        rng = np.random.default_rng(seed_of(self.seed, 6, n))
+        for _ in range(10):  # until some of the region is in the crop
+            left, top, w, h = resized_crop_box(x1 - x0, y1 - y0, rng)
+            box = (x0 + left, y0 + top, x0 + left + w, y0 + top + h)
+            if mask[box[1] : box[3], box[0] : box[2]].any():
+                break
+        else:
+            box = (x0, y0, x1, y1)
+        size, step = (self.resolution, self.resolution), -1 if rng.random() < 0.5 else 1
+        crop = np.asarray(image.resize(size, Image.Resampling.BILINEAR, box))[:, ::step]
+        seen = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST, box))[:, ::step]
+        return torch.from_numpy(crop.copy()).permute(2, 0, 1).contiguous(), torch.from_numpy(seen.copy()), category
+
+
+def resized_crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """(left, top, width, height) of a random part of a picture: area 0.08..1 of it, aspect 3/4..4/3 (Inception's crop)."""
+    for _ in range(10):
+        area = width * height * rng.uniform(0.08, 1)
+        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    w, h = min(width, max(round(height * 4 / 3), 1)), min(height, max(round(width * 4 / 3), 1))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
 class RegionsWithCaptions(Dataset):
     """Sample n: one region of every class (so no two of them match each other's caption), for contrastive training.
 

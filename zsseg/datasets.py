@@ -36,8 +36,8 @@ class DataSet:
     pictures: str  # below the folder; {split} and {id} are filled in, an id may hold a sub-folder
     labels: list[str]  # the same; of several, the first file that exists
     splits: dict[str, str]  # our name of a split -> its folder's name
+    values: list[int]  # the label value of each class
     unseen: list[str] = field(default_factory=list)
-    values: list[int] = field(default_factory=list)  # the label value of each class
     lists: bool = False  # ids stand in <split>.txt; else every label map that has a picture counts
     bits: int = 8  # of a label value; 16-bit data sets may hold 8-bit files
     ignore: int = 255
@@ -65,7 +65,7 @@ class DataSet:
         """Label value -> class id [2**bits]; in training -> index among the seen classes, unseen ones -> `ignore`."""
         table = np.full(2**self.bits, self.ignore, np.uint8 if self.ignore < 256 else np.int32)
         ids = self.trained if training else range(len(self.names))
-        table[[self.values[i] if self.values else i for i in ids]] = np.arange(len(ids))
+        table[[self.values[i] for i in ids]] = np.arange(len(ids))
         return table
 
     def folder(self, root: Path) -> Path:
@@ -102,6 +102,7 @@ class DataSet:
 def read_table(file: Path) -> dict[str, DataSet]:
     rows = tomllib.loads(file.read_text(encoding="utf-8"))
     for row in rows.values():
+        row.setdefault("values", list(range(len(row["names"]))))
         row["archives"] = [Archive(**archive) for archive in row.get("archives", [])]
     return {name: DataSet(**row) for name, row in rows.items()}
 
@@ -124,6 +125,8 @@ def training_set(config: DataConfig) -> DataSet:
 def find_pairs(name: str, root: Path, split: str) -> list[tuple[Path, Path]]:
     """The (picture, label map) files of a split; UserError where there are none."""
     data = dataset(name)
+    if split not in data.splits:
+        raise UserError("data.split", f"is {split!r}", f"{name} has {', '.join(data.splits)}")
     folder = data.folder(root)
     try:
         pairs = data.pairs(folder, split)
@@ -197,7 +200,8 @@ def count_classes(file: Path, data: DataSet, tables: tuple[np.ndarray, ...], siz
     there = pixels.nonzero()[0]
     ids, trained = full[there].astype(np.int64), training[there]
     kept = trained != data.ignore
-    if not np.array_equal(np.array(data.trained)[trained[kept]], ids[kept]):
+    hidden = [data.values[data.names.index(n)] for n in data.unseen]
+    if np.isin(there[kept], hidden).any() or not np.array_equal(np.array(data.trained)[trained[kept]], ids[kept]):
         raise AssertionError(f"{file}: a pixel of an unseen class survived")
     ids[ids == data.ignore] = len(data.names)
     classes, index = np.unique(ids, return_inverse=True)

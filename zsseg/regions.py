@@ -27,6 +27,12 @@ def mask_boxes(masks: Tensor, expand_ratio: float = 1.0) -> tuple[Tensor, Tensor
     return torch.stack([x0, y0, x1, y1], 1), masks.flatten(1).any(1)
 
 
+def normalize(pictures: Tensor) -> Tensor:
+    """RGB in 0..255 [..., 3, H, W] as CLIP wants it, fp32."""
+    mean, std = (torch.tensor(v, device=pictures.device).view(3, 1, 1) for v in (clip_module.MEAN, clip_module.STD))
+    return (pictures / 255 - mean) / std
+
+
 def region_crops(image: Tensor, masks: Tensor, boxes: Tensor, resolution: int) -> Tensor:
     """What CLIP sees of each region: image [3, H, W] in 0..255, masks [P, H, W], boxes [P, 4] -> [P, 3, R, R].
 
@@ -34,8 +40,7 @@ def region_crops(image: Tensor, masks: Tensor, boxes: Tensor, resolution: int) -
     bicubic interpolation (a = -0.75, half-pixel centres, no anti-aliasing). Filling with the mean before normalising
     is 0 after it.
     """
-    mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (clip_module.MEAN, clip_module.STD))
-    image = (image / 255 - mean) / std
+    image = normalize(image)
     size = (resolution, resolution)
     crops = image.new_empty(len(masks), 3, *size)
     for crop, mask, (x0, y0, x1, y1) in zip(crops, masks, boxes.tolist(), strict=True):

@@ -1,0 +1,377 @@
+"""The six data sets from their official files: labels, lists, conversions, statistics, the check."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trees
+from conftest import PROCESS, fails_in_one_line, tiny_config
+from PIL import Image
+from test_commands import fails
+
+import prepare_data
+from zsseg import datasets
+from zsseg.clip import CLIP, Tokenizer, VisionTransformer
+from zsseg.convert import decode_runs
+from zsseg.data import Regions, TestPictures, TrainPictures
+from zsseg.datasets import DATASETS, count_classes, find_pairs, label_statistics, read_labels, read_picture
+from zsseg.metrics import evaluate
+from zsseg.prompts import TEMPLATES
+from zsseg.run import UserError
+from zsseg.segmenter import Segmenter
+
+TestPictures.__test__ = False
+NAMES = list(trees.BUILDERS)
+
+
+def files(root: Path) -> dict[str, tuple[bytes, int]]:
+    return {str(f.relative_to(root)): (f.read_bytes(), f.stat().st_mtime_ns) for f in root.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_official_files_become_class_ids(name, tmp_path, capsys):
+    """Every pixel of the test split, odd sizes and modes included; a second run changes nothing."""
+    expected = trees.BUILDERS[name](tmp_path)
+    prepare_data.main([name, "--root", str(tmp_path)])
+    assert f"{name} val: {len(expected)} pictures (published: {DATASETS[name].counts['val']})" in capsys.readouterr().out
+    pictures = TestPictures(tiny_config(f"data.name={name}").data, tmp_path, "val")
+    assert sorted(expected) == [pair[0].stem for pair in pictures.pairs]
+    for i in range(len(pictures)):
+        image, labels, stem = pictures[i]
+        assert np.array_equal(labels.numpy(), expected[stem]), stem
+        assert image.shape[0] == 3 and min(image.shape[1:]) == 64
+    before = files(tmp_path)
+    prepare_data.main([name, "--root", str(tmp_path)])
+    assert files(tmp_path) == before
+    prepare_data.main([name, "--root", str(tmp_path), "--check"])
+    assert DATASETS[name].names[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_on_each_data_set(name, tmp_path):
+    """Metrics and saved label maps of a whole run equal counting by hand."""
+    expected = trees.BUILDERS[name](tmp_path)
+    prepare_data.main([name, "--root", str(tmp_path)])
+    torch.manual_seed(0)
+    clip = CLIP(VisionTransformer(32, 16, 64, 1, 16), 16, 160, 514, 64, 1)
+    settings = [f"data.name={name}", "data.split=val", "eval.compare=false", "clip.mask_threshold=0.3"]
+    config = tiny_config(*settings, "clip.ensemble_weight=0.5")
+    data = DATASETS[name]
+    result = evaluate(Segmenter(config, clip.state_dict()), config, tmp_path, PROCESS, "val", tmp_path / "out", True)
+    hit, truth, predicted = (np.zeros(len(data.names)) for _ in range(3))
+    for stem, labels in expected.items():
+        saved = np.array(Image.open(tmp_path / "out" / "predictions" / f"{stem}.png"))
+        assert saved.shape == labels.shape and saved.dtype == (np.uint16 if name == "ade20k_full" else np.uint8)
+        known = labels != data.ignore
+        for c in range(len(data.names)):
+            hit[c] += ((labels == c) & (saved == c)).sum()
+            truth[c] += (labels == c).sum()
+            predicted[c] += ((saved == c) & known).sum()
+    iou = 100 * hit / np.maximum(truth + predicted - hit, 1)
+    assert result["images"] == len(expected) and ("hIoU" in result) == (name in ("voc", "coco_stuff"))
+    assert result["mIoU"] == pytest.approx(iou[truth > 0].sum() / (truth + predicted > 0).sum())
+    assert result["mIoU_gt"] == pytest.approx(iou[truth > 0].mean())
+
+
+def test_trainaug_is_voc_and_sbd_without_val(tmp_path):
+    trees.voc(tmp_path)
+    prepare_data.main(["voc", "--root", str(tmp_path)])
+    base = tmp_path / "VOCdevkit" / "VOC2012"
+    train = (base / "train.txt").read_text().split()
+    assert train == ["2007_000032", "2007_000039", "2008_000002", "2008_000003"]  # 2007_000042 is VOC's val
+    assert (base / "val.txt").read_text().split() == ["2007_000033", "2007_000042", "2007_000061"]
+    assert sorted(f.stem for f in (base / "SegmentationClassAug").iterdir()) == ["2008_000002", "2008_000003"]
+    pairs = {p.stem: label for p, label in find_pairs("voc", tmp_path, "train")}
+    assert pairs["2007_000032"].parent.name == "SegmentationClass"  # VOC's own mask, not SBD's
+    expected = trees.values_like(np.random.default_rng(55), list(range(21)), *trees.SIZES[1], 0)
+    assert np.array_equal(np.array(Image.open(pairs["2008_000002"])), expected)
+
+
+def test_the_readme_layout_is_taken_as_it_is(tmp_path):
+    folder = tmp_path / "VOC2012"
+    trees.voc(tmp_path / "source")
+    shutil.copytree(tmp_path / "source/VOCdevkit/VOC2012/JPEGImages", folder / "JPEGImages")
+    shutil.copytree(tmp_path / "source/VOCdevkit/VOC2012/SegmentationClass", folder / "SegmentationClassAug")
+    for split in ("train", "val"):
+        shutil.copy(tmp_path / f"source/VOCdevkit/VOC2012/ImageSets/Segmentation/{split}.txt", folder)
+    before = files(tmp_path)
+    prepare_data.main(["voc", "--root", str(tmp_path)])
+    after = files(tmp_path)
+    assert after.keys() - before.keys() == {"VOC2012/.zsseg/train.npz"} and before.items() <= after.items()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_test_split_alone_is_enough(name, tmp_path, capsys):
+    trees.BUILDERS[name](tmp_path)
+    if name in ("voc", "pcontext"):
+        prepare_data.main([name, "--root", str(tmp_path)])
+        (DATASETS[name].folder(tmp_path) / "train.txt").unlink()
+    else:
+        for folder in tmp_path.rglob("train*"):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+    prepare_data.main([name, "--root", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert f"{name} train: none" in text and f"{name} val: " in text
+
+
+def test_pictures_are_not_turned_and_not_misread(tmp_path):
+    """EXIF asks for a quarter turn that the label map did not get; grey and CMYK become RGB."""
+    for kind in range(4):
+        trees.picture(tmp_path / f"{kind}.jpg", 30, 40, kind, 0)
+        image = read_picture(tmp_path / f"{kind}.jpg")
+        assert image.size == (40, 30) and image.mode == "RGB"
+    grey = np.array(read_picture(tmp_path / "1.jpg"))
+    assert (grey[..., 0] == grey[..., 1]).all()
+    plain, turned, cmyk = (np.array(read_picture(tmp_path / f"{k}.jpg")).astype(int) for k in (0, 3, 2))
+    assert np.array_equal(plain, turned)
+    assert np.abs(plain - cmyk).mean() < 8 < np.abs(plain - (255 - plain)).mean()  # not inverted
+
+
+@pytest.mark.parametrize("name", ["voc", "coco_stuff"])
+def test_no_unseen_class_is_in_what_training_reads(name, tmp_path):
+    trees.BUILDERS[name](tmp_path)
+    prepare_data.main([name, "--root", str(tmp_path)])
+    data = DATASETS[name]
+    samples = TrainPictures(tiny_config(f"data.name={name}"), tmp_path)
+    hidden = [data.values[data.names.index(n)] for n in data.unseen]
+    dropped = len(find_pairs(name, tmp_path, "train")) - len(samples.pairs)
+    assert dropped >= 1  # pictures without any seen class
+    found = 0
+    for n, (image, label) in enumerate(samples.pairs):
+        raw = np.array(Image.open(label))
+        ids = read_labels(label, samples.lut, read_picture(image).size)
+        found += np.isin(raw, hidden).sum()
+        assert (ids[np.isin(raw, hidden)] == 255).all() and (ids != 255).any()
+        kept = ids != 255
+        names = np.array(data.names)[np.searchsorted(data.values, raw[kept])]
+        assert (np.array(data.training_names)[ids[kept]] == names).all()
+        number = samples.order(0).tolist().index(n)
+        assert set(samples[number][2].tolist()) <= set(np.unique(ids[kept]).tolist())
+    assert found > 0
+    everything = TrainPictures(tiny_config(f"data.name={name}", "data.train_on=all"), tmp_path)
+    assert everything.lut.tolist() == data.lut().tolist() and len(everything.pairs) > len(samples.pairs) - 1
+
+
+def test_one_region_samples(tmp_path):
+    """The box of a class, its mask, a crop that always shows some of it; never an unseen class."""
+    trees.voc(tmp_path)
+    prepare_data.main(["voc", "--root", str(tmp_path)])
+    samples = Regions(tiny_config("data.name=voc", "prompts.samples_per_class=1"), tmp_path, 32)
+    classes = [c for _, c in samples.regions]
+    assert len(set(classes)) == len(classes) and max(classes) < 15
+    many = Regions(tiny_config("data.name=voc"), tmp_path, 32)
+    assert len(many.regions) > len(samples.regions)
+    for n in range(3 * len(many.regions)):
+        picture, mask, category = many[n]
+        assert picture.shape == (3, 32, 32) and picture.dtype == torch.uint8 and mask.shape == (32, 32) and 0 <= category < 15
+    again = many[3]
+    assert all(np.array_equal(a, b) for a, b in zip(again, many[3], strict=True))
+
+
+# --- run lengths -------------------------------------------------------------------------------------------------
+
+
+def test_run_lengths_both_ways():
+    rng = np.random.default_rng(0)
+    for i in range(200):
+        shape = tuple(rng.integers(1, 40, 2))
+        mask = rng.random(shape) < rng.choice([0, 0.02, 0.5, 1])
+        for compressed in (True, False):
+            assert np.array_equal(decode_runs(trees.encode_runs(mask, compressed)), mask), i
+
+
+def test_run_lengths_known_text():
+    """A 5 x 4 mask with one pixel set at row 1, column 2: runs 11, 1, 8."""
+    mask = decode_runs({"size": [5, 4], "counts": ";18"})
+    assert mask.sum() == 1 and mask[1, 2]
+
+
+@pytest.mark.parametrize(
+    "runs", [{"size": [2, 2], "counts": [3]}, {"size": [2, 2], "counts": [5, -1]}, {"size": [2, 2], "counts": "\x01"},
+             {"size": [2, 2], "counts": "zz"}, {"size": [2, 2], "counts": "é"}],
+)  # fmt: skip
+def test_run_lengths_that_cannot_be(runs):
+    with pytest.raises(ValueError, match=r"run length|run-length|ascii"):
+        decode_runs(runs)
+
+
+# --- statistics --------------------------------------------------------------------------------------------------
+
+
+def test_statistics_count_and_are_counted_once(tmp_path, monkeypatch):
+    trees.coco_stuff(tmp_path)
+    data, split = DATASETS["coco_stuff"], "val"
+    statistics = label_statistics("coco_stuff", tmp_path, split)
+    wanted = np.zeros(172, int)
+    for i, (image, label) in enumerate(find_pairs("coco_stuff", tmp_path, split)):
+        ids = read_labels(label, data.lut(), read_picture(image).size)
+        classes, pixels = np.unique(np.where(ids == 255, 171, ids), return_counts=True)
+        rows = statistics.image == i
+        assert statistics.ids[i] == label.stem and statistics.category[rows].tolist() == classes.tolist()
+        assert statistics.pixels[rows].tolist() == pixels.tolist()
+        np.add.at(wanted, classes, pixels)
+        assert (i in statistics.pictures_with([int(classes[0])])) and (len(classes) > 1 or classes[0] != 171 or
+               i not in statistics.pictures_with(list(range(171))))  # fmt: skip
+    assert statistics.histogram(171).tolist() == wanted.tolist()
+
+    def forbidden(*args: object):
+        raise RuntimeError("counted again")
+
+    real = datasets.count_classes
+    monkeypatch.setattr(datasets, "count_classes", forbidden)
+    cached = label_statistics("coco_stuff", tmp_path, split)
+    assert all(np.array_equal(vars(cached)[k], v) for k, v in vars(statistics).items())
+    cache = tmp_path / "coco" / ".zsseg" / "val.npz"
+    monkeypatch.setitem(DATASETS, "coco_stuff", dataclasses.replace(data, unseen=["person"]))
+    with pytest.raises(RuntimeError, match="counted again"):  # another table
+        label_statistics("coco_stuff", tmp_path, split)
+    monkeypatch.setitem(DATASETS, "coco_stuff", data)
+    label = find_pairs("coco_stuff", tmp_path, split)[0][1]
+    os.utime(label, ns=(0, cache.stat().st_mtime_ns + 10**9))  # a label map that changed
+    with pytest.raises(RuntimeError, match="counted again"):
+        label_statistics("coco_stuff", tmp_path, split)
+    os.utime(label)
+    monkeypatch.setattr(datasets, "count_classes", real)
+    cache.write_bytes(cache.read_bytes()[:100])
+    again = label_statistics("coco_stuff", tmp_path, split)
+    assert again.histogram(171).tolist() == wanted.tolist()
+
+
+def test_statistics_of_a_read_only_root(tmp_path, monkeypatch):
+    trees.ade20k(tmp_path)
+
+    def refuse(*args: object):
+        raise UserError("file", "cannot be written", "")
+
+    monkeypatch.setattr(datasets, "replacing", refuse)
+    assert label_statistics("ade20k", tmp_path, "val").histogram(150).sum() == 37 * 53 + 64 * 48 + 1
+    assert not (tmp_path / "ADEChallengeData2016" / ".zsseg").exists()
+
+
+def test_a_leak_in_one_table_is_noticed(tmp_path):
+    data = DATASETS["voc"]
+    Image.fromarray(np.array([[1, 16]], np.uint8)).save(tmp_path / "a.png")
+    full, training = data.lut(), data.lut(training=True)
+    assert count_classes(tmp_path / "a.png", data, (full, training)).tolist() == [[0, 1], [15, 1]]
+    for value, wrong in ((16, 3), (1, 1)):  # an unseen class let through; a seen class under another's number
+        table = training.copy()
+        table[value] = wrong
+        with pytest.raises(AssertionError, match=r"a\.png"):
+            count_classes(tmp_path / "a.png", data, (full, table))
+
+
+# --- the check ---------------------------------------------------------------------------------------------------
+
+
+def test_check_names_every_bad_file(tmp_path, capsys, monkeypatch):
+    trees.ade20k(tmp_path)
+    base = tmp_path / "ADEChallengeData2016"
+    (base / "images/validation/ADE_val_00000001.jpg").write_bytes(b"junk")
+    Image.new("L", (5, 5)).save(base / "annotations/validation/ADE_val_00000002.png")
+    Image.new("RGB", (1, 1)).save(base / "annotations/validation/ADE_val_00000003.png")
+    (base / "images/training/ADE_train_00000001.jpg").unlink()
+    (base / "annotations/training/ADE_train_00000002.png").unlink()
+    before = files(tmp_path)
+    arguments = ["ade20k", "--root", tmp_path, "--check"]
+    fails(capsys, monkeypatch, prepare_data.main, arguments, "5 files are broken or have no partner")
+    with pytest.raises(UserError):
+        prepare_data.main([str(a) for a in arguments])
+    text = capsys.readouterr().out
+    for part in ("ADE_val_00000001.jpg: cannot be read", "ADE_val_00000002.png: is 5 x 5", "ADE_val_00000003.png: is not a",
+                 "ADE_train_00000001.png has no partner", "ADE_train_00000002.jpg has no partner"):  # fmt: skip
+        assert text.count(part) == 1, part
+    assert {k for k in files(tmp_path) if ".zsseg" not in k} == set(before)
+
+
+def test_check_of_a_listed_picture_that_is_missing(tmp_path, capsys, monkeypatch):
+    trees.voc(tmp_path)
+    prepare_data.main(["voc", "--root", str(tmp_path)])
+    (tmp_path / "VOCdevkit/VOC2012/JPEGImages/2007_000033.jpg").unlink()
+    fails(capsys, monkeypatch, prepare_data.main, ["voc", "--root", tmp_path, "--check"], "1 files are broken")
+
+
+def test_partners_missing_on_one_side_are_left_out(tmp_path, capsys):
+    """As the original does; the command says how many."""
+    trees.coco_stuff(tmp_path)
+    (tmp_path / "coco/val2017/000000000100.jpg").unlink()
+    (tmp_path / "coco/stuffthingmaps/val2017/000000000101.png").unlink()
+    prepare_data.main(["coco_stuff", "--root", str(tmp_path)])
+    assert "val: 2 pictures (published: 5000); 2 files without a partner are left out" in capsys.readouterr().out
+    assert [p.stem for p, _ in find_pairs("coco_stuff", tmp_path, "val")] == ["000000000102", "000000000103"]
+
+
+def test_ids_that_are_not_the_published_ones(tmp_path, capsys, monkeypatch):
+    trees.voc(tmp_path)
+    ids = "".join(f"{i}\n" for i in ("2007_000033", "2007_000042", "2007_000061"))
+    digest = __import__("hashlib").sha256(ids.encode()).hexdigest()
+    row = dataclasses.replace(DATASETS["voc"], counts={"train": 4, "val": 3}, digests={"train": "0" * 64, "val": digest})
+    monkeypatch.setitem(DATASETS, "voc", row)
+    prepare_data.main(["voc", "--root", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert "val: 3 pictures (published: 3), the published ids" in text
+    assert "train: 4 pictures (published: 4), but NOT the published ids" in text
+
+
+# --- broken sources ----------------------------------------------------------------------------------------------
+
+
+def break_mat(root: Path) -> str:
+    file = root / "benchmark_RELEASE/dataset/cls/2008_000002.mat"
+    file.write_bytes(file.read_bytes()[:200])
+    return "2008_000002.mat"
+
+
+def break_json(root: Path) -> str:
+    file = root / "pcontext/trainval_merged.json"
+    file.write_text(file.read_text()[:500])
+    return "trainval_merged.json"
+
+
+def break_runs(root: Path) -> str:
+    file = root / "pcontext/trainval_merged.json"
+    content = json.loads(file.read_text())
+    content["annos_segmentation"][0]["segmentation"]["counts"] = [1]
+    file.write_text(json.dumps(content))
+    return "trainval_merged.json"
+
+
+def break_seg(root: Path) -> str:
+    file = next((root / "ADE20K_2021_17_01").rglob("ADE_val_00000001_seg.png"))
+    file.unlink()
+    return "ADE_val_00000001_seg.png"
+
+
+@pytest.mark.parametrize(("name", "damage"), [("voc", break_mat), ("pcontext", break_json), ("pcontext", break_runs),
+                                              ("ade20k_full", break_seg)])  # fmt: skip
+def test_a_broken_source_is_named(name, damage, tmp_path, capsys, monkeypatch):
+    trees.BUILDERS[name](tmp_path)
+    part = damage(tmp_path)
+    fails(capsys, monkeypatch, prepare_data.main, [name, "--root", tmp_path], part)
+    assert (not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("val.txt"))) or name == "voc"
+
+
+def test_every_name_fits_clip(vocabulary):
+    tokenizer = Tokenizer(49408, 77)
+    longest = max(TEMPLATES["imagenet"] + TEMPLATES["vild"] + TEMPLATES["single"], key=lambda t: len(tokenizer.encode(t)))
+    names = sorted({n for data in DATASETS.values() for n in data.names})
+    assert tokenizer([longest.replace("{}", n) for n in names]).shape == (len(names), 77)
+    assert max(len(tokenizer.encode(n)) for n in names) + 19 <= 77  # a learned prompt of 16 tokens
+
+
+def test_registration_is_asked_for(tmp_path, capsys, monkeypatch):
+    for name, part in (("cityscapes", "gtFine_trainvaltest.zip"), ("ade20k_full", "ADE20K_2021_17_01")):
+        fails(capsys, monkeypatch, prepare_data.main, [name, "--root", tmp_path], part, "register at https://", str(tmp_path))
+        assert not list(tmp_path.iterdir())
+
+
+def test_the_command_itself(tmp_path):
+    from conftest import command
+
+    fails_in_one_line(command("prepare_data.py", "cityscapes", "--root", tmp_path), "register")
+    fails_in_one_line(command("prepare_data.py", "citiscapes", "--root", tmp_path), "citiscapes", "cityscapes")

@@ -1,14 +1,20 @@
 """Configuration files and overrides."""
 
 import dataclasses
+import functools
+import json
 from dataclasses import asdict
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import GOLDEN, ROOT
 
+from train import PromptClassifier
+from zsseg.clip import CLIP, ModifiedResNet, VisionTransformer, build_clip
 from zsseg.config import Config, load_config
-from zsseg.prompts import TEMPLATES, FixedPrompt
+from zsseg.prompts import TEMPLATES, FixedPrompt, LearnedPrompt
 from zsseg.run import UserError
+from zsseg.segmenter import Segmenter
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda f: f.stem)
@@ -69,6 +75,121 @@ def test_broken_files_are_user_errors(tmp_path, text):
     (tmp_path / "bad.toml").write_text(text)
     with pytest.raises(UserError, match=r"bad\.toml"):
         load_config(str(tmp_path / "bad.toml"))
+
+
+@functools.cache
+def clip_on_meta(name: str) -> dict[str, torch.Tensor]:
+    """The state dict of one of OpenAI's models, without values: (image tower, embed, text width)."""
+    towers = {
+        "ViT-B/32": (VisionTransformer, (224, 32, 768, 12, 512), 512, 512),
+        "ViT-B/16": (VisionTransformer, (224, 16, 768, 12, 512), 512, 512),
+        "ViT-L/14": (VisionTransformer, (224, 14, 1024, 24, 768), 768, 768),
+        "RN50": (ModifiedResNet, ([3, 4, 6, 3], 64, 224, 1024), 1024, 512),
+        "RN101": (ModifiedResNet, ([3, 4, 23, 3], 64, 224, 512), 512, 512),
+        "RN50x4": (ModifiedResNet, ([4, 6, 10, 6], 80, 288, 640), 640, 640),
+        "RN50x16": (ModifiedResNet, ([6, 8, 18, 8], 96, 384, 768), 768, 768),
+    }
+    tower, sizes, embed, width = towers[name]
+    with torch.device("meta"):
+        return CLIP(tower(*sizes), embed, 77, 49408, width, 12).state_dict()
+
+
+FILES = sorted(f.stem for f in (ROOT / "configs").glob("*.toml") if not f.stem.startswith("shapes"))
+ORIGINAL = json.loads((GOLDEN / "original_configs.json").read_text())
+NEW = {"voc_r50_imagenet", "voc_r50_vild", "voc_r101c_imagenet", "voc_r101c_vild", "coco_stuff_r101c_single_vitl14"}
+BROKEN = {"voc_r101c_single"}  # the original's file inherits from one that does not exist
+
+
+def test_every_configuration_of_the_original_is_here():
+    assert set(FILES) == set(ORIGINAL) | NEW | BROKEN
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_configuration_builds_its_model(name, vocabulary):
+    """On the meta device: sizes fit together, the paper's classes and CLIP are in it."""
+    config = load_config(str(ROOT / "configs" / f"{name}.toml"))
+    state = clip_on_meta(config.clip.weights)
+    with torch.device("meta"):
+        if config.train.task == "prompts":
+            clip = build_clip(state)
+            model = PromptClassifier(clip, LearnedPrompt(clip.token_embedding.weight.shape[1]), ["cat"])
+            assert {n for n, p in model.named_parameters() if p.requires_grad} == {"prompt.prefix"}
+            return
+        segmenter = Segmenter(config, None if config.model.class_head == "linear" else state)
+    original = ORIGINAL.get(name, {})
+    learned = {p for p in ("prompt", "region_prompt") if p in segmenter.learned_state()}
+    if config.model.class_head == "linear":
+        assert segmenter.clip is None and not learned
+        assert segmenter.maskformer.class_embed.out_features == original["MODEL.SEM_SEG_HEAD.NUM_CLASSES"] + 1
+        return
+    embed = segmenter.maskformer.class_embed[-1].out_features
+    assert embed == state["text_projection"].shape[1] == original.get("MODEL.SEM_SEG_HEAD.EMBEDDING_DIM", embed)
+    assert learned == {k for k in ("prompt", "region_prompt") if getattr(config.clip, k) == "learned"}
+
+
+@pytest.mark.parametrize("name", sorted(ORIGINAL))
+def test_values_are_the_original_s(name):
+    """Everything that changes numbers, key by key."""
+    config, wanted = load_config(str(ROOT / "configs" / f"{name}.toml")), ORIGINAL[name]
+    solver, adapter = (lambda k: wanted[f"SOLVER.{k}"]), (lambda k: wanted.get(f"MODEL.CLIP_ADAPTER.{k}"))
+    prompts, supervised = config.train.task == "prompts", config.model.class_head == "linear"
+    assert wanted["MODEL.META_ARCHITECTURE"] == ("ProposalClipClassifier" if prompts else "MaskFormer" if supervised
+                                                 else "ZeroShotMaskFormer")  # fmt: skip
+    learner = {"predefined": "single", "learnable": "learned"}
+    if adapter("SEPERATE_ADAPTER"):
+        assert config.clip.prompt == "single"
+        assert config.clip.region_prompt == learner[adapter("REGION_CLIP_ADAPTER.PROMPT_LEARNER")]
+    elif not supervised:
+        assert config.clip.prompt == learner.get(adapter("PROMPT_LEARNER"), adapter("PROMPT_LEARNER"))
+        assert not config.clip.region_prompt
+    assert config.clip.weights == adapter("CLIP_MODEL_NAME") and adapter("PROMPT_SHAPE") == "(16, 0)"
+    sets = {"voc": "voc_", "coco_stuff": "coco_2017_", "ade20k": "ade20k_sem", "ade20k_full": "ade20k_full_sem",
+            "pcontext": "pcontext_", "cityscapes": "cityscapes_"}  # fmt: skip
+    assert wanted["DATASETS.TEST"].startswith(f'("{sets[config.data.name]}')
+    cross = name in ("voc_cross", "ade20k", "ade20k_full", "pcontext", "cityscapes")
+    if not cross:
+        assert ("_base_" in wanted["DATASETS.TRAIN"]) == (config.data.train_on == "seen")
+        assert (config.train.steps, config.train.batch_size) == (solver("MAX_ITER"), solver("IMS_PER_BATCH"))
+        assert (config.train.lr, config.train.weight_decay) == (solver("BASE_LR"), solver("WEIGHT_DECAY"))
+    if prompts:
+        assert solver("OPTIMIZER") == "SGD" and solver("LR_SCHEDULER_NAME") == "WarmupCosineLR"
+        assert config.prompts.samples_per_class == wanted["DATASETS.SAMPLE_PER_CLASS"]
+        assert (config.prompts.warmup_steps, config.prompts.warmup_factor) == (solver("WARMUP_ITERS"), solver("WARMUP_FACTOR"))
+        return
+    assert config.model.backbone == {50: "R50", 101: "R101c"}[wanted["MODEL.RESNETS.DEPTH"]]
+    assert (config.data.test_short_edge, config.data.max_size) == (wanted["INPUT.MIN_SIZE_TEST"], wanted["INPUT.MAX_SIZE_TEST"])
+    if not supervised:
+        assert config.clip.ensemble and config.clip.ensemble_weight == adapter("CLIP_ENSEMBLE_WEIGHT")
+        assert (config.clip.mask_threshold, config.clip.expand_ratio) == (adapter("MASK_THR"), adapter("MASK_EXPAND_RATIO"))
+    if cross:
+        return
+    crop = f"({config.data.crop}, {config.data.crop})"
+    assert (crop, config.data.short_edges) == (wanted["INPUT.CROP.SIZE"], wanted["INPUT.MIN_SIZE_TRAIN"])
+    assert config.data.max_size == wanted["INPUT.MAX_SIZE_TRAIN"]
+    assert solver("OPTIMIZER") == "ADAMW" and solver("LR_SCHEDULER_NAME") == "WarmupPolyLR" and not solver("WARMUP_ITERS")
+    assert config.train.backbone_lr == solver("BACKBONE_MULTIPLIER")
+    assert config.train.clip_grad == solver("CLIP_GRADIENTS.CLIP_VALUE")
+    former, model, train = (lambda k: wanted[f"MODEL.MASK_FORMER.{k}"]), config.model, config.train
+    sizes = (model.queries, model.decoder_layers, model.hidden)
+    assert sizes == tuple(map(former, ("NUM_OBJECT_QUERIES", "DEC_LAYERS", "HIDDEN_DIM")))
+    weights = (train.focal_weight, train.dice_weight, train.no_object_weight)
+    assert weights == tuple(map(former, ("MASK_WEIGHT", "DICE_WEIGHT", "NO_OBJECT_WEIGHT")))
+
+
+def test_a_configuration_without_an_original():
+    """Those that the original lacks or ships broken differ from their siblings in one value."""
+    def values(name: str) -> dict:
+        return dataclasses.asdict(load_config(str(ROOT / "configs" / f"{name}.toml")))
+
+    def differences(a: str, b: str) -> set[str]:
+        a, b = values(a), values(b)
+        return {f"{s}.{k}" for s in a for k in a[s] if a[s][k] != b[s][k]}
+
+    assert differences("voc_r101c_single", "voc_r50_single") == {"model.backbone", "model.weights"}
+    assert differences("coco_stuff_r101c_single_vitl14", "coco_stuff_r101c_single") == {"clip.weights"}
+    for backbone in ("r50", "r101c"):
+        for prompt in ("imagenet", "vild"):
+            assert differences(f"voc_{backbone}_{prompt}", f"voc_{backbone}_single") == {"clip.prompt"}
 
 
 def test_defaults_are_the_paper_s_coco_stuff_setting():

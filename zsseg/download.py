@@ -1,6 +1,7 @@
 """Downloads that go on where they were cut, and archives that are unpacked without trusting them."""
 
 import contextlib
+import gzip
 import hashlib
 import http.client
 import shutil
@@ -159,7 +160,9 @@ def members(archive: Path) -> Iterator[tuple[str, int, object]]:
                 if not info.is_dir():
                     yield info.filename, info.file_size, lambda info=info: content.open(info)
         return
-    with tarfile.open(archive, "r|*") as content:
+    compressed = archive.suffix in (".tgz", ".gz")
+    opener = gzip.open if compressed else open
+    with opener(archive, "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as content:
         for info in content:
             if not (info.isfile() or info.isdir()):
                 raise ValueError(f"{info.name!r} is a link or a device")
@@ -167,10 +170,11 @@ def members(archive: Path) -> Iterator[tuple[str, int, object]]:
                 raise ValueError(f"{info.name!r} leads outside")
             if info.isfile():
                 yield info.name, info.size, lambda info=info: whole(content, info)
-    if archive.suffix == ".tar":
-        with open(archive, "rb") as file:  # a tar cut between two files would pass for a whole one
-            file.seek(-512, 2)
-            if file.read(512).strip(b"\0"):
+        while compressed and stream.read(BLOCK):
+            pass  # to the end, where the checksum is
+        if not compressed:  # a tar cut between two files would pass for a whole one
+            stream.seek(-512, 2)
+            if stream.read(512).strip(b"\0"):
                 raise EOFError("it was cut")
 
 

@@ -1,5 +1,6 @@
 """Import of original checkpoints, backbone weights, and files that are not what they should be."""
 
+import json
 import pickle
 import subprocess
 import sys
@@ -8,14 +9,18 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, keys
+import trees
+from conftest import ROOT, keys, tiny_config
 
+import eval as evaluation
+import prepare_data
 from zsseg import checkpoint
 from zsseg.checkpoint import import_original, load_backbone, load_strict, our_name
 from zsseg.config import ModelConfig
 from zsseg.maskformer import DeepResNet, MaskFormer
 from zsseg.prompts import LearnedPrompt
 from zsseg.run import UserError
+from zsseg.segmenter import Segmenter
 
 LISTS = keys("upstream_keys.json")
 
@@ -96,19 +101,24 @@ def to_detectron(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return out
 
 
-def test_backbone_weights_from_torchvision_and_detectron2(tmp_path):
+def test_backbone_weights_from_torchvision_and_detectron2(tmp_path, capsys):
+    """Detectron2's converted files hold torchvision's classifier as `stem.fc` and may hold batch counters."""
     torch.manual_seed(0)
     source = torchvision.models.resnet50(weights=None)
     state = {k: v for k, v in source.state_dict().items() if "num_batches" not in k}
     torch.save(source.state_dict(), tmp_path / "r50.pth")
-    arrays = to_detectron({k: v for k, v in state.items() if not k.startswith("fc.")})
-    arrays["stem.fc.weight"] = np.zeros((10, 3), np.float32)
+    arrays = to_detectron(state) | {"stem.conv1.norm.num_batches_tracked": np.array(7)}
+    assert {"stem.fc.weight", "res2.0.conv1.norm.bias", "res5.0.shortcut.norm.weight"} <= arrays.keys()
     with open(tmp_path / "R-50.pkl", "wb") as file:
-        pickle.dump({"model": {k: v for k, v in arrays.items() if "stem.fc" not in k}, "matching_heuristics": True}, file)
+        pickle.dump({"model": arrays, "matching_heuristics": True, "__author__": "torchvision"}, file)
+    reports = {"r50.pth": (2 + 53, "bn1.num_batches_tracked, "), "R-50.pkl": (3, "stem.fc.weight, stem.fc.bias")}
     for name in ("r50.pth", "R-50.pkl"):
         backbone = DeepResNet("R50")
         load_backbone(backbone, "R50", str(tmp_path / name))
         assert all(torch.equal(v, state[k]) for k, v in backbone.state_dict().items())
+        dropped, names = reports[name]
+        text = capsys.readouterr().out
+        assert f"{name}: 265 tensors loaded, {dropped} dropped: " in text and names in text
         x = torch.randn(1, 3, 64, 64)
         with torch.no_grad():
             y = source.eval().maxpool(source.relu(source.bn1(source.conv1(x))))
@@ -118,6 +128,41 @@ def test_backbone_weights_from_torchvision_and_detectron2(tmp_path):
             load_backbone(DeepResNet("R101c"), "R101c", str(tmp_path / name))
     with pytest.raises(UserError, match="none for R101c"):
         load_backbone(DeepResNet("R101c"), "R101c", "imagenet")
+
+
+def test_detectron_files_are_downloaded_by_name(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    state = {k: v for k, v in torchvision.models.resnet50(weights=None).state_dict().items() if "num_batches" not in k}
+    (tmp_path / "server").mkdir()
+    with open(tmp_path / "server" / "R-50.pkl", "wb") as file:
+        pickle.dump({"model": to_detectron(state)}, file)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(checkpoint.DETECTRON_MODELS, "R-50.pkl", (tmp_path / "server" / "R-50.pkl").as_uri())
+    backbone = DeepResNet("R50")
+    load_backbone(backbone, "R50", "R-50.pkl")
+    assert torch.equal(backbone.conv1.weight, state["conv1.weight"]) and (tmp_path / "cache" / "R-50.pkl").exists()
+
+
+def test_a_supervised_checkpoint_of_the_original(tmp_path, capsys):
+    """MaskFormer's own head: a linear layer over classes and no object, no CLIP in the file."""
+    config = tiny_config("model.class_head=linear", "data.train_on=all", "clip.ensemble=false")
+    segmenter = Segmenter(config, None)
+    names = {k: v for k, v in LISTS["voc_r50_vild"].items() if "clip_adapter" not in k and "class_embed" not in k}
+    names |= {"sem_seg_head.predictor.class_embed.weight": [21, 256], "sem_seg_head.predictor.class_embed.bias": [21]}
+    state = {k: torch.rand(shape) * 0.02 for k, shape in names.items()}
+    torch.save({"model": state}, tmp_path / "model_final.pth")
+    trees.voc(tmp_path)
+    prepare_data.main(["voc", "--root", str(tmp_path)])
+    words = ["--config", str(ROOT / "configs/voc_r50_supervised.toml"), "--root", str(tmp_path), "--out", str(tmp_path / "out")]
+    evaluation.main([str(tmp_path / "model_final.pth"), *words, "--set", "data.test_short_edge=64", "--device", "cpu"])
+    loaded = len(names) - 1
+    assert f"model_final.pth: {loaded} tensors loaded, 1 dropped: criterion.empty_weight" in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert result["images"] == 3 and "hIoU" in result and "clip_true_masks" not in result
+    assert segmenter.maskformer.class_embed.weight.shape == (25, 64) and list(segmenter.learned_state()) == ["maskformer"]
+    with pytest.raises(UserError, match="for other classes"):
+        segmenter.set_classes(["cat", "dog"])
 
 
 class Evil:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,25 @@ def test_the_small_clip_resumes_exactly_too(shapes_root, tmp_path, monkeypatch):
     train.train(config, shapes_root, tmp_path / "b", PROCESS, kept[2])
     assert same(checkpoint.load(tmp_path / "b" / "last.pt")["model"], kept[4]["model"])
     assert not same(kept[2]["model"], kept[4]["model"])
+
+
+def test_supervised_training_needs_no_clip(shapes_root, tmp_path, monkeypatch, capsys):
+    """All classes, a linear head, no CLIP file; evaluation too."""
+    root = tmp_path / "root"
+    shutil.copytree(shapes_root, root)
+    (root / "shapes" / "clip.pt").unlink()
+    monkeypatch.chdir(ROOT)
+    words = [*TINY, "--root", str(root), "--out", str(tmp_path / "out")]
+    for setting in ("model.class_head=linear", "data.train_on=all", "clip.ensemble=false", "train.steps=2"):
+        words += ["--set", setting]
+    train.main(words)
+    evaluation.main([str(tmp_path / "out" / "last.pt"), "--root", str(root), "--out", str(tmp_path / "eval")])
+    results = [json.loads((tmp_path / f / "metrics.json").read_text()) for f in ("out", "eval")]
+    assert results[0]["mIoU"] == results[1]["mIoU"] and "head_only" not in results[0]
+    assert weights(tmp_path / "out" / "last.pt")["class_embed.weight"].shape == (25, 64)
+    words[words.index("data.train_on=all")] = "data.train_on=seen"
+    words[words.index(str(tmp_path / "out"))] = str(tmp_path / "other")
+    fails(capsys, monkeypatch, train.main, words, "data.train_on", "linear head")
 
 
 def test_two_processes_train_as_one(shapes_root, tmp_path):

@@ -1,6 +1,7 @@
 """The six data sets from their official files: labels, lists, conversions, statistics, the check."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from test_commands import fails
 import prepare_data
 from zsseg import datasets
 from zsseg.clip import CLIP, Tokenizer, VisionTransformer
-from zsseg.convert import decode_runs
+from zsseg.convert import decode_runs, resize_bilinear
 from zsseg.data import Regions, TestPictures, TrainPictures
 from zsseg.datasets import DATASETS, count_classes, find_pairs, label_statistics, read_labels, read_picture
 from zsseg.metrics import evaluate
@@ -309,7 +310,7 @@ def test_partners_missing_on_one_side_are_left_out(tmp_path, capsys):
 def test_ids_that_are_not_the_published_ones(tmp_path, capsys, monkeypatch):
     trees.voc(tmp_path)
     ids = "".join(f"{i}\n" for i in ("2007_000033", "2007_000042", "2007_000061"))
-    digest = __import__("hashlib").sha256(ids.encode()).hexdigest()
+    digest = hashlib.sha256(ids.encode()).hexdigest()
     row = dataclasses.replace(DATASETS["voc"], counts={"train": 4, "val": 3}, digests={"train": "0" * 64, "val": digest})
     monkeypatch.setitem(DATASETS, "voc", row)
     prepare_data.main(["voc", "--root", str(tmp_path)])
@@ -375,3 +376,12 @@ def test_the_command_itself(tmp_path):
 
     fails_in_one_line(command("prepare_data.py", "cityscapes", "--root", tmp_path), "register")
     fails_in_one_line(command("prepare_data.py", "citiscapes", "--root", tmp_path), "citiscapes", "cityscapes")
+
+
+@pytest.mark.parametrize(("shape", "digest"), [((601, 733, 3), "169572b832e6eaba"), ((1200, 513, 3), "f04f5db6c6ddb22e"), ((777, 1024), "2b3b5ccb14341ec3")])
+def test_pictures_are_made_smaller_as_opencv_does(shape, digest):
+    """SHA-256 of what cv2.resize (OpenCV 5.0, INTER_LINEAR) gives."""
+    numbers = np.arange(np.prod(shape), dtype=np.uint64) * np.uint64(2654435761) >> np.uint64(7)
+    height, width = (round(side / min(shape[:2]) * 512) for side in shape[:2])
+    small = resize_bilinear((numbers % 256).astype(np.uint8).reshape(shape), height, width)
+    assert small.shape[:2] == (height, width) and hashlib.sha256(small.tobytes()).hexdigest().startswith(digest)

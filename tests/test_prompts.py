@@ -1,0 +1,116 @@
+"""Learning a prompt: the command, resuming, using the result; the learning-rate schedule and the crops."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROCESS, ROOT, tiny_config
+
+import eval as evaluation
+import train
+from zsseg import checkpoint
+from zsseg.config import load_config
+from zsseg.data import resized_crop_box
+
+WORDS = ["--config", "configs/voc_prompts.toml", "--device", "cpu"]
+for setting in ("data.name=shapes", "clip.weights={root}/shapes/clip.pt", "train.steps=4", "train.batch_size=4", "log.every=1",
+                "train.checkpoint_every=2", "prompts.samples_per_class=3", "data.workers=0", "prompts.warmup_steps=1",
+                "data.split=test"):  # fmt: skip
+    WORDS += ["--set", setting]
+
+
+@pytest.fixture(scope="module")
+def learned(shapes_root, tmp_path_factory):
+    out = tmp_path_factory.mktemp("prompt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        train.main([*WORDS, "--root", str(shapes_root), "--out", str(out)])
+    return out
+
+
+def test_only_the_prompt_learns_and_is_saved(learned):
+    content = checkpoint.load(learned / "last.pt")
+    assert {k: list(v) for k, v in content["model"].items()} == {"prompt": ["prefix"]}
+    assert content["model"]["prompt"]["prefix"].shape == (16, 64)
+    lines = [json.loads(line) for line in (learned / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4] and all(np.isfinite(line["loss"]) for line in lines)
+    rates = [0.0001, *(0.01 * (1 + math.cos(math.pi * s / 4)) for s in (1, 2, 3))]
+    assert [line["lr"] for line in lines] == pytest.approx(rates)
+
+
+def test_the_prompt_moves_towards_the_crops(shapes_root, tmp_path):
+    """The gradient reaches the prompt, and a step along it lowers the loss of the same batch."""
+    config = load_config(str(ROOT / "configs/voc_prompts.toml"),
+                         ["data.name=shapes", "clip.weights={root}/shapes/clip.pt", "data.workers=0"])  # fmt: skip
+    task = train.Prompts(config, shapes_root, PROCESS)
+    batch = task.collate([task.samples[n] for n in range(16)])
+    assert not task.model.train().clip.training
+    loss, _ = task.loss(task.model, batch)
+    loss.backward()
+    prefix = task.model.prompt.prefix
+    assert [n for n, p in task.model.named_parameters() if p.grad is not None] == ["prompt.prefix"]
+    assert prefix.grad.abs().sum() > 0
+    with torch.no_grad():
+        prefix -= 1e-3 * prefix.grad / prefix.grad.norm()
+    assert task.loss(task.model, batch)[0] < loss
+
+
+def test_resuming_is_exact(learned, shapes_root, tmp_path, monkeypatch):
+    kept, original = {}, checkpoint.save
+
+    def save_and_keep(path, **content):
+        original(path, **content)
+        kept[content["step"]] = checkpoint.load(path)
+
+    monkeypatch.setattr(checkpoint, "save", save_and_keep)
+    config = load_config(None, base=checkpoint.load(learned / "last.pt")["config"])
+    train.train(config, shapes_root, tmp_path / "a", PROCESS, {})
+    train.train(config, shapes_root, tmp_path / "b", PROCESS, kept[2])
+    results = [checkpoint.load(p / "last.pt")["model"]["prompt"]["prefix"] for p in (learned, tmp_path / "a", tmp_path / "b")]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert not torch.equal(kept[2]["model"]["prompt"]["prefix"], results[0])
+
+
+def test_a_learned_prompt_is_used_in_training_and_evaluation(learned, shapes_root, tmp_path, capsys):
+    """For head and regions, or for the regions alone; the segmenter's checkpoint then holds it."""
+    for settings in (["clip.prompt=learned"], ["clip.region_prompt=learned"]):
+        config = tiny_config("train.steps=1", f"clip.prompts={learned / 'last.pt'}", *settings)
+        out = tmp_path / settings[0]
+        train.train(config, shapes_root, out, PROCESS, {})
+        assert "last.pt: 1 tensors loaded, 0 dropped" in capsys.readouterr().out
+        part = settings[0].split(".")[1].split("=")[0]
+        saved, wanted = (checkpoint.load(p)["model"] for p in (out / "last.pt", learned / "last.pt"))
+        assert torch.equal(saved[part]["prefix"], wanted["prompt"]["prefix"])
+        first = json.loads((out / "metrics.json").read_text())
+        (tmp_path / "moved").mkdir(exist_ok=True)
+        (learned / "last.pt").rename(tmp_path / "moved" / "last.pt")  # evaluation needs it no more
+        try:
+            evaluation.main([str(out / "last.pt"), "--root", str(shapes_root), "--out", str(out / "eval"), "--device", "cpu"])
+        finally:
+            (tmp_path / "moved" / "last.pt").rename(learned / "last.pt")
+        again = json.loads((out / "eval" / "metrics.json").read_text())
+        assert {k: v for k, v in first.items() if "second" not in k} == {k: v for k, v in again.items() if "second" not in k}
+
+
+def test_schedules():
+    config = load_config(None, ["train.task=prompts", "train.steps=1000"])
+    factors = [train.rate_factor(s, config) for s in (0, 99, 100, 500, 999)]
+    cosine = [(1 + math.cos(math.pi * s / 1000)) / 2 for s in (0, 99, 100, 500, 999)]
+    assert factors == pytest.approx([0.005 * cosine[0], 0.005 * cosine[1], *cosine[2:]])
+    assert train.rate_factor(500, load_config(None, ["train.steps=1000"])) == pytest.approx(0.5**0.9)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 90), (500, 3), (224, 224), (64, 48)])
+def test_random_resized_crops_stay_inside(size):
+    rng = np.random.default_rng(0)
+    areas = []
+    for _ in range(300):
+        left, top, w, h = resized_crop_box(*size, rng)
+        assert 0 <= left <= left + w <= size[0] and 0 <= top <= top + h <= size[1] and w > 0 and h > 0
+        areas.append(w * h / (size[0] * size[1]))
+        if min(size) > 40:
+            assert 0.7 < w / h < 1.4
+    if min(size) > 40:
+        assert min(areas) < 0.15 and max(areas) > 0.85

@@ -112,7 +112,7 @@ def present(name: str, root: Path) -> list[str]:
         except UserError:
             if split == "val":
                 raise
-            print(f"{name} {split}: none (only training needs it)")
+            print(f"{name} {split}: none" + (" (only training needs it)" if split == "train" else ""))
     return splits
 
 

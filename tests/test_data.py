@@ -104,6 +104,26 @@ def test_augmentation_moves_picture_and_labels_together(size):
         assert agree.float().mean() > 0.9
 
 
+@pytest.mark.parametrize("size", [(375, 500), (500, 333), (97, 301), (1000, 20)])
+def test_the_crop_is_resized_as_a_part_of_the_whole(size):
+    """Resizing only what the crop shows gives the pixels of resizing it all, and nearest labels are Pillow's."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+    labels = rng.integers(0, 20, size, dtype=np.uint8)
+    config = tiny_config("data.short_edges=[40, 320, 700]", "data.crop=128", "data.color_jitter=false").data
+    for seed in range(8):
+        picture, mask = augment(image, labels, config, 255, np.random.default_rng(seed))
+        draws = np.random.default_rng(seed)
+        width, height = test_size(*image.size, int(draws.choice(config.short_edges)), config.max_size)
+        h, w = min(height, 128), min(width, 128)
+        top, left = int(draws.integers(height - h + 1)), int(draws.integers(width - w + 1))
+        flipped = draws.random() < 0.5
+        for ours, theirs, method in ((picture.permute(1, 2, 0), image, "BILINEAR"), (mask, Image.fromarray(labels), "NEAREST")):
+            whole = np.array(theirs.resize((width, height), Image.Resampling[method]))[top : top + h, left : left + w]
+            apart = (whole[:, ::-1] if flipped else whole).astype(int) - ours[:h, :w].numpy()
+            assert (apart != 0).mean() < (1e-3 if method == "BILINEAR" else 1e-9) and np.abs(apart).max() <= 1, (method, seed)
+
+
 def test_jitter_is_ssd_s():
     """A grey picture has neither saturation nor hue; a pure red one has no contrast or brightness left to hide them."""
     rng = np.random.default_rng(0)

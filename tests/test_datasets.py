@@ -378,7 +378,10 @@ def test_the_command_itself(tmp_path):
     fails_in_one_line(command("prepare_data.py", "citiscapes", "--root", tmp_path), "citiscapes", "cityscapes")
 
 
-@pytest.mark.parametrize(("shape", "digest"), [((601, 733, 3), "169572b832e6eaba"), ((1200, 513, 3), "f04f5db6c6ddb22e"), ((777, 1024), "2b3b5ccb14341ec3")])
+@pytest.mark.parametrize(
+    ("shape", "digest"),
+    [((601, 733, 3), "169572b832"), ((1200, 513, 3), "f04f5db6c6"), ((777, 1024), "2b3b5ccb14")],
+)
 def test_pictures_are_made_smaller_as_opencv_does(shape, digest):
     """SHA-256 of what cv2.resize (OpenCV 5.0, INTER_LINEAR) gives."""
     numbers = np.arange(np.prod(shape), dtype=np.uint64) * np.uint64(2654435761) >> np.uint64(7)

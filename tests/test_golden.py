@@ -5,6 +5,7 @@ so these tests also hold the order of the operations to the original's.
 """
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -143,9 +144,13 @@ def test_training_step(file, key_file, backbone):
 def test_end_to_end(tmp_path):
     arrays = {f"override/{k}": v for k, v in golden("e2e/voc_r50_single_override.npz").items()}
     torch.save({"model": original_state(keys("e2e/voc_r50_single_keys.json"), arrays)}, tmp_path / "model_final.pth")
+    shutil.copytree(GOLDEN / "e2e" / "VOC2012", tmp_path / "VOC2012")
+    result = command("prepare_data.py", "voc", "--root", tmp_path)
+    assert result.returncode == 0 and "voc val: 3 pictures" in result.stdout, result.stderr
     result = command("eval.py", tmp_path / "model_final.pth", "--config", "configs/voc_r50_single.toml", "--root",
-                     GOLDEN / "e2e", "--out", tmp_path / "out", "--save-predictions", "--device", "cpu")  # fmt: skip
+                     tmp_path, "--out", tmp_path / "out", "--save-predictions", "--device", "cpu")  # fmt: skip
     assert result.returncode == 0, result.stderr
+    assert "tensors loaded, " in result.stdout and " dropped: " in result.stdout
     for stem, reference in golden("e2e/voc_r50_single_predictions.npz").items():
         ours = np.array(Image.open(tmp_path / "out" / "predictions" / f"{stem}.png"))
         assert (ours == reference).mean() >= 0.995

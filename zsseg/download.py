@@ -65,7 +65,7 @@ def check_file(file: Path, checksum: str, what: str, size: int = 0, delete: bool
     if problem:
         if delete:
             file.unlink()
-        todo = "it was deleted: run it again" if delete else f"replace {file}"
+        todo = "it was deleted: run it again" if delete else f"replace {file}, or unpack it yourself"
         raise UserError(what, f"the file {problem}", todo)
 
 

@@ -38,7 +38,7 @@ def make_voc(root: Path, pictures: int, masks: int) -> None:
                 os.link(file.with_stem(f"{i % pictures:06}"), file)
             continue
         noise = Image.fromarray(rng.integers(0, 256, (SIZE[1] // 5, SIZE[0] // 5, 3), dtype=np.uint8))
-        noise.resize(SIZE, Image.Resampling.BICUBIC).filter(ImageFilter.DETAIL).save(jpeg, quality=90)
+        noise.resize(SIZE, Image.Resampling.BICUBIC).filter(ImageFilter.DETAIL).save(jpeg, quality=94)
         blobs = rng.choice([0, 0, 0, 15, 7, 255, rng.integers(1, 21)], (8, 10)).astype(np.uint8)
         Image.fromarray(blobs).resize(SIZE, Image.Resampling.NEAREST).filter(ImageFilter.MedianFilter(9)).save(png)
     (folder / "train.txt").write_text("\n".join(f"{i:06}" for i in range(masks)))
@@ -92,6 +92,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_voc(root, min(200, args.masks), args.masks)
+        jpegs = [f.stat().st_size for f in (root / "VOC2012" / "JPEGImages").iterdir()]
+        print(f"pictures of {SIZE[0]} x {SIZE[1]}, {sum(jpegs) / len(jpegs) / 1000:.0f} kB each (VOC's: under 117)")
         labels = sorted((root / "VOC2012" / "SegmentationClassAug").iterdir())
         lut = dataset("voc").lut()
         few, started = labels[: max(args.masks // 10, 1)], time.perf_counter()

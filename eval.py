@@ -14,7 +14,7 @@ from zsseg import checkpoint, run
 from zsseg.config import Config, load_config
 from zsseg.datasets import find_pairs
 from zsseg.metrics import evaluate, report
-from zsseg.segmenter import Segmenter
+from zsseg.segmenter import Segmenter, read_prompts
 
 
 def main(argv: list[str]) -> None:
@@ -39,21 +39,23 @@ def load_segmenter(content: dict, config: Config, root: Path, name: str) -> Segm
     what = f"checkpoint {name}"
     if "config" in content:
         if "maskformer" not in content["model"]:
-            raise run.UserError(what, "holds a CLIP, not a segmenter", "give a checkpoint of task segment")
+            raise run.UserError(what, "holds no segmenter", "give a checkpoint of task segment")
         supervised = config.model.class_head == "linear"
         parts, clip = content["model"], None if supervised else checkpoint.load_clip_state(config.clip.weights, root)
-        if config.clip.prompts == content["config"]["clip"]["prompts"]:
-            config.clip.prompts = ""  # the checkpoint holds them
+        other_prompts = config.clip.prompts != content["config"]["clip"]["prompts"]  # else the checkpoint holds them
     else:
         parts, dropped = checkpoint.import_original(content["model"], what)
+        other_prompts = True
         clip = parts.get("clip") if config.model.class_head == "text" else None
         if clip is None and config.model.class_head == "text":
             raise run.UserError(what, "holds no CLIP", "give a zero-shot checkpoint of zsseg.baseline")
     segmenter = Segmenter(config, clip)
-    segmenter.load_learned(parts, what)
+    prompts = read_prompts(config.clip.prompts) if config.clip.prompts and other_prompts else {}
+    segmenter.load_learned(parts | prompts, what)
     if "config" not in content:
         used = {*segmenter.learned_state(), "clip"} - ({"clip"} if clip is None else set())
-        dropped += [f"{part}.{k}" for part in parts if part not in used for k in parts[part]]
+        used -= prompts.keys()
+        dropped += [k for k in content["model"] if (checkpoint.our_name(k) or "").partition(".")[0] in parts.keys() - used]
         checkpoint.say_loaded(what, len(content["model"]) - len(dropped), dropped)
     return segmenter
 

@@ -17,7 +17,18 @@ import numpy as np
 from train import train
 from zsseg import checkpoint, convert, run, shapes
 from zsseg.config import load_config
-from zsseg.datasets import DATASETS, Archive, count_classes, dataset, find_pairs, label_statistics, read_picture
+from zsseg.datasets import (
+    DATASETS,
+    Archive,
+    count_classes,
+    count_split,
+    dataset,
+    find_pairs,
+    label_statistics,
+    read_labels,
+    read_picture,
+    read_values,
+)
 from zsseg.download import check_file, fetch, unpack
 from zsseg.run import UserError
 
@@ -27,6 +38,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("dataset", choices=DATASETS)
     parser.add_root()
     parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--train", action="store_true",
+                        help="get the training pictures, too, where only the test split is there")
     parser.add_argument("--check", action="store_true", help="only verify: counts, unreadable files, label histogram")
     args = parser.parse_args(argv)
     if args.check:
@@ -35,7 +48,7 @@ def main(argv: list[str]) -> None:
     if args.dataset == "shapes":
         prepare_shapes(args.root, args.workers)
     else:
-        prepare(args.dataset, args.root, args.workers)
+        prepare(args.dataset, args.root, args.workers, args.train)
     summarize(args.dataset, args.root, args.workers)
 
 
@@ -50,13 +63,17 @@ def prepare_shapes(root: Path, workers: int) -> None:
     checkpoint.save(folder / "clip.pt", model=checkpoint.load(last)["model"])
 
 
-def prepare(name: str, root: Path, workers: int) -> None:
-    """Bring the official files into the layout that is read, unless the test split is there already."""
+def prepare(name: str, root: Path, workers: int, train: bool) -> None:
+    """Bring the official files into the layout that is read, unless it is there.
+
+    A test split alone is taken as it is (evaluation needs no more) unless `train` asks for both.
+    """
     data = dataset(name)
     folder = data.folder(root)
     if name == "ade20k_full" and (folder / "images").is_dir():
-        convert.ade20k_full(folder, workers)  # skips what is there
-    if is_there(name, root):
+        convert.ade20k_full(folder, workers, train)  # skips what is there
+    needed = ["train", "val"] if train or (data.lists and (folder / "train.txt").exists()) else ["val"]
+    if all(is_there(name, root, split) for split in needed):
         return
     if name == "voc":
         obtain(data.archives[0], name, root, folder)
@@ -65,21 +82,25 @@ def prepare(name: str, root: Path, workers: int) -> None:
         if sbd == places[0]:
             obtain(data.archives[1], name, root, folder)
         convert.voc_trainaug(folder, sbd, workers)
-        return
-    for archive in data.archives:
-        obtain(archive, name, root, folder)
-    if name == "pcontext":
-        convert.pascal_context(folder, workers)
     elif not data.archives:
         raise UserError(f"data set {name}", f"nothing in {folder}", data.register)
+    else:
+        for archive in data.archives:
+            obtain(archive, name, root, folder)
+    if name == "pcontext":
+        convert.pascal_context(folder, workers)
+    if not is_there(name, root, "val"):
+        raise UserError(f"data set {name}", f"{folder} is not complete", "move it away, or put in the official files")
 
 
-def is_there(name: str, root: Path) -> bool:
-    """The test split, whose list or files come last, is there."""
+def is_there(name: str, root: Path, split: str) -> bool:
+    """The split has files; where they are listed, most of them are there (--check names the others)."""
     try:
-        return bool(find_pairs(name, root, "val"))
+        pairs = find_pairs(name, root, split)
     except UserError:
         return False
+    files = {f for folder in {f.parent for pair in pairs for f in pair} if folder.is_dir() for f in folder.iterdir()}
+    return sum(picture in files and label in files for picture, label in pairs) > len(pairs) / 2
 
 
 def obtain(archive: Archive, name: str, root: Path, folder: Path) -> None:
@@ -87,7 +108,7 @@ def obtain(archive: Archive, name: str, root: Path, folder: Path) -> None:
     if all((folder / outside).exists() for _, outside in archive.take):
         return
     what, cached = f"data set {name}, {archive.file}", run.cache_dir() / "downloads" / archive.file
-    file = next((p for p in (root / archive.file, folder / archive.file) if p.exists()), cached)
+    file = next((p for p in (root / archive.file, folder / archive.file) if p.is_file()), cached)
     if file != cached:
         check_file(file, archive.checksum, what, archive.bytes, delete=False)
     elif archive.urls:
@@ -96,7 +117,7 @@ def obtain(archive: Archive, name: str, root: Path, folder: Path) -> None:
         raise UserError(f"data set {name}", f"no {archive.file} in {root}, nothing in {folder}", dataset(name).register)
     inside, outside = archive.take[0]
     if inside:
-        unpack(file, archive.take, folder, what)
+        unpack(file, archive.take, folder, what, verified=bool(archive.checksum))
     elif file != folder / outside:  # a single file
         with run.replacing(folder / outside) as temporary:
             temporary.write_bytes(file.read_bytes())
@@ -112,7 +133,7 @@ def present(name: str, root: Path) -> list[str]:
         except UserError:
             if split == "val":
                 raise
-            print(f"{name} {split}: none" + (" (only training needs it)" if split == "train" else ""))
+            print(f"{name} {split}: none" + (" (only training needs it; --train fetches it)" if split == "train" else ""))
     return splits
 
 
@@ -135,7 +156,7 @@ def summarize(name: str, root: Path, workers: int) -> None:
     data = dataset(name)
     for split in present(name, root):
         text = describe(name, root, split)
-        if split == "train":
+        if split == "train" and data.unseen:
             statistics = label_statistics(name, root, split, workers)
             text += f"; {len(statistics.pictures_with(data.trained))} show a class that is trained on"
         print(text)
@@ -145,23 +166,36 @@ def check(name: str, root: Path, workers: int) -> None:
     """Read every file of every split. What is broken or alone is printed, all of it; then it is a UserError."""
     data, problems = dataset(name), 0
     tables = data.lut(), data.lut(training=True)
+    unseen = [data.values[data.names.index(n)] for n in data.unseen]
     for split in present(name, root):
         broken = [f"{file} has no partner" for file in data.unpaired(data.folder(root), split)]
+        hidden, survivors, right = [], [], []  # pixels of unseen classes, those in training targets, files
 
-        def count(pair: tuple[Path, Path]):
+        def count(pair: tuple[Path, Path], kept=(broken, hidden, survivors, right)) -> np.ndarray:
+            broken, hidden, survivors, right = kept
             try:
-                return count_classes(pair[1], data, tables, read_picture(pair[0]).size)
+                size = read_picture(pair[0]).size
+                rows = count_classes(pair[1], data, tables, size)
+                if unseen:  # by the function that training reads with, against the values in the file
+                    where = np.isin(read_values(pair[1], data.bits), unseen)
+                    targets = read_labels(pair[1], tables[1], size)[where]
+                    hidden.append(len(targets))
+                    survivors.append(int((targets != data.ignore).sum()))
             except UserError as error:
-                broken.append(str(error))  # noqa: B023, called before the loop goes on
+                broken.append(str(error))
                 return np.empty((0, 2), np.int64)
+            right.append(pair)
+            return rows
 
-        pixels = label_statistics(name, root, split, workers, count).histogram(len(data.names))
+        pairs = find_pairs(name, root, split)
+        pixels = count_split(pairs, count, workers, f"check {name} {split}").histogram(len(data.names))
         print(describe(name, root, split))
         share = 100 * pixels / max(pixels.sum(), 1)
         for label, percent in zip([*data.names, "ignored"], share, strict=True):
             print(f"  {label[:40]:40}{percent:7.2f} %")
-        if split == "train" and data.unseen:
-            print(f"  training targets hold no pixel of the {len(data.unseen)} unseen classes: {', '.join(data.unseen)}")
+        if split == "train" and unseen:
+            print(f"  {len(right)} training targets: of {sum(hidden)} pixels of the {len(unseen)} unseen classes "
+                  f"({', '.join(data.unseen)}), {sum(survivors)} survive")  # fmt: skip
         for line in sorted(broken):
             print(f"  broken: {line}")
         problems += len(broken)

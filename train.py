@@ -33,10 +33,10 @@ from zsseg.segmenter import build_segmenter
 
 class Segment:
     """MaskFormer on the seen classes of a data set, CLIP frozen."""
-    def __init__(self, config: Config, root: Path, process: run.Process):
+    def __init__(self, config: Config, root: Path, process: run.Process, saved: dict | None):
         self.config, self.root, self.process = config, root, process
         find_pairs(config.data.name, root, config.data.split)  # a missing split is noticed now, not at the end
-        self.segmenter = build_segmenter(config, root).to(process.device)
+        self.segmenter = build_segmenter(config, root, saved).to(process.device)
         self.segmenter.set_classes(training_set(config.data).training_names)
         self.text = self.segmenter.text
         self.model, self.state, self.load = self.segmenter.maskformer, self.segmenter.learned_state, self.segmenter.load_learned
@@ -78,7 +78,7 @@ class PromptClassifier(nn.Module):
 
 class Prompts:
     """The learned prompt (Xu et al. 2021, first stage): masked crops of the seen classes against their text features."""
-    def __init__(self, config: Config, root: Path, process: run.Process):
+    def __init__(self, config: Config, root: Path, process: run.Process, saved: dict | None = None):
         self.process, self.bf16 = process, config.model.bf16
         clip = build_clip(checkpoint.load_clip_state(config.clip.weights, root))
         prompt = LearnedPrompt(clip.token_embedding.weight.shape[1], config.clip.prompt_prefix, config.clip.prompt_suffix)
@@ -105,7 +105,7 @@ class Prompts:
 
 class Contrast:
     """The small CLIP of the embedded data set, from regions and captions of all classes."""
-    def __init__(self, config: Config, root: Path, process: run.Process):
+    def __init__(self, config: Config, root: Path, process: run.Process, saved: dict | None):
         self.config, self.process = config, process
         self.model = build_small_clip(config.contrast).to(process.device)
         self.tokenizer = Tokenizer(self.model.token_embedding.num_embeddings, self.model.context)
@@ -190,7 +190,8 @@ def main(argv: list[str]) -> None:
 def train(config: Config, root: Path, out: Path, process: run.Process, saved: dict) -> None:
     """Train as `config` says and evaluate, from the start or from `saved`, the content of a checkpoint."""
     torch.manual_seed(run.seed_of(config.train.seed, 0))
-    task = {"segment": Segment, "prompts": Prompts, "clip": Contrast}[config.train.task](config, root, process)
+    task = {"segment": Segment, "prompts": Prompts, "clip": Contrast}[config.train.task]
+    task = task(config, root, process, saved.get("model"))
     if task.batch_size % process.world:
         raise run.UserError("train.batch_size", f"{task.batch_size} cannot be shared by {process.world} processes", "change it")
     optimizer = build_optimizer(task.model, config)

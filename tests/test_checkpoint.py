@@ -16,6 +16,7 @@ import eval as evaluation
 import prepare_data
 from zsseg import checkpoint
 from zsseg.checkpoint import import_original, load_backbone, load_strict, our_name
+from zsseg.clip import build_clip
 from zsseg.config import ModelConfig
 from zsseg.maskformer import DeepResNet, MaskFormer
 from zsseg.prompts import LearnedPrompt
@@ -180,6 +181,67 @@ def test_files_with_code_are_refused_and_not_run(tmp_path, monkeypatch, ending):
     with pytest.raises(UserError, match=r"evil\.pt: cannot be read as tensors"):
         checkpoint.load("evil.pt")
     assert not (tmp_path / "pwned").exists()
+
+
+class Raw:
+    """Pickles as a call of one of NumPy's rebuilding functions with arguments of our choice."""
+    def __init__(self, function, arguments: tuple, state: object = None):
+        self.call = (function, arguments) if state is None else (function, arguments, state)
+
+    def __reduce__(self):
+        return self.call
+
+
+def hostile_pickles() -> dict[str, bytes]:
+    from numpy._core import multiarray
+
+    pointer = Raw(np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0))
+    rebuilt = (np.ndarray, (0,), b"b")
+    float32 = np.dtype("float32")
+    return {
+        "pointer": pickle.dumps({"w": Raw(multiarray.scalar, (pointer, b"A" * 8))}),
+        "objects": pickle.dumps({"w": np.array([[], "x"], dtype=object)}),
+        "structured": pickle.dumps({"w": np.zeros(3, [("a", "f4")])}),
+        "short": pickle.dumps({"w": Raw(multiarray._reconstruct, rebuilt, (1, (1000, 1000), float32, False, b"1234"))}),
+        "negative": pickle.dumps({"w": Raw(multiarray._reconstruct, rebuilt, (1, (-4,), float32, False, b"1" * 17))}),
+        "html": b"<html>Not Found</html>",
+        "text": b"Internal Server Error\n",
+        "garbage": b"\x80\xff",
+        "not a dict": pickle.dumps([1, 2]),
+        "not arrays": pickle.dumps({"model": {"stem.conv1.weight": 3}}),
+    }
+
+
+@pytest.mark.parametrize("kind", hostile_pickles())
+def test_hostile_and_broken_pickles_are_one_line(kind, tmp_path):
+    (tmp_path / "R-50.pkl").write_bytes(hostile_pickles()[kind])
+    with pytest.raises(UserError, match=r"R-50\.pkl"):
+        load_backbone(DeepResNet("R50"), "R50", str(tmp_path / "R-50.pkl"))
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_arrays_of_every_protocol_are_read(protocol, tmp_path):
+    arrays = {
+        "f4": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "order": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "big": np.arange(3, dtype=">i4"),
+        "none": np.zeros((0, 2)),
+        "scalar": np.float64(3),
+        "half": np.ones(2, np.float16),
+    }
+    with open(tmp_path / "a.pkl", "wb") as file:
+        pickle.dump({"model": arrays}, file, protocol)
+    with open(tmp_path / "a.pkl", "rb") as file:
+        read = checkpoint.ArrayUnpickler(file, encoding="latin1").load()["model"]
+    for name, array in arrays.items():
+        assert np.array_equal(read[name].array, array) and read[name].array.dtype.kind == array.dtype.kind
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04junk", b"<html>", b"", b"\x80\x02}q\x00."])
+def test_a_clip_that_is_none_is_one_line(content, tmp_path):
+    (tmp_path / "clip.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"clip\.pt|CLIP"):
+        build_clip(checkpoint.load_clip_state(str(tmp_path / "clip.pt"), tmp_path))
 
 
 def test_empty_and_cut_files_are_named(tmp_path):

@@ -207,7 +207,7 @@ def test_check_reports_histogram_and_absence_of_unseen_pixels(shapes_root, capsy
     prepare_data.main(["shapes", "--root", str(shapes_root), "--check"])
     text = capsys.readouterr().out
     assert "shapes train: 10 pictures" in text and "shapes val: 3 pictures" in text
-    assert "no pixel of the 5 unseen classes: red square" in text and "striped wall" in text
+    assert "pixels of the 5 unseen classes (red square" in text and "striped wall" in text
 
 
 # --- mistakes ----------------------------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ def test_mistakes_in_evaluation(capsys, monkeypatch, trained, shapes_root, tmp_p
     wrong = [trained / "last.pt", *out, "--set", "model.queries=9"]
     fails(capsys, monkeypatch, evaluation.main, wrong, "query_embed.weight has shape")
     checkpoint.save(tmp_path / "clip.pt", model={"text_projection": torch.zeros(1)}, config=asdict(tiny_config(task="clip")))
-    fails(capsys, monkeypatch, evaluation.main, [tmp_path / "clip.pt", *out], "holds a CLIP")
+    fails(capsys, monkeypatch, evaluation.main, [tmp_path / "clip.pt", *out], "holds no segmenter")
     learned = [trained / "last.pt", *out, "--set", "clip.prompt=learned"]
     fails(capsys, monkeypatch, evaluation.main, learned, "no learned prompt")
     assert not (tmp_path / "out").exists()

@@ -105,8 +105,9 @@ def test_every_configuration_of_the_original_is_here():
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_configuration_builds_its_model(name, vocabulary):
+def test_every_configuration_builds_its_model(name, monkeypatch):
     """On the meta device: sizes fit together, the paper's classes and CLIP are in it."""
+    monkeypatch.setattr("zsseg.clip.read_merges", lambda count: [])  # shapes need no words
     config = load_config(str(ROOT / "configs" / f"{name}.toml"))
     state = clip_on_meta(config.clip.weights)
     with torch.device("meta"):

@@ -118,7 +118,9 @@ def test_a_test_split_alone_is_enough(name, tmp_path, capsys):
                 shutil.rmtree(folder)
     prepare_data.main([name, "--root", str(tmp_path)])
     text = capsys.readouterr().out
-    assert f"{name} train: none" in text and f"{name} val: " in text
+    assert f"{name} train: none (only training needs it; --train fetches it)" in text and f"{name} val: " in text
+    with pytest.raises(UserError, match=f"run prepare_data.py {name} --train"):
+        find_pairs(name, tmp_path, "train")
 
 
 def test_pictures_are_not_turned_and_not_misread(tmp_path):
@@ -156,7 +158,8 @@ def test_no_unseen_class_is_in_what_training_reads(name, tmp_path):
         assert set(samples[number][2].tolist()) <= set(np.unique(ids[kept]).tolist())
     assert found > 0
     everything = TrainPictures(tiny_config(f"data.name={name}", "data.train_on=all"), tmp_path)
-    assert everything.lut.tolist() == data.lut().tolist() and len(everything.pairs) > len(samples.pairs) - 1
+    assert everything.lut.tolist() == data.lut().tolist()
+    assert len(everything.pairs) == len(samples.pairs) + (name == "voc")  # COCO's third picture has no class at all
 
 
 def test_one_region_samples(tmp_path):
@@ -170,9 +173,30 @@ def test_one_region_samples(tmp_path):
     assert len(many.regions) > len(samples.regions)
     for n in range(3 * len(many.regions)):
         picture, mask, category = many[n]
-        assert picture.shape == (3, 32, 32) and picture.dtype == torch.uint8 and mask.shape == (32, 32) and 0 <= category < 15
-    again = many[3]
-    assert all(np.array_equal(a, b) for a, b in zip(again, many[3], strict=True))
+        assert picture.shape == (3, 32, 32) and picture.dtype == torch.uint8 and 0 <= category < 15
+        assert mask.shape == (32, 32) and mask.dtype == torch.bool and mask.any()
+    assert all(np.array_equal(a, b) for a, b in zip(many[3], many[3], strict=True))
+
+
+def test_a_region_and_its_mask_move_together(tmp_path):
+    """On pictures whose colour is their label; a region of a few lonely pixels is never missed."""
+    folder = tmp_path / "VOC2012"
+    (folder / "JPEGImages").mkdir(parents=True)
+    labels = np.zeros((375, 500), np.uint8)
+    labels[50:200, 100:330], labels[60:90, 150:300] = 7, 3
+    labels[10, 20] = labels[370, 480] = 5
+    labels[300, 200:210] = 5
+    trees.save_map(labels, folder / "SegmentationClassAug" / "a.png")
+    Image.fromarray(labels * 30).convert("RGB").save(folder / "JPEGImages" / "a.jpg", quality=100, subsampling=0)
+    (folder / "train.txt").write_text("a")
+    samples = Regions(tiny_config("data.name=voc"), tmp_path, 64)
+    assert sorted(c for _, c in samples.regions) == [2, 4, 6]
+    for n in range(240):
+        picture, mask, category = samples[n]
+        assert mask.any(), n
+        if category != 4:
+            close = (picture[0].int() - 30 * (category + 1)).abs() < 40
+            assert close[mask].float().mean() > 0.8 and (mask.all() or close[~mask].float().mean() < 0.3)
 
 
 # --- run lengths -------------------------------------------------------------------------------------------------
@@ -194,12 +218,13 @@ def test_run_lengths_known_text():
 
 
 @pytest.mark.parametrize(
-    "runs", [{"size": [2, 2], "counts": [3]}, {"size": [2, 2], "counts": [5, -1]}, {"size": [2, 2], "counts": "\x01"},
-             {"size": [2, 2], "counts": "zz"}, {"size": [2, 2], "counts": "é"}],
+    ("size", "counts"),
+    [([3, 5], [2**62] * 4 + [15]), ([2**20, 2**20], [2**40]), ([2, 2], [3]), ([2, 2], [5, -1]), ([2, 2], "\x01"),
+     ([2, 2], "zz"), ([2, 2], "é")],
 )  # fmt: skip
-def test_run_lengths_that_cannot_be(runs):
-    with pytest.raises(ValueError, match=r"run length|run-length|ascii"):
-        decode_runs(runs)
+def test_run_lengths_that_cannot_be(size, counts):
+    with pytest.raises(ValueError, match=r"run length|run-length|ascii|sensible size"):
+        decode_runs({"size": size, "counts": counts})
 
 
 # --- statistics --------------------------------------------------------------------------------------------------
@@ -214,7 +239,7 @@ def test_statistics_count_and_are_counted_once(tmp_path, monkeypatch):
         ids = read_labels(label, data.lut(), read_picture(image).size)
         classes, pixels = np.unique(np.where(ids == 255, 171, ids), return_counts=True)
         rows = statistics.image == i
-        assert statistics.ids[i] == label.stem and statistics.category[rows].tolist() == classes.tolist()
+        assert statistics.category[rows].tolist() == classes.tolist()
         assert statistics.pixels[rows].tolist() == pixels.tolist()
         np.add.at(wanted, classes, pixels)
         assert (i in statistics.pictures_with([int(classes[0])])) and (len(classes) > 1 or classes[0] != 171 or
@@ -245,14 +270,24 @@ def test_statistics_count_and_are_counted_once(tmp_path, monkeypatch):
 
 
 def test_statistics_of_a_read_only_root(tmp_path, monkeypatch):
-    trees.ade20k(tmp_path)
+    """They go to the cache instead."""
+    trees.ade20k(tmp_path / "root")
+    monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path / "cache"))
+    real, tried = datasets.replacing, []
 
-    def refuse(*args: object):
-        raise UserError("file", "cannot be written", "")
+    def refuse(path: Path):
+        tried.append(path)
+        if path.is_relative_to(tmp_path / "root"):
+            raise UserError("file", "cannot be written", "")
+        return real(path)
 
     monkeypatch.setattr(datasets, "replacing", refuse)
-    assert label_statistics("ade20k", tmp_path, "val").histogram(150).sum() == 37 * 53 + 64 * 48 + 1
-    assert not (tmp_path / "ADEChallengeData2016" / ".zsseg").exists()
+    for tries in (2, 0):
+        tried.clear()
+        assert label_statistics("ade20k", tmp_path / "root", "val").histogram(150).sum() == 37 * 53 + 64 * 48 + 1
+        assert len(tried) == tries
+    assert not (tmp_path / "root" / "ADEChallengeData2016" / ".zsseg").exists()
+    assert len(list((tmp_path / "cache" / "statistics").iterdir())) == 1
 
 
 def test_a_leak_in_one_table_is_noticed(tmp_path):
@@ -279,7 +314,7 @@ def test_check_names_every_bad_file(tmp_path, capsys, monkeypatch):
     (base / "images/training/ADE_train_00000001.jpg").unlink()
     (base / "annotations/training/ADE_train_00000002.png").unlink()
     before = files(tmp_path)
-    arguments = ["ade20k", "--root", tmp_path, "--check"]
+    arguments = ["ade20k", "--root", tmp_path, "--check"]  # which writes nothing
     fails(capsys, monkeypatch, prepare_data.main, arguments, "5 files are broken or have no partner")
     with pytest.raises(UserError):
         prepare_data.main([str(a) for a in arguments])
@@ -287,7 +322,7 @@ def test_check_names_every_bad_file(tmp_path, capsys, monkeypatch):
     for part in ("ADE_val_00000001.jpg: cannot be read", "ADE_val_00000002.png: is 5 x 5", "ADE_val_00000003.png: is not a",
                  "ADE_train_00000001.png has no partner", "ADE_train_00000002.jpg has no partner"):  # fmt: skip
         assert text.count(part) == 1, part
-    assert {k for k in files(tmp_path) if ".zsseg" not in k} == set(before)
+    assert files(tmp_path) == before
 
 
 def test_check_of_a_listed_picture_that_is_missing(tmp_path, capsys, monkeypatch):
@@ -357,6 +392,21 @@ def test_a_broken_source_is_named(name, damage, tmp_path, capsys, monkeypatch):
     assert (not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.rglob("val.txt"))) or name == "voc"
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [("height", 10**9), ("height", -1), ("height", "x"), ("file_name", "../../x?.jpg"), ("file_name", "a\0b.jpg"),
+     ("phase", "test"), ("file_name", 300 * "a"), ("image_id", float("inf")), ("image_id", None)],
+)  # fmt: skip
+def test_odd_annotations_are_named(place, value, tmp_path, capsys, monkeypatch):
+    trees.pcontext(tmp_path)
+    file = tmp_path / "pcontext" / "trainval_merged.json"
+    content = json.loads(file.read_text())
+    for image in content["images"]:
+        image[place] = value
+    file.write_text(json.dumps(content))
+    fails(capsys, monkeypatch, prepare_data.main, ["pcontext", "--root", tmp_path], "trainval_merged.json")
+
+
 def test_every_name_fits_clip(vocabulary):
     tokenizer = Tokenizer(49408, 77)
     longest = max(TEMPLATES["imagenet"] + TEMPLATES["vild"] + TEMPLATES["single"], key=lambda t: len(tokenizer.encode(t)))
@@ -369,6 +419,64 @@ def test_registration_is_asked_for(tmp_path, capsys, monkeypatch):
     for name, part in (("cityscapes", "gtFine_trainvaltest.zip"), ("ade20k_full", "ADE20K_2021_17_01")):
         fails(capsys, monkeypatch, prepare_data.main, [name, "--root", tmp_path], part, "register at https://", str(tmp_path))
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bad", ["utf-16", "nothing else", "no pictures", "empty folders"])
+def test_half_a_tree_is_no_data_set(bad, tmp_path, capsys, monkeypatch):
+    """A list alone, or folders alone, do not pass for data; a list that is no text is named."""
+    monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path / "cache"))
+    rows = [dataclasses.replace(a, urls=["http://127.0.0.1:9/x"]) for a in DATASETS["voc"].archives]
+    monkeypatch.setitem(DATASETS, "voc", dataclasses.replace(DATASETS["voc"], archives=rows))
+    folder = tmp_path / "VOC2012"
+    folder.mkdir()
+    if bad == "empty folders":
+        (folder / "JPEGImages").mkdir()
+    else:
+        (folder / "val.txt").write_text("2007_000033\n", "utf-16" if bad == "utf-16" else "utf-8")
+    if bad == "no pictures":
+        trees.save_map(np.zeros((3, 3)), folder / "SegmentationClassAug" / "2007_000033.png")
+    fails(capsys, monkeypatch, prepare_data.main, ["voc", "--root", tmp_path], "voc", "127.0.0.1:9")
+    if bad == "utf-16":
+        fails(capsys, monkeypatch, prepare_data.main, ["voc", "--root", tmp_path, "--check"], "val.txt", "utf-8")
+
+
+def test_masks_that_a_given_list_lacks_are_converted(tmp_path):
+    """VOC's folders with somebody's lists, but without the masks of SBD: the lists stay, the masks come."""
+    trees.voc(tmp_path)
+    base = tmp_path / "VOCdevkit" / "VOC2012"
+    (base / "train.txt").write_text("2008_000003\n2008_000002\n2007_000032\n")
+    (base / "val.txt").write_text("2007_000033\n")
+    prepare_data.main(["voc", "--root", str(tmp_path)])
+    assert (base / "train.txt").read_text() == "2008_000003\n2008_000002\n2007_000032\n"
+    assert all(p.exists() for pair in find_pairs("voc", tmp_path, "train") for p in pair)
+
+
+def test_an_empty_folder_does_not_hide_the_data(tmp_path):
+    trees.voc(tmp_path)
+    (tmp_path / "VOC2012" / ".zsseg").mkdir(parents=True)
+    assert DATASETS["voc"].folder(tmp_path) == tmp_path / "VOCdevkit" / "VOC2012"
+
+
+def test_files_of_the_finder_and_linked_cities(tmp_path):
+    expected = trees.cityscapes(tmp_path)
+    (tmp_path / "cityscapes" / "gtFine" / "val" / "ulm" / "._x_gtFine_labelIds.png").write_bytes(b"?")
+    (tmp_path / "cityscapes" / "leftImg8bit" / "val" / "ulm" / "._x_leftImg8bit.png").write_bytes(b"?")
+    (tmp_path / "ulm").mkdir()
+    for part in ("gtFine", "leftImg8bit"):
+        (tmp_path / "cityscapes" / part / "val" / "ulm").rename(tmp_path / "ulm" / part)
+        (tmp_path / "cityscapes" / part / "val" / "ulm").symlink_to(tmp_path / "ulm" / part)
+    assert sorted(p.stem for p, _ in find_pairs("cityscapes", tmp_path, "val")) == sorted(expected)
+
+
+def test_the_check_counts_what_it_hides(tmp_path, capsys):
+    trees.voc(tmp_path)
+    prepare_data.main(["voc", "--root", str(tmp_path)])
+    hidden = sum(np.isin(np.array(Image.open(label)), range(16, 21)).sum() for _, label in find_pairs("voc", tmp_path, "train"))
+    capsys.readouterr()
+    prepare_data.main(["voc", "--root", str(tmp_path), "--check"])
+    text = capsys.readouterr().out
+    assert hidden > 0 and f"4 training targets: of {hidden} pixels of the 5 unseen classes (pottedplant, " in text
+    assert ", 0 survive" in text
 
 
 def test_the_command_itself(tmp_path):

@@ -2,12 +2,12 @@
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import random
 import re
+import resource
 import signal
-import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import trees
-from conftest import ROOT
+from PIL import Image
 from test_commands import fails
 
 import prepare_data
@@ -83,8 +83,10 @@ def test_a_cut_transfer_goes_on_where_it_was(server, tmp_path):
     path = fetch([server.url("data.bin")], tmp_path / "d" / "data.bin", checksum(DATA), "data", len(DATA))
     assert path.read_bytes() == DATA and [f.name for f in path.parent.iterdir()] == ["data.bin"]
     assert [r for _, r in server.asked] == [None, "bytes=70000-", "bytes=70000-", "bytes=170000-"]
-    fetch([server.url("data.bin")], path, "sha256:0", "data")  # it is there: nothing is asked
-    assert len(server.asked) == 4
+    fetch([server.url("data.bin")], path, checksum(DATA), "data")  # it is there: nothing is asked
+    with pytest.raises(UserError, match="replace"):  # but looked at
+        fetch([server.url("data.bin")], path, "sha256:0", "data")
+    assert len(server.asked) == 4 and path.exists()
 
 
 def test_the_next_run_goes_on_too(server, tmp_path):
@@ -170,7 +172,13 @@ def test_names_that_lead_outside_are_refused(tmp_path, ending, name, link):
         unpack(archive, [("good", "good")], tmp_path / "in" / "out", "data")
     assert f"x{ending}" in str(error.value)
     assert not list(tmp_path.rglob("outside.txt")) and not Path("/tmp/zsseg_outside.txt").exists()
-    assert not (tmp_path / "in" / "out" / "good").exists()
+    assert not (tmp_path / "in" / "out").exists()
+
+
+def test_links_that_are_not_wanted_do_no_harm(tmp_path):
+    archive = trees.hostile(tmp_path / "x.tar", "elsewhere/link", link=True)
+    unpack(archive, [("good", "good")], tmp_path / "out", "data")
+    assert [f.name for f in tmp_path.rglob("out/**/*")] == ["good", "a.txt"]
 
 
 @pytest.mark.parametrize("ending", [".zip", ".tar", ".tgz"])
@@ -304,44 +312,90 @@ def test_what_goes_wrong_is_one_line(harm, server, tmp_path, monkeypatch, capsys
 
 # --- kills -------------------------------------------------------------------------------------------------------
 
-KILLED = """
-import dataclasses, sys
-sys.path.insert(0, {root!r})
-import prepare_data
-from zsseg.datasets import DATASETS
-for name in DATASETS:  # the small archives have sizes and checksums of their own
-    rows = [dataclasses.replace(a, bytes=0, checksum="") for a in DATASETS[name].archives]
-    DATASETS[name] = dataclasses.replace(DATASETS[name], archives=rows)
-prepare_data.main(sys.argv[1:])
-"""
+
+def run_and_kill(arguments: list[str], moment: str) -> int:
+    """prepare_data in a forked process that kills itself (SIGKILL) at its first step of a kind; returns how it ended.
+
+    "after": a file or folder has just got its final name; "before": it is about to; "within": half of a picture is written.
+    """
+    child = os.fork()
+    if child:
+        return os.waitpid(child, 0)[1]
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+        def dying(real, when: str):
+            def call(*args, **kwargs):
+                if moment == "before" == when:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                result = real(*args, **kwargs)
+                if moment == "within" and when == "within":
+                    path = Path(args[1])
+                    os.truncate(path, path.stat().st_size // 2)
+                if moment in ("after", "within") and when == {"after": "before", "within": "within"}[moment]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return result
+            return call
+
+        os.replace, Path.rename = dying(os.replace, "before"), dying(Path.rename, "before")
+        Image.Image.save = dying(Image.Image.save, "within")
+        prepare_data.main(arguments)
+        os._exit(0)
+    except BaseException:
+        os._exit(9)
 
 
 @pytest.mark.parametrize("name", ["voc", "pcontext", "ade20k_full"])
-def test_killed_and_repeated_gives_the_same_bytes(name, tmp_path):
-    """SIGKILL at random moments after the imports, from archives on; $ZSSEG_KILLS says how often (once)."""
-    roots = [tmp_path / "whole", tmp_path / "killed"]
+def test_killed_at_every_step_and_repeated_gives_the_same_bytes(name, tmp_path, monkeypatch):
+    """From the archives on: killed after each single rename, and before and within many of them."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     if name == "ade20k_full":
-        for root in roots:
+        for root in (whole, killed):
             trees.ade20k_full(root)
     else:
         packed = archives_of(name, tmp_path / "archives", tmp_path / "source")
-        for root in roots:
+        monkeypatch.setitem(DATASETS, name, redirected(name, packed, None, keep_url=False))
+        for root in (whole, killed):
             root.mkdir()
             for file, data in packed.items():
                 (root / file).write_bytes(data)
-    words = [sys.executable, "-c", KILLED.format(root=str(ROOT)), name, "--workers", "2", "--root"]
-    started = time.perf_counter()
-    subprocess.run([*words, str(roots[0])], check=True, capture_output=True)
-    seconds = time.perf_counter() - started
-    rng = random.Random(0)
-    for _ in range(int(os.environ.get("ZSSEG_KILLS", "1"))):
-        victim = subprocess.Popen([*words, str(roots[1])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = content(roots[1]).keys()
-        until = time.perf_counter() + 2 * seconds
-        while content(roots[1]).keys() == before and victim.poll() is None and time.perf_counter() < until:
-            time.sleep(0.002)  # its first new file
-        time.sleep(rng.uniform(0, 0.02))
-        victim.send_signal(signal.SIGKILL)
-        victim.wait()
-    subprocess.run([*words, str(roots[1])], check=True, capture_output=True)
-    assert content(roots[1]) == content(roots[0])
+    assert run_and_kill([name, "--workers", "1", "--root", str(whole)], "never") == 0
+    arguments, kills = [name, "--workers", "2", "--root", str(killed)], 0
+    for moments in itertools.cycle([("before", "after"), ("within", "after")]):
+        ends = [run_and_kill(arguments, moment) for moment in moments]
+        kills += ends.count(signal.SIGKILL)
+        if ends[-1] == 0:
+            break
+        assert ends[-1] == signal.SIGKILL and content(killed) != content(whole)
+    assert kills > 10 and content(killed) == content(whole)
+
+
+def test_processes_that_want_the_same_file_wait_for_one_another(server, tmp_path):
+    """Four at once, as torchrun starts them: one download, one whole file."""
+    server.cuts = [1000, 70_000]
+    children = []
+    for _ in range(4):
+        children.append(os.fork())
+        if not children[-1]:
+            try:
+                fetch([server.url("data.bin")], tmp_path / "cache" / "data.bin", checksum(DATA), "data")
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+    assert [os.waitpid(child, 0)[1] for child in children] == 4 * [0]
+    assert (tmp_path / "cache" / "data.bin").read_bytes() == DATA and len(server.asked) == 3
+    assert [f.name for f in (tmp_path / "cache").iterdir()] == ["data.bin"]
+
+
+def test_a_full_disk_is_not_the_network_s_fault(server, tmp_path):
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        try:
+            fetch([server.url("data.bin")], tmp_path / "data.bin", checksum(DATA), "data")
+        except UserError as error:
+            os._exit(7 if "data.bin.part (File too large)" in str(error) else 1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 7 << 8
+    assert len(server.asked) == 1

@@ -1,5 +1,6 @@
 """Learning a prompt: the command, resuming, using the result; the learning-rate schedule and the crops."""
 
+import copy
 import json
 import math
 
@@ -92,6 +93,33 @@ def test_a_learned_prompt_is_used_in_training_and_evaluation(learned, shapes_roo
             (tmp_path / "moved" / "last.pt").rename(learned / "last.pt")
         again = json.loads((out / "eval" / "metrics.json").read_text())
         assert {k: v for k, v in first.items() if "second" not in k} == {k: v for k, v in again.items() if "second" not in k}
+
+
+def test_a_resumed_run_keeps_its_prompt(learned, shapes_root, tmp_path):
+    """The checkpoint's, whatever has become of the file that it came from."""
+    prompt = tmp_path / "prompt.pt"
+    prompt.write_bytes((learned / "last.pt").read_bytes())
+    config = tiny_config("train.steps=2", "train.checkpoint_every=1", "clip.region_prompt=learned", f"clip.prompts={prompt}")
+    kept, original = {}, checkpoint.save
+
+    def save_and_keep(path, **content):
+        original(path, **content)
+        kept[content["step"]] = checkpoint.load(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", save_and_keep)
+        train.train(config, shapes_root, tmp_path / "a", PROCESS, {})
+    wanted = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    other = checkpoint.load(prompt)
+    other["model"]["prompt"]["prefix"] += 1
+    for change in (lambda: checkpoint.save(prompt, **other), prompt.unlink):
+        change()
+        train.train(load_config(None, base=kept[1]["config"]), shapes_root, tmp_path / "b", PROCESS, copy.deepcopy(kept[1]))
+        resumed = checkpoint.load(tmp_path / "b" / "last.pt")
+        for part in kept[2]["model"]:
+            assert all(torch.equal(v, resumed["model"][part][k]) for k, v in kept[2]["model"][part].items())
+        assert resumed["config"] == kept[2]["config"]
+        assert json.loads((tmp_path / "b" / "metrics.json").read_text())["hIoU"] == wanted["hIoU"]
 
 
 def test_schedules():

@@ -155,15 +155,51 @@ def say_loaded(what: str, loaded: int, dropped: list[str]) -> None:
     run.say(f"{what}: {loaded} tensors loaded, {len(dropped)} dropped" + ": " * bool(names) + ", ".join(dict.fromkeys(names)))
 
 
+class Kind:
+    """A pickled NumPy dtype, as text: nothing of NumPy's own reads what the file says."""
+    def __init__(self, text: str, *_: object):
+        if not re.fullmatch(r"[fiu][1248]|b1", str(text)):
+            raise pickle.UnpicklingError(f"an array of kind {text!r}")
+        self.text, self.order = text, "="
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] not in ("<", ">", "|", "=") or any(state[2:5]):
+            raise pickle.UnpicklingError("an array of a structured kind")
+        self.order = state[1]
+
+
+class PickledArray:
+    """A pickled NumPy array: shape, kind and bytes, checked against each other."""
+    def __init__(self, *_: object):
+        self.array = np.zeros(0)
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, kind, columns_first, data = state
+        self.fill(data.encode("latin1") if isinstance(data, str) else data, kind, shape, "F" if columns_first else "C")
+
+    def fill(self, data: bytes, kind: Kind, shape: tuple[int, ...], order: str) -> "PickledArray":
+        array = np.frombuffer(bytes(data), np.dtype(kind.order + kind.text))
+        self.array = array.reshape(shape, order=order).astype(kind.text)
+        return self
+
+
 class ArrayUnpickler(pickle.Unpickler):
     """Reads NumPy arrays and plain containers (detectron2's .pkl) and refuses everything else."""
     def find_class(self, module: str, name: str) -> object:
-        if name in ("_reconstruct", "scalar") and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return getattr(np._core.multiarray, name)
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype"), ("collections", "OrderedDict")):
-            return super().find_class(module, name)
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            if name == "_reconstruct":
+                return PickledArray
+            if name == "scalar":
+                return lambda kind, data: PickledArray().fill(data, kind, (), "C")
+        if module in ("numpy.core.numeric", "numpy._core.numeric") and name == "_frombuffer":
+            return lambda data, kind, shape, order: PickledArray().fill(data, kind, shape, order)
+        known = {("numpy", "ndarray"): PickledArray, ("numpy", "dtype"): Kind, ("collections", "OrderedDict"): OrderedDict}
+        if (module, name) in known:
+            return known[module, name]
         if (module, name) == ("_codecs", "encode"):
             return lambda text, encoding: text.encode("latin1")
+        if (module, name) in (("__builtin__", "bytes"), ("builtins", "bytes")):
+            return lambda: b""  # how old protocols write an empty one
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
 
@@ -205,9 +241,9 @@ def read_detectron(path: Path, what: str, hint: str) -> State:
     try:
         with open(path, "rb") as file:
             content = ArrayUnpickler(file, encoding="latin1").load()
-        arrays = {k.removeprefix("backbone."): torch.from_numpy(v) for k, v in content.get("model", content).items()}
-    except (OSError, pickle.UnpicklingError, AttributeError, EOFError, TypeError) as error:
-        raise UserError(what, f"cannot be read as arrays ({error})", hint) from None
+        arrays = {k.removeprefix("backbone."): torch.from_numpy(v.array) for k, v in content.get("model", content).items()}
+    except Exception as error:  # a broken pickle raises anything
+        raise UserError(what, f"{path} cannot be read as arrays ({error!r:.200})", f"replace or delete it; {hint}") from None
     other = re.compile(r"(stem\.)?fc|.*num_batches_tracked$")
     state = {f"backbone.{k}": v for k, v in arrays.items() if not other.match(k)}
     state = import_original(state, what)[0].get("maskformer", {})
@@ -236,7 +272,7 @@ def load_clip_state(weights: str, root: Path) -> State:
         path = Path(weights.replace("{root}", str(root)))
         if not path.is_file():
             raise UserError(what, f"no file {path}", f"run prepare_data.py shapes, or give one of {', '.join(OPENAI_MODELS)}")
-    if zipfile.is_zipfile(path) and any(n.endswith("/constants.pkl") for n in zipfile.ZipFile(path).namelist()):
+    if is_torchscript(path):
         state = read_torchscript(path, what)
     else:
         state = read_torch(path, what)
@@ -246,6 +282,14 @@ def load_clip_state(weights: str, root: Path) -> State:
     dropped = [k for k in state if k in ("input_resolution", "context_length", "vocab_size")]
     say_loaded(what, len(state) - len(dropped), dropped)
     return {k: v for k, v in state.items() if k not in dropped}
+
+
+def is_torchscript(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(n.endswith("/constants.pkl") for n in archive.namelist())
+    except Exception:  # not a zip file: read_torch says what it is
+        return False
 
 
 STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "LongStorage": torch.int64}
@@ -286,8 +330,8 @@ def read_torchscript(path: Path, what: str) -> State:
         with zipfile.ZipFile(path) as archive:
             prefix = next(n for n in archive.namelist() if n.endswith("/constants.pkl"))[: -len("constants.pkl")]
             tree = ScriptUnpickler(archive, prefix).load()
-    except (OSError, KeyError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(what, f"cannot be read ({error})", "delete it to download it again") from None
+    except Exception as error:  # a broken archive raises anything
+        raise UserError(what, f"{path} cannot be read ({error!r:.200})", "delete it to download it again") from None
     state = {}
 
     def collect(module: object, name: str) -> None:

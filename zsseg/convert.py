@@ -6,8 +6,8 @@ killed goes on where it was.
 
 import json
 import os
+import re
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,12 @@ from PIL import Image
 from zsseg.datasets import dataset, read_picture
 from zsseg.run import UserError, parallel, replacing
 
+LARGEST = 2**28  # pixels
+
 
 def read_ids(file: Path) -> list[str]:
     try:
-        return file.read_text().split()
+        return file.read_text("utf-8-sig").split()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"list {file}", f"cannot be read ({error})", "replace the file") from None
 
@@ -35,8 +37,12 @@ def voc_trainaug(folder: Path, sbd: Path, workers: int) -> None:
     train = (VOC train + SBD train + SBD val) - VOC val, 10,582 pictures. A picture that VOC segmented keeps VOC's mask
     (with its void borders); SBD's are for the others, and never for val.
     """
-    train, val = (read_ids(folder / "ImageSets" / "Segmentation" / f"{split}.txt") for split in ("train", "val"))
-    both = {*train, *read_ids(sbd / "train.txt"), *read_ids(sbd / "val.txt")} - set(val)
+    lists = [folder / f"{split}.txt" for split in ("train", "val")]
+    if all(file.exists() for file in lists):  # somebody's own: only masks are missing
+        both = set(read_ids(lists[0]))
+    else:
+        train, val = (read_ids(folder / "ImageSets" / "Segmentation" / file.name) for file in lists)
+        both = {*train, *read_ids(sbd / "train.txt"), *read_ids(sbd / "val.txt")} - set(val)
     missing = sorted(i for i in both if not (folder / "SegmentationClass" / f"{i}.png").exists())
 
     def convert(name: str) -> None:
@@ -46,8 +52,9 @@ def voc_trainaug(folder: Path, sbd: Path, workers: int) -> None:
 
     for _ in parallel(convert, missing, workers, "convert SBD"):
         pass
-    write_ids(folder / "train.txt", sorted(both))
-    write_ids(folder / "val.txt", val)  # last: it says that all is there
+    if not all(file.exists() for file in lists):
+        write_ids(lists[0], sorted(both))
+        write_ids(lists[1], val)  # last: it says that all is there
 
 
 def read_sbd(file: Path) -> np.ndarray:
@@ -63,9 +70,9 @@ def read_sbd(file: Path) -> np.ndarray:
     return values
 
 
-def save(values: np.ndarray, file: Path, **options: object) -> None:
+def save(values: np.ndarray, file: Path, kind: str = "PNG", **options: object) -> None:
     with replacing(file) as temporary:
-        Image.fromarray(values).save(temporary, options.pop("format", "PNG"), **options)
+        Image.fromarray(values).save(temporary, kind, **options)
 
 
 def decode_runs(segmentation: dict) -> np.ndarray:
@@ -76,6 +83,8 @@ def decode_runs(segmentation: dict) -> np.ndarray:
     Raises ValueError where they do not add up to the picture.
     """
     height, width = segmentation["size"]
+    if not 0 < height * width <= LARGEST:
+        raise ValueError("a picture of no sensible size")
     counts = segmentation["counts"]
     if isinstance(counts, str):
         runs, value, shift = [], 0, 0
@@ -91,7 +100,7 @@ def decode_runs(segmentation: dict) -> np.ndarray:
                 value = shift = 0
         counts = runs
     counts = np.array(counts, np.int64)
-    if counts.ndim != 1 or (counts < 0).any() or counts.sum() != height * width:
+    if counts.ndim != 1 or (counts < 0).any() or (counts > height * width).any() or counts.sum() != height * width:
         raise ValueError("run lengths that do not add up to the picture")
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
@@ -102,11 +111,15 @@ def pascal_context(folder: Path, workers: int) -> None:
     try:
         content = json.loads(file.read_bytes())
         images = {int(i["image_id"]): i for i in content["images"] if i["phase"] in ("train", "val")}
+        if "val" not in {image["phase"] for image in images.values()}:
+            raise ValueError("no picture of phase val")
         annotations = defaultdict(list)
         for annotation in content["annos_segmentation"]:
             annotations[int(annotation["image_id"])].append(annotation)
         stems = {key: Path(image["file_name"]).stem for key, image in images.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not all(re.fullmatch(r"[\w-]{1,100}", stem) for stem in stems.values()):
+            raise ValueError("file names that are none")
+    except Exception as error:  # any JSON may be in it
         raise UserError(f"annotations {file}", f"cannot be read ({error!r:.200})", "replace the file") from None
     del content
 
@@ -115,10 +128,13 @@ def pascal_context(folder: Path, workers: int) -> None:
         if target.exists():
             return
         try:
-            values = np.zeros((images[key]["height"], images[key]["width"]), np.uint16)
+            height, width = images[key]["height"], images[key]["width"]
+            if not 0 < height * width <= LARGEST:
+                raise ValueError("a picture of no sensible size")
+            values = np.zeros((height, width), np.uint16)
             for annotation in annotations[key]:
                 values[decode_runs(annotation["segmentation"])] = annotation["category_id"]
-        except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
+        except Exception as error:
             why = f"holds no valid masks of {stems[key]} ({error!r:.200})"
             raise UserError(f"annotations {file}", why, "replace the file") from None
         save(values, target)
@@ -129,10 +145,11 @@ def pascal_context(folder: Path, workers: int) -> None:
         write_ids(folder / f"{split}.txt", sorted(stems[k] for k, image in images.items() if image["phase"] == split))
 
 
-def ade20k_full(folder: Path, workers: int) -> None:
+def ade20k_full(folder: Path, workers: int, train: bool = False) -> None:
     """`images/ADE/**/<id>.jpg` and `<id>_seg.png` -> `images_detectron2/` and `annotations_detectron2/`, as MaskFormer does.
 
-    Where both sides are longer than 512 the shorter one becomes 512: pictures bilinearly, label maps by nearest.
+    Where both sides are longer than 512 the shorter one becomes 512: pictures bilinearly, label maps by nearest. The split
+    that a file belongs to stands in its name; `train`: convert the training pictures, too.
     """
     data = dataset("ade20k_full")
     table = np.full(65536, data.ignore, np.uint16)
@@ -140,7 +157,7 @@ def ade20k_full(folder: Path, workers: int) -> None:
 
     def convert(jpeg: Path) -> None:
         name, segmentation = jpeg.stem, jpeg.with_name(f"{jpeg.stem}_seg.png")
-        split = data.splits["val" if name.split("_")[1:2] == ["val"] else "train"]
+        split = data.splits["val" if is_val(name) else "train"]
         picture = folder / data.pictures.format(split=split, id=name)
         labels = folder / data.labels[0].format(split=split, id=name)
         if picture.exists() and labels.exists():
@@ -161,13 +178,16 @@ def ade20k_full(folder: Path, workers: int) -> None:
             H, W = values.shape
             rows, columns = (np.floor(np.arange(n) * (1 / (n / m))).astype(int) for n, m in ((height, H), (width, W)))
             values = values[rows[:, None], columns]
-        save(np.array(image), picture, format="JPEG")
-        save(values, labels, format="TIFF", compression="tiff_deflate")
+        save(np.array(image), picture, "JPEG")
+        save(values, labels, "TIFF", compression="tiff_deflate")
+
+    def is_val(name: str) -> bool:
+        return name.split("_")[1:2] == ["val"]
 
     jpegs = []
     for parent, below, files in os.walk(folder / "images"):
         names = {f.removesuffix(".jpg") for f in files if f.endswith(".jpg")}
-        jpegs += [Path(parent) / f"{n}.jpg" for n in sorted(names)]
+        jpegs += [Path(parent) / f"{n}.jpg" for n in sorted(names) if train or is_val(n)]
         below[:] = sorted(set(below) - names)  # a folder of the picture's name holds its instances
     for _ in parallel(convert, jpegs, workers, "convert ADE20K"):
         pass
@@ -183,15 +203,12 @@ def resize_bilinear(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
         first = np.floor(position).astype(int)
         share = np.where((first < 0) | (first >= size - 1), 0, position - first).astype(np.float32)
         first = first.clip(0, size - 1)
-        weights = np.rint(np.stack([1 - share, share]) * 2048).astype(np.int64)
+        weights = np.rint(np.stack([1 - share, share]) * 2048).astype(np.int32)
         return first, (first + 1).clip(max=size - 1), weights
 
-    pixels = pixels.astype(np.int64).reshape(*pixels.shape[:2], -1)  # [H, W, channels]
+    pixels = pixels.astype(np.int32).reshape(*pixels.shape[:2], -1)  # [H, W, channels]
     left, right, (a0, a1) = taps(pixels.shape[1], width)
     rows = pixels[:, left] * a0[:, None] + pixels[:, right] * a1[:, None]  # [H, width, channels], times 2048
     upper, lower, (b0, b1) = taps(pixels.shape[0], height)
     total = ((rows[upper] >> 4) * b0[:, None, None] >> 16) + ((rows[lower] >> 4) * b1[:, None, None] >> 16)
     return (total + 2 >> 2).astype(np.uint8).squeeze()
-
-
-CONVERT: dict[str, Callable[[Path, int], None]] = {"pcontext": pascal_context, "ade20k_full": ade20k_full}

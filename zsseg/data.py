@@ -165,17 +165,20 @@ class Regions(Dataset):
         mask = read_labels(self.pairs[picture][1], self.lut, image.size) == category
         x0, y0, x1, y1 = mask_boxes(torch.from_numpy(mask)[None])[0][0].tolist()
         rng = np.random.default_rng(seed_of(self.seed, 6, n))
+        R, step = self.resolution, -1 if rng.random() < 0.5 else 1
         for _ in range(10):  # until some of the region is in the crop
             left, top, w, h = resized_crop_box(x1 - x0, y1 - y0, rng)
             box = (x0 + left, y0 + top, x0 + left + w, y0 + top + h)
-            if mask[box[1] : box[3], box[0] : box[2]].any():
+            seen = np.asarray(Image.fromarray(mask).resize((R, R), Image.Resampling.NEAREST, box))
+            if seen.any():
                 break
-        else:
-            box = (x0, y0, x1, y1)
-        size, step = (self.resolution, self.resolution), -1 if rng.random() < 0.5 else 1
-        crop = np.asarray(image.resize(size, Image.Resampling.BILINEAR, box))[:, ::step]
-        seen = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST, box))[:, ::step]
-        return torch.from_numpy(crop.copy()).permute(2, 0, 1).contiguous(), torch.from_numpy(seen.copy()), category
+        else:  # around one of its pixels, at most R wide, so that sampling cannot miss it
+            y, x = rng.choice(np.argwhere(mask))
+            box = (max(x - R // 2, x0), max(y - R // 2, y0), min(x + (R + 1) // 2, x1), min(y + (R + 1) // 2, y1))
+            seen = np.asarray(Image.fromarray(mask).resize((R, R), Image.Resampling.NEAREST, box))
+        crop = np.asarray(image.resize((R, R), Image.Resampling.BILINEAR, box))
+        crop, seen = (torch.from_numpy(x[:, ::step].copy()) for x in (crop, seen))
+        return crop.permute(2, 0, 1).contiguous(), seen, category
 
 
 def resized_crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:

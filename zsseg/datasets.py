@@ -5,6 +5,7 @@ segmenter must not see becomes the ignore value right there.
 """
 
 import hashlib
+import os
 import tomllib
 import zipfile
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from zsseg.config import DataConfig
-from zsseg.run import UserError, parallel, replacing
+from zsseg.run import UserError, cache_dir, parallel, replacing
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,20 @@ class DataSet:
         return table
 
     def folder(self, root: Path) -> Path:
-        return next((root / f for f in self.folders if (root / f).is_dir()), root / self.folders[0])
+        """The first of `folders` that holds anything."""
+        return next((root / f for f in self.folders if any((root / f).glob("[!.]*"))), root / self.folders[0])
 
     def found(self, folder: Path, split: str) -> tuple[dict[str, Path], dict[str, Path]]:
         """The pictures and the label maps of a split that are there, by id."""
         files = []
         for pattern in (self.pictures, self.labels[0]):
             before, after = pattern.replace("{split}", self.splits.get(split, split)).split("{id}")
-            paths = (folder / before).rglob(f"*{after}")
-            files.append({p.relative_to(folder / before).as_posix().removesuffix(after): p for p in paths})
+            names = {}
+            for parent, _, found in os.walk(folder / before, followlinks=True):
+                below = Path(parent).relative_to(folder / before)
+                names |= {(below / f).as_posix().removesuffix(after): Path(parent, f) for f in found
+                          if f.endswith(after) and not f.startswith(".")}  # fmt: skip
+            files.append(names)
         return files[0], files[1]
 
     def pairs(self, folder: Path, split: str) -> list[tuple[Path, Path]]:
@@ -86,7 +92,7 @@ class DataSet:
             pictures, labels = self.found(folder, split)
             return [(pictures[i], labels[i]) for i in sorted(pictures.keys() & labels.keys())]
         pairs = []
-        for name in (folder / f"{split}.txt").read_text().split():
+        for name in (folder / f"{split}.txt").read_text("utf-8-sig").split():
             labels = [folder / pattern.format(id=name) for pattern in self.labels]
             pairs.append((folder / self.pictures.format(id=name), next((p for p in labels if p.exists()), labels[0])))
         return pairs
@@ -130,10 +136,13 @@ def find_pairs(name: str, root: Path, split: str) -> list[tuple[Path, Path]]:
     folder = data.folder(root)
     try:
         pairs = data.pairs(folder, split)
-    except OSError:
+    except FileNotFoundError:
         pairs = []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"list {folder / split}.txt", f"cannot be read ({error})", "replace the file") from None
     if not pairs:
-        raise UserError(f"data set {name}", f"no {split!r} pictures in {folder}", f"run prepare_data.py {name}, or give --root")
+        command = f"prepare_data.py {name}" + " --train" * (split == "train" and name != "shapes")
+        raise UserError(f"data set {name}", f"no {split!r} pictures in {folder}", f"run {command}, or give --root")
     return pairs
 
 
@@ -155,6 +164,8 @@ def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture") ->
 def read_values(file: Path, bits: int, size: tuple[int, int] | None = None) -> np.ndarray:
     """The label values [H, W] of a map, uint8 or uint16. `size`: its picture's (width, height). Raises UserError."""
     values = np.array(read_picture(file, None, "label map"))
+    if values.dtype == bool:  # a 1-bit picture
+        values = values.astype(np.uint8)
     if bits == 16 and values.dtype == np.int32 and values.size and 0 <= values.min() <= values.max() < 65536:
         values = values.astype(np.uint16)  # how Pillow opens some 16-bit files
     if values.ndim != 2 or values.dtype not in ((np.uint8,) if bits == 8 else (np.uint8, np.uint16)):
@@ -173,7 +184,6 @@ def read_labels(file: Path, lut: np.ndarray, size: tuple[int, int]) -> np.ndarra
 @dataclass
 class LabelStatistics:
     """Which classes are in which picture of a split, by pixels. Row C of the classes is the ignore value."""
-    ids: np.ndarray  # the stem of each picture [N]
     image: np.ndarray  # int32, one entry for each class of each picture
     category: np.ndarray  # int32, 0..C
     pixels: np.ndarray  # int64
@@ -208,31 +218,34 @@ def count_classes(file: Path, data: DataSet, tables: tuple[np.ndarray, ...], siz
     return np.stack([classes, np.bincount(index, pixels[there], len(classes)).astype(np.int64)], 1)
 
 
-def label_statistics(name: str, root: Path, split: str, workers: int = 4,
-                     count: Callable | None = None) -> LabelStatistics:  # fmt: skip
-    """The statistics of a split: from the cache beside the data while files and table are the same, else counted now.
-
-    `count` counts one (picture, label map) pair instead, whatever the cache holds. Raises UserError for a bad file.
-    """
-    data, pairs = dataset(name), find_pairs(name, root, split)
-    tables = data.lut(), data.lut(training=True)
-    folder = data.folder(root)
-    cache = folder / ".zsseg" / f"{split}.npz"
-    version, changed = statistics_version(tables, folder, pairs)
-    if count is None and (cached := read_statistics(cache, version, changed)):
-        return cached
-    counter = count or (lambda pair: count_classes(pair[1], data, tables))
-    rows = list(parallel(counter, pairs, workers, f"{'check' if count else 'count'} {name} {split}"))
+def count_split(pairs: list, count: Callable, workers: int, name: str) -> LabelStatistics:
+    """The statistics of (picture, label map) pairs by `count`, which gives a pair's rows as `count_classes` does."""
+    rows = list(parallel(count, pairs, workers, name))
     table = np.concatenate([np.empty((0, 2), np.int64), *rows])
     image = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
-    statistics = LabelStatistics(np.array([p.stem for p, _ in pairs]), image, table[:, 0].astype(np.int32), table[:, 1])
-    if not all(map(len, rows)):  # `count` left a broken file out
-        return statistics
-    try:
-        with replacing(cache) as temporary, open(temporary, "wb") as file:
-            np.savez(file, version=version, **vars(statistics))
-    except UserError:
-        pass  # a read-only data root: count again next time
+    return LabelStatistics(image, table[:, 0].astype(np.int32), table[:, 1])
+
+
+def label_statistics(name: str, root: Path, split: str, workers: int = 4) -> LabelStatistics:
+    """The statistics of a split: from the cache while files and tables are the same, else counted now.
+
+    The cache lies beside the data, below $ZSSEG_CACHE where that cannot be written. Raises UserError for a bad file.
+    """
+    data, pairs = dataset(name), find_pairs(name, root, split)
+    tables, folder = (data.lut(), data.lut(training=True)), data.folder(root)
+    version, changed = statistics_version(tables, folder, pairs)
+    caches = folder / ".zsseg" / f"{split}.npz", cache_dir() / "statistics" / f"{version}.npz"
+    for cache in caches:
+        if cached := read_statistics(cache, version, changed):
+            return cached
+    statistics = count_split(pairs, lambda pair: count_classes(pair[1], data, tables), workers, f"count {name} {split}")
+    for cache in caches:
+        try:
+            with replacing(cache) as temporary, open(temporary, "wb") as file:
+                np.savez(file, version=version, **vars(statistics))
+            break
+        except UserError:
+            continue
     return statistics
 
 
@@ -250,7 +263,7 @@ def read_statistics(file: Path, version: str, changed: int) -> LabelStatistics |
     try:
         with np.load(file, allow_pickle=False) as content:
             if str(content["version"]) == version and file.stat().st_mtime_ns >= changed:
-                return LabelStatistics(*(content[k] for k in ("ids", "image", "category", "pixels")))
+                return LabelStatistics(*(content[k] for k in ("image", "category", "pixels")))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # absent, from another version of the program, or broken: as good as none
     return None

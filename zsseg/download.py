@@ -1,9 +1,11 @@
 """Downloads that go on where they were cut, and archives that are unpacked without trusting them."""
 
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import http.client
+import os
 import shutil
 import sys
 import tarfile
@@ -11,7 +13,6 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -26,30 +27,44 @@ RATIO = 50  # an archive that unpacks to more than this many times its size is a
 
 
 def fetch(urls: list[str], path: Path, checksum: str, what: str, size: int = 0) -> Path:
-    """Download the first of `urls` that answers to `path` unless it is there, and check it.
+    """Download the first of `urls` that answers to `path` unless it is there, and check it either way.
 
     What has arrived stays in `<path>.part`, and the next try or the next run goes on from there. `checksum` is
     "sha256:<hex>" or the like, or "" where none is known; `size` in bytes, 0 where not known. Raises UserError.
     """
-    if path.exists():
-        return path
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for i, url in enumerate(urls):
-            try:
-                transfer(url, part, what, size)
-                break
-            except (OSError, http.client.HTTPException) as error:
-                if i + 1 == len(urls):
-                    kept = f"; {part.stat().st_size} bytes are kept" if part.exists() else ""
-                    todo = f"run it again to go on, or put the file at {path}"
-                    raise UserError(what, f"cannot download {url} ({error}{kept})", todo) from None
-        check_file(part, checksum, what, size)
-        part.replace(path)
+        with locked(path.parent):
+            if path.exists():
+                check_file(path, checksum, what, size, delete=False)
+                return path
+            for i, url in enumerate(urls):
+                try:
+                    transfer(url, part, what, size)
+                    break
+                except (OSError, http.client.HTTPException) as error:
+                    if i + 1 == len(urls):
+                        kept = f"; {part.stat().st_size} bytes are kept" if part.exists() else ""
+                        todo = f"run it again to go on, or put the file at {path}"
+                        raise UserError(what, f"cannot download {url} ({error}{kept})", todo) from None
+            check_file(part, checksum, what, size)
+            part.replace(path)
     except OSError as error:
         raise UserError(what, f"cannot write {path} ({error})", "check the folder and the disk") from None
     return path
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time: those of torchrun all want the same file at once."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def check_file(file: Path, checksum: str, what: str, size: int = 0, delete: bool = True) -> None:
@@ -105,27 +120,32 @@ def append(url: str, part: Path, had: int, what: str) -> bool:
         bar = tqdm(desc=what, total=total, initial=start, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
         if bar.disable:
             print(f"{what}: {url}" + (f", going on at byte {had}" if resumed else ""), flush=True)
-        with bar, open(part, "ab" if resumed else "wb") as file:
+        with bar, open(part, "ab" if resumed else "wb", buffering=0) as file:
             while block := answer.read(BLOCK):
-                file.write(block)
+                try:
+                    file.write(block)
+                except OSError as error:  # no fault of the network: trying again would not help
+                    raise UserError(what, f"cannot write {part} ({error.strerror})", "check the disk") from None
                 bar.update(len(block))
         return total is None or part.stat().st_size == total
 
 
-def unpack(archive: Path, take: list[tuple[str, str]], folder: Path, what: str) -> None:
+def unpack(archive: Path, take: list[tuple[str, str]], folder: Path, what: str, verified: bool = False) -> None:
     """Unpack parts of a .zip or .tar(.gz): each (path in the archive, path below `folder`) that is not there yet.
 
     Files appear under their final names only when all have been written. An archive that is broken, that lacks a part,
-    or that holds a name or a link which leads outside is a UserError that names it, and nothing is unpacked.
+    or that holds a name which leads outside is a UserError that names it, and nothing is unpacked. `verified`: its checksum
+    was right.
     """
     wanted = [(PurePosixPath(inside), folder / outside) for inside, outside in take if not (folder / outside).exists()]
     if not wanted:
         return
     staging = folder / ".unpacking"
-    limit = RATIO * archive.stat().st_size + BLOCK
+    new_folder = not folder.exists()
     try:
+        limit = RATIO * archive.stat().st_size + BLOCK
         shutil.rmtree(staging, ignore_errors=True)  # what a kill left
-        for name, size, open_member in members(archive):
+        for name, size, open_member in members(archive, verified):
             path = PurePosixPath(name)
             if path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name or ":" in path.parts[0]:
                 raise ValueError(f"{name!r} leads outside")
@@ -134,6 +154,8 @@ def unpack(archive: Path, take: list[tuple[str, str]], folder: Path, what: str) 
                 raise ValueError(f"unpacks to more than {RATIO} times its size")
             for i, (inside, _) in enumerate(wanted):
                 if path.is_relative_to(inside):
+                    if open_member is None:
+                        raise ValueError(f"{name!r} is a link or a device")
                     target = staging / str(i) / path.relative_to(inside)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     with open_member() as source, open(target, "wb") as file:
@@ -144,16 +166,19 @@ def unpack(archive: Path, take: list[tuple[str, str]], folder: Path, what: str) 
         for i, (_, target) in enumerate(wanted):
             target.parent.mkdir(parents=True, exist_ok=True)
             (staging / str(i)).rename(target)
-    except (ValueError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-        raise UserError(what, f"archive {archive} cannot be unpacked ({error})", "delete it to fetch it again") from None
     except OSError as error:  # gzip.BadGzipFile is one, too
         raise UserError(what, f"archive {archive} cannot be unpacked to {folder} ({error})", "check disk and file") from None
+    except Exception as error:  # broken archives raise many kinds
+        raise UserError(what, f"archive {archive} cannot be unpacked ({error})", "delete it to fetch it again") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        if new_folder:
+            with contextlib.suppress(OSError):  # it stays if something is in it
+                folder.rmdir()
 
 
-def members(archive: Path) -> Iterator[tuple[str, int, object]]:
-    """(name, size, function that opens it) of every file in an archive. Links and devices are a ValueError."""
+def members(archive: Path, verified: bool) -> Iterator[tuple[str, int, object]]:
+    """(name, size, function that opens it; None for a link or a device) of everything but folders in an archive."""
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive) as content:
             for info in content.infolist():
@@ -164,15 +189,11 @@ def members(archive: Path) -> Iterator[tuple[str, int, object]]:
     opener = gzip.open if compressed else open
     with opener(archive, "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as content:
         for info in content:
-            if not (info.isfile() or info.isdir()):
-                raise ValueError(f"{info.name!r} is a link or a device")
-            if info.isdir() and (info.name.startswith("/") or ".." in info.name.split("/")):
-                raise ValueError(f"{info.name!r} leads outside")
-            if info.isfile():
-                yield info.name, info.size, lambda info=info: whole(content, info)
+            if not info.isdir():
+                yield info.name, info.size, (lambda info=info: whole(content, info)) if info.isfile() else None
         while compressed and stream.read(BLOCK):
             pass  # to the end, where the checksum is
-        if not compressed:  # a tar cut between two files would pass for a whole one
+        if not compressed and not verified:  # a tar cut between two files would pass for a whole one
             stream.seek(-512, 2)
             if stream.read(512).strip(b"\0"):
                 raise EOFError("it was cut")

@@ -1,4 +1,4 @@
-"""What every command shares: user errors, processes and devices, stateless seeds, downloads, the log of a run."""
+"""What every command shares: user errors, processes and devices, stateless seeds, threads, the log of a run."""
 
 import argparse
 import contextlib

@@ -119,10 +119,7 @@ class Segmenter(nn.Module):
         self.load_prompts(parts, what)
 
     def load_prompts(self, parts: dict[str, checkpoint.State], what: str) -> None:
-        """Load the learned prompts from `clip.prompts` where that is set, else from `parts`."""
-        if self.config.prompts:
-            what = f"clip.prompts {self.config.prompts}"
-            parts = read_prompts(self.config.prompts, what)
+        """Load the learned prompts that are in use."""
         for name, module in (("prompt", self.prompt), ("region_prompt", self.region_prompt)):
             if isinstance(module, LearnedPrompt):
                 if name not in parts:
@@ -130,19 +127,25 @@ class Segmenter(nn.Module):
                 checkpoint.load_strict(module, parts[name], what, "set clip.prompt_prefix and clip.prompt_suffix")
 
 
-def build_segmenter(config: Config, root: Path) -> Segmenter:
-    """A segmenter to train: fresh MaskFormer weights and the configuration's CLIP, prompts and initial backbone."""
+def build_segmenter(config: Config, root: Path, saved: dict[str, checkpoint.State] | None = None) -> Segmenter:
+    """A segmenter to train: the configuration's CLIP, prompts and initial backbone, else fresh weights.
+
+    With `saved`, the learned parts of a run that is resumed, prompts and backbone are in there and not read again.
+    """
     supervised = config.model.class_head == "linear"
     segmenter = Segmenter(config, None if supervised else checkpoint.load_clip_state(config.clip.weights, root))
-    segmenter.load_prompts({}, "configuration")
+    if saved is not None:
+        segmenter.load_learned(saved, "last.pt")
+        return segmenter
+    segmenter.load_prompts(read_prompts(config.clip.prompts) if config.clip.prompts else {}, "configuration")
     if config.model.weights:
         checkpoint.load_backbone(segmenter.maskformer.backbone, config.model.backbone, config.model.weights)
     return segmenter
 
 
-def read_prompts(path: str, what: str) -> dict[str, checkpoint.State]:
+def read_prompts(path: str) -> dict[str, checkpoint.State]:
     """The learned prompt of a checkpoint (ours or the original's prompt learning), for head and regions alike."""
-    content = checkpoint.load(path)
+    content, what = checkpoint.load(path), f"clip.prompts {path}"
     ours = "config" in content
     parts, dropped = (content["model"], []) if ours else checkpoint.import_original(content["model"], what)
     name = "prompt" if "prompt" in parts else "region_prompt"

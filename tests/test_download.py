@@ -367,7 +367,7 @@ def test_killed_at_every_step_and_repeated_gives_the_same_bytes(name, tmp_path, 
         if ends[-1] == 0:
             break
         assert ends[-1] == signal.SIGKILL and content(killed) != content(whole)
-    assert kills > 10 and content(killed) == content(whole)
+    assert kills >= 4 and content(killed) == content(whole)
 
 
 def test_processes_that_want_the_same_file_wait_for_one_another(server, tmp_path):

@@ -27,6 +27,8 @@ def read_ids(file: Path) -> list[str]:
 
 
 def write_ids(file: Path, ids: list[str]) -> None:
+    if file.exists():
+        return
     with replacing(file) as temporary:
         temporary.write_text("".join(f"{i}\n" for i in ids))
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import itertools
 import os
 import random
 import re
@@ -361,12 +360,12 @@ def test_killed_at_every_step_and_repeated_gives_the_same_bytes(name, tmp_path, 
                 (root / file).write_bytes(data)
     assert run_and_kill([name, "--workers", "1", "--root", str(whole)], "never") == 0
     arguments, kills = [name, "--workers", "2", "--root", str(killed)], 0
-    for moments in itertools.cycle([("before", "after"), ("within", "after")]):
+    for moments in 40 * [("before", "after"), ("within", "after")]:
         ends = [run_and_kill(arguments, moment) for moment in moments]
         kills += ends.count(signal.SIGKILL)
         if ends[-1] == 0:
             break
-        assert ends[-1] == signal.SIGKILL and content(killed) != content(whole)
+        assert ends[-1] == signal.SIGKILL
     assert kills >= 4 and content(killed) == content(whole)
 
 

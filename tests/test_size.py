@@ -22,7 +22,7 @@ def imported(file: Path) -> set[Path]:
 
 def test_length():
     lengths = {file.name: len(file.read_text().splitlines()) for file in PROGRAM}
-    assert sum(lengths.values()) <= 3500 and max(lengths.values()) <= 400, lengths
+    assert sum(lengths.values()) <= 3700 and max(lengths.values()) <= 400, lengths
 
 
 def test_training_needs_few_files():
@@ -33,7 +33,7 @@ def test_training_needs_few_files():
             closure.add(file)
             waiting += imported(file)
     assert 10 <= len(closure) <= 14, sorted(f.name for f in closure)
-    assert sum(len(f.read_text().splitlines()) for f in closure) <= 3000
+    assert sum(len(f.read_text().splitlines()) for f in closure) <= 3100
 
 
 def test_the_package_does_not_import_the_scripts():

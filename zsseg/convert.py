@@ -180,7 +180,8 @@ def ade20k_full(folder: Path, workers: int, train: bool = False) -> None:
             H, W = values.shape
             rows, columns = (np.floor(np.arange(n) * (1 / (n / m))).astype(int) for n, m in ((height, H), (width, W)))
             values = values[rows[:, None], columns]
-        save(np.array(image), picture, "JPEG")
+        if not picture.exists():
+            save(np.array(image), picture, "JPEG")
         save(values, labels, "TIFF", compression="tiff_deflate")
 
     def is_val(name: str) -> bool:

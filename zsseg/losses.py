@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchvision.ops import sigmoid_focal_loss
 
+from kernels import matching_cost as matching
+from kernels.assignment import assignment
+from kernels.mask_loss import mask_loss
 from zsseg.run import Process
 
 
@@ -25,35 +26,17 @@ def matching_cost(logits: Tensor, masks: Tensor, targets: Targets, focal_weight:
     logits [L, B, Q, C+1], masks [L, B, Q, h, w] -> fp32 [L, B, Q, T]; columns beyond a picture's count mean nothing.
     Label maps are brought to h x w by nearest sampling.
     """
-    L, _, Q = masks.shape[:3]
-    h, w = masks.shape[-2:]
-    labels = F.interpolate(targets.labels[:, None].float(), (h, w), mode="nearest")  # [B, 1, h, w]
-    truth = (labels == targets.classes[:, :, None, None]).flatten(2).float()  # [B, T, hw]
-    x = masks.float().flatten(3)  # [L, B, Q, hw]
-    p = x.sigmoid()
-    positive = 0.25 * (1 - p) ** 2 * F.softplus(-x)
-    negative = 0.75 * p**2 * F.softplus(x)
-    focal = torch.einsum("lbqn,btn->lbqt", positive, truth) + torch.einsum("lbqn,btn->lbqt", negative, 1 - truth)
-    overlap = torch.einsum("lbqn,btn->lbqt", p, truth)
-    dice = 1 - (2 * overlap + 1) / (p.sum(-1)[..., None] + truth.sum(-1)[:, None] + 1)
-    index = targets.classes[None, :, None].expand(L, -1, Q, -1)  # [L, B, Q, T]
-    probability = logits.float().softmax(-1).gather(-1, index)
-    return -probability + focal_weight * focal / (h * w) + dice_weight * dice
+    labels = F.interpolate(targets.labels[:, None].float(), masks.shape[-2:], mode="nearest")[:, 0].int()  # [B, h, w]
+    return matching.matching_cost(logits, masks, labels, targets.classes, focal_weight, dice_weight)
 
 
 def assign(cost: Tensor, counts: Tensor) -> Tensor:
     """Minimum-cost assignment per layer and picture: cost [L, B, Q, T] -> the query of each target, int64 [L, B, T].
 
-    -1 where a target is padding, or is left without a query because there are fewer queries than targets.
+    -1 where a target is padding, or is left without a query because there are fewer queries than targets. Costs that are
+    not finite count as a million; the loss itself shows what was not finite.
     """
-    L, B, _, T = cost.shape
-    matched = torch.full((L, B, T), -1, dtype=torch.int64)
-    costs = cost.nan_to_num(1e6, 1e6, -1e6).cpu().numpy()  # one transfer; the loss itself shows what was not finite
-    for layer in range(L):
-        for image, count in enumerate(counts.tolist()):
-            query, target = linear_sum_assignment(costs[layer, image, :, :count])
-            matched[layer, image, torch.from_numpy(target)] = torch.from_numpy(query)
-    return matched.to(cost.device)
+    return assignment(cost, counts.to(cost.device, non_blocking=True))[0]
 
 
 def class_loss(logits: Tensor, matched: Tensor, classes: Tensor, no_object_weight: float, process: Process) -> Tensor:
@@ -73,20 +56,8 @@ def class_loss(logits: Tensor, matched: Tensor, classes: Tensor, no_object_weigh
 
 def mask_losses(masks: Tensor, matched: Tensor, targets: Targets, num_masks: Tensor) -> tuple[Tensor, Tensor]:
     """Focal and dice loss [L] each of the matched pairs, at the label map's size, summed and divided by `num_masks`."""
-    real = torch.arange(targets.classes.shape[1]) < targets.counts[:, None]  # [B, T], on the CPU: no sync
-    image, target = (i.to(masks.device) for i in real.nonzero(as_tuple=True))  # [N] pairs
-    truth = (targets.labels[image] == targets.classes[image, target][:, None, None]).flatten(1).float()  # [N, HW]
-    focal, dice = [], []
-    for layer_masks, layer_matched in zip(masks, matched, strict=True):
-        query = layer_matched[image, target]  # [N]
-        x = layer_masks[image, query.clamp(min=0)].float()  # [N, h, w]
-        x = F.interpolate(x[:, None], targets.labels.shape[-2:], mode="bilinear", align_corners=False).flatten(1)
-        has_query = (query >= 0).float()
-        focal.append((sigmoid_focal_loss(x, truth, 0.25, 2).mean(1) * has_query).sum())
-        p = x.sigmoid()
-        ratio = (2 * (p * truth).sum(1) + 1) / (p.sum(1) + truth.sum(1) + 1)
-        dice.append(((1 - ratio) * has_query).sum())
-    return torch.stack(focal) / num_masks, torch.stack(dice) / num_masks
+    focal, dice = mask_loss(masks, matched, targets.labels, targets.classes)  # [L, B, T]
+    return focal.sum((1, 2)) / num_masks, dice.sum((1, 2)) / num_masks
 
 
 def segmentation_losses(logits: Tensor, masks: Tensor, targets: Targets, focal_weight: float, dice_weight: float,

@@ -1,0 +1,136 @@
+"""Minimum-cost assignment of targets to queries (Hungarian matching), every layer and picture at once, on the device.
+
+Shortest augmenting paths (Jonker and Volgenant 1987; the form of Crouse 2016 that SciPy uses), one problem a program. Only the
+columns' dual prices are kept: the row's price is its assigned cost minus that column's price.
+"""
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from kernels.jit import contiguous, jit, power_of_two, tl
+
+MAX_QUERIES, MAX_TARGETS = 128, 64  # what fits one program; beyond them SciPy decides
+LIMIT = 1e6  # costs that are not finite count as this much
+
+
+def reference(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """cost [L, B, Q, T], counts [B] -> (query of each target int64 [L, B, T], bool [L, B]: a cost was not finite).
+
+    -1 where a target is padding (its number is at least the picture's count) or has no query because there are too few.
+    """
+    L, B, _, T = cost.shape
+    matched = torch.full((L, B, T), -1, dtype=torch.int64)
+    bad = torch.zeros(L, B, dtype=torch.bool)
+    costs = cost.detach().double().cpu()  # one transfer
+    for layer in range(L):
+        for image, count in enumerate(counts.tolist()):
+            problem = costs[layer, image, :, :count]
+            bad[layer, image] = not problem.isfinite().all()
+            query, target = linear_sum_assignment(problem.nan_to_num(LIMIT, LIMIT, -LIMIT).clamp(-LIMIT, LIMIT).numpy())
+            matched[layer, image, torch.from_numpy(target)] = torch.from_numpy(query)
+    return matched.to(cost.device), bad.to(cost.device)
+
+
+@jit
+def kernel(
+    cost,  # fp32 [L*B, Q, T]
+    counts,  # int32 [B]
+    matched,  # out: int64 [L*B, T], filled with -1
+    bad,  # out: int8 [L*B]
+    B, Q, T, limit,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    problem = tl.program_id(0)
+    count = tl.load(counts + problem % B)
+    swapped = count > Q  # rows are the fewer: targets, or else queries
+    rows, columns = tl.minimum(count, Q), tl.maximum(count, Q)
+    row_stride, column_stride = tl.where(swapped, T, 1), tl.where(swapped, 1, T)
+    base = cost + problem.to(tl.int64) * Q * T
+    column = tl.arange(0, COLUMNS)
+    inside = column < columns
+    infinity = float("inf")
+    price = tl.zeros((COLUMNS,), tl.float32)
+    owner = tl.full((COLUMNS,), -1, tl.int32)  # the row of each column
+    odd = 0
+    row = 0
+    while row < rows:
+        shortest = tl.full((COLUMNS,), infinity, tl.float32)
+        before = tl.full((COLUMNS,), -1, tl.int32)  # the row from which the path comes
+        scanned = column < 0
+        current = row
+        reached = 0.0  # length of the path so far
+        own = 0.0  # the current row's price
+        sink = -1
+        steps = 0
+        while (sink < 0) & (steps <= rows):
+            c = tl.load(base + current * row_stride + column * column_stride, mask=inside, other=0.0)
+            finite = tl.abs(c) < infinity  # false for NaN, too
+            odd = tl.maximum(odd, tl.max(tl.where(finite, 0, 1), 0))
+            c = tl.where(c == c, tl.minimum(tl.maximum(c, -limit), limit), limit)
+            length = reached + (c - price - own)
+            open_ = inside & (scanned == 0)
+            better = open_ & (length < shortest)
+            shortest = tl.where(better, length, shortest)
+            before = tl.where(better, current, before)
+            reached = tl.min(tl.where(open_, shortest, infinity), 0)
+            # Among equally near columns a free one ends the search.
+            nearest = open_ & (shortest == reached)
+            free = tl.min(tl.where(nearest & (owner < 0), column, COLUMNS), 0)
+            nearest_column = tl.min(tl.where(nearest, column, COLUMNS), 0)
+            chosen = tl.where(free < COLUMNS, free, nearest_column)
+            here = column == chosen
+            scanned = scanned | here
+            next_row = tl.max(tl.where(here, owner, -1), 0)
+            sink = tl.where(next_row < 0, chosen, -1)
+            current = tl.where(next_row < 0, current, next_row)
+            assigned = tl.load(base + current * row_stride + chosen * column_stride, mask=chosen < columns, other=0.0)
+            assigned = tl.where(assigned == assigned, tl.minimum(tl.maximum(assigned, -limit), limit), limit)
+            own = assigned - tl.sum(tl.where(here, price, 0.0), 0)
+            steps += 1
+        price = tl.where(scanned, price - (reached - shortest), price)
+        at = sink
+        steps = 0
+        unfinished = 1
+        while (unfinished > 0) & (steps <= rows):
+            here = column == at
+            source = tl.max(tl.where(here, before, -1), 0)
+            at = tl.max(tl.where(owner == source, column, -1), 0)  # where that row was until now
+            owner = tl.where(here, source, owner)
+            unfinished = tl.where(source == row, 0, 1)
+            steps += 1
+        row += 1
+    out = matched + problem.to(tl.int64) * T
+    taken = inside & (owner >= 0)
+    tl.store(out + tl.where(swapped, column, owner), tl.where(swapped, owner, column).to(tl.int64), mask=taken)
+    tl.store(bad + problem, odd.to(tl.int8))
+
+
+def launch(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference` by the kernel, which wants Q <= 128 and T <= 64; the total cost is the same, ties may fall otherwise."""
+    L, B, Q, T = cost.shape
+    matched = torch.full((L, B, T), -1, dtype=torch.int64, device=cost.device)
+    bad = torch.zeros(L, B, dtype=torch.int8, device=cost.device)
+    if cost.numel():
+        cost, counts = contiguous(cost.float(), counts.to(cost.device, torch.int32))
+        kernel[(L * B,)](cost, counts, matched, bad, B, Q, T, LIMIT, COLUMNS=power_of_two(max(Q, T)), num_warps=1)
+    return matched, bad.bool()
+
+
+@torch.library.custom_op("zsseg::assignment", mutates_args=(), device_types="cuda")
+def assignment(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """See `reference`. No host sync up to 128 queries and 64 targets."""
+    if cost.shape[2] > MAX_QUERIES or cost.shape[3] > MAX_TARGETS:
+        return reference(cost, counts)
+    return launch(cost, counts)
+
+
+@assignment.register_kernel("cpu")
+def _(cost, counts):
+    return reference(cost, counts)
+
+
+@assignment.register_fake
+def _(cost, counts):
+    L, B, _, T = cost.shape
+    return cost.new_empty(L, B, T, dtype=torch.int64), cost.new_empty(L, B, dtype=torch.bool)

@@ -1,0 +1,27 @@
+"""What every kernel file shares: Triton where there is one, and small arithmetic."""
+
+from torch import Tensor
+
+try:
+    import triton.language as tl
+    from triton import jit
+except ImportError:  # not on this platform: the references serve
+
+    def jit(function):
+        return function
+
+    class tl:
+        constexpr = None  # all that a definition needs
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [t.contiguous() for t in tensors]

@@ -1,0 +1,305 @@
+"""Focal and dice loss of matched masks at the label map's size (MaskFormer, Cheng et al. 2021), forward and backward.
+
+The logits lie at stride R of the label map and are upsampled bilinearly. Between four neighbouring logits lies a cell of R x R
+pixels: the kernel reads the four corners once and visits the cell's pixels in registers, so that no full-size float tensor
+exists. Backwards every cell keeps four corner sums, and a second kernel adds the four cells around each logit: no atomics.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.jit import cdiv, contiguous, jit, tl
+
+RATIOS = (2, 4, 8)  # other ratios of label map to logits go the plain way
+CELLS, WARPS = 256, 4
+ALPHA = 0.25
+
+
+def reference(masks: Tensor, matched: Tensor, labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """masks [L, B, Q, h, w], matched [L, B, T] (query of each target or -1), labels [B, H, W], classes [B, T]
+    -> focal and dice loss of each pair [L, B, T], 0 where there is no match. fp32, or fp64 where the masks are.
+    """
+    kind = torch.promote_types(masks.dtype, torch.float32)
+    focal, dice = [], []
+    for layer_masks, queries in zip(masks, matched, strict=True):
+        image, target = (queries >= 0).nonzero(as_tuple=True)  # [N] pairs
+        x = layer_masks[image, queries[image, target]].to(kind)  # [N, h, w]
+        x = F.interpolate(x[:, None], labels.shape[-2:], mode="bilinear", align_corners=False).flatten(1)  # [N, HW]
+        t = (labels[image] == classes[image, target][:, None, None]).flatten(1).to(kind)
+        p = x.sigmoid()
+        cost = F.binary_cross_entropy_with_logits(x, t, reduction="none") * (p * (1 - t) + (1 - p) * t) ** 2
+        loss = ((ALPHA * t + (1 - ALPHA) * (1 - t)) * cost).mean(1)
+        ratio = (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
+        empty = x.new_zeros(queries.shape)
+        focal.append(empty.index_put((image, target), loss))
+        dice.append(empty.index_put((image, target), 1 - ratio))
+    return torch.stack(focal), torch.stack(dice)
+
+
+@jit
+def corner_values(source, y0, y1, x0, x1, w, there):
+    """The logits at the four corners of each cell."""
+    a = tl.load(source + y0 * w + x0, mask=there, other=0.0).to(tl.float32)
+    b = tl.load(source + y0 * w + x1, mask=there, other=0.0).to(tl.float32)
+    c = tl.load(source + y1 * w + x0, mask=there, other=0.0).to(tl.float32)
+    d = tl.load(source + y1 * w + x1, mask=there, other=0.0).to(tl.float32)
+    return a, b, c, d
+
+
+@jit
+def sigmoid_parts(x):
+    """p, 1 - p and log(1 + exp(-|x|)), each without cancellation."""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e), tl.where(x >= 0, e, 1.0) / (1.0 + e), tl.log(1.0 + e)
+
+
+@jit
+def forward_kernel(
+    masks,  # [L, B, Q, h, w], any float
+    matched,  # int64 [L, B, T]
+    labels,  # [B, H, W], integers
+    classes,  # int32 [B, T]
+    sums,  # out: fp32 [L*B*T, tiles, 4]: focal, p . t, p, t
+    B, Q, T, h, w, tiles,
+    R: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
+    pair, tile = tl.program_id(1), tl.program_id(0)
+    image = (pair // T) % B
+    query = tl.load(matched + pair)
+    out = sums + (pair.to(tl.int64) * tiles + tile) * 4 + tl.arange(0, 4)
+    if query < 0:
+        tl.store(out, tl.zeros((4,), tl.float32))
+    else:
+        wanted = tl.load(classes + image * T + pair % T)
+        source = masks + ((pair // T).to(tl.int64) * Q + query) * h * w
+        cell = tile * CELLS + tl.arange(0, CELLS)
+        there = cell < (h + 1) * (w + 1)
+        i, j = cell // (w + 1) - 1, cell % (w + 1) - 1  # the corner above and to the left; -1 at the border
+        y0, y1 = tl.maximum(i, 0), tl.minimum(i + 1, h - 1)
+        x0, x1 = tl.maximum(j, 0), tl.minimum(j + 1, w - 1)
+        a, b, c, d = corner_values(source, y0, y1, x0, x1, w, there)
+        focal = tl.zeros((CELLS,), tl.float32)
+        overlap = tl.zeros((CELLS,), tl.float32)
+        p_sum = tl.zeros((CELLS,), tl.float32)
+        t_sum = tl.zeros((CELLS,), tl.float32)
+        for k in tl.static_range(R * R):
+            fy, fx = (k // R + 0.5) / R, (k % R + 0.5) / R
+            y, x = i * R + R // 2 + k // R, j * R + R // 2 + k % R
+            inside = there & (y >= 0) & (y < h * R) & (x >= 0) & (x < w * R)
+            label = tl.load(labels + (image.to(tl.int64) * h * R + y) * w * R + x, mask=inside, other=0).to(tl.int32)
+            t = label == wanted
+            z = (a * (1 - fx) + b * fx) * (1 - fy) + (c * (1 - fx) + d * fx) * fy
+            p, q, soft = sigmoid_parts(z)
+            loss = tl.where(t, 0.25 * q * q * (soft + tl.maximum(-z, 0.0)), 0.75 * p * p * (soft + tl.maximum(z, 0.0)))
+            focal += tl.where(inside, loss, 0.0)
+            overlap += tl.where(inside & t, p, 0.0)
+            p_sum += tl.where(inside, p, 0.0)
+            t_sum += tl.where(inside & t, 1.0, 0.0)
+        base = sums + (pair.to(tl.int64) * tiles + tile) * 4
+        tl.store(base, tl.sum(focal, 0))
+        tl.store(base + 1, tl.sum(overlap, 0))
+        tl.store(base + 2, tl.sum(p_sum, 0))
+        tl.store(base + 3, tl.sum(t_sum, 0))
+
+
+@jit
+def backward_kernel(
+    masks, matched, labels, classes,  # as in forward_kernel
+    weights,  # fp32 [L*B*T, 3]: factors of d focal, of t and of 1 in d dice / d p
+    corners,  # out: fp32 [L*B*T, 4, cells]
+    B, Q, T, h, w,
+    R: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
+    pair, tile = tl.program_id(1), tl.program_id(0)
+    image = (pair // T) % B
+    query = tl.load(matched + pair)
+    if query >= 0:
+        wanted = tl.load(classes + image * T + pair % T)
+        of_focal = tl.load(weights + pair * 3)
+        of_target = tl.load(weights + pair * 3 + 1)
+        of_all = tl.load(weights + pair * 3 + 2)
+        source = masks + ((pair // T).to(tl.int64) * Q + query) * h * w
+        cells = (h + 1) * (w + 1)
+        cell = tile * CELLS + tl.arange(0, CELLS)
+        there = cell < cells
+        i, j = cell // (w + 1) - 1, cell % (w + 1) - 1
+        y0, y1 = tl.maximum(i, 0), tl.minimum(i + 1, h - 1)
+        x0, x1 = tl.maximum(j, 0), tl.minimum(j + 1, w - 1)
+        a, b, c, d = corner_values(source, y0, y1, x0, x1, w, there)
+        ga = tl.zeros((CELLS,), tl.float32)
+        gb = tl.zeros((CELLS,), tl.float32)
+        gc = tl.zeros((CELLS,), tl.float32)
+        gd = tl.zeros((CELLS,), tl.float32)
+        for k in tl.static_range(R * R):
+            fy, fx = (k // R + 0.5) / R, (k % R + 0.5) / R
+            y, x = i * R + R // 2 + k // R, j * R + R // 2 + k % R
+            inside = there & (y >= 0) & (y < h * R) & (x >= 0) & (x < w * R)
+            label = tl.load(labels + (image.to(tl.int64) * h * R + y) * w * R + x, mask=inside, other=0).to(tl.int32)
+            t = label == wanted
+            z = (a * (1 - fx) + b * fx) * (1 - fy) + (c * (1 - fx) + d * fx) * fy
+            p, q, soft = sigmoid_parts(z)
+            positive = -0.25 * q * q * (2.0 * p * (soft + tl.maximum(-z, 0.0)) + q)
+            negative = 0.75 * p * p * (2.0 * q * (soft + tl.maximum(z, 0.0)) + p)
+            g = of_focal * tl.where(t, positive, negative) + (tl.where(t, of_target, 0.0) + of_all) * p * q
+            g = tl.where(inside, g, 0.0)
+            ga += g * (1 - fx) * (1 - fy)
+            gb += g * fx * (1 - fy)
+            gc += g * (1 - fx) * fy
+            gd += g * fx * fy
+        # At the border both corners are the same logit: fold the one outside into the one inside.
+        top, bottom, left, right = i < 0, i >= h - 1, j < 0, j >= w - 1
+        gc, ga = tl.where(top, gc + ga, gc), tl.where(top, 0.0, ga)
+        gd, gb = tl.where(top, gd + gb, gd), tl.where(top, 0.0, gb)
+        ga, gc = tl.where(bottom, ga + gc, ga), tl.where(bottom, 0.0, gc)
+        gb, gd = tl.where(bottom, gb + gd, gb), tl.where(bottom, 0.0, gd)
+        gb, ga = tl.where(left, gb + ga, gb), tl.where(left, 0.0, ga)
+        gd, gc = tl.where(left, gd + gc, gd), tl.where(left, 0.0, gc)
+        ga, gb = tl.where(right, ga + gb, ga), tl.where(right, 0.0, gb)
+        gc, gd = tl.where(right, gc + gd, gc), tl.where(right, 0.0, gd)
+        out = corners + pair.to(tl.int64) * 4 * cells + cell
+        tl.store(out, ga, mask=there)
+        tl.store(out + cells, gb, mask=there)
+        tl.store(out + 2 * cells, gc, mask=there)
+        tl.store(out + 3 * cells, gd, mask=there)
+
+
+@jit
+def combine_kernel(
+    corners,  # fp32 [L*B*T, 4, cells]
+    matched,  # int64 [L, B, T]
+    grad,  # in and out: [L, B, Q, h, w], zeros; a query is matched at most once
+    Q, T, h, w,
+    PIXELS: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(1)
+    query = tl.load(matched + pair)
+    if query >= 0:
+        pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+        there = pixel < h * w
+        y, x = pixel // w, pixel % w
+        cells = (h + 1) * (w + 1)
+        base = corners + pair.to(tl.int64) * 4 * cells + y * (w + 1) + x  # the cell above and to the left
+        total = tl.load(base + 3 * cells, mask=there, other=0.0)
+        total += tl.load(base + 2 * cells + 1, mask=there, other=0.0)
+        total += tl.load(base + cells + w + 1, mask=there, other=0.0)
+        total += tl.load(base + w + 2, mask=there, other=0.0)
+        out = grad + ((pair // T).to(tl.int64) * Q + query) * h * w + pixel
+        tl.store(out, total.to(grad.dtype.element_ty), mask=there)
+
+
+def fits(masks: Tensor, labels: Tensor) -> bool:
+    """The label map is a small whole number of times the logits' size, the same both ways."""
+    h, w = masks.shape[-2:]
+    return any(labels.shape[-2:] == (R * h, R * w) for R in RATIOS)
+
+
+def launch_forward(masks: Tensor, matched: Tensor, labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference` by the kernel, and the sums [L, B, T, 4] that the backward pass needs."""
+    L, B, Q, h, w = masks.shape
+    T = classes.shape[1]
+    masks, matched, labels, classes = contiguous(masks, matched, labels, classes.int())
+    tiles = cdiv((h + 1) * (w + 1), CELLS)
+    sums = masks.new_zeros(L, B, T, tiles, 4, dtype=torch.float32)
+    if sums.numel():
+        forward_kernel[(tiles, L * B * T)](
+            masks, matched, labels, classes, sums, B, Q, T, h, w, tiles,
+            R=labels.shape[-1] // w, CELLS=CELLS, num_warps=WARPS,
+        )  # fmt: skip
+    sums = sums.sum(3)
+    focal, overlap, p, t = sums.unbind(-1)
+    dice = (1 - (2 * overlap + 1) / (p + t + 1)) * (matched >= 0)
+    return focal / labels[0].numel(), dice, sums
+
+
+def launch_backward(grad_focal: Tensor, grad_dice: Tensor, sums: Tensor, masks: Tensor, matched: Tensor, labels: Tensor,
+                    classes: Tensor) -> Tensor:  # fmt: skip
+    """The gradient of the masks [L, B, Q, h, w]."""
+    L, B, Q, h, w = masks.shape
+    T = classes.shape[1]
+    masks, matched, labels, classes = contiguous(masks, matched, labels, classes.int())
+    grad = torch.zeros_like(masks)
+    if not sums.numel():
+        return grad
+    _, overlap, p, t = sums.unbind(-1)
+    D = p + t + 1
+    weights = torch.stack([grad_focal / labels[0].numel(), -2 * grad_dice / D, grad_dice * (2 * overlap + 1) / D**2], -1)
+    cells = (h + 1) * (w + 1)
+    corners = sums.new_empty(L, B, T, 4, cells)
+    backward_kernel[(cdiv(cells, CELLS), L * B * T)](
+        masks, matched, labels, classes, weights.float().contiguous(), corners, B, Q, T, h, w,
+        R=labels.shape[-1] // w, CELLS=CELLS, num_warps=WARPS,
+    )  # fmt: skip
+    combine_kernel[(cdiv(h * w, 1024), L * B * T)](corners, matched, grad, Q, T, h, w, PIXELS=1024, num_warps=WARPS)
+    return grad
+
+
+@torch.library.custom_op("zsseg::mask_loss", mutates_args=(), device_types="cuda")
+def mask_loss_op(masks: Tensor, matched: Tensor, labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `launch_forward`; label maps must fit (`fits`)."""
+    return launch_forward(masks, matched, labels, classes)
+
+
+@torch.library.custom_op("zsseg::mask_loss_backward", mutates_args=(), device_types="cuda")
+def mask_loss_backward(grad_focal: Tensor, grad_dice: Tensor, sums: Tensor, masks: Tensor, matched: Tensor, labels: Tensor,
+                       classes: Tensor) -> Tensor:  # fmt: skip
+    """See `launch_backward`."""
+    return launch_backward(grad_focal, grad_dice, sums, masks, matched, labels, classes)
+
+
+@mask_loss_op.register_kernel("cpu")
+def _(masks, matched, labels, classes):
+    return *reference(masks, matched, labels, classes), masks.new_zeros(*matched.shape, 4, dtype=torch.float32)
+
+
+@mask_loss_backward.register_kernel("cpu")
+def _(grad_focal, grad_dice, sums, masks, matched, labels, classes):
+    # By hand: below the operator nothing is recorded for autograd.
+    grad, size = torch.zeros_like(masks), labels.shape[-2:]
+    kind = torch.promote_types(masks.dtype, torch.float32)
+    for layer, queries in enumerate(matched):
+        image, target = (queries >= 0).nonzero(as_tuple=True)
+        query = queries[image, target]
+        small = masks[layer, image, query][:, None].to(kind)  # [N, 1, h, w]
+        x = F.interpolate(small, size, mode="bilinear", align_corners=False)
+        t = (labels[image] == classes[image, target][:, None, None])[:, None].to(kind)
+        p = x.sigmoid()
+        positive = -ALPHA * (1 - p) ** 2 * (2 * p * F.softplus(-x) + 1 - p)
+        negative = (1 - ALPHA) * p**2 * (2 * (1 - p) * F.softplus(x) + p)
+        of_focal, of_dice = (g[layer, image, target].view(-1, 1, 1, 1) for g in (grad_focal, grad_dice))
+        D = (p + t).sum((2, 3), keepdim=True) + 1
+        of_p = of_dice * ((2 * (p * t).sum((2, 3), keepdim=True) + 1) / D**2 - 2 * t / D)
+        g = of_focal * (t * positive + (1 - t) * negative) / x[0].numel() + of_p * p * (1 - p) if len(x) else x
+        g = torch.ops.aten.upsample_bilinear2d_backward(g, size, small.shape, False)
+        grad[layer, image, query] = g[:, 0].to(grad.dtype)
+    return grad
+
+
+@mask_loss_op.register_fake
+def _(masks, matched, labels, classes):
+    kind = torch.promote_types(masks.dtype, torch.float32) if masks.device.type == "cpu" else torch.float32
+    focal, dice = (masks.new_empty(matched.shape, dtype=kind) for _ in range(2))
+    return focal, dice, masks.new_empty(*matched.shape, 4, dtype=torch.float32)
+
+
+@mask_loss_backward.register_fake
+def _(grad_focal, grad_dice, sums, masks, matched, labels, classes):
+    return torch.empty_like(masks)
+
+
+def remember(ctx, inputs, output):
+    ctx.save_for_backward(output[2], *inputs)
+
+
+def differentiate(ctx, grad_focal, grad_dice, _):
+    return mask_loss_backward(grad_focal, grad_dice, *ctx.saved_tensors), None, None, None
+
+
+mask_loss_op.register_autograd(differentiate, setup_context=remember)
+
+
+def mask_loss(masks: Tensor, matched: Tensor, labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference`, by the kernels where the sizes fit them; differentiable in the masks."""
+    if masks.is_cuda and fits(masks, labels):
+        return mask_loss_op(masks, matched, labels, classes)[:2]
+    return reference(masks, matched, labels, classes)

@@ -1,0 +1,248 @@
+"""Mask pooling: the mean of dense features under each mask, soft or thresholded, forward and backward.
+
+One product of mask weights with features, in which the weights (a sigmoid, or a comparison) are made on the fly from the
+logits, and their sum comes with it: no [Q, hw] weights in memory.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.jit import cdiv, contiguous, jit, tl
+
+QUERIES, WIDTH, PIXELS, WARPS = 32, 64, 32, 8
+
+
+def mask_weights(masks: Tensor, threshold: float) -> Tensor:
+    """sigmoid(masks), or with a threshold from 0 to 1 whether it is above that (a negative threshold: soft)."""
+    if threshold < 0:
+        return masks.sigmoid()
+    return (masks > logit(threshold)).to(masks.dtype)
+
+
+def logit(threshold: float) -> float:
+    """Where the sigmoid is `threshold`."""
+    return math.inf if threshold >= 1 else -math.inf if threshold <= 0 else math.log(threshold / (1 - threshold))
+
+
+def reference(features: Tensor, masks: Tensor, threshold: float = -1.0) -> Tensor:
+    """features [B, D, h, w], mask logits [B, Q, h, w] -> mean features [B, Q, D], zero under an empty mask.
+
+    fp32 (fp64 where the inputs are) in the sums, the features' type at the end.
+    """
+    kind = torch.promote_types(features.dtype, torch.float32)
+    weights = mask_weights(masks.to(kind), threshold).flatten(2)  # [B, Q, hw]
+    sums = torch.einsum("bqn,bdn->bqd", weights, features.to(kind).flatten(2))
+    total = weights.sum(-1, keepdim=True)
+    return (sums / total.where(total > 0, 1)).to(features.dtype)
+
+
+@jit
+def weight(x, level, SOFT: tl.constexpr):
+    if SOFT:
+        e = tl.exp(-tl.abs(x))
+        w = tl.where(x >= 0, 1.0, e) / (1.0 + e)
+    else:
+        w = tl.where(x > level, 1.0, 0.0)
+    return w
+
+
+@jit
+def forward_kernel(
+    features,  # [B, D, hw]
+    masks,  # [B, Q, hw]
+    sums,  # out: fp32 [S, B, Q, D]: of S parts of the pixels
+    totals,  # out: fp32 [S, B, Q]: sum of the weights
+    B, Q, D, HW, part, level,
+    SOFT: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    width_tiles = tl.cdiv(D, WIDTH)
+    query = (tl.program_id(0) // width_tiles) * QUERIES + tl.arange(0, QUERIES)
+    d = (tl.program_id(0) % width_tiles) * WIDTH + tl.arange(0, WIDTH)
+    image, split = tl.program_id(1), tl.program_id(2)
+    mask_rows = masks + (image.to(tl.int64) * Q + query[:, None]) * HW
+    feature_rows = features + (image.to(tl.int64) * D + d[None, :]) * HW
+    acc = tl.zeros((QUERIES, WIDTH), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    first = split * part
+    while first < tl.minimum((split + 1) * part, HW):
+        pixel = first + tl.arange(0, PIXELS)
+        inside = pixel < HW
+        there = (query[:, None] < Q) & inside[None, :]
+        x = tl.load(mask_rows + pixel[None, :], mask=there, other=0.0).to(tl.float32)
+        w = tl.where(there, weight(x, level, SOFT), 0.0)
+        f = tl.load(feature_rows + pixel[:, None], mask=inside[:, None] & (d[None, :] < D), other=0.0)
+        if f.dtype == tl.float32:
+            acc = tl.dot(w, f, acc, input_precision="tf32x3")
+        else:
+            acc = tl.dot(w.to(f.dtype), f, acc)
+        total += tl.sum(w, 1)
+        first += PIXELS
+    base = (split * B + image).to(tl.int64) * Q + query
+    tl.store(sums + base[:, None] * D + d[None, :], acc, mask=(query[:, None] < Q) & (d[None, :] < D))
+    first_tile = tl.where(tl.program_id(0) % width_tiles == 0, Q, 0)
+    tl.store(totals + base, total, mask=query < first_tile)
+
+
+@jit
+def mask_gradient_kernel(
+    features, masks,  # as in forward_kernel
+    grad,  # fp32 [B, Q, D], of the pooled features, divided by the sum of the weights
+    shift,  # fp32 [B, Q]: grad . pooled
+    out,  # [B, Q, hw]
+    Q, D, HW,
+    QUERIES: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    image = tl.program_id(2).to(tl.int64)
+    acc = tl.zeros((QUERIES, PIXELS), tl.float32)
+    first = 0
+    while first < D:
+        d = first + tl.arange(0, WIDTH)
+        here = (query[:, None] < Q) & (d[None, :] < D)
+        g = tl.load(grad + (image * Q + query[:, None]) * D + d[None, :], mask=here, other=0.0)
+        here = (d[:, None] < D) & (pixel[None, :] < HW)
+        f = tl.load(features + (image * D + d[:, None]) * HW + pixel[None, :], mask=here, other=0.0)
+        acc = tl.dot(g, f.to(tl.float32), acc, input_precision="tf32x3")
+        first += WIDTH
+    there = (query[:, None] < Q) & (pixel[None, :] < HW)
+    place = (image * Q + query[:, None]) * HW + pixel[None, :]
+    x = tl.load(masks + place, mask=there, other=0.0).to(tl.float32)
+    e = tl.exp(-tl.abs(x))
+    slope = e / ((1.0 + e) * (1.0 + e))
+    s = tl.load(shift + image * Q + query, mask=query < Q, other=0.0)
+    tl.store(out + place, ((acc - s[:, None]) * slope).to(out.dtype.element_ty), mask=there)
+
+
+@jit
+def feature_gradient_kernel(
+    masks, grad,  # as in mask_gradient_kernel
+    out,  # [B, D, hw]
+    Q, D, HW, level,
+    SOFT: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    d = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    image = tl.program_id(2).to(tl.int64)
+    acc = tl.zeros((WIDTH, PIXELS), tl.float32)
+    first = 0
+    while first < Q:
+        query = first + tl.arange(0, QUERIES)
+        there = (query[:, None] < Q) & (pixel[None, :] < HW)
+        x = tl.load(masks + (image * Q + query[:, None]) * HW + pixel[None, :], mask=there, other=0.0).to(tl.float32)
+        w = tl.where(there, weight(x, level, SOFT), 0.0)
+        here = (query[None, :] < Q) & (d[:, None] < D)
+        g = tl.load(grad + (image * Q + query[None, :]) * D + d[:, None], mask=here, other=0.0)
+        acc = tl.dot(g, w, acc, input_precision="tf32x3")
+        first += QUERIES
+    there = (d[:, None] < D) & (pixel[None, :] < HW)
+    tl.store(out + (image * D + d[:, None]) * HW + pixel[None, :], acc.to(out.dtype.element_ty), mask=there)
+
+
+def launch_forward(features: Tensor, masks: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """`reference` by the kernel, and the sum of each mask's weights [B, Q]."""
+    B, D = features.shape[:2]
+    Q, HW = masks.shape[1], masks.shape[2] * masks.shape[3]
+    features, masks = contiguous(features, masks)
+    tiles = cdiv(Q, QUERIES) * cdiv(D, WIDTH)
+    splits = max(min(cdiv(264, max(tiles * B, 1)), HW // (16 * PIXELS)), 1)
+    part = cdiv(cdiv(HW, splits), PIXELS) * PIXELS
+    splits = cdiv(HW, part)
+    sums = features.new_zeros(splits, B, Q, D, dtype=torch.float32)
+    totals = features.new_zeros(splits, B, Q, dtype=torch.float32)
+    if sums.numel():
+        forward_kernel[(tiles, B, splits)](
+            features, masks, sums, totals, B, Q, D, HW, part, logit(max(threshold, 0.0)),
+            SOFT=threshold < 0, QUERIES=QUERIES, WIDTH=WIDTH, PIXELS=PIXELS, num_warps=WARPS,
+        )  # fmt: skip
+    total = totals.sum(0)
+    return (sums.sum(0) / total.where(total > 0, 1)[..., None]).to(features.dtype), total
+
+
+def launch_backward(grad: Tensor, pooled: Tensor, total: Tensor, features: Tensor, masks: Tensor,
+                    threshold: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of features and mask logits (zero where thresholded)."""
+    B, D = features.shape[:2]
+    Q, HW = masks.shape[1], masks.shape[2] * masks.shape[3]
+    features, masks = contiguous(features, masks)
+    scaled = (grad.float() / total.where(total > 0, 1)[..., None] * (total > 0)[..., None]).contiguous()
+    of_features, of_masks = torch.zeros_like(features), torch.zeros_like(masks)
+    if not scaled.numel():
+        return of_features, of_masks
+    feature_gradient_kernel[(cdiv(D, 64), cdiv(HW, 64), B)](
+        masks, scaled, of_features, Q, D, HW, logit(max(threshold, 0.0)),
+        SOFT=threshold < 0, QUERIES=32, WIDTH=64, PIXELS=64, num_warps=4,
+    )  # fmt: skip
+    if threshold < 0:
+        shift = (scaled * pooled.float()).sum(-1)
+        mask_gradient_kernel[(cdiv(Q, 64), cdiv(HW, 64), B)](
+            features, masks, scaled, shift, of_masks, Q, D, HW, QUERIES=64, WIDTH=32, PIXELS=64, num_warps=4,
+        )  # fmt: skip
+    return of_features, of_masks
+
+
+@torch.library.custom_op("zsseg::mask_pool", mutates_args=(), device_types="cuda")
+def mask_pool_op(features: Tensor, masks: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """See `launch_forward`."""
+    return launch_forward(features, masks, threshold)
+
+
+@torch.library.custom_op("zsseg::mask_pool_backward", mutates_args=(), device_types="cuda")
+def mask_pool_backward(grad: Tensor, pooled: Tensor, total: Tensor, features: Tensor, masks: Tensor,
+                       threshold: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `launch_backward`."""
+    return launch_backward(grad, pooled, total, features, masks, threshold)
+
+
+@mask_pool_op.register_kernel("cpu")
+def _(features, masks, threshold):
+    kind = torch.promote_types(features.dtype, torch.float32)
+    return reference(features, masks, threshold), mask_weights(masks.to(kind), threshold).flatten(2).sum(-1)
+
+
+@mask_pool_backward.register_kernel("cpu")
+def _(grad, pooled, total, features, masks, threshold):
+    # By hand: below the operator nothing is recorded for autograd.
+    scaled = grad.to(total.dtype) / total.where(total > 0, 1)[..., None] * (total > 0)[..., None]  # [B, Q, D]
+    weights = mask_weights(masks.to(total.dtype), threshold)
+    of_features = torch.einsum("bqd,bqhw->bdhw", scaled, weights).to(features.dtype)
+    if threshold >= 0:
+        return of_features, torch.zeros_like(masks)
+    shift = (scaled * pooled.to(total.dtype)).sum(-1)[..., None, None]
+    slope = weights * (1 - weights)
+    of_masks = (torch.einsum("bqd,bdhw->bqhw", scaled, features.to(total.dtype)) - shift) * slope
+    return of_features, of_masks.to(masks.dtype)
+
+
+@mask_pool_op.register_fake
+def _(features, masks, threshold):
+    B, Q = masks.shape[:2]
+    kind = torch.promote_types(features.dtype, torch.float32) if masks.device.type == "cpu" else torch.float32
+    return features.new_empty(B, Q, features.shape[1]), masks.new_empty(B, Q, dtype=kind)
+
+
+@mask_pool_backward.register_fake
+def _(grad, pooled, total, features, masks, threshold):
+    return torch.empty_like(features), torch.empty_like(masks)
+
+
+def remember(ctx, inputs, output):
+    features, masks, ctx.threshold = inputs
+    ctx.save_for_backward(*output, features, masks)
+
+
+def differentiate(ctx, grad, _):
+    return *mask_pool_backward(grad, *ctx.saved_tensors, ctx.threshold), None
+
+
+mask_pool_op.register_autograd(differentiate, setup_context=remember)
+
+
+def mask_pool(features: Tensor, masks: Tensor, threshold: float = -1.0) -> Tensor:
+    """`reference`; mask logits [B, Q, h', w'] of another size are first brought to the features' (bilinear)."""
+    if masks.shape[-2:] != features.shape[-2:]:
+        masks = F.interpolate(masks.float(), features.shape[-2:], mode="bilinear", align_corners=False)
+    return mask_pool_op(features, masks, threshold)[0]

@@ -1,0 +1,277 @@
+"""The kernels against their references with fp64 as judge: in Triton's interpreter without a GPU, on the GPU where there is
+one. The launchers are called themselves: the operators would give CPU tensors to the references.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+from kernels import assignment, mask_loss, mask_pool, matching_cost, region_crop, semantic_map
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytest.importorskip("triton")
+
+
+def on_device(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [t.to(DEVICE) for t in tensors]
+
+
+def no_worse(ours: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+    """The kernel's error is at most twice that of the fp32 reference (and of rounding to fp32 where that is exact)."""
+    ours, plain, exact = (t.detach().double().cpu() for t in (ours, plain, exact))
+    scale = float(exact.abs().max()) if exact.numel() else 0.0
+    limit = 2 * float((plain - exact).abs().max() if exact.numel() else 0) + 4e-7 * scale + 1e-12
+    assert ours.shape == exact.shape and float((ours - exact).abs().max() if exact.numel() else 0) <= limit
+
+
+def rough(*shape: int, extreme: float = 90.0) -> torch.Tensor:
+    """Smooth mask logits, with an empty mask, a full one and extreme values among them."""
+    x = F.interpolate(4 * torch.randn(1, int(np.prod(shape[:-2])), 4, 4), shape[-2:], mode="bicubic")[0].view(shape).clone()
+    flat = x.view(-1, *shape[-2:])
+    flat[0] = -extreme
+    flat[-1] = extreme if len(flat) > 1 else flat[-1]
+    return x
+
+
+# --- matching cost and assignment --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    ("L", "B", "Q", "h", "w", "T", "C"),
+    [(1, 1, 1, 1, 1, 1, 2), (2, 2, 7, 13, 11, 3, 5), (3, 2, 100, 17, 23, 17, 173), (1, 2, 131, 9, 9, 64, 70),
+     (2, 1, 5, 40, 41, 0, 4)],
+)  # fmt: skip
+def test_matching_cost(L, B, Q, h, w, T, C, dtype):
+    torch.manual_seed(0)
+    logits, masks = 5 * torch.randn(L, B, Q, C), rough(L, B, Q, h, w)
+    labels = torch.randint(0, T + 1, (B, h, w))
+    classes = torch.stack([torch.randperm(C)[:T] for _ in range(B)])
+    logits, masks, labels, classes = on_device(logits.to(dtype), masks.to(dtype), labels, classes)
+    masks = masks.transpose(-1, -2).contiguous().transpose(-1, -2)  # permuted strides
+    ours = matching_cost.launch(logits, masks, labels, classes, 20.0, 1.0)
+    plain = matching_cost.reference(logits, masks, labels, classes, 20.0, 1.0)
+    exact = matching_cost.reference(logits.double(), masks.double(), labels, classes, 20.0, 1.0)
+    no_worse(ours, plain, exact)
+
+
+def total(cost: torch.Tensor, matched: torch.Tensor, counts: list[int]) -> list[float]:
+    """What each problem's assignment costs; it must be one."""
+    sums = []
+    for layer in range(len(cost)):
+        for image, count in enumerate(counts):
+            queries = matched[layer, image, :count].cpu()
+            there = queries >= 0
+            assert len(set(queries[there].tolist())) == there.sum() == min(count, cost.shape[2])
+            assert (matched[layer, image, count:] == -1).all()
+            sums.append(float(cost[layer, image].cpu()[queries[there], torch.arange(count)[there]].double().sum()))
+    return sums
+
+
+@pytest.mark.parametrize(("kind", "Q", "T"), [("random", 100, 20), ("tied", 30, 10), ("equal", 9, 9), ("random", 1, 1),
+                                              ("random", 3, 12), ("related", 40, 25), ("random", 128, 64)])  # fmt: skip
+def test_assignment_is_minimal(kind, Q, T):
+    torch.manual_seed(0)
+    cost = torch.randn(2, 3, Q, T)
+    if kind == "tied":
+        cost = cost.round()
+    elif kind == "equal":
+        cost = torch.zeros_like(cost)
+    elif kind == "related":
+        cost = torch.rand(2, 3, Q, 1) + torch.rand(2, 3, 1, T) + 0.01 * cost
+    counts = [T, (T + 1) // 2, 0]
+    matched, bad = assignment.launch(*on_device(cost, torch.tensor(counts)))
+    wanted, _ = assignment.reference(cost, torch.tensor(counts))
+    assert not bad.any()
+    assert total(cost, matched, counts) == pytest.approx(total(cost, wanted, counts), rel=1e-6, abs=1e-6)
+
+
+def test_assignment_reports_what_is_not_finite():
+    torch.manual_seed(0)
+    cost = torch.randn(1, 5, 10, 5)
+    cost[0, 0, 3, 2], cost[0, 1], cost[0, 2, :, 1], cost[0, 4, 0, 4] = torch.nan, torch.inf, -torch.inf, torch.nan
+    counts = torch.tensor([5, 5, 5, 5, 4])  # the last one's lies in the padding
+    for function in (assignment.launch, assignment.reference):
+        matched, bad = function(*on_device(cost, counts))
+        assert bad.tolist() == [[True, True, True, False, False]]
+        assert all(len(set(row.tolist())) == 5 for row in matched[0, :4]) and matched[0, 0, 2] != 3
+
+
+# --- mask loss ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("L", "B", "Q", "h", "w", "T", "R"),
+    [(1, 1, 1, 1, 1, 1, 4), (2, 2, 7, 13, 11, 3, 4), (1, 2, 9, 17, 20, 5, 2), (1, 1, 3, 5, 3, 2, 8), (1, 2, 4, 6, 6, 0, 4)],
+)
+def test_mask_loss_and_its_gradient(L, B, Q, h, w, T, R):
+    torch.manual_seed(0)
+    masks = rough(L, B, Q, h, w)
+    labels = torch.randint(0, T + 1, (B, R * h, R * w)).to(torch.uint8)
+    classes = torch.stack([torch.randperm(max(T, 1))[:T] for _ in range(B)])
+    matched = torch.stack([torch.stack([torch.randperm(Q)[:T] for _ in range(B)]) for _ in range(L)])
+    if T > 1:
+        matched[0, 0, 0] = -1
+    grads = torch.randn(2, L, B, T)
+    masks, labels, classes, matched, grads = on_device(masks, labels, classes, matched, grads)
+    focal, dice, sums = mask_loss.launch_forward(masks, matched, labels, classes)
+    grad = mask_loss.launch_backward(*grads, sums, masks, matched, labels, classes)
+    results = []
+    for kind in (torch.float32, torch.float64):
+        x = masks.to(kind).requires_grad_()
+        losses = torch.stack(mask_loss.reference(x, matched, labels, classes))
+        results.append((losses, torch.autograd.grad((losses * grads).sum(), x)[0] if T else torch.zeros_like(x)))
+    (plain, plain_grad), (exact, exact_grad) = results
+    no_worse(focal, plain[0], exact[0])
+    no_worse(dice, plain[1], exact[1])
+    no_worse(grad, plain_grad, exact_grad)
+
+
+def test_mask_loss_goes_the_plain_way_for_other_ratios():
+    assert mask_loss.fits(torch.zeros(1, 1, 1, 8, 6), torch.zeros(1, 32, 24))
+    for size in ((33, 24), (32, 48), (8, 6), (24, 18)):
+        assert not mask_loss.fits(torch.zeros(1, 1, 1, 8, 6), torch.zeros(1, *size))
+
+
+def test_the_reference_s_gradient():
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 3, 3, 2, dtype=torch.float64, requires_grad=True)
+    labels, classes = torch.randint(0, 3, (2, 12, 8)), torch.tensor([[0, 1], [2, 0]])
+    matched = torch.tensor([[[2, 0], [1, -1]]])
+    assert torch.autograd.gradcheck(lambda x: mask_loss.reference(x, matched, labels, classes), x)
+    if DEVICE == "cpu":  # the operator's own backward, on the CPU
+        assert torch.autograd.gradcheck(lambda x: mask_loss.mask_loss_op(x, matched, labels, classes)[:2], x)
+        f, m = torch.randn(1, 3, 2, 3, dtype=torch.float64, requires_grad=True), torch.randn(1, 2, 2, 3, dtype=torch.float64)
+        m.requires_grad_()
+        assert torch.autograd.gradcheck(lambda f, m: mask_pool.mask_pool_op(f, m, -1.0)[0], (f, m))
+
+
+# --- mask pooling ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.4])
+@pytest.mark.parametrize(
+    ("B", "Q", "D", "h", "w"), [(1, 1, 1, 1, 1), (2, 7, 13, 11, 9), (1, 131, 173, 7, 29), (1, 20, 64, 40, 33)]
+)
+def test_mask_pool_and_its_gradients(B, Q, D, h, w, threshold):
+    torch.manual_seed(0)
+    features, masks = on_device(torch.randn(B, D, h, w), rough(B, Q, h, w, extreme=30.0))
+    pooled, weight = mask_pool.launch_forward(features, masks, threshold)
+    grad = torch.randn_like(pooled)
+    of_features, of_masks = mask_pool.launch_backward(grad, pooled, weight, features, masks, threshold)
+    results = []
+    for kind in (torch.float32, torch.float64):
+        f, m = features.to(kind).requires_grad_(), masks.to(kind).requires_grad_()
+        out = mask_pool.reference(f, m, threshold)
+        gradients = torch.autograd.grad(out, (f, m), grad.to(kind), allow_unused=True)
+        results.append((out, gradients[0], torch.zeros_like(m) if gradients[1] is None else gradients[1]))
+    for ours, plain, exact in zip((pooled, of_features, of_masks), *results, strict=True):
+        no_worse(ours, plain, exact)
+    if threshold > 0:
+        assert (pooled[0, 0] == 0).all()  # nothing is above the threshold
+
+
+def test_mask_pool_is_a_mean():
+    features = torch.randn(1, 3, 4, 5)
+    masks = torch.full((1, 2, 4, 5), -9.0)
+    masks[0, 0, 1, 2] = 9.0
+    pooled = mask_pool.mask_pool(features, masks, 0.5)
+    assert torch.equal(pooled[0, 0], features[0, :, 1, 2]) and (pooled[0, 1] == 0).all()
+    soft = mask_pool.mask_pool(features, torch.zeros(1, 1, 8, 10))  # another size: brought to the features'
+    assert torch.allclose(soft[0, 0], features.mean((2, 3))[0], atol=1e-6)
+
+
+# --- regions and label map ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("Q", "h", "w", "size", "side", "threshold"),
+                         [(2, 8, 8, (1, 1), 7, 0.5), (5, 8, 8, (30, 31), 32, 0.5), (3, 8, 16, (32, 64), 24, 0.3),
+                          (1, 16, 24, (61, 93), 31, 0.4), (4, 8, 8, (29, 32), 8, 1.0)])  # fmt: skip
+def test_region_masks_boxes_and_crops(Q, h, w, size, side, threshold):
+    torch.manual_seed(0)
+    mean, std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+    logits, image = on_device(rough(Q, h, w), torch.randint(0, 256, (3, *size), dtype=torch.uint8))
+    masks, boxes, valid = region_crop.launch_masks(logits, size, threshold)
+    wanted = region_crop.reference_masks(logits, size, threshold)
+    assert torch.equal(masks.bool(), wanted)
+    assert [t.tolist() for t in (boxes, valid)] == [t.tolist() for t in region_crop.reference_boxes(wanted)]
+    index = torch.arange(Q, device=DEVICE).flip(0)
+    ours = region_crop.launch_crops(image, masks, index, boxes, mean, std, side, torch.float32)
+    arguments = (masks[index] != 0, boxes[index], mean, std, side)
+    no_worse(ours, region_crop.reference_crops(image, *arguments), region_crop.reference_crops(image.double(), *arguments))
+    assert (ours[~valid[index]] == 0).all()
+
+
+@pytest.mark.parametrize(("Q", "h", "w", "C", "cut", "size"),
+                         [(1, 8, 8, 1, (1, 1), (1, 1)), (7, 8, 8, 5, (30, 31), (45, 77)), (20, 8, 16, 131, (31, 64), (31, 64)),
+                          (131, 8, 8, 33, (32, 32), (17, 50))])  # fmt: skip
+def test_semantic_map(Q, h, w, C, cut, size):
+    torch.manual_seed(0)
+    logits, classes = on_device(rough(Q, h, w), torch.rand(Q, C) ** 4)
+    labels, scores = semantic_map.launch(logits, classes, cut, size, True)
+    plain = semantic_map.reference(logits, classes, cut, size)
+    exact = semantic_map.reference(logits.double(), classes.double(), cut, size)
+    apart = (scores.double() - exact).abs().max() / exact.abs().max()
+    assert apart < max(2 * float((plain.double() - exact).abs().max() / exact.abs().max()), 3e-6 if Q > 1 else 3e-5)
+    top = exact.gather(0, labels[None])[0]
+    assert ((exact.amax(0) - top) <= 2e-5 * exact.amax(0)).all()  # the best class, up to rounding
+    again, nothing = semantic_map.launch(logits, classes, cut, size)
+    assert torch.equal(again, labels) and nothing.numel() == 0
+
+
+def test_equal_scores_give_the_first_class():
+    logits, classes = on_device(torch.zeros(2, 8, 8), torch.full((2, 40), 0.5))
+    labels, _ = semantic_map.launch(logits, classes, (32, 32), (9, 9))
+    assert (labels == 0).all()
+
+
+# --- operators and compilation -----------------------------------------------------------------------------------
+
+
+def operator_calls() -> list[tuple]:
+    torch.manual_seed(0)
+    masks, labels, classes = torch.randn(2, 2, 5, 4, 3), torch.randint(0, 3, (2, 16, 12)), torch.tensor([[0, 1], [2, 0]])
+    matched = torch.tensor([[[2, 0], [1, -1]]]).expand(2, -1, -1).contiguous()
+    image, logits = torch.randint(0, 256, (3, 16, 12), dtype=torch.uint8), torch.randn(5, 4, 3)
+    crop = (torch.ones(5, 16, 12, dtype=torch.uint8), torch.tensor([3, 1]), torch.tensor([[0, 0, 12, 16]] * 5))
+    calls = [
+        (matching_cost.matching_cost, torch.randn(2, 2, 5, 7), masks, labels[:, ::4, ::4], classes, 20.0, 1.0),
+        (assignment.assignment, torch.randn(2, 2, 5, 3), torch.tensor([3, 1])),
+        (mask_loss.mask_loss_op, masks.clone().requires_grad_(), matched, labels, classes),
+        (mask_pool.mask_pool_op, *(torch.randn(2, n, 4, 3, requires_grad=True) for n in (6, 5)), -1.0),
+        (region_crop.region_masks, logits, [15, 11], 0.5),
+        (region_crop.region_crop, image, *crop, [0.5] * 3, [0.2] * 3, 8, torch.float32),
+        (semantic_map.semantic_map, logits, torch.rand(5, 6), [15, 11], [20, 10], True),
+    ]
+    return [(op, *(t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in arguments)) for op, *arguments in calls]
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_operators_are_well_formed(number):
+    op, *arguments = operator_calls()[number]
+    torch.library.opcheck(op, tuple(arguments))
+
+
+LIMITS = {"spilled": 0, "registers": 255}
+
+
+def test_every_kernel_compiles_without_spilling():
+    """For sm_80 and sm_90, without a GPU; shared memory within the architecture's."""
+    from kernels.compile_check import ARCHITECTURES, KERNELS, SHARED
+
+    result = subprocess.run([sys.executable, "-m", "kernels.compile_check"], cwd=ROOT, capture_output=True, text=True,
+                            env=os.environ | {"TRITON_INTERPRET": "0"})  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    lines = [line.split("\t") for line in result.stdout.splitlines()]
+    assert [(name, arch) for name, arch, _ in lines] == [(k, f"sm_{a}") for k in KERNELS for a in ARCHITECTURES]
+    for name, architecture, text in lines:
+        found = json.loads(text)
+        assert all(found[k] <= v for k, v in LIMITS.items()), (name, architecture, found)
+        assert found["shared"] <= SHARED[int(architecture[3:])], (name, architecture, found)

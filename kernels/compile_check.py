@@ -19,6 +19,7 @@ ARCHITECTURES = (80, 90)
 SHARED = {80: 166_912, 90: 232_448}  # bytes a block may have; the compiler does not check it
 # (kernel, types of what is neither an fp32 pointer nor an int32 number, constants, warps)
 POINTERS = re.compile("masks|focal|overlap|area|logits|cost|sums|weights|corners|grad|features|totals|shift|out|scores|scale")
+ASSIGN = {"counts": "*i32", "matched": "*i64", "bad": "*i8", "limit": "fp32"}
 FINISH = {"classes": "*i32", "focal_weight": "fp32", "dice_weight": "fp32"}
 COST = {"ROWS": matching_cost.ROWS, "COLUMNS": matching_cost.COLUMNS, "PIXELS": matching_cost.PIXELS}
 LOSS = {"matched": "*i64", "labels": "*u8", "classes": "*i32"}
@@ -29,7 +30,7 @@ BYTES = {"masks": "*u8", "image": "*u8", "index": "*i32", "boxes": "*i32", "crop
 KERNELS = {
     "matching_cost.partial": (matching_cost.partial_kernel, {"labels": "*i32", "classes": "*i32"}, COST, 8),
     "matching_cost.finish": (matching_cost.finish_kernel, FINISH, {"ROWS": 16, "COLUMNS": 64, "CLASSES": 256}, 4),
-    "assignment": (assignment.kernel, {"counts": "*i32", "matched": "*i64", "bad": "*i8", "limit": "fp32"}, {"COLUMNS": 128}, 1),
+    "assignment": (assignment.kernel, ASSIGN, {"COLUMNS": 128}, 1),
     "mask_loss.forward": (mask_loss.forward_kernel, LOSS, {"R": 4, "CELLS": mask_loss.CELLS}, mask_loss.WARPS),
     "mask_loss.backward": (mask_loss.backward_kernel, LOSS, {"R": 4, "CELLS": mask_loss.CELLS}, mask_loss.WARPS),
     "mask_loss.combine": (mask_loss.combine_kernel, {"matched": "*i64"}, {"PIXELS": 1024}, mask_loss.WARPS),

@@ -1,4 +1,4 @@
-"""What every kernel file shares: Triton where there is one, and small arithmetic."""
+"""What every kernel file shares: Triton where there is one, the switch, small arithmetic."""
 
 from torch import Tensor
 
@@ -12,6 +12,11 @@ except ImportError:  # not on this platform: the references serve
 
     class tl:
         constexpr = None  # all that a definition needs
+
+
+class Switch:
+    """Whether GPU tensors go to the kernels; off, the references serve there, too (`model.kernels`)."""
+    on = True
 
 
 def cdiv(a: int, b: int) -> int:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import cdiv, contiguous, jit, tl
+from kernels.jit import Switch, cdiv, contiguous, jit, tl
 
 QUERIES, WIDTH, PIXELS, WARPS = 32, 64, 32, 8
 
@@ -187,6 +187,8 @@ def launch_backward(grad: Tensor, pooled: Tensor, total: Tensor, features: Tenso
 @torch.library.custom_op("zsseg::mask_pool", mutates_args=(), device_types="cuda")
 def mask_pool_op(features: Tensor, masks: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """See `launch_forward`."""
+    if not Switch.on:
+        return plain_mask_pool_op(features, masks, threshold)
     return launch_forward(features, masks, threshold)
 
 
@@ -194,17 +196,19 @@ def mask_pool_op(features: Tensor, masks: Tensor, threshold: float) -> tuple[Ten
 def mask_pool_backward(grad: Tensor, pooled: Tensor, total: Tensor, features: Tensor, masks: Tensor,
                        threshold: float) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `launch_backward`."""
+    if not Switch.on:
+        return plain_mask_pool_backward(grad, pooled, total, features, masks, threshold)
     return launch_backward(grad, pooled, total, features, masks, threshold)
 
 
 @mask_pool_op.register_kernel("cpu")
-def _(features, masks, threshold):
+def plain_mask_pool_op(features, masks, threshold):
     kind = torch.promote_types(features.dtype, torch.float32)
     return reference(features, masks, threshold), mask_weights(masks.to(kind), threshold).flatten(2).sum(-1)
 
 
 @mask_pool_backward.register_kernel("cpu")
-def _(grad, pooled, total, features, masks, threshold):
+def plain_mask_pool_backward(grad, pooled, total, features, masks, threshold):
     # By hand: below the operator nothing is recorded for autograd.
     scaled = grad.to(total.dtype) / total.where(total > 0, 1)[..., None] * (total > 0)[..., None]  # [B, Q, D]
     weights = mask_weights(masks.to(total.dtype), threshold)

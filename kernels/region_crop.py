@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import cdiv, contiguous, jit, tl
+from kernels.jit import Switch, cdiv, contiguous, jit, tl
 
 STRIDE = 4  # of the logits, to the padded network input
 ROWS, COLUMNS, PIXELS, WARPS = 16, 64, 256, 4
@@ -181,11 +181,13 @@ def launch_crops(image: Tensor, masks: Tensor, index: Tensor, boxes: Tensor, mea
 @torch.library.custom_op("zsseg::region_masks", mutates_args=(), device_types="cuda")
 def region_masks(logits: Tensor, size: list[int], threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """See `launch_masks`."""
+    if not Switch.on:
+        return plain_region_masks(logits, size, threshold)
     return launch_masks(logits, tuple(size), threshold)
 
 
 @region_masks.register_kernel("cpu")
-def _(logits, size, threshold):
+def plain_region_masks(logits, size, threshold):
     masks = reference_masks(logits, tuple(size), threshold)
     return masks.to(torch.uint8), *reference_boxes(masks)
 
@@ -201,11 +203,13 @@ def _(logits, size, threshold):
 def region_crop(image: Tensor, masks: Tensor, index: Tensor, boxes: Tensor, mean: list[float], std: list[float], side: int,
                 kind: torch.dtype) -> Tensor:  # fmt: skip
     """See `launch_crops`."""
+    if not Switch.on:
+        return plain_region_crop(image, masks, index, boxes, mean, std, side, kind)
     return launch_crops(image, masks, index, boxes, mean, std, side, kind)
 
 
 @region_crop.register_kernel("cpu")
-def _(image, masks, index, boxes, mean, std, side, kind):
+def plain_region_crop(image, masks, index, boxes, mean, std, side, kind):
     return reference_crops(image, masks[index] != 0, boxes[index], mean, std, side).to(kind)
 
 

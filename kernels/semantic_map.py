@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import cdiv, contiguous, jit, power_of_two, tl
+from kernels.jit import Switch, cdiv, contiguous, jit, power_of_two, tl
 
 PIXELS, CLASSES, WARPS = 64, 32, 8
 STRIDE = 4  # of the logits, to the padded network input
@@ -111,11 +111,13 @@ def launch(logits: Tensor, classes: Tensor, cut: tuple[int, int], size: tuple[in
 def semantic_map(logits: Tensor, classes: Tensor, cut: list[int], size: list[int],
                  want_scores: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `launch`."""
+    if not Switch.on:
+        return plain_semantic_map(logits, classes, cut, size, want_scores)
     return launch(logits, classes, tuple(cut), tuple(size), want_scores)
 
 
 @semantic_map.register_kernel("cpu")
-def _(logits, classes, cut, size, want_scores):
+def plain_semantic_map(logits, classes, cut, size, want_scores):
     scores = reference(logits, classes, tuple(cut), tuple(size))
     return scores.argmax(0), scores if want_scores else scores.new_empty(0)
 

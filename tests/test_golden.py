@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from conftest import GOLDEN, PROCESS, command, golden, keys, original_state, relative_error
 from PIL import Image
 
+from kernels.region_crop import reference_masks
 from zsseg import clip as C
 from zsseg.checkpoint import import_original, our_name
 from zsseg.clip import Tokenizer, build_clip
@@ -86,14 +87,14 @@ def test_inference():
 
     proposals = segmenter.propose(image)
     assert np.array_equal(proposals.valid.numpy(), arrays["valid"])
-    binary = (proposals.masks > 0.5)[proposals.valid]
+    binary = reference_masks(proposals.logits, proposals.size, 0.5)[proposals.valid]
     boxes, _ = mask_boxes(binary)
     crops = region_crops(image, binary, boxes, 224)
     assert relative_error(crops.mean((2, 3)), arrays["region_mean"]) < 1e-4
     assert relative_error(crops.std((2, 3)), arrays["region_std"]) < 1e-4
     assert relative_error(crops[:2, :, ::4, ::4], arrays["region_first_stride4"]) < 1e-4
     assert relative_error(segmenter.region_logits(image, binary, boxes), arrays["clip_logits"][:, :-1]) < 1e-4
-    scores = segmenter.score_map(*segmenter.ensemble(proposals), tuple(arrays["output_size"]))
+    scores = segmenter.score_map(segmenter.ensemble(proposals), proposals, arrays["output_size"].tolist())
     assert relative_error(scores[:, ::4, ::4], arrays["sem_seg_stride4"]) < 1e-4
     assert np.array_equal(scores.argmax(0).numpy(), arrays["label_map"])
 

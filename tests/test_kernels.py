@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, tiny_clip_state, tiny_config
 
 from kernels import assignment, mask_loss, mask_pool, matching_cost, region_crop, semantic_map
+from kernels.jit import Switch
+from zsseg.segmenter import Segmenter
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
@@ -253,10 +255,31 @@ def operator_calls() -> list[tuple]:
     return [(op, *(t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in arguments)) for op, *arguments in calls]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+@pytest.mark.parametrize("number", range(7))
+def test_operators_on_the_gpu_equal_those_on_the_cpu(number):
+    op, *arguments = operator_calls()[number]
+    ours, plain = op(*arguments), op(*(t.cpu() if isinstance(t, torch.Tensor) else t for t in arguments))
+    for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (ours, plain)), strict=True):
+        if op is not mask_loss.mask_loss_op or a.shape[-1] != 4:  # sums that only the kernel's backward needs
+            assert torch.allclose(a.float().cpu(), b.float(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("number", range(7))
 def test_operators_are_well_formed(number):
     op, *arguments = operator_calls()[number]
     torch.library.opcheck(op, tuple(arguments))
+
+
+def test_kernels_can_be_switched_off():
+    """`model.kernels` decides for the whole process."""
+    try:
+        for on in (False, True):
+            Segmenter(tiny_config(f"model.kernels={str(on).lower()}"), tiny_clip_state())
+            assert Switch.on is on
+    finally:
+        Switch.on = True
 
 
 LIMITS = {"spilled": 0, "registers": 255}

@@ -23,19 +23,22 @@ def test_ensemble_weights_seen_and_unseen_the_other_way_round(segmenter):
     torch.manual_seed(0)
     head, region = torch.rand(8, 3), torch.rand(8, 3)
     valid = torch.arange(8) % 2 == 0
-    proposals = Proposals(torch.rand(8, 4, 4), head, region, valid)
-    scores, masks = segmenter.ensemble(proposals, 0.7)
+    proposals = Proposals(torch.randn(8, 8, 8), (30, 31), head, region, valid)
+    scores = segmenter.ensemble(proposals, 0.7)
     assert torch.allclose(scores[:, :2], head[:, :2] ** 0.7 * region[:, :2] ** 0.3)
     assert torch.allclose(scores[:, 2], head[:, 2] ** 0.3 * region[:, 2] ** 0.7)
-    assert masks is proposals.masks
-    alone, masks = segmenter.ensemble(proposals, 0)
-    assert torch.equal(alone, region[valid]) and torch.equal(masks, proposals.masks[valid])
+    alone = segmenter.ensemble(proposals, 0)
+    assert torch.equal(alone[valid], region[valid]) and (alone[~valid] == 0).all()
+    maps = segmenter.score_map(alone, proposals, (30, 31))
+    few = Proposals(proposals.logits[valid], (30, 31), head[valid], region[valid], valid[valid])
+    assert torch.allclose(maps, segmenter.score_map(region[valid], few, (30, 31)), rtol=1e-5)
+    assert torch.equal(segmenter.label_map(alone, proposals, (30, 31)), maps.argmax(0))
 
 
 def test_without_a_split_all_classes_count_as_unseen(segmenter):
     segmenter.set_classes(["red disc", "blue square"])
     head, region = torch.rand(8, 2), torch.rand(8, 2)
-    scores, _ = segmenter.ensemble(Proposals(torch.rand(8, 4, 4), head, region, torch.ones(8).bool()), 0.8)
+    scores = segmenter.ensemble(Proposals(torch.rand(8, 8, 8), (30, 31), head, region, torch.ones(8).bool()), 0.8)
     assert torch.allclose(scores, head**0.2 * region**0.8)
 
 
@@ -43,22 +46,24 @@ def test_invalid_queries_leave_the_class_to_the_head(segmenter):
     segmenter.config.mask_threshold = 1.0  # no pixel exceeds it
     proposals = segmenter.propose(picture())
     assert not proposals.valid.any() and (proposals.region == 1).all()
-    scores, masks = segmenter.ensemble(proposals, 0)
-    assert segmenter.score_map(scores, masks, (5, 5)).abs().sum() == 0
+    assert segmenter.score_map(segmenter.ensemble(proposals, 0), proposals, (5, 5)).abs().sum() == 0
 
 
 def test_ensemble_can_be_switched_off(segmenter):
     segmenter.config.ensemble = False
     proposals = segmenter.propose(picture())
     assert proposals.region is None
-    assert segmenter.ensemble(proposals)[0] is proposals.head
+    assert segmenter.ensemble(proposals) is proposals.head
 
 
 def test_class_order_only_renames_the_classes(segmenter):
     names = segmenter.names
-    first = segmenter.score_map(*segmenter.ensemble(segmenter.propose(picture())), (50, 70))
-    segmenter.set_classes(names[::-1], [1, 2])
-    second = segmenter.score_map(*segmenter.ensemble(segmenter.propose(picture())), (50, 70))
+    maps = []
+    for order, seen in ((names, [0, 1]), (names[::-1], [1, 2])):
+        segmenter.set_classes(order, seen)
+        proposals = segmenter.propose(picture())
+        maps.append(segmenter.score_map(segmenter.ensemble(proposals), proposals, (50, 70)))
+    first, second = maps
     assert torch.allclose(first, second.flip(0), rtol=1e-4, atol=1e-6)
 
 

@@ -79,9 +79,9 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
             proposals = segmenter.propose(image)
             if compare:
                 regions += true_mask_accuracy(segmenter, image, labels, data)
-        predicted = segmenter.score_map(*segmenter.ensemble(proposals), size).argmax(0)
+        predicted = segmenter.label_map(segmenter.ensemble(proposals), proposals, size)
         if compare:
-            head = segmenter.score_map(proposals.head, proposals.masks, size).argmax(0)
+            head = segmenter.label_map(proposals.head, proposals, size)
             head_matrix += confusion(labels, head, C, data.ignore)
         matrix += confusion(labels, predicted, C, data.ignore)
         if save_predictions:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import region_crop as kernel
 from zsseg import clip as clip_module
 from zsseg.clip import CLIP
 
@@ -14,17 +15,19 @@ def mask_boxes(masks: Tensor, expand_ratio: float = 1.0) -> tuple[Tensor, Tensor
     Boxes are scaled by `expand_ratio` about their centre and clipped; an empty mask gets the whole picture and
     valid = False.
     """
-    height, width = masks.shape[-2:]
-    ends = []
-    for line, size in ((masks.any(1), width), (masks.any(2), height)):  # [Q, W], [Q, H]
-        first = line.int().argmax(1)
-        last = size - line.flip(1).int().argmax(1)  # an empty line gives 0 and size
-        if expand_ratio != 1:
-            centre, half = (first + last) / 2, (last - first) * expand_ratio / 2
-            first, last = ((centre + s * half).long().clamp(0, size) for s in (-1, 1))
-        ends.append((first, torch.maximum(last, first + 1)))
-    (x0, x1), (y0, y1) = ends
-    return torch.stack([x0, y0, x1, y1], 1), masks.flatten(1).any(1)
+    boxes, valid = kernel.reference_boxes(masks)
+    return expand_boxes(boxes, expand_ratio, masks.shape[-2:]), valid
+
+
+def expand_boxes(boxes: Tensor, ratio: float, size: tuple[int, int]) -> Tensor:
+    """Boxes [Q, 4] scaled about their centre, clipped to a picture of `size` (height, width), at least a pixel wide."""
+    if ratio == 1:
+        return boxes
+    first, last = boxes[:, :2], boxes[:, 2:]
+    limit = boxes.new_tensor([size[1], size[0]])
+    centre, half = (first + last) / 2, (last - first) * ratio / 2
+    first, last = ((centre + s * half).long().clamp(min=0).minimum(limit) for s in (-1, 1))
+    return torch.cat([first, torch.maximum(last, first + 1)], 1)
 
 
 def normalize(pictures: Tensor) -> Tensor:
@@ -33,20 +36,19 @@ def normalize(pictures: Tensor) -> Tensor:
     return (pictures / 255 - mean) / std
 
 
-def region_crops(image: Tensor, masks: Tensor, boxes: Tensor, resolution: int) -> Tensor:
-    """What CLIP sees of each region: image [3, H, W] in 0..255, masks [P, H, W], boxes [P, 4] -> [P, 3, R, R].
+def region_crops(image: Tensor, masks: Tensor, boxes: Tensor, resolution: int, index: Tensor | None = None) -> Tensor:
+    """What CLIP sees of each region: image [3, H, W] in 0..255, masks [Q, H, W], boxes [Q, 4] -> [P, 3, R, R].
 
     The picture inside the mask and CLIP's mean colour outside, normalised, cropped to the box, resized to R x R with
     bicubic interpolation (a = -0.75, half-pixel centres, no anti-aliasing). Filling with the mean before normalising
-    is 0 after it.
+    is 0 after it. `index` [P] chooses among the masks; without it, P = Q. bf16 under autocast, else fp32.
     """
-    image = normalize(image)
-    size = (resolution, resolution)
-    crops = image.new_empty(len(masks), 3, *size)
-    for crop, mask, (x0, y0, x1, y1) in zip(crops, masks, boxes.tolist(), strict=True):
-        region = image[:, y0:y1, x0:x1] * mask[y0:y1, x0:x1]
-        crop[:] = F.interpolate(region[None], size, mode="bicubic", align_corners=False)[0]
-    return crops
+    index = torch.arange(len(masks), device=masks.device) if index is None else index
+    kind = torch.bfloat16 if torch.is_autocast_enabled(image.device.type) else torch.float32
+    sizes = (list(clip_module.MEAN), list(clip_module.STD), resolution)
+    if image.is_cuda and image.dtype != torch.uint8:
+        return kernel.reference_crops(image, masks[index] != 0, boxes[index], *sizes).to(kind)
+    return kernel.region_crop(image, masks.to(torch.uint8), index, boxes, *sizes, kind)
 
 
 def classify_crops(clip: CLIP, crops: Tensor, text: Tensor, chunk: int = 0) -> Tensor:

@@ -4,23 +4,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.jit import Switch
+from kernels.region_crop import region_masks
+from kernels.semantic_map import semantic_map
 from zsseg import checkpoint
 from zsseg.clip import Tokenizer, build_clip
 from zsseg.config import Config
 from zsseg.datasets import dataset
-from zsseg.maskformer import DIVISOR, MaskFormer
+from zsseg.maskformer import MaskFormer
 from zsseg.prompts import LearnedPrompt, build_prompt, check_names
-from zsseg.regions import classify_crops, mask_boxes, region_crops
+from zsseg.regions import classify_crops, expand_boxes, region_crops
 from zsseg.run import UserError
 
 
 @dataclass
 class Proposals:
     """What one picture gives before the classes are decided; kept so that ensembles can be tried without new passes."""
-    masks: Tensor  # [Q, H, W] in 0..1 at network-input size
+    logits: Tensor  # [Q, h, w] of the masks, fp32, at stride 4 of the padded network input
+    size: tuple[int, int]  # (H, W) of the network input before padding
     head: Tensor  # [Q, C] class probabilities of the segmenter, no-object dropped
     region: Tensor | None  # [Q, C] CLIP's class probabilities, 1 where invalid; None without the ensemble
     valid: Tensor  # [Q] bool: the mask has a pixel above the threshold
@@ -33,6 +36,7 @@ class Segmenter(nn.Module):
     """
     def __init__(self, config: Config, clip_state: checkpoint.State | None):
         super().__init__()
+        Switch.on = config.model.kernels
         self.config = config.clip
         self.text = self.region_text = None  # [C, D]
         self.names: list[str] = []
@@ -68,45 +72,48 @@ class Segmenter(nn.Module):
         height, width = image.shape[-2:]
         embeds, masks = self.maskformer.propose(image[None])
         head = self.maskformer.classify(embeds[-1, 0], self.text).softmax(-1)[:, :-1]  # [Q, C]
-        padded = (height + -height % DIVISOR, width + -width % DIVISOR)
-        masks = F.interpolate(masks[-1].float(), padded, mode="bilinear", align_corners=False)[0]
-        masks = masks[:, :height, :width].sigmoid()  # [Q, H, W]
-        binary = masks > self.config.mask_threshold
-        boxes, valid = mask_boxes(binary, self.config.expand_ratio)
+        logits, cut = masks[-1, 0].float(), (height, width)
+        binary, boxes, valid = region_masks(logits, cut, self.config.mask_threshold)
         if not self.config.ensemble or self.clip is None:
-            return Proposals(masks, head, None, valid)
+            return Proposals(logits, cut, head, None, valid)
+        boxes = expand_boxes(boxes, self.config.expand_ratio, cut)
         region = torch.ones_like(head)
-        region[valid] = self.region_logits(image, binary[valid], boxes[valid]).softmax(-1)
-        return Proposals(masks, head, region, valid)
+        region[valid] = self.region_logits(image, binary, boxes, valid.nonzero()[:, 0]).softmax(-1)
+        return Proposals(logits, cut, head, region, valid)
 
     @torch.inference_mode()
-    def region_logits(self, image: Tensor, masks: Tensor, boxes: Tensor) -> Tensor:
-        """CLIP's class logits [P, C] of the regions masks [P, H, W] bool with boxes [P, 4]."""
-        crops = region_crops(image, masks, boxes, self.clip.visual.resolution)
+    def region_logits(self, image: Tensor, masks: Tensor, boxes: Tensor, index: Tensor | None = None) -> Tensor:
+        """CLIP's class logits [P, C] of the regions masks [Q, H, W] with boxes [Q, 4] that `index` [P] chooses (all)."""
+        crops = region_crops(image, masks, boxes, self.clip.visual.resolution, index)
         return classify_crops(self.clip, crops, self.region_text, self.config.chunk)
 
-    def ensemble(self, proposals: Proposals, weight: float | None = None) -> tuple[Tensor, Tensor]:
-        """Class scores [Q', C] and masks [Q', H, W] with ensemble weight w (the configuration's where None).
+    def ensemble(self, proposals: Proposals, weight: float | None = None) -> Tensor:
+        """Class scores [Q, C] with ensemble weight w (the configuration's where None).
 
         Seen classes head^w region^(1-w), unseen ones head^(1-w) region^w; w = 0 is CLIP alone, valid queries only.
         """
         w = self.config.ensemble_weight if weight is None else weight
         if proposals.region is None:
-            return proposals.head, proposals.masks
+            return proposals.head
         if w == 0:
-            return proposals.region[proposals.valid], proposals.masks[proposals.valid]
+            return proposals.region * proposals.valid[:, None]
         power = torch.where(self.seen, w, 1 - w)  # [C], of the head
-        return proposals.head**power * proposals.region ** (1 - power), proposals.masks
+        return proposals.head**power * proposals.region ** (1 - power)
 
     @torch.inference_mode()
-    def score_map(self, classes: Tensor, masks: Tensor, size: tuple[int, int]) -> Tensor:
+    def label_map(self, classes: Tensor, proposals: Proposals, size: tuple[int, int]) -> Tensor:
+        """The class with the largest score at every pixel of the original `size` (height, width): int64 `size`."""
+        return semantic_map(proposals.logits, classes.float(), proposals.size, size, False)[0]
+
+    @torch.inference_mode()
+    def score_map(self, classes: Tensor, proposals: Proposals, size: tuple[int, int]) -> Tensor:
         """Sum over queries of class score x mask, resized to the original `size` (height, width): [C, *size]."""
-        scores = torch.einsum("qc,qhw->chw", classes, masks)
-        return F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
+        return semantic_map(proposals.logits, classes.float(), proposals.size, size, True)[1]
 
     def forward(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Picture [3, H, W] -> label map int64 `size`."""
-        return self.score_map(*self.ensemble(self.propose(image)), size).argmax(0)
+        proposals = self.propose(image)
+        return self.label_map(self.ensemble(proposals), proposals, size)
 
     def learned_state(self) -> dict[str, checkpoint.State]:
         """What a checkpoint must hold besides CLIP."""

@@ -13,6 +13,7 @@ import time
 import torch
 import torch.nn.functional as F
 
+from kernels.region_crop import reference_masks
 from zsseg import clip, run
 from zsseg.clip import CLIP, VisionTransformer
 from zsseg.config import load_config
@@ -56,7 +57,8 @@ def main() -> None:
         return time.perf_counter() - started, labels
 
     segmenter.config.ensemble = False
-    binary = segmenter.propose(image).masks > 0.5
+    proposals = segmenter.propose(image)
+    binary = reference_masks(proposals.logits, proposals.size, 0.5)
     segmenter.config.ensemble = True
     boxes, valid = mask_boxes(binary)
     versions = {"one region at a time": (one_by_one, 0), "one batch of all": (batched, 1000), "in chunks (ours)": (batched, 0)}

@@ -2,6 +2,7 @@
 one. The launchers are called themselves: the operators would give CPU tensors to the references.
 """
 
+import csv
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, tiny_clip_state, tiny_config
 
-from kernels import assignment, mask_loss, mask_pool, matching_cost, region_crop, semantic_map
+from kernels import assignment, bench, mask_loss, mask_pool, matching_cost, region_crop, semantic_map
 from kernels.jit import Switch
 from zsseg.segmenter import Segmenter
 
@@ -280,6 +281,17 @@ def test_kernels_can_be_switched_off():
             assert Switch.on is on
     finally:
         Switch.on = True
+
+
+def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
+    """On small sizes; one row for every kernel and provider, with machine and versions."""
+    monkeypatch.setattr(sys, "argv", ["bench", "--device", "cpu", "--csv", str(tmp_path / "bench.csv")])
+    bench.main()
+    with open(tmp_path / "bench.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["provider"] for row in rows} == {"plain", "ours"} and len(rows) == 14
+    assert all(float(row["median_ms"]) > 0 and row["torch"] == torch.__version__ and row["device"] == "CPU" for row in rows)
+    assert "failed" not in capsys.readouterr().err
 
 
 LIMITS = {"spilled": 0, "registers": 255}

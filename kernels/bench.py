@@ -1,0 +1,151 @@
+"""Time every kernel against its plain version and torch.compile of that: `python -m kernels.bench [--csv FILE]`.
+
+Median and 20% / 80% quantiles, effective GB/s of the bytes that must move, peak memory; first the copy bandwidth and the bf16
+matrix rate of this GPU, which bound them. On a CPU (`--device cpu`) the sizes are small and the operators are the references:
+that only shows that the benchmark runs.
+"""
+
+import argparse
+import csv
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from torch import Tensor
+
+from kernels import assignment, mask_loss, mask_pool, matching_cost, region_crop, semantic_map
+
+FIELDS = ("kernel", "provider", "median_ms", "low_ms", "high_ms", "GB_per_s", "peak_MiB", "device", "torch", "triton", "commit")
+
+
+def measure(function: Callable[[], object], device: str) -> tuple[list[float], float]:
+    """Milliseconds (20%, median, 80%) of at least 100 ms of runs, and the peak of memory beyond the inputs in MiB."""
+    if device == "cpu":
+        function()
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            function()
+            times.append(1000 * (time.perf_counter() - started))
+        return [min(times), statistics.median(times), max(times)], 0.0
+    from triton.testing import do_bench
+
+    function()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return do_bench(function, warmup=25, rep=200, quantiles=[0.2, 0.5, 0.8]), peak
+
+
+def backward(losses: Callable[..., tuple[Tensor, ...] | Tensor], *inputs: Tensor) -> Callable[[], object]:
+    """Forward and gradients of the sum of what `losses` gives."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+
+    def run() -> tuple[Tensor, ...]:
+        out = losses(*inputs)
+        return torch.autograd.grad(sum(x.float().sum() for x in (out if isinstance(out, tuple) else (out,))), inputs)
+
+    return run
+
+
+def cases(device: str) -> dict[str, tuple[Callable, Callable, int]]:
+    """{kernel: (plain, ours, bytes that must be read or written)}, at the sizes of training and inference."""
+    torch.manual_seed(0)
+    small = device == "cpu"
+    L, B, Q, C, T = (2, 1, 10, 12, 4) if small else (6, 4, 100, 172, 40)
+    h = w = 16 if small else 160
+    kind = torch.float32 if small else torch.bfloat16
+    logits, masks = torch.randn(L, B, Q, C, device=device), torch.randn(L, B, Q, h, w, device=device, dtype=kind)
+    labels = torch.randint(0, T, (B, 4 * h, 4 * w), device=device, dtype=torch.uint8)
+    classes = torch.stack([torch.randperm(T) for _ in range(B)]).to(device)
+    coarse = labels[:, ::4, ::4].int().contiguous()
+    counts = torch.full((B,), T, device=device)
+    cost = torch.randn(L, B, Q, T, device=device)
+    matched = assignment.reference(cost, counts)[0]
+    picture = torch.randint(0, 256, (3, 4 * h, 4 * w), device=device, dtype=torch.uint8)
+    regions, boxes, _ = region_crop.region_masks(masks[0, 0], list(picture.shape[1:]), 0.5)
+    index, side = torch.arange(Q, device=device), 32 if small else 224
+    sizes = ([0.48, 0.46, 0.41], [0.27, 0.26, 0.28], side, kind)
+    scores, cut = torch.rand(Q, 847 if not small else 12, device=device), [4 * h, 4 * w]
+    features = torch.randn(B, 32 if small else 512, h, w, device=device, dtype=kind)
+    read = lambda *tensors: sum(t.numel() * t.element_size() for t in tensors)
+    gradient = lambda function: backward(lambda x: function(x, matched, labels, classes), masks)
+    pool = lambda function: backward(lambda f, m: function(f, m, -1.0), features, masks[0])
+    crop = (picture, regions, index, boxes)
+    return {
+        "matching_cost": (lambda: matching_cost.reference(logits, masks, coarse, classes, 20.0, 1.0),
+                          lambda: matching_cost.matching_cost(logits, masks, coarse, classes, 20.0, 1.0), read(masks, logits)),
+        "assignment": (lambda: assignment.reference(cost, counts), lambda: assignment.assignment(cost, counts), read(cost)),
+        "mask_loss, both ways": (gradient(mask_loss.reference), gradient(mask_loss.mask_loss),
+                                 2 * L * B * T * h * w * masks.element_size() + 2 * read(labels)),
+        "region_crop": (lambda: region_crop.plain_region_crop(*crop, *sizes), lambda: region_crop.region_crop(*crop, *sizes),
+                        read(regions) + Q * 3 * side**2 * masks.element_size()),
+        "region_masks": (lambda: region_crop.plain_region_masks(masks[0, 0], cut, 0.5),
+                         lambda: region_crop.region_masks(masks[0, 0], cut, 0.5), read(masks[0, 0], regions)),
+        "semantic_map": (lambda: semantic_map.plain_semantic_map(masks[0, 0], scores, cut, cut, False),
+                         lambda: semantic_map.semantic_map(masks[0, 0].float(), scores, cut, cut, False),
+                         read(masks[0, 0], scores) + 4 * cut[0] * cut[1]),
+        "mask_pool, both ways": (pool(mask_pool.reference), pool(mask_pool.mask_pool), 3 * read(features, masks[0])),
+    }  # fmt: skip
+
+
+def machine(device: str) -> dict[str, str]:
+    def package(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return ""
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    return {"device": name, "torch": torch.__version__, "triton": package("triton"), "commit": commit}
+
+
+def bounds(device: str) -> None:
+    """Print what this GPU can do at best: copying, and multiplying bf16 matrices."""
+    n = 2**20 if device == "cpu" else 2**28
+    x, y = torch.empty(n, device=device), torch.empty(n, device=device)
+    (_, copy, _), _ = measure(lambda: y.copy_(x), device)
+    k = 256 if device == "cpu" else 8192
+    a = torch.randn(k, k, device=device, dtype=torch.bfloat16)
+    (_, product, _), _ = measure(lambda: a @ a, device)
+    print(f"copy {8 * n / copy / 1e6:.0f} GB/s, bf16 product {2 * k**3 / product / 1e9:.1f} TFLOP/s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--csv", help="write the rows there, too")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the plain versions out")
+    args = parser.parse_args()
+    bounds(args.device)
+    rows, about = [], machine(args.device)
+    for kernel, (plain, ours, moved) in cases(args.device).items():
+        providers = {"plain": plain, "torch.compile": torch.compile(plain), "ours": ours}
+        if args.no_compile or args.device == "cpu" or kernel == "assignment":  # SciPy cannot be compiled
+            del providers["torch.compile"]
+        for provider, function in providers.items():
+            try:
+                (low, median, high), peak = measure(function, args.device)
+            except Exception as error:  # one that fails must not hide the others
+                print(f"{kernel:22}{provider:15}failed: {str(error).splitlines()[0][:90]}", file=sys.stderr)
+                continue
+            speed = moved / median / 1e6
+            values = (kernel, provider, *(f"{x:.4f}" for x in (median, low, high)), f"{speed:.1f}", f"{peak:.0f}")
+            rows.append(dict(zip(FIELDS, values, strict=False)) | about)
+            print(f"{kernel:22}{provider:15}{median:10.3f} ms  [{low:.3f} {high:.3f}] {speed:8.0f} GB/s {peak:8.0f} MiB")
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -55,7 +55,8 @@ def load_segmenter(content: dict, config: Config, root: Path, name: str) -> Segm
     if "config" not in content:
         used = {*segmenter.learned_state(), "clip"} - ({"clip"} if clip is None else set())
         used -= prompts.keys()
-        dropped += [k for k in content["model"] if (checkpoint.our_name(k) or "").partition(".")[0] in parts.keys() - used]
+        adapter = [k for k in content["model"] if "clip_adapter" in k]  # where the parts are that a setting may leave unused
+        dropped += [k for k in adapter if (checkpoint.our_name(k) or "").partition(".")[0] in parts.keys() - used]
         checkpoint.say_loaded(what, len(content["model"]) - len(dropped), dropped)
     return segmenter
 

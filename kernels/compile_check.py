@@ -25,7 +25,7 @@ COST = {"ROWS": matching_cost.ROWS, "COLUMNS": matching_cost.COLUMNS, "PIXELS": 
 LOSS = {"matched": "*i64", "labels": "*u8", "classes": "*i32"}
 POOL = {"SOFT": True, "QUERIES": mask_pool.QUERIES, "WIDTH": mask_pool.WIDTH, "PIXELS": mask_pool.PIXELS}
 CLASSES = {"QUERIES": 128, "PIXELS": semantic_map.PIXELS, "CLASSES": semantic_map.CLASSES, "SCORES": False}
-MAP = {"high": "*fp16", "low": "*fp16", "labels": "*i32", "scale_y": "fp32", "scale_x": "fp32", "unit": "fp32"}
+MAP = {"high": "*fp16", "low": "*fp16", "labels": "*i32", "scale_y": "fp32", "scale_x": "fp32"}
 BYTES = {"masks": "*u8", "image": "*u8", "index": "*i32", "boxes": "*i32", "crops": "*bf16"}
 KERNELS = {
     "matching_cost.partial": (matching_cost.partial_kernel, {"labels": "*i32", "classes": "*i32"}, COST, 8),

@@ -39,7 +39,7 @@ def kernel(
     high, low,  # fp16 [QUERIES, columns], the class matrix in two pieces, padded with 0
     labels,  # out: int32 [Ho * Wo]
     scores,  # out, where SCORES: fp32 [C, Ho * Wo]
-    h, w, H, W, Ho, Wo, C, columns, scale_y, scale_x, unit,
+    h, w, H, W, Ho, Wo, C, columns, scale_y, scale_x,
     QUERIES: tl.constexpr, PIXELS: tl.constexpr, CLASSES: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
@@ -73,7 +73,7 @@ def kernel(
         column = start + tl.arange(0, CLASSES)
         a = tl.load(high + query[:, None] * columns + column[None, :])
         b = tl.load(low + query[:, None] * columns + column[None, :])
-        score = tl.dot(masks_high, a, tl.dot(masks_high, b, tl.dot(masks_low, a))) * unit
+        score = tl.dot(masks_high, a, tl.dot(masks_high, b, tl.dot(masks_low, a)))
         if SCORES:
             place = column[None, :].to(tl.int64) * (Ho * Wo) + pixel[:, None]
             tl.store(scores + place, score, mask=there[:, None] & (column[None, :] < C))
@@ -101,7 +101,7 @@ def launch(logits: Tensor, classes: Tensor, cut: tuple[int, int], size: tuple[in
     scores = padded.new_empty((C, Ho, Wo) if want_scores else (0,))
     padded, high, low = contiguous(padded, high, low)
     kernel[(cdiv(Ho * Wo, PIXELS),)](
-        padded, high, low, labels, scores, h, w, *cut, Ho, Wo, C, columns, cut[0] / Ho, cut[1] / Wo, 1.0,
+        padded, high, low, labels, scores, h, w, *cut, Ho, Wo, C, columns, cut[0] / Ho, cut[1] / Wo,
         QUERIES=queries, PIXELS=PIXELS, CLASSES=CLASSES, SCORES=want_scores, num_warps=WARPS,
     )  # fmt: skip
     return labels.view(Ho, Wo).long(), scores * unit

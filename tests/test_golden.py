@@ -5,6 +5,7 @@ so these tests also hold the order of the operations to the original's.
 """
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -12,9 +13,12 @@ import pytest
 import recipe
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, PROCESS, command, golden, keys, original_state, relative_error
+import trees
+from conftest import GOLDEN, PROCESS, ROOT, command, golden, keys, original_state, relative_error
 from PIL import Image
 
+import eval as evaluation
+import prepare_data
 from kernels.region_crop import reference_masks
 from zsseg import clip as C
 from zsseg.checkpoint import import_original, our_name
@@ -166,3 +170,20 @@ def test_end_to_end(tmp_path):
         for our, their in (("IoU", "IoU"), ("Acc", "ACC")):
             reference = theirs[f"{their}-{name}"]
             assert values[our] is None if reference is None else values[our] == pytest.approx(reference, abs=0.2)
+
+
+def test_an_r101c_checkpoint_is_evaluated_on_another_data_set(tmp_path, capsys):
+    """From the original's file with the cross-data-set configuration; every key is loaded or named."""
+    names = keys("keys_coco_r101c_tinyclip.json")
+    state = original_state(names)
+    torch.save({"model": state}, tmp_path / "model_final.pth")
+    expected = trees.pcontext(tmp_path)
+    prepare_data.main(["pcontext", "--root", str(tmp_path)])
+    capsys.readouterr()
+    words = ["--config", str(ROOT / "configs" / "pcontext.toml"), "--root", str(tmp_path), "--out", str(tmp_path / "out")]
+    evaluation.main([str(tmp_path / "model_final.pth"), *words, "--set", "data.test_short_edge=64", "--device", "cpu"])
+    text = capsys.readouterr().out
+    loaded, dropped = map(int, re.search(r"model_final\.pth: (\d+) tensors loaded, (\d+) dropped: ", text).groups())
+    assert loaded + dropped == len(names) and dropped <= 10
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert result["images"] == len(expected) and "hIoU" not in result and len(result["per_class"]) == 59

@@ -164,43 +164,44 @@ def summarize(name: str, root: Path, workers: int) -> None:
 
 def check(name: str, root: Path, workers: int) -> None:
     """Read every file of every split. What is broken or alone is printed, all of it; then it is a UserError."""
-    data, problems = dataset(name), 0
-    tables = data.lut(), data.lut(training=True)
-    unseen = [data.values[data.names.index(n)] for n in data.unseen]
-    for split in present(name, root):
-        broken = [f"{file} has no partner" for file in data.unpaired(data.folder(root), split)]
-        hidden, survivors, right = [], [], []  # pixels of unseen classes, those in training targets, files
-
-        def count(pair: tuple[Path, Path], kept=(broken, hidden, survivors, right)) -> np.ndarray:
-            broken, hidden, survivors, right = kept
-            try:
-                size = read_picture(pair[0]).size
-                rows = count_classes(pair[1], data, tables, size)
-                if unseen:  # by the function that training reads with, against the values in the file
-                    where = np.isin(read_values(pair[1], data.bits), unseen)
-                    targets = read_labels(pair[1], tables[1], size)[where]
-                    hidden.append(len(targets))
-                    survivors.append(int((targets != data.ignore).sum()))
-            except UserError as error:
-                broken.append(str(error))
-                return np.empty((0, 2), np.int64)
-            right.append(pair)
-            return rows
-
-        pairs = find_pairs(name, root, split)
-        pixels = count_split(pairs, count, workers, f"check {name} {split}").histogram(len(data.names))
-        print(describe(name, root, split))
-        share = 100 * pixels / max(pixels.sum(), 1)
-        for label, percent in zip([*data.names, "ignored"], share, strict=True):
-            print(f"  {label[:40]:40}{percent:7.2f} %")
-        if split == "train" and unseen:
-            print(f"  {len(right)} training targets: of {sum(hidden)} pixels of the {len(unseen)} unseen classes "
-                  f"({', '.join(data.unseen)}), {sum(survivors)} survive")  # fmt: skip
-        for line in sorted(broken):
-            print(f"  broken: {line}")
-        problems += len(broken)
+    problems = sum(check_split(name, root, split, workers) for split in present(name, root))
     if problems:
         raise UserError(f"data set {name}", f"{problems} files are broken or have no partner (listed above)", "replace them")
+
+
+def check_split(name: str, root: Path, split: str, workers: int) -> int:
+    """Print what is in a split; the number of files that are broken or have no partner."""
+    data = dataset(name)
+    tables = data.lut(), data.lut(training=True)
+    unseen = [data.values[data.names.index(n)] for n in data.unseen]
+    broken = [f"{file} has no partner" for file in data.unpaired(data.folder(root), split)]
+    hidden, survivors = [], []  # of each label map: pixels of unseen classes, and how many of them a target would show
+
+    def count(pair: tuple[Path, Path]) -> np.ndarray:
+        try:
+            size = read_picture(pair[0]).size
+            rows = count_classes(pair[1], data, tables, size)
+            # By the function that training reads with, against the values in the file.
+            targets = read_labels(pair[1], tables[1], size)[np.isin(read_values(pair[1], data.bits), unseen)]
+        except UserError as error:
+            broken.append(str(error))
+            return np.empty((0, 2), np.int64)
+        hidden.append(len(targets))
+        survivors.append(int((targets != data.ignore).sum()))
+        return rows
+
+    pairs = find_pairs(name, root, split)
+    pixels = count_split(pairs, count, workers, f"check {name} {split}").histogram(len(data.names))
+    print(describe(name, root, split))
+    share = 100 * pixels / max(pixels.sum(), 1)
+    for label, percent in zip([*data.names, "ignored"], share, strict=True):
+        print(f"  {label[:40]:40}{percent:7.2f} %")
+    if split == "train" and unseen:
+        print(f"  {len(hidden)} training targets: of {sum(hidden)} pixels of the {len(unseen)} unseen classes "
+              f"({', '.join(data.unseen)}), {sum(survivors)} survive")  # fmt: skip
+    for line in sorted(broken):
+        print(f"  broken: {line}")
+    return len(broken)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ def read_ids(file: Path) -> list[str]:
 
 
 def write_ids(file: Path, ids: list[str]) -> None:
+    """Write a list of ids unless there is one."""
     if file.exists():
         return
     with replacing(file) as temporary:
@@ -41,7 +42,7 @@ def voc_trainaug(folder: Path, sbd: Path, workers: int) -> None:
     """
     lists = [folder / f"{split}.txt" for split in ("train", "val")]
     if all(file.exists() for file in lists):  # somebody's own: only masks are missing
-        both = set(read_ids(lists[0]))
+        both, val = set(read_ids(lists[0])), []
     else:
         train, val = (read_ids(folder / "ImageSets" / "Segmentation" / file.name) for file in lists)
         both = {*train, *read_ids(sbd / "train.txt"), *read_ids(sbd / "val.txt")} - set(val)
@@ -52,11 +53,9 @@ def voc_trainaug(folder: Path, sbd: Path, workers: int) -> None:
         if not target.exists():
             save(read_sbd(sbd / "cls" / f"{name}.mat"), target)
 
-    for _ in parallel(convert, missing, workers, "convert SBD"):
-        pass
-    if not all(file.exists() for file in lists):
-        write_ids(lists[0], sorted(both))
-        write_ids(lists[1], val)  # last: it says that all is there
+    list(parallel(convert, missing, workers, "convert SBD"))
+    write_ids(lists[0], sorted(both))
+    write_ids(lists[1], val)  # last: it says that all is there
 
 
 def read_sbd(file: Path) -> np.ndarray:
@@ -141,8 +140,7 @@ def pascal_context(folder: Path, workers: int) -> None:
             raise UserError(f"annotations {file}", why, "replace the file") from None
         save(values, target)
 
-    for _ in parallel(convert, sorted(images), workers, "convert Context"):
-        pass
+    list(parallel(convert, sorted(images), workers, "convert Context"))
     for split in ("train", "val"):
         write_ids(folder / f"{split}.txt", sorted(stems[k] for k, image in images.items() if image["phase"] == split))
 
@@ -192,8 +190,7 @@ def ade20k_full(folder: Path, workers: int, train: bool = False) -> None:
         names = {f.removesuffix(".jpg") for f in files if f.endswith(".jpg")}
         jpegs += [Path(parent) / f"{n}.jpg" for n in sorted(names) if train or is_val(n)]
         below[:] = sorted(set(below) - names)  # a folder of the picture's name holds its instances
-    for _ in parallel(convert, jpegs, workers, "convert ADE20K"):
-        pass
+    list(parallel(convert, jpegs, workers, "convert ADE20K"))
 
 
 def resize_bilinear(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

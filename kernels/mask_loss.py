@@ -60,17 +60,14 @@ def forward_kernel(
     matched,  # int64 [L, B, T]
     labels,  # [B, H, W], integers
     classes,  # int32 [B, T]
-    sums,  # out: fp32 [L*B*T, tiles, 4]: focal, p . t, p, t
+    sums,  # out: fp32 [L*B*T, tiles, 4], zeros: focal, p . t, p, t
     B, Q, T, h, w, tiles,
     R: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
     pair, tile = tl.program_id(1), tl.program_id(0)
     image = (pair // T) % B
     query = tl.load(matched + pair)
-    out = sums + (pair.to(tl.int64) * tiles + tile) * 4 + tl.arange(0, 4)
-    if query < 0:
-        tl.store(out, tl.zeros((4,), tl.float32))
-    else:
+    if query >= 0:
         wanted = tl.load(classes + image * T + pair % T)
         source = masks + ((pair // T).to(tl.int64) * Q + query) * h * w
         cell = tile * CELLS + tl.arange(0, CELLS)

@@ -29,11 +29,12 @@ def build(device: torch.device) -> Segmenter:
     return segmenter
 
 
-def one_by_one(segmenter: Segmenter, image: torch.Tensor, masks: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+def one_by_one(segmenter: Segmenter, image: torch.Tensor, masks: torch.Tensor, boxes: torch.Tensor,
+               index: torch.Tensor) -> torch.Tensor:  # fmt: skip
     """The plain way: fill, crop, normalise, resize and classify each region by itself."""
     mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (clip.MEAN, clip.STD))
     rows = []
-    for mask, (x0, y0, x1, y1) in zip(masks, boxes.tolist(), strict=True):
+    for mask, (x0, y0, x1, y1) in zip(masks[index].bool(), boxes[index].tolist(), strict=True):
         region = torch.where(mask[y0:y1, x0:x1], image[:, y0:y1, x0:x1] / 255, mean)
         crop = F.interpolate(((region - mean) / std)[None], (224, 224), mode="bicubic", align_corners=False)
         rows.append(100 * F.normalize(segmenter.clip.encode_image(crop), dim=-1) @ segmenter.region_text.T)

@@ -16,6 +16,8 @@ from zsseg.datasets import find_pairs
 from zsseg.metrics import evaluate, report
 from zsseg.segmenter import Segmenter, read_prompts
 
+WORTH_COMPILING = 1000  # pictures a process: for fewer, compiling takes longer than it saves
+
 
 def main(argv: list[str]) -> None:
     parser = run.parser(__doc__)
@@ -26,9 +28,12 @@ def main(argv: list[str]) -> None:
     if "config" not in content and not args.config:
         raise run.UserError(f"checkpoint {args.checkpoint}", "holds no configuration", "give its --config")
     config = load_config(args.config, args.set, content.get("config"))
-    find_pairs(config.data.name, args.root, config.data.split)  # before anything is downloaded
+    pairs = find_pairs(config.data.name, args.root, config.data.split)  # before anything is downloaded
     process, out = run.start(args.device), Path(args.out or Path(args.checkpoint).parent / "eval")
     segmenter = load_segmenter(content, config, args.root, args.checkpoint).to(process.device)
+    many = config.model.compile == "on" or len(pairs) >= WORTH_COMPILING * process.world
+    if many and process.enabled(config.model.compile):
+        segmenter.compile_parts()
     result = evaluate(segmenter, config, args.root, process, config.data.split, out, args.save_predictions)
     if process.is_main:
         report(result, config, out)

@@ -24,7 +24,7 @@ from zsseg.clip import CLIP, Tokenizer, VisionTransformer, build_clip
 from zsseg.config import Config, ContrastConfig, load_config
 from zsseg.data import Regions, RegionsWithCaptions, TrainPictures, collate, stream
 from zsseg.datasets import find_pairs, training_set
-from zsseg.losses import contrastive_loss, segmentation_losses
+from zsseg.losses import contrastive_loss, normalizers, segmentation_losses
 from zsseg.metrics import evaluate, report
 from zsseg.prompts import LearnedPrompt
 from zsseg.regions import normalize
@@ -42,16 +42,22 @@ class Segment:
         self.model, self.state, self.load = self.segmenter.maskformer, self.segmenter.learned_state, self.segmenter.load_learned
         self.samples = process.in_turn(lambda: TrainPictures(config, root))  # the first caches label statistics
         self.collate, self.batch_size = collate, config.train.batch_size
+        self.losses = segmentation_losses
+
+    def compile(self) -> None:
+        self.segmenter.compile_parts()
+        self.losses = torch.compile(segmentation_losses, fullgraph=True)
 
     def loss(self, model: nn.Module, batch: tuple) -> tuple[Tensor, dict[str, Tensor]]:
+        """Nothing in here makes the host wait for a GPU."""
         images, targets = batch
         device, train = self.process.device, self.config.train
-        targets.labels = targets.labels.to(device, non_blocking=True)
-        targets.classes = targets.classes.to(device, non_blocking=True)
-        with self.process.autocast(self.config.model.bf16):  # the network only: costs and losses need fp32
-            logits, masks = model(images.to(device, non_blocking=True), self.text)
+        images, targets = images.to(device, non_blocking=True), targets.to(device)
         weights = (train.focal_weight, train.dice_weight, train.no_object_weight)
-        losses = segmentation_losses(logits, masks, targets, *weights, self.process)
+        scales = normalizers(targets.counts, self.config.model.queries, train.no_object_weight, self.process)
+        with self.process.autocast(self.config.model.bf16):  # the network only: costs and losses need fp32
+            logits, masks = model(self.model.prepare(images), self.text)
+        losses = self.losses(logits, masks, targets.padded() if self.segmenter.compiled else targets, scales, *weights)
         return sum(v.sum() for v in losses.values()), {k: v[-1].detach() for k, v in losses.items()}
 
     def evaluate(self, split: str, out: Path | None) -> dict:
@@ -86,6 +92,10 @@ class Prompts:
         self.samples = process.in_turn(lambda: Regions(config, root, clip.visual.resolution))
         self.collate, self.batch_size = torch.utils.data.default_collate, config.train.batch_size
 
+    def compile(self) -> None:
+        for part in (self.model.clip.visual, self.model.clip.transformer):
+            part.compile(fullgraph=True)
+
     def loss(self, model: nn.Module, batch: list) -> tuple[Tensor, dict[str, Tensor]]:
         pictures, masks, classes = (x.to(self.process.device, non_blocking=True) for x in batch)
         with self.process.autocast(self.bf16):
@@ -110,6 +120,9 @@ class Contrast:
         self.model = build_small_clip(config.contrast).to(process.device)
         self.tokenizer = Tokenizer(self.model.token_embedding.num_embeddings, self.model.context)
         self.samples, self.collate, self.batch_size = RegionsWithCaptions(config, root), list, config.contrast.groups
+
+    def compile(self) -> None:
+        self.model.compile(fullgraph=True)
 
     def loss(self, model: nn.Module, batch: list) -> tuple[Tensor, dict[str, Tensor]]:
         crops, captions = zip(*batch, strict=True)
@@ -173,6 +186,17 @@ def sample_numbers(start: int, steps: int, batch: int, process: run.Process) -> 
         yield from range(first, first + share)
 
 
+def train_step(task: Segment | Prompts | Contrast, model: nn.Module, optimizer: torch.optim.Optimizer, batch: object,
+               clip_grad: float) -> tuple[Tensor, dict[str, Tensor], Tensor]:  # fmt: skip
+    """One step; the loss, its parts and the gradient norm, left on the device. `clip_grad` 0: no limit."""
+    loss, parts = task.loss(model, batch)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)
+    optimizer.step()
+    return loss.detach(), parts, norm
+
+
 def main(argv: list[str]) -> None:
     parser = run.parser(__doc__, config_required=True)
     parser.add_argument("--resume", action="store_true", help="continue OUT/last.pt")
@@ -207,7 +231,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     start, steps, best = saved.get("step", 0), config.train.steps, saved.get("best", -math.inf)
     task.model.train()
     if process.enabled(config.model.compile):
-        task.model.compile()  # in place: names in the state dict stay as they are
+        task.compile()  # before DDP wraps the model, and in place: names in the state dict stay as they are
     model = DistributedDataParallel(task.model) if process.world > 1 else task.model
     log = run.Log(out, process, asdict(config), start, saved.get("wandb"))
 
@@ -223,15 +247,11 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
         torch.manual_seed(run.seed_of(config.train.seed, 4, step, process.rank))  # dropout: stateless, so resumable
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * rate_factor(step, config)
-        loss, parts = task.loss(model, batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.train.clip_grad or math.inf)  # 0: no limit
-        optimizer.step()
+        loss, parts, norm = train_step(task, model, optimizer, batch, config.train.clip_grad)
         done = step + 1
         saving = done % config.train.checkpoint_every == 0 or done == steps
         if done % config.log.every == 0 or saving:
-            means = process.sum(torch.stack([loss.detach(), *parts.values()]).double()) / process.world
+            means = process.sum(torch.stack([loss, *parts.values()]).double()) / process.world
             values = dict(zip(["loss", *parts], means.tolist(), strict=True)) | {"grad_norm": float(norm)}
             if not math.isfinite(values["loss"]):
                 raise run.UserError("training", f"the loss is {values['loss']} at step {done}", "lower train.lr; --resume")

@@ -231,9 +231,16 @@ def launch_backward(grad_focal: Tensor, grad_dice: Tensor, sums: Tensor, masks: 
     return grad
 
 
+def served(masks: Tensor, labels: Tensor) -> bool:
+    """Whether the kernels take these tensors: they want label maps of a whole multiple of the logits' size."""
+    return Switch.on and fits(masks, labels)
+
+
 @torch.library.custom_op("zsseg::mask_loss", mutates_args=(), device_types="cuda")
 def mask_loss_op(masks: Tensor, matched: Tensor, labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See `launch_forward`; label maps must fit (`fits`)."""
+    """See `launch_forward`."""
+    if not served(masks, labels):
+        return plain_forward(masks.float(), matched, labels, classes)
     return launch_forward(masks, matched, labels, classes)
 
 
@@ -241,16 +248,18 @@ def mask_loss_op(masks: Tensor, matched: Tensor, labels: Tensor, classes: Tensor
 def mask_loss_backward(grad_focal: Tensor, grad_dice: Tensor, sums: Tensor, masks: Tensor, matched: Tensor, labels: Tensor,
                        classes: Tensor) -> Tensor:  # fmt: skip
     """See `launch_backward`."""
+    if not served(masks, labels):
+        return plain_backward(grad_focal, grad_dice, sums, masks, matched, labels, classes)
     return launch_backward(grad_focal, grad_dice, sums, masks, matched, labels, classes)
 
 
 @mask_loss_op.register_kernel("cpu")
-def _(masks, matched, labels, classes):
+def plain_forward(masks, matched, labels, classes):
     return *reference(masks, matched, labels, classes), masks.new_zeros(*matched.shape, 4, dtype=torch.float32)
 
 
 @mask_loss_backward.register_kernel("cpu")
-def _(grad_focal, grad_dice, sums, masks, matched, labels, classes):
+def plain_backward(grad_focal, grad_dice, sums, masks, matched, labels, classes):
     # By hand: below the operator nothing is recorded for autograd.
     grad, size = torch.zeros_like(masks), labels.shape[-2:]
     kind = torch.promote_types(masks.dtype, torch.float32)
@@ -296,7 +305,7 @@ mask_loss_op.register_autograd(differentiate, setup_context=remember)
 
 
 def mask_loss(masks: Tensor, matched: Tensor, labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference`, by the kernels where the sizes fit them; differentiable in the masks."""
-    if Switch.on and masks.is_cuda and fits(masks, labels):
+    """`reference`, by the kernels where there is a GPU; differentiable in the masks."""
+    if torch.compiler.is_compiling() or (masks.is_cuda and served(masks, labels)):
         return mask_loss_op(masks, matched, labels, classes)[:2]
     return reference(masks, matched, labels, classes)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,11 @@ from zsseg.config import load_config
 from zsseg.segmenter import Segmenter
 
 ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY = run.cache_dir() / "bpe_simple_vocab_16e6.txt.gz"
+if VOCABULARY.exists():
+    os.environ.setdefault("ZSSEG_VOCAB", str(VOCABULARY))
+CACHE = tempfile.TemporaryDirectory()  # nothing that another run computed
+os.environ["ZSSEG_CACHE"] = CACHE.name
 GOLDEN = Path(__file__).parent / "golden"
 torch.set_num_threads(max(torch.get_num_threads(), 2))  # one thread sums convolutions in yet another order
 PROCESS = run.Process(torch.device("cpu"))

@@ -24,7 +24,7 @@ from zsseg import clip as C
 from zsseg.checkpoint import import_original, our_name
 from zsseg.clip import Tokenizer, build_clip
 from zsseg.config import Config
-from zsseg.losses import Targets, assign, matching_cost, segmentation_losses
+from zsseg.losses import Targets, assign, matching_cost, normalizers, segmentation_losses
 from zsseg.regions import mask_boxes, region_crops
 from zsseg.segmenter import Segmenter
 
@@ -80,7 +80,7 @@ def test_inference():
     segmenter.set_classes([str(n) for n in arrays["class_names"]], list(range(15)))
     image = picture(arrays["image_size"], arrays["image_seed"])
     with torch.no_grad():
-        embeds, masks = (x[-1, 0] for x in segmenter.maskformer.propose(image[None]))
+        embeds, masks = (x[-1, 0] for x in segmenter.maskformer.propose(segmenter.maskformer.prepare(image[None])))
     assert relative_error(embeds, arrays["pred_logits"]) < 1e-4
     assert relative_error(masks[:12], arrays["pred_masks_first12"]) < 1e-4
     assert relative_error(masks.mean((1, 2)), arrays["pred_masks_mean"]) < 1e-4
@@ -118,7 +118,7 @@ def test_training_step(file, key_file, backbone):
     classes = torch.tensor([present, [*present[:3], 0]])
     targets = Targets(torch.stack(labels), classes, torch.tensor([4, 3]))
     model = segmenter.maskformer.train()
-    logits, masks = model(images, segmenter.text)
+    logits, masks = model(model.prepare(images), segmenter.text)
 
     matched = assign(matching_cost(logits.detach(), masks.detach(), targets, 20, 1), targets.counts)
     for call in range(6):  # 0 is the last layer, 1..5 are layers 0..4
@@ -127,7 +127,7 @@ def test_training_step(file, key_file, backbone):
             query, target = arrays[f"match/{call}/{i}/query"], arrays[f"match/{call}/{i}/target"]
             assert matched[layer, i, target].tolist() == query.tolist()
 
-    losses = segmentation_losses(logits, masks, targets, 20.0, 1.0, 0.1, PROCESS)
+    losses = segmentation_losses(logits, masks, targets, normalizers(targets.counts, 100, 0.1, PROCESS), 20.0, 1.0, 0.1)
     reference = dict(zip(arrays["loss_names"].tolist(), arrays["loss_values"].tolist(), strict=True))
     for ours, theirs in (("class", "loss_ce"), ("focal", "loss_mask"), ("dice", "loss_dice")):
         for layer in range(6):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import PROCESS
 from scipy.optimize import linear_sum_assignment
 
-from zsseg.losses import Targets, assign, class_loss, contrastive_loss, matching_cost, segmentation_losses
+from zsseg.losses import Targets, assign, class_loss, contrastive_loss, matching_cost, normalizers, segmentation_losses
 
 L, B, Q, C, SIDE = 2, 3, 5, 4, 16
 IGNORE = 255
@@ -20,6 +20,10 @@ def case(labels: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tenso
     classes = torch.tensor(padded, dtype=torch.int64).view(len(labels), width)
     logits, masks = torch.randn(L, len(labels), Q, C + 1) * 3, torch.randn(L, len(labels), Q, SIDE // 4, SIDE // 4) * 4
     return logits, masks, Targets(labels, classes, torch.tensor([len(p) for p in present]))
+
+
+def scales(targets: Targets, queries: int = Q) -> torch.Tensor:
+    return normalizers(targets.counts, queries, 0.1, PROCESS)
 
 
 def mixed_labels() -> torch.Tensor:
@@ -86,7 +90,7 @@ def test_assignment_survives_values_that_are_not_finite():
 
 def test_losses_are_the_formulas():
     logits, masks, targets = case(mixed_labels())
-    losses = segmentation_losses(logits, masks, targets, 20.0, 1.0, 0.1, PROCESS)
+    losses = segmentation_losses(logits, masks, targets, scales(targets), 20.0, 1.0, 0.1)
     matched = assign(matching_cost(logits, masks, targets, 20, 1), targets.counts)
     for layer in range(L):
         focal = dice = nll = weight = 0.0
@@ -111,7 +115,7 @@ def test_a_batch_without_targets_still_trains_every_output():
     logits, masks, targets = case(torch.full((B, SIDE, SIDE), IGNORE))
     assert targets.classes.shape == (B, 0)
     logits.requires_grad_(), masks.requires_grad_()
-    losses = segmentation_losses(logits, masks, targets, 20.0, 1.0, 0.1, PROCESS)
+    losses = segmentation_losses(logits, masks, targets, scales(targets), 20.0, 1.0, 0.1)
     total = sum(v.sum() for v in losses.values())
     total.backward()
     assert torch.isfinite(total) and float(losses["focal"].detach().sum()) == 0
@@ -121,15 +125,15 @@ def test_a_batch_without_targets_still_trains_every_output():
 def test_more_targets_than_queries():
     labels = torch.arange(4).repeat_interleave(SIDE // 4).expand(1, SIDE, SIDE).contiguous()
     logits, masks, targets = case(labels)
-    losses = segmentation_losses(logits[:, :, :2], masks[:, :, :2], targets, 20.0, 1.0, 0.1, PROCESS)
+    losses = segmentation_losses(logits[:, :, :2], masks[:, :, :2], targets, scales(targets, 2), 20.0, 1.0, 0.1)
     assert all(torch.isfinite(v).all() for v in losses.values())
 
 
 def test_losses_do_not_depend_on_the_order_of_queries():
     logits, masks, targets = case(mixed_labels())
     order = torch.randperm(Q)
-    one = segmentation_losses(logits, masks, targets, 20.0, 1.0, 0.1, PROCESS)
-    two = segmentation_losses(logits[:, :, order], masks[:, :, order], targets, 20.0, 1.0, 0.1, PROCESS)
+    one = segmentation_losses(logits, masks, targets, scales(targets), 20.0, 1.0, 0.1)
+    two = segmentation_losses(logits[:, :, order], masks[:, :, order], targets, scales(targets), 20.0, 1.0, 0.1)
     for name in one:
         assert torch.allclose(one[name], two[name], rtol=1e-5)
 
@@ -143,7 +147,7 @@ def test_perfect_predictions_cost_next_to_nothing():
     logits[..., C], logits[0, 0, 2, C], logits[0, 0, 2, 3] = 30, 0, 30
     targets = Targets(labels, torch.tensor([[3]]), torch.tensor([1]))
     assert assign(matching_cost(logits, masks, targets, 20, 1), targets.counts).item() == 2
-    losses = segmentation_losses(logits, masks, targets, 20.0, 1.0, 0.1, PROCESS)
+    losses = segmentation_losses(logits, masks, targets, scales(targets), 20.0, 1.0, 0.1)
     assert float(losses["class"]) < 1e-6 and float(losses["dice"]) < 0.2 and float(losses["focal"]) < 2
 
 
@@ -152,7 +156,7 @@ def test_class_loss_counts_a_query_once():
     logits = torch.zeros(1, 1, 2, 3)
     logits[0, 0, 0, 1] = 50
     matched = torch.tensor([[[0, -1, -1]]])
-    loss = class_loss(logits, matched, torch.tensor([[1, 0, 0]]), 0.1, PROCESS)
+    loss = class_loss(logits, matched, torch.tensor([[1, 0, 0]]), 0.1, normalizers(torch.tensor([1]), 2, 0.1, PROCESS)[1])
     assert float(loss) == pytest.approx(0.1 * float(torch.tensor(3.0).log()) / 1.1, rel=1e-5)
 
 

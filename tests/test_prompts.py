@@ -12,8 +12,10 @@ from conftest import PROCESS, ROOT, tiny_config
 import eval as evaluation
 import train
 from zsseg import checkpoint
+from zsseg.clip import Tokenizer
 from zsseg.config import load_config
 from zsseg.data import resized_crop_box
+from zsseg.prompts import FixedPrompt, text_features
 
 WORDS = ["--config", "configs/voc_prompts.toml", "--device", "cpu"]
 for setting in ("data.name=shapes", "clip.weights={root}/shapes/clip.pt", "train.steps=4", "train.batch_size=4", "log.every=1",
@@ -142,3 +144,39 @@ def test_random_resized_crops_stay_inside(size):
             assert 0.7 < w / h < 1.4
     if min(size) > 40:
         assert min(areas) < 0.15 and max(areas) > 0.85
+
+
+def test_text_features_are_computed_once(small_clip, tmp_path, monkeypatch):
+    monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path))
+    tokenizer, prompt = Tokenizer(514, 40), FixedPrompt(["a {}."])
+    calls, encode = [], small_clip.encode_text
+    monkeypatch.setattr(small_clip, "encode_text", lambda tokens: calls.append(len(tokens)) or encode(tokens))
+
+    def features(prompt=prompt, names=("cat", "dog")):
+        return text_features(small_clip, tokenizer, prompt, list(names))
+
+    first = features()
+    assert torch.equal(first, features()) and calls == [2]
+    assert torch.allclose(first.flip(0), features(names=("dog", "cat")), atol=1e-6) and len(calls) == 2  # other words
+    assert not torch.equal(first, features(FixedPrompt(["the {}."]))) and len(calls) == 3  # another prompt
+    with torch.no_grad():
+        small_clip.visual.proj.zero_()
+        assert torch.equal(first, features()) and len(calls) == 3  # the image tower does not matter
+        small_clip.ln_final.bias.add_(torch.randn_like(small_clip.ln_final.bias))
+    assert not torch.equal(first, features()) and len(calls) == 4  # other weights
+    files = list((tmp_path / "text").iterdir())
+    assert len(files) == 4 and all(f.suffix == ".pt" for f in files)
+    wanted = features()
+    for damage in (b"", b"no tensors"):
+        for file in files:
+            file.write_bytes(damage)
+        assert torch.equal(wanted, features())
+        assert torch.equal(wanted, features())
+    assert len(calls) == 6
+
+
+def test_an_unwritable_cache_is_said_and_survived(small_clip, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text").write_text("a file where the folder should be")
+    monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path))
+    features = text_features(small_clip, Tokenizer(514, 40), FixedPrompt(["a {}."]), ["cat"])
+    assert features.shape == (1, 64) and "not kept" in capsys.readouterr().out

@@ -121,32 +121,60 @@ class LayerNorm(nn.LayerNorm):
 
 class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        y = (1.702 * x).sigmoid_()
+        return y * x if x.requires_grad else y.mul_(x)  # in place: fresh memory costs a CPU more than the arithmetic
+
+
+class Attention(nn.Module):
+    """Self-attention with one product for queries, keys and values; parameters as in `nn.MultiheadAttention`."""
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None, first_only: bool) -> Tensor:
+        """[N, length, width] -> the same, or with `first_only` the first token's output alone [N, 1, width]."""
+        if first_only:
+            width = x.shape[-1]
+            q = F.linear(x[:, :1], self.in_proj_weight[:width], self.in_proj_bias[:width])
+            k, v = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, -1)
+        else:
+            q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [N, heads, length, width/heads]
+        mask = None if mask is None else mask.to(q.dtype)
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.attn = nn.MultiheadAttention(width, max(width // 64, 1), batch_first=True)
+        self.attn = Attention(width, max(width // 64, 1))
         self.ln_1, self.ln_2 = LayerNorm(width), LayerNorm(width)
         layers = [("c_fc", nn.Linear(width, 4 * width)), ("gelu", QuickGELU()), ("c_proj", nn.Linear(4 * width, width))]
         self.mlp = nn.Sequential(OrderedDict(layers))
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        y = self.ln_1(x)
-        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+    def forward(self, x: Tensor, mask: Tensor | None, first_only: bool = False) -> Tensor:
+        y = self.attn(self.ln_1(x), mask, first_only)
+        x = (x[:, :1] if first_only else x) + y
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """Pre-norm blocks on [N, length, width]; `mask` [length, length] is added to the attention logits."""
+    """Pre-norm blocks on [N, length, width]; `mask` [length, length] is added to the attention logits.
+
+    With `first_only`, only what the first token needs is computed: [N, 1, width].
+    """
     def __init__(self, width: int, layers: int):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width) for _ in range(layers))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        for block in self.resblocks:
-            x = block(x, mask)
+    def forward(self, x: Tensor, mask: Tensor | None = None, first_only: bool = False) -> Tensor:
+        for i, block in enumerate(self.resblocks, 1):
+            x = block(x, mask, first_only and i == len(self.resblocks))
         return x
 
 
@@ -175,15 +203,27 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor, dense: bool = False) -> Tensor:
         """Normalised images [N, 3, H, W] -> [N, D], or with `dense` one feature a patch [N, H/p, W/p, D]."""
-        x = self.conv1(images)  # [N, width, H/p, W/p]
+        plain = isinstance(self.conv1, nn.Conv2d) and images.is_cuda  # a CPU's convolution rounds as the reference values do
+        x = patch_tokens(images, self.conv1.weight) if plain else self.conv1(images)  # [N, width, H/p, W/p]
         height, width = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # [N, H/p * W/p, width]
         x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)
         x = self.ln_pre(x + resize_positions(self.positional_embedding, height, width).to(x.dtype))
-        x = self.transformer(x)
+        x = self.transformer(x, first_only=not dense)
         if not dense:
             return self.ln_post(x[:, 0]) @ self.proj
         return (self.ln_post(x[:, 1:]) @ self.proj).unflatten(1, (height, width))
+
+
+def patch_tokens(images: Tensor, weight: Tensor) -> Tensor:
+    """Non-overlapping patches of images [N, 3, H, W] times weight [width, 3, p, p] -> [N, width, H/p, W/p].
+
+    A convolution whose stride is its width, as one matrix product: what tensor cores do best.
+    """
+    p = weight.shape[-1]
+    h, w = images.shape[-2] // p, images.shape[-1] // p
+    x = images[..., : h * p, : w * p].reshape(-1, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)  # [N, h, w, 3, p, p]
+    return F.linear(x.reshape(-1, h, w, 3 * p * p), weight.flatten(1)).permute(0, 3, 1, 2)
 
 
 def conv_stem(widths: list[int], out: int) -> nn.Sequential:

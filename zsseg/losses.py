@@ -17,7 +17,18 @@ class Targets:
     """What is in each picture, padded to the largest count T; the mask of a target is `labels == class`."""
     labels: Tensor  # [B, H, W], class ids and the ignore value
     classes: Tensor  # [B, T] int64, padded with 0
-    counts: Tensor  # [B] int64, on the CPU
+    counts: Tensor  # [B] int64
+
+    def to(self, device: torch.device) -> "Targets":
+        return Targets(*(t.to(device, non_blocking=True) for t in (self.labels, self.classes, self.counts)))
+
+    def pin_memory(self) -> "Targets":
+        return Targets(*(t.pin_memory() for t in (self.labels, self.classes, self.counts)))
+
+    def padded(self) -> "Targets":
+        """T raised to 15, 31, 63, ...: a compiled program serves one T, and the matching kernel a power of two less one."""
+        T = self.classes.shape[1]
+        return Targets(self.labels, F.pad(self.classes, (0, max(2 ** T.bit_length() - 1, 15) - T)), self.counts)
 
 
 def matching_cost(logits: Tensor, masks: Tensor, targets: Targets, focal_weight: float, dice_weight: float) -> Tensor:
@@ -36,21 +47,29 @@ def assign(cost: Tensor, counts: Tensor) -> Tensor:
     -1 where a target is padding, or is left without a query because there are fewer queries than targets. Costs that are
     not finite count as a million; the loss itself shows what was not finite.
     """
-    return assignment(cost, counts.to(cost.device, non_blocking=True))[0]
+    return assignment(cost, counts)[0]
 
 
-def class_loss(logits: Tensor, matched: Tensor, classes: Tensor, no_object_weight: float, process: Process) -> Tensor:
-    """Weighted cross-entropy of each layer [L]: unmatched queries are the no-object class.
+def normalizers(counts: Tensor, queries: int, no_object_weight: float, process: Process) -> Tensor:
+    """What the losses are divided by, [2]: the number of masks, and the queries' class weights.
 
-    The weighted mean runs over the global batch, so that processes that average gradients equal one large process.
+    Both are means over the processes of the global batch, so that processes that average gradients equal one large
+    process. They follow from the counts alone, so that no loss has to wait for other processes.
     """
+    matched = counts.clamp(max=queries)
+    local = torch.stack([counts.sum(), (matched + no_object_weight * (queries - matched)).sum()])
+    masks, weights = process.sum(local.float()) / process.world
+    return torch.stack([masks.clamp(min=1), weights.clamp(min=1e-6)])
+
+
+def class_loss(logits: Tensor, matched: Tensor, classes: Tensor, no_object_weight: float, total: Tensor) -> Tensor:
+    """Weighted cross-entropy of each layer [L], divided by `total`: unmatched queries are the no-object class."""
     L, B, Q, C = logits.shape
     truth = torch.full((L, B, Q + 1), C - 1, device=logits.device)  # the extra query takes what has no match
     truth = truth.scatter(2, matched.where(matched >= 0, Q), classes.expand(L, -1, -1))[..., :Q]
     weight = torch.ones(C, device=logits.device)
     weight[-1] = no_object_weight
     losses = F.cross_entropy(logits.float().flatten(0, 2), truth.flatten(), weight, reduction="none")
-    total = process.sum(weight[truth].sum((1, 2)).detach()) / process.world  # [L]
     return losses.view(L, B, Q).sum((1, 2)) / total
 
 
@@ -60,19 +79,20 @@ def mask_losses(masks: Tensor, matched: Tensor, targets: Targets, num_masks: Ten
     return focal.sum((1, 2)) / num_masks, dice.sum((1, 2)) / num_masks
 
 
-def segmentation_losses(logits: Tensor, masks: Tensor, targets: Targets, focal_weight: float, dice_weight: float,
-                        no_object_weight: float, process: Process) -> dict[str, Tensor]:  # fmt: skip
+def segmentation_losses(logits: Tensor, masks: Tensor, targets: Targets, scales: Tensor, focal_weight: float,
+                        dice_weight: float, no_object_weight: float) -> dict[str, Tensor]:  # fmt: skip
     """The weighted loss terms of every decoder layer: {"class": [L], "focal": [L], "dice": [L]}; their sum is the loss.
 
-    logits [L, B, Q, C+1], masks [L, B, Q, h, w]. A batch without targets still gives every output a gradient.
+    logits [L, B, Q, C+1], masks [L, B, Q, h, w], `scales` [2] from `normalizers`. A batch without targets still gives every
+    output a gradient. Nothing is read by the host, so that torch.compile takes it whole and a GPU never waits.
     """
+    num_masks, weights = scales
     with torch.no_grad():
         matched = assign(matching_cost(logits, masks, targets, focal_weight, dice_weight), targets.counts)
-    num_masks = process.sum(targets.counts.sum().to(logits.device, torch.float32)) / process.world
-    focal, dice = mask_losses(masks, matched, targets, num_masks.clamp(min=1))
+    focal, dice = mask_losses(masks, matched, targets, num_masks)
     unused = 0 * masks.float().mean((1, 2, 3, 4))
     return {
-        "class": class_loss(logits, matched, targets.classes, no_object_weight, process),
+        "class": class_loss(logits, matched, targets.classes, no_object_weight, weights),
         "focal": focal_weight * focal + unused,
         "dice": dice_weight * dice,
     }

@@ -173,15 +173,19 @@ class MaskFormer(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
 
-    def propose(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Proposals of pictures that are RGB in 0..255 [B, 3, H, W], any dtype and size.
-
-        Returns class embeddings [L, B, Q, D] and mask logits [L, B, Q, h, w]; in eval mode of the last layer only
-        (L = 1). h, w are at stride 4 of the picture padded with zeros to a multiple of 32.
-        """
+    def prepare(self, images: Tensor) -> Tensor:
+        """RGB in 0..255 [B, 3, H, W], any dtype and size -> normalised, zero-padded to multiples of 32, fp32."""
         x = (images - self.pixel_mean) / self.pixel_std
         x = F.pad(x, (0, -x.shape[-1] % DIVISOR, 0, -x.shape[-2] % DIVISOR))
-        features = self.backbone(x)
+        return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x  # as tensor cores read it
+
+    def propose(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Proposals of `prepare`d pictures [B, 3, H, W].
+
+        Returns class embeddings [L, B, Q, D] and mask logits [L, B, Q, h, w] at stride 4; in eval mode of the last layer
+        only (L = 1).
+        """
+        features = self.backbone(images)
         mask_features = self.pixel_decoder(features)  # [B, hidden, h, w]
         memory = self.input_proj(features[-1])  # [B, hidden, H/32, W/32]
         positions = sine_positions(*memory.shape[-2:], memory.shape[1], memory.device)
@@ -206,6 +210,9 @@ class MaskFormer(nn.Module):
             return 100 * F.normalize(embeds.float(), dim=-1) @ text.T
 
     def forward(self, images: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Class logits [L, B, Q, C+1] and mask logits [L, B, Q, h, w]; see `propose` and `classify`."""
+        """`prepare`d pictures [B, 3, H, W] and text features [C, D], what torch.compile and DDP wrap.
+
+        Class logits [L, B, Q, C+1] and mask logits [L, B, Q, h, w]; see `propose` and `classify`.
+        """
         embeds, masks = self.propose(images)
         return self.classify(embeds, text), masks

@@ -1,5 +1,10 @@
 """Prompts: class names -> text features: fixed templates or learned (Xu et al. 2021)."""
 
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -7,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zsseg import clip as clip_module
+from zsseg.checkpoint import read_torch
 from zsseg.clip import CLIP, Tokenizer
-from zsseg.run import UserError
+from zsseg.run import UserError, cache_dir, say
 
 TEMPLATES = tomllib.loads((Path(__file__).parent / "prompts.toml").read_text())  # single, vild, imagenet
 
@@ -67,6 +74,34 @@ def build_prompt(spec: str | list[str], width: int, prefix: int = 16, suffix: in
     if isinstance(spec, str) and spec not in TEMPLATES:
         raise UserError("clip.prompt", f"is {spec!r}", f"choose {', '.join(TEMPLATES)} or learned, or give a list of templates")
     return FixedPrompt(TEMPLATES[spec] if isinstance(spec, str) else spec)
+
+
+@torch.no_grad()
+def text_features(clip: CLIP, tokenizer: Tokenizer, prompt: nn.Module, names: list[str]) -> Tensor:
+    """`prompt`'s features [C, D], kept in the cache under a digest of all that they depend on."""
+    words = [getattr(prompt, "templates", None), names, tokenizer.context, str(clip.text_projection.device)]
+    digest = hashlib.sha256(json.dumps(words).encode())
+    for code in (__file__, clip_module.__file__):  # another program may compute other features
+        digest.update(Path(code).read_bytes())
+    for part in (clip, prompt):
+        for name, tensor in part.state_dict().items():
+            if not name.startswith("visual."):
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                digest.update(tensor.cpu().contiguous().numpy())
+    file = cache_dir() / "text" / f"{digest.hexdigest()}.pt"
+    with contextlib.suppress(UserError):  # not there, or damaged: computed again
+        features = read_torch(file, "text features")
+        if isinstance(features, Tensor) and features.shape == (len(names), clip.text_projection.shape[1]):
+            return features.to(clip.text_projection.device)
+    features = prompt(clip, tokenizer, names)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:  # processes may write at once
+            torch.save(features, temporary)
+        os.replace(temporary.name, file)
+    except OSError as error:
+        say(f"text features are not kept in {file.parent} ({error.strerror})")
+    return features
 
 
 def check_names(names: list[str]) -> list[str]:

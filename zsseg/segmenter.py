@@ -14,7 +14,7 @@ from zsseg.clip import Tokenizer, build_clip
 from zsseg.config import Config
 from zsseg.datasets import dataset
 from zsseg.maskformer import MaskFormer
-from zsseg.prompts import LearnedPrompt, build_prompt, check_names
+from zsseg.prompts import LearnedPrompt, build_prompt, check_names, text_features
 from zsseg.regions import classify_crops, expand_boxes, region_crops
 from zsseg.run import UserError
 
@@ -40,6 +40,7 @@ class Segmenter(nn.Module):
         self.config = config.clip
         self.text = self.region_text = None  # [C, D]
         self.names: list[str] = []
+        self.compiled = False
         self.clip = self.prompt = self.region_prompt = None
         if config.model.class_head == "linear":
             self.maskformer = MaskFormer(config.model, len(dataset(config.data.name).names) + 1)
@@ -63,15 +64,31 @@ class Segmenter(nn.Module):
             if len(names) + 1 != self.maskformer.class_embed.out_features:
                 raise UserError("model.class_head", "is linear, for other classes than these", "evaluate on its own data set")
             return
-        self.text = self.prompt(self.clip, self.tokenizer, self.names)
-        self.region_text = self.region_prompt(self.clip, self.tokenizer, self.names) if self.region_prompt else self.text
+        self.text = text_features(self.clip, self.tokenizer, self.prompt, self.names)
+        self.region_text = self.text
+        if self.region_prompt is not None:
+            self.region_text = text_features(self.clip, self.tokenizer, self.region_prompt, self.names)
+
+    def compile_parts(self) -> None:
+        """Hand the mask proposer and CLIP's image tower to torch.compile, in place: names in state dicts stay as they are.
+
+        One program of the proposer serves pictures of every size, since they are padded to multiples of 32 and no further;
+        the tower gets one for each of a few numbers of crops.
+        """
+        self.compiled = True
+        self.maskformer.compile(fullgraph=True)
+        if self.clip is not None:
+            self.clip.visual.compile(fullgraph=True, dynamic=False)
 
     @torch.inference_mode()
     def propose(self, image: Tensor) -> Proposals:
         """image: RGB uint8 or float in 0..255 [3, H, W] at network-input size."""
         height, width = image.shape[-2:]
-        embeds, masks = self.maskformer.propose(image[None])
-        head = self.maskformer.classify(embeds[-1, 0], self.text).softmax(-1)[:, :-1]  # [Q, C]
+        prepared = self.maskformer.prepare(image[None])
+        for side in (2, 3) if self.compiled else ():
+            torch._dynamo.maybe_mark_dynamic(prepared, side)
+        classes, masks = self.maskformer(prepared, self.text)
+        head = classes[-1, 0].softmax(-1)[:, :-1]  # [Q, C]
         logits, cut = masks[-1, 0].float(), (height, width)
         binary, boxes, valid = region_masks(logits, cut, self.config.mask_threshold)
         if not self.config.ensemble or self.clip is None:
@@ -85,7 +102,7 @@ class Segmenter(nn.Module):
     def region_logits(self, image: Tensor, masks: Tensor, boxes: Tensor, index: Tensor | None = None) -> Tensor:
         """CLIP's class logits [P, C] of the regions masks [Q, H, W] with boxes [Q, 4] that `index` [P] chooses (all)."""
         crops = region_crops(image, masks, boxes, self.clip.visual.resolution, index)
-        return classify_crops(self.clip, crops, self.region_text, self.config.chunk)
+        return classify_crops(self.clip, crops, self.region_text, self.config.chunk, self.compiled)
 
     def ensemble(self, proposals: Proposals, weight: float | None = None) -> Tensor:
         """Class scores [Q, C] with ensemble weight w (the configuration's where None).

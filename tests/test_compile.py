@@ -1,0 +1,175 @@
+"""torch.compile takes each part whole and once; the training step never makes the host wait for a GPU.
+
+AOTAutograd stands in for Inductor, which follows the same path and needs minutes more.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import PROCESS, tiny_config
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
+
+import train
+from zsseg import run
+from zsseg.losses import Targets, normalizers, segmentation_losses
+from zsseg.maskformer import MaskFormer
+from zsseg.regions import classify_crops
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(autouse=True)
+def aot_eager(monkeypatch):
+    """AOTAutograd in place of Inductor, and nothing remembered from other tests."""
+    inductor = torch.compile  # Module.compile goes through it
+    monkeypatch.setattr(torch, "compile", lambda f, **options: inductor(f, backend="aot_eager", **options))
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def graphs() -> int:
+    assert not counters["graph_break"]
+    return counters["stats"]["unique_graphs"]
+
+
+def test_one_program_serves_pictures_of_all_sizes(segmenter):
+    """And CLIP's tower needs one for each of four numbers of crops."""
+    sizes = ((480, 480), (448, 640), (640, 449), (512, 500))  # a CPU's convolutions distinguish maps smaller than these
+    pictures = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
+    segmenter.config.chunk = 16
+    wanted = [segmenter(picture, (90, 70)) for picture in pictures]
+    text, side = segmenter.text, segmenter.clip.visual.resolution
+    crops = torch.randn(39, 3, side, side)
+    logits = classify_crops(segmenter.clip, crops, text)
+    segmenter.config.ensemble = False
+    segmenter.compile_parts()
+    for picture in pictures:
+        segmenter.propose(picture)
+    assert graphs() == 1
+    segmenter.config.ensemble = True
+    with torch.inference_mode():
+        for count in (1, 2, 3, 7, 8, 9, 16, 17, 31, 39, 5, 30):
+            few = classify_crops(segmenter.clip, crops[:count], text, 16, few_sizes=True)
+            assert few.shape == (count, 3) and torch.allclose(few, logits[:count], atol=1e-3)
+    assert graphs() == 1 + 4
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for picture, labels in zip(2 * pictures, 2 * wanted, strict=True):
+            assert (segmenter(picture, (90, 70)) == labels).float().mean() > 0.999
+    assert not any("_orig_mod" in k for k in segmenter.state_dict())
+
+
+def loss_case(T: int, counts: list[int], device: str = "cpu") -> tuple:
+    torch.manual_seed(T)
+    logits = torch.randn(2, len(counts), 20, 32, device=device, requires_grad=True)
+    masks = torch.randn(2, len(counts), 20, 8, 8, device=device, requires_grad=True)
+    labels = torch.randint(0, max(T, 1), (len(counts), 32, 32), dtype=torch.uint8, device=device)
+    targets = Targets(labels, torch.arange(T, device=device).expand(len(counts), T), torch.tensor(counts, device=device))
+    return logits, masks, targets, normalizers(targets.counts, 20, 0.1, PROCESS), 20.0, 1.0, 0.1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_program_serves_all_numbers_of_targets(device):
+    compiled = torch.compile(segmentation_losses, fullgraph=True)
+    cases = [(5, [5, 3]), (1, [1, 0]), (15, [15, 2]), (0, [0, 0]), (8, [2, 8])]
+    for T, counts in 2 * cases:
+        results = []
+        for function in (segmentation_losses, compiled):
+            logits, masks, targets, *rest = loss_case(T, counts, device)
+            losses = function(logits, masks, targets.padded() if function is compiled else targets, *rest)
+            sum(v.sum() for v in losses.values()).backward()
+            results.append([*(v.detach() for v in losses.values()), logits.grad, masks.grad])
+        for ours, wanted in zip(*results, strict=True):
+            assert torch.allclose(ours, wanted, rtol=1e-4, atol=1e-6)
+    assert graphs() == 1
+    logits, masks, targets, *rest = loss_case(16, [16, 9], device)
+    assert targets.padded().classes.shape[1] == 31
+    compiled(logits, masks, targets.padded(), *rest)
+    assert graphs() == 2
+
+
+def segment_task(root, device: torch.device, *overrides: str) -> tuple:
+    task = train.Segment(tiny_config(*overrides), root, run.Process(device), None)
+    task.model.train()
+    return task, train.build_optimizer(task.model, task.config)
+
+
+def test_the_compiled_step_is_the_eager_step(shapes_root):
+    weights = []
+    for setting in ("off", "on"):
+        torch.manual_seed(0)
+        task, optimizer = segment_task(shapes_root, PROCESS.device, "model.dropout=0.0")
+        if setting == "on":
+            task.compile()
+        for step in range(3):
+            batch = task.collate([task.samples[n] for n in range(4 * step, 4 * step + 4)])
+            values = train.train_step(task, task.model, optimizer, batch, 0.01)
+        weights.append([values[0], *values[1].values(), values[2]])
+    assert graphs() == 2  # the network and its losses
+    for eager, compiled in zip(*weights, strict=True):
+        assert float(compiled) == pytest.approx(float(eager), rel=1e-3)
+
+
+def test_compiled_before_ddp_keeps_names_and_gradients(tmp_path):
+    """`compile` in place, then DDP around it: train.py's order."""
+    torch.manual_seed(0)
+    model = MaskFormer(tiny_config("model.dropout=0.0", "model.feedforward=1024").model, 16)
+    images, text = torch.randn(2, 3, 64, 64), F.normalize(torch.randn(3, 16), dim=-1)
+    names, gradients = list(model.state_dict()), []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for wrap in (lambda m: m, lambda m: m.compile(fullgraph=True) or DistributedDataParallel(m, bucket_cap_mb=1)):
+            logits, masks = wrap(model)(images, text)
+            model.zero_grad()
+            (logits.square().mean() + masks.square().mean()).backward()
+            gradients.append([p.grad.clone() for p in model.parameters()])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert list(model.state_dict()) == names and graphs() >= 1
+    for eager, compiled in zip(*gradients, strict=True):
+        assert torch.allclose(eager, compiled, rtol=1e-3, atol=1e-5 * float(eager.abs().max() + 1))
+
+
+def test_the_losses_read_nothing_back(shapes_root):
+    """On CUDA tensors without values, so that no GPU is needed: whoever asks for one (`item`, `nonzero`) fails."""
+    task, _ = segment_task(shapes_root, PROCESS.device)
+    images, targets = task.collate([task.samples[n] for n in range(4)])
+    with FakeTensorMode() as mode:
+        for part in task.model.modules():
+            for tensors in (part._parameters, part._buffers):
+                for name, tensor in [(k, v) for k, v in tensors.items() if v is not None]:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+                    tensors[name] = torch.nn.Parameter(empty) if tensors is part._parameters else empty
+        task.text, task.process = torch.empty(task.text.shape, device="cuda"), run.Process(torch.device("cuda"))
+        images, *targets = map(mode.from_tensor, (images, targets.labels, targets.classes, targets.counts))
+        loss, parts = task.loss(task.model, (images, Targets(*targets)))
+        assert loss.is_cuda and loss.requires_grad and all(v.is_cuda for v in parts.values())
+        with pytest.raises(DataDependentOutputException):
+            loss.item()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_training_step_never_waits_for_the_gpu(shapes_root):
+    task, optimizer = segment_task(shapes_root, torch.device("cuda"))
+    task.compile()
+    for step in range(4):
+        images, targets = task.collate([task.samples[n] for n in range(4 * step, 4 * step + 4)])
+        batch = images.pin_memory(), targets.pin_memory()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        try:
+            loss, _, _ = train.train_step(task, task.model, optimizer, batch, 0.01)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("task", ["clip", "prompts"])
+def test_the_other_tasks_compile_whole(task, shapes_root, tmp_path):
+    file = {"clip": "configs/shapes_clip.toml", "prompts": "configs/voc_prompts.toml"}[task]
+    words = ["data.name=shapes", "clip.weights={root}/shapes/clip.pt", "train.steps=2", "train.batch_size=4", "data.workers=0",
+             "contrast.groups=2", "prompts.samples_per_class=3", "model.compile=on"]  # fmt: skip
+    train.main(["--config", file, "--root", str(shapes_root), "--out", str(tmp_path), "--device", "cpu",
+                *(x for word in words for x in ("--set", word))])  # fmt: skip
+    assert (tmp_path / "last.pt").exists() and graphs() == {"clip": 1, "prompts": 2}[task]

@@ -1,11 +1,12 @@
 """Time every kernel against its plain version and torch.compile of that: `python -m kernels.bench [--csv FILE]`.
 
-Median and 20% / 80% quantiles, effective GB/s of the bytes that must move, peak memory; first the copy bandwidth and the bf16
-matrix rate of this GPU, which bound them. On a CPU (`--device cpu`) the sizes are small and the operators are the references:
-that only shows that the benchmark runs.
+Median and 20% / 80% quantiles, effective GB/s of the bytes that must move and their share of this GPU's copy bandwidth, peak
+memory; first the copy bandwidth and the bf16 matrix rate. On a CPU (`--device cpu`) the sizes are small and the operators are
+the references: that only shows that the benchmark runs.
 """
 
 import argparse
+import contextlib
 import csv
 import statistics
 import subprocess
@@ -13,13 +14,15 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import TextIO
 
 import torch
 from torch import Tensor
 
 from kernels import assignment, mask_loss, mask_pool, matching_cost, region_crop, semantic_map
 
-FIELDS = ("kernel", "provider", "median_ms", "low_ms", "high_ms", "GB_per_s", "peak_MiB", "device", "torch", "triton", "commit")
+FIELDS = ("kernel", "provider", "median_ms", "low_ms", "high_ms", "GB_per_s", "percent_of_copy", "peak_MiB", "device", "torch",
+          "triton", "commit")  # fmt: skip
 
 
 def measure(function: Callable[[], object], device: str) -> tuple[list[float], float]:
@@ -107,15 +110,15 @@ def machine(device: str) -> dict[str, str]:
     return {"device": name, "torch": torch.__version__, "triton": package("triton"), "commit": commit}
 
 
-def bounds(device: str) -> None:
-    """Print what this GPU can do at best: copying, and multiplying bf16 matrices."""
+def bounds(device: str) -> tuple[float, float]:
+    """What this GPU can do at best: copying in GB/s, and multiplying bf16 matrices in TFLOP/s."""
     n = 2**20 if device == "cpu" else 2**28
     x, y = torch.empty(n, device=device), torch.empty(n, device=device)
     (_, copy, _), _ = measure(lambda: y.copy_(x), device)
     k = 256 if device == "cpu" else 8192
     a = torch.randn(k, k, device=device, dtype=torch.bfloat16)
     (_, product, _), _ = measure(lambda: a @ a, device)
-    print(f"copy {8 * n / copy / 1e6:.0f} GB/s, bf16 product {2 * k**3 / product / 1e9:.1f} TFLOP/s")
+    return 8 * n / copy / 1e6, 2 * k**3 / product / 1e9
 
 
 def main() -> None:
@@ -124,8 +127,17 @@ def main() -> None:
     parser.add_argument("--csv", help="write the rows there, too")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the plain versions out")
     args = parser.parse_args()
-    bounds(args.device)
-    rows, about = [], machine(args.device)
+    copy, product = bounds(args.device)
+    print(f"copy {copy:.0f} GB/s, bf16 product {product:.1f} TFLOP/s")
+    about = machine(args.device)
+    with open(args.csv, "w", newline="") if args.csv else contextlib.nullcontext() as file:
+        if file:
+            csv.writer(file).writerow(FIELDS)
+        run(args, copy, about, file)
+
+
+def run(args: argparse.Namespace, copy: float, about: dict[str, str], file: TextIO | None) -> None:
+    """Measure every case; rows go to `file` as they come."""
     for kernel, (plain, ours, moved) in cases(args.device).items():
         providers = {"plain": plain, "torch.compile": torch.compile(plain), "ours": ours}
         if args.no_compile or args.device == "cpu" or kernel == "assignment":  # SciPy cannot be compiled
@@ -137,14 +149,14 @@ def main() -> None:
                 print(f"{kernel:22}{provider:15}failed: {str(error).splitlines()[0][:90]}", file=sys.stderr)
                 continue
             speed = moved / median / 1e6
-            values = (kernel, provider, *(f"{x:.4f}" for x in (median, low, high)), f"{speed:.1f}", f"{peak:.0f}")
-            rows.append(dict(zip(FIELDS, values, strict=False)) | about)
-            print(f"{kernel:22}{provider:15}{median:10.3f} ms  [{low:.3f} {high:.3f}] {speed:8.0f} GB/s {peak:8.0f} MiB")
-    if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(rows)
+            share = 100 * speed / copy
+            print(f"{kernel:22}{provider:15}{median:10.3f} ms  [{low:.3f} {high:.3f}] {speed:8.0f} GB/s {share:5.1f}%"
+                  f" {peak:8.0f} MiB", flush=True)  # fmt: skip
+            if file:
+                numbers = (f"{x:.4f}" for x in (median, low, high))
+                row = [kernel, provider, *numbers, f"{speed:.1f}", f"{share:.1f}", f"{peak:.0f}", *about.values()]
+                csv.writer(file).writerow(row)
+                file.flush()
 
 
 if __name__ == "__main__":

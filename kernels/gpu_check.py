@@ -1,17 +1,24 @@
-"""Everything that a short time on a GPU should give, in one command: `python -m kernels.gpu_check [--out DIR]`.
+"""Everything that a short time on a GPU should give, in at most 9 minutes: `python -m kernels.gpu_check [--out DIR]`.
 
-The kernels' tests on the GPU, then their benchmark; the logs and the table of times go to --out.
+The tests that need a GPU, the benchmark of the kernels, the end-to-end ladder, then launch parameters for this GPU; logs and
+tables go to --out as they come, so that a step which runs out of its time still leaves what it had.
 """
 
 import argparse
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+# {log: (seconds at most, words)}
 STEPS = {
-    "tests.log": ["-m", "pytest", "-q", "-x", "--maxfail=20", "tests/test_kernels.py"],
-    "bench.log": ["-m", "kernels.bench", "--csv", "{out}/bench.csv"],
-}
+    "tests.log": (150, ["-m", "pytest", "-q", "--maxfail=20", "tests/test_kernels.py", "tests/test_tune.py",
+                        "tests/test_compile.py"]),
+    "bench.log": (120, ["-m", "kernels.bench", "--csv", "{out}/bench.csv"]),
+    "ladder.log": (180, ["-m", "tests.benchmarks.ladder", "--train", "--rounds", "1", "--csv", "{out}/ladder.csv",
+                         "--plot", "{out}/ladder.svg"]),
+    "tune.log": (80, ["-m", "kernels.tune", "--out", "{out}/tuning.json"]),
+}  # fmt: skip
 
 
 def main() -> None:
@@ -20,15 +27,19 @@ def main() -> None:
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     failed = []
-    for log, words in STEPS.items():
+    for log, (limit, words) in STEPS.items():
         words = [sys.executable, *(w.format(out=out) for w in words)]
         with open(out / log, "w") as file:
             process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            timer = threading.Timer(limit, process.kill)
+            timer.start()
             for line in process.stdout:
                 print(line, end="", flush=True)
                 file.write(line)
+                file.flush()
         failed += [log] if process.wait() else []
-    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
+        timer.cancel()
+    sys.exit(f"failed or out of time: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import Switch, cdiv, contiguous, jit, tl
+from kernels.jit import Switch, cdiv, contiguous, jit, tl, tuned
 
 RATIOS = (2, 4, 8)  # other ratios of label map to logits go the plain way
-CELLS, WARPS = 256, 4
+SAFE = {"CELLS": 256, "num_warps": 4}
 ALPHA = 0.25
 
 
@@ -196,12 +196,12 @@ def launch_forward(masks: Tensor, matched: Tensor, labels: Tensor, classes: Tens
     L, B, Q, h, w = masks.shape
     T = classes.shape[1]
     masks, matched, labels, classes = contiguous(masks, matched, labels, classes.int())
-    tiles = cdiv((h + 1) * (w + 1), CELLS)
+    parameters = tuned("mask_loss.forward", masks, h * w, **SAFE)
+    tiles = cdiv((h + 1) * (w + 1), parameters["CELLS"])
     sums = masks.new_zeros(L, B, T, tiles, 4, dtype=torch.float32)
     if sums.numel():
         forward_kernel[(tiles, L * B * T)](
-            masks, matched, labels, classes, sums, B, Q, T, h, w, tiles,
-            R=labels.shape[-1] // w, CELLS=CELLS, num_warps=WARPS,
+            masks, matched, labels, classes, sums, B, Q, T, h, w, tiles, R=labels.shape[-1] // w, **parameters,
         )  # fmt: skip
     sums = sums.sum(3)
     focal, overlap, p, t = sums.unbind(-1)
@@ -223,11 +223,12 @@ def launch_backward(grad_focal: Tensor, grad_dice: Tensor, sums: Tensor, masks: 
     weights = torch.stack([grad_focal / labels[0].numel(), -2 * grad_dice / D, grad_dice * (2 * overlap + 1) / D**2], -1)
     cells = (h + 1) * (w + 1)
     corners = sums.new_empty(L, B, T, 4, cells)
-    backward_kernel[(cdiv(cells, CELLS), L * B * T)](
+    parameters = tuned("mask_loss.backward", masks, h * w, **SAFE)
+    backward_kernel[(cdiv(cells, parameters["CELLS"]), L * B * T)](
         masks, matched, labels, classes, weights.float().contiguous(), corners, B, Q, T, h, w,
-        R=labels.shape[-1] // w, CELLS=CELLS, num_warps=WARPS,
+        R=labels.shape[-1] // w, **parameters,
     )  # fmt: skip
-    combine_kernel[(cdiv(h * w, 1024), L * B * T)](corners, matched, grad, Q, T, h, w, PIXELS=1024, num_warps=WARPS)
+    combine_kernel[(cdiv(h * w, 1024), L * B * T)](corners, matched, grad, Q, T, h, w, PIXELS=1024, num_warps=4)
     return grad
 
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import Switch, cdiv, contiguous, jit, tl
+from kernels.jit import Switch, cdiv, contiguous, jit, tl, tuned
 
-QUERIES, WIDTH, PIXELS, WARPS = 32, 64, 32, 8
+SAFE = {"QUERIES": 32, "WIDTH": 64, "PIXELS": 32, "num_warps": 8}
 
 
 def mask_weights(masks: Tensor, threshold: float) -> Tensor:
@@ -147,16 +147,17 @@ def launch_forward(features: Tensor, masks: Tensor, threshold: float) -> tuple[T
     B, D = features.shape[:2]
     Q, HW = masks.shape[1], masks.shape[2] * masks.shape[3]
     features, masks = contiguous(features, masks)
-    tiles = cdiv(Q, QUERIES) * cdiv(D, WIDTH)
-    splits = max(min(cdiv(264, max(tiles * B, 1)), HW // (16 * PIXELS)), 1)
-    part = cdiv(cdiv(HW, splits), PIXELS) * PIXELS
+    parameters = tuned("mask_pool", features, HW, **SAFE)
+    tiles, pixels = cdiv(Q, parameters["QUERIES"]) * cdiv(D, parameters["WIDTH"]), parameters["PIXELS"]
+    splits = max(min(cdiv(264, max(tiles * B, 1)), HW // (16 * pixels)), 1)
+    part = cdiv(cdiv(HW, splits), pixels) * pixels
     splits = cdiv(HW, part)
     sums = features.new_zeros(splits, B, Q, D, dtype=torch.float32)
     totals = features.new_zeros(splits, B, Q, dtype=torch.float32)
     if sums.numel():
         forward_kernel[(tiles, B, splits)](
             features, masks, sums, totals, B, Q, D, HW, part, logit(max(threshold, 0.0)),
-            SOFT=threshold < 0, QUERIES=QUERIES, WIDTH=WIDTH, PIXELS=PIXELS, num_warps=WARPS,
+            SOFT=threshold < 0, **parameters,
         )  # fmt: skip
     total = totals.sum(0)
     return (sums.sum(0) / total.where(total > 0, 1)[..., None]).to(features.dtype), total

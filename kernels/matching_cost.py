@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import Switch, cdiv, contiguous, jit, power_of_two, tl
+from kernels.jit import Switch, cdiv, contiguous, jit, power_of_two, tl, tuned
 
-ROWS, COLUMNS, PIXELS, WARPS = 64, 64, 32, 8
+SAFE = {"ROWS": 64, "COLUMNS": 64, "PIXELS": 32, "num_warps": 8}
 
 
 def reference(logits: Tensor, masks: Tensor, labels: Tensor, classes: Tensor, focal_weight: float,
@@ -144,17 +144,17 @@ def launch(logits: Tensor, masks: Tensor, labels: Tensor, classes: Tensor, focal
         return cost
     logits, masks, labels, classes = contiguous(logits, masks, labels.int(), classes.int())
     columns = max(power_of_two(T + 1), 16)  # one more than targets: it sums p
-    tile = min(columns, COLUMNS)
-    row_tiles, column_tiles = cdiv(rows, ROWS), cdiv(columns, tile)
+    parameters = tuned("matching_cost", masks, HW, **SAFE)
+    parameters["COLUMNS"] = min(columns, parameters["COLUMNS"])
+    row_tiles, column_tiles, pixels = cdiv(rows, parameters["ROWS"]), cdiv(columns, parameters["COLUMNS"]), parameters["PIXELS"]
     # Enough parts of the pixels to fill the device, each of at least 16 tiles.
-    splits = max(min(cdiv(264, row_tiles * column_tiles * B), HW // (16 * PIXELS)), 1)
-    part = cdiv(cdiv(HW, splits), PIXELS) * PIXELS
+    splits = max(min(cdiv(264, row_tiles * column_tiles * B), HW // (16 * pixels)), 1)
+    part = cdiv(cdiv(HW, splits), pixels) * pixels
     splits = cdiv(HW, part)
     focal, overlap = (cost.new_empty(splits, B, rows, columns) for _ in range(2))
     area = cost.new_empty(splits, B, columns)
     partial_kernel[(row_tiles * column_tiles, B, splits)](
-        masks, labels, classes, focal, overlap, area, B, Q, T, HW, rows, columns, part,
-        ROWS=ROWS, COLUMNS=tile, PIXELS=PIXELS, num_warps=WARPS,
+        masks, labels, classes, focal, overlap, area, B, Q, T, HW, rows, columns, part, **parameters,
     )  # fmt: skip
     finish_kernel[(cdiv(rows, 16), B)](
         logits, classes, focal, overlap, area, cost, B, Q, T, C, HW, rows, columns, splits, focal_weight, dice_weight,

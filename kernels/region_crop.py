@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import Switch, cdiv, contiguous, jit, tl
+from kernels.jit import Switch, cdiv, contiguous, jit, tl, tuned
 
 STRIDE = 4  # of the logits, to the padded network input
-ROWS, COLUMNS, PIXELS, WARPS = 16, 64, 256, 4
+SAFE_MASKS = {"ROWS": 16, "COLUMNS": 64, "num_warps": 4}
+SAFE_CROPS = {"PIXELS": 256, "num_warps": 4}
 CUBIC = -0.75  # PyTorch's
 
 
@@ -107,7 +108,7 @@ def crop_kernel(
     masks,  # uint8 [Q, H, W]
     index,  # int32 [P]: the mask of each crop
     boxes,  # int32 [Q, 4]
-    scale, shift,  # fp32 [3]: the normalised picture is byte * scale + shift
+    r_scale, g_scale, b_scale, r_shift, g_shift, b_shift,  # the normalised picture is byte * scale + shift
     crops,  # out: [P, 3, side, side]
     H, W, side,
     PIXELS: tl.constexpr, A: tl.constexpr,
@@ -125,8 +126,6 @@ def crop_kernel(
     r = tl.zeros((PIXELS,), tl.float32)
     g = tl.zeros((PIXELS,), tl.float32)
     b = tl.zeros((PIXELS,), tl.float32)
-    r_scale, g_scale, b_scale = tl.load(scale), tl.load(scale + 1), tl.load(scale + 2)
-    r_shift, g_shift, b_shift = tl.load(shift), tl.load(shift + 1), tl.load(shift + 2)
     for i in tl.static_range(4):
         y = tl.minimum(tl.maximum(floor_y.to(tl.int32) + (i - 1), 0), height - 1) + y0
         wy = cubic(ty, i, A)
@@ -149,17 +148,17 @@ def launch_masks(logits: Tensor, size: tuple[int, int], threshold: float) -> tup
     """Masks uint8 [Q, *size], boxes int64 [Q, 4], valid [Q]; see the references."""
     (Q, h, w), (H, W) = logits.shape, size
     level = math.inf if threshold >= 1 else -math.inf if threshold <= 0 else math.log(threshold / (1 - threshold))
-    blocks = cdiv(H, ROWS)
+    parameters = tuned("region_crop.masks", logits, H * W, **SAFE_MASKS)
+    blocks = cdiv(H, parameters["ROWS"])
     masks = torch.empty(Q, H, W, dtype=torch.uint8, device=logits.device)
     bounds = torch.empty(Q, blocks, 4, dtype=torch.int32, device=logits.device)
     if Q:
-        grid = (blocks, Q)
         (logits,) = contiguous(logits)
-        mask_kernel[grid](logits, masks, bounds, h, w, H, W, blocks, level, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS)
-    low, high = bounds[..., :2].amin(1), bounds[..., 2:].amax(1)  # [Q, 2]
-    valid = high[:, 0] > 0
-    whole = bounds.new_tensor([0, 0, W, H])
-    return masks, torch.where(valid[:, None], torch.cat([low, high], 1), whole).long(), valid
+        mask_kernel[(blocks, Q)](logits, masks, bounds, h, w, H, W, blocks, level, **parameters)
+    (x0, y0), (x1, y1) = bounds[..., :2].amin(1).unbind(1), bounds[..., 2:].amax(1).unbind(1)  # [Q] each
+    valid = x1 > 0
+    boxes = (x0.where(valid, 0), y0.where(valid, 0), x1.where(valid, W), y1.where(valid, H))
+    return masks, torch.stack(boxes, 1).long(), valid
 
 
 def launch_crops(image: Tensor, masks: Tensor, index: Tensor, boxes: Tensor, mean: list[float], std: list[float], side: int,
@@ -169,11 +168,11 @@ def launch_crops(image: Tensor, masks: Tensor, index: Tensor, boxes: Tensor, mea
     crops = torch.empty(len(index), 3, side, side, dtype=kind, device=image.device)
     if not len(index):
         return crops
-    scale = torch.tensor([1 / (255 * s) for s in std], device=image.device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=image.device)
+    scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
     image, masks, index, boxes = contiguous(image, masks, index.int(), boxes.int())
-    crop_kernel[(cdiv(side * side, PIXELS), len(index))](
-        image, masks, index, boxes, scale, shift, crops, H, W, side, PIXELS=PIXELS, A=CUBIC, num_warps=WARPS,
+    parameters = tuned("region_crop.crops", crops, side * side, **SAFE_CROPS)
+    crop_kernel[(cdiv(side * side, parameters["PIXELS"]), len(index))](
+        image, masks, index, boxes, *scale, *shift, crops, H, W, side, A=CUBIC, **parameters,
     )  # fmt: skip
     return crops
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import Switch, cdiv, contiguous, jit, power_of_two, tl
+from kernels.jit import Switch, cdiv, contiguous, jit, power_of_two, tl, tuned
 
-PIXELS, CLASSES, WARPS = 64, 32, 8
+SAFE = {"PIXELS": 64, "CLASSES": 32, "num_warps": 8}
 STRIDE = 4  # of the logits, to the padded network input
 
 
@@ -90,7 +90,8 @@ def launch(logits: Tensor, classes: Tensor, cut: tuple[int, int], size: tuple[in
            want_scores: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Label map int64 `size` and the scores [C, *size] (empty unless wanted). Of equal scores the first class counts."""
     (Q, h, w), C, (Ho, Wo) = logits.shape, classes.shape[1], size
-    queries, columns = max(power_of_two(Q), 16), cdiv(C, CLASSES) * CLASSES
+    parameters = tuned("semantic_map", logits, C, **SAFE)
+    queries, columns = max(power_of_two(Q), 16), cdiv(C, parameters["CLASSES"]) * parameters["CLASSES"]
     padded = logits.new_full((h * w, queries), -1e4, dtype=torch.float32)
     padded[:, :Q] = logits.flatten(1).T
     unit = 2.0 ** classes.float().abs().max().clamp(min=1e-30).log2().ceil() if Q else classes.new_ones(())
@@ -100,9 +101,9 @@ def launch(logits: Tensor, classes: Tensor, cut: tuple[int, int], size: tuple[in
     labels = torch.zeros(Ho * Wo, dtype=torch.int32, device=logits.device)
     scores = padded.new_empty((C, Ho, Wo) if want_scores else (0,))
     padded, high, low = contiguous(padded, high, low)
-    kernel[(cdiv(Ho * Wo, PIXELS),)](
+    kernel[(cdiv(Ho * Wo, parameters["PIXELS"]),)](
         padded, high, low, labels, scores, h, w, *cut, Ho, Wo, C, columns, cut[0] / Ho, cut[1] / Wo,
-        QUERIES=queries, PIXELS=PIXELS, CLASSES=CLASSES, SCORES=want_scores, num_warps=WARPS,
+        QUERIES=queries, SCORES=want_scores, **parameters,
     )  # fmt: skip
     return labels.view(Ho, Wo).long(), scores * unit
 

@@ -122,7 +122,7 @@ class LayerNorm(nn.LayerNorm):
 class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = (1.702 * x).sigmoid_()
-        return y * x if x.requires_grad else y.mul_(x)  # in place: fresh memory costs a CPU more than the arithmetic
+        return y * x if x.requires_grad else y.mul_(x)  # in place: fetching memory costs a CPU more
 
 
 class Attention(nn.Module):

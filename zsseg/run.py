@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import sys
@@ -21,13 +20,6 @@ from tqdm import tqdm
 if (features := Path("/proc/cpuinfo")).exists() and "avx512f" in features.read_text():
     os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
-
-# glibc returns freed megabytes to the system at once and fetches them again, page by page, for the next activation, which
-# takes a quarter of a CLIP pass. Keep them instead.
-if sys.platform == "linux":
-    with contextlib.suppress(AttributeError):  # another C library
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
 
 
 class UserError(Exception):

@@ -1,0 +1,246 @@
+"""End to end from the plain version to the fastest, one optimisation more in every row.
+
+    python -m tests.benchmarks.ladder [--rounds 3] [--csv FILE] [--plot FILE.svg] [--train] [--device cuda]
+
+Inference: a picture of random bytes, R101c, ViT-B/16, 100 live regions, random weights, from the decoded picture to the label
+map at its own size. With --train, a training step of R50 as well. Every row runs in a process of its own, in turn for every
+round; medians are printed, with the share of pixels whose label is that of the first row.
+"""
+
+import argparse
+import csv
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from kernels.bench import bounds, machine, measure
+
+INFERENCE = ("plain", "chunks", "towers", "kernels", "bf16", "compile")
+TRAINING = ("plain", "kernels", "bf16", "compile")
+WHAT = {
+    "plain": "plain eager fp32: regions cropped one at a time, one batch through CLIP",
+    "chunks": "+ crops through CLIP in chunks",
+    "towers": "+ attention in one product, the last block for one token",
+    "kernels": "+ Triton kernels",
+    "bf16": "+ bf16 autocast",
+    "compile": "+ torch.compile",
+}
+ON_A_GPU_ONLY = ("kernels", "bf16", "compile")  # on a CPU they are off, unless asked for
+
+
+def plain_attention(self, x, mask, first_only):
+    """As OpenAI's CLIP has it: `nn.MultiheadAttention`."""
+    layer = torch.nn.MultiheadAttention(x.shape[-1], self.heads, batch_first=True, device="meta")
+    layer.in_proj_weight, layer.in_proj_bias, layer.out_proj = self.in_proj_weight, self.in_proj_bias, self.out_proj
+    return layer.eval()(x, x, x, need_weights=False, attn_mask=mask)[0]
+
+
+def inference(done: set[str], args: argparse.Namespace) -> dict:
+    """Seconds of every round for one row; `done` holds the optimisations up to it."""
+    from zsseg import clip, run
+    from zsseg.config import load_config
+    from zsseg.segmenter import Segmenter
+
+    process = run.start(args.device)
+    cuda = process.device.type == "cuda"
+    torch.manual_seed(0)
+    model = clip.CLIP(clip.VisionTransformer(224, 16, 768, 12, 512), 512, 77, 514, 512, 12)
+    settings = [f"model.kernels={str('kernels' in done).lower()}", f"model.bf16={'on' if 'bf16' in done else 'off'}"]
+    config = load_config(None, [*settings, f"clip.chunk={0 if 'chunks' in done else 10_000}"])
+    segmenter = Segmenter(config, model.state_dict()).to(process.device).eval()
+    segmenter.set_classes([f"thing {i}" for i in range(args.words)], list(range(args.words * 3 // 4)))
+    if "compile" in done:
+        segmenter.compile_parts()
+    if "towers" not in done:
+        whole = clip.Transformer.forward
+        clip.Attention.forward = plain_attention
+        clip.Transformer.forward = lambda self, x, mask=None, first_only=False: whole(self, x, mask)
+        clip.QuickGELU.forward = lambda self, x: x * torch.sigmoid(1.702 * x)
+        clip.patch_tokens = lambda images, weight: F.conv2d(images, weight, stride=weight.shape[-1])
+    generator = torch.Generator().manual_seed(1)
+    images = [torch.randint(0, 256, (3, h, w), generator=generator, dtype=torch.uint8)
+              for h, w in ((args.height, args.width), (args.width, args.height))[: 2 if cuda else 1]]  # fmt: skip
+
+    def go() -> list[torch.Tensor]:
+        with process.autocast(config.model.bf16):
+            return [segmenter(image.to(process.device), tuple(image.shape[1:])) for image in images]
+
+    for _ in range(3 if cuda else 1):
+        maps = go()
+    with process.autocast(config.model.bf16):
+        valid = int(segmenter.propose(images[0].to(process.device)).valid.sum())
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(20 if cuda else 1):
+        started = time.perf_counter()
+        go()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - started) / len(images))
+    torch.save([m.to(torch.int16).cpu() for m in maps], args.maps)
+    found = {"seconds": times, "regions": valid, "memory": peak(cuda)}
+    if cuda:
+        crops = torch.randn(100, 3, 224, 224, device=process.device)
+        with torch.inference_mode(), process.autocast(config.model.bf16):
+            (_, milliseconds, _), _ = measure(lambda: segmenter.clip.encode_image(crops), "cuda")
+        found["tower"] = 3.51e3 / milliseconds  # TFLOP/s: ViT-B/16 takes 35.1 GFLOP a crop
+    return found
+
+
+def training(done: set[str], args: argparse.Namespace) -> dict:
+    """Seconds a picture of training steps."""
+    import train
+    from zsseg import run
+    from zsseg.config import load_config
+    from zsseg.losses import Targets, segmentation_losses
+    from zsseg.maskformer import MaskFormer
+
+    process = run.start(args.device)
+    cuda = process.device.type == "cuda"
+    torch.manual_seed(0)
+    B, side, classes = (16, 512, 15) if cuda else (2, 128, 15)
+    config = load_config(None, ["model.backbone=R50", f"model.kernels={str('kernels' in done).lower()}",
+                                f"model.bf16={'on' if 'bf16' in done else 'off'}", f"train.batch_size={B}"])  # fmt: skip
+    from kernels.jit import Switch
+
+    Switch.on = config.model.kernels
+
+    class Step(train.Segment):
+        """The real step on made-up pictures."""
+        def __init__(self):
+            self.config, self.process, self.losses = config, process, segmentation_losses
+            self.model = MaskFormer(config.model, 512).to(process.device).train()
+            self.text = F.normalize(torch.randn(classes, 512, device=process.device), dim=-1)
+            self.segmenter = argparse.Namespace(compiled=False)
+
+        def compile(self):
+            self.segmenter.compiled = True
+            self.model.compile(fullgraph=True)
+            self.losses = torch.compile(segmentation_losses, fullgraph=True)
+
+    def batch(T: int) -> tuple:
+        coarse = torch.randint(0, T, (B, 1, 8, 8)).float()
+        labels = F.interpolate(coarse, (side, side), mode="nearest")[:, 0].to(torch.uint8)
+        targets = Targets(labels, torch.arange(T).expand(B, T).contiguous(), torch.full((B,), T))
+        images = torch.randint(0, 256, (B, 3, side, side), dtype=torch.uint8)
+        return (images.pin_memory(), targets.pin_memory()) if cuda else (images, targets)
+
+    task = Step()
+    optimizer = train.build_optimizer(task.model, config)
+    if "compile" in done:
+        task.compile()
+    batches = [batch(T) for T in (3, 6, 1, 9)]
+    step = lambda i: train.train_step(task, task.model, optimizer, batches[i % 4], 0.01)
+    for i in range(6 if cuda else 1):
+        step(i)
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for i in range(24 if cuda else 2):
+        started = time.perf_counter()
+        loss, _, _ = step(i)
+        if cuda:
+            torch.cuda.synchronize()
+        times.append((time.perf_counter() - started) / B)
+    assert torch.isfinite(loss)
+    return {"seconds": times, "regions": B, "memory": peak(cuda)}
+
+
+def peak(cuda: bool) -> float:
+    """MiB: of the GPU's memory, or of the process."""
+    return torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def plot(rows: list[dict], file: Path) -> None:
+    """Bars of pictures a second, as SVG."""
+    top, height = max(float(r["per_second"]) for r in rows), 26
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="900" height="{height * len(rows) + 40}" font-family="sans-serif" '
+             f'font-size="12"><text x="8" y="18">pictures a second, {rows[0]["device"]}</text>']  # fmt: skip
+    for i, row in enumerate(rows):
+        y, length = 30 + height * i, 330 * float(row["per_second"]) / top
+        lines.append(f'<text x="8" y="{y + 14}">{row["part"]}: {WHAT[row["row"]][:70]}</text>'
+                     f'<rect x="500" y="{y}" height="20" width="{length:.1f}" fill="#4477aa"/>'
+                     f'<text x="{505 + length:.1f}" y="{y + 14}">{row["per_second"]}</text>')
+    file.write_text("\n".join([*lines, "</svg>"]) + "\n")
+
+
+def child(args: argparse.Namespace) -> None:
+    part, row = args.row.split(":")
+    names = INFERENCE if part == "inference" else TRAINING
+    done = set(names[: names.index(row) + 1]) - {"plain"}
+    print(json.dumps((inference if part == "inference" else training)(done, args)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--train", action="store_true", help="a training step, too")
+    parser.add_argument("--rows", nargs="+", help="only these, e.g. inference:plain inference:bf16")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--plot", type=Path)
+    for name, cpu, cuda in (("height", 480, 640), ("width", 640, 853), ("words", 20, 171)):
+        parser.add_argument(f"--{name}", type=int, help=f"{cpu} on a CPU, {cuda} on a GPU")
+    parser.add_argument("--row", help=argparse.SUPPRESS)  # this process measures one row
+    parser.add_argument("--maps", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    cuda = args.device == "cuda"
+    for name, value in (("height", 640 if cuda else 480), ("width", 853 if cuda else 640), ("words", 171 if cuda else 20)):
+        setattr(args, name, getattr(args, name) or value)
+    if args.row:
+        child(args)
+        return
+    rows = [f"inference:{r}" for r in INFERENCE] + [f"training:{r}" for r in TRAINING if args.train]
+    rows = args.rows or [r for r in rows if cuda or r.split(":")[1] not in ON_A_GPU_ONLY]
+    found: dict[str, list[dict]] = {row: [] for row in rows}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(args.rounds):
+            for row in rows:
+                words = [sys.executable, "-m", "tests.benchmarks.ladder", "--row", row, "--maps", f"{folder}/{row}.pt"]
+                words += [x for n in ("device", "height", "width", "words") for x in (f"--{n}", str(getattr(args, n)))]
+                result = subprocess.run(words, capture_output=True, text=True, env=os.environ)
+                if result.returncode:
+                    print(f"{row} failed: {result.stderr.strip().splitlines()[-1][:200]}", file=sys.stderr)
+                    continue
+                found[row].append(json.loads(result.stdout.splitlines()[-1]))
+                print(f"round {number + 1}, {row}: {statistics.median(found[row][-1]['seconds']):.4f} s", flush=True)
+        about, table, rate = machine(args.device), [], bounds(args.device)[1] if cuda else ""
+        for row in (r for r in rows if found[r]):
+            part, name = row.split(":")
+            seconds = statistics.median(s for f in found[row] for s in f["seconds"])
+            first = next(r for r in rows if found[r] and r.startswith(part))
+            base = statistics.median(s for f in found[first] for s in f["seconds"])
+            equal = ""
+            if part == "inference":
+                maps = zip(torch.load(f"{folder}/{row}.pt"), torch.load(f"{folder}/{first}.pt"), strict=True)
+                equal = f"{100 * statistics.mean(float((a == b).double().mean()) for a, b in maps):.3f}"
+            memory = max(f["memory"] for f in found[row])
+            table.append({"part": part, "row": name, "seconds": f"{seconds:.4f}", "per_second": f"{1 / seconds:.3f}",
+                          "times_faster": f"{base / seconds:.2f}", "equal_labels_percent": equal, "peak_MiB": f"{memory:.0f}",
+                          "regions": found[row][-1]["regions"], "tower_TFLOP_per_s": found[row][-1].get("tower", ""),
+                          "matrix_TFLOP_per_s": rate} | about)  # fmt: skip
+    for row in table:
+        print(f"{row['part']:10}{WHAT[row['row']]:76}{row['seconds']:>9} s {row['times_faster']:>6}x"
+              f"  equal {row['equal_labels_percent']:>7}%  {row['peak_MiB']:>6} MiB")  # fmt: skip
+    if args.csv and table:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, table[0])
+            writer.writeheader()
+            writer.writerows(table)
+    if args.plot and table:
+        plot(table, args.plot)
+
+
+if __name__ == "__main__":
+    main()

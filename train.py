@@ -42,10 +42,11 @@ class Segment:
         self.model, self.state, self.load = self.segmenter.maskformer, self.segmenter.learned_state, self.segmenter.load_learned
         self.samples = process.in_turn(lambda: TrainPictures(config, root))  # the first caches label statistics
         self.collate, self.batch_size = collate, config.train.batch_size
-        self.losses = segmentation_losses
+        self.losses, self.compiled = segmentation_losses, False
 
     def compile(self) -> None:
-        self.segmenter.compile_parts()
+        self.compiled = True
+        self.model.compile(fullgraph=True)
         self.losses = torch.compile(segmentation_losses, fullgraph=True)
 
     def loss(self, model: nn.Module, batch: tuple) -> tuple[Tensor, dict[str, Tensor]]:
@@ -57,7 +58,7 @@ class Segment:
         scales = normalizers(targets.counts, self.config.model.queries, train.no_object_weight, self.process)
         with self.process.autocast(self.config.model.bf16):  # the network only: costs and losses need fp32
             logits, masks = model(self.model.prepare(images), self.text)
-        losses = self.losses(logits, masks, targets.padded() if self.segmenter.compiled else targets, scales, *weights)
+        losses = self.losses(logits, masks, targets.padded() if self.compiled else targets, scales, *weights)
         return sum(v.sum() for v in losses.values()), {k: v[-1].detach() for k, v in losses.items()}
 
     def evaluate(self, split: str, out: Path | None) -> dict:

@@ -5,6 +5,9 @@ tables go to --out as they come, so that a step which runs out of its time still
 """
 
 import argparse
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,13 +15,22 @@ from pathlib import Path
 
 # {log: (seconds at most, words)}
 STEPS = {
-    "tests.log": (150, ["-m", "pytest", "-q", "--maxfail=20", "tests/test_kernels.py", "tests/test_tune.py",
-                        "tests/test_compile.py"]),
-    "bench.log": (120, ["-m", "kernels.bench", "--csv", "{out}/bench.csv"]),
-    "ladder.log": (180, ["-m", "tests.benchmarks.ladder", "--train", "--rounds", "1", "--csv", "{out}/ladder.csv",
+    "tests.log": (120, ["-m", "pytest", "-q", "--tb=short", "-rf", "--maxfail=20", "tests/test_kernels.py",
+                        "tests/test_tune.py", "tests/test_compile.py"]),
+    "bench.log": (100, ["-m", "kernels.bench", "--csv", "{out}/bench.csv"]),
+    "ladder.log": (220, ["-m", "tests.benchmarks.ladder", "--train", "--rounds", "1", "--csv", "{out}/ladder.csv",
                          "--plot", "{out}/ladder.svg"]),
-    "tune.log": (80, ["-m", "kernels.tune", "--out", "{out}/tuning.json"]),
+    "tune.log": (90, ["-m", "kernels.tune", "--out", "{out}/tuning.json"]),
 }  # fmt: skip
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Interrupt a step and all that it started, as Ctrl-C would, so that it reports what it has; kill what stays."""
+    os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def main() -> None:
@@ -30,8 +42,9 @@ def main() -> None:
     for log, (limit, words) in STEPS.items():
         words = [sys.executable, *(w.format(out=out) for w in words)]
         with open(out / log, "w") as file:
-            process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            timer = threading.Timer(limit, process.kill)
+            process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                       start_new_session=True)  # fmt: skip
+            timer = threading.Timer(limit, stop, [process])
             timer.start()
             for line in process.stdout:
                 print(line, end="", flush=True)

@@ -49,12 +49,16 @@ asked: set[str] = set()  # every key that was looked up
 
 
 def tuned(kernel: str, tensor: Tensor, size: int, **safe: int) -> dict[str, int]:
-    """Launch parameters of a kernel on this tensor's GPU, for its dtype and a size (rounded up to a power of two): the measured
-    ones, else `safe`, which fit every GPU since sm_80.
+    """Launch parameters of a kernel on this tensor's GPU, for its dtype and a size (rounded up to a power of two): those
+    measured at the nearest size, else `safe`, which fit every GPU since sm_80.
     """
-    key = f"{kernel} {str(tensor.dtype).removeprefix('torch.')} {power_of_two(size)}"
-    asked.add(key)
-    return safe | table().get(device_name(tensor.device), {}).get(key, {})
+    name, wanted = f"{kernel} {str(tensor.dtype).removeprefix('torch.')} ", power_of_two(size)
+    asked.add(f"{name}{wanted}")
+    entries = table().get(device_name(tensor.device), {})
+    sizes = [int(key.removeprefix(name)) for key in entries if key.startswith(name)]
+    if not sizes:
+        return safe
+    return safe | entries[f"{name}{min(sizes, key=lambda s: max(s, wanted) / min(s, wanted))}"]
 
 
 def contiguous(*tensors: Tensor) -> list[Tensor]:

@@ -215,7 +215,7 @@ def launch_backward(grad_focal: Tensor, grad_dice: Tensor, sums: Tensor, masks: 
     L, B, Q, h, w = masks.shape
     T = classes.shape[1]
     masks, matched, labels, classes = contiguous(masks, matched, labels, classes.int())
-    grad = torch.zeros_like(masks)
+    grad = masks.new_zeros(masks.shape)
     if not sums.numel():
         return grad
     _, overlap, p, t = sums.unbind(-1)
@@ -262,7 +262,7 @@ def plain_forward(masks, matched, labels, classes):
 @mask_loss_backward.register_kernel("cpu")
 def plain_backward(grad_focal, grad_dice, sums, masks, matched, labels, classes):
     # By hand: below the operator nothing is recorded for autograd.
-    grad, size = torch.zeros_like(masks), labels.shape[-2:]
+    grad, size = masks.new_zeros(masks.shape), labels.shape[-2:]
     kind = torch.promote_types(masks.dtype, torch.float32)
     for layer, queries in enumerate(matched):
         image, target = (queries >= 0).nonzero(as_tuple=True)
@@ -291,7 +291,7 @@ def _(masks, matched, labels, classes):
 
 @mask_loss_backward.register_fake
 def _(grad_focal, grad_dice, sums, masks, matched, labels, classes):
-    return torch.empty_like(masks)
+    return masks.new_empty(masks.shape)
 
 
 def remember(ctx, inputs, output):

@@ -170,7 +170,7 @@ def launch_backward(grad: Tensor, pooled: Tensor, total: Tensor, features: Tenso
     Q, HW = masks.shape[1], masks.shape[2] * masks.shape[3]
     features, masks = contiguous(features, masks)
     scaled = (grad.float() / total.where(total > 0, 1)[..., None] * (total > 0)[..., None]).contiguous()
-    of_features, of_masks = torch.zeros_like(features), torch.zeros_like(masks)
+    of_features, of_masks = (x.new_zeros(x.shape) for x in (features, masks))
     if not scaled.numel():
         return of_features, of_masks
     feature_gradient_kernel[(cdiv(D, 64), cdiv(HW, 64), B)](
@@ -213,13 +213,13 @@ def plain_mask_pool_backward(grad, pooled, total, features, masks, threshold):
     # By hand: below the operator nothing is recorded for autograd.
     scaled = grad.to(total.dtype) / total.where(total > 0, 1)[..., None] * (total > 0)[..., None]  # [B, Q, D]
     weights = mask_weights(masks.to(total.dtype), threshold)
-    of_features = torch.einsum("bqd,bqhw->bdhw", scaled, weights).to(features.dtype)
+    of_features = torch.einsum("bqd,bqhw->bdhw", scaled, weights).to(features.dtype).contiguous()
     if threshold >= 0:
-        return of_features, torch.zeros_like(masks)
+        return of_features, masks.new_zeros(masks.shape)
     shift = (scaled * pooled.to(total.dtype)).sum(-1)[..., None, None]
     slope = weights * (1 - weights)
     of_masks = (torch.einsum("bqd,bdhw->bqhw", scaled, features.to(total.dtype)) - shift) * slope
-    return of_features, of_masks.to(masks.dtype)
+    return of_features, of_masks.to(masks.dtype).contiguous()
 
 
 @mask_pool_op.register_fake
@@ -231,7 +231,7 @@ def _(features, masks, threshold):
 
 @mask_pool_backward.register_fake
 def _(grad, pooled, total, features, masks, threshold):
-    return torch.empty_like(features), torch.empty_like(masks)
+    return features.new_empty(features.shape), masks.new_empty(masks.shape)
 
 
 def remember(ctx, inputs, output):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import tiny_clip_state
 
+from zsseg import clip as C
 from zsseg.checkpoint import load_clip_state, read_torchscript
 from zsseg.clip import CLIP, ModifiedResNet, Tokenizer, VisionTransformer, build_clip
 from zsseg.run import UserError
@@ -140,3 +141,39 @@ def test_causal_mask_hides_what_follows_the_end(small_clip):
     changed[0, -1] = 7
     with torch.no_grad():
         assert torch.allclose(small_clip.encode_text(tokens), small_clip.encode_text(changed), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (37, 50)])
+def test_patches_are_a_convolution(size):
+    images, weight = torch.randn(2, 3, *size), torch.randn(24, 3, 8, 8)
+    assert torch.allclose(C.patch_tokens(images, weight), torch.nn.functional.conv2d(images, weight, stride=8), atol=1e-4)
+
+
+def test_the_last_block_for_the_first_token_alone():
+    torch.manual_seed(0)
+    transformer, x = C.Transformer(128, 3), torch.randn(2, 7, 128)
+    alone = transformer(x, first_only=True)
+    assert alone.shape == (2, 1, 128) and torch.allclose(alone, transformer(x)[:, :1], atol=1e-5)
+
+
+def test_attention_is_pytorch_s():
+    torch.manual_seed(0)
+    ours, theirs, x = C.Attention(128, 2), torch.nn.MultiheadAttention(128, 2, batch_first=True), torch.randn(2, 7, 128)
+    assert [k for k, _ in ours.named_parameters()] == [k for k, _ in theirs.named_parameters()]
+    theirs.load_state_dict(ours.state_dict())
+    mask = torch.full((7, 7), -torch.inf).triu(1)
+    for m in (None, mask):
+        assert torch.allclose(ours(x, m, False), theirs(x, x, x, attn_mask=m)[0], atol=1e-5)
+
+
+def test_region_tokens_see_their_patches_alone(small_clip):
+    """A token over everything is the picture's own class token; pixels far from a region do not reach it in one block."""
+    visual = small_clip.visual
+    torch.manual_seed(0)
+    image, everything = torch.randn(1, 3, 48, 64), torch.ones(1, 48, 64)
+    masks = torch.cat([everything, torch.zeros(2, 48, 64)])
+    masks[1, :8, :8] = masks[2, :3, :3] = 1  # one patch; less than half of it
+    tokens = visual.region_tokens(image, masks)
+    assert tokens.shape == (3, 64) and torch.isfinite(tokens).all() and torch.allclose(tokens[1], tokens[2], atol=1e-5)
+    assert torch.allclose(visual.region_tokens(image, masks[1:2])[0], tokens[1], atol=1e-5)  # whatever the other regions
+    assert visual.stride == 8 and not torch.allclose(tokens[0], tokens[1], atol=1e-2)

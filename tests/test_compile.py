@@ -10,6 +10,7 @@ from conftest import PROCESS, tiny_config
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from zsseg import run
@@ -21,12 +22,17 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture(autouse=True)
-def aot_eager(monkeypatch):
-    """AOTAutograd in place of Inductor, and nothing remembered from other tests."""
-    inductor = torch.compile  # Module.compile goes through it
-    monkeypatch.setattr(torch, "compile", lambda f, **options: inductor(f, backend="aot_eager", **options))
+def forget():
+    """Nothing is remembered from other tests."""
     torch._dynamo.reset()
     counters.clear()
+
+
+@pytest.fixture
+def aot_eager(monkeypatch):
+    """AOTAutograd in place of Inductor."""
+    inductor = torch.compile  # Module.compile goes through it
+    monkeypatch.setattr(torch, "compile", lambda f, **options: inductor(f, backend="aot_eager", **options))
 
 
 def graphs() -> int:
@@ -34,7 +40,7 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def test_one_program_serves_pictures_of_all_sizes(segmenter):
+def test_one_program_serves_pictures_of_all_sizes(segmenter, aot_eager):
     """And CLIP's tower needs one for each of four numbers of crops."""
     sizes = ((480, 480), (448, 640), (640, 449), (512, 500))  # a CPU's convolutions distinguish maps smaller than these
     pictures = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
@@ -70,7 +76,7 @@ def loss_case(T: int, counts: list[int], device: str = "cpu") -> tuple:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_one_program_serves_all_numbers_of_targets(device):
+def test_one_program_serves_all_numbers_of_targets(device, aot_eager):
     compiled = torch.compile(segmentation_losses, fullgraph=True)
     cases = [(5, [5, 3]), (1, [1, 0]), (15, [15, 2]), (0, [0, 0]), (8, [2, 8])]
     for T, counts in 2 * cases:
@@ -95,7 +101,7 @@ def segment_task(root, device: torch.device, *overrides: str) -> tuple:
     return task, train.build_optimizer(task.model, task.config)
 
 
-def test_the_compiled_step_is_the_eager_step(shapes_root):
+def test_the_compiled_step_is_the_eager_step(shapes_root, aot_eager):
     weights = []
     for setting in ("off", "on"):
         torch.manual_seed(0)
@@ -111,7 +117,7 @@ def test_the_compiled_step_is_the_eager_step(shapes_root):
         assert float(compiled) == pytest.approx(float(eager), rel=1e-3)
 
 
-def test_compiled_before_ddp_keeps_names_and_gradients(tmp_path):
+def test_compiled_before_ddp_keeps_names_and_gradients(tmp_path, aot_eager):
     """`compile` in place, then DDP around it: train.py's order."""
     torch.manual_seed(0)
     model = MaskFormer(tiny_config("model.dropout=0.0", "model.feedforward=1024").model, 16)
@@ -126,15 +132,28 @@ def test_compiled_before_ddp_keeps_names_and_gradients(tmp_path):
             gradients.append([p.grad.clone() for p in model.parameters()])
     finally:
         torch.distributed.destroy_process_group()
-    assert list(model.state_dict()) == names and graphs() >= 1
+    assert list(model.state_dict()) == names and graphs() == 1
     for eager, compiled in zip(*gradients, strict=True):
         assert torch.allclose(eager, compiled, rtol=1e-3, atol=1e-5 * float(eager.abs().max() + 1))
+
+
+class Transfers(TorchDispatchMode):
+    """Counts copies between host and device, either way."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        if function._schema.name in ("aten::_to_copy", "aten::copy_") and isinstance(result, torch.Tensor):
+            source = arguments[1] if function._schema.name == "aten::copy_" else arguments[0]
+            self.count += source.device.type != result.device.type
+        return result
 
 
 def test_the_losses_read_nothing_back(shapes_root):
     """On CUDA tensors without values, so that no GPU is needed: whoever asks for one (`item`, `nonzero`) fails."""
     task, _ = segment_task(shapes_root, PROCESS.device)
     images, targets = task.collate([task.samples[n] for n in range(4)])
+    transfers = Transfers()
     with FakeTensorMode() as mode:
         for part in task.model.modules():
             for tensors in (part._parameters, part._buffers):
@@ -143,16 +162,20 @@ def test_the_losses_read_nothing_back(shapes_root):
                     tensors[name] = torch.nn.Parameter(empty) if tensors is part._parameters else empty
         task.text, task.process = torch.empty(task.text.shape, device="cuda"), run.Process(torch.device("cuda"))
         images, *targets = map(mode.from_tensor, (images, targets.labels, targets.classes, targets.counts))
-        loss, parts = task.loss(task.model, (images, Targets(*targets)))
+        with transfers:
+            loss, parts = task.loss(task.model, (images, Targets(*targets)))
         assert loss.is_cuda and loss.requires_grad and all(v.is_cuda for v in parts.values())
         with pytest.raises(DataDependentOutputException):
             loss.item()
+    assert transfers.count == 4  # pictures, labels, classes, counts: from pinned memory, and no others
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_training_step_never_waits_for_the_gpu(shapes_root):
+@pytest.mark.parametrize("compiled", [False, True])  # by Inductor
+def test_a_training_step_never_waits_for_the_gpu(shapes_root, compiled):
     task, optimizer = segment_task(shapes_root, torch.device("cuda"))
-    task.compile()
+    if compiled:
+        task.compile()
     for step in range(4):
         images, targets = task.collate([task.samples[n] for n in range(4 * step, 4 * step + 4)])
         batch = images.pin_memory(), targets.pin_memory()
@@ -166,7 +189,7 @@ def test_a_training_step_never_waits_for_the_gpu(shapes_root):
 
 
 @pytest.mark.parametrize("task", ["clip", "prompts"])
-def test_the_other_tasks_compile_whole(task, shapes_root, tmp_path):
+def test_the_other_tasks_compile_whole(task, shapes_root, tmp_path, aot_eager):
     file = {"clip": "configs/shapes_clip.toml", "prompts": "configs/voc_prompts.toml"}[task]
     words = ["data.name=shapes", "clip.weights={root}/shapes/clip.pt", "train.steps=2", "train.batch_size=4", "data.workers=0",
              "contrast.groups=2", "prompts.samples_per_class=3", "model.compile=on"]  # fmt: skip

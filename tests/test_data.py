@@ -156,7 +156,7 @@ def test_voc_and_coco_layouts(tmp_path):
     picture.save(coco / "val2017" / "b.jpg")
     Image.fromarray(np.array([[0, 10, 11, 12, 181, 255]] * 4, np.uint8)).save(coco / "stuffthingmaps/val2017/b.png")
     config = tiny_config("data.name=voc").data
-    image, labels, stem = TestPictures(config, tmp_path, "val")[0]
+    [image], labels, stem = TestPictures(config, tmp_path, "val")[0]
     assert (stem, image.shape, image.is_contiguous()) == ("a", (3, 64, 96), True)
     assert labels[0].tolist() == [255, 0, 14, 15, 19, 255]
     data = DATASETS["voc"]
@@ -190,7 +190,8 @@ def test_bad_files_are_named(tmp_path, shapes_root):
 def test_samples_survive_pickling(shapes_root):
     """Workers are started by pickling wherever processes are not forked."""
     for samples in (TrainPictures(tiny_config(), shapes_root), TestPictures(tiny_config().data, shapes_root, "val")):
-        assert torch.equal(pickle.loads(pickle.dumps(samples))[1][0], samples[1][0])
+        ours, again = samples[1][0], pickle.loads(pickle.dumps(samples))[1][0]
+        assert torch.equal(torch.stack([*again]), torch.stack([*ours]))
     regions = RegionsWithCaptions(tiny_config(task="clip"), shapes_root)
     assert torch.equal(pickle.loads(pickle.dumps(regions))[1][0], regions[1][0])
 

@@ -69,7 +69,7 @@ def test_tuning_keeps_the_fastest_that_is_right(parameters, monkeypatch, capsys)
             raise RuntimeError("out of resources")
         return x * 2 if asked[-1]["CELLS"] == 64 else x
 
-    def measure(function, device):
+    def measure(function, device, duration):
         function()
         return [0, times[asked[-1]["CELLS"]] * asked[-1]["num_warps"], 0], 0
 
@@ -79,7 +79,8 @@ def test_tuning_keeps_the_fastest_that_is_right(parameters, monkeypatch, capsys)
     assert "failed: RuntimeError" in capsys.readouterr().out
     assert jit.tuned("mask_loss.forward", x, 600, CELLS=256, num_warps=4) == {"CELLS": 128, "num_warps": 2}
     safe = {"CELLS": 256, "num_warps": 4}
-    assert jit.tuned("mask_loss.forward", x, 2000, **safe) == jit.tuned("mask_loss.forward", x.half(), 600, **safe) == safe
+    assert jit.tuned("mask_loss.forward", x, 9000, **safe) == {"CELLS": 128, "num_warps": 2}  # the nearest size
+    assert jit.tuned("mask_loss.forward", x.half(), 600, **safe) == jit.tuned("mask_loss", x, 600, **safe) == safe
     times[256] = 1
     tune.tune(kernel, DEVICE)  # now the safe ones are the fastest (but for their warps)
     assert parameters == {"mask_loss.forward float32 1024": {"CELLS": 256, "num_warps": 2}}

@@ -201,18 +201,47 @@ class VisionTransformer(nn.Module):
         self.transformer = Transformer(width, layers)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed))
 
-    def forward(self, images: Tensor, dense: bool = False) -> Tensor:
-        """Normalised images [N, 3, H, W] -> [N, D], or with `dense` one feature a patch [N, H/p, W/p, D]."""
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The tokens that enter the transformer [N, 1 + H/p * W/p, width], and (H/p, W/p)."""
         plain = isinstance(self.conv1, nn.Conv2d) and images.is_cuda  # a CPU's convolution rounds as the reference values do
         x = patch_tokens(images, self.conv1.weight) if plain else self.conv1(images)  # [N, width, H/p, W/p]
         height, width = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # [N, H/p * W/p, width]
         x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)
-        x = self.ln_pre(x + resize_positions(self.positional_embedding, height, width).to(x.dtype))
+        return self.ln_pre(x + resize_positions(self.positional_embedding, height, width).to(x.dtype)), (height, width)
+
+    def forward(self, images: Tensor, dense: bool = False) -> Tensor:
+        """Normalised images [N, 3, H, W] -> [N, D], or with `dense` one feature a patch [N, H/p, W/p, D]."""
+        x, grid = self.embed(images)
         x = self.transformer(x, first_only=not dense)
         if not dense:
             return self.ln_post(x[:, 0]) @ self.proj
-        return (self.ln_post(x[:, 1:]) @ self.proj).unflatten(1, (height, width))
+        return (self.ln_post(x[:, 1:]) @ self.proj).unflatten(1, grid)
+
+    def region_tokens(self, image: Tensor, masks: Tensor) -> Tensor:
+        """Image [1, 3, H, W], masks [P, h, w] in 0..1 -> one feature a region [P, D], from a single pass.
+
+        Each region has a class token of its own, which attends to itself and to the patches that are mostly under its mask
+        (at least the one with the largest share). Patches attend to what they were trained on: one another and the usual
+        class token. So what the patches become does not depend on the regions.
+        """
+        x, grid = self.embed(image)
+        P, N = len(masks), x.shape[1]
+        share = F.adaptive_avg_pool2d(masks, grid).flatten(1)  # [P, N - 1]
+        under = (share > 0.5) | (share == share.amax(1, keepdim=True))
+        bias = torch.full((N + P, N + P), -math.inf, device=x.device)
+        bias[:N, :N] = 0
+        bias[N:, 1:N].masked_fill_(under, 0)
+        bias[N:, N:].fill_diagonal_(0)
+        x = self.transformer(torch.cat([x, x[:, :1].expand(-1, P, -1)], 1), bias)
+        return self.ln_post(x[0, N:]) @ self.proj
+
+    @property
+    def stride(self) -> int:
+        """Pixels from a patch to the next."""
+        if isinstance(self.conv1, nn.Conv2d):
+            return self.conv1.stride[0]
+        return math.prod(m.stride[0] for m in self.conv1 if isinstance(m, nn.Conv2d))
 
 
 def patch_tokens(images: Tensor, weight: Tensor) -> Tensor:
@@ -280,6 +309,8 @@ class AttentionPool(nn.Module):
 
 class ModifiedResNet(nn.Module):
     """CLIP's ResNet: three-convolution stem, anti-aliased strides, attention pool."""
+    stride = 32
+
     def __init__(self, layers: list[int], width: int, resolution: int, embed: int):
         super().__init__()
         self.resolution = resolution

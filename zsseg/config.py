@@ -57,6 +57,8 @@ class ClipConfig:
     ensemble_weight: float = 0.8  # w: seen classes head^w clip^(1-w), unseen the other way round; 0: CLIP alone
     mask_threshold: float = 0.5
     expand_ratio: float = 1.0
+    regions: str = "crops"  # crops (the paper's) | pool | tokens: one pass over the picture (zsseg/regions.py)
+    dense_edge: int = 336  # of the picture's shorter side in that pass
     chunk: int = 0  # region crops in one pass through CLIP; 0: what suits the device
 
 
@@ -103,7 +105,11 @@ class ContrastConfig:
 
 @dataclass
 class EvalConfig:
-    compare: bool = False  # also measure the head alone and CLIP on the true masks
+    compare: bool = False  # also measure head alone, CLIP alone, CLIP x objectness, and CLIP on the true masks
+    weights: list[float] = field(default_factory=list)  # also measure the ensemble with these weights, in the same pass
+    sizes: list[int] = field(default_factory=list)  # short edges whose score maps are averaged; [] = data.test_short_edge
+    flip: bool = False  # average with the mirror image's score map
+    window: int = 0  # side of sliding windows that overlap by 2/3, in pixels of the network input; 0: none
 
 
 @dataclass
@@ -129,6 +135,7 @@ class Config:
 CHOICES = {
     "data.train_on": ("seen", "all"),
     "model.class_head": ("text", "linear"),
+    "clip.regions": ("crops", "pool", "tokens"),
     "model.backbone": ("R50", "R101c", "small"),
     "model.compile": ("auto", "on", "off"),
     "model.bf16": ("auto", "on", "off"),
@@ -137,10 +144,10 @@ CHOICES = {
 }
 POSITIVE = ("train.steps", "train.batch_size", "train.lr", "train.checkpoint_every", "log.every", "data.crop", "data.max_size",
             "data.test_short_edge", "model.queries", "model.heads", "model.feedforward", "model.decoder_layers",
-            "model.class_hidden", "clip.expand_ratio", "prompts.samples_per_class")
+            "model.class_hidden", "clip.expand_ratio", "clip.dense_edge", "prompts.samples_per_class")
 UNIT = ("clip.ensemble_weight", "clip.mask_threshold", "model.dropout", "prompts.momentum", "prompts.warmup_factor")
 COUNTS = ("clip.chunk", "clip.prompt_prefix", "clip.prompt_suffix", "data.workers", "train.eval_every", "train.seed",
-          "train.weight_decay", "train.power", "train.clip_grad", "prompts.warmup_steps")
+          "eval.window", "train.weight_decay", "train.power", "train.clip_grad", "prompts.warmup_steps")
 
 
 def load_config(file: str | None = None, overrides: list[str] = (), base: dict | None = None) -> Config:
@@ -171,6 +178,8 @@ def load_config(file: str | None = None, overrides: list[str] = (), base: dict |
         "model.heads": (config.model.hidden % config.model.heads == 0, "give a divisor of model.hidden"),
         "model.small_widths": (len(config.model.small_widths) == 4 and min(config.model.small_widths) > 0, "give four widths"),
         "data.short_edges": (min(config.data.short_edges, default=0) > 0, "give sizes above 0"),
+        "eval.sizes": (min(config.eval.sizes, default=1) > 0, "give sizes above 0"),
+        "eval.weights": (all(0 <= w <= 1 for w in config.eval.weights), "give numbers from 0 to 1"),
         "data.train_on": (config.data.train_on == "all" or config.model.class_head == "text", "a linear head needs \"all\""),
         "clip.ensemble": (not config.clip.ensemble or config.model.class_head == "text", "a linear head needs false"),
         "clip.prompt": (config.clip.prompt != [], "give at least one template"),

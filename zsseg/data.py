@@ -38,20 +38,23 @@ def test_size(width: int, height: int, short: int, longest: int) -> tuple[int, i
 
 
 class TestPictures(Dataset):
-    """Item i: (picture uint8 [3, h, w] at network-input size, class ids int64 [H, W] at its own size, stem)."""
-    def __init__(self, config: DataConfig, root: Path, split: str):
-        self.config, self.lut = config, dataset(config.name).lut()
+    """Item i: (picture uint8 [3, h, w] at each network-input size, class ids int64 [H, W] at its own size, stem).
+
+    There is one size, with shorter edge `data.test_short_edge`, unless `edges` gives others.
+    """
+    def __init__(self, config: DataConfig, root: Path, split: str, edges: list[int] = ()):
+        self.config, self.lut, self.edges = config, dataset(config.name).lut(), edges or [config.test_short_edge]
         self.pairs = find_pairs(config.name, root, split)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor, str]:
+    def __getitem__(self, i: int) -> tuple[list[Tensor], Tensor, str]:
         image_file, label_file = self.pairs[i]
         image = read_picture(image_file)
         labels = torch.from_numpy(read_labels(label_file, self.lut, image.size)).long()
-        size = test_size(*image.size, self.config.test_short_edge, self.config.max_size)
-        return to_tensor(image.resize(size, Image.Resampling.BILINEAR)), labels, image_file.stem
+        sizes = [test_size(*image.size, edge, self.config.max_size) for edge in self.edges]
+        return [to_tensor(image.resize(size, Image.Resampling.BILINEAR)) for size in sizes], labels, image_file.stem
 
 
 def augment(image: Image.Image, labels: np.ndarray, config: DataConfig, ignore: int, rng: np.random.Generator):

@@ -26,9 +26,10 @@ class Targets:
         return Targets(*(t.pin_memory() for t in (self.labels, self.classes, self.counts)))
 
     def padded(self) -> "Targets":
-        """T raised to 15, 31, 63, ...: a compiled program serves one T, and the matching kernel a power of two less one."""
+        """T raised to 15, 31, 63 or more: a compiled program serves one T, and the matching kernel a power of two less one."""
         T = self.classes.shape[1]
-        return Targets(self.labels, F.pad(self.classes, (0, max(2 ** T.bit_length() - 1, 15) - T)), self.counts)
+        wide = T if T == 64 else max(2 ** T.bit_length() - 1, 15)  # 64 is what the assignment kernel still takes
+        return Targets(self.labels, F.pad(self.classes, (0, wide - T)), self.counts)
 
 
 def matching_cost(logits: Tensor, masks: Tensor, targets: Targets, focal_weight: float, dice_weight: float) -> Tensor:
@@ -67,9 +68,8 @@ def class_loss(logits: Tensor, matched: Tensor, classes: Tensor, no_object_weigh
     L, B, Q, C = logits.shape
     truth = torch.full((L, B, Q + 1), C - 1, device=logits.device)  # the extra query takes what has no match
     truth = truth.scatter(2, matched.where(matched >= 0, Q), classes.expand(L, -1, -1))[..., :Q]
-    weight = torch.ones(C, device=logits.device)
-    weight[-1] = no_object_weight
-    losses = F.cross_entropy(logits.float().flatten(0, 2), truth.flatten(), weight, reduction="none")
+    weight = torch.where(truth == C - 1, no_object_weight, 1.0).flatten()
+    losses = weight * F.cross_entropy(logits.float().flatten(0, 2), truth.flatten(), reduction="none")
     return losses.view(L, B, Q).sum((1, 2)) / total
 
 
@@ -87,6 +87,7 @@ def segmentation_losses(logits: Tensor, masks: Tensor, targets: Targets, scales:
     output a gradient. Nothing is read by the host, so that torch.compile takes it whole and a GPU never waits.
     """
     num_masks, weights = scales
+    masks = masks.contiguous()  # once for all operators: the network's product leaves [B, L, Q, h, w] in memory
     with torch.no_grad():
         matched = assign(matching_cost(logits, masks, targets, focal_weight, dice_weight), targets.counts)
     focal, dice = mask_losses(masks, matched, targets, num_masks)

@@ -177,7 +177,8 @@ class MaskFormer(nn.Module):
         """RGB in 0..255 [B, 3, H, W], any dtype and size -> normalised, zero-padded to multiples of 32, fp32."""
         x = (images - self.pixel_mean) / self.pixel_std
         x = F.pad(x, (0, -x.shape[-1] % DIVISOR, 0, -x.shape[-2] % DIVISOR))
-        return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x  # as tensor cores read it
+        # As tensor cores read it.
+        return x.contiguous(memory_format=torch.channels_last) if torch.is_autocast_enabled("cuda") and x.is_cuda else x
 
     def propose(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Proposals of `prepare`d pictures [B, 3, H, W].

@@ -15,7 +15,8 @@ from zsseg.data import TestPictures, stream
 from zsseg.datasets import DataSet, dataset
 from zsseg.regions import mask_boxes
 from zsseg.run import Process, progress, replacing
-from zsseg.segmenter import Segmenter
+from zsseg.segmenter import Proposals, Segmenter
+from zsseg.views import label_map, segment_views
 
 
 def confusion(labels: Tensor, predicted: Tensor, classes: int, ignore: int) -> Tensor:
@@ -63,38 +64,45 @@ def summarize(matrix: Tensor, data: DataSet) -> dict:
 def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process, split: str, out: Path | None = None,
              save_predictions: bool = False) -> dict:  # fmt: skip
     """Metrics of a split, its pictures shared among the processes; with `out`, also a grid of pictures (rank 0)."""
-    data, pictures = dataset(config.data.name), TestPictures(config.data, root, split)
+    data, wanted = dataset(config.data.name), config.eval
+    pictures = TestPictures(config.data, root, split, wanted.sizes)
     C = len(data.names)
     segmenter.set_classes(data.names, data.seen)
     segmenter.eval()
-    matrix, head_matrix = (torch.zeros(C, C, dtype=torch.int64, device=process.device) for _ in range(2))
+    matrices = {"": torch.zeros(C, C, dtype=torch.int64, device=process.device)}
     regions = torch.zeros(2, 2, dtype=torch.int64, device=process.device)  # seen, unseen x right, all
     numbers = range(process.rank, len(pictures), process.world)
     batches = stream(pictures, numbers, 1, config.data.workers)
-    compare = config.eval.compare and segmenter.clip is not None
+    compare = (wanted.compare or bool(wanted.weights)) and segmenter.clip is not None
     samples, started = [], time.perf_counter()
-    for [(image, labels, stem)] in progress(batches, f"evaluate {split}", len(numbers), process.is_main):
-        image, labels, size = image.to(process.device), labels.to(process.device), tuple(labels.shape)
+    for [(images, labels, stem)] in progress(batches, f"evaluate {split}", len(numbers), process.is_main):
+        images, labels = [image.to(process.device) for image in images], labels.to(process.device)
         with process.autocast(config.model.bf16):
-            proposals = segmenter.propose(image)
-            if compare:
-                regions += true_mask_accuracy(segmenter, image, labels, data)
-        predicted = segmenter.label_map(segmenter.ensemble(proposals), proposals, size)
+            views = segment_views(segmenter, images, tuple(labels.shape), wanted.flip, wanted.window)
+            if wanted.compare and compare:
+                regions += true_mask_accuracy(segmenter, images[0], labels, data)
+        scores = [{"": segmenter.ensemble(view.proposals)} for view in views]
         if compare:
-            head = segmenter.label_map(proposals.head, proposals, size)
-            head_matrix += confusion(labels, head, C, data.ignore)
-        matrix += confusion(labels, predicted, C, data.ignore)
-        if save_predictions:
-            save_label_map(predicted, out / "predictions" / f"{stem}.png", C)
-        if process.is_main and len(samples) < 8:
-            samples.append((image.cpu(), labels.where(labels != data.ignore, C).cpu(), predicted.cpu()))
+            scores = [s | segmenter.variants(v.proposals, wanted.weights) for s, v in zip(scores, views, strict=True)]
+        for name in scores[0]:
+            predicted = label_map(segmenter, views, [s[name] for s in scores], tuple(labels.shape))
+            matrices[name] = matrices.get(name, 0) + confusion(labels, predicted, C, data.ignore)
+            if name:
+                continue
+            if save_predictions:
+                save_label_map(predicted, out / "predictions" / f"{stem}.png", C)
+            if process.is_main and len(samples) < 8:
+                samples.append((images[0].cpu(), labels.where(labels != data.ignore, C).cpu(), predicted.cpu()))
     seconds = torch.tensor(time.perf_counter() - started, device=process.device, dtype=torch.float64)
-    for tensor in (matrix, head_matrix, regions, seconds):
+    if compare and not numbers:  # more processes than pictures
+        names = segmenter.variants(Proposals.nothing(C, process.device), wanted.weights)
+        matrices |= {name: torch.zeros_like(matrices[""]) for name in names}
+    for tensor in (*matrices.values(), regions, seconds):
         process.sum(tensor)
-    result = summarize(matrix, data)
+    result = summarize(matrices.pop(""), data)
     result |= {"images": len(pictures), "images_per_second": len(pictures) * process.world / float(seconds)}
-    if compare:
-        result["head_only"] = summarize(head_matrix, data)
+    result |= {name: summarize(matrix, data) for name, matrix in matrices.items()}
+    if wanted.compare and compare:
         right, total = regions.T.tolist()
         result["clip_true_masks"] = {"accuracy": 100 * sum(right) / max(sum(total), 1), "regions": sum(total)}
         if data.seen:
@@ -129,8 +137,9 @@ def report(result: dict, config: Config, out: Path) -> None:
 
 def table(result: dict, name: str = "ensemble") -> str:
     """The metrics as lines of text: seen, unseen and hIoU of each part side by side, then every class."""
-    rows = [("head alone", result["head_only"])] if "head_only" in result and name != "head alone" else []
-    rows.append((name, result))
+    titles = {"head_only": "head alone", "clip_only": "CLIP alone", "clip_objectness": "CLIP x objectness"}
+    titles |= {k: f"ensemble, weight {k.removeprefix('weight_')}" for k in result if k.startswith("weight_")}
+    rows = [(title, result[k]) for k, title in titles.items() if k in result and title != name] + [(name, result)]
     split = "hIoU" in result
     keys = ("mIoU_seen", "mIoU_unseen", "hIoU", "mIoU", "pAcc") if split else ("mIoU", "mIoU_gt", "fwIoU", "mAcc", "pAcc")
     lines = ["".join([f"{'':24}", *(f"{k.removeprefix('mIoU_'):>9}" for k in keys)])]

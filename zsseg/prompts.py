@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -79,7 +80,8 @@ def build_prompt(spec: str | list[str], width: int, prefix: int = 16, suffix: in
 @torch.no_grad()
 def text_features(clip: CLIP, tokenizer: Tokenizer, prompt: nn.Module, names: list[str]) -> Tensor:
     """`prompt`'s features [C, D], kept in the cache under a digest of all that they depend on."""
-    words = [getattr(prompt, "templates", None), names, tokenizer.context, str(clip.text_projection.device)]
+    device = clip.text_projection.device
+    words = [getattr(prompt, "templates", None), names, tokenizer.context, device.type, torch.__version__]
     digest = hashlib.sha256(json.dumps(words).encode())
     for code in (__file__, clip_module.__file__):  # another program may compute other features
         digest.update(Path(code).read_bytes())
@@ -92,13 +94,15 @@ def text_features(clip: CLIP, tokenizer: Tokenizer, prompt: nn.Module, names: li
     with contextlib.suppress(UserError):  # not there, or damaged: computed again
         features = read_torch(file, "text features")
         if isinstance(features, Tensor) and features.shape == (len(names), clip.text_projection.shape[1]):
-            return features.to(clip.text_projection.device)
+            return features.to(device)
     features = prompt(clip, tokenizer, names)
+    content = io.BytesIO()
+    torch.save(features.cpu(), content)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:  # processes may write at once
-            torch.save(features, temporary)
-        os.replace(temporary.name, file)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # processes may write at once
+            (Path(folder) / file.name).write_bytes(content.getvalue())
+            os.replace(Path(folder) / file.name, file)
     except OSError as error:
         say(f"text features are not kept in {file.parent} ({error.strerror})")
     return features

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import region_crop as kernel
+from kernels.mask_pool import mask_pool
 from zsseg import clip as clip_module
 from zsseg.clip import CLIP
 
@@ -51,6 +52,28 @@ def region_crops(image: Tensor, masks: Tensor, boxes: Tensor, resolution: int, i
     return kernel.region_crop(image, masks.to(torch.uint8), index, boxes, *sizes, kind)
 
 
+def classify_in_one_pass(clip: CLIP, image: Tensor, masks: Tensor, text: Tensor, way: str, edge: int) -> Tensor:
+    """CLIP's logits of regions from a single pass over the picture: image [3, H, W] in 0..255, masks [P, H, W] in 0..1,
+    text features [C, D] -> fp32 [P, C].
+
+    The picture's shorter edge is brought to about `edge` pixels. "pool": the mean of the dense features under each mask.
+    "tokens": a class token for each region (`VisionTransformer.region_tokens`).
+    """
+    if not len(masks):
+        return text.new_zeros(0, len(text))
+    scale, step = edge / min(image.shape[-2:]), clip.visual.stride
+    size = [max(round(scale * s / step), 1) * step for s in image.shape[-2:]]
+    picture = F.interpolate(normalize(image)[None], size, mode="bicubic", antialias=True)
+    if way == "tokens":
+        features = clip.visual.region_tokens(picture, masks.float())
+    else:
+        dense = clip.encode_image(picture, dense=True).permute(0, 3, 1, 2).float()  # [1, D, h, w]
+        share = F.adaptive_avg_pool2d(masks.float()[None], dense.shape[-2:])  # [1, P, h, w]
+        features = mask_pool(dense.contiguous(), share.logit(1e-6))[0]
+    with torch.autocast(text.device.type, enabled=False):
+        return 100 * F.normalize(features.float(), dim=-1) @ text.float().T
+
+
 def classify_crops(clip: CLIP, crops: Tensor, text: Tensor, chunk: int = 0, few_sizes: bool = False) -> Tensor:
     """CLIP's logits, 100 x cosine: crops [P, 3, R, R], text features [C, D] -> fp32 [P, C].
 
@@ -60,6 +83,7 @@ def classify_crops(clip: CLIP, crops: Tensor, text: Tensor, chunk: int = 0, few_
     if not len(crops):
         return text.new_zeros(0, len(text))
     chunk = chunk or max((100 if crops.is_cuda else 8) * 224**2 // crops.shape[-1] ** 2, 1)
+    chunk = min(chunk, 128) if few_sizes else chunk  # the largest program need not serve more crops than there are queries
     features = []
     for part in crops.split(chunk):
         count = len(part)

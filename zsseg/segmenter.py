@@ -15,7 +15,7 @@ from zsseg.config import Config
 from zsseg.datasets import dataset
 from zsseg.maskformer import MaskFormer
 from zsseg.prompts import LearnedPrompt, build_prompt, check_names, text_features
-from zsseg.regions import classify_crops, expand_boxes, region_crops
+from zsseg.regions import classify_crops, classify_in_one_pass, expand_boxes, region_crops
 from zsseg.run import UserError
 
 
@@ -27,6 +27,12 @@ class Proposals:
     head: Tensor  # [Q, C] class probabilities of the segmenter, no-object dropped
     region: Tensor | None  # [Q, C] CLIP's class probabilities, 1 where invalid; None without the ensemble
     valid: Tensor  # [Q] bool: the mask has a pixel above the threshold
+
+    @classmethod
+    def nothing(cls, classes: int, device: torch.device) -> "Proposals":
+        """No query at all."""
+        empty = torch.zeros(0, classes, device=device)
+        return cls(torch.zeros(0, 8, 8, device=device), (32, 32), empty, empty, torch.zeros(0, dtype=torch.bool, device=device))
 
 
 class Segmenter(nn.Module):
@@ -46,6 +52,8 @@ class Segmenter(nn.Module):
             self.maskformer = MaskFormer(config.model, len(dataset(config.data.name).names) + 1)
             return
         self.clip = build_clip(clip_state)
+        if config.clip.regions == "tokens" and not hasattr(self.clip.visual, "region_tokens"):
+            raise UserError("clip.regions", "is tokens, which wants a ViT as CLIP", "use pool or crops")
         vocab_size, width = self.clip.token_embedding.weight.shape
         self.tokenizer = Tokenizer(vocab_size, self.clip.context)
         self.maskformer = MaskFormer(config.model, self.clip.text_projection.shape[1])
@@ -87,7 +95,8 @@ class Segmenter(nn.Module):
         prepared = self.maskformer.prepare(image[None])
         for side in (2, 3) if self.compiled else ():
             torch._dynamo.maybe_mark_dynamic(prepared, side)
-        classes, masks = self.maskformer(prepared, self.text)
+        proposer = self.maskformer if self.compiled else self.maskformer.forward  # not the program that training compiled
+        classes, masks = proposer(prepared, self.text)
         head = classes[-1, 0].softmax(-1)[:, :-1]  # [Q, C]
         logits, cut = masks[-1, 0].float(), (height, width)
         binary, boxes, valid = region_masks(logits, cut, self.config.mask_threshold)
@@ -101,6 +110,9 @@ class Segmenter(nn.Module):
     @torch.inference_mode()
     def region_logits(self, image: Tensor, masks: Tensor, boxes: Tensor, index: Tensor | None = None) -> Tensor:
         """CLIP's class logits [P, C] of the regions masks [Q, H, W] with boxes [Q, 4] that `index` [P] chooses (all)."""
+        if self.config.regions != "crops":
+            chosen = masks if index is None else masks[index]
+            return classify_in_one_pass(self.clip, image, chosen, self.region_text, self.config.regions, self.config.dense_edge)
         crops = region_crops(image, masks, boxes, self.clip.visual.resolution, index)
         return classify_crops(self.clip, crops, self.region_text, self.config.chunk, self.compiled)
 
@@ -116,6 +128,15 @@ class Segmenter(nn.Module):
             return proposals.region * proposals.valid[:, None]
         power = torch.where(self.seen, w, 1 - w)  # [C], of the head
         return proposals.head**power * proposals.region ** (1 - power)
+
+    def variants(self, proposals: Proposals, weights: list[float]) -> dict[str, Tensor]:
+        """Class scores [Q, C] of the method's parts and of other ensemble weights, from one pass."""
+        found = {"head_only": proposals.head}
+        if proposals.region is not None:
+            found["clip_only"] = self.ensemble(proposals, 0)
+            found["clip_objectness"] = found["clip_only"] * proposals.head.sum(1, keepdim=True)  # 1 - p(no object)
+            found |= {f"weight_{w:g}": self.ensemble(proposals, w) for w in weights}
+        return found
 
     @torch.inference_mode()
     def label_map(self, classes: Tensor, proposals: Proposals, size: tuple[int, int]) -> Tensor:

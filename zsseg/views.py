@@ -1,0 +1,69 @@
+"""Test-time augmentation: several sizes, mirror images and sliding windows of one picture, and the mean of their score maps.
+
+Only the proposals of every view are kept (masks at stride 4 and class scores). Score maps are summed a few classes at a time
+with a running maximum, so that memory does not grow with the number of classes or views.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from zsseg.segmenter import Proposals, Segmenter
+
+BUDGET = 2**28  # bytes that a tile of score maps may take
+
+
+@dataclass
+class View:
+    """A part of a picture that was segmented by itself."""
+    proposals: Proposals
+    box: tuple[int, int, int, int]  # where it lies in the picture at its own size: top, left, bottom, right
+    mirrored: bool
+
+
+def windows(height: int, width: int, side: int) -> Iterator[tuple[int, int, int, int]]:
+    """Squares of `side` that overlap by two thirds and cover a picture: top, left, bottom, right. All of it for side 0."""
+    step = -(-side // 3)
+
+    def starts(length: int) -> list[int]:
+        last = max(length - side, 0) if side else 0
+        return [*range(0, last, step), last] if last else [0]
+
+    for top in starts(height):
+        for left in starts(width):
+            yield top, left, min(top + side, height) if side else height, min(left + side, width) if side else width
+
+
+def segment_views(segmenter: Segmenter, images: list[Tensor], size: tuple[int, int], flip: bool, window: int) -> list[View]:
+    """The views of a picture whose own (height, width) is `size`, given at one or more network-input sizes [3, H, W]."""
+    views = []
+    for image in images:
+        H, W = image.shape[-2:]
+        for top, left, bottom, right in windows(H, W, window):
+            part = image[:, top:bottom, left:right]
+            box = (top * size[0] // H, left * size[1] // W, -(-bottom * size[0] // H), -(-right * size[1] // W))
+            views += [View(segmenter.propose(part.flip(-1) if m else part), box, m) for m in (False, True)[: 1 + flip]]
+    return views
+
+
+@torch.inference_mode()
+def label_map(segmenter: Segmenter, views: list[View], scores: list[Tensor], size: tuple[int, int]) -> Tensor:
+    """The class with the largest mean score over the views at every pixel: scores [Q, C] of every view -> int64 `size`."""
+    if len(views) == 1:
+        return segmenter.label_map(scores[0], views[0].proposals, size)
+    C, device = scores[0].shape[1], scores[0].device
+    tile = max(BUDGET // (4 * size[0] * size[1]), 1)
+    best, labels = torch.full(size, -1.0, device=device), torch.zeros(size, dtype=torch.int64, device=device)
+    for first in range(0, C, tile):
+        # As many views cover a pixel for one class as for another, so that the sum decides as the mean would.
+        total = torch.zeros(min(tile, C - first), *size, device=device)
+        for view, classes in zip(views, scores, strict=True):
+            top, left, bottom, right = view.box
+            part = segmenter.score_map(classes[:, first : first + tile], view.proposals, (bottom - top, right - left))
+            total[:, top:bottom, left:right] += part.flip(-1) if view.mirrored else part
+        value, index = total.max(0)
+        labels = torch.where(value > best, index + first, labels)
+        best = torch.maximum(value, best)
+    return labels

@@ -11,10 +11,12 @@ CHECKPOINT is one of train.py (its configuration is inside) or an original zsseg
 from pathlib import Path
 
 from zsseg import checkpoint, run
-from zsseg.config import Config, load_config
+from zsseg.budget import budget, report_budget
+from zsseg.config import load_config
 from zsseg.datasets import find_pairs
 from zsseg.metrics import evaluate, report
-from zsseg.segmenter import Segmenter, read_prompts
+from zsseg.published import compare
+from zsseg.segmenter import load_segmenter
 
 WORTH_COMPILING = 1000  # pictures a process: for fewer, compiling takes longer than it saves
 
@@ -22,6 +24,8 @@ WORTH_COMPILING = 1000  # pictures a process: for fewer, compiling takes longer 
 def main(argv: list[str]) -> None:
     parser = run.parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("--budget", action="store_true", help="what masks and classes cost: oracles, recall, confusions")
+    parser.add_argument("--reproduce", action="store_true", help="print the paper's numbers beside ours")
     parser.add_argument("--save-predictions", action="store_true", help="write OUT/predictions/<stem>.png, class ids")
     args = parser.parse_args(argv)
     content = checkpoint.load(args.checkpoint)
@@ -34,36 +38,14 @@ def main(argv: list[str]) -> None:
     many = config.model.compile == "on" or len(pairs) >= WORTH_COMPILING * process.world
     if many and process.enabled(config.model.compile):
         segmenter.compile_parts()
+    if args.budget:
+        result = budget(segmenter, config, args.root, process, config.data.split)
+        return report_budget(result, out) if process.is_main else None
     result = evaluate(segmenter, config, args.root, process, config.data.split, out, args.save_predictions)
     if process.is_main:
         report(result, config, out)
-
-
-def load_segmenter(content: dict, config: Config, root: Path, name: str) -> Segmenter:
-    """The segmenter of a loaded checkpoint, ours or the original's."""
-    what = f"checkpoint {name}"
-    if "config" in content:
-        if "maskformer" not in content["model"]:
-            raise run.UserError(what, "holds no segmenter", "give a checkpoint of task segment")
-        supervised = config.model.class_head == "linear"
-        parts, clip = content["model"], None if supervised else checkpoint.load_clip_state(config.clip.weights, root)
-        other_prompts = config.clip.prompts != content["config"]["clip"]["prompts"]  # else the checkpoint holds them
-    else:
-        parts, dropped = checkpoint.import_original(content["model"], what)
-        other_prompts = True
-        clip = parts.get("clip") if config.model.class_head == "text" else None
-        if clip is None and config.model.class_head == "text":
-            raise run.UserError(what, "holds no CLIP", "give a zero-shot checkpoint of zsseg.baseline")
-    segmenter = Segmenter(config, clip)
-    prompts = read_prompts(config.clip.prompts) if config.clip.prompts and other_prompts else {}
-    segmenter.load_learned(parts | prompts, what)
-    if "config" not in content:
-        used = {*segmenter.learned_state(), "clip"} - ({"clip"} if clip is None else set())
-        used -= prompts.keys()
-        adapter = [k for k in content["model"] if "clip_adapter" in k]  # where the parts are that a setting may leave unused
-        dropped += [k for k in adapter if (checkpoint.our_name(k) or "").partition(".")[0] in parts.keys() - used]
-        checkpoint.say_loaded(what, len(content["model"]) - len(dropped), dropped)
-    return segmenter
+        if args.reproduce:
+            print(compare(result, config))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Writes last.pt, best.pt, metrics.json, metrics.jsonl and samples.png to --out (e
 goes on from last.pt with the configuration in it; on the CPU the weights come out the same to the last bit.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,27 +21,30 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from zsseg import checkpoint, run
-from zsseg.clip import CLIP, Tokenizer, VisionTransformer, build_clip
+from zsseg.clip import CLIP, VisionTransformer, build_clip
 from zsseg.config import Config, ContrastConfig, load_config
-from zsseg.data import Regions, RegionsWithCaptions, TrainPictures, collate, stream
+from zsseg.data import HeldOut, Regions, RegionsWithCaptions, TrainPictures, collate, stream
 from zsseg.datasets import find_pairs, training_set
 from zsseg.losses import contrastive_loss, normalizers, segmentation_losses
 from zsseg.metrics import evaluate, report
-from zsseg.prompts import LearnedPrompt
-from zsseg.regions import normalize
+from zsseg.perpixel import per_pixel_loss
+from zsseg.prompts import LearnedPrompt, PromptClassifier, build_prompt
 from zsseg.segmenter import build_segmenter
+from zsseg.selftrain import pseudo_labels
+from zsseg.tokenizer import Tokenizer
 
 
 class Segment:
-    """MaskFormer on the seen classes of a data set, CLIP frozen."""
-    def __init__(self, config: Config, root: Path, process: run.Process, saved: dict | None):
+    """MaskFormer, or the one-stage baseline, on the seen classes of a data set, CLIP frozen."""
+    def __init__(self, config: Config, root: Path, out: Path, process: run.Process, saved: dict | None = None):
         self.config, self.root, self.process = config, root, process
         find_pairs(config.data.name, root, config.data.split)  # a missing split is noticed now, not at the end
+        pseudo = pseudo_labels(config, root, out / "pseudo", process) if config.train.teacher else None
         self.segmenter = build_segmenter(config, root, saved).to(process.device)
         self.segmenter.set_classes(training_set(config.data).training_names)
         self.text = self.segmenter.text
         self.model, self.state, self.load = self.segmenter.maskformer, self.segmenter.learned_state, self.segmenter.load_learned
-        self.samples = process.in_turn(lambda: TrainPictures(config, root))  # the first caches label statistics
+        self.samples = process.in_turn(lambda: TrainPictures(config, root, pseudo))  # the first caches label statistics
         self.collate, self.batch_size = collate, config.train.batch_size
         self.losses, self.compiled = segmentation_losses, False
 
@@ -55,6 +59,11 @@ class Segment:
         device, train = self.process.device, self.config.train
         images, targets = images.to(device, non_blocking=True), targets.to(device)
         weights = (train.focal_weight, train.dice_weight, train.no_object_weight)
+        if not self.config.model.proposals:
+            with self.process.autocast(self.config.model.bf16):
+                logits = model(self.model.prepare(images), self.text)
+            loss = per_pixel_loss(logits, targets.labels, self.samples.data.ignore)
+            return loss, {"class": loss.detach()}
         scales = normalizers(targets.counts, self.config.model.queries, train.no_object_weight, self.process)
         with self.process.autocast(self.config.model.bf16):  # the network only: costs and losses need fp32
             logits, masks = model(self.model.prepare(images), self.text)
@@ -64,54 +73,88 @@ class Segment:
     def evaluate(self, split: str, out: Path | None) -> dict:
         return evaluate(self.segmenter, self.config, self.root, self.process, split, out)
 
+    def score(self, result: dict) -> float:
+        return result.get("hIoU", result["mIoU"])
 
-class PromptClassifier(nn.Module):
-    """Region crops -> 100 x cosine with the text features of the prompt, over a frozen CLIP."""
-    def __init__(self, clip: CLIP, prompt: LearnedPrompt, names: list[str]):
-        super().__init__()
-        vocab_size, _ = clip.token_embedding.weight.shape
-        self.clip, self.prompt, self.names = clip, prompt, names
-        self.tokenizer = Tokenizer(vocab_size, clip.context)
-
-    def forward(self, crops: Tensor) -> Tensor:
-        """Normalised crops [B, 3, R, R] -> logits [B, C]."""
-        with torch.no_grad():
-            features = F.normalize(self.clip.encode_image(crops).float(), dim=-1)
-        return 100 * features @ self.prompt(self.clip, self.tokenizer, self.names).float().T
-
-    def train(self, mode: bool = True) -> "PromptClassifier":
-        return self  # a frozen CLIP stays in eval mode
+    def report(self, result: dict, out: Path) -> None:
+        report(result, self.config, out)
 
 
 class Prompts:
-    """The learned prompt (Xu et al. 2021, first stage): masked crops of the seen classes against their text features."""
-    def __init__(self, config: Config, root: Path, process: run.Process, saved: dict | None = None):
-        self.process, self.bf16 = process, config.model.bf16
+    """The learned prompt (Xu et al. 2021, first stage): masked crops of the seen classes against their text features.
+
+    Results vary with the seed, so that several prompts may learn side by side; the one that names held-out regions of the
+    seen classes best (mean accuracy over the classes) is kept.
+    """
+    def __init__(self, config: Config, root: Path, out: Path, process: run.Process, saved: dict | None = None):
+        self.config, self.process = config, process
         clip = build_clip(checkpoint.load_clip_state(config.clip.weights, root))
-        prompt = LearnedPrompt(clip.token_embedding.weight.shape[1], config.clip.prompt_prefix, config.clip.prompt_suffix)
-        self.model = PromptClassifier(clip, prompt, training_set(config.data).training_names).to(process.device)
+        self.seeds, prompts = config.train.seeds or [config.train.seed], []
+        for seed in self.seeds:
+            torch.manual_seed(run.seed_of(seed, 0))
+            width = clip.token_embedding.weight.shape[1]
+            prompts.append(LearnedPrompt(width, config.clip.prompt_prefix, config.clip.prompt_suffix))
+        self.model = PromptClassifier(clip, prompts, training_set(config.data).training_names).to(process.device)
         self.samples = process.in_turn(lambda: Regions(config, root, clip.visual.resolution))
-        self.collate, self.batch_size = torch.utils.data.default_collate, config.train.batch_size
+        self.collate, self.batch_size, self.kept = torch.utils.data.default_collate, config.train.batch_size, 0
 
     def compile(self) -> None:
         for part in (self.model.clip.visual, self.model.clip.transformer):
             part.compile(fullgraph=True)
 
     def loss(self, model: nn.Module, batch: list) -> tuple[Tensor, dict[str, Tensor]]:
-        pictures, masks, classes = (x.to(self.process.device, non_blocking=True) for x in batch)
-        with self.process.autocast(self.bf16):
-            logits = model(normalize(pictures) * masks[:, None])  # outside the mask: CLIP's mean, which is 0 here
-        accuracy = 100 * (logits.argmax(1) == classes).float().mean()
-        return F.cross_entropy(logits.float(), classes), {"accuracy": accuracy}
+        """The sum over the seeds, each of which has parameters of its own."""
+        crops, classes = (x.to(self.process.device, non_blocking=True) for x in batch)
+        with self.process.autocast(self.config.model.bf16):
+            logits = model(crops)  # [S, B, C]
+        accuracy = 100 * (logits.argmax(-1) == classes).float().mean()
+        S = len(logits)
+        return S * F.cross_entropy(logits.float().flatten(0, 1), classes.repeat(S)), {"accuracy": accuracy}
 
     def state(self) -> dict:
-        return {"prompt": self.model.prompt.state_dict()}
+        states = {f"prompt_of_seed_{seed}": p.state_dict() for seed, p in zip(self.seeds, self.model.prompts, strict=True)}
+        return states | {"prompt": self.model.prompts[self.kept].state_dict()}
 
     def load(self, state: dict, what: str) -> None:
-        checkpoint.load_strict(self.model.prompt, state.get("prompt", {}), what, "use the configuration of its run")
+        for seed, prompt in zip(self.seeds, self.model.prompts, strict=True):
+            checkpoint.load_strict(prompt, state.get(f"prompt_of_seed_{seed}", {}), what, "use the configuration of its run")
 
-    def evaluate(self, split: str, out: Path | None) -> None:
-        """Nothing: a segmenter's evaluation measures the prompt."""
+    @torch.no_grad()
+    def evaluate(self, split: str, out: Path | None) -> dict:
+        """Accuracy of every seed on the held-out regions in percent: over regions ("top1") and its mean over classes."""
+        single = build_prompt("single", 0)(self.model.clip, self.model.tokenizer, self.model.names)
+        S, C, device = len(self.seeds), len(self.model.names), self.process.device
+        text = torch.cat([self.model.text(), single[None]])  # a fixed prompt for comparison
+        right, count = torch.zeros(S + 1, C, device=device), torch.zeros(C, device=device)
+        held = HeldOut(self.samples)
+        numbers = range(self.process.rank, len(self.samples.held_out), self.process.world)
+        for crops, classes in stream(held, numbers, 64, self.config.data.workers, self.collate):
+            classes = classes.to(device)
+            named = (self.model.image_features(crops.to(device)) @ text.mT).argmax(-1)  # [S + 1, B]
+            right.index_add_(1, classes, (named == classes).float())
+            count.index_add_(0, classes, torch.ones_like(classes, dtype=torch.float))
+        right, count = self.process.sum(right), self.process.sum(count)
+        there = count > 0
+        top1 = (100 * right.sum(1) / count.sum().clamp(min=1)).tolist()
+        mean = (100 * right[:, there] / count[there]).mean(1).nan_to_num().tolist()
+        self.kept = max(range(S), key=lambda i: mean[i])
+        spread = float(torch.tensor(mean[:S]).std(correction=0))
+        return {"held_out_regions": int(count.sum()), "kept_seed": self.seeds[self.kept], "std": spread,
+                "mean": sum(mean[:S]) / S, "single": {"top1": top1[S], "per_class": mean[S]},
+                "seeds": {str(s): {"top1": top1[i], "per_class": mean[i]} for i, s in enumerate(self.seeds)}}  # fmt: skip
+
+    def score(self, result: dict) -> float:
+        return result["seeds"][str(result["kept_seed"])]["per_class"]
+
+    def report(self, result: dict, out: Path) -> None:
+        rows = {"single (fixed)": result["single"]} | {f"seed {k}": v for k, v in result["seeds"].items()}
+        print(f"{'held-out regions':20}{'top-1':>8}{'per class':>11}")
+        for name, row in rows.items():
+            print(f"{name:20}{row['top1']:8.1f}{row['per_class']:11.1f}")
+        print(f"{result['mean']:.1f} +- {result['std']:.1f} over the seeds; seed {result['kept_seed']} is kept "
+              f"({result['held_out_regions']} regions of seen classes) -> {out / 'last.pt'}")  # fmt: skip
+        with run.replacing(out / "metrics.json") as file:
+            file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 class Contrast:
@@ -216,7 +259,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     """Train as `config` says and evaluate, from the start or from `saved`, the content of a checkpoint."""
     torch.manual_seed(run.seed_of(config.train.seed, 0))
     task = {"segment": Segment, "prompts": Prompts, "clip": Contrast}[config.train.task]
-    task = task(config, root, process, saved.get("model"))
+    task = task(config, root, out, process, saved.get("model"))
     if task.batch_size % process.world:
         raise run.UserError("train.batch_size", f"{task.batch_size} cannot be shared by {process.world} processes", "change it")
     optimizer = build_optimizer(task.model, config)
@@ -263,7 +306,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
             process.share(task.model)
             if result := task.evaluate("val", None):
                 log.write(done, **{f"val/{k}": v for k, v in result.items() if isinstance(v, float)})
-                if (score := result.get("hIoU", result["mIoU"])) > best:
+                if (score := task.score(result)) > best:
                     best = score
                     save("best.pt", done)
             task.model.train()
@@ -272,10 +315,12 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     process.share(task.model)
     if result := task.evaluate(config.data.split, out):
         log.write(steps, **{f"{config.data.split}/{k}": v for k, v in result.items() if k != "per_class"})
+        if config.train.task == "prompts":
+            save("last.pt", steps)  # now that the best seed is known
         if best == -math.inf:
             save("best.pt", steps)
         if process.is_main:
-            report(result, config, out)
+            task.report(result, out)
     if log.wandb:
         log.wandb.finish()
 

@@ -16,9 +16,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined
 
 from zsseg import run, shapes
-from zsseg.clip import build_clip, read_merges
+from zsseg.clip import build_clip
 from zsseg.config import load_config
 from zsseg.segmenter import Segmenter
+from zsseg.tokenizer import read_merges
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = run.cache_dir() / "bpe_simple_vocab_16e6.txt.gz"

@@ -13,10 +13,10 @@ from PIL import Image
 from test_commands import fails
 
 import prepare_data
-from zsseg.clip import Tokenizer
 from zsseg.datasets import DATASETS, find_pairs
 from zsseg.prompts import TEMPLATES
 from zsseg.run import UserError
+from zsseg.tokenizer import Tokenizer
 
 
 def files(root: Path) -> dict[str, bytes]:

@@ -6,8 +6,9 @@ from conftest import tiny_clip_state
 
 from zsseg import clip as C
 from zsseg.checkpoint import load_clip_state, read_torchscript
-from zsseg.clip import CLIP, ModifiedResNet, Tokenizer, VisionTransformer, build_clip
+from zsseg.clip import CLIP, ModifiedResNet, VisionTransformer, build_clip
 from zsseg.run import UserError
+from zsseg.tokenizer import Tokenizer
 
 
 def test_byte_vocabulary_needs_no_file(monkeypatch, tmp_path):

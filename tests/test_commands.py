@@ -337,6 +337,6 @@ def test_missing_vocabulary(capsys, monkeypatch, tmp_path, shapes_root):
     fails(capsys, monkeypatch, train.main, arguments, "vocab.gz", "no such file")
     monkeypatch.delenv("ZSSEG_VOCAB")
     monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("zsseg.clip.VOCABULARY", ("http://127.0.0.1:9/vocab.gz", "0" * 64))
+    monkeypatch.setattr("zsseg.tokenizer.VOCABULARY", ("http://127.0.0.1:9/vocab.gz", "0" * 64))
     fails(capsys, monkeypatch, train.main, arguments, "BPE vocabulary", "cannot download", str(tmp_path / "cache"))
     assert not list((tmp_path / "cache").glob("*"))

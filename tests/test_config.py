@@ -107,14 +107,14 @@ def test_every_configuration_of_the_original_is_here():
 @pytest.mark.parametrize("name", FILES)
 def test_every_configuration_builds_its_model(name, monkeypatch):
     """On the meta device: sizes fit together, the paper's classes and CLIP are in it."""
-    monkeypatch.setattr("zsseg.clip.read_merges", lambda count: [])  # shapes need no words
+    monkeypatch.setattr("zsseg.tokenizer.read_merges", lambda count: [])  # shapes need no words
     config = load_config(str(ROOT / "configs" / f"{name}.toml"))
     state = clip_on_meta(config.clip.weights)
     with torch.device("meta"):
         if config.train.task == "prompts":
             clip = build_clip(state)
-            model = PromptClassifier(clip, LearnedPrompt(clip.token_embedding.weight.shape[1]), ["cat"])
-            assert {n for n, p in model.named_parameters() if p.requires_grad} == {"prompt.prefix"}
+            model = PromptClassifier(clip, [LearnedPrompt(clip.token_embedding.weight.shape[1])], ["cat"])
+            assert {n for n, p in model.named_parameters() if p.requires_grad} == {"prompts.0.prefix"}
             return
         segmenter = Segmenter(config, None if config.model.class_head == "linear" else state)
     original = ORIGINAL.get(name, {})

@@ -22,11 +22,12 @@ import prepare_data
 from kernels.region_crop import reference_masks
 from zsseg import clip as C
 from zsseg.checkpoint import import_original, our_name
-from zsseg.clip import Tokenizer, build_clip
+from zsseg.clip import build_clip
 from zsseg.config import Config
 from zsseg.losses import Targets, assign, matching_cost, normalizers, segmentation_losses
 from zsseg.regions import mask_boxes, region_crops
 from zsseg.segmenter import Segmenter
+from zsseg.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("vocabulary")
 

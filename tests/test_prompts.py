@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -11,16 +12,16 @@ from conftest import PROCESS, ROOT, tiny_config
 
 import eval as evaluation
 import train
-from zsseg import checkpoint
-from zsseg.clip import Tokenizer
+from zsseg import checkpoint, shapes
 from zsseg.config import load_config
-from zsseg.data import resized_crop_box
-from zsseg.prompts import FixedPrompt, text_features
+from zsseg.data import HeldOut, Regions, resized_crop_box
+from zsseg.prompts import FixedPrompt, PromptClassifier, text_features
+from zsseg.tokenizer import Tokenizer
 
 WORDS = ["--config", "configs/voc_prompts.toml", "--device", "cpu"]
 for setting in ("data.name=shapes", "clip.weights={root}/shapes/clip.pt", "train.steps=4", "train.batch_size=4", "log.every=1",
                 "train.checkpoint_every=2", "prompts.samples_per_class=3", "data.workers=0", "prompts.warmup_steps=1",
-                "data.split=test"):  # fmt: skip
+                "data.split=test", "train.seeds=[0]"):  # fmt: skip
     WORDS += ["--set", setting]
 
 
@@ -35,9 +36,10 @@ def learned(shapes_root, tmp_path_factory):
 
 def test_only_the_prompt_learns_and_is_saved(learned):
     content = checkpoint.load(learned / "last.pt")
-    assert {k: list(v) for k, v in content["model"].items()} == {"prompt": ["prefix"]}
+    assert {k: list(v) for k, v in content["model"].items()} == {"prompt_of_seed_0": ["prefix"], "prompt": ["prefix"]}
     assert content["model"]["prompt"]["prefix"].shape == (16, 64)
     lines = [json.loads(line) for line in (learned / "metrics.jsonl").read_text().splitlines()]
+    assert "test/kept_seed" in lines.pop()
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and all(np.isfinite(line["loss"]) for line in lines)
     rates = [0.0001, *(0.01 * (1 + math.cos(math.pi * s / 4)) for s in (1, 2, 3))]
     assert [line["lr"] for line in lines] == pytest.approx(rates)
@@ -46,14 +48,14 @@ def test_only_the_prompt_learns_and_is_saved(learned):
 def test_the_prompt_moves_towards_the_crops(shapes_root, tmp_path):
     """The gradient reaches the prompt, and a step along it lowers the loss of the same batch."""
     config = load_config(str(ROOT / "configs/voc_prompts.toml"),
-                         ["data.name=shapes", "clip.weights={root}/shapes/clip.pt", "data.workers=0"])  # fmt: skip
-    task = train.Prompts(config, shapes_root, PROCESS)
+                         ["data.name=shapes", "clip.weights={root}/shapes/clip.pt", "data.workers=0", "train.seeds=[0]"])  # fmt: skip
+    task = train.Prompts(config, shapes_root, tmp_path, PROCESS)
     batch = task.collate([task.samples[n] for n in range(16)])
     assert not task.model.train().clip.training
     loss, _ = task.loss(task.model, batch)
     loss.backward()
-    prefix = task.model.prompt.prefix
-    assert [n for n, p in task.model.named_parameters() if p.grad is not None] == ["prompt.prefix"]
+    prefix = task.model.prompts[0].prefix
+    assert [n for n, p in task.model.named_parameters() if p.grad is not None] == ["prompts.0.prefix"]
     assert prefix.grad.abs().sum() > 0
     with torch.no_grad():
         prefix -= 1e-3 * prefix.grad / prefix.grad.norm()
@@ -180,3 +182,53 @@ def test_an_unwritable_cache_is_said_and_survived(small_clip, tmp_path, monkeypa
     monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path))
     features = text_features(small_clip, Tokenizer(514, 40), FixedPrompt(["a {}."]), ["cat"])
     assert features.shape == (1, 64) and "not kept" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def more_root(shapes_root, tmp_path_factory):
+    """Enough training pictures to set some of every class aside."""
+    root = tmp_path_factory.mktemp("more")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "SPLITS", {"clip": 1, "train": 80, "val": 1, "test": 1})
+        shapes.generate(root / "shapes")
+    shutil.copy(shapes_root / "shapes" / "clip.pt", root / "shapes" / "clip.pt")
+    return root
+
+
+def test_seeds_learn_side_by_side_as_they_would_alone(more_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    settings = ["--set", "prompts.held_out=2", "--root", str(more_root)]
+    for name, seeds in (("both", "[3, 5]"), ("three", "[3]"), ("five", "[5]")):
+        train.main([*WORDS, *settings, "--set", f"train.seeds={seeds}", "--out", str(tmp_path / name)])
+    both, three, five = (checkpoint.load(tmp_path / n / "last.pt")["model"] for n in ("both", "three", "five"))
+    for alone, key in ((three, "prompt_of_seed_3"), (five, "prompt_of_seed_5")):
+        assert torch.allclose(both[key]["prefix"], alone[key]["prefix"], atol=1e-5)
+    assert not torch.allclose(three["prompt"]["prefix"], five["prompt"]["prefix"], atol=1e-3)
+    result = json.loads((tmp_path / "both" / "metrics.json").read_text())
+    scores = {k: v["per_class"] for k, v in result["seeds"].items()}
+    assert set(scores) == {"3", "5"} and scores[str(result["kept_seed"])] == max(scores.values())
+    assert result["mean"] == pytest.approx(sum(scores.values()) / 2) and result["held_out_regions"] > 0
+    assert result["std"] == pytest.approx(abs(scores["3"] - scores["5"]) / 2, abs=1e-4)
+    assert torch.equal(both["prompt"]["prefix"], both[f"prompt_of_seed_{result['kept_seed']}"]["prefix"])
+    assert f"seed {result['kept_seed']} is kept" in capsys.readouterr().out
+
+
+def test_held_out_regions_are_never_drawn(more_root):
+    samples = Regions(tiny_config("prompts.samples_per_class=3", "prompts.held_out=2"), more_root, 32)
+    assert samples.held_out and not set(samples.held_out) & set(samples.regions)
+    assert {c for _, c in samples.held_out} <= set(range(19))
+    crop, category = HeldOut(samples)[0]
+    assert torch.equal(crop, HeldOut(samples)[0][0]) and category == samples.held_out[0][1]
+
+
+def test_many_names_are_computed_prompt_by_prompt(shapes_root, tmp_path, monkeypatch):
+    """The text tower's activations are computed again in the backward pass; the gradients are the same."""
+    gradients = []
+    for together in (512, 0):
+        monkeypatch.setattr(PromptClassifier, "TOGETHER", together)
+        config = load_config(str(ROOT / "configs/voc_prompts.toml"),
+                             ["data.name=shapes", "clip.weights={root}/shapes/clip.pt", "train.seeds=[0, 1]"])  # fmt: skip
+        task = train.Prompts(config, shapes_root, tmp_path, PROCESS)
+        task.loss(task.model, task.collate([task.samples[n] for n in range(4)]))[0].backward()
+        gradients.append(torch.stack([p.prefix.grad for p in task.model.prompts]))
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6) and gradients[0].abs().sum() > 0

@@ -38,6 +38,7 @@ class ModelConfig:
     feedforward: int = 2048
     decoder_layers: int = 6
     dropout: float = 0.1
+    proposals: bool = True  # false: the one-stage baseline, a class for every pixel
     class_head: str = "text"  # text (any words) | linear (fully supervised MaskFormer: the data set's classes, no CLIP)
     class_hidden: int = 1024  # hidden width of the class-embedding MLP
     kernels: bool = True  # Triton kernels on CUDA; false: the plain PyTorch that they are tested against
@@ -68,6 +69,7 @@ class TrainConfig:
     steps: int = 60_000
     batch_size: int = 32  # over all processes
     seed: int = 0
+    seeds: list[int] = field(default_factory=list)  # prompts: these are learned side by side, and the best one is kept
     lr: float = 1e-4
     weight_decay: float = 1e-4
     backbone_lr: float = 0.1  # multiplies lr for the backbone
@@ -76,6 +78,8 @@ class TrainConfig:
     focal_weight: float = 20.0
     dice_weight: float = 1.0
     no_object_weight: float = 0.1
+    teacher: str = ""  # self-training: a checkpoint whose predictions label what the training labels hide
+    reject: float = 0.0  # pixels for which the teacher's best unseen class is less probable than this stay unlabelled
     checkpoint_every: int = 5000
     eval_every: int = 0  # 0: only at the end
 
@@ -84,6 +88,7 @@ class TrainConfig:
 class PromptsConfig:
     """Learning a prompt: SGD with a cosine schedule, on crops of single regions."""
     samples_per_class: int = 32  # at most; drawn with train.seed
+    held_out: int = 16  # more of each class, at most a fifth of its regions, on which the seeds are compared
     momentum: float = 0.9
     warmup_steps: int = 100
     warmup_factor: float = 0.005  # of the rate, constant
@@ -101,6 +106,7 @@ class ContrastConfig:
     text_layers: int = 2
     context: int = 40
     groups: int = 4  # sets of distinct classes a step
+    masked_share: float = 0.5  # of crops that are masked; the others are plain boxes
 
 
 @dataclass
@@ -145,9 +151,10 @@ CHOICES = {
 POSITIVE = ("train.steps", "train.batch_size", "train.lr", "train.checkpoint_every", "log.every", "data.crop", "data.max_size",
             "data.test_short_edge", "model.queries", "model.heads", "model.feedforward", "model.decoder_layers",
             "model.class_hidden", "clip.expand_ratio", "clip.dense_edge", "prompts.samples_per_class")
-UNIT = ("clip.ensemble_weight", "clip.mask_threshold", "model.dropout", "prompts.momentum", "prompts.warmup_factor")
+UNIT = ("clip.ensemble_weight", "clip.mask_threshold", "model.dropout", "prompts.momentum", "prompts.warmup_factor",
+        "contrast.masked_share", "train.reject")
 COUNTS = ("clip.chunk", "clip.prompt_prefix", "clip.prompt_suffix", "data.workers", "train.eval_every", "train.seed",
-          "eval.window", "train.weight_decay", "train.power", "train.clip_grad", "prompts.warmup_steps")
+          "eval.window", "train.weight_decay", "train.power", "train.clip_grad", "prompts.warmup_steps", "prompts.held_out")
 
 
 def load_config(file: str | None = None, overrides: list[str] = (), base: dict | None = None) -> Config:
@@ -181,6 +188,8 @@ def load_config(file: str | None = None, overrides: list[str] = (), base: dict |
         "eval.sizes": (min(config.eval.sizes, default=1) > 0, "give sizes above 0"),
         "eval.weights": (all(0 <= w <= 1 for w in config.eval.weights), "give numbers from 0 to 1"),
         "data.train_on": (config.data.train_on == "all" or config.model.class_head == "text", "a linear head needs \"all\""),
+        "train.seeds": (config.train.task == "prompts" or not config.train.seeds, "only task prompts learns several at once"),
+        "model.proposals": (config.model.proposals or config.model.class_head == "text", "pixels want class_head = \"text\""),
         "clip.ensemble": (not config.clip.ensemble or config.model.class_head == "text", "a linear head needs false"),
         "clip.prompt": (config.clip.prompt != [], "give at least one template"),
     }

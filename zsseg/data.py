@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from zsseg.config import Config, DataConfig
-from zsseg.datasets import dataset, find_pairs, label_statistics, read_labels, read_picture, training_set
+from zsseg.datasets import DataSet, dataset, find_pairs, label_statistics, read_labels, read_picture, training_set
 from zsseg.losses import Targets
 from zsseg.regions import mask_boxes, region_crops
 from zsseg.run import UserError, seed_of
@@ -106,16 +106,20 @@ class TrainPictures(Dataset):
     """Sample n of an endless stream: the pictures in a fresh order every epoch, augmented.
 
     Item: (picture uint8 [3, S, S], ids among the training classes [S, S], classes present int64 [T]). A picture that
-    shows no class that is trained on is left out.
+    shows no class that is trained on is left out. `pseudo` is a folder of label maps to train on instead of the data set's.
     """
-    def __init__(self, config: Config, root: Path):
+    def __init__(self, config: Config, root: Path, pseudo: Path | None = None):
         self.data, self.seed = training_set(config.data), config.train.seed
-        pairs = find_pairs(config.data.name, root, "train")
-        shown = label_statistics(config.data.name, root, "train", config.data.workers).pictures_with(self.data.trained)
-        self.pairs = [pairs[i] for i in shown]
+        pairs, self.lut = find_pairs(config.data.name, root, "train"), self.data.lut(training=True)
+        if pseudo is None:
+            shown = label_statistics(config.data.name, root, "train", config.data.workers).pictures_with(self.data.trained)
+            self.pairs = [pairs[i] for i in shown]
+        else:  # class ids of all classes, by `zsseg.selftrain`
+            self.pairs = [(picture, pseudo / f"{i:06}.png") for i, (picture, _) in enumerate(pairs)]
+            self.lut = identity(self.data)
         if not self.pairs:
             raise UserError(f"data set {config.data.name}", "no training picture shows a class that is trained on", "check it")
-        self.config, self.lut = config.data, self.data.lut(training=True)
+        self.config = config.data
         self.epoch, self.shuffled = -1, np.empty(0)
 
     def order(self, epoch: int) -> np.ndarray:
@@ -134,6 +138,13 @@ class TrainPictures(Dataset):
         return picture, mask, classes[classes != self.data.ignore]
 
 
+def identity(data: DataSet) -> np.ndarray:
+    """The table for label maps that hold class ids already."""
+    table = np.full(256 if len(data.names) <= 255 else 65536, data.ignore, data.lut().dtype)
+    table[: len(data.names)] = np.arange(len(data.names))
+    return table
+
+
 def collate(samples: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Targets]:
     """Pictures uint8 [B, 3, S, S] and their targets, padded to the largest number of classes."""
     images, labels, classes = zip(*samples, strict=True)
@@ -145,43 +156,57 @@ def collate(samples: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Targe
 class Regions(Dataset):
     """Sample n of an endless stream of single regions, for learning a prompt (Xu et al. 2021, first stage).
 
-    Item: (picture uint8 [3, R, R], mask bool [R, R], index among the training classes). A region is all of a class in a
-    picture; its box gets a random resized crop (scale 0.08..1, ratio 3/4..4/3) and a flip.
+    Item: (crop fp32 [3, R, R] as CLIP sees it at inference, index among the training classes). A region is all of a class in
+    a picture; its box gets a random resized crop (scale 0.08..1, ratio 3/4..4/3) and a flip. `held_out` regions of each
+    class are set aside and never drawn.
     """
     def __init__(self, config: Config, root: Path, resolution: int):
         self.data, self.seed, self.resolution = training_set(config.data), config.train.seed, resolution
         self.pairs, self.lut = find_pairs(config.data.name, root, "train"), self.data.lut(training=True)
         statistics = label_statistics(config.data.name, root, "train", config.data.workers)
         rng, few = np.random.default_rng(self.seed), config.prompts.samples_per_class
-        self.regions = []  # (picture, class)
+        self.regions, self.held_out = [], []  # (picture, class)
         for i, category in enumerate(self.data.trained):
             shown = statistics.image[statistics.category == category]
-            chosen = rng.choice(shown, few, replace=False) if len(shown) > few else shown
-            self.regions += [(int(picture), i) for picture in chosen]
+            drawn, aside = rng.permutation(shown), min(config.prompts.held_out, len(shown) // 5)
+            self.held_out += [(int(picture), i) for picture in drawn[:aside]]
+            self.regions += [(int(picture), i) for picture in drawn[aside:][:few]]
         if not self.regions:
             raise UserError(f"data set {config.data.name}", "no training picture shows a class that is trained on", "check it")
 
-    def __getitem__(self, n: int) -> tuple[Tensor, Tensor, int]:
+    def __getitem__(self, n: int) -> tuple[Tensor, int]:
         epoch, i = divmod(n, len(self.regions))
-        picture, category = self.regions[np.random.default_rng(seed_of(self.seed, 5, epoch)).permutation(len(self.regions))[i]]
+        return self.crop(*self.regions[np.random.default_rng(seed_of(self.seed, 5, epoch)).permutation(len(self.regions))[i]],
+                         np.random.default_rng(seed_of(self.seed, 6, n)))  # fmt: skip
+
+    def crop(self, picture: int, category: int, rng: np.random.Generator | None = None) -> tuple[Tensor, int]:
+        """A region as `__getitem__` gives it; without `rng` all of its box, as at inference."""
         image = read_picture(self.pairs[picture][0])
         mask = read_labels(self.pairs[picture][1], self.lut, image.size) == category
         x0, y0, x1, y1 = mask_boxes(torch.from_numpy(mask)[None])[0][0].tolist()
-        rng = np.random.default_rng(seed_of(self.seed, 6, n))
-        R, step = self.resolution, -1 if rng.random() < 0.5 else 1
+        R, box = self.resolution, (x0, y0, x1, y1)
+        if rng is None:
+            return region_crops(to_tensor(image), torch.from_numpy(mask)[None], torch.tensor([box]), R)[0], category
+        mirrored = rng.random() < 0.5
         for _ in range(10):  # until some of the region is in the crop
             left, top, w, h = resized_crop_box(x1 - x0, y1 - y0, rng)
             box = (x0 + left, y0 + top, x0 + left + w, y0 + top + h)
-            seen = np.asarray(Image.fromarray(mask).resize((R, R), Image.Resampling.NEAREST, box))
-            if seen.any():
+            if np.asarray(Image.fromarray(mask).resize((R, R), Image.Resampling.NEAREST, box)).any():
                 break
         else:  # around one of its pixels, at most R wide, so that sampling cannot miss it
             y, x = rng.choice(np.argwhere(mask))
             box = (max(x - R // 2, x0), max(y - R // 2, y0), min(x + (R + 1) // 2, x1), min(y + (R + 1) // 2, y1))
-            seen = np.asarray(Image.fromarray(mask).resize((R, R), Image.Resampling.NEAREST, box))
-        crop = np.asarray(image.resize((R, R), Image.Resampling.BILINEAR, box))
-        crop, seen = (torch.from_numpy(x[:, ::step].copy()) for x in (crop, seen))
-        return crop.permute(2, 0, 1).contiguous(), seen, category
+        crop = region_crops(to_tensor(image), torch.from_numpy(mask)[None], torch.tensor([box]), R)[0]
+        return crop.flip(-1) if mirrored else crop, category
+
+
+class HeldOut(Dataset):
+    """The held-out regions of `Regions`, each all of its box."""
+    def __init__(self, regions: Regions):
+        self.regions = regions
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.regions.crop(*self.regions.held_out[i])
 
 
 def resized_crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -199,10 +224,11 @@ def resized_crop_box(width: int, height: int, rng: np.random.Generator) -> tuple
 class RegionsWithCaptions(Dataset):
     """Sample n: one region of every class (so no two of them match each other's caption), for contrastive training.
 
-    Item: (crops fp32 [N, 3, R, R], captions, a list of N). Half of the regions are masked crops, half plain boxes.
+    Item: (crops fp32 [N, 3, R, R], captions, a list of N). Some of the regions are masked crops, the others plain boxes.
     """
     def __init__(self, config: Config, root: Path):
         self.seed, self.resolution = config.train.seed, config.contrast.resolution
+        self.masked_share = config.contrast.masked_share
         data = dataset(config.data.name)
         pairs = find_pairs(config.data.name, root, "clip")
         self.images = [to_tensor(read_picture(image)) for image, _ in pairs]
@@ -219,7 +245,7 @@ class RegionsWithCaptions(Dataset):
             i = int(rng.choice(where))
             mask = rough_mask(self.labels[i] == k, rng)[None]
             boxes, _ = mask_boxes(mask, float(rng.uniform(0.9, 1.3)))
-            seen = mask if rng.random() < 0.5 else torch.ones_like(mask)
+            seen = mask if rng.random() < self.masked_share else torch.ones_like(mask)
             crop = region_crops(self.images[i], seen, boxes, self.resolution)
             crops.append(crop.flip(-1) if rng.random() < 0.5 else crop)
             texts.append(self.captions[i][k])

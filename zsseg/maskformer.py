@@ -145,12 +145,17 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def build_backbone(config: ModelConfig) -> nn.Module:
+    """Pictures [B, 3, H, W] -> res2..res5 at strides 4, 8, 16, 32; `channels` says how wide they are."""
+    return SmallResNet(config.small_widths) if config.backbone == "small" else DeepResNet(config.backbone)
+
+
 class MaskFormer(nn.Module):
     """Everything of the segmenter that learns. `embed` is CLIP's feature width D, or with a linear class head C + 1."""
     def __init__(self, config: ModelConfig, embed: int):
         super().__init__()
         hidden = config.hidden
-        self.backbone = SmallResNet(config.small_widths) if config.backbone == "small" else DeepResNet(config.backbone)
+        self.backbone = build_backbone(config)
         self.pixel_decoder = PixelDecoder(self.backbone.channels, hidden)
         self.input_proj = nn.Conv2d(self.backbone.channels[-1], hidden, 1)
         layer = (hidden, config.heads, config.feedforward, config.dropout)

@@ -113,12 +113,17 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
     return result
 
 
-def true_mask_accuracy(segmenter: Segmenter, image: Tensor, labels: Tensor, data: DataSet) -> Tensor:
-    """CLIP alone on the ground-truth mask of every class present: int64 [2, 2], rows seen and unseen, right and all."""
+def true_masks(image: Tensor, labels: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
+    """The classes of a label map [T] and their masks at the network-input size of `image` [3, H, W]: bool [T, H, W]."""
     labels = F.interpolate(labels[None, None].float(), image.shape[-2:], mode="nearest")[0, 0].long()
     classes = labels.unique()
-    classes = classes[classes != data.ignore]  # [T]
-    masks = labels == classes[:, None, None]  # [T, H, W]
+    classes = classes[classes != ignore]
+    return classes, labels == classes[:, None, None]
+
+
+def true_mask_accuracy(segmenter: Segmenter, image: Tensor, labels: Tensor, data: DataSet) -> Tensor:
+    """CLIP alone on the ground-truth mask of every class present: int64 [2, 2], rows seen and unseen, right and all."""
+    classes, masks = true_masks(image, labels, data.ignore)
     right = segmenter.region_logits(image, masks, mask_boxes(masks)[0]).argmax(1) == classes
     seen = segmenter.seen[classes]
     return torch.stack([torch.stack([(right & chosen).sum(), chosen.sum()]) for chosen in (seen, ~seen)])

@@ -12,11 +12,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from zsseg import clip as clip_module
+from zsseg import tokenizer as tokenizer_module
 from zsseg.checkpoint import read_torch
-from zsseg.clip import CLIP, Tokenizer
+from zsseg.clip import CLIP
 from zsseg.run import UserError, cache_dir, say
+from zsseg.tokenizer import Tokenizer
 
 TEMPLATES = tomllib.loads((Path(__file__).parent / "prompts.toml").read_text())  # single, vild, imagenet
 
@@ -46,8 +49,8 @@ class LearnedPrompt(nn.Module):
         self.prefix = nn.Parameter(0.02 * torch.randn(prefix, width))
         self.suffix = nn.Parameter(0.02 * torch.randn(suffix, width)) if suffix else None
 
-    def forward(self, clip: CLIP, tokenizer: Tokenizer, names: list[str]) -> Tensor:
-        """Names -> normalised features [C, D]; differentiable in the prompt."""
+    def layout(self, tokenizer: Tokenizer, names: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids [C, context] with zeros where the prompt goes, and the position of the end token [C], on the CPU."""
         before, after = len(self.prefix), 0 if self.suffix is None else len(self.suffix)
         tokens = torch.zeros(len(names), tokenizer.context, dtype=torch.int64)
         ends = []
@@ -59,13 +62,60 @@ class LearnedPrompt(nn.Module):
                 raise UserError(f"class name {name!r}", why, "shorten it")
             row[: len(ids)] = torch.tensor(ids)
             ends.append(len(ids) - 1)
-        ends = torch.tensor(ends, device=self.prefix.device)
-        x = clip.token_embedding(tokens.to(self.prefix.device))  # [C, context, width]
-        x = torch.cat([x[:, :1], self.prefix.expand(len(x), -1, -1), x[:, 1 + before :]], 1)
-        if after:
+        return tokens, torch.tensor(ends)
+
+    def embed(self, clip: CLIP, tokens: Tensor, ends: Tensor) -> Tensor:
+        """What enters the text tower for a `layout` [C, context, width]."""
+        x = clip.token_embedding(tokens)
+        x = torch.cat([x[:, :1], self.prefix.expand(len(x), -1, -1), x[:, 1 + len(self.prefix) :]], 1)
+        if self.suffix is not None:
+            after = len(self.suffix)
             position = ends[:, None] - 1 - after + torch.arange(after, device=ends.device)  # [C, after]
             x = x.scatter(1, position[..., None].expand(-1, -1, x.shape[-1]), self.suffix.expand(len(x), -1, -1))
-        return F.normalize(clip.encode_embedded(x, ends), dim=-1)
+        return x
+
+    def forward(self, clip: CLIP, tokenizer: Tokenizer, names: list[str]) -> Tensor:
+        """Names -> normalised features [C, D]; differentiable in the prompt."""
+        tokens, ends = (t.to(self.prefix.device) for t in self.layout(tokenizer, names))
+        return F.normalize(clip.encode_embedded(self.embed(clip, tokens, ends), ends), dim=-1)
+
+
+class PromptClassifier(nn.Module):
+    """Region crops -> 100 x cosine with the text features of one or more learned prompts, over a frozen CLIP.
+
+    The prompts learn side by side from the same crops: one pass of each tower for all of them.
+    """
+    TOGETHER = 512  # names x prompts in one pass of the text tower; for more, each prompt's activations are computed twice
+
+    def __init__(self, clip: CLIP, prompts: list[LearnedPrompt], names: list[str]):
+        super().__init__()
+        vocab_size, _ = clip.token_embedding.weight.shape
+        self.clip, self.prompts, self.names = clip, nn.ModuleList(prompts), names
+        self.tokenizer = Tokenizer(vocab_size, clip.context)
+        tokens, ends = prompts[0].layout(self.tokenizer, names)
+        self.register_buffer("tokens", tokens, persistent=False)
+        self.register_buffer("ends", ends, persistent=False)
+
+    @torch.no_grad()
+    def image_features(self, crops: Tensor) -> Tensor:
+        """Crops as CLIP wants them [B, 3, R, R] -> normalised features [B, D]."""
+        return F.normalize(self.clip.encode_image(crops).float(), dim=-1)
+
+    def text(self) -> Tensor:
+        """Normalised text features of every prompt [S, C, D]."""
+        inputs = [prompt.embed(self.clip, self.tokens, self.ends) for prompt in self.prompts]
+        if len(inputs) * len(self.names) <= self.TOGETHER:
+            features = self.clip.encode_embedded(torch.cat(inputs), self.ends.repeat(len(inputs)))
+        else:
+            features = torch.cat([checkpoint(self.clip.encode_embedded, x, self.ends, use_reentrant=False) for x in inputs])
+        return F.normalize(features.float(), dim=-1).unflatten(0, (len(inputs), -1))
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """Crops [B, 3, R, R] -> logits [S, B, C]."""
+        return 100 * self.image_features(crops) @ self.text().mT
+
+    def train(self, mode: bool = True) -> "PromptClassifier":
+        return self  # a frozen CLIP stays in eval mode
 
 
 def build_prompt(spec: str | list[str], width: int, prefix: int = 16, suffix: int = 0) -> nn.Module:
@@ -83,7 +133,7 @@ def text_features(clip: CLIP, tokenizer: Tokenizer, prompt: nn.Module, names: li
     device = clip.text_projection.device
     words = [getattr(prompt, "templates", None), names, tokenizer.context, device.type, torch.__version__]
     digest = hashlib.sha256(json.dumps(words).encode())
-    for code in (__file__, clip_module.__file__):  # another program may compute other features
+    for code in (__file__, clip_module.__file__, tokenizer_module.__file__):  # another program may compute other features
         digest.update(Path(code).read_bytes())
     for part in (clip, prompt):
         for name, tensor in part.state_dict().items():

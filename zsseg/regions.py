@@ -52,6 +52,22 @@ def region_crops(image: Tensor, masks: Tensor, boxes: Tensor, resolution: int, i
     return kernel.region_crop(image, masks.to(torch.uint8), index, boxes, *sizes, kind)
 
 
+def shrunk(clip: CLIP, image: Tensor, edge: int) -> Tensor:
+    """A picture [3, H, W] in 0..255 as a pass over the whole of it wants it: normalised [1, 3, H', W'], the shorter edge about
+    `edge`, both a multiple of CLIP's stride.
+    """
+    scale, step = edge / min(image.shape[-2:]), clip.visual.stride
+    size = [max(round(scale * s / step), 1) * step for s in image.shape[-2:]]
+    return F.interpolate(normalize(image)[None], size, mode="bicubic", antialias=True)
+
+
+def dense_logits(clip: CLIP, image: Tensor, text: Tensor, edge: int) -> Tensor:
+    """100 x cosine of every patch's feature: image [3, H, W] in 0..255, text features [C, D] -> fp32 [C, h', w']."""
+    dense = F.normalize(clip.encode_image(shrunk(clip, image, edge), dense=True)[0].float(), dim=-1)  # [h', w', D]
+    with torch.autocast(text.device.type, enabled=False):
+        return 100 * (dense @ text.float().T).permute(2, 0, 1)
+
+
 def classify_in_one_pass(clip: CLIP, image: Tensor, masks: Tensor, text: Tensor, way: str, edge: int) -> Tensor:
     """CLIP's logits of regions from a single pass over the picture: image [3, H, W] in 0..255, masks [P, H, W] in 0..1,
     text features [C, D] -> fp32 [P, C].
@@ -61,9 +77,7 @@ def classify_in_one_pass(clip: CLIP, image: Tensor, masks: Tensor, text: Tensor,
     """
     if not len(masks):
         return text.new_zeros(0, len(text))
-    scale, step = edge / min(image.shape[-2:]), clip.visual.stride
-    size = [max(round(scale * s / step), 1) * step for s in image.shape[-2:]]
-    picture = F.interpolate(normalize(image)[None], size, mode="bicubic", antialias=True)
+    picture = shrunk(clip, image, edge)
     if way == "tokens":
         features = clip.visual.region_tokens(picture, masks.float())
     else:

@@ -4,19 +4,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.jit import Switch
-from kernels.region_crop import region_masks
+from kernels.region_crop import STRIDE, region_masks
 from kernels.semantic_map import semantic_map
 from zsseg import checkpoint
-from zsseg.clip import Tokenizer, build_clip
+from zsseg.clip import build_clip
 from zsseg.config import Config
 from zsseg.datasets import dataset
 from zsseg.maskformer import MaskFormer
+from zsseg.perpixel import PerPixel
 from zsseg.prompts import LearnedPrompt, build_prompt, check_names, text_features
-from zsseg.regions import classify_crops, classify_in_one_pass, expand_boxes, region_crops
+from zsseg.regions import classify_crops, classify_in_one_pass, dense_logits, expand_boxes, region_crops
 from zsseg.run import UserError
+from zsseg.tokenizer import Tokenizer
 
 
 @dataclass
@@ -46,7 +49,7 @@ class Segmenter(nn.Module):
         self.config = config.clip
         self.text = self.region_text = None  # [C, D]
         self.names: list[str] = []
-        self.compiled = False
+        self.compiled, self.proposing = False, True
         self.clip = self.prompt = self.region_prompt = None
         if config.model.class_head == "linear":
             self.maskformer = MaskFormer(config.model, len(dataset(config.data.name).names) + 1)
@@ -56,7 +59,8 @@ class Segmenter(nn.Module):
             raise UserError("clip.regions", "is tokens, which wants a ViT as CLIP", "use pool or crops")
         vocab_size, width = self.clip.token_embedding.weight.shape
         self.tokenizer = Tokenizer(vocab_size, self.clip.context)
-        self.maskformer = MaskFormer(config.model, self.clip.text_projection.shape[1])
+        self.proposing = config.model.proposals
+        self.maskformer = (MaskFormer if self.proposing else PerPixel)(config.model, self.clip.text_projection.shape[1])
         learned = (width, config.clip.prompt_prefix, config.clip.prompt_suffix)
         self.prompt = build_prompt(config.clip.prompt, *learned)
         # The paper's VOC setting: fixed prompts for the segmenter's head, learned ones for the regions.
@@ -96,6 +100,8 @@ class Segmenter(nn.Module):
         for side in (2, 3) if self.compiled else ():
             torch._dynamo.maybe_mark_dynamic(prepared, side)
         proposer = self.maskformer if self.compiled else self.maskformer.forward  # not the program that training compiled
+        if not self.proposing:
+            return self.per_pixel(image, proposer(prepared, self.text)[0])
         classes, masks = proposer(prepared, self.text)
         head = classes[-1, 0].softmax(-1)[:, :-1]  # [Q, C]
         logits, cut = masks[-1, 0].float(), (height, width)
@@ -106,6 +112,26 @@ class Segmenter(nn.Module):
         region = torch.ones_like(head)
         region[valid] = self.region_logits(image, binary, boxes, valid.nonzero()[:, 0]).softmax(-1)
         return Proposals(logits, cut, head, region, valid)
+
+    def per_pixel(self, image: Tensor, logits: Tensor) -> Proposals:
+        """The one-stage baseline's class logits [C, h, w] as proposals, one a class: the mask of class c is its probability p,
+        whose logit here is log p, so that its sigmoid p / (1 + p) grows with p and never saturates.
+
+        With the ensemble, p is that of the pixel and of CLIP's dense feature there.
+        """
+        size, C = tuple(image.shape[-2:]), len(logits)
+        scores = logits.log_softmax(0)
+        if self.config.ensemble:
+            dense = dense_logits(self.clip, image, self.region_text, self.config.dense_edge).log_softmax(0)  # [C, h', w']
+            H, W = (STRIDE * s for s in logits.shape[-2:])
+            inner = [-(-s // STRIDE) for s in size]
+            dense = F.interpolate(dense[None], inner, mode="bilinear", align_corners=False)[0]
+            dense = F.pad(dense[None], (0, W // STRIDE - inner[1], 0, H // STRIDE - inner[0]), mode="replicate")[0]
+            w = self.config.ensemble_weight
+            power = torch.where(self.seen, w, 1 - w).view(-1, 1, 1) if w else torch.zeros_like(scores)
+            scores = power * scores + (1 - power) * dense
+        valid = torch.ones(C, dtype=torch.bool, device=image.device)
+        return Proposals(scores, size, torch.eye(C, device=image.device), None, valid)
 
     @torch.inference_mode()
     def region_logits(self, image: Tensor, masks: Tensor, boxes: Tensor, index: Tensor | None = None) -> Tensor:
@@ -128,6 +154,10 @@ class Segmenter(nn.Module):
             return proposals.region * proposals.valid[:, None]
         power = torch.where(self.seen, w, 1 - w)  # [C], of the head
         return proposals.head**power * proposals.region ** (1 - power)
+
+    def binary_masks(self, proposals: Proposals) -> Tensor:
+        """Where each proposal is above the threshold, at network-input size: bool [Q, H, W]."""
+        return region_masks(proposals.logits, proposals.size, self.config.mask_threshold)[0] != 0
 
     def variants(self, proposals: Proposals, weights: list[float]) -> dict[str, Tensor]:
         """Class scores [Q, C] of the method's parts and of other ensemble weights, from one pass."""
@@ -156,7 +186,7 @@ class Segmenter(nn.Module):
     def learned_state(self) -> dict[str, checkpoint.State]:
         """What a checkpoint must hold besides CLIP."""
         parts = {"maskformer": self.maskformer, "prompt": self.prompt, "region_prompt": self.region_prompt}
-        return {k: m.state_dict() for k, m in parts.items() if isinstance(m, (MaskFormer, LearnedPrompt))}
+        return {k: m.state_dict() for k, m in parts.items() if isinstance(m, (MaskFormer, PerPixel, LearnedPrompt))}
 
     def load_learned(self, parts: dict[str, checkpoint.State], what: str) -> None:
         """Load `learned_state` or the parts of an original checkpoint; strict about every part that is in use."""
@@ -196,6 +226,33 @@ def read_prompts(path: str) -> dict[str, checkpoint.State]:
     name = "prompt" if "prompt" in parts else "region_prompt"
     if name not in parts:
         raise UserError(what, "holds no learned prompt", "give a checkpoint of prompt learning")
-    dropped += [f"{part}.{k}" for part in parts if part != name for k in parts[part]]
+    dropped += [f"{part}.{k}" for part in parts if part != name and "of_seed" not in part for k in parts[part]]
     checkpoint.say_loaded(what, len(parts[name]), dropped)
     return {"prompt": parts[name], "region_prompt": parts[name]}
+
+
+def load_segmenter(content: dict, config: Config, root: Path, name: str) -> Segmenter:
+    """The segmenter of a loaded checkpoint, ours or the original's."""
+    what = f"checkpoint {name}"
+    if "config" in content:
+        if "maskformer" not in content["model"]:
+            raise UserError(what, "holds no segmenter", "give a checkpoint of task segment")
+        supervised = config.model.class_head == "linear"
+        parts, clip = content["model"], None if supervised else checkpoint.load_clip_state(config.clip.weights, root)
+        other_prompts = config.clip.prompts != content["config"]["clip"]["prompts"]  # else the checkpoint holds them
+    else:
+        parts, dropped = checkpoint.import_original(content["model"], what)
+        other_prompts = True
+        clip = parts.get("clip") if config.model.class_head == "text" else None
+        if clip is None and config.model.class_head == "text":
+            raise UserError(what, "holds no CLIP", "give a zero-shot checkpoint of zsseg.baseline")
+    segmenter = Segmenter(config, clip)
+    prompts = read_prompts(config.clip.prompts) if config.clip.prompts and other_prompts else {}
+    segmenter.load_learned(parts | prompts, what)
+    if "config" not in content:
+        used = {*segmenter.learned_state(), "clip"} - ({"clip"} if clip is None else set())
+        used -= prompts.keys()
+        adapter = [k for k in content["model"] if "clip_adapter" in k]  # where the parts are that a setting may leave unused
+        dropped += [k for k in adapter if (checkpoint.our_name(k) or "").partition(".")[0] in parts.keys() - used]
+        checkpoint.say_loaded(what, len(content["model"]) - len(dropped), dropped)
+    return segmenter

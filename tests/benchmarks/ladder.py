@@ -37,11 +37,12 @@ ELSEWHERE = {"cpu": ("kernels", "bf16", "compile"), "cuda": ("chunks",)}  # left
 
 
 def plain_attention(self, x, mask, first_only):
-    """What `nn.MultiheadAttention` computes, sequence first, as OpenAI's CLIP has it."""
-    y, width = x.transpose(0, 1), x.shape[-1]
-    weights = (self.in_proj_weight, self.in_proj_bias, None, None, False, 0.0, self.out_proj.weight, self.out_proj.bias)
-    y, _ = F.multi_head_attention_forward(y, y, y, width, self.heads, *weights, False, None, False, mask)
-    return y.transpose(0, 1)
+    """`nn.MultiheadAttention`, with PyTorch's own fast path for inference."""
+    if not hasattr(self, "plain"):
+        layer = torch.nn.MultiheadAttention(x.shape[-1], self.heads, batch_first=True, device="meta").eval()
+        layer.in_proj_weight, layer.in_proj_bias, layer.out_proj = self.in_proj_weight, self.in_proj_bias, self.out_proj
+        self.__dict__["plain"] = layer.requires_grad_(False)
+    return self.plain(x, x, x, need_weights=False, attn_mask=mask)[0]
 
 
 @torch.inference_mode()
@@ -103,8 +104,10 @@ def inference(done: set[str], args: argparse.Namespace) -> dict:
 
     for _ in range(3 if cuda else 1):
         maps = go()
+    segmenter.config.ensemble = False
     with process.autocast(config.model.bf16):
         valid = int(segmenter.propose(images[0].to(process.device)).valid.sum())
+    segmenter.config.ensemble = True
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     times = []

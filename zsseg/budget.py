@@ -1,0 +1,135 @@
+"""What limits the accuracy: the masks or the classes? Oracles that replace one of them by the truth."""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from zsseg.config import Config
+from zsseg.data import TestPictures, stream
+from zsseg.datasets import DataSet, dataset
+from zsseg.metrics import confusion, summarize, true_masks
+from zsseg.regions import mask_boxes
+from zsseg.run import Process, UserError, progress, replacing
+from zsseg.segmenter import Proposals, Segmenter
+
+ROWS = {
+    "as_is": "as it is",
+    "true_classes": "predicted masks, true classes",
+    "true_masks": "true masks, predicted classes",
+    "both": "true masks, true classes",
+}
+OVERLAPS = (0.5, 0.7, 0.9)
+
+
+def overlaps(ours: Tensor, truth: Tensor, known: Tensor) -> Tensor:
+    """IoU of masks bool [Q, H, W] with true masks bool [T, H, W], over the pixels `known` bool [H, W]: fp32 [Q, T]."""
+    ours, truth = (ours & known).flatten(1).float(), truth.flatten(1).float()
+    both = ours @ truth.T
+    return both / (ours.sum(1)[:, None] + truth.sum(1) - both).clamp(min=1)
+
+
+def oracle_labels(segmenter: Segmenter, image: Tensor, labels: Tensor,
+                  data: DataSet) -> tuple[dict[str, Tensor], Tensor, Tensor]:  # fmt: skip
+    """One picture: a label map for every row of ROWS, each true mask's best overlap [T], and what CLIP says [2, T].
+
+    "true_classes": each true mask's proposal (best total overlap, one to one) gets its class, all others none.
+    "true_masks": the pixels of a true mask get the class that its proposal's head and CLIP, on the true mask, decide together.
+    """
+    proposals, size = segmenter.propose(image), tuple(labels.shape)
+    classes, masks = true_masks(image, labels, data.ignore)  # [T], [T, H, W]
+    maps = {"as_is": segmenter.label_map(segmenter.ensemble(proposals), proposals, size), "both": labels}
+    known = masks.any(0)
+    overlap = overlaps(segmenter.binary_masks(proposals), masks, known)
+    query, target = (torch.from_numpy(x).to(image.device) for x in linear_sum_assignment(-overlap.cpu().numpy()))
+    scores = torch.zeros_like(proposals.head)
+    scores[query, classes[target]] = (overlap[query, target] > 0).float()
+    maps["true_classes"] = segmenter.label_map(scores, proposals, size)
+    head = proposals.head.new_ones(len(classes), len(data.names))  # a true mask without proposal: CLIP decides alone
+    head[target] = proposals.head[query]
+    region = segmenter.region_logits(image, masks, mask_boxes(masks)[0]).softmax(-1) if segmenter.clip is not None else None
+    valid = torch.ones(len(classes), dtype=torch.bool, device=image.device)
+    both = Proposals(proposals.logits, proposals.size, head, region if segmenter.config.ensemble else None, valid)
+    chosen = segmenter.ensemble(both).argmax(1)
+    table = torch.arange(max(data.ignore, len(data.names)) + 1, device=image.device)
+    table[classes] = chosen
+    maps["true_masks"] = table[labels]
+    named = region.argmax(1) if region is not None else chosen
+    return maps, overlap.amax(0) if len(overlap) else overlap.new_zeros(len(classes)), torch.stack([classes, named])
+
+
+@torch.inference_mode()
+def budget(segmenter: Segmenter, config: Config, root: Path, process: Process, split: str) -> dict:
+    """The metrics of every row, the recall of the proposals, and CLIP's confusions on true masks, over a split."""
+    if not config.model.proposals:
+        raise UserError("--budget", "needs mask proposals", "give a checkpoint with model.proposals = true")
+    data, pictures = dataset(config.data.name), TestPictures(config.data, root, split)
+    C, device = len(data.names), process.device
+    segmenter.set_classes(data.names, data.seen)
+    segmenter.eval()
+    matrices = {row: torch.zeros(C, C, dtype=torch.int64, device=device) for row in ROWS}
+    named = torch.zeros(C, C, dtype=torch.int64, device=device)
+    best = torch.zeros(len(OVERLAPS) + 2, dtype=torch.float64, device=device)  # recalled at each, sum of overlaps, masks
+    numbers = range(process.rank, len(pictures), process.world)
+    batches = progress(stream(pictures, numbers, 1, config.data.workers), f"budget {split}", len(numbers), process.is_main)
+    for [([image], labels, _)] in batches:
+        image, labels = image.to(device), labels.to(device)
+        if not (labels != data.ignore).any():
+            continue
+        with process.autocast(config.model.bf16):
+            maps, overlap, pairs = oracle_labels(segmenter, image, labels, data)
+        for row, labelled in maps.items():
+            matrices[row] += confusion(labels, labelled, C, data.ignore)
+        named += confusion(*pairs, C, -1)
+        recalled = [(overlap >= o).sum() for o in OVERLAPS]
+        best += torch.stack([*recalled, overlap.sum(), torch.tensor(len(overlap), device=device)]).double()
+    for tensor in (*matrices.values(), named, best):
+        process.sum(tensor)
+    *recalled, total, masks = best.tolist()
+    wrong = named - named.diag().diag()
+    top = wrong.flatten().topk(min(10, C * C))
+    return {row: summarize(matrix, data) for row, matrix in matrices.items()} | {
+        "recall": {str(o): 100 * r / max(masks, 1) for o, r in zip(OVERLAPS, recalled, strict=True)},
+        "average_best_overlap": 100 * total / max(masks, 1), "masks": int(masks),
+        "clip_accuracy": 100 * int(named.diag().sum()) / max(int(named.sum()), 1),
+        "confusions": [[data.names[int(i) // C], data.names[int(i) % C], int(n)] for n, i in zip(*top, strict=True) if n],
+    }  # fmt: skip
+
+
+def report_budget(result: dict, out: Path) -> None:
+    """Print the table and write budget.json and budget.png."""
+    keys = [k for k in ("mIoU_seen", "mIoU_unseen", "hIoU", "mIoU") if k in result["as_is"]]
+    main = "hIoU" if "hIoU" in keys else "mIoU"
+    print("".join([f"{'':32}", *(f"{k.removeprefix('mIoU_'):>9}" for k in keys), f"{main + ' gains':>13}"]))
+    for row, title in ROWS.items():
+        gain = result[row][main] - result["as_is"][main]
+        print("".join([f"{title:32}", *(f"{result[row][k]:9.1f}" for k in keys), f"{gain:+13.1f}"]))
+    recall = ", ".join(f"{value:.1f} at {overlap}" for overlap, value in result["recall"].items())
+    print(f"recall of {result['masks']} true masks: {recall}; average best overlap {result['average_best_overlap']:.1f}")
+    print(f"CLIP on the true masks: {result['clip_accuracy']:.1f}% right"
+          + "".join(f"\n  {n:5} x {truth} taken for {taken}" for truth, taken, n in result["confusions"]))  # fmt: skip
+    with replacing(out / "budget.json") as file:
+        file.write_text(json.dumps(result, indent=1) + "\n")
+    with replacing(out / "budget.png") as file:
+        picture(result, keys).save(file, "PNG")
+    print(f"-> {out / 'budget.json'}, {out / 'budget.png'}")
+
+
+def picture(result: dict, keys: list[str]) -> Image.Image:
+    """Bars of the metrics of every row, and of the proposals' recall."""
+    bars = {title: [(k.removeprefix("mIoU_"), result[row][k]) for k in keys] for row, title in ROWS.items()}
+    bars["recall of the true masks"] = [(f"IoU {o}", value) for o, value in result["recall"].items()]
+    colours = ("#4477aa", "#ee6677", "#228833", "#bbbbbb")
+    canvas = Image.new("RGB", (760, 20 + 96 * len(bars)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (title, values) in enumerate(bars.items()):
+        draw.text((12, 14 + 96 * i), title, "black")
+        for j, (name, value) in enumerate(values):
+            y = 14 + 96 * i + 20 * j
+            draw.text((250, y), name, "black")
+            draw.rectangle((320, y, 320 + 3.6 * value, y + 14), colours[j])
+            draw.text((326 + 3.6 * value, y + 1), f"{value:.1f}", "black")
+    return canvas

@@ -1,0 +1,79 @@
+"""Self-training (Xu et al. 2021): label maps for the training pictures in which a teacher fills in what training hides."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zsseg import checkpoint
+from zsseg.config import Config, load_config
+from zsseg.data import TestPictures, stream
+from zsseg.datasets import dataset, find_pairs
+from zsseg.metrics import save_label_map
+from zsseg.run import Process, UserError, progress, replacing, say
+from zsseg.segmenter import load_segmenter
+
+
+def complete(known: Tensor, scores: Tensor, unseen: Tensor, reject: float, ignore: int) -> Tensor:
+    """Labels [H, W] of seen classes or `ignore`, score maps [C, H, W] -> the same with ignored pixels filled in.
+
+    A filled-in pixel takes the unseen class (`unseen` [C] bool) with the largest probability, the softmax of the scores over
+    all classes; where that is less than `reject` it stays ignored.
+    """
+    probability, label = (scores.softmax(0) * unseen[:, None, None]).max(0)
+    filled = torch.where(probability >= reject, label, ignore)
+    return torch.where(known == ignore, filled, known)
+
+
+@torch.inference_mode()
+def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) -> Path:
+    """Write a label map (class ids) for every training picture that has none in `folder` yet; returns the folder.
+
+    Seen pixels keep their label; no pixel of an unseen class is read. `folder`/counts.json says how many pixels each class has.
+    """
+    data, pairs = dataset(config.data.name), find_pairs(config.data.name, root, "train")
+    missing = [i for i in range(len(pairs)) if not (folder / f"{i:06}.png").exists()]
+    if (folder / "counts.json").exists() and not missing:
+        return folder
+    if not data.unseen or config.data.train_on != "all":
+        raise UserError("train.teacher", "fills in unseen classes", 'use a data set with a split and data.train_on = "all"')
+    content = checkpoint.load(config.train.teacher)
+    theirs = load_config(None, base=content["config"]) if "config" in content else config
+    theirs.data = replace(config.data, train_on="seen")
+    teacher = load_segmenter(content, theirs, root, config.train.teacher).to(process.device).eval()
+    teacher.set_classes(data.names, data.seen)
+    unseen = ~teacher.seen
+    pictures = TestPictures(theirs.data, root, "train")
+    hidden = data.lut(training=True)  # whatever is unseen is the ignore value from here on
+    kept = np.full(max(len(data.trained), data.ignore) + 1, data.ignore)
+    kept[: len(data.trained)] = data.trained
+    pictures.lut = np.where(hidden == data.ignore, data.ignore, kept[hidden]).astype(hidden.dtype)
+    numbers = missing[process.rank :: process.world]
+    batches = progress(stream(pictures, numbers, 1, config.data.workers), "pseudo labels", len(numbers), process.is_main)
+    for i, [([image], known, _)] in zip(numbers, batches, strict=True):
+        with process.autocast(theirs.model.bf16):
+            proposals = teacher.propose(image.to(process.device))
+        scores = teacher.score_map(teacher.ensemble(proposals), proposals, tuple(known.shape))
+        labels = complete(known.to(process.device), scores, unseen, config.train.reject, data.ignore)
+        save_label_map(labels, folder / f"{i:06}.png", len(data.names))
+    process.sum(torch.zeros(1, device=process.device))  # wait for the others
+    if process.is_main:
+        count(folder, len(pairs), data)
+    return folder
+
+
+def count(folder: Path, pictures: int, data) -> None:
+    """Say and write how many pixels every class has."""
+    from PIL import Image
+
+    total = np.zeros(65536, np.int64)
+    for i in range(pictures):
+        total += np.bincount(np.asarray(Image.open(folder / f"{i:06}.png")).ravel(), minlength=65536)
+    counts = {name: int(total[i]) for i, name in enumerate(data.names)} | {"unlabelled": int(total[data.ignore])}
+    for name in [*data.unseen, "unlabelled"]:
+        say(f"pseudo labels: {100 * counts[name] / total.sum():6.2f}% {name}")
+    with replacing(folder / "counts.json") as file:
+        file.write_text(json.dumps(counts, indent=1) + "\n")

@@ -40,7 +40,7 @@ def test_official_files_become_class_ids(name, tmp_path, capsys):
     pictures = TestPictures(tiny_config(f"data.name={name}").data, tmp_path, "val")
     assert sorted(expected) == [pair[0].stem for pair in pictures.pairs]
     for i in range(len(pictures)):
-        image, labels, stem = pictures[i]
+        [image], labels, stem = pictures[i]
         assert np.array_equal(labels.numpy(), expected[stem]), stem
         assert image.shape[0] == 3 and min(image.shape[1:]) == 64
     before = files(tmp_path)

@@ -47,8 +47,8 @@ def test_only_the_prompt_learns_and_is_saved(learned):
 
 def test_the_prompt_moves_towards_the_crops(shapes_root, tmp_path):
     """The gradient reaches the prompt, and a step along it lowers the loss of the same batch."""
-    config = load_config(str(ROOT / "configs/voc_prompts.toml"),
-                         ["data.name=shapes", "clip.weights={root}/shapes/clip.pt", "data.workers=0", "train.seeds=[0]"])  # fmt: skip
+    settings = ["data.name=shapes", "clip.weights={root}/shapes/clip.pt", "data.workers=0", "train.seeds=[0]"]
+    config = load_config(str(ROOT / "configs/voc_prompts.toml"), settings)
     task = train.Prompts(config, shapes_root, tmp_path, PROCESS)
     batch = task.collate([task.samples[n] for n in range(16)])
     assert not task.model.train().clip.training

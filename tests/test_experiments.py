@@ -135,7 +135,7 @@ def test_one_pass_classifiers_see_the_region():
         if way == "pool":
             from zsseg.regions import shrunk
 
-            dense = segmenter.clip.encode_image(shrunk(segmenter.clip, image, 64), dense=True)[0]
+            dense = segmenter.clip.visual.values(shrunk(segmenter.clip, image, 64))[0]
             wanted = 100 * F.normalize(dense[:4].mean((0, 1)), dim=0) @ segmenter.region_text.T
             assert torch.allclose(logits[1], wanted, atol=1e-3)
 

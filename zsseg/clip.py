@@ -121,6 +121,19 @@ class VisionTransformer(nn.Module):
             return self.ln_post(x[:, 0]) @ self.proj
         return (self.ln_post(x[:, 1:]) @ self.proj).unflatten(1, grid)
 
+    def values(self, images: Tensor) -> Tensor:
+        """Normalised images [N, 3, H, W] -> features of the patches [N, H/p, W/p, D], from the last block's values alone.
+
+        Without the last attention a patch keeps its own meaning (MaskCLIP, Zhou et al. 2022).
+        """
+        x, grid = self.embed(images)
+        *blocks, last = self.transformer.resblocks
+        for block in blocks:
+            x = block(x, None)
+        width, attn = x.shape[-1], last.attn
+        x = attn.out_proj(F.linear(last.ln_1(x[:, 1:]), attn.in_proj_weight[2 * width :], attn.in_proj_bias[2 * width :]))
+        return (self.ln_post(x) @ self.proj).unflatten(1, grid)
+
     def region_tokens(self, image: Tensor, masks: Tensor) -> Tensor:
         """Image [1, 3, H, W], masks [P, h, w] in 0..1 -> one feature a region [P, D], from a single pass.
 

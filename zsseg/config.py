@@ -59,7 +59,7 @@ class ClipConfig:
     mask_threshold: float = 0.5
     expand_ratio: float = 1.0
     regions: str = "crops"  # crops (the paper's) | pool | tokens: one pass over the picture (zsseg/regions.py)
-    dense_edge: int = 336  # of the picture's shorter side in that pass
+    dense_edge: int = 224  # of the picture's shorter side in that pass
     chunk: int = 0  # region crops in one pass through CLIP; 0: what suits the device
 
 

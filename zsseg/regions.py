@@ -81,7 +81,8 @@ def classify_in_one_pass(clip: CLIP, image: Tensor, masks: Tensor, text: Tensor,
     if way == "tokens":
         features = clip.visual.region_tokens(picture, masks.float())
     else:
-        dense = clip.encode_image(picture, dense=True).permute(0, 3, 1, 2).float()  # [1, D, h, w]
+        dense = clip.visual.values(picture) if hasattr(clip.visual, "values") else clip.encode_image(picture, dense=True)
+        dense = dense.permute(0, 3, 1, 2).float()  # [1, D, h, w]
         share = F.adaptive_avg_pool2d(masks.float()[None], dense.shape[-2:])  # [1, P, h, w]
         features = mask_pool(dense.contiguous(), share.logit(1e-6))[0]
     with torch.autocast(text.device.type, enabled=False):

@@ -1,9 +1,9 @@
 """End to end from the plain version to the fastest, one optimisation more in every row.
 
-    python -m tests.benchmarks.ladder [--rounds 3] [--csv FILE] [--plot FILE.svg] [--train] [--device cuda]
+    python -m tests.benchmarks.ladder [--rounds 3] [--csv FILE] [--plot FILE.svg] [--train] [--regions] [--device cuda]
 
 Inference: a picture of soft colours, R101c, ViT-B/16, 100 live regions, random weights, from the decoded picture to the label
-map at its own size. With --train, a training step of R50 as well. Every row runs in a process of its own, in turn for every
+map at its own size. With --train, a training step of R50 as well; with --regions, the one-pass region classifiers. Every row runs in a process of its own, in turn for every
 round; medians are printed, with the share of pixels whose label is that of the first row.
 """
 
@@ -25,6 +25,7 @@ from kernels.bench import bounds, machine, measure
 
 INFERENCE = ("plain", "chunks", "towers", "kernels", "bf16", "compile")
 TRAINING = ("plain", "kernels", "bf16", "compile")
+REGIONS = ("crops", "pool", "tokens")  # with everything that this device has by default
 WHAT = {
     "plain": "plain eager fp32: regions cropped one at a time, one batch through CLIP",
     "chunks": "+ crops through CLIP in chunks",
@@ -32,6 +33,9 @@ WHAT = {
     "kernels": "+ Triton kernels",
     "bf16": "+ bf16 autocast",
     "compile": "+ torch.compile",
+    "crops": "all 100 crops through CLIP",
+    "pool": "one pass of CLIP, dense features pooled under the masks",
+    "tokens": "one pass of CLIP, a class token for each region",
 }
 ELSEWHERE = {"cpu": ("kernels", "bf16", "compile"), "cuda": ("chunks",)}  # left out on these, unless asked for
 
@@ -81,7 +85,8 @@ def inference(done: set[str], args: argparse.Namespace) -> dict:
     torch.manual_seed(0)
     model = clip.CLIP(clip.VisionTransformer(224, 16, 768, 12, 512), 512, 77, 514, 512, 12)
     settings = [f"model.kernels={str('kernels' in done).lower()}", f"model.bf16={'on' if 'bf16' in done else 'off'}"]
-    config = load_config(None, [*settings, f"clip.chunk={0 if 'chunks' in done else 10_000}"])
+    config = load_config(None, [*settings, f"clip.chunk={0 if 'chunks' in done else 10_000}",
+                                f"clip.regions={args.row.split(':')[1] if args.row.startswith('regions') else 'crops'}"])  # fmt: skip
     segmenter = Segmenter(config, model.state_dict()).to(process.device).eval()
     segmenter.set_classes([f"thing {i}" for i in range(args.words)], list(range(args.words * 3 // 4)))
     generator = torch.Generator().manual_seed(1)
@@ -204,9 +209,10 @@ def plot(rows: list[dict], file: Path) -> None:
 
 def child(args: argparse.Namespace) -> None:
     part, row = args.row.split(":")
-    names = INFERENCE if part == "inference" else TRAINING
-    done = set(names[: names.index(row) + 1]) - {"plain"}
-    print(json.dumps((inference if part == "inference" else training)(done, args)))
+    names = TRAINING if part == "training" else INFERENCE
+    last = row if part != "regions" else "towers" if args.device == "cpu" else "compile"
+    done = set(names[: names.index(last) + 1]) - {"plain"}
+    print(json.dumps((training if part == "training" else inference)(done, args)))
 
 
 def main() -> None:
@@ -214,6 +220,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--train", action="store_true", help="a training step, too")
+    parser.add_argument("--regions", action="store_true", help="the region classifiers, too")
     parser.add_argument("--rows", nargs="+", help="only these, e.g. inference:plain inference:bf16")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -229,6 +236,7 @@ def main() -> None:
         child(args)
         return
     rows = [f"inference:{r}" for r in INFERENCE] + [f"training:{r}" for r in TRAINING if args.train]
+    rows += [f"regions:{r}" for r in REGIONS if args.regions]
     rows = args.rows or [r for r in rows if r.split(":")[1] not in ELSEWHERE[args.device]]
     found: dict[str, list[dict]] = {row: [] for row in rows}
     about, rate = machine(args.device), bounds(args.device)[1] if cuda else ""
@@ -256,7 +264,7 @@ def summary(row: str, found: dict[str, list[dict]], folder: Path) -> dict[str, o
     first = next(r for r in found if found[r] and r.startswith(part))
     seconds, base = (statistics.median(s for f in found[r] for s in f["seconds"]) for r in (row, first))
     last, equal = found[row][-1], ""
-    if part == "inference":
+    if part != "training":
         maps = zip(torch.load(folder / f"{row}.pt"), torch.load(folder / f"{first}.pt"), strict=True)
         equal = f"{100 * statistics.mean(float((a == b).double().mean()) for a, b in maps):.3f}"
     return {"part": part, "row": name, "seconds": f"{seconds:.4f}", "per_second": f"{1 / seconds:.3f}",

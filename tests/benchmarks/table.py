@@ -25,13 +25,13 @@ PROMPTS = ["train.py", "--config", "configs/voc_prompts.toml", "data.name=shapes
 RUNS = {
     "base": ([*SHAPES, "train.seed={seed}"], ()),
     "plain": ([*SHAPES, "train.seed={seed}", "clip.weights={out}/plain.pt"], ()),
-    "pixel": ([*SHAPES, "train.seed={seed}", "model.proposals=false", "clip.dense_edge=96"], ()),
+    "pixel": ([*SHAPES, "train.seed={seed}", "model.proposals=false", "clip.dense_edge=64"], ()),
     "self": ([*SHAPES, "train.seed={seed}", "data.train_on=all", "train.teacher={out}/base_{seed}/last.pt"], ("base",)),
 }
 # Evaluations of trained models: {name: (training, settings)}
 EVALS = {
-    "pool": ("base", ["clip.regions=pool", "clip.dense_edge=96"]),
-    "tokens": ("base", ["clip.regions=tokens", "clip.dense_edge=96"]),
+    "pool": ("base", ["clip.regions=pool", "clip.dense_edge=64"]),
+    "tokens": ("base", ["clip.regions=tokens", "clip.dense_edge=64"]),
     "single": ("base", ["clip.region_prompt=single"]),
     "vild": ("base", ["clip.region_prompt=vild"]),
     "learned": ("base", ["clip.region_prompt=learned", "clip.prompts={out}/prompts/last.pt", "clip.prompt_prefix=4"]),

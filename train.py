@@ -159,7 +159,7 @@ class Prompts:
 
 class Contrast:
     """The small CLIP of the embedded data set, from regions and captions of all classes."""
-    def __init__(self, config: Config, root: Path, process: run.Process, saved: dict | None):
+    def __init__(self, config: Config, root: Path, out: Path, process: run.Process, saved: dict | None = None):
         self.config, self.process = config, process
         self.model = build_small_clip(config.contrast).to(process.device)
         self.tokenizer = Tokenizer(self.model.token_embedding.num_embeddings, self.model.context)

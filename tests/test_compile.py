@@ -96,7 +96,7 @@ def test_one_program_serves_all_numbers_of_targets(device, aot_eager):
 
 
 def segment_task(root, device: torch.device, *overrides: str) -> tuple:
-    task = train.Segment(tiny_config(*overrides), root, run.Process(device), None)
+    task = train.Segment(tiny_config(*overrides), root, root, run.Process(device))
     task.model.train()
     return task, train.build_optimizer(task.model, task.config)
 

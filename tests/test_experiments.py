@@ -92,7 +92,8 @@ def test_views_are_the_mean_of_score_maps(ways, monkeypatch):
     size = (50, 61)
     found = views.segment_views(segmenter, images, size, True, 64)
     assert len(found) == 2 * (1 * 2 + 3 * 4) and {v.mirrored for v in found} == {False, True}
-    scores = [segmenter.ensemble(v.proposals) for v in found]
+    assert all(segmenter.ensemble(v.proposals).shape == (8, 5) for v in found)
+    scores = [torch.rand(8, 5) ** 4 for _ in found]  # an untrained segmenter's favour one class everywhere
     total, count = torch.zeros(5, *size), torch.zeros(size)
     for view, s in zip(found, scores, strict=True):
         top, left, bottom, right = view.box

@@ -3,8 +3,9 @@
     python -m tests.benchmarks.ladder [--rounds 3] [--csv FILE] [--plot FILE.svg] [--train] [--regions] [--device cuda]
 
 Inference: a picture of soft colours, R101c, ViT-B/16, 100 live regions, random weights, from the decoded picture to the label
-map at its own size. With --train, a training step of R50 as well; with --regions, the one-pass region classifiers. Every row runs in a process of its own, in turn for every
-round; medians are printed, with the share of pixels whose label is that of the first row.
+map at its own size. With --train, a training step of R50 as well; with --regions, the one-pass region classifiers. Every row
+runs in a process of its own, in turn for every round; medians are printed, with the share of pixels whose label is that of the
+first row.
 """
 
 import argparse
@@ -80,13 +81,13 @@ def inference(done: set[str], args: argparse.Namespace) -> dict:
     from zsseg.config import load_config
     from zsseg.segmenter import Segmenter
 
-    process = run.start(args.device)
+    process, (part, way) = run.start(args.device), args.row.split(":")
     cuda = process.device.type == "cuda"
     torch.manual_seed(0)
     model = clip.CLIP(clip.VisionTransformer(224, 16, 768, 12, 512), 512, 77, 514, 512, 12)
     settings = [f"model.kernels={str('kernels' in done).lower()}", f"model.bf16={'on' if 'bf16' in done else 'off'}"]
     config = load_config(None, [*settings, f"clip.chunk={0 if 'chunks' in done else 10_000}",
-                                f"clip.regions={args.row.split(':')[1] if args.row.startswith('regions') else 'crops'}"])  # fmt: skip
+                                f"clip.regions={way if part == 'regions' else 'crops'}"])  # fmt: skip
     segmenter = Segmenter(config, model.state_dict()).to(process.device).eval()
     segmenter.set_classes([f"thing {i}" for i in range(args.words)], list(range(args.words * 3 // 4)))
     generator = torch.Generator().manual_seed(1)

@@ -19,6 +19,7 @@ from zsseg.config import ModelConfig, load_config
 from zsseg.datasets import dataset, find_pairs
 from zsseg.metrics import evaluate
 from zsseg.perpixel import PerPixel, per_pixel_loss
+from zsseg.run import Process, UserError
 from zsseg.segmenter import Segmenter
 from zsseg.selftrain import complete, pseudo_labels
 
@@ -223,7 +224,7 @@ def test_self_training_is_resumable_and_blind_to_hidden_labels(trained, shapes_r
     (folder / first).unlink()
     (folder / "counts.json").unlink()
     (folder / second).write_bytes(b"kept")
-    with pytest.raises(Exception, match="cannot identify"):  # counted at the end
+    with pytest.raises(UserError, match=f"{second} cannot be read|{second}: cannot be read"):  # counted at the end
         pseudo_labels(tiny_config(*words), shapes_root, folder, PROCESS)
     assert (folder / first).read_bytes() == maps[first] and (folder / second).read_bytes() == b"kept"
     # Other unseen classes in the truth: the same pseudo labels.
@@ -307,3 +308,14 @@ def test_differing_settings_are_named():
     text = published.compare({"hIoU": 12.0}, config)
     assert "model.backbone: R50 (R101c)" in text and "clip.ensemble_weight: 0.5 (0.7)" in text and "workers" not in text
     assert "no result on shapes" in published.compare({}, tiny_config())
+
+
+@pytest.mark.parametrize("setting", ["clip.ensemble=true", "clip.ensemble=false", "model.proposals=false"])
+def test_a_process_without_pictures_sums_the_same_matrices(setting, shapes_root, monkeypatch):
+    """More processes than pictures: the ones without any must not wait for sums that the others do not make."""
+    config, sums = tiny_config(setting, "eval.compare=true", "eval.weights=[0.5]"), []
+    monkeypatch.setattr(Process, "sum", lambda self, tensor: sums[-1].append(tuple(tensor.shape)) or tensor)
+    for process in (Process(PROCESS.device, 0, 5), Process(PROCESS.device, 4, 5)):
+        sums.append([])
+        evaluate(random_segmenter(setting), config, shapes_root, process, "test")
+    assert sums[0] == sums[1] and len(sums[0]) >= 3

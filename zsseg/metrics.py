@@ -95,7 +95,8 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
                 samples.append((images[0].cpu(), labels.where(labels != data.ignore, C).cpu(), predicted.cpu()))
     seconds = torch.tensor(time.perf_counter() - started, device=process.device, dtype=torch.float64)
     if compare and not numbers:  # more processes than pictures
-        names = segmenter.variants(Proposals.nothing(C, process.device), wanted.weights)
+        regions_too = config.clip.ensemble and config.model.proposals
+        names = segmenter.variants(Proposals.nothing(C, regions_too, process.device), wanted.weights)
         matrices |= {name: torch.zeros_like(matrices[""]) for name in names}
     for tensor in (*matrices.values(), regions, seconds):
         process.sum(tensor)

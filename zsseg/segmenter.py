@@ -32,10 +32,10 @@ class Proposals:
     valid: Tensor  # [Q] bool: the mask has a pixel above the threshold
 
     @classmethod
-    def nothing(cls, classes: int, device: torch.device) -> "Proposals":
-        """No query at all."""
-        empty = torch.zeros(0, classes, device=device)
-        return cls(torch.zeros(0, 8, 8, device=device), (32, 32), empty, empty, torch.zeros(0, dtype=torch.bool, device=device))
+    def nothing(cls, classes: int, regions: bool, device: torch.device) -> "Proposals":
+        """No query at all, with or without CLIP's opinion of it."""
+        empty, valid = torch.zeros(0, classes, device=device), torch.zeros(0, dtype=torch.bool, device=device)
+        return cls(torch.zeros(0, 8, 8, device=device), (32, 32), empty, empty if regions else None, valid)
 
 
 class Segmenter(nn.Module):

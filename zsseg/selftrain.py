@@ -11,7 +11,7 @@ from torch import Tensor
 from zsseg import checkpoint
 from zsseg.config import Config, load_config
 from zsseg.data import TestPictures, stream
-from zsseg.datasets import dataset, find_pairs
+from zsseg.datasets import DataSet, dataset, find_pairs, read_values
 from zsseg.metrics import save_label_map
 from zsseg.run import Process, UserError, progress, replacing, say
 from zsseg.segmenter import load_segmenter
@@ -36,6 +36,7 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
     """
     data, pairs = dataset(config.data.name), find_pairs(config.data.name, root, "train")
     missing = [i for i in range(len(pairs)) if not (folder / f"{i:06}.png").exists()]
+    process.sum(torch.zeros(1, device=process.device))  # all have looked before any writes
     if (folder / "counts.json").exists() and not missing:
         return folder
     if not data.unseen or config.data.train_on != "all":
@@ -65,13 +66,11 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
     return folder
 
 
-def count(folder: Path, pictures: int, data) -> None:
-    """Say and write how many pixels every class has."""
-    from PIL import Image
-
-    total = np.zeros(65536, np.int64)
+def count(folder: Path, pictures: int, data: DataSet) -> None:
+    """Say and write how many pixels every class has. Raises UserError for a broken map."""
+    total, bits = np.zeros(65536, np.int64), 8 if len(data.names) <= 255 else 16
     for i in range(pictures):
-        total += np.bincount(np.asarray(Image.open(folder / f"{i:06}.png")).ravel(), minlength=65536)
+        total += np.bincount(read_values(folder / f"{i:06}.png", bits).ravel(), minlength=65536)
     counts = {name: int(total[i]) for i, name in enumerate(data.names)} | {"unlabelled": int(total[data.ignore])}
     for name in [*data.unseen, "unlabelled"]:
         say(f"pseudo labels: {100 * counts[name] / total.sum():6.2f}% {name}")

@@ -195,4 +195,4 @@ def test_the_other_tasks_compile_whole(task, shapes_root, tmp_path, aot_eager):
              "contrast.groups=2", "prompts.samples_per_class=3", "model.compile=on"]  # fmt: skip
     train.main(["--config", file, "--root", str(shapes_root), "--out", str(tmp_path), "--device", "cpu",
                 *(x for word in words for x in ("--set", word))])  # fmt: skip
-    assert (tmp_path / "last.pt").exists() and graphs() == {"clip": 1, "prompts": 3}[task]  # image tower; text of all seeds, of one prompt
+    assert (tmp_path / "last.pt").exists() and graphs() == {"clip": 1, "prompts": 3}[task]  # of which 2 for texts: seeds, one

@@ -138,8 +138,9 @@ def test_one_pass_classifiers_see_the_region():
             from zsseg.regions import shrunk
 
             dense = segmenter.clip.visual.values(shrunk(segmenter.clip, image, 64))[0]
-            wanted = 100 * F.normalize(dense[:4].mean((0, 1)), dim=0) @ segmenter.region_text.T
-            assert torch.allclose(logits[1], wanted, atol=1e-3)
+            for i, patches in ((1, dense[:4].flatten(0, 1)), (2, dense[0, 1:2])):
+                wanted = 100 * F.normalize(patches.mean(0), dim=0) @ segmenter.region_text.T
+                assert torch.allclose(logits[i], wanted, atol=2e-2), i
 
 
 # --- the one-stage baseline --------------------------------------------------------------------------------------
@@ -221,6 +222,8 @@ def test_self_training_is_resumable_and_blind_to_hidden_labels(trained, shapes_r
     assert sum(counts.values()) == 10 * 64 * 64 and set(counts) == {*data.names, "unlabelled"}
     # Killed half-way: what is there stays, the rest comes out the same.
     first, second = sorted(maps)[:2]
+    with pytest.raises(UserError, match="another teacher or with other settings"):
+        pseudo_labels(tiny_config(*words, "train.reject=0.01"), shapes_root, folder, PROCESS)
     (folder / first).unlink()
     (folder / "counts.json").unlink()
     (folder / second).write_bytes(b"kept")
@@ -272,9 +275,9 @@ def test_with_perfect_masks_only_classes_cost(shapes_root, monkeypatch):
     segmenter, config = random_segmenter("model.queries=24"), tiny_config("model.queries=24")
     truth, original = {}, module.oracle_labels
 
-    def remember(segmenter, image, labels, data):
+    def remember(segmenter, image, labels, *rest):
         truth["labels"] = labels
-        return original(segmenter, image, labels, data)
+        return original(segmenter, image, labels, *rest)
 
     propose = segmenter.propose
 
@@ -307,15 +310,18 @@ def test_differing_settings_are_named():
     config = load_config(str(ROOT / "configs" / "voc_r50.toml"), ["clip.ensemble_weight=0.5", "data.workers=0"])
     text = published.compare({"hIoU": 12.0}, config)
     assert "model.backbone: R50 (R101c)" in text and "clip.ensemble_weight: 0.5 (0.7)" in text and "workers" not in text
+    config = load_config(str(ROOT / "configs" / "voc_r101c.toml"), ["clip.weights=RN50", "data.train_on=all"])
+    text = published.compare({"hIoU": 12.0}, config)
+    assert "clip.weights: RN50 (ViT-B/16)" in text and ("train.teacher: False" in text or "data.train_on: all" in text)
     assert "no result on shapes" in published.compare({}, tiny_config())
 
 
 @pytest.mark.parametrize("setting", ["clip.ensemble=true", "clip.ensemble=false", "model.proposals=false"])
 def test_a_process_without_pictures_sums_the_same_matrices(setting, shapes_root, monkeypatch):
     """More processes than pictures: the ones without any must not wait for sums that the others do not make."""
-    config, sums = tiny_config(setting, "eval.compare=true", "eval.weights=[0.5]"), []
+    config, sums = tiny_config(setting, "eval.compare=true", *(["eval.weights=[0.5]"] if "=true" in setting else [])), []
     monkeypatch.setattr(Process, "sum", lambda self, tensor: sums[-1].append(tuple(tensor.shape)) or tensor)
     for process in (Process(PROCESS.device, 0, 5), Process(PROCESS.device, 4, 5)):
         sums.append([])
         evaluate(random_segmenter(setting), config, shapes_root, process, "test")
-    assert sums[0] == sums[1] and len(sums[0]) >= 3
+    assert sums[0] == sums[1] and len(sums[0]) == {"clip.ensemble=true": 7, "clip.ensemble=false": 4}.get(setting, 3)

@@ -1,6 +1,8 @@
 """What limits the accuracy: the masks or the classes? Oracles that replace one of them by the truth."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,16 +34,18 @@ def overlaps(ours: Tensor, truth: Tensor, known: Tensor) -> Tensor:
     return both / (ours.sum(1)[:, None] + truth.sum(1) - both).clamp(min=1)
 
 
-def oracle_labels(segmenter: Segmenter, image: Tensor, labels: Tensor,
-                  data: DataSet) -> tuple[dict[str, Tensor], Tensor, Tensor]:  # fmt: skip
+def oracle_labels(segmenter: Segmenter, image: Tensor, labels: Tensor, data: DataSet,
+                  autocast: Callable) -> tuple[dict[str, Tensor], Tensor, Tensor]:  # fmt: skip
     """One picture: a label map for every row of ROWS, each true mask's best overlap [T], and what CLIP says [2, T].
 
     "true_classes": each true mask's proposal (best total overlap, one to one) gets its class, all others none.
     "true_masks": the pixels of a true mask get the class that its proposal's head and CLIP, on the true mask, decide together.
+    Masks are those at network-input size: a class that vanishes there counts as wrong in both rows with true masks.
     """
-    proposals, size = segmenter.propose(image), tuple(labels.shape)
+    with autocast():
+        proposals, size = segmenter.propose(image), tuple(labels.shape)
     classes, masks = true_masks(image, labels, data.ignore)  # [T], [T, H, W]
-    maps = {"as_is": segmenter.label_map(segmenter.ensemble(proposals), proposals, size), "both": labels}
+    maps = {"as_is": segmenter.label_map(segmenter.ensemble(proposals), proposals, size)}
     known = masks.any(0)
     overlap = overlaps(segmenter.binary_masks(proposals), masks, known)
     query, target = (torch.from_numpy(x).to(image.device) for x in linear_sum_assignment(-overlap.cpu().numpy()))
@@ -49,14 +53,19 @@ def oracle_labels(segmenter: Segmenter, image: Tensor, labels: Tensor,
     scores[query, classes[target]] = (overlap[query, target] > 0).float()
     maps["true_classes"] = segmenter.label_map(scores, proposals, size)
     head = proposals.head.new_ones(len(classes), len(data.names))  # a true mask without proposal: CLIP decides alone
-    head[target] = proposals.head[query]
-    region = segmenter.region_logits(image, masks, mask_boxes(masks)[0]).softmax(-1) if segmenter.clip is not None else None
+    touching = overlap[query, target] > 0
+    head[target[touching]] = proposals.head[query[touching]]
+    region = None
+    if segmenter.clip is not None:
+        with autocast():
+            region = segmenter.region_logits(image, masks, mask_boxes(masks)[0]).softmax(-1)
     valid = torch.ones(len(classes), dtype=torch.bool, device=image.device)
     both = Proposals(proposals.logits, proposals.size, head, region if segmenter.config.ensemble else None, valid)
     chosen = segmenter.ensemble(both).argmax(1)
-    table = torch.arange(max(data.ignore, len(data.names)) + 1, device=image.device)
-    table[classes] = chosen
-    maps["true_masks"] = table[labels]
+    for row, decided in (("true_masks", chosen), ("both", classes)):
+        table = (torch.arange(max(data.ignore, len(data.names)) + 1, device=image.device) + 1) % len(data.names)
+        table[classes] = decided
+        maps[row] = table[labels]
     named = region.argmax(1) if region is not None else chosen
     return maps, overlap.amax(0) if len(overlap) else overlap.new_zeros(len(classes)), torch.stack([classes, named])
 
@@ -66,6 +75,8 @@ def budget(segmenter: Segmenter, config: Config, root: Path, process: Process, s
     """The metrics of every row, the recall of the proposals, and CLIP's confusions on true masks, over a split."""
     if not config.model.proposals:
         raise UserError("--budget", "needs mask proposals", "give a checkpoint with model.proposals = true")
+    if config.eval.sizes or config.eval.flip or config.eval.window:
+        raise UserError("--budget", "measures one view of a picture", "leave eval.sizes, eval.flip and eval.window out")
     data, pictures = dataset(config.data.name), TestPictures(config.data, root, split)
     C, device = len(data.names), process.device
     segmenter.set_classes(data.names, data.seen)
@@ -79,8 +90,8 @@ def budget(segmenter: Segmenter, config: Config, root: Path, process: Process, s
         image, labels = image.to(device), labels.to(device)
         if not (labels != data.ignore).any():
             continue
-        with process.autocast(config.model.bf16):
-            maps, overlap, pairs = oracle_labels(segmenter, image, labels, data)
+        autocast = functools.partial(process.autocast, config.model.bf16)  # the networks only
+        maps, overlap, pairs = oracle_labels(segmenter, image, labels, data, autocast)
         for row, labelled in maps.items():
             matrices[row] += confusion(labels, labelled, C, data.ignore)
         named += confusion(*pairs, C, -1)

@@ -79,7 +79,9 @@ class TrainConfig:
     dice_weight: float = 1.0
     no_object_weight: float = 0.1
     teacher: str = ""  # self-training: a checkpoint whose predictions label what the training labels hide
-    reject: float = 0.0  # pixels for which the teacher's best unseen class is less probable than this stay unlabelled
+    # Pixels whose best unseen class is less probable than this stay unlabelled; a softmax over scores from 0 to about 1, so
+    # that for C classes probabilities lie between 1/C and 3/C, roughly.
+    reject: float = 0.0
     checkpoint_every: int = 5000
     eval_every: int = 0  # 0: only at the end
 
@@ -187,6 +189,8 @@ def load_config(file: str | None = None, overrides: list[str] = (), base: dict |
         "data.short_edges": (min(config.data.short_edges, default=0) > 0, "give sizes above 0"),
         "eval.sizes": (min(config.eval.sizes, default=1) > 0, "give sizes above 0"),
         "eval.weights": (all(0 <= w <= 1 for w in config.eval.weights), "give numbers from 0 to 1"),
+        "eval.weights ": (not config.eval.weights or (config.clip.ensemble and config.model.proposals),
+                          "weights want clip.ensemble and model.proposals"),
         "data.train_on": (config.data.train_on == "all" or config.model.class_head == "text", "a linear head needs \"all\""),
         "train.seeds": (config.train.task == "prompts" or not config.train.seeds, "only task prompts learns several at once"),
         "model.proposals": (config.model.proposals or config.model.class_head == "text", "pixels want class_head = \"text\""),
@@ -195,7 +199,7 @@ def load_config(file: str | None = None, overrides: list[str] = (), base: dict |
     }
     for name, (right, todo) in rules.items():
         if not right:
-            raise UserError(name, f"is {values[name]}", todo)
+            raise UserError(name.strip(), f"is {values[name.strip()]}", todo)
     return config
 
 

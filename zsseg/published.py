@@ -9,13 +9,13 @@ from zsseg.config import Config, load_config
 ROWS = tomllib.loads((Path(__file__).parent / "published.toml").read_text())["row"]
 CONFIGS = Path(__file__).parent.parent / "configs"
 # What does not change a number, or says only where files are.
-SILENT = ("data.workers", "log.", "model.kernels", "model.compile", "model.bf16", "clip.chunk", "clip.prompts", "clip.weights",
-          "model.weights", "train.teacher", "train.checkpoint_every", "train.eval_every", "eval.compare",
-          "eval.weights")  # fmt: skip
+SILENT = ("data.workers", "log.", "model.kernels", "model.compile", "model.bf16", "clip.chunk", "clip.prompts",
+          "train.checkpoint_every", "train.eval_every", "eval.compare", "eval.weights")  # fmt: skip
 
 
 def flat(config: Config) -> dict[str, object]:
     values = {f"{section}.{key}": value for section, part in asdict(config).items() for key, value in part.items()}
+    values["train.teacher"] = bool(values["train.teacher"])
     return {k: v for k, v in values.items() if not k.startswith(SILENT)}
 
 

@@ -84,6 +84,7 @@ def classify_in_one_pass(clip: CLIP, image: Tensor, masks: Tensor, text: Tensor,
         dense = clip.visual.values(picture) if hasattr(clip.visual, "values") else clip.encode_image(picture, dense=True)
         dense = dense.permute(0, 3, 1, 2).float()  # [1, D, h, w]
         share = F.adaptive_avg_pool2d(masks.float()[None], dense.shape[-2:])  # [1, P, h, w]
+        share = share / share.amax((2, 3), keepdim=True).clamp(min=1e-12)  # or others outweigh a region of few pixels
         features = mask_pool(dense.contiguous(), share.logit(1e-6))[0]
     with torch.autocast(text.device.type, enabled=False):
         return 100 * F.normalize(features.float(), dim=-1) @ text.float().T

@@ -89,11 +89,15 @@ class Process:
     def in_turn(self, build: Callable):
         """build() here, after the first process has done it, so that the others find what it caches."""
         if not self.is_main:
-            self.sum(torch.zeros(1, device=self.device))
+            self.wait()
         built = build()
         if self.is_main:
-            self.sum(torch.zeros(1, device=self.device))
+            self.wait()
         return built
+
+    def wait(self) -> None:
+        """Go on when all processes have come here."""
+        self.sum(torch.zeros(1, device=self.device)).item()  # reading it makes the host wait, too
 
     def share(self, module: torch.nn.Module) -> None:
         """Give every process the first one's buffers (batch-norm statistics), so that all evaluate the same model."""

@@ -161,6 +161,8 @@ class Segmenter(nn.Module):
 
     def variants(self, proposals: Proposals, weights: list[float]) -> dict[str, Tensor]:
         """Class scores [Q, C] of the method's parts and of other ensemble weights, from one pass."""
+        if not self.proposing:
+            return {}  # nothing apart: a pixel's class is the head's and CLIP's at once
         found = {"head_only": proposals.head}
         if proposals.region is not None:
             found["clip_only"] = self.ensemble(proposals, 0)

@@ -1,5 +1,6 @@
 """Self-training (Xu et al. 2021): label maps for the training pictures in which a teacher fills in what training hides."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from zsseg.config import Config, load_config
 from zsseg.data import TestPictures, stream
 from zsseg.datasets import DataSet, dataset, find_pairs, read_values
 from zsseg.metrics import save_label_map
-from zsseg.run import Process, UserError, progress, replacing, say
+from zsseg.run import Process, UserError, parallel, progress, replacing, say
 from zsseg.segmenter import load_segmenter
 
 
@@ -32,16 +33,25 @@ def complete(known: Tensor, scores: Tensor, unseen: Tensor, reject: float, ignor
 def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) -> Path:
     """Write a label map (class ids) for every training picture that has none in `folder` yet; returns the folder.
 
+    A run that was stopped here has no last.pt yet: the same command, without --resume, goes on.
+
     Seen pixels keep their label; no pixel of an unseen class is read. `folder`/counts.json says how many pixels each class has.
     """
     data, pairs = dataset(config.data.name), find_pairs(config.data.name, root, "train")
+    made = folder / "made_with.json"
+    if made.exists() and Path(config.train.teacher).is_file() and json.loads(made.read_text()) != origin(config):
+        why = "were made by another teacher or with other settings"
+        raise UserError(f"pseudo labels in {folder}", why, "delete the folder, or give another --out")
     missing = [i for i in range(len(pairs)) if not (folder / f"{i:06}.png").exists()]
-    process.sum(torch.zeros(1, device=process.device))  # all have looked before any writes
+    process.wait()  # all have looked before any writes
     if (folder / "counts.json").exists() and not missing:
         return folder
     if not data.unseen or config.data.train_on != "all":
         raise UserError("train.teacher", "fills in unseen classes", 'use a data set with a split and data.train_on = "all"')
     content = checkpoint.load(config.train.teacher)
+    if process.is_main:
+        with replacing(made) as file:
+            file.write_text(json.dumps(origin(config)) + "\n")
     theirs = load_config(None, base=content["config"]) if "config" in content else config
     theirs.data = replace(config.data, train_on="seen")
     teacher = load_segmenter(content, theirs, root, config.train.teacher).to(process.device).eval()
@@ -60,17 +70,26 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
         scores = teacher.score_map(teacher.ensemble(proposals), proposals, tuple(known.shape))
         labels = complete(known.to(process.device), scores, unseen, config.train.reject, data.ignore)
         save_label_map(labels, folder / f"{i:06}.png", len(data.names))
-    process.sum(torch.zeros(1, device=process.device))  # wait for the others
+    process.wait()
     if process.is_main:
-        count(folder, len(pairs), data)
+        count(folder, len(pairs), data, config.data.workers)
     return folder
 
 
-def count(folder: Path, pictures: int, data: DataSet) -> None:
+def origin(config: Config) -> dict[str, object]:
+    """What pseudo labels depend on: the teacher's content and the settings that shape its predictions."""
+    with open(config.train.teacher, "rb") as file:
+        teacher = hashlib.file_digest(file, "sha256").hexdigest()
+    data = {k: getattr(config.data, k) for k in ("name", "test_short_edge", "max_size")}
+    return {"teacher": teacher, "reject": config.train.reject, **data}
+
+
+def count(folder: Path, pictures: int, data: DataSet, workers: int) -> None:
     """Say and write how many pixels every class has. Raises UserError for a broken map."""
     total, bits = np.zeros(65536, np.int64), 8 if len(data.names) <= 255 else 16
-    for i in range(pictures):
-        total += np.bincount(read_values(folder / f"{i:06}.png", bits).ravel(), minlength=65536)
+    pixels = lambda i: np.bincount(read_values(folder / f"{i:06}.png", bits).ravel(), minlength=2**bits)
+    for found in parallel(pixels, range(pictures), workers, "count pseudo labels"):
+        total[: len(found)] += found
     counts = {name: int(total[i]) for i, name in enumerate(data.names)} | {"unlabelled": int(total[data.ignore])}
     for name in [*data.unseen, "unlabelled"]:
         say(f"pseudo labels: {100 * counts[name] / total.sum():6.2f}% {name}")

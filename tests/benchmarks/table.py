@@ -3,7 +3,8 @@
     python -m tests.benchmarks.table [--out runs/table] [--seeds 0 1 2] [--jobs 2] [--only base ...]
 
 Every training and evaluation is one of the project's commands; what is finished in --out is not run again. The test split is
-measured; settings were chosen on the validation split.
+measured; settings were chosen on the validation split. One CLIP (and one prompt run) serves all seeds, so that the deviation is
+the segmenter's alone. --out must be a new folder when settings change.
 """
 
 import argparse
@@ -93,7 +94,8 @@ def main() -> None:
     if "plain" in wanted and not (args.out / "plain.pt").exists():
         words = ["train.py", "--config", "configs/shapes_clip.toml", "--root", str(root), "--out", str(args.out / "clip_plain"),
                  "--device", "cpu", "--set", "contrast.masked_share=0.0"]  # fmt: skip
-        subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        words += ["--resume"] if (args.out / "clip_plain" / "last.pt").exists() else []
+        subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
         torch.save(torch.load(args.out / "clip_plain" / "last.pt", weights_only=True)["model"], args.out / "plain.pt")
     first = [(f"{n}_{s}", fill(RUNS[n][0], s)) for n in RUNS for s in args.seeds if n in wanted and not RUNS[n][1]]
     stage([*first, *([("prompts", fill(PROMPTS, 0))] if "learned" in wanted else [])])

@@ -150,11 +150,12 @@ def test_patches_are_a_convolution(size):
     assert torch.allclose(C.patch_tokens(images, weight), torch.nn.functional.conv2d(images, weight, stride=8), atol=1e-4)
 
 
-def test_the_last_block_for_the_first_token_alone():
+def test_the_last_block_for_the_first_tokens_alone():
     torch.manual_seed(0)
     transformer, x = C.Transformer(128, 3), torch.randn(2, 7, 128)
-    alone = transformer(x, first_only=True)
-    assert alone.shape == (2, 1, 128) and torch.allclose(alone, transformer(x)[:, :1], atol=1e-5)
+    for first, mask in ((1, None), (3, torch.full((7, 7), -torch.inf).triu(1))):
+        alone = transformer(x, mask, first)
+        assert alone.shape == (2, first, 128) and torch.allclose(alone, transformer(x, mask)[:, :first], atol=1e-5)
 
 
 def test_attention_is_pytorch_s():
@@ -164,7 +165,7 @@ def test_attention_is_pytorch_s():
     theirs.load_state_dict(ours.state_dict())
     mask = torch.full((7, 7), -torch.inf).triu(1)
     for m in (None, mask):
-        assert torch.allclose(ours(x, m, False), theirs(x, x, x, attn_mask=m)[0], atol=1e-5)
+        assert torch.allclose(ours(x, m), theirs(x, x, x, attn_mask=m)[0], atol=1e-5)
 
 
 def test_region_tokens_see_their_patches_alone(small_clip):

@@ -39,16 +39,16 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None, first_only: bool) -> Tensor:
-        """[N, length, width] -> the same, or with `first_only` the first token's output alone [N, 1, width]."""
-        if first_only:
+    def forward(self, x: Tensor, mask: Tensor | None, first: int = 0) -> Tensor:
+        """[N, length, width] -> the same, or the output of the `first` tokens alone [N, first, width]."""
+        if first:
             width = x.shape[-1]
-            q = F.linear(x[:, :1], self.in_proj_weight[:width], self.in_proj_bias[:width])
+            q = F.linear(x[:, :first], self.in_proj_weight[:width], self.in_proj_bias[:width])
             k, v = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, -1)
         else:
             q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [N, heads, length, width/heads]
-        mask = None if mask is None else mask.to(q.dtype)
+        mask = None if mask is None else mask[: first or None].to(q.dtype)
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
@@ -60,24 +60,24 @@ class Block(nn.Module):
         layers = [("c_fc", nn.Linear(width, 4 * width)), ("gelu", QuickGELU()), ("c_proj", nn.Linear(4 * width, width))]
         self.mlp = nn.Sequential(OrderedDict(layers))
 
-    def forward(self, x: Tensor, mask: Tensor | None, first_only: bool = False) -> Tensor:
-        y = self.attn(self.ln_1(x), mask, first_only)
-        x = (x[:, :1] if first_only else x) + y
+    def forward(self, x: Tensor, mask: Tensor | None, first: int = 0) -> Tensor:
+        y = self.attn(self.ln_1(x), mask, first)
+        x = (x[:, :first] if first else x) + y
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
     """Pre-norm blocks on [N, length, width]; `mask` [length, length] is added to the attention logits.
 
-    With `first_only`, only what the first token needs is computed: [N, 1, width].
+    Where only the `first` tokens are wanted, the last block computes no others: [N, first, width].
     """
     def __init__(self, width: int, layers: int):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width) for _ in range(layers))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, first_only: bool = False) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, first: int = 0) -> Tensor:
         for i, block in enumerate(self.resblocks, 1):
-            x = block(x, mask, first_only and i == len(self.resblocks))
+            x = block(x, mask, first if i == len(self.resblocks) else 0)
         return x
 
 
@@ -116,7 +116,7 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor, dense: bool = False) -> Tensor:
         """Normalised images [N, 3, H, W] -> [N, D], or with `dense` one feature a patch [N, H/p, W/p, D]."""
         x, grid = self.embed(images)
-        x = self.transformer(x, first_only=not dense)
+        x = self.transformer(x, first=0 if dense else 1)
         if not dense:
             return self.ln_post(x[:, 0]) @ self.proj
         return (self.ln_post(x[:, 1:]) @ self.proj).unflatten(1, grid)
@@ -145,12 +145,12 @@ class VisionTransformer(nn.Module):
         P, N = len(masks), x.shape[1]
         share = F.adaptive_avg_pool2d(masks, grid).flatten(1)  # [P, N - 1]
         under = (share > 0.5) | (share == share.amax(1, keepdim=True))
-        bias = torch.full((N + P, N + P), -math.inf, device=x.device)
-        bias[:N, :N] = 0
-        bias[N:, 1:N].masked_fill_(under, 0)
-        bias[N:, N:].fill_diagonal_(0)
-        x = self.transformer(torch.cat([x, x[:, :1].expand(-1, P, -1)], 1), bias)
-        return self.ln_post(x[0, N:]) @ self.proj
+        bias = torch.full((P + N, P + N), -math.inf, device=x.device)
+        bias[:P, :P].fill_diagonal_(0)
+        bias[:P, P + 1 :].masked_fill_(under, 0)
+        bias[P:, P:] = 0
+        x = self.transformer(torch.cat([x[:, :1].expand(-1, P, -1), x], 1), bias, first=P)
+        return self.ln_post(x[0]) @ self.proj
 
     @property
     def stride(self) -> int:

@@ -41,7 +41,7 @@ WHAT = {
 ELSEWHERE = {"cpu": ("kernels", "bf16", "compile"), "cuda": ("chunks",)}  # left out on these, unless asked for
 
 
-def plain_attention(self, x, mask, first_only):
+def plain_attention(self, x, mask, first=0):
     """`nn.MultiheadAttention`, with PyTorch's own fast path for inference."""
     if not hasattr(self, "plain"):
         layer = torch.nn.MultiheadAttention(x.shape[-1], self.heads, batch_first=True, device="meta").eval()
@@ -100,7 +100,7 @@ def inference(done: set[str], args: argparse.Namespace) -> dict:
     if "towers" not in done:
         whole = clip.Transformer.forward
         clip.Attention.forward = plain_attention
-        clip.Transformer.forward = lambda self, x, mask=None, first_only=False: whole(self, x, mask)
+        clip.Transformer.forward = lambda self, x, mask=None, first=0: whole(self, x, mask)
         clip.QuickGELU.forward = lambda self, x: x * torch.sigmoid(1.702 * x)
         clip.patch_tokens = lambda images, weight: F.conv2d(images, weight, stride=weight.shape[-1])
 

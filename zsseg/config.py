@@ -188,9 +188,8 @@ def load_config(file: str | None = None, overrides: list[str] = (), base: dict |
         "model.small_widths": (len(config.model.small_widths) == 4 and min(config.model.small_widths) > 0, "give four widths"),
         "data.short_edges": (min(config.data.short_edges, default=0) > 0, "give sizes above 0"),
         "eval.sizes": (min(config.eval.sizes, default=1) > 0, "give sizes above 0"),
-        "eval.weights": (all(0 <= w <= 1 for w in config.eval.weights), "give numbers from 0 to 1"),
-        "eval.weights ": (not config.eval.weights or (config.clip.ensemble and config.model.proposals),
-                          "weights want clip.ensemble and model.proposals"),
+        "eval.weights": (all(0 <= w <= 1 and config.clip.ensemble and config.model.proposals for w in config.eval.weights),
+                         "give numbers from 0 to 1; they want clip.ensemble and model.proposals"),
         "data.train_on": (config.data.train_on == "all" or config.model.class_head == "text", "a linear head needs \"all\""),
         "train.seeds": (config.train.task == "prompts" or not config.train.seeds, "only task prompts learns several at once"),
         "model.proposals": (config.model.proposals or config.model.class_head == "text", "pixels want class_head = \"text\""),
@@ -199,7 +198,7 @@ def load_config(file: str | None = None, overrides: list[str] = (), base: dict |
     }
     for name, (right, todo) in rules.items():
         if not right:
-            raise UserError(name.strip(), f"is {values[name.strip()]}", todo)
+            raise UserError(name, f"is {values[name]}", todo)
     return config
 
 

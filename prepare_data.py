@@ -158,6 +158,8 @@ def summarize(name: str, root: Path, workers: int) -> None:
         text = describe(name, root, split)
         if split == "train" and data.unseen:
             statistics = label_statistics(name, root, split, workers)
+            if count := len(statistics.broken):
+                raise UserError(f"data set {name}", f"{count} broken label maps, the first: {statistics.broken[0]}", "--check")
             text += f"; {len(statistics.pictures_with(data.trained))} show a class that is trained on"
         print(text)
 
@@ -178,20 +180,18 @@ def check_split(name: str, root: Path, split: str, workers: int) -> int:
     hidden, survivors = [], []  # of each label map: pixels of unseen classes, and how many of them a target would show
 
     def count(pair: tuple[Path, Path]) -> np.ndarray:
-        try:
-            size = read_picture(pair[0]).size
-            rows = count_classes(pair[1], data, tables, size)
-            # By the function that training reads with, against the values in the file.
-            targets = read_labels(pair[1], tables[1], size)[np.isin(read_values(pair[1], data.bits), unseen)]
-        except UserError as error:
-            broken.append(str(error))
-            return np.empty((0, 2), np.int64)
+        size = read_picture(pair[0]).size
+        rows = count_classes(pair[1], data, tables, size)
+        # By the function that training reads with, against the values in the file.
+        targets = read_labels(pair[1], tables[1], size)[np.isin(read_values(pair[1], data.bits), unseen)]
         hidden.append(len(targets))
         survivors.append(int((targets != data.ignore).sum()))
         return rows
 
     pairs = find_pairs(name, root, split)
-    pixels = count_split(pairs, count, workers, f"check {name} {split}").histogram(len(data.names))
+    statistics = count_split(pairs, count, workers, f"check {name} {split}")
+    broken += statistics.broken.tolist()
+    pixels = statistics.histogram(len(data.names))
     print(describe(name, root, split))
     share = 100 * pixels / max(pixels.sum(), 1)
     for label, percent in zip([*data.names, "ignored"], share, strict=True):

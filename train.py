@@ -4,12 +4,15 @@
     torchrun --nproc-per-node=8 train.py --config configs/voc_r50_single.toml --out runs/voc
     torchrun train.py --config configs/voc_r50_single.toml --out runs/voc --resume
 
-Writes last.pt, best.pt, metrics.json, metrics.jsonl and samples.png to --out (else runs/<name of the config>). --resume
-goes on from last.pt with the configuration in it; on the CPU the weights come out the same to the last bit.
+Writes last.pt (the one before it: previous.pt), best.pt, metrics.json, metrics.jsonl and samples.png to --out (else
+runs/<name of the config>). --resume goes on from last.pt with the configuration in it; on the CPU the weights come out the
+same to the last bit. SIGTERM or SIGUSR1: a checkpoint at the end of the step, exit code 0.
 """
 
 import json
 import math
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +28,7 @@ from zsseg.clip import CLIP, VisionTransformer, build_clip
 from zsseg.config import Config, ContrastConfig, load_config
 from zsseg.data import HeldOut, Regions, RegionsWithCaptions, TrainPictures, collate, stream
 from zsseg.datasets import find_pairs, training_set
+from zsseg.faults import BadSteps, Broken, Stop, running_statistics
 from zsseg.losses import contrastive_loss, normalizers, segmentation_losses
 from zsseg.metrics import evaluate, report
 from zsseg.perpixel import per_pixel_loss
@@ -201,7 +205,10 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     train = config.train
     if train.task == "prompts":
         groups = [{"params": [p for p in model.parameters() if p.requires_grad], "base": train.lr}]
-        return torch.optim.SGD(groups, train.lr, config.prompts.momentum, weight_decay=train.weight_decay)
+        optimizer = torch.optim.SGD(groups, train.lr, config.prompts.momentum, weight_decay=train.weight_decay, fused=True)
+        for parameter in groups[0]["params"]:  # else a first step that is skipped would leave it as the memory was
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     groups: dict[tuple, list] = {}
     for prefix, module in model.named_modules():
         plain = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.Embedding))
@@ -231,14 +238,25 @@ def sample_numbers(start: int, steps: int, batch: int, process: run.Process) -> 
 
 
 def train_step(task: Segment | Prompts | Contrast, model: nn.Module, optimizer: torch.optim.Optimizer, batch: object,
-               clip_grad: float) -> tuple[Tensor, dict[str, Tensor], Tensor]:  # fmt: skip
-    """One step; the loss, its parts and the gradient norm, left on the device. `clip_grad` 0: no limit."""
+               clip_grad: float) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:  # fmt: skip
+    """One step; the loss, its parts, the gradient norm and whether it was bad (1 or 0), left on the device.
+
+    In a bad step the loss or the gradient of some process is not finite: nothing changes in any of them. `clip_grad` 0: no
+    limit.
+    """
+    running = running_statistics(task.model)
+    before = [buffer.clone() for buffer in running]
     loss, parts = task.loss(model, batch)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)
+    finite = loss.detach().isfinite() & norm.isfinite()
+    bad = task.process.sum(1 - finite.float()).clamp(max=1)
+    optimizer.found_inf = bad  # the fused optimizers leave everything as it is where this is 1
     optimizer.step()
-    return loss.detach(), parts, norm
+    for buffer, old in zip(running, before, strict=True):
+        buffer.copy_(torch.where(bad > 0, old, buffer))
+    return loss.detach(), parts, norm, bad
 
 
 def main(argv: list[str]) -> None:
@@ -246,12 +264,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--resume", action="store_true", help="continue OUT/last.pt")
     args = parser.parse_args(argv)
     out = Path(args.out or Path("runs") / Path(args.config).stem)
-    saved = checkpoint.load(out / "last.pt") if args.resume else {}
-    if not saved and (out / "last.pt").exists():
+    there = [out / name for name in ("last.pt", "previous.pt") if (out / name).exists()]
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts repeats the same command
+    saved = checkpoint.load_last(out) if args.resume or (again and there) else {}
+    if not saved and there:
         raise run.UserError(f"output {out}", "holds a run already", "add --resume, or give another --out")
     config = load_config(None if saved else args.config, args.set, saved.get("config"))
     if saved:
-        print(f"resuming {out} at step {saved['step']} of {config.train.steps}, with the configuration in it and --set")
+        if not isinstance(saved.get("step"), int) or not isinstance(saved.get("optimizer"), dict):
+            raise run.UserError(f"checkpoint {out / 'last.pt'}", "is not one of a training run", "give another --out")
+        run.say(f"resuming {out} at step {saved['step']} of {config.train.steps}, with the configuration in it and --set")
+        if saved.get("commit") != run.commit():
+            run.say(f"the program has changed since: {saved.get('commit') or 'unknown'} -> {run.commit() or 'unknown'}")
     train(config, args.root, out, run.start(args.device), saved)
 
 
@@ -277,41 +301,48 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     if process.enabled(config.model.compile):
         task.compile()  # before DDP wraps the model, and in place: names in the state dict stay as they are
     model = DistributedDataParallel(task.model) if process.world > 1 else task.model
-    log = run.Log(out, process, asdict(config), start, saved.get("wandb"))
+    log, commit = run.Log(out, process, asdict(config), start, saved.get("wandb")), run.commit()
+    bad_steps = BadSteps(task, out, log, process, config.train.bad_steps, saved.get("skipped", 0))
 
     def save(name: str, step: int) -> None:
+        """All that a run needs to go on. Random numbers follow from (train.seed, step, rank), samples from their number."""
         if process.is_main:
-            states = {"model": task.state(), "optimizer": optimizer.state_dict()}
-            checkpoint.save(out / name, config=asdict(config), step=step, best=best, wandb=log.run_id, **states)
+            states = {"model": task.state(), "optimizer": optimizer.state_dict(), "skipped": bad_steps.count}
+            checkpoint.save(out / name, out / "previous.pt" if name == "last.pt" else None, config=asdict(config), step=step,
+                            best=best, wandb=log.run_id, commit=commit, **states)  # fmt: skip
 
     numbers = sample_numbers(start, steps, task.batch_size, process)
-    batches = stream(task.samples, numbers, task.batch_size // process.world, config.data.workers, task.collate)
+    batches = stream(task.samples, numbers, task.batch_size // process.world, config.data.workers, task.collate, Broken(out))
     bar = tqdm(range(start, steps), config.train.task, initial=start, total=steps, disable=None if process.is_main else True)
-    for step, batch in zip(bar, batches, strict=True):
-        torch.manual_seed(run.seed_of(config.train.seed, 4, step, process.rank))  # dropout: stateless, so resumable
-        for group in optimizer.param_groups:
-            group["lr"] = group["base"] * rate_factor(step, config)
-        loss, parts, norm = train_step(task, model, optimizer, batch, config.train.clip_grad)
-        done = step + 1
-        saving = done % config.train.checkpoint_every == 0 or done == steps
-        if done % config.log.every == 0 or saving:
-            means = process.sum(torch.stack([loss, *parts.values()]).double()) / process.world
-            values = dict(zip(["loss", *parts], means.tolist(), strict=True)) | {"grad_norm": float(norm)}
-            if not math.isfinite(values["loss"]):
-                raise run.UserError("training", f"the loss is {values['loss']} at step {done}", "lower train.lr; --resume")
-            log.write(done, **values, lr=optimizer.param_groups[0]["lr"])
-            if process.is_main and (done % (10 * config.log.every) == 0 or done == steps):
-                bar.write(f"{config.train.task} step {done}/{steps} loss {values['loss']:.3f}")
-        if config.train.eval_every and done % config.train.eval_every == 0 and done < steps:
-            process.share(task.model)
-            if result := task.evaluate("val", None):
-                log.write(done, **{f"val/{k}": v for k, v in result.items() if isinstance(v, float)})
-                if (score := task.score(result)) > best:
-                    best = score
-                    save("best.pt", done)
-            task.model.train()
-        if saving:
-            save("last.pt", done)
+    with Stop(process) as stop:
+        for step, batch in zip(bar, batches, strict=True):
+            torch.manual_seed(run.seed_of(config.train.seed, 4, step, process.rank))  # dropout: stateless, so resumable
+            for group in optimizer.param_groups:
+                group["lr"] = group["base"] * rate_factor(step, config)
+            loss, parts, norm, bad = train_step(task, model, optimizer, batch, config.train.clip_grad)
+            bad_steps.add(step, bad)
+            done, stopping = step + 1, stop.now()
+            saving = done % config.train.checkpoint_every == 0 or done == steps or stopping
+            if done % config.log.every == 0 or saving:
+                means = process.sum(torch.stack([loss, *parts.values()]).double()) / process.world
+                values = dict(zip(["loss", *parts], means.tolist(), strict=True)) | {"grad_norm": float(norm)}
+                if all(map(math.isfinite, values.values())):  # JSON knows no other numbers
+                    log.write(done, **values, lr=optimizer.param_groups[0]["lr"])
+                if process.is_main and (done % (10 * config.log.every) == 0 or done == steps):
+                    bar.write(f"{config.train.task} step {done}/{steps} loss {values['loss']:.3f}")
+            if config.train.eval_every and done % config.train.eval_every == 0 and done < steps:
+                process.share(task.model)
+                if result := task.evaluate("val", None):
+                    log.write(done, **{f"val/{k}": v for k, v in result.items() if isinstance(v, float)})
+                    if (score := task.score(result)) > best:
+                        best = score
+                        save("best.pt", done)
+                task.model.train()
+            if (saving and not bad_steps.read()) or done == steps or stopping:  # weights that cannot go on are not kept
+                save("last.pt", done)
+            if stopping:
+                run.say(f"stopped as asked, after step {done} of {steps}; --resume goes on")
+                sys.exit(0)
     process.share(task.model)
     if result := task.evaluate(config.data.split, out):
         log.write(steps, **{f"{config.data.split}/{k}": v for k, v in result.items() if k != "per_class"})

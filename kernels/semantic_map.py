@@ -13,6 +13,7 @@ from kernels.jit import Switch, cdiv, contiguous, jit, power_of_two, tl, tuned
 
 SAFE = {"PIXELS": 64, "CLASSES": 32, "num_warps": 8}
 STRIDE = 4  # of the logits, to the padded network input
+BUDGET = 2**28  # bytes of score maps that the plain label map holds at once
 
 
 def reference(logits: Tensor, classes: Tensor, cut: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -119,8 +120,18 @@ def semantic_map(logits: Tensor, classes: Tensor, cut: list[int], size: list[int
 
 @semantic_map.register_kernel("cpu")
 def plain_semantic_map(logits, classes, cut, size, want_scores):
-    scores = reference(logits, classes, tuple(cut), tuple(size))
-    return scores.argmax(0), scores if want_scores else scores.new_empty(0)
+    C = classes.shape[1]
+    tile = C if want_scores else max(BUDGET // (4 * max(cut[0] * cut[1], size[0] * size[1])), 1)
+    if tile >= C:
+        scores = reference(logits, classes, tuple(cut), tuple(size))
+        return scores.argmax(0), scores if want_scores else scores.new_empty(0)
+    best, labels = logits.new_full(size, -1.0, dtype=torch.float32), logits.new_zeros(size, dtype=torch.int64)
+    for first in range(0, C, tile):
+        value, index = reference(logits, classes[:, first : first + tile], tuple(cut), tuple(size)).max(0)
+        better = value > best
+        labels[better] = index[better] + first
+        best = torch.maximum(best, value)
+    return labels, best.new_empty(0)
 
 
 @semantic_map.register_fake

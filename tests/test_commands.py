@@ -49,7 +49,7 @@ def trained(shapes_root, tmp_path_factory) -> Path:
 
 
 def test_training_leaves_what_the_contract_says(trained):
-    names = {"last.pt", "best.pt", "metrics.jsonl", "metrics.json", "samples.png"}
+    names = {"last.pt", "previous.pt", "best.pt", "metrics.jsonl", "metrics.json", "samples.png"}
     assert {f.name for f in trained.iterdir()} == names
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
@@ -85,8 +85,8 @@ def test_resumed_training_equals_uninterrupted_training(trained, shapes_root, tm
     arguments = [*TINY, "--root", str(shapes_root), "--out", str(out), "--set", "data.workers=1"]
     saves = []
 
-    def save_and_die(path: Path, **content: object) -> None:
-        original(path, **content)
+    def save_and_die(path: Path, *previous: Path, **content: object) -> None:
+        original(path, *previous, **content)
         saves.append(content["step"])
         if content["step"] == 2:
             raise KeyboardInterrupt
@@ -112,8 +112,8 @@ def test_the_small_clip_resumes_exactly_too(shapes_root, tmp_path, monkeypatch):
     config = tiny_config("train.steps=4", "train.checkpoint_every=2", task="clip")
     kept, original = {}, checkpoint.save
 
-    def save_and_keep(path: Path, **content: object) -> None:
-        original(path, **content)
+    def save_and_keep(path: Path, *previous: Path, **content: object) -> None:
+        original(path, *previous, **content)
         kept[content["step"]] = checkpoint.load(path)
 
     monkeypatch.setattr(checkpoint, "save", save_and_keep)

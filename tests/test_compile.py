@@ -182,10 +182,10 @@ def test_a_training_step_never_waits_for_the_gpu(shapes_root, compiled):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
         try:
-            loss, _, _ = train.train_step(task, task.model, optimizer, batch, 0.01)
+            loss, _, _, bad = train.train_step(task, task.model, optimizer, batch, 0.01)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert torch.isfinite(loss)
+        assert torch.isfinite(loss) and bad == 0
 
 
 @pytest.mark.parametrize("task", ["clip", "prompts"])

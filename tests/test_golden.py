@@ -121,7 +121,7 @@ def test_training_step(file, key_file, backbone):
     model = segmenter.maskformer.train()
     logits, masks = model(model.prepare(images), segmenter.text)
 
-    matched = assign(matching_cost(logits.detach(), masks.detach(), targets, 20, 1), targets.counts)
+    matched, _ = assign(matching_cost(logits.detach(), masks.detach(), targets, 20, 1), targets.counts)
     for call in range(6):  # 0 is the last layer, 1..5 are layers 0..4
         layer = call - 1 if call else 5
         for i in range(2):

@@ -71,7 +71,7 @@ def test_assignment_is_minimal_and_marks_what_has_no_query():
     counts = torch.tensor([4, 0, 7, 2])
     cost = torch.randn(3, 4, 5, 7)
     cost[1, 0] = 1.0  # all ties
-    matched = assign(cost, counts)
+    matched, _ = assign(cost, counts)
     for layer in range(3):
         for b, count in enumerate(counts.tolist()):
             row = matched[layer, b]
@@ -85,13 +85,14 @@ def test_assignment_is_minimal_and_marks_what_has_no_query():
 
 def test_assignment_survives_values_that_are_not_finite():
     cost = torch.tensor([[[[float("nan"), 1.0], [0.0, float("inf")], [2.0, 3.0]]]])
-    assert assign(cost, torch.tensor([2])).tolist() == [[[1, 0]]]
+    matched, bad = assign(cost, torch.tensor([2]))
+    assert matched.tolist() == [[[1, 0]]] and bad.all()
 
 
 def test_losses_are_the_formulas():
     logits, masks, targets = case(mixed_labels())
     losses = segmentation_losses(logits, masks, targets, scales(targets), 20.0, 1.0, 0.1)
-    matched = assign(matching_cost(logits, masks, targets, 20, 1), targets.counts)
+    matched, _ = assign(matching_cost(logits, masks, targets, 20, 1), targets.counts)
     for layer in range(L):
         focal = dice = nll = weight = 0.0
         for b in range(B):
@@ -146,7 +147,7 @@ def test_perfect_predictions_cost_next_to_nothing():
     logits = torch.zeros(1, 1, Q, C + 1)
     logits[..., C], logits[0, 0, 2, C], logits[0, 0, 2, 3] = 30, 0, 30
     targets = Targets(labels, torch.tensor([[3]]), torch.tensor([1]))
-    assert assign(matching_cost(logits, masks, targets, 20, 1), targets.counts).item() == 2
+    assert assign(matching_cost(logits, masks, targets, 20, 1), targets.counts)[0].item() == 2
     losses = segmentation_losses(logits, masks, targets, scales(targets), 20.0, 1.0, 0.1)
     assert float(losses["class"]) < 1e-6 and float(losses["dice"]) < 0.2 and float(losses["focal"]) < 2
 

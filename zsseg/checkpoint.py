@@ -21,9 +21,9 @@ from zsseg.run import UserError, cache_dir, replacing
 State = dict[str, Tensor]
 
 
-def save(path: Path, **content: object) -> None:
-    """Write a checkpoint so that `path` is always whole: the old one or the new one."""
-    with replacing(path) as temporary:
+def save(path: Path, previous: Path | None = None, **content: object) -> None:
+    """Write a checkpoint so that `path` is always whole: the old one (kept as `previous`, where given) or the new one."""
+    with replacing(path, previous) as temporary:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # how torch reports a full disk
@@ -36,6 +36,18 @@ def load(path: str | Path) -> dict:
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise UserError(f"checkpoint {path}", "holds no model", "give a checkpoint of train.py or a model_final.pth")
     return content
+
+
+def load_last(folder: Path) -> dict:
+    """The checkpoint of a run: last.pt or, where that is broken or gone, the one before it."""
+    try:
+        return load(folder / "last.pt")
+    except UserError as error:
+        if not (folder / "previous.pt").exists():
+            raise
+        content = load(folder / "previous.pt")
+        run.say(f"{error}: going on from previous.pt, step {content.get('step')}")
+        return content
 
 
 def read_torch(path: Path, what: str) -> object:

@@ -256,6 +256,7 @@ class CLIP(nn.Module):
     def __init__(self, visual: nn.Module, embed: int, context: int, vocab_size: int, width: int, layers: int):
         super().__init__()
         self.visual = visual
+        self.most_crops = 0  # that memory had room for at once, where it ended; 0: not met
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, width))
         self.transformer = Transformer(width, layers)

@@ -84,6 +84,7 @@ class TrainConfig:
     reject: float = 0.0
     checkpoint_every: int = 5000
     eval_every: int = 0  # 0: only at the end
+    bad_steps: int = 20  # steps in a row whose loss or gradient is not finite (they change nothing) before the run stops
 
 
 @dataclass
@@ -150,9 +151,9 @@ CHOICES = {
     "train.task": ("segment", "prompts", "clip"),
     "log.wandb": ("online", "offline", "disabled"),
 }
-POSITIVE = ("train.steps", "train.batch_size", "train.lr", "train.checkpoint_every", "log.every", "data.crop", "data.max_size",
-            "data.test_short_edge", "model.queries", "model.heads", "model.feedforward", "model.decoder_layers",
-            "model.class_hidden", "clip.expand_ratio", "clip.dense_edge", "prompts.samples_per_class")
+POSITIVE = ("train.steps", "train.batch_size", "train.lr", "train.checkpoint_every", "train.bad_steps", "log.every",
+            "data.crop", "data.max_size", "data.test_short_edge", "model.queries", "model.heads", "model.feedforward",
+            "model.decoder_layers", "model.class_hidden", "clip.expand_ratio", "clip.dense_edge", "prompts.samples_per_class")
 UNIT = ("clip.ensemble_weight", "clip.mask_threshold", "model.dropout", "prompts.momentum", "prompts.warmup_factor",
         "contrast.masked_share", "train.reject")
 COUNTS = ("clip.chunk", "clip.prompt_prefix", "clip.prompt_suffix", "data.workers", "train.eval_every", "train.seed",

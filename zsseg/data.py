@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +18,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from zsseg.config import Config, DataConfig
-from zsseg.datasets import DataSet, dataset, find_pairs, label_statistics, read_labels, read_picture, training_set
+from zsseg.datasets import (
+    DataSet,
+    LabelStatistics,
+    dataset,
+    find_pairs,
+    label_statistics,
+    read_labels,
+    read_picture,
+    training_set,
+)
 from zsseg.losses import Targets
 from zsseg.regions import mask_boxes, region_crops
-from zsseg.run import UserError, seed_of
+from zsseg.run import UserError, say, seed_of
+
+REPLACEMENTS = 100  # samples in a row that may be broken before training stops
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -102,6 +114,16 @@ def ssd_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return image
 
 
+def training_statistics(config: DataConfig, root: Path) -> LabelStatistics:
+    """Which classes the training pictures show; label maps that cannot be read are named, and left out."""
+    statistics = label_statistics(config.name, root, "train", config.workers)
+    for line in statistics.broken[:20]:
+        say(f"left out: {line}")
+    if more := len(statistics.broken[20:]):
+        say(f"left out: {more} more (prepare_data.py {config.name} --check names them)")
+    return statistics
+
+
 class TrainPictures(Dataset):
     """Sample n of an endless stream: the pictures in a fresh order every epoch, augmented.
 
@@ -112,7 +134,7 @@ class TrainPictures(Dataset):
         self.data, self.seed = training_set(config.data), config.train.seed
         pairs, self.lut = find_pairs(config.data.name, root, "train"), self.data.lut(training=True)
         if pseudo is None:
-            shown = label_statistics(config.data.name, root, "train", config.data.workers).pictures_with(self.data.trained)
+            shown = training_statistics(config.data, root).pictures_with(self.data.trained)
             self.pairs = [pairs[i] for i in shown]
         else:  # class ids of all classes, by `zsseg.selftrain`
             self.pairs = [(picture, pseudo / f"{i:06}.png") for i, (picture, _) in enumerate(pairs)]
@@ -136,6 +158,11 @@ class TrainPictures(Dataset):
         picture, mask = augment(image, labels, self.config, self.data.ignore, rng)
         classes = mask.unique().long()
         return picture, mask, classes[classes != self.data.ignore]
+
+    def source(self, n: int) -> str:
+        """The picture that sample n shows."""
+        epoch, i = divmod(n, len(self.pairs))
+        return str(self.pairs[self.order(epoch)[i]][0])
 
 
 def identity(data: DataSet) -> np.ndarray:
@@ -163,7 +190,7 @@ class Regions(Dataset):
     def __init__(self, config: Config, root: Path, resolution: int):
         self.data, self.seed, self.resolution = training_set(config.data), config.train.seed, resolution
         self.pairs, self.lut = find_pairs(config.data.name, root, "train"), self.data.lut(training=True)
-        statistics = label_statistics(config.data.name, root, "train", config.data.workers)
+        statistics = training_statistics(config.data, root)
         rng, few = np.random.default_rng(self.seed), config.prompts.samples_per_class
         self.regions, self.held_out = [], []  # (picture, class)
         for i, category in enumerate(self.data.trained):
@@ -175,9 +202,16 @@ class Regions(Dataset):
             raise UserError(f"data set {config.data.name}", "no training picture shows a class that is trained on", "check it")
 
     def __getitem__(self, n: int) -> tuple[Tensor, int]:
+        return self.crop(*self.region(n), np.random.default_rng(seed_of(self.seed, 6, n)))
+
+    def region(self, n: int) -> tuple[int, int]:
+        """(picture, class) of sample n: all regions in a fresh order every epoch."""
         epoch, i = divmod(n, len(self.regions))
-        return self.crop(*self.regions[np.random.default_rng(seed_of(self.seed, 5, epoch)).permutation(len(self.regions))[i]],
-                         np.random.default_rng(seed_of(self.seed, 6, n)))  # fmt: skip
+        return self.regions[np.random.default_rng(seed_of(self.seed, 5, epoch)).permutation(len(self.regions))[i]]
+
+    def source(self, n: int) -> str:
+        """The picture that sample n shows."""
+        return str(self.pairs[self.region(n)[0]][0])
 
     def crop(self, picture: int, category: int, rng: np.random.Generator | None = None) -> tuple[Tensor, int]:
         """A region as `__getitem__` gives it; without `rng` all of its box, as at inference."""
@@ -251,6 +285,9 @@ class RegionsWithCaptions(Dataset):
             texts.append(self.captions[i][k])
         return torch.cat(crops), texts
 
+    def source(self, n: int) -> str:
+        return f"sample {n}"  # a region of many pictures each
+
 
 def rough_mask(mask: Tensor, rng: np.random.Generator) -> Tensor:
     """A mask [H, W] as a segmenter might propose it: blurred, cut at a random level, never empty."""
@@ -260,28 +297,46 @@ def rough_mask(mask: Tensor, rng: np.random.Generator) -> Tensor:
     return smooth > min(float(rng.uniform(0.15, 0.75)), 0.9 * float(smooth.max()))
 
 
+class Sample(NamedTuple):
+    """A sample, or what became of it: a worker process would turn a UserError into a traceback."""
+    value: object  # None where there is none
+    errors: list[UserError]
+
+
 class Guarded(Dataset):
-    """Hands a UserError over as an item: a worker process would turn it into a traceback."""
-    def __init__(self, samples: Dataset):
-        self.samples = samples
+    """Samples as `Sample`; with `replace`, the next whole one takes the place of a broken one."""
+    def __init__(self, samples: Dataset, replace: bool = False):
+        self.samples, self.tries = samples, REPLACEMENTS + 1 if replace else 1
 
-    def __getitem__(self, n: int) -> object:
-        try:
-            return self.samples[n]
-        except UserError as error:
-            return error
-
-
-def guarded(collate_fn: Callable, samples: list) -> object:
-    errors = [s for s in samples if isinstance(s, UserError)]
-    return errors[0] if errors else collate_fn(samples)
+    def __getitem__(self, n: int) -> Sample:
+        errors = []
+        for k in range(self.tries):
+            try:
+                return Sample(self.samples[n + k], errors)
+            except UserError as error:
+                errors.append(error)
+        return Sample(None, errors)
 
 
-def stream(samples: Dataset, numbers: Iterable[int], batch_size: int, workers: int, collate_fn: Callable = list) -> Iterator:
-    """Batches of the samples with these numbers, in order."""
-    loader = DataLoader(Guarded(samples), batch_size, sampler=numbers, num_workers=min(workers, os.cpu_count() or 1),
-                        collate_fn=functools.partial(guarded, collate_fn), pin_memory=torch.cuda.is_available())  # fmt: skip
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
+def guarded(collate_fn: Callable, samples: list[Sample]) -> tuple[object, list[UserError]]:
+    errors = [error for sample in samples for error in sample.errors]
+    whole = all(sample.value is not None for sample in samples)
+    return collate_fn([sample.value for sample in samples]) if whole else None, errors
+
+
+def stream(samples: Dataset, numbers: Iterable[int], batch_size: int, workers: int, collate_fn: Callable = list,
+           broken: Callable[[UserError], None] | None = None) -> Iterator:  # fmt: skip
+    """Batches of the samples with these numbers, in order.
+
+    A broken sample raises its UserError. With `broken`, that gets the error, and the next sample of the (endless) stream is
+    taken instead: still a function of the number alone. Too many broken ones in a row are an error all the same.
+    """
+    loader = DataLoader(Guarded(samples, broken is not None), batch_size, sampler=numbers,
+                        num_workers=min(workers, os.cpu_count() or 1), collate_fn=functools.partial(guarded, collate_fn),
+                        pin_memory=torch.cuda.is_available())  # fmt: skip
+    for batch, errors in loader:
+        for error in errors if broken else ():
+            broken(error)
+        if batch is None:
+            raise errors[-1]
         yield batch

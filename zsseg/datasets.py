@@ -187,6 +187,7 @@ class LabelStatistics:
     image: np.ndarray  # int32, one entry for each class of each picture
     category: np.ndarray  # int32, 0..C
     pixels: np.ndarray  # int64
+    broken: np.ndarray  # a line for each label map that cannot be read, which counts as empty
 
     def histogram(self, classes: int) -> np.ndarray:
         """Pixels of each class and, last, of the ignore value: int64 [classes + 1]."""
@@ -219,17 +220,29 @@ def count_classes(file: Path, data: DataSet, tables: tuple[np.ndarray, ...], siz
 
 
 def count_split(pairs: list, count: Callable, workers: int, name: str) -> LabelStatistics:
-    """The statistics of (picture, label map) pairs by `count`, which gives a pair's rows as `count_classes` does."""
-    rows = list(parallel(count, pairs, workers, name))
+    """The statistics of (picture, label map) pairs by `count`, which gives a pair's rows as `count_classes` does.
+
+    What it raises as UserError is listed, and the pair counts as empty.
+    """
+    broken = []
+
+    def attempt(pair: tuple[Path, Path]) -> np.ndarray:
+        try:
+            return count(pair)
+        except UserError as error:
+            broken.append(str(error))
+            return np.empty((0, 2), np.int64)
+
+    rows = list(parallel(attempt, pairs, workers, name))
     table = np.concatenate([np.empty((0, 2), np.int64), *rows])
     image = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
-    return LabelStatistics(image, table[:, 0].astype(np.int32), table[:, 1])
+    return LabelStatistics(image, table[:, 0].astype(np.int32), table[:, 1], np.array(sorted(broken), str))
 
 
 def label_statistics(name: str, root: Path, split: str, workers: int = 4) -> LabelStatistics:
     """The statistics of a split: from the cache while files and tables are the same, else counted now.
 
-    The cache lies beside the data, below $ZSSEG_CACHE where that cannot be written. Raises UserError for a bad file.
+    The cache lies beside the data, below $ZSSEG_CACHE where that cannot be written.
     """
     data, pairs = dataset(name), find_pairs(name, root, split)
     tables, folder = (data.lut(), data.lut(training=True)), data.folder(root)
@@ -263,7 +276,7 @@ def read_statistics(file: Path, version: str, changed: int) -> LabelStatistics |
     try:
         with np.load(file, allow_pickle=False) as content:
             if str(content["version"]) == version and file.stat().st_mtime_ns >= changed:
-                return LabelStatistics(*(content[k] for k in ("image", "category", "pixels")))
+                return LabelStatistics(*(content[k] for k in ("image", "category", "pixels", "broken")))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # absent, from another version of the program, or broken: as good as none
     return None

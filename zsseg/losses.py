@@ -42,13 +42,13 @@ def matching_cost(logits: Tensor, masks: Tensor, targets: Targets, focal_weight:
     return matching.matching_cost(logits, masks, labels, targets.classes, focal_weight, dice_weight)
 
 
-def assign(cost: Tensor, counts: Tensor) -> Tensor:
+def assign(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Minimum-cost assignment per layer and picture: cost [L, B, Q, T] -> the query of each target, int64 [L, B, T].
 
     -1 where a target is padding, or is left without a query because there are fewer queries than targets. Costs that are
-    not finite count as a million; the loss itself shows what was not finite.
+    not finite count as a million; bool [L, B] says where there were any.
     """
-    return assignment(cost, counts)[0]
+    return assignment(cost, counts)
 
 
 def normalizers(counts: Tensor, queries: int, no_object_weight: float, process: Process) -> Tensor:
@@ -84,14 +84,15 @@ def segmentation_losses(logits: Tensor, masks: Tensor, targets: Targets, scales:
     """The weighted loss terms of every decoder layer: {"class": [L], "focal": [L], "dice": [L]}; their sum is the loss.
 
     logits [L, B, Q, C+1], masks [L, B, Q, h, w], `scales` [2] from `normalizers`. A batch without targets still gives every
-    output a gradient. Nothing is read by the host, so that torch.compile takes it whole and a GPU never waits.
+    output a gradient. A matching cost that is not finite makes the loss NaN. Nothing is read by the host, so that
+    torch.compile takes it whole and a GPU never waits.
     """
     num_masks, weights = scales
     masks = masks.contiguous()  # once for all operators: the network's product leaves [B, L, Q, h, w] in memory
     with torch.no_grad():
-        matched = assign(matching_cost(logits, masks, targets, focal_weight, dice_weight), targets.counts)
+        matched, bad = assign(matching_cost(logits, masks, targets, focal_weight, dice_weight), targets.counts)
     focal, dice = mask_losses(masks, matched, targets, num_masks)
-    unused = 0 * masks.float().mean((1, 2, 3, 4))
+    unused = torch.where(bad.any(1), torch.nan, 0.0) * masks.float().mean((1, 2, 3, 4))
     return {
         "class": class_loss(logits, matched, targets.classes, no_object_weight, weights),
         "focal": focal_weight * focal + unused,

@@ -18,12 +18,16 @@ from zsseg.run import Process, progress, replacing
 from zsseg.segmenter import Proposals, Segmenter
 from zsseg.views import label_map, segment_views
 
+PIXELS = 2**24  # of a picture that are counted at once
+
 
 def confusion(labels: Tensor, predicted: Tensor, classes: int, ignore: int) -> Tensor:
     """Pixel counts int64 [C, C], rows true classes, columns predicted ones; `ignore` pixels are left out."""
-    known = labels != ignore
-    index = labels[known] * classes + predicted[known]
-    return torch.bincount(index, minlength=classes * classes).view(classes, classes)
+    matrix = torch.zeros(classes * classes, dtype=torch.int64, device=labels.device)
+    for true, found in zip(labels.flatten().split(PIXELS), predicted.flatten().split(PIXELS), strict=True):
+        known = true != ignore
+        matrix += torch.bincount(true[known] * classes + found[known], minlength=classes * classes)
+    return matrix.view(classes, classes)
 
 
 def summarize(matrix: Tensor, data: DataSet) -> dict:
@@ -92,7 +96,7 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
             if save_predictions:
                 save_label_map(predicted, out / "predictions" / f"{stem}.png", C)
             if process.is_main and len(samples) < 8:
-                samples.append((images[0].cpu(), labels.where(labels != data.ignore, C).cpu(), predicted.cpu()))
+                samples.append(column(images[0].cpu(), labels.where(labels != data.ignore, C).cpu(), predicted.cpu(), C))
     seconds = torch.tensor(time.perf_counter() - started, device=process.device, dtype=torch.float64)
     if compare and not numbers:  # more processes than pictures
         regions_too = config.clip.ensemble and config.model.proposals
@@ -110,7 +114,8 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
             seen, unseen = (100 * r / max(n, 1) for r, n in zip(right, total, strict=True))
             result["clip_true_masks"] |= {"accuracy_seen": seen, "accuracy_unseen": unseen}
     if out is not None and process.is_main:
-        save_grid(samples, out / "samples.png", C)
+        with replacing(out / "samples.png") as temporary:
+            Image.fromarray(np.concatenate(samples, 1)).save(temporary, "PNG")
     return result
 
 
@@ -168,17 +173,13 @@ def palette(count: int) -> np.ndarray:
     return np.concatenate([(255 * rgb).astype(np.uint8), np.zeros((1, 3), np.uint8)])
 
 
-def save_grid(samples: list[tuple[Tensor, Tensor, Tensor]], path: Path, classes: int, height: int = 160) -> None:
-    """Rows of picture, truth (`classes` where ignored) and prediction."""
-    colours = palette(classes)
-    columns = []
-    for image, labels, predicted in samples:
-        parts = [image.permute(1, 2, 0).numpy()]
-        parts += [colours[labels.numpy()], colours[predicted.numpy()]]
-        width = max(round(height * image.shape[2] / image.shape[1]), 1)
-        columns.append(np.concatenate([np.array(Image.fromarray(p).resize((width, height), 0)) for p in parts]))
-    with replacing(path) as temporary:
-        Image.fromarray(np.concatenate(columns, 1)).save(temporary, "PNG")
+def column(image: Tensor, labels: Tensor, predicted: Tensor, classes: int, height: int = 160) -> np.ndarray:
+    """Picture, truth (`classes` where ignored) and prediction below one another, each `height` pixels high."""
+    colours, width = palette(classes), max(round(height * image.shape[2] / image.shape[1]), 1)
+    small = lambda array: np.array(Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST))
+    kind = np.uint8 if classes <= 255 else np.int32
+    maps = [colours[small(m.numpy().astype(kind))] for m in (labels, predicted)]
+    return np.concatenate([small(image.permute(1, 2, 0).numpy()), *maps])
 
 
 def save_label_map(predicted: Tensor, path: Path, classes: int) -> None:

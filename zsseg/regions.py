@@ -8,6 +8,7 @@ from kernels import region_crop as kernel
 from kernels.mask_pool import mask_pool
 from zsseg import clip as clip_module
 from zsseg.clip import CLIP
+from zsseg.run import out_of_memory, say
 
 
 def mask_boxes(masks: Tensor, expand_ratio: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -95,18 +96,28 @@ def classify_crops(clip: CLIP, crops: Tensor, text: Tensor, chunk: int = 0, few_
 
     `chunk` crops go through CLIP at once; 0: 100 of 224 x 224 on a GPU, 8 on a CPU. With `few_sizes`, for a compiled CLIP,
     the last chunk is filled up to a whole, a half, a quarter or an eighth of `chunk`.
+    Where memory ends, chunks are halved for good.
     """
     if not len(crops):
         return text.new_zeros(0, len(text))
     chunk = chunk or max((100 if crops.is_cuda else 8) * 224**2 // crops.shape[-1] ** 2, 1)
+    chunk = min(chunk, clip.most_crops or chunk)
     chunk = min(chunk, 128) if few_sizes else chunk  # the largest program need not serve more crops than there are queries
-    features = []
-    for part in crops.split(chunk):
+    features, done = [], 0
+    while done < len(crops):
+        part = crops[done : done + chunk]
         count = len(part)
         if few_sizes:
             size = min(s for s in (chunk, chunk // 2, chunk // 4, chunk // 8) if s >= count)
             part = F.pad(part, (0, 0, 0, 0, 0, 0, 0, size - count))
-        features.append(clip.encode_image(part)[:count].float())
+        try:
+            features.append(clip.encode_image(part)[:count].float())
+            done += count
+        except RuntimeError as error:
+            if chunk == 1 or not out_of_memory(error):
+                raise
+            chunk = clip.most_crops = chunk // 2
+            say(f"out of memory: {chunk} crops at once from here on")
     features = torch.cat(features)
     with torch.autocast(text.device.type, enabled=False):
         return 100 * F.normalize(features, dim=-1) @ text.float().T

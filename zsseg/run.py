@@ -4,10 +4,13 @@ import argparse
 import contextlib
 import json
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,10 @@ from tqdm import tqdm
 if (features := Path("/proc/cpuinfo")).exists() and "avx512f" in features.read_text():
     os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+
+
+GRACE = 2  # seconds: torchrun ends the other processes sooner once the first has failed
+PATIENCE = timedelta(hours=1)  # for processes that wait while one prepares data; a dead one is noticed at once
 
 
 class UserError(Exception):
@@ -47,6 +54,8 @@ def command(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(GRACE)  # all processes tend to meet the same error: one line is enough
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     finally:
@@ -86,6 +95,10 @@ class Process:
             dist.all_reduce(tensor)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so; the devices are not waited for."""
+        return bool(self.sum(torch.tensor(float(flag))))
+
     def in_turn(self, build: Callable):
         """build() here, after the first process has done it, so that the others find what it caches."""
         if not self.is_main:
@@ -124,7 +137,7 @@ def start(device: str = "auto") -> Process:
         torch.cuda.set_device(local)
         torch.backends.cudnn.allow_tf32 = False  # where bf16 is off, fp32 means fp32
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
     return Process(torch.device(kind, local) if kind == "cuda" else torch.device(kind), rank, world)
 
 
@@ -140,10 +153,10 @@ def seed_of(*numbers: int) -> int:
 
 
 @contextlib.contextmanager
-def replacing(path: Path):
-    """Yield a temporary path beside `path`; it takes the name only when the block ends without an error.
+def replacing(path: Path, previous: Path | None = None):
+    """Yield a temporary path beside `path`; it takes the name only when the block ends without an error and is on the disk.
 
-    Raises UserError where the file system refuses.
+    With `previous`, the file that is there takes that name. Raises UserError where the file system refuses.
     """
     temporary = path.with_name(f".{path.name}.tmp")  # one name: what a kill leaves, the next try replaces
     try:
@@ -151,12 +164,32 @@ def replacing(path: Path):
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+        if previous:  # the names, too, must outlive a power cut
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except OSError as error:
         raise UserError(f"file {path}", f"cannot be written ({error.strerror})", "check the folder and the disk") from None
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device or the host had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def commit() -> str:
+    """The version of this program as git tells it, with "-dirty" where files were changed; "" where there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def progress(items: Iterable, name: str, total: int, show: bool = True) -> Iterator:
@@ -187,10 +220,12 @@ class Log:
         self.wandb, self.run_id = None, run_id
         if not process.is_main:
             return
-        # A resumed run repeats the steps after its checkpoint: forget what was logged about them, and a line cut short.
+        # A resumed run repeats the steps after its checkpoint (after the last one: the evaluation): forget what was logged
+        # about them, and a line cut short.
         lines = self.file.read_text().split("\n")[:-1] if step and self.file.exists() else []
+        again = lambda line: line["step"] > step or (step == config["train"]["steps"] == line["step"] and "loss" not in line)
         with replacing(self.file) as file:
-            file.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+            file.write_text("".join(line + "\n" for line in lines if not again(json.loads(line))))
         if config["log"]["wandb"] != "disabled":
             self.wandb = start_wandb(config, folder, run_id)
             self.run_id = self.wandb.id

@@ -26,7 +26,7 @@ PROMPTS = ["train.py", "--config", "configs/voc_prompts.toml", "data.name=shapes
 RUNS = {
     "base": ([*SHAPES, "train.seed={seed}"], ()),
     "plain": ([*SHAPES, "train.seed={seed}", "clip.weights={out}/plain.pt"], ()),
-    "pixel": ([*SHAPES, "train.seed={seed}", "model.proposals=false", "clip.dense_edge=64"], ()),
+    "pixel": ([*SHAPES, "train.seed={seed}", "model.proposals=false", "clip.dense_edge=64", "train.steps=2850"], ()),
     "self": ([*SHAPES, "train.seed={seed}", "data.train_on=all", "train.teacher={out}/base_{seed}/last.pt"], ("base",)),
 }
 # Evaluations of trained models: {name: (training, settings)}

@@ -1,0 +1,238 @@
+"""Kill the commands at random moments, let them go on, and compare with a life that nobody disturbed.
+
+    python -m tests.kills --kills 100 [--job segment|prompts|clip|prepare] [--seed 0]
+
+Lives end by SIGKILL at a random moment, by SIGKILL while a checkpoint (or a picture) is being written, or by SIGTERM or
+SIGUSR1, after which training must have saved and left with code 0. A life that came to its end is compared, and another run
+begins. Every life is a fork of a process that has imported everything and computed nothing, so that it starts at once.
+"""
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 120  # seconds that a life may take
+COMMON = ["log.every=1", "data.workers=1", "train.checkpoint_every=3"]
+SMALL = [*COMMON, "data.crop=64", "data.short_edges=[64]", "data.test_short_edge=64", "train.batch_size=2"]
+JOBS = {  # name: (configuration, settings)
+    "segment": ("shapes", [*SMALL, "train.steps=60", "model.queries=8", "model.decoder_layers=1", "eval.compare=false"]),
+    "prompts": ("voc_prompts", [*SMALL, "train.steps=60", "data.name=shapes", "data.split=test", "train.seeds=[0,1]",
+                                "clip.weights={root}/shapes/clip.pt", "clip.prompt_prefix=4"]),
+    "clip": ("shapes_clip", [*COMMON, "train.steps=30", "contrast.groups=2"]),
+}  # fmt: skip
+
+
+@dataclass
+class Lives:
+    """How the lives of a job ended."""
+    ends: Counter = field(default_factory=Counter)
+    written: int = 0  # of those killed, how many left a file half written
+    runs: int = 0  # that came to their end
+
+
+def fork(action, log: Path) -> int:
+    """Run action() in a child whose output goes to `log`; its process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        action()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def wait(child: int, seconds: float) -> int | None:
+    """The child's exit code (negative: a signal), None where it still lives after `seconds`."""
+    end = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.0005)
+
+
+def life(action, folder: Path, log: Path, way: str, seconds: float) -> tuple[int, bool]:
+    """One life that ends by itself or `way`: after `seconds` or, "write", once a temporary file is there."""
+    child = fork(action, log)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if (code := wait(child, 0)) is not None:
+            return code, False
+        if way == "write" and any(True for _ in folder.rglob(".*.tmp")):
+            break
+        time.sleep(0.0003)
+    number = {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1}.get(way, signal.SIGKILL)
+    os.kill(child, number)
+    code = wait(child, LIMIT)
+    if code is None:
+        os.kill(child, signal.SIGKILL)
+        raise AssertionError(f"{way}: still there after {LIMIT} s")
+    return code, any(True for _ in folder.rglob(".*.tmp"))
+
+
+def torment(action, folder: Path, log: Path, kills: int, rng: random.Random, seconds: float, ways: list[str]) -> Lives:
+    """Disturb at most `kills` lives until one ends by itself. `seconds`: how long an undisturbed one takes."""
+    lives = Lives()
+    while lives.ends.total() < kills:
+        way = rng.choice(ways)
+        code, half = life(action, folder, log, way, rng.uniform(0.02, 1) * seconds)
+        # A signal that comes before or after the training loop ends the process as ever: nothing is at stake there.
+        assert code in (0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGUSR1), f"{way}: exit code {code}, see {log}"
+        if code == 0 and not log.read_text().rstrip().endswith("--resume goes on"):
+            return lives
+        lives.ends[f"{way}, {'saved and left' if code == 0 else 'dead'}"] += 1
+        lives.written += half
+    assert wait(fork(action, log), LIMIT) == 0, f"see {log}"
+    return lives
+
+
+def training(job: str, root: Path, out: Path):
+    """The command of a training job, as a user would type it after whatever became of the last one."""
+    import train
+    from zsseg import run
+
+    name, settings = JOBS[job]
+    words = ["--config", str(ROOT / "configs" / f"{name}.toml"), "--root", str(root), "--out", str(out), "--device", "cpu"]
+    words += [x for setting in settings for x in ("--set", setting)]
+
+    def action() -> None:
+        there = (out / "last.pt").exists() or (out / "previous.pt").exists()
+        sys.argv = ["train.py", *words, *(["--resume"] if there else [])]
+        run.command(train.main)
+
+    return action
+
+
+def preparing(root: Path):
+    import prepare_data
+    from zsseg import run, shapes
+    from zsseg.config import load_config
+
+    shapes.SPLITS = {"clip": 60, "train": 30, "val": 3, "test": 3}
+    short = ["train.steps=12", "train.checkpoint_every=2", "contrast.groups=1"]
+    prepare_data.load_config = lambda file, settings: load_config(file, [*settings, *short])
+
+    def action() -> None:
+        sys.argv = ["prepare_data.py", "shapes", "--root", str(root), "--workers", "1"]
+        run.command(prepare_data.main)
+
+    return action
+
+
+def same(a: object, b: object, path: str = "") -> None:
+    """Raises AssertionError where two checkpoints differ by a single bit; times and run ids are not in them."""
+    import torch
+
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{path}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def compare_runs(a: Path, b: Path) -> None:
+    """Two runs left the same weights, optimizer, settings, and log."""
+    import json
+
+    from zsseg import checkpoint
+
+    for name in ("last.pt", "best.pt"):
+        assert (a / name).exists() == (b / name).exists()
+        if (a / name).exists():
+            same(checkpoint.load(a / name), checkpoint.load(b / name), name)
+    logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (a, b)]
+    for log in logs:
+        for line in log:
+            for key in [k for k in line if k.endswith("images_per_second")]:
+                del line[key]
+    same(*logs, "metrics.jsonl")
+
+
+def compare_trees(a: Path, b: Path) -> None:
+    """Two prepared data sets hold the same files, weights to the bit and everything else to the byte."""
+    from zsseg import checkpoint
+
+    files = [sorted(f.relative_to(root) for f in root.rglob("*") if f.is_file()) for root in (a, b)]
+    assert files[0] == files[1], set(files[0]) ^ set(files[1])
+    for file in files[0]:
+        if file.suffix == ".pt":
+            same(*(checkpoint.load(root / file) for root in (a, b)), str(file))
+        elif file.suffix not in (".npz", ".jsonl"):
+            assert (a / file).read_bytes() == (b / file).read_bytes(), file
+
+
+def trial(job: str, kills: int, seed: int, root: Path, folder: Path) -> Lives:
+    """Disturb a job `kills` times, again from the start whenever it is done, and compare what it leaves each time with an
+    undisturbed one's. Raises AssertionError.
+    """
+    straight, rng, lives = folder / "straight", random.Random(seed), Lives()
+    make = preparing if job == "prepare" else lambda out: training(job, root, out)
+    ways = ["random", "write", "write"] + ([] if job == "prepare" else ["SIGTERM", "SIGUSR1"])
+    straight.mkdir(parents=True)
+    started = time.monotonic()
+    assert wait(fork(make(straight), folder / "straight.log"), LIMIT) == 0, (folder / "straight.log").read_text()
+    seconds = time.monotonic() - started
+    while lives.ends.total() < kills:
+        out = folder / f"disturbed{lives.runs}"
+        out.mkdir()
+        more = torment(make(out), out, folder / f"{out.name}.log", kills - lives.ends.total(), rng, seconds, ways)
+        (compare_trees if job == "prepare" else compare_runs)(straight, out)
+        lives = Lives(lives.ends + more.ends, lives.written + more.written, lives.runs + 1)
+    return lives
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--job", choices=[*JOBS, "prepare"], nargs="+", default=[*JOBS, "prepare"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--root", type=Path, help="a data root with the embedded data set (else a small one is made)")
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is there: no thread pool may exist when lives are forked
+    import train  # noqa: F401  what every life needs
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        root = args.root or folder / "root"
+        if args.root is None:
+            assert wait(fork(preparing(root), folder / "prepare.log"), LIMIT) == 0, (folder / "prepare.log").read_text()
+        for job in args.job:
+            started = time.monotonic()
+            lives = trial(job, args.kills, args.seed, root, folder / job)
+            ends = ", ".join(f"{n} x {end}" for end, n in sorted(lives.ends.items()))
+            print(f"{job}: {args.kills} lives cut short ({ends}; {lives.written} left a file half written), {lives.runs} runs "
+                  f"came to their end, all equal to the bit; {time.monotonic() - started:.0f} s", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

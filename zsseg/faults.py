@@ -1,0 +1,110 @@
+"""What must not waste a run: a signal to stop, steps whose numbers went wrong, broken pictures, a lack of memory."""
+
+import signal
+from collections import deque
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor, nn
+
+from zsseg import checkpoint
+from zsseg.data import Guarded
+from zsseg.run import Log, Process, UserError, say
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+LATE = 2  # steps after which a step's flag is read: the device has long passed it, so that the host need not wait
+
+
+class Stop:
+    """Inside `with`, SIGTERM and SIGUSR1 ask for a stop at the end of the step instead of killing the process."""
+    def __init__(self, process: Process):
+        self.process, self.asked, self.before = process, False, {}
+
+    def __enter__(self) -> "Stop":
+        self.before = {number: signal.signal(number, self.ask) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+    def now(self) -> bool:
+        """Whether any process was asked: they all stop after the same step."""
+        return self.process.any(self.asked)
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The buffers that a forward pass in training changes."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None]
+    return [b for m in norms for b in (m.running_mean, m.running_var, m.num_batches_tracked)]
+
+
+class BadSteps:
+    """Counts the steps whose loss, matching cost or gradient was not finite, names their pictures, and gives up in time.
+
+    Such a step changed nothing (`train.train_step`). The first one's batch, all of it, is kept in OUT/bad_batch.pt: samples
+    follow from their numbers, so it is read once more for that.
+    """
+    def __init__(self, task: object, out: Path, log: Log, process: Process, allowed: int, count: int = 0):
+        self.task, self.out, self.log, self.process, self.allowed = task, out, log, process, allowed
+        self.count, self.in_a_row = count, 0
+        self.waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def add(self, step: int, bad: Tensor) -> None:
+        """The flag (1 or 0, on the device, equal in all processes) of the step that started from `step`."""
+        event, flag = None, bad.to("cpu", non_blocking=True)
+        if bad.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self.waiting.append((step, flag, event))
+        self.read(LATE)
+
+    def read(self, late: int = 0) -> bool:
+        """Look at all flags but the last `late`. Raises UserError after too many in a row; whether the last one was bad."""
+        while len(self.waiting) > late:
+            step, flag, event = self.waiting.popleft()
+            if event is not None:
+                event.synchronize()
+            self.in_a_row = self.in_a_row + 1 if flag else 0
+            if flag:
+                self.record(step)
+        return self.in_a_row > 0
+
+    def record(self, step: int) -> None:
+        self.count += 1
+        numbers = range(step * self.task.batch_size, (step + 1) * self.task.batch_size)
+        names = [self.task.samples.source(n) for n in numbers]
+        say(f"step {step + 1} was skipped, its loss or gradient is not finite ({self.count} so far): {', '.join(names)}")
+        self.log.write(step + 1, skipped=self.count, pictures=names)
+        file = self.out / "bad_batch.pt"
+        if self.process.is_main and not file.exists():
+            samples = Guarded(self.task.samples, replace=True)
+            batch = self.task.collate([samples[n].value for n in numbers])
+            batch = [x if isinstance(x, Tensor | tuple) else vars(x) for x in batch]
+            checkpoint.save(file, step=step, samples=list(numbers), pictures=names, batch=batch)
+        if self.in_a_row >= self.allowed:
+            why = f"loss or gradient not finite in {self.in_a_row} steps in a row, the last one step {step + 1}"
+            raise UserError("training", why, f"look at {file}, lower train.lr; --resume goes on from the checkpoint")
+
+
+class Broken:
+    """Says once a run, by name, which training files are broken; OUT/broken.txt lists them."""
+    def __init__(self, out: Path):
+        self.file, self.known = out / "broken.txt", set()
+
+    def __call__(self, error: UserError) -> None:
+        line = str(error)
+        if line in self.known:
+            return
+        if self.file.exists():  # another process or an earlier part of the run may have said it
+            self.known.update(self.file.read_text(encoding="utf-8").splitlines())
+        if line not in self.known:
+            print(f"broken, the next sample takes its place: {line}", flush=True)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        self.known.add(line)

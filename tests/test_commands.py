@@ -3,17 +3,15 @@
 import dataclasses
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import PROCESS, ROOT, command, fails_in_one_line, tiny_config
+from conftest import ROOT, command, fails_in_one_line, tiny_config
 from PIL import Image
 
 import eval as evaluation
@@ -79,50 +77,6 @@ def test_evaluation_repeats_the_numbers_of_training(trained, shapes_root, tmp_pa
     assert all(np.array(Image.open(m)).shape == (64, 64) and np.array(Image.open(m)).max() < 24 for m in maps)
 
 
-def test_resumed_training_equals_uninterrupted_training(trained, shapes_root, tmp_path, monkeypatch):
-    """Killed after step 2 (the checkpoint interval), resumed: the same weights bit for bit, with workers too."""
-    out = tmp_path / "run"
-    arguments = [*TINY, "--root", str(shapes_root), "--out", str(out), "--set", "data.workers=1"]
-    saves = []
-
-    def save_and_die(path: Path, *previous: Path, **content: object) -> None:
-        original(path, *previous, **content)
-        saves.append(content["step"])
-        if content["step"] == 2:
-            raise KeyboardInterrupt
-
-    original = checkpoint.save
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(checkpoint, "save", save_and_die)
-    with pytest.raises(KeyboardInterrupt):
-        train.main(arguments)
-    monkeypatch.setattr(checkpoint, "save", original)
-    assert saves == [2] and checkpoint.load(out / "last.pt")["step"] == 2
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "loss": 0}\n')  # logged, but after the checkpoint
-    train.main([*arguments[:4], "--root", str(shapes_root), "--out", str(out), "--resume"])  # settings: the checkpoint's
-    assert same(weights(out / "last.pt"), weights(trained / "last.pt"))
-    first, second = (checkpoint.load(p / "last.pt")["optimizer"]["state"] for p in (out, trained))
-    assert all(torch.equal(first[k]["exp_avg_sq"], second[k]["exp_avg_sq"]) for k in second)
-    logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in logged if "loss" in line] == [1, 2, 3, 4] and all(v.get("loss") != 0 for v in logged)
-
-
-def test_the_small_clip_resumes_exactly_too(shapes_root, tmp_path, monkeypatch):
-    config = tiny_config("train.steps=4", "train.checkpoint_every=2", task="clip")
-    kept, original = {}, checkpoint.save
-
-    def save_and_keep(path: Path, *previous: Path, **content: object) -> None:
-        original(path, *previous, **content)
-        kept[content["step"]] = checkpoint.load(path)
-
-    monkeypatch.setattr(checkpoint, "save", save_and_keep)
-    train.train(config, shapes_root, tmp_path / "a", PROCESS, {})
-    train.train(config, shapes_root, tmp_path / "b", PROCESS, kept[2])
-    assert same(checkpoint.load(tmp_path / "b" / "last.pt")["model"], kept[4]["model"])
-    assert not same(kept[2]["model"], kept[4]["model"])
-
-
 def test_supervised_training_needs_no_clip(shapes_root, tmp_path, monkeypatch, capsys):
     """All classes, a linear head, no CLIP file; evaluation too."""
     root = tmp_path / "root"
@@ -140,23 +94,6 @@ def test_supervised_training_needs_no_clip(shapes_root, tmp_path, monkeypatch, c
     words[words.index("data.train_on=all")] = "data.train_on=seen"
     words[words.index(str(tmp_path / "out"))] = str(tmp_path / "other")
     fails(capsys, monkeypatch, train.main, words, "data.train_on", "linear head")
-
-
-def test_two_processes_train_as_one(shapes_root, tmp_path):
-    """The same global batches, losses averaged over both: the same course (batch norm, which is per process, left out)."""
-    settings = [*TINY, "--root", shapes_root]
-    for setting in ("model.backbone=R50", "train.steps=3", "model.dropout=0", "train.lr=1e-4"):
-        settings += ["--set", setting]
-    for n in (1, 2):
-        result = command("train.py", *settings, "--out", tmp_path / str(n), processes=n, env={"OMP_NUM_THREADS": "1"})
-        assert result.returncode == 0, result.stderr
-    logs = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()][:3] for n in "12"]
-    for one, two in zip(*logs, strict=True):
-        for key in ("loss", "class", "focal", "dice", "grad_norm"):
-            assert one[key] == pytest.approx(two[key], rel=1e-3)
-    one, two = weights(tmp_path / "1" / "last.pt"), weights(tmp_path / "2" / "last.pt")
-    apart = torch.cat([(two[k] - v).abs().flatten() for k, v in one.items()])
-    assert (apart > 1e-5).float().mean() < 0.01  # AdamW moves a weight without gradient by the sign of rounding errors
 
 
 def test_compiled_training_runs(shapes_root, tmp_path, monkeypatch):
@@ -181,27 +118,6 @@ def test_wandb_offline_writes_the_run(shapes_root, tmp_path):
     runs = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert len(runs) == 1 and runs[0].stat().st_size > 1000
     assert checkpoint.load(tmp_path / "last.pt")["wandb"] in runs[0].name
-
-
-def test_preparing_shapes_can_be_killed_and_repeated(tmp_path, monkeypatch):
-    """SIGKILL while pictures are written: run again, every file is whole and equals one never interrupted."""
-    script = f"""
-import sys; sys.path.insert(0, {str(ROOT)!r})
-from zsseg import run, shapes
-shapes.SPLITS = {{"clip": 300, "train": 100, "val": 3, "test": 4}}
-shapes.generate(__import__("pathlib").Path(sys.argv[1]))
-"""
-    victim = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "a")])
-    while not list(tmp_path.glob("a/images/clip/*")):
-        time.sleep(0.02)
-    victim.send_signal(signal.SIGKILL)
-    victim.wait()
-    assert not (tmp_path / "a" / "captions.json").exists()
-    for folder in ("a", "b"):
-        subprocess.run([sys.executable, "-c", script, str(tmp_path / folder)], check=True)
-    names, repaired = (sorted(f.relative_to(tmp_path / n) for f in (tmp_path / n).rglob("*") if f.is_file()) for n in "ba")
-    assert len(names) == 2 * 407 + 1 and names == repaired
-    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
 
 
 def test_check_reports_histogram_and_absence_of_unseen_pixels(shapes_root, capsys):

@@ -3,6 +3,7 @@
 No file is ever executed: `weights_only=True`, TorchScript archives read for their tensors, a restricted unpickler.
 """
 
+import contextlib
 import pickle
 import re
 import zipfile
@@ -46,6 +47,8 @@ def load_last(folder: Path) -> dict:
         if not (folder / "previous.pt").exists():
             raise
         content = load(folder / "previous.pt")
+        with contextlib.suppress(OSError):  # out of the way, or the next checkpoint would make it the previous one
+            (folder / "last.pt").rename(folder / "broken.pt")
         run.say(f"{error}: going on from previous.pt, step {content.get('step')}")
         return content
 

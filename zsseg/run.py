@@ -137,7 +137,13 @@ def start(device: str = "auto") -> Process:
         torch.cuda.set_device(local)
         torch.backends.cudnn.allow_tf32 = False  # where bf16 is off, fp32 means fp32
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
+        # torchrun keeps its store over restarts, with the addresses of the dead in it: every start takes a place of its own.
+        # With several machines its count of restarts differs between them; there, its own way must do.
+        store, restarts = None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(f"start {restarts}", next(dist.rendezvous("env://", timeout=PATIENCE))[0])
+        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     return Process(torch.device(kind, local) if kind == "cuda" else torch.device(kind), rank, world)
 
 

@@ -1,0 +1,310 @@
+"""Nothing wastes a run: kills, numbers that are not finite, broken files, processes that die, a lack of memory."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import PROCESS, ROOT, command, fails_in_one_line, tiny_config
+from PIL import Image
+from torch.nn.functional import normalize
+
+import train
+from kernels import semantic_map
+from zsseg import checkpoint, metrics
+from zsseg.clip import CLIP
+from zsseg.datasets import label_statistics
+from zsseg.regions import classify_crops
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(out / "last.pt")["model"]["maskformer"]
+
+
+def test_kills_cost_nothing(shapes_root):
+    """Every training task and the preparation of data; `python -m tests.kills` does it a hundred times each."""
+    result = command("-m", "tests.kills", "--kills", 3, "--root", shapes_root)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("all equal to the bit") == 4, result.stdout
+
+
+def test_a_broken_last_checkpoint_costs_one_interval(shapes_root, tmp_path, capsys):
+    config = tiny_config("train.steps=4", "train.checkpoint_every=1", "eval.compare=false")
+    train.train(config, shapes_root, tmp_path, PROCESS, {})
+    wanted = weights(tmp_path)
+    words = ["--config", str(ROOT / "configs/shapes.toml"), "--root", str(shapes_root), "--out", str(tmp_path), "--resume"]
+    whole = (tmp_path / "last.pt").read_bytes()
+    for content in (whole[: len(whole) // 2], b"", None):
+        (tmp_path / "last.pt").unlink()
+        if content is not None:
+            (tmp_path / "last.pt").write_bytes(content)
+        before = checkpoint.load(tmp_path / "previous.pt")
+        assert before["step"] == 3
+        train.main(words)
+        assert "going on from previous.pt, step 3" in capsys.readouterr().out
+        assert all(torch.equal(v, wanted[k]) for k, v in weights(tmp_path).items())
+        checkpoint.save(tmp_path / "previous.pt", **before)
+
+
+def spoil(monkeypatch, steps: set[int], how: str) -> None:
+    """The numbers of these steps go wrong in the network's output, the gradient, or the loss."""
+    real, count = train.segmentation_losses, iter(range(10**6))
+
+    def losses(logits, masks, *rest):
+        bad = next(count) in steps
+        if bad and how == "masks":
+            masks = masks * torch.inf
+        found = real(logits, masks, *rest)
+        if bad and how == "gradient":
+            found["class"].register_hook(lambda gradient: gradient * torch.nan)
+        if bad and how == "loss":
+            found["class"] = found["class"].detach() + torch.inf  # its gradient is finite
+        return found
+
+    monkeypatch.setattr(train, "segmentation_losses", losses)
+
+
+@pytest.mark.parametrize("how", ["masks", "gradient", "loss"])
+def test_a_bad_step_changes_nothing(how, shapes_root, tmp_path, monkeypatch):
+    """Neither weights nor the optimizer's state nor batch norm's statistics."""
+    spoil(monkeypatch, {1}, how)
+    torch.manual_seed(0)
+    task = train.Segment(tiny_config(), shapes_root, tmp_path, PROCESS)
+    optimizer = train.build_optimizer(task.model.train(), task.config)
+    states = []
+    for step in range(3):
+        batch = task.collate([task.samples[n] for n in range(4 * step, 4 * step + 4)])
+        bad = train.train_step(task, task.model, optimizer, batch, 0.01)[-1]
+        assert bad == (step == 1)
+        states.append([*task.model.state_dict().values(), *(t for s in optimizer.state.values() for t in s.values())])
+        states[-1] = [t.clone() for t in states[-1]]
+    first, second, third = states
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(second, third, strict=True))
+    assert all(t.isfinite().all() for t in third)
+
+
+def test_bad_steps_are_counted_named_and_kept(shapes_root, tmp_path, monkeypatch, capsys):
+    spoil(monkeypatch, {1, 4}, "loss")
+    config = tiny_config("train.steps=6", "train.checkpoint_every=2", "eval.compare=false")
+    train.train(config, shapes_root, tmp_path, PROCESS, {})
+    said = [line for line in capsys.readouterr().out.splitlines() if "was skipped" in line]
+    assert len(said) == 2 and "step 2 was skipped" in said[0] and "2 so far" in said[1] and ".jpg" in said[0]
+    skipped = [line for line in lines(tmp_path) if "skipped" in line]
+    assert [(line["step"], line["skipped"], len(line["pictures"])) for line in skipped] == [(2, 1, 4), (5, 2, 4)]
+    kept = torch.load(tmp_path / "bad_batch.pt", weights_only=True)
+    assert kept["step"] == 1 and kept["samples"] == [4, 5, 6, 7] and kept["pictures"] == skipped[0]["pictures"]
+    assert kept["batch"][0].shape == (4, 3, 64, 64) and kept["batch"][1]["labels"].shape == (4, 64, 64)
+    assert checkpoint.load(tmp_path / "last.pt")["skipped"] == 2
+
+
+def test_too_many_bad_steps_stop_the_run(shapes_root, tmp_path):
+    """A learning rate that blows the weights up: one line, and the checkpoint from before still trains."""
+    words = ["--config", "configs/shapes.toml", "--root", shapes_root, "--out", tmp_path, "--device", "cpu"]
+    settings = ["train.steps=60", "train.batch_size=2", "train.checkpoint_every=1", "train.bad_steps=5", "data.workers=0",
+                "data.crop=64", "data.short_edges=[64]", "data.test_short_edge=64", "train.lr=1e30"]  # fmt: skip
+    result = command("train.py", *words, *(x for s in settings for x in ("--set", s)))
+    fails_in_one_line(result, "not finite in 5 steps in a row", "--resume")
+    saved = checkpoint.load(tmp_path / "last.pt")
+    assert saved["step"] < 5 and (tmp_path / "bad_batch.pt").exists()
+    values = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(v) for line in values for v in line.values() if isinstance(v, float))
+
+
+# --- broken training files ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken_root(shapes_root, tmp_path) -> Path:
+    root = tmp_path / "root"
+    shutil.copytree(shapes_root, root)
+    (root / "shapes" / "images" / "train" / "train00003.jpg").write_bytes(b"junk")
+    (root / "shapes" / "labels" / "train" / "train00006.png").write_bytes(b"")
+    return root
+
+
+def test_a_broken_training_file_is_named_once_and_replaced(broken_root, tmp_path, capfd):
+    """The same whatever reads it, and the label map that cannot be counted is left out."""
+    results = []
+    for workers in (0, 2):
+        out = tmp_path / str(workers)
+        config = tiny_config("train.steps=6", "eval.compare=false", f"data.workers={workers}")
+        train.train(config, broken_root, out, PROCESS, {})
+        results.append(weights(out))
+        text = capfd.readouterr().out
+        for event, file in (("the next sample takes its place", "train00003.jpg"), ("left out: ", "train00006.png")):
+            assert [file in line for line in text.splitlines() if event in line] == [True]
+        assert "train00003.jpg" in (out / "broken.txt").read_text()
+    assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())
+    statistics = label_statistics("shapes", broken_root, "train")
+    assert len(statistics.broken) == 1 and not (statistics.image == 6).any()
+
+
+def test_only_broken_training_pictures(broken_root, tmp_path, capsys):
+    for file in (broken_root / "shapes" / "images" / "train").iterdir():
+        file.write_bytes(b"junk")
+    with pytest.raises(train.run.UserError, match="cannot be read"):
+        train.train(tiny_config(), broken_root, tmp_path / "out", PROCESS, {})
+    assert len((tmp_path / "out" / "broken.txt").read_text().splitlines()) == 9  # every one of those that are drawn
+
+
+# --- many processes ----------------------------------------------------------------------------------------------
+
+FOLDER = tempfile.TemporaryDirectory()
+R50 = Path(FOLDER.name) / "r50.pth"
+PAIR = ["--config", "configs/shapes.toml", "--device", "cpu"]  # R50 has no batch statistics, which are per process
+for setting in ("train.batch_size=4", "train.steps=20", "train.checkpoint_every=2", "log.every=1", "data.workers=0",
+                "data.crop=64", "data.short_edges=[64]", "data.test_short_edge=64", "model.queries=8", "model.dropout=0",
+                "model.decoder_layers=1", "model.backbone=R50", f"model.weights={R50}",
+                "train.lr=1e-5", "eval.compare=false"):  # fmt: skip
+    PAIR += ["--set", setting]
+
+
+@pytest.fixture(scope="module")
+def pair(shapes_root, tmp_path_factory) -> Path:
+    """Twenty steps of the same run by one process and by two, side by side."""
+    out = tmp_path_factory.mktemp("pair")
+    calm = torchvision.models.resnet50()  # untrained and without batch statistics, residuals would grow from block to block
+    for name, norm in calm.named_modules():
+        if name.endswith("bn3"):
+            norm.weight.data.fill_(0.2)
+    torch.save(calm.state_dict(), R50)
+    starts = [[sys.executable], TORCHRUN]
+    runs = [subprocess.Popen([*start, "train.py", *PAIR, "--root", str(shapes_root), "--out", str(out / name)], cwd=ROOT,
+                             env=os.environ | {"OMP_NUM_THREADS": "1"}) for start, name in zip(starts, "12", strict=True)]
+    assert [run.wait(200) for run in runs] == [0, 0]
+    return out
+
+
+def test_two_processes_train_as_one(pair, shapes_root):
+    """The same global batches; losses and normalisers averaged over both."""
+    one, two = (lines(pair / name)[:20] for name in "12")
+    for a, b in zip(one, two, strict=True):
+        for key in ("loss", "class", "focal", "dice"):
+            assert b[key] == pytest.approx(a[key], rel=1e-5), (a["step"], key)
+    torch.manual_seed(train.run.seed_of(0, 0))
+    start = train.Segment(train.load_config(str(ROOT / PAIR[1]), PAIR[5::2]), shapes_root, pair, PROCESS).model.state_dict()
+    one, two = weights(pair / "1"), weights(pair / "2")
+    moved = max(float((v - start[k]).abs().max()) for k, v in one.items())
+    apart = max(float((v - two[k]).abs().max()) for k, v in one.items())
+    assert apart < 1e-5 < 1e-4 < moved, (apart, moved)
+
+
+def workers_of(torchrun: subprocess.Popen) -> list[int]:
+    """The processes that torchrun started."""
+    file = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children")
+    found = [int(pid) for pid in file.read_text().split()]
+    return [pid for pid in found if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def at_step(out: Path, step: int, run: subprocess.Popen) -> None:
+    """Wait until a run has logged a step."""
+    end = time.monotonic() + 120
+    while time.monotonic() < end and run.poll() is None:
+        if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count('"loss"') >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(run.communicate())
+
+
+def start_two(shapes_root: Path, out: Path, *options: str, settings: tuple[str, ...] = ()) -> subprocess.Popen:
+    words = [*TORCHRUN, *options, "train.py", *PAIR, "--root", str(shapes_root), "--out", str(out)]
+    words += [x for setting in settings for x in ("--set", setting)]
+    return subprocess.Popen(words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def test_a_dead_process_takes_the_run_down_or_restarts_it(pair, shapes_root, tmp_path):
+    """With --max-restarts the run goes on from its checkpoint, to the weights of the one that nobody killed."""
+    run = start_two(shapes_root, tmp_path / "run", "--max-restarts=1")
+    at_step(tmp_path / "run", 5, run)
+    os.kill(workers_of(run)[1], signal.SIGKILL)
+    output, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    assert "resuming" in output and "exitcode: -9" in errors
+    assert all(torch.equal(v, weights(pair / "2")[k]) for k, v in weights(tmp_path / "run").items())
+    steps = [line["step"] for line in lines(tmp_path / "run") if "loss" in line]
+    assert steps == list(range(1, 21))
+    # Without restarts, and on another number of processes: the global batches stay the same.
+    run = start_two(shapes_root, tmp_path / "other")
+    at_step(tmp_path / "other", 3, run)
+    started = time.monotonic()
+    os.kill(workers_of(run)[0], signal.SIGKILL)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and "Signal 9" in errors and time.monotonic() - started < 40
+    result = command("train.py", *PAIR[:4], "--root", shapes_root, "--out", tmp_path / "other", "--resume")
+    assert result.returncode == 0, result.stderr
+    for a, b in zip(lines(pair / "2")[:20], lines(tmp_path / "other")[:20], strict=True):
+        assert b["step"] == a["step"] and b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+
+
+def test_processes_stop_together_and_need_no_targets(shapes_root, tmp_path):
+    """Most crops show no class that is trained on: batches of a process, or of all, are without targets. Then a signal to one
+    process makes both save and leave with 0.
+    """
+    root = tmp_path / "root"
+    shutil.copytree(shapes_root, root)
+    for file in (root / "shapes" / "labels" / "train").iterdir():
+        labels = np.full((64, 64), 255, np.uint8)
+        labels[0, 0] = 0
+        Image.fromarray(labels).save(file)
+    run = start_two(root, tmp_path / "run", settings=("data.crop=32", "train.steps=5000", "train.checkpoint_every=5000"))
+    at_step(tmp_path / "run", 4, run)
+    os.kill(workers_of(run)[1], signal.SIGUSR1)
+    output, errors = run.communicate(timeout=60)
+    assert run.returncode == 0 and "stopped as asked" in output, errors
+    logged = lines(tmp_path / "run")
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == logged[-1]["step"] == len(logged)
+    assert all(np.isfinite(line["loss"]) for line in logged) and any(line["dice"] == 0 for line in logged)
+
+
+# --- memory ------------------------------------------------------------------------------------------------------
+
+
+def test_chunks_shrink_where_memory_ends(small_clip, monkeypatch, capsys):
+    """A limit of four crops at once, as a full device would set it; then nothing is tried that failed before."""
+    crops = torch.randn(21, 3, 32, 32)
+    text = normalize(torch.randn(5, 64), dim=-1)
+    wanted, real, sizes = classify_crops(small_clip, crops, text, 16), CLIP.encode_image, []
+
+    def limited(self: CLIP, pictures: torch.Tensor, **options: bool) -> torch.Tensor:
+        sizes.append(len(pictures))
+        if len(pictures) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, pictures, **options)
+
+    monkeypatch.setattr(CLIP, "encode_image", limited)
+    for _ in range(2):
+        assert torch.allclose(classify_crops(small_clip, crops, text, 16), wanted, atol=1e-4)
+    assert sizes == [16, 8, *2 * [4, 4, 4, 4, 4, 1]] and capsys.readouterr().out.count("out of memory") == 2
+    monkeypatch.setattr(CLIP, "encode_image", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("always")))
+    with pytest.raises(torch.OutOfMemoryError):
+        classify_crops(small_clip, crops, text, 16)
+
+
+def test_label_maps_in_pieces_are_the_same(monkeypatch):
+    torch.manual_seed(0)
+    logits, classes = torch.randn(6, 8, 12), torch.rand(6, 11)
+    whole = semantic_map.plain_semantic_map(logits, classes, (30, 45), (61, 37), False)[0]
+    monkeypatch.setattr(semantic_map, "BUDGET", 4 * 61 * 37 * 3)  # three classes at once
+    assert torch.equal(semantic_map.plain_semantic_map(logits, classes, (30, 45), (61, 37), False)[0], whole)
+    labels, found = torch.randint(0, 11, (61, 37)), whole
+    labels[:3] = 255
+    matrix = metrics.confusion(labels, found, 11, 255)
+    monkeypatch.setattr(metrics, "PIXELS", 100)
+    assert torch.equal(metrics.confusion(labels, found, 11, 255), matrix) and matrix.sum() == 58 * 37

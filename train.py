@@ -269,10 +269,10 @@ def main(argv: list[str]) -> None:
     saved = checkpoint.load_last(out) if args.resume or (again and there) else {}
     if not saved and there:
         raise run.UserError(f"output {out}", "holds a run already", "add --resume, or give another --out")
+    if saved and not checkpoint.is_run(saved):
+        raise run.UserError(f"checkpoint {out / 'last.pt'}", "is not one of a training run", "give another --out")
     config = load_config(None if saved else args.config, args.set, saved.get("config"))
     if saved:
-        if not isinstance(saved.get("step"), int) or not isinstance(saved.get("optimizer"), dict):
-            raise run.UserError(f"checkpoint {out / 'last.pt'}", "is not one of a training run", "give another --out")
         run.say(f"resuming {out} at step {saved['step']} of {config.train.steps}, with the configuration in it and --set")
         if saved.get("commit") != run.commit():
             run.say(f"the program has changed since: {saved.get('commit') or 'unknown'} -> {run.commit() or 'unknown'}")
@@ -292,7 +292,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
         bases = [group["base"] for group in optimizer.param_groups]
         try:
             optimizer.load_state_dict(saved["optimizer"])
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise run.UserError(f"checkpoint {out / 'last.pt'}", f"cannot resume ({error})", "undo the last --set") from None
         for group, base in zip(optimizer.param_groups, bases, strict=True):
             group["base"] = base

@@ -18,11 +18,19 @@ BUDGET = 2**28  # bytes of score maps that the plain label map holds at once
 
 def reference(logits: Tensor, classes: Tensor, cut: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """logits [Q, h, w], classes [Q, C], network-input size before padding `cut`, original size -> scores [C, *size]."""
-    H, W = cut
+    return scores_of(reference_masks(logits, cut), classes, size)
+
+
+def reference_masks(logits: Tensor, cut: tuple[int, int]) -> Tensor:
+    """The sigmoids at network-input size: [Q, h, w] -> [Q, *cut]."""
     padded = (STRIDE * logits.shape[1], STRIDE * logits.shape[2])
-    kind = torch.promote_types(logits.dtype, torch.float32)
-    masks = F.interpolate(logits[None].to(kind), padded, mode="bilinear", align_corners=False)[0, :, :H, :W].sigmoid()
-    scores = torch.einsum("qc,qhw->chw", classes.to(kind), masks)
+    logits = logits[None].to(torch.promote_types(logits.dtype, torch.float32))
+    return F.interpolate(logits, padded, mode="bilinear", align_corners=False)[0, :, : cut[0], : cut[1]].sigmoid()
+
+
+def scores_of(masks: Tensor, classes: Tensor, size: tuple[int, int]) -> Tensor:
+    """masks [Q, H, W], classes [Q, C] -> [C, *size]."""
+    scores = torch.einsum("qc,qhw->chw", classes.to(masks.dtype), masks)
     return F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
 
 
@@ -120,17 +128,16 @@ def semantic_map(logits: Tensor, classes: Tensor, cut: list[int], size: list[int
 
 @semantic_map.register_kernel("cpu")
 def plain_semantic_map(logits, classes, cut, size, want_scores):
-    C = classes.shape[1]
+    C, masks = classes.shape[1], reference_masks(logits, tuple(cut))
     tile = C if want_scores else max(BUDGET // (4 * max(cut[0] * cut[1], size[0] * size[1])), 1)
-    if tile >= C:
-        scores = reference(logits, classes, tuple(cut), tuple(size))
-        return scores.argmax(0), scores if want_scores else scores.new_empty(0)
-    best, labels = logits.new_full(size, -1.0, dtype=torch.float32), logits.new_zeros(size, dtype=torch.int64)
+    best, labels = masks.new_full(size, -1.0), masks.new_zeros(size, dtype=torch.int64)
     for first in range(0, C, tile):
-        value, index = reference(logits, classes[:, first : first + tile], tuple(cut), tuple(size)).max(0)
-        better = value > best
-        labels[better] = index[better] + first
-        best = torch.maximum(best, value)
+        scores = scores_of(masks, classes[:, first : first + tile], tuple(size))
+        if tile >= C:
+            return scores.argmax(0), scores if want_scores else scores.new_empty(0)
+        for i, value in enumerate(scores, first):
+            labels.masked_fill_(value > best, i)
+            torch.maximum(best, value, out=best)
     return labels, best.new_empty(0)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,6 +107,10 @@ def test_views_are_the_mean_of_score_maps(ways, monkeypatch):
         monkeypatch.setattr(views, "BUDGET", 4 * size[0] * size[1] * tile)
         assert torch.equal(views.label_map(segmenter, found, scores, size), wanted)
     assert len(wanted.unique()) > 1
+    monkeypatch.setattr(views, "BUDGET", found[0].proposals.logits.nbytes)  # room for the first; the others wait in files
+    waiting = views.segment_views(segmenter, images, size, True, 64)
+    assert all(torch.equal(a.proposals.logits, b.proposals.logits) for a, b in zip(found, waiting, strict=True))
+    assert Path("/proc/self/maps").read_text().count("(deleted)") >= len(found) - 1
     [alone] = views.segment_views(segmenter, images[:1], size, False, 0)
     score = segmenter.ensemble(alone.proposals)
     assert torch.equal(views.label_map(segmenter, [alone], [score], size), segmenter.label_map(score, alone.proposals, size))

@@ -39,6 +39,12 @@ def load(path: str | Path) -> dict:
     return content
 
 
+def is_run(content: dict) -> bool:
+    """Whether a checkpoint holds what a training run goes on from, of the right kinds."""
+    kinds = {"config": dict, "optimizer": dict, "step": int, "skipped": int, "best": float}
+    return all(type(({"skipped": 0} | content).get(k)) is kind for k, kind in kinds.items()) and content["step"] >= 0
+
+
 def load_last(folder: Path) -> dict:
     """The checkpoint of a run: last.pt or, where that is broken or gone, the one before it."""
     try:
@@ -65,6 +71,8 @@ def read_torch(path: Path, what: str) -> object:
 def load_strict(module: nn.Module, state: State, what: str, hint: str) -> None:
     """`load_state_dict` whose complaint is one line: the first few missing, unknown and mis-shaped names."""
     own = module.state_dict()
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UserError(what, "holds something else where a state dict should be", hint)
     problems = [f"{k} is missing" for k in own if k not in state] + [f"{k} is unknown" for k in state if k not in own]
     for k in own.keys() & state.keys():
         if state[k].shape != own[k].shape:
@@ -335,7 +343,10 @@ class ScriptUnpickler(pickle.Unpickler):
 
     def persistent_load(self, key: tuple) -> Tensor:
         _, dtype, name, _, _ = key
-        data = bytearray(self.archive.read(f"{self.prefix}data/{name}"))
+        info = self.archive.getinfo(f"{self.prefix}data/{name}")
+        if info.compress_type != zipfile.ZIP_STORED:  # torch never does; a small file could fill the memory
+            raise pickle.UnpicklingError(f"{info.filename} is compressed")
+        data = bytearray(self.archive.read(info))
         return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 

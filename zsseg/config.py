@@ -215,6 +215,8 @@ def read_toml(file: str) -> dict:
 def update(config: Config, values: dict, source: str, text_values: bool = False) -> None:
     """Set known fields of `config` from {section: {key: value}}; with `text_values`, values are parsed from text."""
     sections = asdict(config)
+    if not isinstance(values, dict):
+        raise UserError(source, "is not a table of sections", "give a checkpoint of train.py")
     for section, fields in values.items():
         if section not in sections:
             raise unknown(source, section, list(sections))

@@ -153,6 +153,8 @@ def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture") ->
     """
     try:
         with Image.open(file) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself refuses twice as many
+                raise ValueError(f"{image.width} x {image.height} is more than {Image.MAX_IMAGE_PIXELS} pixels")
             image.load()
             if mode and image.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits a channel")

@@ -1,19 +1,21 @@
 """Test-time augmentation: several sizes, mirror images and sliding windows of one picture, and the mean of their score maps.
 
-Of every view only the proposals are kept (masks at stride 4 and class scores: 10 MB for 100 queries on 640 x 640). Score maps,
-the large part, are summed a few classes at a time with a running maximum: they never take more than `BUDGET`, however many
-classes and views there are.
+Of every view only the proposals are kept (masks at stride 4 and class scores: 10 MB for 100 queries on 640 x 640), those
+beyond `BUDGET` in a temporary file. Score maps, the large part, are summed a few classes at a time with a running maximum:
+they never take more than `BUDGET`, however many classes and views there are.
 """
 
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from zsseg.segmenter import Proposals, Segmenter
 
-BUDGET = 2**28  # bytes that a tile of score maps may take
+BUDGET = 2**28  # bytes that a tile of score maps may take, and the masks of all views
 
 
 @dataclass
@@ -39,14 +41,27 @@ def windows(height: int, width: int, side: int) -> Iterator[tuple[int, int, int,
 
 def segment_views(segmenter: Segmenter, images: list[Tensor], size: tuple[int, int], flip: bool, window: int) -> list[View]:
     """The views of a picture whose own (height, width) is `size`, given at one or more network-input sizes [3, H, W]."""
-    views = []
+    views, held = [], 0
     for image in images:
         H, W = image.shape[-2:]
         for top, left, bottom, right in windows(H, W, window):
             part = image[:, top:bottom, left:right]
             box = (top * size[0] // H, left * size[1] // W, -(-bottom * size[0] // H), -(-right * size[1] // W))
-            views += [View(segmenter.propose(part.flip(-1) if m else part), box, m) for m in (False, True)[: 1 + flip]]
+            for mirrored in (False, True)[: 1 + flip]:
+                proposals = segmenter.propose(part.flip(-1) if mirrored else part)
+                held += proposals.logits.nbytes
+                if held > BUDGET:
+                    proposals = replace(proposals, logits=parked(proposals.logits))
+                views.append(View(proposals, box, mirrored))
     return views
+
+
+def parked(tensor: Tensor) -> Tensor:
+    """The same numbers on the CPU, in a file that is gone with them: the system takes the memory back when it must."""
+    with tempfile.TemporaryFile() as file:
+        array = np.memmap(file, np.float32, "w+", shape=tuple(tensor.shape))
+    array[:] = tensor.cpu().numpy()
+    return torch.from_numpy(array)
 
 
 @torch.inference_mode()
@@ -62,7 +77,8 @@ def label_map(segmenter: Segmenter, views: list[View], scores: list[Tensor], siz
         total = torch.zeros(min(tile, C - first), *size, device=device)
         for view, classes in zip(views, scores, strict=True):
             top, left, bottom, right = view.box
-            part = segmenter.score_map(classes[:, first : first + tile], view.proposals, (bottom - top, right - left))
+            proposals = replace(view.proposals, logits=view.proposals.logits.to(device))
+            part = segmenter.score_map(classes[:, first : first + tile], proposals, (bottom - top, right - left))
             total[:, top:bottom, left:right] += part.flip(-1) if view.mirrored else part
         value, index = total.max(0)
         labels = torch.where(value > best, index + first, labels)

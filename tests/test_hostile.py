@@ -1,0 +1,121 @@
+"""Files from strangers: refused in one line that names them, without harm and without filling the memory."""
+
+import resource
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROCESS, ROOT, command, fails_in_one_line, tiny_clip_state, tiny_config
+from PIL import Image
+
+import train
+from zsseg import checkpoint
+from zsseg.datasets import read_picture, read_values
+from zsseg.run import UserError
+
+
+def test_a_picture_that_is_a_bomb(tmp_path):
+    """A few kilobytes that would become 400 million pixels."""
+    for size in ((20000, 20000), (9500, 9500)):  # above Pillow's own limit, and where it only warns
+        Image.new("1", size).save(tmp_path / "bomb.png")
+        assert (tmp_path / "bomb.png").stat().st_size < 10**5
+        for read in (lambda: read_picture(tmp_path / "bomb.png"), lambda: read_values(tmp_path / "bomb.png", 8)):
+            with pytest.raises(UserError, match=r"bomb.png: cannot be read .*pixels"):
+                read()
+
+
+def test_a_script_that_is_a_bomb(tmp_path):
+    """OpenAI's archives hold their tensors uncompressed; here 1 GiB of zeros in a megabyte."""
+    script = torch.jit.script(torch.nn.Linear(2, 2))
+    script.save(str(tmp_path / "clip.pt"))
+    with zipfile.ZipFile(tmp_path / "clip.pt") as source, zipfile.ZipFile(tmp_path / "bomb.pt", "w") as target:
+        for info in source.infolist():
+            content = bytes(2**30) if "/data/" in info.filename else source.read(info)
+            kind = zipfile.ZIP_DEFLATED if "/data/" in info.filename else zipfile.ZIP_STORED
+            target.writestr(info.filename, content, kind)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert checkpoint.load_clip_state(str(tmp_path / "clip.pt"), tmp_path).keys() == {"weight", "bias"}
+    with pytest.raises(UserError, match=r"bomb.pt cannot be read .*is compressed"):
+        checkpoint.load_clip_state(str(tmp_path / "bomb.pt"), tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19 + 2**21  # KiB; making it took one GiB
+
+
+WORDS = ["--config", "configs/shapes.toml", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def whole(shapes_root, tmp_path_factory) -> dict:
+    """A checkpoint of two steps out of three."""
+    out = tmp_path_factory.mktemp("whole")
+    config = tiny_config("train.steps=3", "train.checkpoint_every=2", "train.batch_size=2", "eval.compare=false")
+    train.train(config, shapes_root, out, PROCESS, {})
+    return checkpoint.load(out / "previous.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [({"step": "four"}, "training run"), ({"step": -1}, "training run"), ({"step": True}, "training run"),
+     ({"optimizer": 5}, "training run"), ({"best": "much"}, "training run"), ({"skipped": None}, "training run"),
+     ({"optimizer": {"state": {}, "param_groups": [5]}}, "cannot resume"), ({"optimizer": {}}, "cannot resume"),
+     ({"optimizer": {"state": {0: {"step": "x"}}, "param_groups": []}}, "cannot resume"),
+     ({"config": 5}, "training run"), ({"config": {"train": 5}}, "train"), ({"config": {"trian": {}}}, "did you mean train"),
+     ({"config": {"train": {"steps": "2"}}}, "train.steps"), ({"model": {"maskformer": 5}}, "state dict"),
+     ({"model": 5}, "no model"),
+     ({"model": {"maskformer": {"norm.weight": "x"}}}, "state dict"), ({"model": {}}, "is missing")],
+)  # fmt: skip
+def test_a_checkpoint_that_is_nonsense(change, part, whole, shapes_root, tmp_path, monkeypatch):
+    """The kinds of its entries are checked before they are used."""
+    checkpoint.save(tmp_path / "last.pt", **whole)
+    monkeypatch.chdir(ROOT)
+    words = [*WORDS, "--root", str(shapes_root), "--out", str(tmp_path), "--resume"]
+    checkpoint.save(tmp_path / "last.pt", **whole | change)
+    with pytest.raises(UserError, match=part):
+        train.main(words)
+    assert [f.name for f in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_clip_of_odd_sizes(shapes_root, tmp_path):
+    """Shapes that contradict one another are named, not tripped over."""
+    for change in ({"text_projection": torch.zeros(3)}, {"positional_embedding": torch.zeros(2, 2)},
+                   {"token_embedding.weight": torch.zeros(514, 2)}):  # fmt: skip
+        torch.save(tiny_clip_state() | change, tmp_path / "clip.pt")
+        with pytest.raises(UserError, match="CLIP"):
+            train.build_clip(checkpoint.load_clip_state(str(tmp_path / "clip.pt"), tmp_path))
+
+
+def test_a_quota_that_ends_during_training(shapes_root, tmp_path, monkeypatch):
+    """The last checkpoint stays whole, nothing half written is left beside it, and with room the run goes on."""
+    settings = ["train.steps=6", "train.batch_size=2", "train.checkpoint_every=2", "data.workers=0", "data.crop=64",
+                "data.short_edges=[64]", "data.test_short_edge=64", "eval.compare=false", "log.every=1"]  # fmt: skip
+    monkeypatch.chdir(ROOT)
+    words = [*WORDS, "--root", shapes_root, "--out", tmp_path / "run", *(x for s in settings for x in ("--set", s))]
+    script = tmp_path / "quota.py"  # a limit on the size of files from the second checkpoint on
+    script.write_text(f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from zsseg import checkpoint, run
+real = checkpoint.save
+def save(path, previous=None, **content):
+    if content["step"] == 4:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
+    real(path, previous, **content)
+checkpoint.save = save
+run.command(train.main)
+""")
+    fails_in_one_line(command(script, *words), "last.pt", "cannot be written")
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 2
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {"last.pt", "metrics.jsonl"}
+    train.main([*map(str, words), "--resume"])
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 6
+
+
+def test_places_that_cannot_be_written(shapes_root, tmp_path, monkeypatch, capsys):
+    """An output folder on a read-only file system is one line; a cache there costs only time."""
+    config = tiny_config("train.steps=1", "train.batch_size=1", "eval.compare=false")
+    with pytest.raises(UserError, match=r"/proc/run/metrics.jsonl: cannot be written"):
+        train.train(config, shapes_root, Path("/proc/run"), PROCESS, {})
+    monkeypatch.setenv("ZSSEG_CACHE", "/proc/cache")
+    train.train(config, shapes_root, tmp_path, PROCESS, {})
+    assert "not kept in /proc/cache" in capsys.readouterr().out and checkpoint.load(tmp_path / "last.pt")["step"] == 1

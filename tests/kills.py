@@ -45,6 +45,7 @@ def fork(action, log: Path) -> int:
         return child
     code = 1
     try:
+        os.setpgid(0, 0)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -84,7 +85,10 @@ def life(action, folder: Path, log: Path, way: str, seconds: float) -> tuple[int
             break
         time.sleep(0.0003)
     number = {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1}.get(way, signal.SIGKILL)
-    os.kill(child, number)
+    if number == signal.SIGKILL:
+        os.kill(child, number)
+    else:
+        os.killpg(child, number)  # workers too, as a scheduler does
     code = wait(child, LIMIT)
     if code is None:
         os.kill(child, signal.SIGKILL)

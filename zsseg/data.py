@@ -6,6 +6,7 @@ A sample of a training stream is a function of (seed, sample number) alone, so r
 import functools
 import json
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from zsseg.datasets import (
 )
 from zsseg.losses import Targets
 from zsseg.regions import mask_boxes, region_crops
-from zsseg.run import UserError, say, seed_of
+from zsseg.run import SIGNALS, UserError, say, seed_of
 
 REPLACEMENTS = 100  # samples in a row that may be broken before training stops
 
@@ -324,6 +325,12 @@ def guarded(collate_fn: Callable, samples: list[Sample]) -> tuple[object, list[U
     return collate_fn([sample.value for sample in samples]) if whole else None, errors
 
 
+def ignore_signals(worker: int) -> None:
+    """What a scheduler sends to a whole job is the main process's to answer, which still needs the batches."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def stream(samples: Dataset, numbers: Iterable[int], batch_size: int, workers: int, collate_fn: Callable = list,
            broken: Callable[[UserError], None] | None = None) -> Iterator:  # fmt: skip
     """Batches of the samples with these numbers, in order.
@@ -333,7 +340,7 @@ def stream(samples: Dataset, numbers: Iterable[int], batch_size: int, workers: i
     """
     loader = DataLoader(Guarded(samples, broken is not None), batch_size, sampler=numbers,
                         num_workers=min(workers, os.cpu_count() or 1), collate_fn=functools.partial(guarded, collate_fn),
-                        pin_memory=torch.cuda.is_available())  # fmt: skip
+                        pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals)  # fmt: skip
     for batch, errors in loader:
         for error in errors if broken else ():
             broken(error)

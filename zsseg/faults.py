@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from zsseg import checkpoint
 from zsseg.data import Guarded
-from zsseg.run import Log, Process, UserError, say
+from zsseg.run import SIGNALS, Log, Process, UserError, say
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LATE = 2  # steps after which a step's flag is read: the device has long passed it, so that the host need not wait
 
 

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ if (features := Path("/proc/cpuinfo")).exists() and "avx512f" in features.read_t
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # that ask a run to stop
 GRACE = 2  # seconds: torchrun ends the other processes sooner once the first has failed
 PATIENCE = timedelta(hours=1)  # for processes that wait while one prepares data; a dead one is noticed at once
 

@@ -59,7 +59,9 @@ def prepare_shapes(root: Path, workers: int) -> None:
         return
     last = folder / "clip" / "last.pt"
     config = load_config(str(Path(__file__).parent / "configs" / "shapes_clip.toml"), [f"data.workers={workers}"])
-    train(config, root, last.parent, run.start("cpu"), checkpoint.load(last) if last.exists() else {})
+    there = last.exists() or last.with_name("previous.pt").exists()
+    if not train(config, root, last.parent, run.start("cpu"), checkpoint.load_last(last.parent) if there else {}):
+        raise SystemExit("run it again to go on")
     checkpoint.save(folder / "clip.pt", model=checkpoint.load(last)["model"])
 
 

@@ -12,7 +12,6 @@ same to the last bit. SIGTERM or SIGUSR1: a checkpoint at the end of the step, e
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -132,7 +131,8 @@ class Prompts:
         right, count = torch.zeros(S + 1, C, device=device), torch.zeros(C, device=device)
         held = HeldOut(self.samples)
         numbers = range(self.process.rank, len(self.samples.held_out), self.process.world)
-        for crops, classes in stream(held, numbers, 64, self.config.data.workers, self.collate):
+        workers = self.config.data.workers
+        for crops, classes in stream(held, numbers, 64, workers, self.collate, lambda error: run.say(f"left out: {error}")):
             classes = classes.to(device)
             named = (self.model.image_features(crops.to(device)) @ text.mT).argmax(-1)  # [S + 1, B]
             right.index_add_(1, classes, (named == classes).float())
@@ -263,24 +263,31 @@ def main(argv: list[str]) -> None:
     parser = run.parser(__doc__, config_required=True)
     parser.add_argument("--resume", action="store_true", help="continue OUT/last.pt")
     args = parser.parse_args(argv)
-    out = Path(args.out or Path("runs") / Path(args.config).stem)
-    there = [out / name for name in ("last.pt", "previous.pt") if (out / name).exists()]
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts repeats the same command
+    out, process = Path(args.out or Path("runs") / Path(args.config).stem), run.start(args.device)
+    there = any((out / name).exists() for name in ("last.pt", "previous.pt"))
+    again = process.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)  # by torchrun --max-restarts
     saved = checkpoint.load_last(out) if args.resume or (again and there) else {}
     if not saved and there:
         raise run.UserError(f"output {out}", "holds a run already", "add --resume, or give another --out")
     if saved and not checkpoint.is_run(saved):
         raise run.UserError(f"checkpoint {out / 'last.pt'}", "is not one of a training run", "give another --out")
+    if process.any(saved.get("step", 0) != process.first(saved.get("step", 0))):
+        why = "the processes found checkpoints of different steps"
+        raise run.UserError(f"output {out}", why, "put it where all machines see the same files")
     config = load_config(None if saved else args.config, args.set, saved.get("config"))
     if saved:
         run.say(f"resuming {out} at step {saved['step']} of {config.train.steps}, with the configuration in it and --set")
         if saved.get("commit") != run.commit():
             run.say(f"the program has changed since: {saved.get('commit') or 'unknown'} -> {run.commit() or 'unknown'}")
-    train(config, args.root, out, run.start(args.device), saved)
+    if not train(config, args.root, out, process, saved):
+        run.say("--resume goes on")
 
 
-def train(config: Config, root: Path, out: Path, process: run.Process, saved: dict) -> None:
-    """Train as `config` says and evaluate, from the start or from `saved`, the content of a checkpoint."""
+def train(config: Config, root: Path, out: Path, process: run.Process, saved: dict) -> bool:
+    """Train as `config` says and evaluate, from the start or from `saved`, the content of a checkpoint.
+
+    False where a signal stopped it on the way, after a checkpoint.
+    """
     torch.manual_seed(run.seed_of(config.train.seed, 0))
     task = {"segment": Segment, "prompts": Prompts, "clip": Contrast}[config.train.task]
     task = task(config, root, out, process, saved.get("model"))
@@ -289,13 +296,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     optimizer = build_optimizer(task.model, config)
     if saved:
         task.load(saved["model"], f"checkpoint {out / 'last.pt'}")
-        bases = [group["base"] for group in optimizer.param_groups]
-        try:
-            optimizer.load_state_dict(saved["optimizer"])
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise run.UserError(f"checkpoint {out / 'last.pt'}", f"cannot resume ({error})", "undo the last --set") from None
-        for group, base in zip(optimizer.param_groups, bases, strict=True):
-            group["base"] = base
+        checkpoint.restore(optimizer, saved["optimizer"], f"checkpoint {out / 'last.pt'}")
     start, steps, best = saved.get("step", 0), config.train.steps, saved.get("best", -math.inf)
     task.model.train()
     if process.enabled(config.model.compile):
@@ -311,7 +312,21 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
             checkpoint.save(out / name, out / "previous.pt" if name == "last.pt" else None, config=asdict(config), step=step,
                             best=best, wandb=log.run_id, commit=commit, **states)  # fmt: skip
 
-    numbers = sample_numbers(start, steps, task.batch_size, process)
+    def validate(step: int) -> None:
+        """The evaluation on the way that is due after a step; a run that goes on from that step repeats it."""
+        nonlocal best
+        if not config.train.eval_every or step % config.train.eval_every or not 0 < step < steps:
+            return
+        process.share(task.model)
+        if result := task.evaluate("val", None):
+            log.write(step, **{f"val/{k}": v for k, v in result.items() if isinstance(v, float)})
+            if (score := task.score(result)) > best:
+                best = score
+                save("best.pt", step)
+        task.model.train()
+
+    validate(start)
+    numbers, due = sample_numbers(start, steps, task.batch_size, process), False
     batches = stream(task.samples, numbers, task.batch_size // process.world, config.data.workers, task.collate, Broken(out))
     bar = tqdm(range(start, steps), config.train.task, initial=start, total=steps, disable=None if process.is_main else True)
     with Stop(process) as stop:
@@ -322,27 +337,21 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
             loss, parts, norm, bad = train_step(task, model, optimizer, batch, config.train.clip_grad)
             bad_steps.add(step, bad)
             done, stopping = step + 1, stop.now()
-            saving = done % config.train.checkpoint_every == 0 or done == steps or stopping
-            if done % config.log.every == 0 or saving:
+            if done % config.log.every == 0 or done == steps:
                 means = process.sum(torch.stack([loss, *parts.values()]).double()) / process.world
                 values = dict(zip(["loss", *parts], means.tolist(), strict=True)) | {"grad_norm": float(norm)}
                 if all(map(math.isfinite, values.values())):  # JSON knows no other numbers
                     log.write(done, **values, lr=optimizer.param_groups[0]["lr"])
                 if process.is_main and (done % (10 * config.log.every) == 0 or done == steps):
                     bar.write(f"{config.train.task} step {done}/{steps} loss {values['loss']:.3f}")
-            if config.train.eval_every and done % config.train.eval_every == 0 and done < steps:
-                process.share(task.model)
-                if result := task.evaluate("val", None):
-                    log.write(done, **{f"val/{k}": v for k, v in result.items() if isinstance(v, float)})
-                    if (score := task.score(result)) > best:
-                        best = score
-                        save("best.pt", done)
-                task.model.train()
-            if (saving and not bad_steps.read()) or done == steps or stopping:  # weights that cannot go on are not kept
+            due = due or done % config.train.checkpoint_every == 0
+            if done == steps or stopping or (due and not bad_steps.read()):  # while steps are bad, the weights may be
                 save("last.pt", done)
-            if stopping:
-                run.say(f"stopped as asked, after step {done} of {steps}; --resume goes on")
-                sys.exit(0)
+                due = False
+            if stopping and done < steps:
+                run.say(f"stopped as asked, after step {done} of {steps}")
+                return False
+            validate(done)
     process.share(task.model)
     if result := task.evaluate(config.data.split, out):
         log.write(steps, **{f"{config.data.split}/{k}": v for k, v in result.items() if k != "per_class"})
@@ -354,6 +363,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
             task.report(result, out)
     if log.wandb:
         log.wandb.finish()
+    return True
 
 
 if __name__ == "__main__":

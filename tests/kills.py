@@ -8,6 +8,7 @@ begins. Every life is a fork of a process that has imported everything and compu
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -23,7 +24,8 @@ LIMIT = 120  # seconds that a life may take
 COMMON = ["log.every=1", "data.workers=1", "train.checkpoint_every=3"]
 SMALL = [*COMMON, "data.crop=64", "data.short_edges=[64]", "data.test_short_edge=64", "train.batch_size=2"]
 JOBS = {  # name: (configuration, settings)
-    "segment": ("shapes", [*SMALL, "train.steps=60", "model.queries=8", "model.decoder_layers=1", "eval.compare=false"]),
+    "segment": ("shapes", [*SMALL, "train.steps=60", "model.queries=8", "model.decoder_layers=1", "eval.compare=false",
+                           "train.eval_every=15", "log.every=2"]),
     "prompts": ("voc_prompts", [*SMALL, "train.steps=60", "data.name=shapes", "data.split=test", "train.seeds=[0,1]",
                                 "clip.weights={root}/shapes/clip.pt", "clip.prompt_prefix=4"]),
     "clip": ("shapes_clip", [*COMMON, "train.steps=30", "contrast.groups=2"]),
@@ -52,7 +54,8 @@ def fork(action, log: Path) -> int:
         action()
         code = 0
     except SystemExit as stop:
-        code = stop.code or 0
+        code = 1 if isinstance(stop.code, str) else stop.code or 0
+        print(stop.code if isinstance(stop.code, str) else "")
     except BaseException:
         import traceback
 
@@ -74,14 +77,28 @@ def wait(child: int, seconds: float) -> int | None:
         time.sleep(0.0005)
 
 
+def temporary(folder: Path) -> set[tuple[Path, int]]:
+    """The half-written files in a folder, and when they changed."""
+    found = set()
+    for file in folder.rglob(".*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # renamed just now
+            found.add((file, file.stat().st_mtime_ns))
+    return found
+
+
+def written(folder: Path, before: set[tuple[Path, int]]) -> bool:
+    return bool(temporary(folder) - before)
+
+
 def life(action, folder: Path, log: Path, way: str, seconds: float) -> tuple[int, bool]:
     """One life that ends by itself or `way`: after `seconds` or, "write", once a temporary file is there."""
+    before = temporary(folder)  # what an earlier life left says nothing about this one
     child = fork(action, log)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if (code := wait(child, 0)) is not None:
             return code, False
-        if way == "write" and any(True for _ in folder.rglob(".*.tmp")):
+        if way == "write" and written(folder, before):
             break
         time.sleep(0.0003)
     number = {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1}.get(way, signal.SIGKILL)
@@ -93,20 +110,22 @@ def life(action, folder: Path, log: Path, way: str, seconds: float) -> tuple[int
     if code is None:
         os.kill(child, signal.SIGKILL)
         raise AssertionError(f"{way}: still there after {LIMIT} s")
-    return code, any(True for _ in folder.rglob(".*.tmp"))
+    return code, written(folder, before)
 
 
-def torment(action, folder: Path, log: Path, kills: int, rng: random.Random, seconds: float, ways: list[str]) -> Lives:
+def torment(action, folder: Path, log: Path, kills: int, rng: random.Random, seconds: float, ways: list[str],
+            first: int) -> Lives:  # fmt: skip
     """Disturb at most `kills` lives until one ends by itself. `seconds`: how long an undisturbed one takes."""
     lives = Lives()
     while lives.ends.total() < kills:
-        way = rng.choice(ways)
+        way = ways[(first + lives.ends.total()) % len(ways)]
         code, half = life(action, folder, log, way, rng.uniform(0.02, 1) * seconds)
         # A signal that comes before or after the training loop ends the process as ever: nothing is at stake there.
-        assert code in (0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGUSR1), f"{way}: exit code {code}, see {log}"
-        if code == 0 and not log.read_text().rstrip().endswith("--resume goes on"):
+        stopped = log.exists() and log.read_text().rstrip().endswith(("--resume goes on", "run it again to go on"))
+        assert code in (0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGUSR1) or (stopped and code == 1), (way, code, log)
+        if code == 0 and not stopped:
             return lives
-        lives.ends[f"{way}, {'saved and left' if code == 0 else 'dead'}"] += 1
+        lives.ends[f"{way}, {'saved and left' if code >= 0 else 'dead'}"] += 1
         lives.written += half
     assert wait(fork(action, log), LIMIT) == 0, f"see {log}"
     return lives
@@ -201,7 +220,7 @@ def trial(job: str, kills: int, seed: int, root: Path, folder: Path) -> Lives:
     """
     straight, rng, lives = folder / "straight", random.Random(seed), Lives()
     make = preparing if job == "prepare" else lambda out: training(job, root, out)
-    ways = ["random", "write", "write"] + ([] if job == "prepare" else ["SIGTERM", "SIGUSR1"])
+    ways = ["write", "SIGTERM", "random", "write", "SIGUSR1"]
     straight.mkdir(parents=True)
     started = time.monotonic()
     assert wait(fork(make(straight), folder / "straight.log"), LIMIT) == 0, (folder / "straight.log").read_text()
@@ -209,7 +228,8 @@ def trial(job: str, kills: int, seed: int, root: Path, folder: Path) -> Lives:
     while lives.ends.total() < kills:
         out = folder / f"disturbed{lives.runs}"
         out.mkdir()
-        more = torment(make(out), out, folder / f"{out.name}.log", kills - lives.ends.total(), rng, seconds, ways)
+        more = torment(make(out), out, folder / f"{out.name}.log", kills - lives.ends.total(), rng, seconds, ways,
+                       lives.ends.total())  # fmt: skip
         (compare_trees if job == "prepare" else compare_runs)(straight, out)
         lives = Lives(lives.ends + more.ends, lives.written + more.written, lives.runs + 1)
     return lives

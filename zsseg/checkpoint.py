@@ -3,7 +3,8 @@
 No file is ever executed: `weights_only=True`, TorchScript archives read for their tensors, a restricted unpickler.
 """
 
-import contextlib
+import math
+import os
 import pickle
 import re
 import zipfile
@@ -39,33 +40,73 @@ def load(path: str | Path) -> dict:
     return content
 
 
+class Unusable(UserError):
+    """A file of tensors that is gone or not whole, so that another one must take its place."""
+
+
 def is_run(content: dict) -> bool:
     """Whether a checkpoint holds what a training run goes on from, of the right kinds."""
     kinds = {"config": dict, "optimizer": dict, "step": int, "skipped": int, "best": float}
     return all(type(({"skipped": 0} | content).get(k)) is kind for k, kind in kinds.items()) and content["step"] >= 0
 
 
+def restore(optimizer: torch.optim.Optimizer, state: dict, what: str) -> None:
+    """Load an optimizer's state; learning rates, weight decay and the like stay as the configuration says.
+
+    Raises UserError where it does not fit the parameters: the fused optimizers would read and write beyond them.
+    """
+    ours = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+        for group, kept in zip(optimizer.param_groups, ours, strict=True):
+            group.update(kept)
+            for parameter in group["params"]:
+                for name, tensor in optimizer.state.get(parameter, {}).items():
+                    shape = () if name == "step" else parameter.shape
+                    if tensor.shape != shape or tensor.dtype != parameter.dtype or not tensor.is_contiguous():
+                        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
+        names = {frozenset(entry) for entry in optimizer.state.values()}
+        if names - {frozenset(("step", "exp_avg", "exp_avg_sq")), frozenset(("momentum_buffer",))} or len(names) > 1:
+            raise ValueError("its entries are not those of one optimizer")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(what, f"cannot resume ({error})", "undo the last --set") from None
+
+
 def load_last(folder: Path) -> dict:
     """The checkpoint of a run: last.pt or, where that is broken or gone, the one before it."""
     try:
         return load(folder / "last.pt")
-    except UserError as error:
+    except Unusable as error:
         if not (folder / "previous.pt").exists():
             raise
         content = load(folder / "previous.pt")
-        with contextlib.suppress(OSError):  # out of the way, or the next checkpoint would make it the previous one
-            (folder / "last.pt").rename(folder / "broken.pt")
+        if os.environ.get("RANK", "0") == "0" and (folder / "last.pt").exists():
+            (folder / "last.pt").rename(folder / "broken.pt")  # or the next checkpoint would make it the previous one
         run.say(f"{error}: going on from previous.pt, step {content.get('step')}")
         return content
 
 
 def read_torch(path: Path, what: str) -> object:
     if not path.is_file():
-        raise UserError(what, "no such file", "check the path")
+        raise Unusable(what, "no such file", "check the path")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                refuse_compressed(archive.infolist())
         return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(what, f"cannot be read ({error})", "check the disk") from None
+    except MemoryError:
+        raise
     except Exception:  # torch raises many kinds, with advice to load such a file all the same
-        raise UserError(what, "cannot be read as tensors (broken, or more than tensors)", "check the file") from None
+        raise Unusable(what, "cannot be read as tensors (broken, or more than tensors)", "check the file") from None
+
+
+def refuse_compressed(entries: list[zipfile.ZipInfo]) -> None:
+    """torch compresses neither tensors nor what describes them; a small file could fill the memory."""
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED and "/code/" not in entry.filename:
+            raise pickle.UnpicklingError(f"{entry.filename} is compressed")
 
 
 def load_strict(module: nn.Module, state: State, what: str, hint: str) -> None:
@@ -332,7 +373,7 @@ class ScriptUnpickler(pickle.Unpickler):
         if module.startswith("__torch__"):
             return type(name, (self.Module,), {})
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *rest: torch.as_strided(storage, size, stride, offset).clone()
+            return self.tensor
         if module == "torch" and name in STORAGES:
             return STORAGES[name]
         if (module, name) == ("collections", "OrderedDict"):
@@ -341,23 +382,20 @@ class ScriptUnpickler(pickle.Unpickler):
             return list
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
+    @staticmethod
+    def tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: object) -> Tensor:
+        if math.prod(size) > len(storage):
+            raise pickle.UnpicklingError(f"a tensor of shape {size} from {len(storage)} numbers")
+        return torch.as_strided(storage, size, stride, offset).clone()
+
     def persistent_load(self, key: tuple) -> Tensor:
         _, dtype, name, _, _ = key
-        info = self.archive.getinfo(f"{self.prefix}data/{name}")
-        if info.compress_type != zipfile.ZIP_STORED:  # torch never does; a small file could fill the memory
-            raise pickle.UnpicklingError(f"{info.filename} is compressed")
-        data = bytearray(self.archive.read(info))
+        data = bytearray(self.archive.read(f"{self.prefix}data/{name}"))
         return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
 def read_torchscript(path: Path, what: str) -> State:
     """Every tensor of a TorchScript archive under its attribute path."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            prefix = next(n for n in archive.namelist() if n.endswith("/constants.pkl"))[: -len("constants.pkl")]
-            tree = ScriptUnpickler(archive, prefix).load()
-    except Exception as error:  # a broken archive raises anything
-        raise UserError(what, f"{path} cannot be read ({error!r:.200})", "delete it to download it again") from None
     state = {}
 
     def collect(module: object, name: str) -> None:
@@ -367,5 +405,11 @@ def read_torchscript(path: Path, what: str) -> State:
             elif isinstance(value, ScriptUnpickler.Module):
                 collect(value, f"{name}{key}.")
 
-    collect(tree, "")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            refuse_compressed([entry for entry in archive.infolist() if "/data" in entry.filename])
+            prefix = next(n for n in archive.namelist() if n.endswith("/constants.pkl"))[: -len("constants.pkl")]
+            collect(ScriptUnpickler(archive, prefix).load(), "")
+    except Exception as error:  # a broken archive raises anything
+        raise UserError(what, f"{path} cannot be read ({error!r:.200})", "delete it to download it again") from None
     return state

@@ -3,8 +3,10 @@
 A sample of a training stream is a function of (seed, sample number) alone, so resuming needs one integer.
 """
 
+import atexit
 import functools
 import json
+import multiprocessing.util
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +35,10 @@ from zsseg.losses import Targets
 from zsseg.regions import mask_boxes, region_crops
 from zsseg.run import SIGNALS, UserError, say, seed_of
 
+# Workers leave signals to the main process, so that at its end, above all after an error, they must be killed: what
+# multiprocessing registered to do then (before this line, so that it comes later) would wait for them forever.
+atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
+
 REPLACEMENTS = 100  # samples in a row that may be broken before training stops
 
 
@@ -51,7 +57,7 @@ def test_size(width: int, height: int, short: int, longest: int) -> tuple[int, i
 
 
 class TestPictures(Dataset):
-    """Item i: (picture uint8 [3, h, w] at each network-input size, class ids int64 [H, W] at its own size, stem).
+    """Item i: (picture uint8 [3, h, w] at each network-input size, class ids uint8 or int32 [H, W] at its own size, stem).
 
     There is one size, with shorter edge `data.test_short_edge`, unless `edges` gives others.
     """
@@ -65,7 +71,7 @@ class TestPictures(Dataset):
     def __getitem__(self, i: int) -> tuple[list[Tensor], Tensor, str]:
         image_file, label_file = self.pairs[i]
         image = read_picture(image_file)
-        labels = torch.from_numpy(read_labels(label_file, self.lut, image.size)).long()
+        labels = torch.from_numpy(read_labels(label_file, self.lut, image.size))
         sizes = [test_size(*image.size, edge, self.config.max_size) for edge in self.edges]
         return [to_tensor(image.resize(size, Image.Resampling.BILINEAR)) for size in sizes], labels, image_file.stem
 
@@ -236,12 +242,12 @@ class Regions(Dataset):
 
 
 class HeldOut(Dataset):
-    """The held-out regions of `Regions`, each all of its box."""
+    """The held-out regions of `Regions`, each all of its box; after the last one comes the first."""
     def __init__(self, regions: Regions):
         self.regions = regions
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.regions.crop(*self.regions.held_out[i])
+        return self.regions.crop(*self.regions.held_out[i % len(self.regions.held_out)])
 
 
 def resized_crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
@@ -338,8 +344,10 @@ def stream(samples: Dataset, numbers: Iterable[int], batch_size: int, workers: i
     A broken sample raises its UserError. With `broken`, that gets the error, and the next sample of the (endless) stream is
     taken instead: still a function of the number alone. Too many broken ones in a row are an error all the same.
     """
+    workers = min(workers, os.cpu_count() or 1)
     loader = DataLoader(Guarded(samples, broken is not None), batch_size, sampler=numbers,
-                        num_workers=min(workers, os.cpu_count() or 1), collate_fn=functools.partial(guarded, collate_fn),
+                        num_workers=workers, collate_fn=functools.partial(guarded, collate_fn),
+                        prefetch_factor=(2 if broken else 1) if workers else None,  # pictures to be measured may be huge
                         pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals)  # fmt: skip
     for batch, errors in loader:
         for error in errors if broken else ():

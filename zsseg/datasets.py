@@ -155,6 +155,8 @@ def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture") ->
         with Image.open(file) as image:
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself refuses twice as many
                 raise ValueError(f"{image.width} x {image.height} is more than {Image.MAX_IMAGE_PIXELS} pixels")
+            if image.format == "EPS":
+                raise ValueError("PostScript is a program, and is not run")
             image.load()
             if mode and image.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits a channel")
@@ -254,7 +256,7 @@ def label_statistics(name: str, root: Path, split: str, workers: int = 4) -> Lab
         if cached := read_statistics(cache, version, changed):
             return cached
     statistics = count_split(pairs, lambda pair: count_classes(pair[1], data, tables), workers, f"count {name} {split}")
-    for cache in caches:
+    for cache in caches if not len(statistics.broken) else ():  # what is broken today may be mended tomorrow
         try:
             with replacing(cache) as temporary, open(temporary, "wb") as file:
                 np.savez(file, version=version, **vars(statistics))

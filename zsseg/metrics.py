@@ -80,7 +80,7 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
     compare = (wanted.compare or bool(wanted.weights)) and segmenter.clip is not None
     samples, started = [], time.perf_counter()
     for [(images, labels, stem)] in progress(batches, f"evaluate {split}", len(numbers), process.is_main):
-        images, labels = [image.to(process.device) for image in images], labels.to(process.device)
+        images, labels = [image.to(process.device) for image in images], labels.to(process.device).long()
         with process.autocast(config.model.bf16):
             views = segment_views(segmenter, images, tuple(labels.shape), wanted.flip, wanted.window)
             if wanted.compare and compare:
@@ -175,7 +175,7 @@ def palette(count: int) -> np.ndarray:
 
 def column(image: Tensor, labels: Tensor, predicted: Tensor, classes: int, height: int = 160) -> np.ndarray:
     """Picture, truth (`classes` where ignored) and prediction below one another, each `height` pixels high."""
-    colours, width = palette(classes), max(round(height * image.shape[2] / image.shape[1]), 1)
+    colours, width = palette(classes), min(max(round(height * image.shape[2] / image.shape[1]), 1), 4 * height)
     small = lambda array: np.array(Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST))
     kind = np.uint8 if classes <= 255 else np.int32
     maps = [colours[small(m.numpy().astype(kind))] for m in (labels, predicted)]

@@ -101,6 +101,10 @@ class Process:
         """Whether any process says so; the devices are not waited for."""
         return bool(self.sum(torch.tensor(float(flag))))
 
+    def first(self, value: int) -> int:
+        """The first process's value."""
+        return int(self.sum(torch.tensor(value if self.is_main else 0)))
+
     def in_turn(self, build: Callable):
         """build() here, after the first process has done it, so that the others find what it caches."""
         if not self.is_main:
@@ -173,11 +177,18 @@ def replacing(path: Path, previous: Path | None = None):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         if previous and path.exists():
-            os.replace(path, previous)
+            second = previous.with_name(f".{previous.name}.tmp")
+            second.unlink(missing_ok=True)
+            try:
+                os.link(path, second)  # so that `path` is there at every moment
+            except OSError:  # a file system without links
+                os.replace(path, second)
+            os.replace(second, previous)
         os.replace(temporary, path)
         if previous:  # the names, too, must outlive a power cut
             folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
+            with contextlib.suppress(OSError):  # not every file system can
+                os.fsync(folder)
             os.close(folder)
     except OSError as error:
         raise UserError(f"file {path}", f"cannot be written ({error.strerror})", "check the folder and the disk") from None
@@ -221,6 +232,15 @@ def parallel(function: Callable, items: Iterable, workers: int, name: str) -> It
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def is_before(line: str, step: int) -> bool:
+    """Whether a line of metrics.jsonl tells of something that a run which goes on from `step` does not repeat."""
+    try:
+        values = json.loads(line)
+        return values["step"] < step or (values["step"] == step and ("loss" in values or "skipped" in values))
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
 class Log:
     """The record of a run: one JSON object a line in `metrics.jsonl`, and wandb where asked for (rank 0 only)."""
     def __init__(self, folder: Path, process: Process, config: dict, step: int = 0, run_id: str | None = None):
@@ -228,12 +248,12 @@ class Log:
         self.wandb, self.run_id = None, run_id
         if not process.is_main:
             return
-        # A resumed run repeats the steps after its checkpoint (after the last one: the evaluation): forget what was logged
-        # about them, and a line cut short.
-        lines = self.file.read_text().split("\n")[:-1] if step and self.file.exists() else []
-        again = lambda line: line["step"] > step or (step == config["train"]["steps"] == line["step"] and "loss" not in line)
+        # A resumed run repeats the steps after its checkpoint, and the evaluation that was due then: forget what was logged
+        # about them, and a line that a kill cut short.
+        lines = self.file.read_text(errors="replace").splitlines() if step and self.file.exists() else []
+        kept = [line for line in lines if is_before(line, step)]
         with replacing(self.file) as file:
-            file.write_text("".join(line + "\n" for line in lines if not again(json.loads(line))))
+            file.write_text("".join(line + "\n" for line in kept))
         if config["log"]["wandb"] != "disabled":
             self.wandb = start_wandb(config, folder, run_id)
             self.run_id = self.wandb.id
@@ -241,10 +261,13 @@ class Log:
     def write(self, step: int, **values: object) -> None:
         if self.file is None:
             return
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise UserError(f"file {self.file}", f"cannot be written ({error.strerror})", "check the disk; --resume") from None
         if self.wandb is not None:
-            self.wandb.log(values, step=step)
+            self.wandb.log(values, step=max(step, self.wandb.step))  # it drops what comes late
 
 
 def start_wandb(config: dict, folder: Path, run_id: str | None):

@@ -64,12 +64,16 @@ def parked(tensor: Tensor) -> Tensor:
     return torch.from_numpy(array)
 
 
+def fetched(proposals: Proposals, device: torch.device) -> Proposals:
+    return replace(proposals, logits=proposals.logits.to(device))
+
+
 @torch.inference_mode()
 def label_map(segmenter: Segmenter, views: list[View], scores: list[Tensor], size: tuple[int, int]) -> Tensor:
     """The class with the largest mean score over the views at every pixel: scores [Q, C] of every view -> int64 `size`."""
-    if len(views) == 1:
-        return segmenter.label_map(scores[0], views[0].proposals, size)
     C, device = scores[0].shape[1], scores[0].device
+    if len(views) == 1:
+        return segmenter.label_map(scores[0], fetched(views[0].proposals, device), size)
     tile = max(BUDGET // (4 * size[0] * size[1]), 1)
     best, labels = torch.full(size, -1.0, device=device), torch.zeros(size, dtype=torch.int64, device=device)
     for first in range(0, C, tile):
@@ -77,8 +81,8 @@ def label_map(segmenter: Segmenter, views: list[View], scores: list[Tensor], siz
         total = torch.zeros(min(tile, C - first), *size, device=device)
         for view, classes in zip(views, scores, strict=True):
             top, left, bottom, right = view.box
-            proposals = replace(view.proposals, logits=view.proposals.logits.to(device))
-            part = segmenter.score_map(classes[:, first : first + tile], proposals, (bottom - top, right - left))
+            proposals, place = fetched(view.proposals, device), (bottom - top, right - left)
+            part = segmenter.score_map(classes[:, first : first + tile], proposals, place)
             total[:, top:bottom, left:right] += part.flip(-1) if view.mirrored else part
         value, index = total.max(0)
         labels = torch.where(value > best, index + first, labels)

@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 
 SHAPES = ["train.py", "--config", "configs/shapes.toml"]
+LEARNED = ["clip.prompt_prefix=1", "clip.prompt_suffix=0"]  # chosen on the validation split, with the steps
 PROMPTS = ["train.py", "--config", "configs/voc_prompts.toml", "data.name=shapes", "data.split=test", "clip.weights={clip}",
-           "train.seeds=[0,1,2,3,4]", "train.steps=600", "clip.prompt_prefix=4", "train.lr=0.02"]  # fmt: skip
+           "train.seeds=[0,1,2,3,4]", "train.steps=300", *LEARNED]  # fmt: skip
 # Trainings: {name: (words, after)}; {seed}, {out} and {clip} are filled in.
 RUNS = {
     "base": ([*SHAPES, "train.seed={seed}"], ()),
@@ -35,7 +36,7 @@ EVALS = {
     "tokens": ("base", ["clip.regions=tokens", "clip.dense_edge=64"]),
     "single": ("base", ["clip.region_prompt=single"]),
     "vild": ("base", ["clip.region_prompt=vild"]),
-    "learned": ("base", ["clip.region_prompt=learned", "clip.prompts={out}/prompts/last.pt", "clip.prompt_prefix=4"]),
+    "learned": ("base", ["clip.region_prompt=learned", "clip.prompts={out}/prompts/last.pt", *LEARNED]),
     "pixel_alone": ("pixel", ["clip.ensemble=false"]),
 }
 # The table: (title, folder, part of metrics.json)

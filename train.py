@@ -344,8 +344,8 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
                     log.write(done, **values, lr=optimizer.param_groups[0]["lr"])
                 if process.is_main and (done % (10 * config.log.every) == 0 or done == steps):
                     bar.write(f"{config.train.task} step {done}/{steps} loss {values['loss']:.3f}")
-            due = due or done % config.train.checkpoint_every == 0
-            if done == steps or stopping or (due and not bad_steps.read()):  # while steps are bad, the weights may be
+            ending, due = done == steps or stopping, due or done % config.train.checkpoint_every == 0
+            if (due or ending) and (not bad_steps.read() or ending):  # while steps are bad, the weights may be
                 save("last.pt", done)
                 due = False
             if stopping and done < steps:

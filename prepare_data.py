@@ -30,6 +30,7 @@ from zsseg.datasets import (
     read_values,
 )
 from zsseg.download import check_file, fetch, unpack
+from zsseg.faults import load_last
 from zsseg.run import UserError
 
 
@@ -60,7 +61,7 @@ def prepare_shapes(root: Path, workers: int) -> None:
     last = folder / "clip" / "last.pt"
     config = load_config(str(Path(__file__).parent / "configs" / "shapes_clip.toml"), [f"data.workers={workers}"])
     there = last.exists() or last.with_name("previous.pt").exists()
-    if not train(config, root, last.parent, run.start("cpu"), checkpoint.load_last(last.parent) if there else {}):
+    if not train(config, root, last.parent, run.start("cpu"), load_last(last.parent) if there else {}):
         raise SystemExit("run it again to go on")
     checkpoint.save(folder / "clip.pt", model=checkpoint.load(last)["model"])
 

@@ -27,7 +27,7 @@ from zsseg.clip import CLIP, VisionTransformer, build_clip
 from zsseg.config import Config, ContrastConfig, load_config
 from zsseg.data import HeldOut, Regions, RegionsWithCaptions, TrainPictures, collate, stream
 from zsseg.datasets import find_pairs, training_set
-from zsseg.faults import BadSteps, Broken, Stop, running_statistics
+from zsseg.faults import BadSteps, Broken, Stop, is_run, load_last, restore, running_statistics
 from zsseg.losses import contrastive_loss, normalizers, segmentation_losses
 from zsseg.metrics import evaluate, report
 from zsseg.perpixel import per_pixel_loss
@@ -266,10 +266,10 @@ def main(argv: list[str]) -> None:
     out, process = Path(args.out or Path("runs") / Path(args.config).stem), run.start(args.device)
     there = any((out / name).exists() for name in ("last.pt", "previous.pt"))
     again = process.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)  # by torchrun --max-restarts
-    saved = checkpoint.load_last(out) if args.resume or (again and there) else {}
+    saved = load_last(out) if args.resume or (again and there) else {}
     if not saved and there:
         raise run.UserError(f"output {out}", "holds a run already", "add --resume, or give another --out")
-    if saved and not checkpoint.is_run(saved):
+    if saved and not is_run(saved):
         raise run.UserError(f"checkpoint {out / 'last.pt'}", "is not one of a training run", "give another --out")
     if process.any(saved.get("step", 0) != process.first(saved.get("step", 0))):
         why = "the processes found checkpoints of different steps"
@@ -296,7 +296,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     optimizer = build_optimizer(task.model, config)
     if saved:
         task.load(saved["model"], f"checkpoint {out / 'last.pt'}")
-        checkpoint.restore(optimizer, saved["optimizer"], f"checkpoint {out / 'last.pt'}")
+        restore(optimizer, saved["optimizer"], f"checkpoint {out / 'last.pt'}")
     start, steps, best = saved.get("step", 0), config.train.steps, saved.get("best", -math.inf)
     task.model.train()
     if process.enabled(config.model.compile):

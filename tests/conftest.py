@@ -1,7 +1,9 @@
 """Shared by all tests: the stand-in weights and pictures of the reference values, small data sets, the command line."""
 
+import functools
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -105,12 +107,27 @@ def small_clip():
 
 
 def command(*arguments: object, env: dict[str, str] = {}, processes: int = 1) -> subprocess.CompletedProcess:  # noqa: B006
-    """Run `python SCRIPT ...` (or torchrun) as a user would, from the repository."""
-    start = [sys.executable]
+    """Run `python SCRIPT ...` as a user would, from the repository; several processes as torchrun would start them."""
     if processes > 1:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    words = [*start, *map(str, arguments)]
-    return subprocess.run(words, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=280)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        env = env | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: str(Path(folder) / name) for name in ("stdout", "stderr")}
+        request = {"words": [*map(str, arguments)], "folder": str(ROOT), "environment": dict(os.environ) | env,
+                   "processes": processes} | files  # fmt: skip
+        print(json.dumps(request), file=zygote().stdin, flush=True)
+        code = int(zygote().stdout.readline())
+        output = {name: Path(file).read_text() for name, file in files.items()}
+    return subprocess.CompletedProcess(request["words"], code, **output)
+
+
+@functools.cache
+def zygote() -> subprocess.Popen:
+    words, path = [sys.executable, str(ROOT / "tests" / "zygote.py")], f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+                            env=os.environ | {"PYTHONPATH": path})  # fmt: skip
 
 
 def fails_in_one_line(result: subprocess.CompletedProcess, *parts: str) -> None:

@@ -38,7 +38,8 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 def test_kills_cost_nothing(shapes_root):
     """Every training task and the preparation of data; `python -m tests.kills` does it a hundred times each."""
-    result = command("-m", "tests.kills", "--kills", 3, "--root", shapes_root)
+    words = [sys.executable, "-m", "tests.kills", "--kills", "3", "--root", str(shapes_root)]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=250)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("all equal to the bit") == result.stdout.count("1 x write, dead") == 4, result.stdout
 
@@ -203,23 +204,24 @@ PAIR = ["--config", "configs/shapes.toml", "--device", "cpu"]  # R50 has no batc
 for setting in ("train.batch_size=4", "train.steps=20", "train.checkpoint_every=2", "log.every=1", "data.workers=0",
                 "data.crop=64", "data.short_edges=[64]", "data.test_short_edge=64", "model.queries=8", "model.dropout=0",
                 "model.decoder_layers=1", "model.backbone=R50", f"model.weights={R50}",
-                "train.lr=1e-5", "eval.compare=false"):  # fmt: skip
+                "train.lr=3e-6", "eval.compare=false"):  # fmt: skip
     PAIR += ["--set", setting]
 
 
 @pytest.fixture(scope="module")
 def pair(shapes_root, tmp_path_factory) -> Path:
-    """Twenty steps of the same run by one process and by two, side by side."""
+    """Twenty steps of the same run by one process and by two."""
     out = tmp_path_factory.mktemp("pair")
+    torch.manual_seed(0)
     calm = torchvision.models.resnet50()  # untrained and without batch statistics, residuals would grow from block to block
     for name, norm in calm.named_modules():
         if name.endswith("bn3"):
             norm.weight.data.fill_(0.2)
     torch.save(calm.state_dict(), R50)
-    starts = [[sys.executable], TORCHRUN]
-    runs = [subprocess.Popen([*start, "train.py", *PAIR, "--root", str(shapes_root), "--out", str(out / name)], cwd=ROOT,
-                             env=os.environ | {"OMP_NUM_THREADS": "1"}) for start, name in zip(starts, "12", strict=True)]
-    assert [run.wait(200) for run in runs] == [0, 0]
+    for n in (1, 2):
+        words = [*PAIR, "--root", shapes_root, "--out", out / str(n)]
+        result = command("train.py", *words, processes=n, env={"OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr
     return out
 
 
@@ -234,7 +236,7 @@ def test_two_processes_train_as_one(pair, shapes_root):
     one, two = weights(pair / "1"), weights(pair / "2")
     moved = max(float((v - start[k]).abs().max()) for k, v in one.items())
     apart = max(float((v - two[k]).abs().max()) for k, v in one.items())
-    assert apart < 1e-5 < 1e-4 < moved, (apart, moved)
+    assert apart < 5e-6 < 2e-5 < moved, (apart, moved)
 
 
 def workers_of(torchrun: subprocess.Popen) -> list[int]:
@@ -261,28 +263,25 @@ def start_two(shapes_root: Path, out: Path, *options: str, settings: tuple[str, 
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
-def test_a_dead_process_takes_the_run_down_or_restarts_it(pair, shapes_root, tmp_path):
-    """With --max-restarts the run goes on from its checkpoint, to the weights of the one that nobody killed."""
-    run = start_two(shapes_root, tmp_path / "run", "--max-restarts=1")
-    at_step(tmp_path / "run", 5, run)
+def test_a_dead_process_restarts_the_run_or_ends_it(pair, shapes_root, tmp_path, monkeypatch):
+    """With --max-restarts the run goes on from its checkpoint; when no restart is left, torchrun ends it with a message. One
+    process may then finish what two began: the global batches stay the same.
+    """
+    out = tmp_path / "run"
+    run = start_two(shapes_root, out, "--max-restarts=1")
+    at_step(out, 5, run)
     os.kill(workers_of(run)[1], signal.SIGKILL)
-    output, errors = run.communicate(timeout=120)
-    assert run.returncode == 0, errors
-    assert "resuming" in output and "exitcode: -9" in errors
-    assert all(torch.equal(v, weights(pair / "2")[k]) for k, v in weights(tmp_path / "run").items())
-    steps = [line["step"] for line in lines(tmp_path / "run") if "loss" in line]
-    assert steps == list(range(1, 21))
-    # Without restarts, and on another number of processes: the global batches stay the same.
-    run = start_two(shapes_root, tmp_path / "other")
-    at_step(tmp_path / "other", 3, run)
+    at_step(out, 14, run)
     started = time.monotonic()
     os.kill(workers_of(run)[0], signal.SIGKILL)
-    _, errors = run.communicate(timeout=60)
-    assert run.returncode == 1 and "Signal 9" in errors and time.monotonic() - started < 40
-    result = command("train.py", *PAIR[:4], "--root", shapes_root, "--out", tmp_path / "other", "--resume")
-    assert result.returncode == 0, result.stderr
-    for a, b in zip(lines(pair / "2")[:20], lines(tmp_path / "other")[:20], strict=True):
-        assert b["step"] == a["step"] and b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    output, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and "resuming" in output and "Signal 9" in errors and time.monotonic() - started < 40
+    monkeypatch.chdir(ROOT)
+    train.main([*PAIR[:4], "--root", str(shapes_root), "--out", str(out), "--resume"])
+    two, again = (lines(folder)[:20] for folder in (pair / "2", out))
+    assert [line["step"] for line in again] == list(range(1, 21))
+    assert [line["loss"] for line in again[:12]] == [line["loss"] for line in two[:12]]  # to the bit: two processes, too
+    assert all(b["loss"] == pytest.approx(a["loss"], rel=1e-5) for a, b in zip(two, again, strict=True))
 
 
 def test_processes_stop_together_and_need_no_targets(shapes_root, tmp_path):

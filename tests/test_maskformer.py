@@ -75,7 +75,7 @@ def test_every_parameter_learns():
     assert silent == {f"layers.0.{k}.weight" for k in ("self_attn.out_proj", "norm1")} | {"layers.0.self_attn.in_proj_weight"}
 
 
-@pytest.mark.parametrize("backbone", ["small", "R50"])
+@pytest.mark.parametrize("backbone", ["R50"])  # test_compile.py compiles the small one
 def test_compiles_without_a_graph_break(backbone):
     sizes = {"hidden": 32, "queries": 4, "heads": 2, "feedforward": 32, "decoder_layers": 2, "class_hidden": 16}
     config = ModelConfig(backbone, dropout=0.0, small_widths=[8, 8, 8, 8], **sizes)

@@ -87,7 +87,7 @@ def budget(segmenter: Segmenter, config: Config, root: Path, process: Process, s
     numbers = range(process.rank, len(pictures), process.world)
     batches = progress(stream(pictures, numbers, 1, config.data.workers), f"budget {split}", len(numbers), process.is_main)
     for [([image], labels, _)] in batches:
-        image, labels = image.to(device), labels.to(device)
+        image, labels = image.to(device), labels.to(device).long()
         if not (labels != data.ignore).any():
             continue
         autocast = functools.partial(process.autocast, config.model.bf16)  # the networks only

@@ -1,5 +1,6 @@
-"""What must not waste a run: a signal to stop, steps whose numbers went wrong, broken pictures, a lack of memory."""
+"""What must not waste a run: broken checkpoints, a signal to stop, steps whose numbers went wrong, broken pictures."""
 
+import os
 import signal
 from collections import deque
 from pathlib import Path
@@ -13,6 +14,48 @@ from zsseg.data import Guarded
 from zsseg.run import SIGNALS, Log, Process, UserError, say
 
 LATE = 2  # steps after which a step's flag is read: the device has long passed it, so that the host need not wait
+
+
+def is_run(content: dict) -> bool:
+    """Whether a checkpoint holds what a training run goes on from, of the right kinds."""
+    kinds = {"config": dict, "optimizer": dict, "step": int, "skipped": int, "best": float}
+    return all(type(({"skipped": 0} | content).get(k)) is kind for k, kind in kinds.items()) and content["step"] >= 0
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict, what: str) -> None:
+    """Load an optimizer's state; base rates, weight decay and the like stay as the configuration says.
+
+    Raises UserError where it does not fit the parameters: the fused optimizers would read and write beyond them.
+    """
+    ours = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+        for group, kept in zip(optimizer.param_groups, ours, strict=True):
+            group.update(kept)
+            for parameter in group["params"]:
+                for name, tensor in optimizer.state.get(parameter, {}).items():
+                    shape = () if name == "step" else parameter.shape
+                    if tensor.shape != shape or tensor.dtype != parameter.dtype or not tensor.is_contiguous():
+                        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
+        names = {frozenset(entry) for entry in optimizer.state.values()}
+        if names - {frozenset(("step", "exp_avg", "exp_avg_sq")), frozenset(("momentum_buffer",))} or len(names) > 1:
+            raise ValueError("its entries are not those of one optimizer")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(what, f"cannot resume ({error})", "undo the last --set") from None
+
+
+def load_last(folder: Path) -> dict:
+    """The checkpoint of a run: last.pt or, where that is broken or gone, the one before it."""
+    try:
+        return checkpoint.load(folder / "last.pt")
+    except checkpoint.Unusable as error:
+        if not (folder / "previous.pt").exists():
+            raise
+        content = checkpoint.load(folder / "previous.pt")
+        if os.environ.get("RANK", "0") == "0" and (folder / "last.pt").exists():
+            (folder / "last.pt").rename(folder / "broken.pt")  # or the next checkpoint would make it the previous one
+        say(f"{error}: going on from previous.pt, step {content.get('step')}")
+        return content
 
 
 class Stop:

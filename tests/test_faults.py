@@ -38,10 +38,13 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 def test_kills_cost_nothing(shapes_root):
     """Every training task and the preparation of data; `python -m tests.kills` does it a hundred times each."""
-    words = [sys.executable, "-m", "tests.kills", "--kills", "3", "--root", str(shapes_root)]
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=250)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("all equal to the bit") == result.stdout.count("1 x write, dead") == 4, result.stdout
+    words = [sys.executable, "-m", "tests.kills", "--kills", "3", "--root", str(shapes_root), "--job"]
+    drivers = [subprocess.Popen([*words, *jobs], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for jobs in (("segment", "prompts"), ("clip", "prepare"))]  # fmt: skip
+    for driver in drivers:
+        output, errors = driver.communicate(timeout=250)
+        assert driver.returncode == 0, errors
+        assert output.count("all equal to the bit") == output.count("1 x write, dead") == 2, output
 
 
 def test_a_broken_last_checkpoint_costs_one_interval(shapes_root, tmp_path, capsys):
@@ -201,7 +204,7 @@ def test_only_broken_training_pictures(broken_root, tmp_path, capsys):
 FOLDER = tempfile.TemporaryDirectory()
 R50 = Path(FOLDER.name) / "r50.pth"
 PAIR = ["--config", "configs/shapes.toml", "--device", "cpu"]  # R50 has no batch statistics, which are per process
-for setting in ("train.batch_size=4", "train.steps=20", "train.checkpoint_every=2", "log.every=1", "data.workers=0",
+for setting in ("train.batch_size=4", "train.steps=20", "train.checkpoint_every=20", "log.every=1", "data.workers=0",
                 "data.crop=64", "data.short_edges=[64]", "data.test_short_edge=64", "model.queries=8", "model.dropout=0",
                 "model.decoder_layers=1", "model.backbone=R50", f"model.weights={R50}",
                 "train.lr=3e-6", "eval.compare=false"):  # fmt: skip
@@ -268,7 +271,7 @@ def test_a_dead_process_restarts_the_run_or_ends_it(pair, shapes_root, tmp_path,
     process may then finish what two began: the global batches stay the same.
     """
     out = tmp_path / "run"
-    run = start_two(shapes_root, out, "--max-restarts=1")
+    run = start_two(shapes_root, out, "--max-restarts=1", settings=("train.checkpoint_every=4",))
     at_step(out, 5, run)
     os.kill(workers_of(run)[1], signal.SIGKILL)
     at_step(out, 14, run)

@@ -122,7 +122,9 @@ def torment(action, folder: Path, log: Path, kills: int, rng: random.Random, sec
         code, half = life(action, folder, log, way, rng.uniform(0.02, 1) * seconds)
         # A signal that comes before or after the training loop ends the process as ever: nothing is at stake there.
         stopped = log.exists() and log.read_text().rstrip().endswith(("--resume goes on", "run it again to go on"))
-        assert code in (0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGUSR1) or (stopped and code == 1), (way, code, log)
+        assert code in (0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGUSR1) or (stopped and code == 1), (
+            f"{way}: exit code {code}\n{log.read_text()[-2000:]}"
+        )
         if code == 0 and not stopped:
             return lives
         lives.ends[f"{way}, {'saved and left' if code >= 0 else 'dead'}"] += 1

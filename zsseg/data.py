@@ -331,12 +331,6 @@ def guarded(collate_fn: Callable, samples: list[Sample]) -> tuple[object, list[U
     return collate_fn([sample.value for sample in samples]) if whole else None, errors
 
 
-def ignore_signals(worker: int) -> None:
-    """What a scheduler sends to a whole job is the main process's to answer, which still needs the batches."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def stream(samples: Dataset, numbers: Iterable[int], batch_size: int, workers: int, collate_fn: Callable = list,
            broken: Callable[[UserError], None] | None = None) -> Iterator:  # fmt: skip
     """Batches of the samples with these numbers, in order.
@@ -348,8 +342,13 @@ def stream(samples: Dataset, numbers: Iterable[int], batch_size: int, workers: i
     loader = DataLoader(Guarded(samples, broken is not None), batch_size, sampler=numbers,
                         num_workers=workers, collate_fn=functools.partial(guarded, collate_fn),
                         prefetch_factor=(2 if broken else 1) if workers else None,  # pictures to be measured may be huge
-                        pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals)  # fmt: skip
-    for batch, errors in loader:
+                        pin_memory=torch.cuda.is_available())  # fmt: skip
+    # What a scheduler sends to a whole job is the main process's to answer, which still needs the batches: workers start with
+    # these signals blocked, and stay so.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    iterator = iter(loader)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for batch, errors in iterator:
         for error in errors if broken else ():
             broken(error)
         if batch is None:

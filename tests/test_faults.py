@@ -37,14 +37,14 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 
 def test_kills_cost_nothing(shapes_root):
-    """Every training task and the preparation of data; `python -m tests.kills` does it a hundred times each."""
+    """Every training task, the preparation of data, and labelling; `python -m tests.kills` does it a hundred times each."""
     words = [sys.executable, "-m", "tests.kills", "--kills", "3", "--root", str(shapes_root), "--job"]
     drivers = [subprocess.Popen([*words, *jobs], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-               for jobs in (("segment", "prompts"), ("clip", "prepare"))]  # fmt: skip
-    for driver in drivers:
+               for jobs in (("segment", "prompts"), ("clip", "prepare", "label"))]  # fmt: skip
+    for driver, count in zip(drivers, (2, 3), strict=True):
         output, errors = driver.communicate(timeout=250)
         assert driver.returncode == 0, errors
-        assert output.count("all equal to the bit") == output.count("1 x write, dead") == 2, output
+        assert output.count("all equal to the bit") == output.count("1 x write, dead") == count, output
 
 
 def test_a_broken_last_checkpoint_costs_one_interval(shapes_root, tmp_path, capsys):

@@ -271,10 +271,10 @@ def test_a_dead_process_restarts_the_run_or_ends_it(pair, shapes_root, tmp_path,
     process may then finish what two began: the global batches stay the same.
     """
     out = tmp_path / "run"
-    run = start_two(shapes_root, out, "--max-restarts=1", settings=("train.checkpoint_every=4",))
-    at_step(out, 5, run)
+    run = start_two(shapes_root, out, "--max-restarts=1", settings=("train.checkpoint_every=6",))
+    at_step(out, 8, run)
     os.kill(workers_of(run)[1], signal.SIGKILL)
-    at_step(out, 14, run)
+    at_step(out, 15, run)
     started = time.monotonic()
     os.kill(workers_of(run)[0], signal.SIGKILL)
     output, errors = run.communicate(timeout=60)
@@ -297,7 +297,8 @@ def test_processes_stop_together_and_need_no_targets(shapes_root, tmp_path):
         labels = np.full((64, 64), 255, np.uint8)
         labels[0, 0] = 0
         Image.fromarray(labels).save(file)
-    run = start_two(root, tmp_path / "run", settings=("data.crop=32", "train.steps=5000", "train.checkpoint_every=5000"))
+    run = start_two(root, tmp_path / "run", settings=("data.crop=32", "train.steps=5000", "train.checkpoint_every=5000",
+                                                           "model.backbone=small", "model.weights="))  # fmt: skip
     at_step(tmp_path / "run", 4, run)
     os.kill(workers_of(run)[1], signal.SIGUSR1)
     output, errors = run.communicate(timeout=60)

@@ -9,6 +9,7 @@ import json
 import multiprocessing.util
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -34,10 +35,6 @@ from zsseg.datasets import (
 from zsseg.losses import Targets
 from zsseg.regions import mask_boxes, region_crops
 from zsseg.run import SIGNALS, UserError, say, seed_of
-
-# Workers leave signals to the main process, so that at its end, above all after an error, they must be killed: what
-# multiprocessing registered to do then (before this line, so that it comes later) would wait for them forever.
-atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
 
 REPLACEMENTS = 100  # samples in a row that may be broken before training stops
 
@@ -329,6 +326,18 @@ def guarded(collate_fn: Callable, samples: list[Sample]) -> tuple[object, list[U
     errors = [error for sample in samples for error in sample.errors]
     whole = all(sample.value is not None for sample in samples)
     return collate_fn([sample.value for sample in samples]) if whole else None, errors
+
+
+@atexit.register
+def end_workers() -> None:
+    """Workers leave signals to the main process, so that at its end, above all after an error, they must be killed: what
+    multiprocessing has registered to do then, after this, would wait for them forever.
+    """
+    children = multiprocessing.active_children()
+    if children and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch would complain of their death
+    for child in children:
+        child.kill()
 
 
 def stream(samples: Dataset, numbers: Iterable[int], batch_size: int, workers: int, collate_fn: Callable = list,

@@ -228,6 +228,7 @@ def pair(shapes_root, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(pair, shapes_root):
     """The same global batches; losses and normalisers averaged over both."""
     one, two = (lines(pair / name)[:20] for name in "12")
@@ -266,6 +267,7 @@ def start_two(shapes_root: Path, out: Path, *options: str, settings: tuple[str, 
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_dead_process_restarts_the_run_or_ends_it(pair, shapes_root, tmp_path, monkeypatch):
     """With --max-restarts the run goes on from its checkpoint; when no restart is left, torchrun ends it with a message. One
     process may then finish what two began: the global batches stay the same.
@@ -287,6 +289,7 @@ def test_a_dead_process_restarts_the_run_or_ends_it(pair, shapes_root, tmp_path,
     assert all(b["loss"] == pytest.approx(a["loss"], rel=1e-5) for a, b in zip(two, again, strict=True))
 
 
+@pytest.mark.slow
 def test_processes_stop_together_and_need_no_targets(shapes_root, tmp_path):
     """Most crops show no class that is trained on: batches of a process, or of all, are without targets. Then a signal to one
     process makes both save and leave with 0.

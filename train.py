@@ -302,7 +302,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     if process.enabled(config.model.compile):
         task.compile()  # before DDP wraps the model, and in place: names in the state dict stay as they are
     model = DistributedDataParallel(task.model) if process.world > 1 else task.model
-    log, commit = run.Log(out, process, asdict(config), start, saved.get("wandb")), run.commit()
+    log = run.Log(out, process, asdict(config), start, saved.get("wandb"))
     bad_steps = BadSteps(task, out, log, process, config.train.bad_steps, saved.get("skipped", 0))
 
     def save(name: str, step: int) -> None:
@@ -310,7 +310,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
         if process.is_main:
             states = {"model": task.state(), "optimizer": optimizer.state_dict(), "skipped": bad_steps.count}
             checkpoint.save(out / name, out / "previous.pt" if name == "last.pt" else None, config=asdict(config), step=step,
-                            best=best, wandb=log.run_id, commit=commit, **states)  # fmt: skip
+                            best=best, wandb=log.run_id, commit=run.commit(), **states)  # fmt: skip
 
     def validate(step: int) -> None:
         """The evaluation on the way that is due after a step; a run that goes on from that step repeats it."""

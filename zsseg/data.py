@@ -9,7 +9,6 @@ import json
 import multiprocessing.util
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -333,10 +332,8 @@ def end_workers() -> None:
     """Workers leave signals to the main process, so that at its end, above all after an error, they must be killed: what
     multiprocessing has registered to do then, after this, would wait for them forever.
     """
-    children = multiprocessing.active_children()
-    if children and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch would complain of their death
-    for child in children:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch would complain of their death
+    for child in multiprocessing.active_children():
         child.kill()
 
 

@@ -199,15 +199,6 @@ def test_a_region_and_its_mask_move_together(tmp_path):
 # --- run lengths -------------------------------------------------------------------------------------------------
 
 
-def test_run_lengths_both_ways():
-    rng = np.random.default_rng(0)
-    for i in range(200):
-        shape = tuple(rng.integers(1, 40, 2))
-        mask = rng.random(shape) < rng.choice([0, 0.02, 0.5, 1])
-        for compressed in (True, False):
-            assert np.array_equal(decode_runs(trees.encode_runs(mask, compressed)), mask), i
-
-
 def test_run_lengths_known_text():
     """A 5 x 4 mask with one pixel set at row 1, column 2: runs 11, 1, 8."""
     mask = decode_runs({"size": [5, 4], "counts": ";18"})

@@ -24,7 +24,6 @@ from zsseg.datasets import read_picture, read_values
 from zsseg.regions import expand_boxes
 from zsseg.run import UserError
 from zsseg.tokenizer import Tokenizer
-from zsseg.views import windows
 
 settings.register_profile("zsseg", max_examples=200, deadline=None, derandomize=True, database=None)
 settings.load_profile("zsseg")
@@ -222,19 +221,3 @@ def test_expanded_boxes_stay_inside_and_keep_a_pixel(height, width, ratio, data)
 def test_sizes_stay_in_their_limits(width, height, short, longest):
     w, h = pictures.test_size(width, height, short, longest)
     assert 1 <= min(w, h) <= max(short, 1) and max(w, h) <= max(longest, 1)
-
-
-@given(st.integers(1, 200), st.integers(1, 200), st.integers(0, 2**32))
-def test_random_boxes_stay_inside(width, height, seed):
-    left, top, w, h = pictures.resized_crop_box(width, height, np.random.default_rng(seed))
-    assert w > 0 and h > 0 and 0 <= left <= width - w and 0 <= top <= height - h
-
-
-@given(st.integers(1, 300), st.integers(1, 300), st.integers(0, 120))
-def test_windows_cover_every_pixel(height, width, side):
-    covered = np.zeros((height, width), bool)
-    for top, left, bottom, right in windows(height, width, side):
-        assert 0 <= top < bottom <= height and 0 <= left < right <= width
-        assert not side or (bottom - top, right - left) == (min(side, height), min(side, width))
-        covered[top:bottom, left:right] = True
-    assert covered.all()

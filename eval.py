@@ -32,7 +32,7 @@ def main(argv: list[str]) -> None:
     if "config" not in content and not args.config:
         raise run.UserError(f"checkpoint {args.checkpoint}", "holds no configuration", "give its --config")
     config = load_config(args.config, args.set, content.get("config"))
-    pairs = find_pairs(config.data.name, args.root, config.data.split)  # before anything is downloaded
+    pairs = find_pairs(config.data, args.root, config.data.split)  # before anything is downloaded
     process, out = run.start(args.device), Path(args.out or Path(args.checkpoint).parent / "eval")
     segmenter = load_segmenter(content, config, args.root, args.checkpoint).to(process.device)
     many = config.model.compile == "on" or len(pairs) >= WORTH_COMPILING * process.world

@@ -28,6 +28,7 @@ from zsseg.config import Config, ContrastConfig, load_config
 from zsseg.data import HeldOut, Regions, RegionsWithCaptions, TrainPictures, collate, stream
 from zsseg.datasets import find_pairs, training_set
 from zsseg.faults import BadSteps, Broken, Stop, is_run, load_last, restore, running_statistics
+from zsseg.log import Log
 from zsseg.losses import contrastive_loss, normalizers, segmentation_losses
 from zsseg.metrics import evaluate, report
 from zsseg.perpixel import per_pixel_loss
@@ -41,7 +42,7 @@ class Segment:
     """MaskFormer, or the one-stage baseline, on the seen classes of a data set, CLIP frozen."""
     def __init__(self, config: Config, root: Path, out: Path, process: run.Process, saved: dict | None = None):
         self.config, self.root, self.process = config, root, process
-        find_pairs(config.data.name, root, config.data.split)  # a missing split is noticed now, not at the end
+        find_pairs(config.data, root, config.data.split)  # a missing split is noticed now, not at the end
         pseudo = pseudo_labels(config, root, out / "pseudo", process) if config.train.teacher else None
         self.segmenter = build_segmenter(config, root, saved).to(process.device)
         self.segmenter.set_classes(training_set(config.data).training_names)
@@ -302,7 +303,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     if process.enabled(config.model.compile):
         task.compile()  # before DDP wraps the model, and in place: names in the state dict stay as they are
     model = DistributedDataParallel(task.model) if process.world > 1 else task.model
-    log = run.Log(out, process, asdict(config), start, saved.get("wandb"))
+    log = Log(out, process, asdict(config), start, saved.get("wandb"))
     bad_steps = BadSteps(task, out, log, process, config.train.bad_steps, saved.get("skipped", 0))
 
     def save(name: str, step: int) -> None:

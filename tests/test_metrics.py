@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from zsseg.datasets import DATASETS, DataSet
-from zsseg.metrics import confusion, palette, save_label_map, summarize, table
+from zsseg.draw import palette, save_label_map
+from zsseg.metrics import confusion, summarize, table
 
-PLAIN = DataSet(["a", "b", "c", "d"], [], "", [], {}, [0, 1, 2, 3])
+PLAIN = DataSet("plain", ["a", "b", "c", "d"], [], "", [], {}, [0, 1, 2, 3])
 SPLIT = dataclasses.replace(PLAIN, unseen=["c", "d"])
 
 

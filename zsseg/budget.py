@@ -77,7 +77,7 @@ def budget(segmenter: Segmenter, config: Config, root: Path, process: Process, s
         raise UserError("--budget", "needs mask proposals", "give a checkpoint with model.proposals = true")
     if config.eval.sizes or config.eval.flip or config.eval.window:
         raise UserError("--budget", "measures one view of a picture", "leave eval.sizes, eval.flip and eval.window out")
-    data, pictures = dataset(config.data.name), TestPictures(config.data, root, split)
+    data, pictures = dataset(config.data), TestPictures(config.data, root, split)
     C, device = len(data.names), process.device
     segmenter.set_classes(data.names, data.seen)
     segmenter.eval()

@@ -16,7 +16,14 @@ from zsseg.run import UserError
 
 @dataclass
 class DataConfig:
-    name: str = "shapes"  # shapes | voc | coco_stuff | ade20k | ade20k_full | pcontext | cityscapes
+    name: str = "shapes"  # shapes | voc | coco_stuff | ade20k | ade20k_full | pcontext | cityscapes | folder (your own)
+    # Of "folder" only, below the data root:
+    folder: str = ""  # where it lies
+    pictures: str = ""  # e.g. "images/{split}/{id}.jpg"; without {split}, <split>.txt lists the ids; ".*" is any ending
+    labels: str = ""  # e.g. "masks/{split}/{id}.png": one channel of 8 or 16 bits
+    classes: list[str] = field(default_factory=list)  # names
+    unseen: list[str] = field(default_factory=list)  # those that training hides
+    values: list[int] = field(default_factory=list)  # the label value of each class, all others are ignored; []: 0, 1, 2, ...
     split: str = "val"  # the split that train.py (at its end) and eval.py measure on
     train_on: str = "seen"  # seen | all: the classes that training targets show
     short_edges: list[int] = field(default_factory=lambda: list(range(320, 961, 64)))  # drawn at training

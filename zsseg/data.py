@@ -58,8 +58,8 @@ class TestPictures(Dataset):
     There is one size, with shorter edge `data.test_short_edge`, unless `edges` gives others.
     """
     def __init__(self, config: DataConfig, root: Path, split: str, edges: list[int] = ()):
-        self.config, self.lut, self.edges = config, dataset(config.name).lut(), edges or [config.test_short_edge]
-        self.pairs = find_pairs(config.name, root, split)
+        self.config, self.lut, self.edges = config, dataset(config).lut(), edges or [config.test_short_edge]
+        self.pairs = find_pairs(config, root, split)
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -119,7 +119,7 @@ def ssd_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 def training_statistics(config: DataConfig, root: Path) -> LabelStatistics:
     """Which classes the training pictures show; label maps that cannot be read are named, and left out."""
-    statistics = label_statistics(config.name, root, "train", config.workers)
+    statistics = label_statistics(config, root, "train", config.workers)
     for line in statistics.broken[:20]:
         say(f"left out: {line}")
     if more := len(statistics.broken[20:]):
@@ -135,7 +135,7 @@ class TrainPictures(Dataset):
     """
     def __init__(self, config: Config, root: Path, pseudo: Path | None = None):
         self.data, self.seed = training_set(config.data), config.train.seed
-        pairs, self.lut = find_pairs(config.data.name, root, "train"), self.data.lut(training=True)
+        pairs, self.lut = find_pairs(config.data, root, "train"), self.data.lut(training=True)
         if pseudo is None:
             shown = training_statistics(config.data, root).pictures_with(self.data.trained)
             self.pairs = [pairs[i] for i in shown]
@@ -192,7 +192,7 @@ class Regions(Dataset):
     """
     def __init__(self, config: Config, root: Path, resolution: int):
         self.data, self.seed, self.resolution = training_set(config.data), config.train.seed, resolution
-        self.pairs, self.lut = find_pairs(config.data.name, root, "train"), self.data.lut(training=True)
+        self.pairs, self.lut = find_pairs(config.data, root, "train"), self.data.lut(training=True)
         statistics = training_statistics(config.data, root)
         rng, few = np.random.default_rng(self.seed), config.prompts.samples_per_class
         self.regions, self.held_out = [], []  # (picture, class)
@@ -266,8 +266,8 @@ class RegionsWithCaptions(Dataset):
     def __init__(self, config: Config, root: Path):
         self.seed, self.resolution = config.train.seed, config.contrast.resolution
         self.masked_share = config.contrast.masked_share
-        data = dataset(config.data.name)
-        pairs = find_pairs(config.data.name, root, "clip")
+        data = dataset(config.data)
+        pairs = find_pairs(config.data, root, "clip")
         self.images = [to_tensor(read_picture(image)) for image, _ in pairs]
         sizes = [(image.shape[2], image.shape[1]) for image in self.images]
         self.labels = [torch.from_numpy(read_labels(p[1], data.lut(), s)) for p, s in zip(pairs, sizes, strict=True)]

@@ -32,6 +32,7 @@ class Archive:
 @dataclass(frozen=True)
 class DataSet:
     """One row of the table, `datasets.toml`. Class ids run from 0; `ignore` is no class."""
+    name: str
     names: list[str]
     folders: list[str]  # below the data root; the first that exists is used
     pictures: str  # below the folder; {split} and {id} are filled in, an id may hold a sub-folder
@@ -81,8 +82,8 @@ class DataSet:
             names = {}
             for parent, _, found in os.walk(folder / before, followlinks=True):
                 below = Path(parent).relative_to(folder / before)
-                names |= {(below / f).as_posix().removesuffix(after): Path(parent, f) for f in found
-                          if f.endswith(after) and not f.startswith(".")}  # fmt: skip
+                names |= {(below / (Path(f).stem if after == ".*" else f.removesuffix(after))).as_posix(): Path(parent, f)
+                          for f in found if (after == ".*" or f.endswith(after)) and not f.startswith(".")}  # fmt: skip
             files.append(names)
         return files[0], files[1]
 
@@ -110,29 +111,58 @@ def read_table(file: Path) -> dict[str, DataSet]:
     for row in rows.values():
         row.setdefault("values", list(range(len(row["names"]))))
         row["archives"] = [Archive(**archive) for archive in row.get("archives", [])]
-    return {name: DataSet(**row) for name, row in rows.items()}
+    return {name: DataSet(name, **row) for name, row in rows.items()}
 
 
 DATASETS = read_table(Path(__file__).parent / "datasets.toml")
 
 
-def dataset(name: str) -> DataSet:
+def dataset(wanted: str | DataConfig) -> DataSet:
+    """A row of the table, by its name or as a configuration wants it, which may also describe a data set of its own."""
+    name = wanted if isinstance(wanted, str) else wanted.name
+    if name == "folder" and isinstance(wanted, DataConfig):
+        return own_dataset(wanted)
     if name not in DATASETS:
-        raise UserError("data.name", f"is {name!r}", f"choose one of {', '.join(DATASETS)}")
+        raise UserError("data.name", f"is {name!r}", f"choose one of {', '.join(DATASETS)}, folder")
     return DATASETS[name]
+
+
+def own_dataset(config: DataConfig) -> DataSet:
+    """The user's own data set; UserError where its description cannot be right."""
+    values = config.values or list(range(len(config.classes)))
+    lists = "{split}" not in config.pictures
+    rules = {
+        "data.pictures": (config.pictures.count("{id}") == 1 and not (lists and config.pictures.endswith(".*"))
+                          and config.pictures.split("{id}")[0][-1:] in ("", "/"),
+                          'write e.g. "images/{split}/{id}.jpg"'),
+        "data.labels": (config.labels.count("{id}") == 1 and lists == ("{split}" not in config.labels)
+                        and config.labels.split("{id}")[0][-1:] in ("", "/"),
+                        'write e.g. "masks/{split}/{id}.png", with {split} as in data.pictures'),
+        "data.classes": (0 < len(config.classes) == len(set(config.classes)), "name every class, each once"),
+        "data.unseen": (set(config.unseen) < set(config.classes), "give some of data.classes, not all"),
+        "data.values": (len(values) == len(set(values)) == len(config.classes) and 0 <= min(values) <= max(values) < 2**16,
+                        "give every class a value of its own, from 0 to 65535"),
+    }  # fmt: skip
+    for name, (right, todo) in rules.items():
+        if not right:
+            raise UserError(name, f"is {getattr(config, name.removeprefix('data.'))} (data.name is folder)", todo)
+    splits = {split: split for split in ("train", "val", "test", config.split)}
+    ignore = 255 if len(config.classes) <= 255 else 65535
+    return DataSet("folder", config.classes, [config.folder or "."], config.pictures, [config.labels], splits, values,
+                   config.unseen, lists, 16, ignore)  # fmt: skip
 
 
 def training_set(config: DataConfig) -> DataSet:
     """The data set as training sees it: with `train_on = "all"` no class is unseen."""
-    data = dataset(config.name)
+    data = dataset(config)
     return replace(data, unseen=[]) if config.train_on == "all" else data
 
 
-def find_pairs(name: str, root: Path, split: str) -> list[tuple[Path, Path]]:
+def find_pairs(wanted: str | DataConfig, root: Path, split: str) -> list[tuple[Path, Path]]:
     """The (picture, label map) files of a split; UserError where there are none."""
-    data = dataset(name)
+    data = dataset(wanted)
     if split not in data.splits:
-        raise UserError("data.split", f"is {split!r}", f"{name} has {', '.join(data.splits)}")
+        raise UserError("data.split", f"is {split!r}", f"{data.name} has {', '.join(data.splits)}")
     folder = data.folder(root)
     try:
         pairs = data.pairs(folder, split)
@@ -141,8 +171,9 @@ def find_pairs(name: str, root: Path, split: str) -> list[tuple[Path, Path]]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"list {folder / split}.txt", f"cannot be read ({error})", "replace the file") from None
     if not pairs:
-        command = f"prepare_data.py {name}" + " --train" * (split == "train" and name != "shapes")
-        raise UserError(f"data set {name}", f"no {split!r} pictures in {folder}", f"run {command}, or give --root")
+        command = f"run prepare_data.py {data.name}" + " --train" * (split == "train" and data.name != "shapes")
+        todo = "check data.pictures and data.labels" if data.name == "folder" else command
+        raise UserError(f"data set {data.name}", f"no {split!r} pictures in {folder}", f"{todo}, or give --root")
     return pairs
 
 
@@ -243,19 +274,19 @@ def count_split(pairs: list, count: Callable, workers: int, name: str) -> LabelS
     return LabelStatistics(image, table[:, 0].astype(np.int32), table[:, 1], np.array(sorted(broken), str))
 
 
-def label_statistics(name: str, root: Path, split: str, workers: int = 4) -> LabelStatistics:
+def label_statistics(wanted: str | DataConfig, root: Path, split: str, workers: int = 4) -> LabelStatistics:
     """The statistics of a split: from the cache while files and tables are the same, else counted now.
 
     The cache lies beside the data, below $ZSSEG_CACHE where that cannot be written.
     """
-    data, pairs = dataset(name), find_pairs(name, root, split)
+    data, pairs = dataset(wanted), find_pairs(wanted, root, split)
     tables, folder = (data.lut(), data.lut(training=True)), data.folder(root)
     version, changed = statistics_version(tables, folder, pairs)
     caches = folder / ".zsseg" / f"{split}.npz", cache_dir() / "statistics" / f"{version}.npz"
     for cache in caches:
         if cached := read_statistics(cache, version, changed):
             return cached
-    statistics = count_split(pairs, lambda pair: count_classes(pair[1], data, tables), workers, f"count {name} {split}")
+    statistics = count_split(pairs, lambda pair: count_classes(pair[1], data, tables), workers, f"count {data.name} {split}")
     for cache in caches if not len(statistics.broken) else ():  # what is broken today may be mended tomorrow
         try:
             with replacing(cache) as temporary, open(temporary, "wb") as file:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from zsseg import checkpoint
 from zsseg.data import Guarded
-from zsseg.run import SIGNALS, Log, Process, UserError, say
+from zsseg.log import Log
+from zsseg.run import SIGNALS, Process, UserError, say
 
 LATE = 2  # steps after which a step's flag is read: the device has long passed it, so that the host need not wait
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from zsseg.config import Config
 from zsseg.data import TestPictures, stream
 from zsseg.datasets import DataSet, dataset
+from zsseg.draw import column, save_label_map
 from zsseg.regions import mask_boxes
 from zsseg.run import Process, progress, replacing
 from zsseg.segmenter import Proposals, Segmenter
@@ -66,9 +68,13 @@ def summarize(matrix: Tensor, data: DataSet) -> dict:
 
 @torch.inference_mode()
 def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process, split: str, out: Path | None = None,
-             save_predictions: bool = False) -> dict:  # fmt: skip
-    """Metrics of a split, its pictures shared among the processes; with `out`, also a grid of pictures (rank 0)."""
-    data, wanted = dataset(config.data.name), config.eval
+             save_predictions: bool = False, look: Callable | None = None) -> dict:  # fmt: skip
+    """Metrics of a split, its pictures shared among the processes; with `out`, also a grid of pictures (rank 0).
+
+    `look(number, stem, image, labels, predicted, matrix)` is shown every picture of this process: its number in the split,
+    uint8 [3, h, w] at network-input size, class ids int64 [H, W] true (with `ignore`) and predicted, pixel counts [C, C].
+    """
+    data, wanted = dataset(config.data), config.eval
     pictures = TestPictures(config.data, root, split, wanted.sizes)
     C = len(data.names)
     segmenter.set_classes(data.names, data.seen)
@@ -79,7 +85,8 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
     batches = stream(pictures, numbers, 1, config.data.workers)
     compare = (wanted.compare or bool(wanted.weights)) and segmenter.clip is not None
     samples, started = [], time.perf_counter()
-    for [(images, labels, stem)] in progress(batches, f"evaluate {split}", len(numbers), process.is_main):
+    shown = progress(batches, f"evaluate {split}", len(numbers), process.is_main)
+    for number, [(images, labels, stem)] in zip(numbers, shown, strict=True):
         images, labels = [image.to(process.device) for image in images], labels.to(process.device).long()
         with process.autocast(config.model.bf16):
             views = segment_views(segmenter, images, tuple(labels.shape), wanted.flip, wanted.window)
@@ -90,9 +97,12 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
             scores = [s | segmenter.variants(v.proposals, wanted.weights) for s, v in zip(scores, views, strict=True)]
         for name in scores[0]:
             predicted = label_map(segmenter, views, [s[name] for s in scores], tuple(labels.shape))
-            matrices[name] = matrices.get(name, 0) + confusion(labels, predicted, C, data.ignore)
+            matrix = confusion(labels, predicted, C, data.ignore)
+            matrices[name] = matrices.get(name, 0) + matrix
             if name:
                 continue
+            if look:
+                look(number, stem, images[0], labels, predicted, matrix)
             if save_predictions:
                 save_label_map(predicted, out / "predictions" / f"{stem}.png", C)
             if process.is_main and len(samples) < 8:
@@ -141,7 +151,7 @@ def report(result: dict, config: Config, out: Path) -> None:
     print(table(result, {None: "head alone", 0: "CLIP alone"}.get(w, "ensemble")))
     with replacing(out / "metrics.json") as file:
         file.write_text(json.dumps(result, indent=1) + "\n")
-    published = dataset(config.data.name).counts.get(config.data.split, result["images"])
+    published = dataset(config.data).counts.get(config.data.split, result["images"])
     note = f" (the published {config.data.split} split has {published})" if published != result["images"] else ""
     print(f"{result['images']} images{note}, {result['images_per_second']:.2f} images/s -> {out / 'metrics.json'}")
 
@@ -162,28 +172,3 @@ def table(result: dict, name: str = "ensemble") -> str:
     shown = {k: "-" if v["IoU"] is None else format(v["IoU"], ".1f") for k, v in result["per_class"].items()}
     cells = [f"{name[:17]:17} {iou:>5}" for name, iou in shown.items()]
     return "\n".join([*lines, "", "IoU of each class", *("  ".join(cells[i : i + 4]) for i in range(0, len(cells), 4))])
-
-
-def palette(count: int) -> np.ndarray:
-    """`count` distinct colours and, last, black for ignored pixels: uint8 [count + 1, 3]."""
-    hue = (np.arange(count) * 0.618034) % 1  # golden-ratio steps keep neighbours apart
-    value = 0.95 - 0.35 * ((np.arange(count) // 7) % 3) / 2
-    phase = (hue[:, None] * 6 + np.array([5, 3, 1])) % 6
-    rgb = value[:, None] * (1 - 0.75 * np.clip(np.minimum(phase, 4 - phase), 0, 1))
-    return np.concatenate([(255 * rgb).astype(np.uint8), np.zeros((1, 3), np.uint8)])
-
-
-def column(image: Tensor, labels: Tensor, predicted: Tensor, classes: int, height: int = 160) -> np.ndarray:
-    """Picture, truth (`classes` where ignored) and prediction below one another, each `height` pixels high."""
-    colours, width = palette(classes), min(max(round(height * image.shape[2] / image.shape[1]), 1), 4 * height)
-    small = lambda array: np.array(Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST))
-    kind = np.uint8 if classes <= 255 else np.int32
-    maps = [colours[small(m.numpy().astype(kind))] for m in (labels, predicted)]
-    return np.concatenate([small(image.permute(1, 2, 0).numpy()), *maps])
-
-
-def save_label_map(predicted: Tensor, path: Path, classes: int) -> None:
-    """Class ids as a PNG of 8 bits, 16 above 255 classes."""
-    array = predicted.cpu().numpy().astype(np.uint8 if classes <= 255 else np.uint16)
-    with replacing(path) as temporary:
-        Image.fromarray(array).save(temporary, "PNG")

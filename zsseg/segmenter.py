@@ -52,7 +52,7 @@ class Segmenter(nn.Module):
         self.compiled, self.proposing = False, True
         self.clip = self.prompt = self.region_prompt = None
         if config.model.class_head == "linear":
-            self.maskformer = MaskFormer(config.model, len(dataset(config.data.name).names) + 1)
+            self.maskformer = MaskFormer(config.model, len(dataset(config.data).names) + 1)
             return
         self.clip = build_clip(clip_state)
         if config.clip.regions == "tokens" and not hasattr(self.clip.visual, "region_tokens"):

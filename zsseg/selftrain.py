@@ -13,7 +13,7 @@ from zsseg import checkpoint
 from zsseg.config import Config, load_config
 from zsseg.data import TestPictures, stream
 from zsseg.datasets import DataSet, dataset, find_pairs, read_values
-from zsseg.metrics import save_label_map
+from zsseg.draw import save_label_map
 from zsseg.run import Process, UserError, parallel, progress, replacing, say
 from zsseg.segmenter import load_segmenter
 
@@ -37,7 +37,7 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
 
     Seen pixels keep their label; no pixel of an unseen class is read. `folder`/counts.json says how many pixels each class has.
     """
-    data, pairs = dataset(config.data.name), find_pairs(config.data.name, root, "train")
+    data, pairs = dataset(config.data), find_pairs(config.data, root, "train")
     made = folder / "made_with.json"
     if made.exists() and Path(config.train.teacher).is_file() and json.loads(made.read_text()) != origin(config):
         why = "were made by another teacher or with other settings"

@@ -1,22 +1,38 @@
-"""Measure a segmenter on a data set.
+"""Measure a segmenter on a data set, or segment any pictures with any words.
 
+Measure it:
     python eval.py runs/shapes/last.pt
     python eval.py model_final.pth --config configs/voc_r50_single.toml --root datasets --save-predictions
+    python eval.py runs/shapes/last.pt --report              a page to look at: OUT/report.html
     torchrun --nproc-per-node=8 eval.py CHECKPOINT
 
+Segment pictures: files, folders, patterns, or - for a list on standard input. Each gets a label map (.png), an overlay with
+a legend (.overlay.jpg) and its classes with pixels, share and mean score (.json):
+    python eval.py CHECKPOINT --images photo.jpg --classes "cat, dog, grass"
+    python eval.py CHECKPOINT --images photos/ more/*.png --classes words.txt --out segmented
+    torchrun --nproc-per-node=8 eval.py CHECKPOINT --images photos/ --classes words.txt --out segmented --resume
+Lines of words.txt: `cat`, with synonyms `sofa = couch, settee`, or `other: sky, wall` for what is predicted but shown as
+"other". Without --classes, the classes are the data set's.
+
+Export programs that run without this one:
+    python eval.py CHECKPOINT --export DIR --classes "cat, dog, grass"
+
 CHECKPOINT is one of train.py (its configuration is inside) or an original zsseg.baseline model_final.pth (give its
---config). Writes metrics.json and samples.png to --out (else eval/ beside the checkpoint).
+--config). Results go to --out (else eval/ or, of pictures, images/ beside the checkpoint).
 """
 
+import os
 from pathlib import Path
 
 from zsseg import checkpoint, run
 from zsseg.budget import budget, report_budget
 from zsseg.config import load_config
-from zsseg.datasets import find_pairs
+from zsseg.datasets import dataset, find_pairs
 from zsseg.metrics import evaluate, report
+from zsseg.pictures import Names, Results, find_pictures, made_with, segment_pictures
 from zsseg.published import compare
 from zsseg.segmenter import load_segmenter
+from zsseg.words import read_words, words_of
 
 WORTH_COMPILING = 1000  # pictures a process: for fewer, compiling takes longer than it saves
 
@@ -24,20 +40,40 @@ WORTH_COMPILING = 1000  # pictures a process: for fewer, compiling takes longer 
 def main(argv: list[str]) -> None:
     parser = run.parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    parser.add_argument("--budget", action="store_true", help="what masks and classes cost: oracles, recall, confusions")
-    parser.add_argument("--reproduce", action="store_true", help="print the paper's numbers beside ours")
-    parser.add_argument("--save-predictions", action="store_true", help="write OUT/predictions/<stem>.png, class ids")
+    measure = parser.add_argument_group("measuring")
+    measure.add_argument("--save-predictions", action="store_true", help="write OUT/predictions/<stem>.png, class ids")
+    measure.add_argument("--budget", action="store_true", help="what masks and classes cost: oracles, recall, confusions")
+    measure.add_argument("--reproduce", action="store_true", help="print the paper's numbers beside ours")
+    pictures = parser.add_argument_group("any pictures, any words")
+    pictures.add_argument("--images", metavar="PICTURE", nargs="+", help="files, folders, patterns, or - for a list")
+    pictures.add_argument("--classes", metavar="WORDS", help="what to look for: \"cat, dog, grass\" or a text file")
+    pictures.add_argument("--resume", action="store_true", help="segment only the pictures that are not done yet")
     args = parser.parse_args(argv)
+    if args.classes is not None and not args.images:
+        raise run.UserError("--classes", "is for pictures of your own", "add --images")
+    if args.images and (args.save_predictions or args.budget or args.reproduce):
+        raise run.UserError("--images", "has no truth to measure against", "leave the options for measuring out")
     content = checkpoint.load(args.checkpoint)
     if "config" not in content and not args.config:
         raise run.UserError(f"checkpoint {args.checkpoint}", "holds no configuration", "give its --config")
     config = load_config(args.config, args.set, content.get("config"))
-    pairs = find_pairs(config.data, args.root, config.data.split)  # before anything is downloaded
-    process, out = run.start(args.device), Path(args.out or Path(args.checkpoint).parent / "eval")
-    segmenter = load_segmenter(content, config, args.root, args.checkpoint).to(process.device)
-    many = config.model.compile == "on" or len(pairs) >= WORTH_COMPILING * process.world
-    if many and process.enabled(config.model.compile):
+    out = Path(args.out or Path(args.checkpoint).parent / ("images" if args.images else "eval"))
+    words = read_words(args.classes) if args.classes is not None else words_of(dataset(config.data))
+    process = run.start(args.device)
+    if args.images:  # before anything is downloaded
+        names = Names(process.agree(lambda: find_pictures(args.images, out)))
+        count = len(names)
+    else:
+        count = len(find_pairs(config.data, args.root, config.data.split))
+    segmenter = load_segmenter(content, config, args.root, args.checkpoint).to(process.device).eval()
+    if process.enabled(config.model.compile) and (config.model.compile == "on" or count >= WORTH_COMPILING * process.world):
         segmenter.compile_parts()
+    if args.images:
+        trained = load_config(None, [], content.get("config")) if "config" in content else config
+        segmenter.set_classes(words.names, words.trained(dataset(trained.data)), words.synonyms)
+        results = Results(out, names, words, made_with(args.checkpoint, config, words))
+        again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
+        return segment_pictures(segmenter, config, results, process, args.resume or again)
     if args.budget:
         result = budget(segmenter, config, args.root, process, config.data.split)
         return report_budget(result, out) if process.is_main else None

@@ -3,6 +3,7 @@
     python prepare_data.py shapes        generates the embedded data set and trains its small CLIP (minutes)
     python prepare_data.py voc           downloads Pascal VOC 2012 and SBD, computes "trainaug"
     python prepare_data.py voc --check   reads every file: counts, broken files by name, label histogram
+    python prepare_data.py folder --config my.toml --check   the same for a data set of your own
 
 What lies below the root in its official layout is used as it is; else it is downloaded where that is allowed (to
 $ZSSEG_CACHE, else ~/.cache/zsseg) or one line says what to put where. Running it again changes nothing; killed half-way
@@ -16,7 +17,7 @@ import numpy as np
 
 from train import train
 from zsseg import checkpoint, convert, run, shapes
-from zsseg.config import load_config
+from zsseg.config import DataConfig, load_config
 from zsseg.datasets import (
     DATASETS,
     Archive,
@@ -36,21 +37,26 @@ from zsseg.run import UserError
 
 def main(argv: list[str]) -> None:
     parser = run.Parser(__doc__)
-    parser.add_argument("dataset", choices=DATASETS)
+    parser.add_argument("dataset", choices=[*DATASETS, "folder"])
+    parser.add_argument("--config", metavar="FILE", help="TOML file that describes data set folder")
     parser.add_root()
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--train", action="store_true",
                         help="get the training pictures, too, where only the test split is there")
     parser.add_argument("--check", action="store_true", help="only verify: counts, unreadable files, label histogram")
     args = parser.parse_args(argv)
+    config = load_config(args.config).data if args.config else DataConfig(name=args.dataset)
+    if config.name != args.dataset or (args.dataset == "folder" and not args.config):
+        why = f"describes {config.name}" if args.config else "is missing"
+        raise UserError("--config", why, f'give a file with [data] name = "{args.dataset}"')
     if args.check:
-        check(args.dataset, args.root, args.workers)
+        check(config, args.root, args.workers)
         return
     if args.dataset == "shapes":
         prepare_shapes(args.root, args.workers)
-    else:
+    elif args.dataset != "folder":
         prepare(args.dataset, args.root, args.workers, args.train)
-    summarize(args.dataset, args.root, args.workers)
+    summarize(config, args.root, args.workers)
 
 
 def prepare_shapes(root: Path, workers: int) -> None:
@@ -126,24 +132,26 @@ def obtain(archive: Archive, name: str, root: Path, folder: Path) -> None:
             temporary.write_bytes(file.read_bytes())
 
 
-def present(name: str, root: Path) -> list[str]:
-    """The splits that are there; the test split must be."""
-    data, splits = dataset(name), []
-    for split in data.splits:
+def present(config: DataConfig, root: Path) -> list[str]:
+    """The splits that are there; the one that is measured on must be."""
+    splits = []
+    for split in dataset(config).splits:
         try:
-            find_pairs(name, root, split)
+            find_pairs(config, root, split)
             splits.append(split)
         except UserError:
-            if split == "val":
+            if split == config.split:
                 raise
-            print(f"{name} {split}: none" + (" (only training needs it; --train fetches it)" if split == "train" else ""))
+            if split == "train":
+                fetched = "" if config.name == "folder" else "; --train fetches it"
+                print(f"{config.name} train: none (only training needs it{fetched})")
     return splits
 
 
-def describe(name: str, root: Path, split: str) -> str:
+def describe(config: DataConfig, root: Path, split: str) -> str:
     """Counts of a split beside the published ones."""
-    data, pairs = dataset(name), find_pairs(name, root, split)
-    text = f"{name} {split}: {len(pairs)} pictures"
+    data, pairs = dataset(config), find_pairs(config, root, split)
+    text = f"{data.name} {split}: {len(pairs)} pictures"
     if published := data.counts.get(split):
         text += f" (published: {published})"
         if len(pairs) == published and split in data.digests:
@@ -154,51 +162,56 @@ def describe(name: str, root: Path, split: str) -> str:
     return text
 
 
-def summarize(name: str, root: Path, workers: int) -> None:
+def summarize(config: DataConfig, root: Path, workers: int) -> None:
     """Print what is there; count the labels of the training split, which training needs."""
-    data = dataset(name)
-    for split in present(name, root):
-        text = describe(name, root, split)
+    data = dataset(config)
+    for split in present(config, root):
+        text = describe(config, root, split)
         if split == "train" and data.unseen:
-            statistics = label_statistics(name, root, split, workers)
+            statistics = label_statistics(config, root, split, workers)
             if count := len(statistics.broken):
-                raise UserError(f"data set {name}", f"{count} broken label maps, the first: {statistics.broken[0]}", "--check")
+                raise UserError(f"data set {data.name}", f"{count} broken label maps, the first: {statistics.broken[0]}", "--check")
             text += f"; {len(statistics.pictures_with(data.trained))} show a class that is trained on"
         print(text)
 
 
-def check(name: str, root: Path, workers: int) -> None:
+def check(config: DataConfig, root: Path, workers: int) -> None:
     """Read every file of every split. What is broken or alone is printed, all of it; then it is a UserError."""
-    problems = sum(check_split(name, root, split, workers) for split in present(name, root))
+    problems = sum(check_split(config, root, split, workers) for split in present(config, root))
     if problems:
-        raise UserError(f"data set {name}", f"{problems} files are broken or have no partner (listed above)", "replace them")
+        raise UserError(f"data set {config.name}", f"{problems} files are broken or have no partner (listed above)", "replace them")
 
 
-def check_split(name: str, root: Path, split: str, workers: int) -> int:
+def check_split(config: DataConfig, root: Path, split: str, workers: int) -> int:
     """Print what is in a split; the number of files that are broken or have no partner."""
-    data = dataset(name)
+    data = dataset(config)
     tables = data.lut(), data.lut(training=True)
     unseen = [data.values[data.names.index(n)] for n in data.unseen]
     broken = [f"{file} has no partner" for file in data.unpaired(data.folder(root), split)]
+    others: set[int] = set()  # label values of no class
     hidden, survivors = [], []  # of each label map: pixels of unseen classes, and how many of them a target would show
 
     def count(pair: tuple[Path, Path]) -> np.ndarray:
         size = read_picture(pair[0]).size
         rows = count_classes(pair[1], data, tables, size)
         # By the function that training reads with, against the values in the file.
-        targets = read_labels(pair[1], tables[1], size)[np.isin(read_values(pair[1], data.bits), unseen)]
+        values = read_values(pair[1], data.bits)
+        others.update(set(np.bincount(values.ravel()).nonzero()[0].tolist()).difference(data.values))
+        targets = read_labels(pair[1], tables[1], size)[np.isin(values, unseen)]
         hidden.append(len(targets))
         survivors.append(int((targets != data.ignore).sum()))
         return rows
 
-    pairs = find_pairs(name, root, split)
-    statistics = count_split(pairs, count, workers, f"check {name} {split}")
+    pairs = find_pairs(config, root, split)
+    statistics = count_split(pairs, count, workers, f"check {data.name} {split}")
     broken += statistics.broken.tolist()
     pixels = statistics.histogram(len(data.names))
-    print(describe(name, root, split))
+    print(describe(config, root, split))
     share = 100 * pixels / max(pixels.sum(), 1)
     for label, percent in zip([*data.names, "ignored"], share, strict=True):
         print(f"  {label[:40]:40}{percent:7.2f} %")
+    if others:
+        print(f"  ignored label values, of no class: {', '.join(map(str, sorted(others)[:20]))}{' ...' * (len(others) > 20)}")
     if split == "train" and unseen:
         print(f"  {len(hidden)} training targets: of {sum(hidden)} pixels of the {len(unseen)} unseen classes "
               f"({', '.join(data.unseen)}), {sum(survivors)} survive")  # fmt: skip

@@ -47,6 +47,7 @@ def kernel(
     logits,  # fp32 [h * w, QUERIES], padded with a large negative number
     high, low,  # fp16 [QUERIES, columns], the class matrix in two pieces, padded with 0
     labels,  # out: int32 [Ho * Wo]
+    top_scores,  # out: fp32 [Ho * Wo]
     scores,  # out, where SCORES: fp32 [C, Ho * Wo]
     h, w, H, W, Ho, Wo, C, columns, scale_y, scale_x,
     QUERIES: tl.constexpr, PIXELS: tl.constexpr, CLASSES: tl.constexpr, SCORES: tl.constexpr,
@@ -93,11 +94,15 @@ def kernel(
     top = tl.max(best, 1)
     label = first + tl.arange(0, CLASSES)[None, :]
     tl.store(labels + pixel, tl.min(tl.where(best == top[:, None], label, C), 1), mask=there)
+    tl.store(top_scores + pixel, top, mask=there)
 
 
 def launch(logits: Tensor, classes: Tensor, cut: tuple[int, int], size: tuple[int, int],
-           want_scores: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Label map int64 `size` and the scores [C, *size] (empty unless wanted). Of equal scores the first class counts."""
+           want_scores: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Label map int64 `size`, the score of each pixel's class `size`, and all scores [C, *size] (empty unless wanted).
+
+    Of equal scores the first class counts.
+    """
     (Q, h, w), C, (Ho, Wo) = logits.shape, classes.shape[1], size
     parameters = tuned("semantic_map", logits, C, **SAFE)
     queries, columns = max(power_of_two(Q), 16), cdiv(C, parameters["CLASSES"]) * parameters["CLASSES"]
@@ -108,18 +113,18 @@ def launch(logits: Tensor, classes: Tensor, cut: tuple[int, int], size: tuple[in
     high = matrix.half()
     low = (matrix - high.float()).half()
     labels = torch.zeros(Ho * Wo, dtype=torch.int32, device=logits.device)
-    scores = padded.new_empty((C, Ho, Wo) if want_scores else (0,))
+    scores, top = padded.new_empty((C, Ho, Wo) if want_scores else (0,)), padded.new_empty(Ho, Wo)
     padded, high, low = contiguous(padded, high, low)
     kernel[(cdiv(Ho * Wo, parameters["PIXELS"]),)](
-        padded, high, low, labels, scores, h, w, *cut, Ho, Wo, C, columns, cut[0] / Ho, cut[1] / Wo,
+        padded, high, low, labels, top, scores, h, w, *cut, Ho, Wo, C, columns, cut[0] / Ho, cut[1] / Wo,
         QUERIES=queries, SCORES=want_scores, **parameters,
     )  # fmt: skip
-    return labels.view(Ho, Wo).long(), scores * unit
+    return labels.view(Ho, Wo).long(), top * unit, scores * unit
 
 
 @torch.library.custom_op("zsseg::semantic_map", mutates_args=(), device_types="cuda")
 def semantic_map(logits: Tensor, classes: Tensor, cut: list[int], size: list[int],
-                 want_scores: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+                 want_scores: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `launch`."""
     if not Switch.on:
         return plain_semantic_map(logits, classes, cut, size, want_scores)
@@ -134,14 +139,15 @@ def plain_semantic_map(logits, classes, cut, size, want_scores):
     for first in range(0, C, tile):
         scores = scores_of(masks, classes[:, first : first + tile], tuple(size))
         if tile >= C:
-            return scores.argmax(0), scores if want_scores else scores.new_empty(0)
+            top, labels = scores.max(0)
+            return labels, top, scores if want_scores else scores.new_empty(0)
         for i, value in enumerate(scores, first):
             labels.masked_fill_(value > best, i)
             torch.maximum(best, value, out=best)
-    return labels, best.new_empty(0)
+    return labels, best, best.new_empty(0)
 
 
 @semantic_map.register_fake
 def _(logits, classes, cut, size, want_scores):
-    labels = logits.new_empty(size, dtype=torch.int64)
-    return labels, logits.new_empty((classes.shape[1], *size) if want_scores else (0,), dtype=torch.float32)
+    labels, top = logits.new_empty(size, dtype=torch.int64), logits.new_empty(size, dtype=torch.float32)
+    return labels, top, logits.new_empty((classes.shape[1], *size) if want_scores else (0,), dtype=torch.float32)

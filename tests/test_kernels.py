@@ -218,20 +218,21 @@ def test_region_masks_boxes_and_crops(Q, h, w, size, side, threshold):
 def test_semantic_map(Q, h, w, C, cut, size):
     torch.manual_seed(0)
     logits, classes = on_device(rough(Q, h, w), torch.rand(Q, C) ** 4)
-    labels, scores = semantic_map.launch(logits, classes, cut, size, True)
+    labels, top, scores = semantic_map.launch(logits, classes, cut, size, True)
+    assert torch.equal(top, scores.amax(0))
     plain = semantic_map.reference(logits, classes, cut, size)
     exact = semantic_map.reference(logits.double(), classes.double(), cut, size)
     apart = (scores.double() - exact).abs().max() / exact.abs().max()
     assert apart < max(2 * float((plain.double() - exact).abs().max() / exact.abs().max()), 3e-6 if Q > 1 else 3e-5)
     top = exact.gather(0, labels[None])[0]
     assert ((exact.amax(0) - top) <= 2e-5 * exact.amax(0)).all()  # the best class, up to rounding
-    again, nothing = semantic_map.launch(logits, classes, cut, size)
+    again, _, nothing = semantic_map.launch(logits, classes, cut, size)
     assert torch.equal(again, labels) and nothing.numel() == 0
 
 
 def test_equal_scores_give_the_first_class():
     logits, classes = on_device(torch.zeros(2, 8, 8), torch.full((2, 40), 0.5))
-    labels, _ = semantic_map.launch(logits, classes, (32, 32), (9, 9))
+    labels, *_ = semantic_map.launch(logits, classes, (32, 32), (9, 9))
     assert (labels == 0).all()
 
 

@@ -45,13 +45,13 @@ def oracle_labels(segmenter: Segmenter, image: Tensor, labels: Tensor, data: Dat
     with autocast():
         proposals, size = segmenter.propose(image), tuple(labels.shape)
     classes, masks = true_masks(image, labels, data.ignore)  # [T], [T, H, W]
-    maps = {"as_is": segmenter.label_map(segmenter.ensemble(proposals), proposals, size)}
+    maps = {"as_is": segmenter.label_map(segmenter.ensemble(proposals), proposals, size)[0]}
     known = masks.any(0)
     overlap = overlaps(segmenter.binary_masks(proposals), masks, known)
     query, target = (torch.from_numpy(x).to(image.device) for x in linear_sum_assignment(-overlap.cpu().numpy()))
     scores = torch.zeros_like(proposals.head)
     scores[query, classes[target]] = (overlap[query, target] > 0).float()
-    maps["true_classes"] = segmenter.label_map(scores, proposals, size)
+    maps["true_classes"] = segmenter.label_map(scores, proposals, size)[0]
     head = proposals.head.new_ones(len(classes), len(data.names))  # a true mask without proposal: CLIP decides alone
     touching = overlap[query, target] > 0
     head[target[touching]] = proposals.head[query[touching]]

@@ -4,6 +4,7 @@ Official label files are read as they are; a look-up table turns their values in
 segmenter must not see becomes the ignore value right there.
 """
 
+import contextlib
 import hashlib
 import os
 import tomllib
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from zsseg.config import DataConfig
 from zsseg.run import UserError, cache_dir, parallel, replacing
@@ -177,9 +178,10 @@ def find_pairs(wanted: str | DataConfig, root: Path, split: str) -> list[tuple[P
     return pairs
 
 
-def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture") -> Image.Image:
+def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture", shown: bool = False) -> Image.Image:
     """A picture, whole and in `mode` (None: as it is), never turned (label maps are not turned either).
 
+    With `shown`, as a viewer would show it: turned as its camera says, transparent parts on white, 16 bits brought to 8.
     A missing or broken file is a UserError that names it.
     """
     try:
@@ -189,11 +191,25 @@ def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture") ->
             if image.format == "EPS":
                 raise ValueError("PostScript is a program, and is not run")
             image.load()
+            if shown:
+                image = as_shown(image)
             if mode and image.mode.startswith(("I", "F")):
                 raise ValueError("more than 8 bits a channel")
             return image.convert(mode) if mode else image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{what} {file}", f"cannot be read ({error})", "replace the file") from None
+
+
+def as_shown(image: Image.Image) -> Image.Image:
+    """See `read_picture`."""
+    with contextlib.suppress(Exception):  # where the camera's notes are broken, nothing is turned
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image
 
 
 def read_values(file: Path, bits: int, size: tuple[int, int] | None = None) -> np.ndarray:

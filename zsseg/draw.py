@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from zsseg.run import replacing
@@ -27,8 +27,44 @@ def column(image: Tensor, labels: Tensor, predicted: Tensor, classes: int, heigh
     return np.concatenate([small(image.permute(1, 2, 0).numpy()), *maps])
 
 
-def save_label_map(predicted: Tensor, path: Path, classes: int) -> None:
-    """Class ids as a PNG of 8 bits, 16 above 255 classes."""
-    array = predicted.cpu().numpy().astype(np.uint8 if classes <= 255 else np.uint16)
+def label_type(classes: int) -> type:
+    """Of the ids in a label map: 8 bits, 16 above 255 classes."""
+    return np.uint8 if classes <= 255 else np.uint16
+
+
+def save_label_map(predicted: Tensor | np.ndarray, path: Path, classes: int, colours: np.ndarray | None = None) -> None:
+    """Class ids as a PNG of 8 bits, 16 above 255 classes; those of 8 bits with a palette where there are `colours`."""
+    picture = Image.fromarray(np.asarray(predicted.cpu() if isinstance(predicted, Tensor) else predicted, label_type(classes)))
+    if colours is not None and picture.mode == "L":
+        picture.putpalette(colours.tobytes())
     with replacing(path) as temporary:
-        Image.fromarray(array).save(temporary, "PNG")
+        picture.save(temporary, "PNG")
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray, legend: list[tuple[int, str]]) -> Image.Image:
+    """The picture uint8 [H, W, 3] tinted and outlined by its label map [H, W], and on its right a legend.
+
+    `legend`: (class id, text) from the top to as far down as there is room; `colours` uint8 [C, 3].
+    """
+    H, W = labels.shape
+    size = max(H // 36, 14)
+    font = ImageFont.load_default(size)
+    tinted = (0.55 * image + 0.45 * colours[labels]).astype(np.uint8)
+    edge, across, down = np.zeros_like(labels, bool), labels[:, 1:] != labels[:, :-1], labels[1:] != labels[:-1]
+    for part, different in ((edge[:, 1:], across), (edge[:, :-1], across), (edge[1:], down), (edge[:-1], down)):
+        part |= different
+    tinted[edge] = 255
+    row = 2 * size
+    rows = max(H // row - 1, 1)
+    if len(legend) > rows:
+        legend = [*legend[: rows - 1], (-1, f"and {len(legend) - rows + 1} more")]
+    width = 3 * size + max((int(font.getlength(text)) for _, text in legend), default=0)
+    canvas = Image.new("RGB", (W + width + size, max(H, row * (len(legend) + 1))), "white")
+    canvas.paste(Image.fromarray(tinted))
+    draw = ImageDraw.Draw(canvas)
+    for i, (category, text) in enumerate(legend):
+        y = size // 2 + row * i
+        if category >= 0:
+            draw.rectangle((W + size, y, W + 2 * size, y + size), tuple(colours[category].tolist()))
+        draw.text((W + 3 * size, y + size // 2), text, "black", font, "lm")
+    return canvas

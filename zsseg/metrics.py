@@ -96,7 +96,7 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
         if compare:
             scores = [s | segmenter.variants(v.proposals, wanted.weights) for s, v in zip(scores, views, strict=True)]
         for name in scores[0]:
-            predicted = label_map(segmenter, views, [s[name] for s in scores], tuple(labels.shape))
+            predicted, _ = label_map(segmenter, views, [s[name] for s in scores], tuple(labels.shape))
             matrix = confusion(labels, predicted, C, data.ignore)
             matrices[name] = matrices.get(name, 0) + matrix
             if name:

@@ -91,16 +91,21 @@ def classify_in_one_pass(clip: CLIP, image: Tensor, masks: Tensor, text: Tensor,
         return 100 * F.normalize(features.float(), dim=-1) @ text.float().T
 
 
+def crops_at_once(resolution: int, device: torch.device, chunk: int = 0) -> int:
+    """Crops in a batch of CLIP's: `chunk`, or as much as 100 of 224 x 224 on a GPU, 8 on a CPU."""
+    return chunk or max((100 if device.type == "cuda" else 8) * 224**2 // resolution**2, 1)
+
+
 def classify_crops(clip: CLIP, crops: Tensor, text: Tensor, chunk: int = 0, few_sizes: bool = False) -> Tensor:
     """CLIP's logits, 100 x cosine: crops [P, 3, R, R], text features [C, D] -> fp32 [P, C].
 
-    `chunk` crops go through CLIP at once; 0: 100 of 224 x 224 on a GPU, 8 on a CPU. With `few_sizes`, for a compiled CLIP,
+    `chunk` crops go through CLIP at once; 0: what suits the device. With `few_sizes`, for a compiled CLIP,
     the last chunk is filled up to a whole, a half, a quarter or an eighth of `chunk`.
     Where memory ends, chunks are halved for good.
     """
     if not len(crops):
         return text.new_zeros(0, len(text))
-    chunk = chunk or max((100 if crops.is_cuda else 8) * 224**2 // crops.shape[-1] ** 2, 1)
+    chunk = crops_at_once(crops.shape[-1], crops.device, chunk)
     chunk = min(chunk, clip.most_crops or chunk)
     chunk = min(chunk, 128) if few_sizes else chunk  # the largest program need not serve more crops than there are queries
     features, done = [], 0

@@ -105,6 +105,24 @@ class Process:
         """The first process's value."""
         return int(self.sum(torch.tensor(value if self.is_main else 0)))
 
+    def agree(self, build: Callable[[], list[str]]) -> list[str]:
+        """The first process's build(), at least one string, in every process; where it is a UserError, all end."""
+        error, content = None, b""
+        if self.is_main:
+            try:
+                content = "\0".join(build()).encode(errors="surrogateescape")
+            except UserError as found:
+                error = found
+        text = torch.zeros(self.first(len(content)), dtype=torch.uint8)
+        if self.is_main:
+            text[:] = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8)[: len(content)]
+        self.sum(text)
+        if error:
+            raise error
+        if not len(text):
+            sys.exit(2)  # the first one says why
+        return text.numpy().tobytes().decode(errors="surrogateescape").split("\0")
+
     def in_turn(self, build: Callable):
         """build() here, after the first process has done it, so that the others find what it caches."""
         if not self.is_main:

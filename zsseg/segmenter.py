@@ -67,8 +67,11 @@ class Segmenter(nn.Module):
         self.region_prompt = build_prompt(config.clip.region_prompt, *learned) if config.clip.region_prompt else None
 
     @torch.no_grad()
-    def set_classes(self, names: list[str], seen: list[int] = ()) -> None:
-        """Fix the vocabulary. `seen` holds the class ids that were trained on; none where there is no such split."""
+    def set_classes(self, names: list[str], seen: list[int] = (), synonyms: dict[str, list[str]] = {}) -> None:  # noqa: B006
+        """Fix the vocabulary. `seen` holds the class ids that were trained on; none where there is no such split.
+
+        The text features of a class are the mean over its name and its `synonyms`.
+        """
         self.names = check_names(names)
         self.seen = torch.zeros(len(names), dtype=torch.bool, device=self.maskformer.pixel_mean.device)
         self.seen[list(seen)] = True
@@ -76,10 +79,17 @@ class Segmenter(nn.Module):
             if len(names) + 1 != self.maskformer.class_embed.out_features:
                 raise UserError("model.class_head", "is linear, for other classes than these", "evaluate on its own data set")
             return
-        self.text = text_features(self.clip, self.tokenizer, self.prompt, self.names)
-        self.region_text = self.text
-        if self.region_prompt is not None:
-            self.region_text = text_features(self.clip, self.tokenizer, self.region_prompt, self.names)
+        texts = [(i, text) for i, name in enumerate(self.names) for text in (name, *synonyms.get(name, []))]
+
+        def features(prompt: nn.Module) -> Tensor:
+            found = text_features(self.clip, self.tokenizer, prompt, [text for _, text in texts])
+            if len(texts) == len(self.names):
+                return found
+            index = torch.tensor([i for i, _ in texts], device=found.device)
+            return F.normalize(found.new_zeros(len(self.names), found.shape[1]).index_add(0, index, found), dim=-1)
+
+        self.text = features(self.prompt)
+        self.region_text = self.text if self.region_prompt is None else features(self.region_prompt)
 
     def compile_parts(self) -> None:
         """Hand the mask proposer and CLIP's image tower to torch.compile, in place: names in state dicts stay as they are.
@@ -92,26 +102,45 @@ class Segmenter(nn.Module):
         if self.clip is not None:
             self.clip.visual.compile(fullgraph=True, dynamic=False)
 
-    @torch.inference_mode()
     def propose(self, image: Tensor) -> Proposals:
         """image: RGB uint8 or float in 0..255 [3, H, W] at network-input size."""
+        return self.propose_together([image])[0]
+
+    @torch.inference_mode()
+    def propose_together(self, images: list[Tensor]) -> list[Proposals]:
+        """`propose` for several pictures, whose region crops share CLIP's batches."""
+        found, crops = [], []
+        for image in images:
+            proposals, masks = self.propose_masks(image)
+            found.append(proposals)
+            if proposals.region is None:
+                continue
+            index = proposals.valid.nonzero()[:, 0]
+            if self.config.regions == "crops":
+                crops.append(region_crops(image, *masks, self.clip.visual.resolution, index))
+            else:
+                proposals.region[proposals.valid] = self.region_logits(image, *masks, index).softmax(-1)
+        if crops:
+            logits = classify_crops(self.clip, torch.cat(crops), self.region_text, self.config.chunk, self.compiled)
+            for proposals, part in zip(found, logits.split([len(c) for c in crops]), strict=True):
+                proposals.region[proposals.valid] = part.softmax(-1)
+        return found
+
+    def propose_masks(self, image: Tensor) -> tuple[Proposals, tuple[Tensor, Tensor]]:
+        """The proposals of a picture, `region` still 1 everywhere, and their masks [Q, H, W] and boxes [Q, 4]."""
         height, width = image.shape[-2:]
         prepared = self.maskformer.prepare(image[None])
         for side in (2, 3) if self.compiled else ():
             torch._dynamo.maybe_mark_dynamic(prepared, side)
         proposer = self.maskformer if self.compiled else self.maskformer.forward  # not the program that training compiled
         if not self.proposing:
-            return self.per_pixel(image, proposer(prepared, self.text)[0])
+            return self.per_pixel(image, proposer(prepared, self.text)[0]), ()
         classes, masks = proposer(prepared, self.text)
         head = classes[-1, 0].softmax(-1)[:, :-1]  # [Q, C]
         logits, cut = masks[-1, 0].float(), (height, width)
         binary, boxes, valid = region_masks(logits, cut, self.config.mask_threshold)
-        if not self.config.ensemble or self.clip is None:
-            return Proposals(logits, cut, head, None, valid)
-        boxes = expand_boxes(boxes, self.config.expand_ratio, cut)
-        region = torch.ones_like(head)
-        region[valid] = self.region_logits(image, binary, boxes, valid.nonzero()[:, 0]).softmax(-1)
-        return Proposals(logits, cut, head, region, valid)
+        region = torch.ones_like(head) if self.config.ensemble and self.clip is not None else None
+        return Proposals(logits, cut, head, region, valid), (binary, expand_boxes(boxes, self.config.expand_ratio, cut))
 
     def per_pixel(self, image: Tensor, logits: Tensor) -> Proposals:
         """The one-stage baseline's class logits [C, h, w] as proposals, one a class: the mask of class c is its probability p,
@@ -171,19 +200,19 @@ class Segmenter(nn.Module):
         return found
 
     @torch.inference_mode()
-    def label_map(self, classes: Tensor, proposals: Proposals, size: tuple[int, int]) -> Tensor:
-        """The class with the largest score at every pixel of the original `size` (height, width): int64 `size`."""
-        return semantic_map(proposals.logits, classes.float(), proposals.size, size, False)[0]
+    def label_map(self, classes: Tensor, proposals: Proposals, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The class with the largest score at every pixel of the original `size` (height, width), int64, and that score."""
+        return semantic_map(proposals.logits, classes.float(), proposals.size, size, False)[:2]
 
     @torch.inference_mode()
     def score_map(self, classes: Tensor, proposals: Proposals, size: tuple[int, int]) -> Tensor:
         """Sum over queries of class score x mask, resized to the original `size` (height, width): [C, *size]."""
-        return semantic_map(proposals.logits, classes.float(), proposals.size, size, True)[1]
+        return semantic_map(proposals.logits, classes.float(), proposals.size, size, True)[2]
 
     def forward(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Picture [3, H, W] -> label map int64 `size`."""
         proposals = self.propose(image)
-        return self.label_map(self.ensemble(proposals), proposals, size)
+        return self.label_map(self.ensemble(proposals), proposals, size)[0]
 
     def learned_state(self) -> dict[str, checkpoint.State]:
         """What a checkpoint must hold besides CLIP."""

@@ -39,6 +39,11 @@ def windows(height: int, width: int, side: int) -> Iterator[tuple[int, int, int,
             yield top, left, min(top + side, height) if side else height, min(left + side, width) if side else width
 
 
+def whole(proposals: Proposals, size: tuple[int, int]) -> View:
+    """All of a picture as a view."""
+    return View(proposals, (0, 0, *size), False)
+
+
 def segment_views(segmenter: Segmenter, images: list[Tensor], size: tuple[int, int], flip: bool, window: int) -> list[View]:
     """The views of a picture whose own (height, width) is `size`, given at one or more network-input sizes [3, H, W]."""
     views, held = [], 0
@@ -69,12 +74,19 @@ def fetched(proposals: Proposals, device: torch.device) -> Proposals:
 
 
 @torch.inference_mode()
-def label_map(segmenter: Segmenter, views: list[View], scores: list[Tensor], size: tuple[int, int]) -> Tensor:
-    """The class with the largest mean score over the views at every pixel: scores [Q, C] of every view -> int64 `size`."""
+def label_map(segmenter: Segmenter, views: list[View], scores: list[Tensor],
+              size: tuple[int, int]) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The class with the largest mean score over the views at every pixel, int64 `size`, and that score.
+
+    `scores` [Q, C] are those of every view.
+    """
     C, device = scores[0].shape[1], scores[0].device
     if len(views) == 1:
         return segmenter.label_map(scores[0], fetched(views[0].proposals, device), size)
     tile = max(BUDGET // (4 * size[0] * size[1]), 1)
+    covering = torch.zeros(size, device=device)
+    for top, left, bottom, right in (view.box for view in views):
+        covering[top:bottom, left:right] += 1
     best, labels = torch.full(size, -1.0, device=device), torch.zeros(size, dtype=torch.int64, device=device)
     for first in range(0, C, tile):
         # As many views cover a pixel for one class as for another, so that the sum decides as the mean would.
@@ -87,4 +99,4 @@ def label_map(segmenter: Segmenter, views: list[View], scores: list[Tensor], siz
         value, index = total.max(0)
         labels = torch.where(value > best, index + first, labels)
         best = torch.maximum(value, best)
-    return labels
+    return labels, best / covering

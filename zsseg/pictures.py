@@ -1,0 +1,299 @@
+"""Any pictures: a label map, an overlay and counts for each of a list that may be a million long.
+
+The list is the same in every process, and cut into groups whose regions share CLIP's batches. A group is segmented as a whole
+or not at all, so that what comes out does not depend on how many processes there are or how often they were killed.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from zsseg.config import Config
+from zsseg.data import stream, test_size, to_tensor
+from zsseg.datasets import read_picture
+from zsseg.draw import label_type, overlay, palette, save_label_map
+from zsseg.regions import crops_at_once
+from zsseg.run import Process, UserError, progress, replacing
+from zsseg.segmenter import Segmenter
+from zsseg.views import label_map, segment_views, whole
+from zsseg.words import Words
+
+TOGETHER = 8  # pictures in a group, at most
+EDGES = 480, 1280  # the longer side of an overlay is within these, whatever the picture's
+WAITING = 16  # pictures segmented and not yet written, at most
+
+
+class Names:
+    """The pictures to segment and the name of each one's results: its path below the folder that all of them are in.
+
+    Endings are left out where the name stays unique without.
+    """
+    def __init__(self, found: list[str]):
+        self.base, *self.files = found
+        plain = [os.path.splitext(file)[0] for file in self.files]
+        self.shared = {name for name, count in Counter(plain).items() if count > 1}
+        if len({self[i] for i in range(len(self))}) < len(self):  # a.jpg, a.png and a.jpg.png
+            self.shared = set(plain)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> str:
+        name = os.path.splitext(self.files[i])[0]
+        return os.path.relpath(self.files[i] if name in self.shared else name, self.base)
+
+
+def find_pictures(given: list[str], out: Path) -> list[str]:
+    """The pictures that `--images` means, sorted, after the folder that all of them are in.
+
+    Files, folders (all below them that Pillow reads), patterns, `-` for a list on standard input. Raises UserError where
+    something is not there.
+    """
+    files, bases, known = set(), [], endings()
+    for word in given:
+        if word == "-":
+            lines = sys.stdin.buffer.read().decode(errors="surrogateescape")
+            found = [line for line in (lines.split("\0") if "\0" in lines else lines.splitlines()) if line.strip()]
+        elif os.path.isdir(word):
+            found = list(walk(word, known, os.path.realpath(out)))
+            bases.append(os.path.abspath(word))
+        elif os.path.isfile(word):
+            found = [word]
+        elif glob.has_magic(word):
+            found = [file for file in glob.glob(word, recursive=True) if os.path.isfile(file)]
+        else:
+            raise UserError(f"--images {word}", "no such file or folder", "give pictures, folders, patterns or -")
+        if not found:
+            raise UserError(f"--images {word}", "holds no picture", f"Pillow reads {' '.join(sorted(known))}")
+        found = [os.path.abspath(file) for file in found]
+        files.update(found)
+        if not os.path.isdir(word):
+            bases += {os.path.dirname(file) for file in found}
+    return [os.path.commonpath(bases), *sorted(files)]
+
+
+def endings() -> set[str]:
+    """Of the files that Pillow reads as pictures."""
+    Image.init()
+    return {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN} - {".eps", ".ps", ".pdf", ".mpg", ".mpeg"}
+
+
+def walk(folder: str, known: set[str], out: str) -> Iterator[str]:
+    """The pictures below a folder, links followed but never twice, without hidden files and what lies in `out`."""
+    seen = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen or real == out:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        yield from (os.path.join(parent, f) for f in files if os.path.splitext(f)[1].lower() in known and f[0] != ".")
+
+
+@dataclass
+class Picture:
+    """What a picture's label map and overlay are made of; only the error where it cannot be read."""
+    number: int
+    images: list[Tensor]  # uint8 [3, h, w] at each network-input size
+    shown: Tensor | None  # uint8 [3, h, w] of the overlay
+    size: tuple[int, int]  # (H, W) of its own
+    error: str = ""
+
+
+class Pictures(Dataset):
+    """Pictures as a viewer would show them, at the network's sizes."""
+    def __init__(self, files: list[str], config: Config):
+        self.files, self.config = files, config
+
+    def __getitem__(self, i: int) -> Picture:
+        try:
+            image = read_picture(self.files[i], shown=True)
+        except Exception as error:  # whatever a decoder makes of a file must not end a run of a million
+            known = isinstance(error, UserError)
+            return Picture(i, [], None, (0, 0), str(error if known else UserError(f"picture {self.files[i]}", repr(error), "")))
+        data, edges = self.config.data, self.config.eval.sizes or [self.config.data.test_short_edge]
+        resized = lambda size: to_tensor(image.resize(size, Image.Resampling.BILINEAR))
+        longest = max(image.size)
+        scale = min(max(longest, EDGES[0]), EDGES[1]) / longest
+        shown = tuple(max(round(scale * side), 1) for side in image.size)
+        images = [resized(test_size(*image.size, edge, data.max_size)) for edge in edges]
+        return Picture(i, images, resized(shown), image.size[::-1])
+
+
+class Results:
+    """Writes what was found in a picture: OUT/<name>.png, .overlay.jpg and, last, .json. Safe to call from threads."""
+    def __init__(self, out: Path, names: Names, words: Words, made_with: str):
+        self.out, self.names, self.words, self.made_with = out, names, words, made_with
+        C = len(words.shown_names)
+        self.colours = palette(C)[:-1]
+        if words.shown < C:
+            self.colours[-1] = 96  # grey
+
+    def file(self, number: int, ending: str) -> Path:
+        return self.out / (self.names[number] + ending)
+
+    def counts(self, number: int) -> dict[int, int] | None:
+        """The pixels of each class in a picture that is done, with these words and settings; else None."""
+        try:
+            content = json.loads(self.file(number, ".json").read_text())
+            return {c["id"]: c["pixels"] for c in content["classes"]} if content["made_with"] == self.made_with else None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def write(self, picture: Picture, labels: np.ndarray, pixels: list[int], scores: list[float]) -> None:
+        """labels uint8 or uint16 [H, W]; pixels and the sum of scores of each class that is shown."""
+        shown, total = self.words.shown_names, labels.size
+        order = sorted((i for i, n in enumerate(pixels) if n), key=lambda i: -pixels[i])
+        save_label_map(labels, self.file(picture.number, ".png"), len(shown), self.colours)
+        image = picture.shown.permute(1, 2, 0).numpy()
+        small = np.asarray(Image.fromarray(labels).resize(image.shape[1::-1], Image.Resampling.NEAREST))
+        legend = [(i, f"{shown[i]}  {100 * pixels[i] / total:.1f}%") for i in order]
+        with replacing(self.file(picture.number, ".overlay.jpg")) as file:
+            overlay(image, small, self.colours, legend).save(file, "JPEG", quality=90)
+        classes = [{"id": i, "name": shown[i], "pixels": pixels[i], "share": round(pixels[i] / total, 6),
+                    "score": round(scores[i] / pixels[i], 4)} for i in order]  # fmt: skip
+        content = {"picture": self.names.files[picture.number], "height": labels.shape[0], "width": labels.shape[1]}
+        with replacing(self.file(picture.number, ".json")) as file:
+            text = json.dumps(content | {"classes": classes, "made_with": self.made_with}, indent=1)
+            file.write_text(text + "\n")
+
+
+def made_with(checkpoint: str, config: Config, words: Words) -> str:
+    """A digest of all that results depend on, the pictures apart."""
+    with open(checkpoint, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    clip, data = asdict(config.clip), (config.data.test_short_edge, config.data.max_size)
+    del clip["chunk"]
+    settings = [clip, asdict(config.model), asdict(config.eval), data, asdict(words)]
+    digest.update(json.dumps(settings, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def group_size(segmenter: Segmenter, config: Config, device: torch.device) -> int:
+    """Pictures whose crops fill a batch of CLIP's."""
+    if segmenter.clip is None or config.clip.regions != "crops" or not config.model.proposals:
+        return 1
+    if device.type == "cuda":
+        return TOGETHER  # many queries have no region
+    crops = crops_at_once(segmenter.clip.visual.resolution, device, config.clip.chunk)
+    return min(max(crops // config.model.queries, 1), TOGETHER)
+
+
+@torch.inference_mode()
+def segment_pictures(segmenter: Segmenter, config: Config, results: Results, process: Process, resume: bool) -> None:
+    """Segment all pictures, each once, shared among the processes; with `resume` those that are not done yet.
+
+    `segmenter` has its vocabulary. Pictures that cannot be read are listed in OUT/failed.txt and, at the end, a UserError.
+    """
+    names, words, out, device = results.names, results.words, results.out, process.device
+    C, size, failed = len(words.shown_names), group_size(segmenter, config, device), out / "failed.txt"
+    totals = torch.zeros(C, 2, dtype=torch.int64)  # pixels, pictures that show the class
+    tally = torch.zeros(3, dtype=torch.int64)  # segmented, done before, failed
+    groups = [range(i, min(i + size, len(names))) for i in range(0, len(names), size)][process.rank :: process.world]
+    numbers, threads = [], max(config.data.workers, 1)
+    with ThreadPoolExecutor(threads) as pool:
+        for group in groups:
+            before = list(pool.map(results.counts, group)) if resume else [None]
+            if None in before:
+                numbers += group
+                continue
+            tally[1] += len(group)
+            for found in before:
+                for i, pixels in found.items():
+                    totals[i] += torch.tensor([pixels, 1])
+    if process.is_main:
+        failed.unlink(missing_ok=True)
+    process.wait()  # from here on it is filled
+    started, writing = time.perf_counter(), deque()
+    batches = stream(Pictures(names.files, config), numbers, size, config.data.workers)
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            segmented = segment_groups(segmenter, config, batches, process, words)
+            for picture, labels, pixels, scores in progress(segmented, "segment", len(numbers), process.is_main):
+                tally[2 if picture.error else 0] += 1
+                if picture.error:
+                    with open(failed, "a", encoding="utf-8", errors="surrogateescape") as file:
+                        file.write(picture.error + "\n")
+                    continue
+                totals += torch.stack([pixels, (pixels > 0).long()], 1)
+                writing.append(pool.submit(results.write, picture, labels, pixels.tolist(), scores.tolist()))
+                while len(writing) > WAITING:
+                    writing.popleft().result()
+            for future in writing:
+                future.result()
+        finally:
+            cancel(writing)
+    seconds = time.perf_counter() - started
+    for tensor in (totals, tally):
+        process.sum(tensor)
+    if process.is_main:
+        report(totals, tally, words, out, seconds)
+
+
+def cancel(futures: deque[Future]) -> None:
+    for future in futures:
+        future.cancel()
+
+
+def segment_groups(segmenter: Segmenter, config: Config, batches: Iterator, process: Process, words: Words) -> Iterator:
+    """For every picture (it, labels uint8 or uint16 [H, W], pixels [C] and sum of scores [C] of the shown classes)."""
+    C, wanted = len(words.shown_names), config.eval
+    alone = bool(wanted.sizes or wanted.flip or wanted.window)
+    for group in batches:
+        whole_ones = [picture for picture in group if not picture.error]
+        images = [[image.to(process.device, non_blocking=True) for image in p.images] for p in whole_ones]
+        with process.autocast(config.model.bf16):
+            if alone:
+                views = [segment_views(segmenter, i, p.size, wanted.flip, wanted.window)
+                         for i, p in zip(images, whole_ones, strict=True)]  # fmt: skip
+            else:
+                proposals = segmenter.propose_together([i[0] for i in images])
+                views = [[whole(p, picture.size)] for p, picture in zip(proposals, whole_ones, strict=True)]
+        found = iter(views)
+        for picture in group:
+            if picture.error:
+                yield picture, None, None, None
+                continue
+            parts = next(found)
+            labels, top = label_map(segmenter, parts, [segmenter.ensemble(v.proposals) for v in parts], picture.size)
+            labels = labels.clamp(max=C - 1) if words.shown < len(words.names) else labels  # background words come last
+            pixels = torch.bincount(labels.flatten(), minlength=C)
+            scores = torch.bincount(labels.flatten(), top.flatten().double(), minlength=C)
+            kind = torch.uint8 if label_type(C) is np.uint8 else torch.int32
+            yield picture, labels.to(kind).cpu().numpy().astype(label_type(C)), pixels.cpu(), scores.cpu()
+
+
+def report(totals: Tensor, tally: Tensor, words: Words, out: Path, seconds: float) -> None:
+    """Print how much of the pictures each class covers; UserError where some could not be read."""
+    segmented, before, broken = tally.tolist()
+    pixels = max(int(totals[:, 0].sum()), 1)
+    rows = sorted(zip(totals.tolist(), words.shown_names, strict=True), reverse=True)
+    print(f"{'class':32}{'share':>8}{'pictures':>10}")
+    for (share, pictures), name in rows[:30]:
+        print(f"{name[:31]:32}{100 * share / pixels:7.1f}%{pictures:10}")
+    if len(rows) > 30:
+        print(f"and {len(rows) - 30} more")
+    done = f", {before} done before" if before else ""
+    print(f"{segmented} pictures in {seconds:.1f} s, {segmented / seconds:.2f} images/s{done} -> {out}")
+    failed = out / "failed.txt"
+    if broken:
+        lines = sorted(set(failed.read_text(encoding="utf-8", errors="surrogateescape").splitlines()))
+        with replacing(failed) as file:
+            file.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
+        why = f"{broken} of {segmented + before + broken} failed, the first: {lines[0].rpartition('; ')[0]}"
+        raise UserError("pictures", why, f"see {failed}")

@@ -31,6 +31,7 @@ from zsseg.datasets import dataset, find_pairs
 from zsseg.metrics import evaluate, report
 from zsseg.pictures import Names, Results, find_pictures, made_with, segment_pictures
 from zsseg.published import compare
+from zsseg.report import Report
 from zsseg.segmenter import load_segmenter
 from zsseg.words import read_words, words_of
 
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> None:
     measure = parser.add_argument_group("measuring")
     measure.add_argument("--save-predictions", action="store_true", help="write OUT/predictions/<stem>.png, class ids")
     measure.add_argument("--budget", action="store_true", help="what masks and classes cost: oracles, recall, confusions")
+    measure.add_argument("--report", action="store_true", help="write OUT/report.html: metrics, confusions, curves, pictures")
     measure.add_argument("--reproduce", action="store_true", help="print the paper's numbers beside ours")
     pictures = parser.add_argument_group("any pictures, any words")
     pictures.add_argument("--images", metavar="PICTURE", nargs="+", help="files, folders, patterns, or - for a list")
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.classes is not None and not args.images:
         raise run.UserError("--classes", "is for pictures of your own", "add --images")
-    if args.images and (args.save_predictions or args.budget or args.reproduce):
+    if args.images and (args.save_predictions or args.budget or args.report or args.reproduce):
         raise run.UserError("--images", "has no truth to measure against", "leave the options for measuring out")
     content = checkpoint.load(args.checkpoint)
     if "config" not in content and not args.config:
@@ -76,10 +78,18 @@ def main(argv: list[str]) -> None:
         return segment_pictures(segmenter, config, results, process, args.resume or again)
     if args.budget:
         result = budget(segmenter, config, args.root, process, config.data.split)
-        return report_budget(result, out) if process.is_main else None
-    result = evaluate(segmenter, config, args.root, process, config.data.split, out, args.save_predictions)
+        if process.is_main:
+            report_budget(result, out)
+        if not args.report:
+            return
+    page = Report(config, process) if args.report else None
+    result = evaluate(segmenter, config, args.root, process, config.data.split, out, args.save_predictions, page)
+    if page:
+        page.gather()
     if process.is_main:
         report(result, config, out)
+        if page:
+            page.write(result, args.checkpoint, content.get("step"), out)
         if args.reproduce:
             print(compare(result, config))
 

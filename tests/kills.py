@@ -1,6 +1,7 @@
 """Kill the commands at random moments, let them go on, and compare with a life that nobody disturbed.
 
-    python -m tests.kills --kills 100 [--job segment prompts clip prepare label] [--seed 0]
+    python -m tests.kills --kills 100 [--job segment prompts clip prepare label pictures] [--seed 0]
+    python -m tests.kills --folder 2000    a folder segmented by two processes that are killed twice, and once in one go
 
 Lives end by SIGKILL at a random moment, by SIGKILL while a checkpoint (or a picture) is being written, or by SIGTERM or
 SIGUSR1, after which training must have saved and left with code 0. A life that came to its end is compared, and another run
@@ -13,6 +14,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +35,7 @@ JOBS = {  # name: (configuration, settings)
 }  # fmt: skip
 
 
-CHOICES = [*JOBS, "prepare", "label"]
+CHOICES = [*JOBS, "prepare", "label", "pictures"]
 
 
 @dataclass
@@ -170,13 +172,16 @@ def preparing(root: Path):
     return action
 
 
-def labelling(root: Path, model: Path, out: Path):
-    """Evaluation that saves a label map for every picture."""
+def labelling(root: Path, model: Path, out: Path, *more: str):
+    """Evaluation that saves a label map for every picture; with other options, pictures that are no data set's."""
     import eval as evaluation
-    from zsseg import run
+    from zsseg import pictures, run
+
+    pictures.TOGETHER = 2  # of few pictures, groups that are done and groups that are not
 
     def action() -> None:
-        sys.argv = ["eval.py", str(model), "--root", str(root), "--out", str(out), "--device", "cpu", "--save-predictions"]
+        sys.argv = ["eval.py", str(model), "--root", str(root), "--out", str(out), "--device", "cpu"]
+        sys.argv += more or ["--save-predictions"]
         run.command(evaluation.main)
 
     return action
@@ -214,7 +219,7 @@ def compare_runs(a: Path, b: Path) -> None:
     logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (a, b)]
     for log in logs:
         for line in log:
-            for key in [k for k in line if k.endswith("images_per_second")]:
+            for key in [k for k in line if k.startswith("speed/") or k.endswith("images_per_second")]:
                 del line[key]
     same(*logs, "metrics.jsonl")
 
@@ -239,9 +244,12 @@ def trial(job: str, kills: int, seed: int, root: Path, folder: Path) -> Lives:
     undisturbed one's. Raises AssertionError.
     """
     straight, rng, lives = folder / "straight", random.Random(seed), Lives()
-    make = {"prepare": preparing, "label": lambda out: labelling(root, folder / "model" / "last.pt", out)}.get(
+    model = folder / "model" / "last.pt"
+    images = ("--images", str(root / "shapes" / "images"), "--classes", "red disc, blue square; other: wall", "--resume")
+    make = {"prepare": preparing, "label": lambda out: labelling(root, model, out),
+            "pictures": lambda out: labelling(root, model, out, *images)}.get(
         job, lambda out: training(job, root, out))  # fmt: skip
-    if job == "label":
+    if job in ("label", "pictures"):
         folder.mkdir()
         assert wait(fork(training("segment", root, folder / "model"), folder / "model.log"), LIMIT) == 0
     ways = ["write", "SIGTERM", "random", "write", "SIGUSR1"]
@@ -259,12 +267,64 @@ def trial(job: str, kills: int, seed: int, root: Path, folder: Path) -> Lives:
     return lives
 
 
+def folder_of_pictures(count: int, root: Path, folder: Path, rng: random.Random) -> str:
+    """Segment pictures in two processes that are killed twice, and in one that is not. Raises AssertionError."""
+    import numpy as np
+    from PIL import Image
+
+    from zsseg import shapes
+
+    assert wait(fork(training("segment", root, folder / "model"), folder / "model.log"), LIMIT) == 0
+    sizes = np.random.default_rng(0).integers(40, 140, (count, 2)).tolist()
+    for i, size in enumerate(sizes):
+        file = folder / "photos" / f"{i % 7}" / f"{i}.{'jpg' if i % 3 else 'png'}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(shapes.draw("test", i)[0]).resize(size).save(file)
+    (folder / "photos" / "broken.jpg").write_bytes(b"junk")
+    words = [str(ROOT / "eval.py"), str(folder / "model" / "last.pt"), "--root", str(root), "--device", "cpu", "--images",
+             str(folder / "photos"), "--classes", "red disc, blue square = azure box, wall; other: green cross"]  # fmt: skip
+    settings = ["--set", "data.workers=1", "--set", "data.test_short_edge=64"]
+
+    def life(out: str, processes: int, enough: int) -> int:
+        """Segment into folder/out until the end or until so many are done; how many then are."""
+        start = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={rng.randint(20000, 40000)}"]
+        place = ["--out", str(folder / out), "--resume"]
+        with open(folder / f"{out}.log", "a") as log:
+            child = subprocess.Popen([sys.executable, *start, *words, *settings, *place], stdout=log, stderr=log, cwd=ROOT)
+        done = lambda: sum(1 for _ in (folder / out).rglob("*.json"))
+        while child.poll() is None and done() < enough:
+            time.sleep(0.05)
+        if child.poll() is None:
+            for number in [*descendants(child.pid), child.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(number, signal.SIGKILL)
+        child.wait()
+        return done()
+
+    assert life("straight", 1, count + 1) == count, (folder / "straight.log").read_text()
+    kills = [life("disturbed", 2, enough) for enough in (count // 4, count // 2)]
+    assert 0 < kills[0] < kills[1] < count, kills
+    assert life("disturbed", 2, count + 1) == count, (folder / "disturbed.log").read_text()
+    compare_trees(folder / "straight", folder / "disturbed")
+    files = sum(1 for f in (folder / "disturbed").rglob("*") if f.is_file())
+    assert files == 3 * count + 1, files
+    first, second = kills
+    return f"{count} pictures: two processes, killed with {first} and {second} done, left the {files} files of one process"
+
+
+def descendants(number: int) -> list[int]:
+    """The processes that a process has started, and theirs."""
+    children = [int(n) for n in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
+    return [n for child in children for n in [*descendants(child), child]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--job", choices=CHOICES, nargs="+", default=CHOICES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--root", type=Path, help="a data root with the embedded data set (else a small one is made)")
+    parser.add_argument("--folder", type=int, metavar="PICTURES", help="only segment a folder of so many pictures")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is there: no thread pool may exist when lives are forked
     import train  # noqa: F401  what every life needs
@@ -274,6 +334,10 @@ def main() -> None:
         root = args.root or folder / "root"
         if args.root is None:
             assert wait(fork(preparing(root), folder / "prepare.log"), LIMIT) == 0, (folder / "prepare.log").read_text()
+        if args.folder:
+            (folder / "folder").mkdir()
+            print(folder_of_pictures(args.folder, root, folder / "folder", random.Random(args.seed)))
+            return
         for job in args.job:
             started = time.monotonic()
             lives = trial(job, args.kills, args.seed, root, folder / job)

@@ -17,7 +17,7 @@ from torchvision.models import ResNet50_Weights
 
 from zsseg import run
 from zsseg.download import fetch
-from zsseg.run import UserError, cache_dir, replacing
+from zsseg.run import UserError, cache_dir, nearest_file, replacing
 
 State = dict[str, Tensor]
 
@@ -45,7 +45,7 @@ class Unusable(UserError):
 
 def read_torch(path: Path, what: str) -> object:
     if not path.is_file():
-        raise Unusable(what, "no such file", "check the path")
+        raise Unusable(what, "no such file", nearest_file(path, "check the path"))
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:

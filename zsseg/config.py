@@ -11,7 +11,7 @@ import typing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from zsseg.run import UserError
+from zsseg.run import UserError, nearest, nearest_file
 
 
 @dataclass
@@ -185,7 +185,7 @@ def load_config(file: str | None = None, overrides: list[str] = (), base: dict |
     values = {f"{s}.{k}": v for s, part in asdict(config).items() for k, v in part.items()}
     for name, allowed in CHOICES.items():
         if values[name] not in allowed:
-            raise UserError(name, f"is {values[name]!r}", f"choose one of {', '.join(allowed)}")
+            raise UserError(name, f"is {values[name]!r}", nearest(values[name], allowed, f"choose one of {', '.join(allowed)}"))
     for name in (*POSITIVE, *UNIT, *COUNTS):
         if not values[name] >= 0 or (name in POSITIVE and not values[name]) or (name in UNIT and values[name] > 1):
             allowed = "above 0" if name in POSITIVE else "from 0 to 1" if name in UNIT else "of 0 or more"
@@ -214,7 +214,8 @@ def read_toml(file: str) -> dict:
     try:
         return tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"config {file}", error.strerror or str(error), "give the path of a TOML file") from None
+        todo = nearest_file(file, "give the path of a TOML file")
+        raise UserError(f"config {file}", error.strerror or str(error), todo) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config {file}", f"is not TOML: {error}", "correct that line") from None
 

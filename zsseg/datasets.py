@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from zsseg.config import DataConfig
-from zsseg.run import UserError, cache_dir, parallel, replacing
+from zsseg.run import UserError, cache_dir, nearest, parallel, replacing
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def dataset(wanted: str | DataConfig) -> DataSet:
     if name == "folder" and isinstance(wanted, DataConfig):
         return own_dataset(wanted)
     if name not in DATASETS:
-        raise UserError("data.name", f"is {name!r}", f"choose one of {', '.join(DATASETS)}, folder")
+        raise UserError("data.name", f"is {name!r}", nearest(name, [*DATASETS, "folder"], f"choose one of {', '.join(DATASETS)}, folder"))
     return DATASETS[name]
 
 

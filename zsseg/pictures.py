@@ -27,7 +27,7 @@ from zsseg.data import stream, test_size, to_tensor
 from zsseg.datasets import read_picture
 from zsseg.draw import label_type, overlay, palette, save_label_map
 from zsseg.regions import crops_at_once
-from zsseg.run import Process, UserError, progress, replacing
+from zsseg.run import Process, UserError, nearest_file, progress, replacing
 from zsseg.segmenter import Segmenter
 from zsseg.views import label_map, segment_views, whole
 from zsseg.words import Words
@@ -74,9 +74,11 @@ def find_pictures(given: list[str], out: Path) -> list[str]:
         elif os.path.isfile(word):
             found = [word]
         elif glob.has_magic(word):
-            found = [file for file in glob.glob(word, recursive=True) if os.path.isfile(file)]
+            files_in = [file for file in glob.glob(word, recursive=True) if os.path.isfile(file)]
+            found = list({os.path.realpath(f): f for f in sorted(files_in, key=len, reverse=True)}.values())  # links may loop
         else:
-            raise UserError(f"--images {word}", "no such file or folder", "give pictures, folders, patterns or -")
+            raise UserError(f"--images {word}", "no such file or folder",
+                            nearest_file(word, "give pictures, folders, patterns or -"))
         if not found:
             raise UserError(f"--images {word}", "holds no picture", f"Pillow reads {' '.join(sorted(known))}")
         found = [os.path.abspath(file) for file in found]

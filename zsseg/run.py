@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import difflib
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +29,9 @@ if (features := Path("/proc/cpuinfo")).exists() and "avx512f" in features.read_t
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # that ask a run to stop
+ENVIRONMENT = """\
+environment: ZSSEG_DATA (data root), ZSSEG_CACHE (downloads, CLIP's weights and text features; else ~/.cache/zsseg),
+ZSSEG_VOCAB (CLIP's vocabulary file). A mistake of the user's is one line on stderr and exit code 2."""
 GRACE = 2  # seconds: torchrun ends the other processes sooner once the first has failed
 PATIENCE = timedelta(hours=1)  # for processes that wait while one prepares data; a dead one is noticed at once
 
@@ -38,17 +43,35 @@ class UserError(Exception):
         return " ".join(f"{what}: {why}; {todo}".split())
 
 
+def nearest(word: str, names: Iterable[str], else_: str) -> str:
+    """What to do about a name that is none: take the nearest of those there are, or `else_` where none is near."""
+    near = difflib.get_close_matches(word, names, 1)
+    return f"did you mean {near[0]}?" if near else else_
+
+
+def nearest_file(path: str | Path, else_: str) -> str:
+    """The same for a file that is not there, among the files beside where it would be."""
+    path, beside = Path(path), []
+    with contextlib.suppress(OSError):
+        beside = [name for name in os.listdir(path.parent) if name != path.name]
+    near = difflib.get_close_matches(path.name, beside, 1)
+    return f"did you mean {path.with_name(near[0])}?" if near else else_
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are one line like every other user error."""
     def __init__(self, doc: str):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=ENVIRONMENT)
 
     def add_root(self) -> None:
         root = Path(os.environ.get("ZSSEG_DATA") or "datasets")
         self.add_argument("--root", metavar="DIR", type=Path, default=root, help="data root ($ZSSEG_DATA, else ./datasets)")
 
     def error(self, message: str):
-        raise UserError("command line", message, f"see {self.prog} --help")
+        names = [str(name) for action in self._actions for name in (*action.option_strings, *(action.choices or ()))]
+        found = re.search(r"(?:unrecognized arguments: |invalid choice: ')([\w-]+)", message)
+        todo = f"see {self.prog} --help"
+        raise UserError("command line", message, nearest(found[1], names, todo) if found else todo)
 
 
 def command(main: Callable[[list[str]], None]) -> None:
@@ -235,10 +258,18 @@ def progress(items: Iterable, name: str, total: int, show: bool = True) -> Itera
     if sys.stderr.isatty() or not show:
         yield from tqdm(items, name, total, disable=not show)
         return
+    started = time.perf_counter()
     for i, item in enumerate(items, 1):
         yield item
         if 10 * i // total > 10 * (i - 1) // total:
-            print(f"{name} {i}/{total}", flush=True)
+            each = (time.perf_counter() - started) / i
+            print(f"{name} {i}/{total}, {1 / each:.1f}/s, {clock((total - i) * each)} left", flush=True)
+
+
+def clock(seconds: float) -> str:
+    """As 0:22, 3:12 or 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 def parallel(function: Callable, items: Iterable, workers: int, name: str) -> Iterator:

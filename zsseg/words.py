@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zsseg.datasets import DataSet
-from zsseg.run import UserError
+from zsseg.run import UserError, nearest_file
 
 OTHER = "other"  # what background words are shown as
 
@@ -32,36 +32,33 @@ class Words:
 
 
 def read_words(text: str) -> Words:
-    """A list of words, or a text file of them. Lines end at a line break or `;`, and each is one of
+    """The words themselves, "cat, sofa = couch, dog; other: sky, wall", or a text file of them, one class a line:
 
-        cat, dog, grass            three classes
-        sofa = couch, settee       one class with synonyms
+        cat
+        sofa = couch, settee       with synonyms
         other: sky, wall           background words
         # a comment
 
     Raises UserError for a file that cannot be read, for no word at all, and for a word that stands twice.
     """
-    if os.path.isfile(text) or text.strip().endswith(".txt"):
+    lines = text.split(";")
+    if in_file := os.path.isfile(text) or text.strip().endswith(".txt"):
         try:
-            text = Path(text).read_text(encoding="utf-8-sig")
+            lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-            raise UserError(f"--classes {text}", why, "give a text file, one class a line, or the words themselves") from None
+            raise UserError(f"--classes {text}", why, nearest_file(text, "give a text file, or the words themselves")) from None
     classes, background = [], []  # a class is a list of names, its own first
-    split = lambda text, signs=",": [word for part in re.split(f"[{signs}]", text) if (word := " ".join(part.split()))]
-    for line in re.split(r"[\n;]", text):
-        line = line.strip()
-        if line.startswith("#"):
-            continue
+    split = lambda text, signs: [word for part in re.split(f"[{signs}]", text) if (word := " ".join(part.split()))]
+    for line in map(str.strip, lines):
         if line.casefold().startswith(f"{OTHER}:"):
             background += split(line[len(OTHER) + 1 :], ",=")
-        elif "=" in line:
-            name, _, rest = line.partition("=")
-            if len(split(name)) != 1:
+        elif in_file and "=" in line and not line.startswith("#"):
+            classes.append(split(line, ",="))
+            if len(split(line.partition("=")[0], ",")) != 1:
                 raise UserError(f"--classes: {line!r}", "has no single name before =", "write one class with synonyms a line")
-            classes.append([*split(name), *split(rest, ",=")])
-        else:
-            classes += [[word] for word in split(line)]
+        elif not (in_file and line.startswith("#")):
+            classes += [names for entry in line.split(",") if (names := split(entry, "="))]
     if not classes:
         raise UserError("--classes", "holds no word", "write e.g. --classes 'cat, dog, grass'")
     known = {OTHER} if background else set()

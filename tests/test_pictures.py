@@ -1,0 +1,294 @@
+"""Any pictures, any words: word lists, finding pictures, what is written, resuming, several processes, mistakes."""
+
+import io
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import command, fails_in_one_line, tiny_clip_state, tiny_config
+from PIL import Image
+from test_commands import TINY, fails
+
+import eval as evaluation
+from zsseg import checkpoint, pictures
+from zsseg.datasets import dataset, read_picture
+from zsseg.draw import overlay, palette
+from zsseg.pictures import Names, find_pictures
+from zsseg.run import UserError
+from zsseg.segmenter import Segmenter
+from zsseg.words import read_words
+
+
+@pytest.fixture(scope="module")
+def model(shapes_root, tmp_path_factory) -> Path:
+    """A segmenter after two steps: good for nothing, but it proposes different things in different pictures."""
+    out = tmp_path_factory.mktemp("model")
+    settings = ["--set", "train.steps=2", "--set", "eval.compare=false"]
+    result = command("train.py", *TINY, *settings, "--root", shapes_root, "--out", out)
+    assert result.returncode == 0, result.stderr
+    return out / "last.pt"
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Pictures of odd kinds and sizes, two broken ones, things that are no pictures."""
+    folder, rng = tmp_path / "photos", np.random.default_rng(0)
+    (folder / "more" / "deep").mkdir(parents=True)
+    noise = lambda *size: Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))
+    noise(50, 70).save(folder / "a.jpg")
+    noise(31, 33).convert("L").save(folder / "a.png")  # shares its name with another
+    noise(40, 40).quantize(8).save(folder / "more" / "palette.gif")
+    noise(1, 1).save(folder / "more" / "one pixel.bmp")
+    noise(20, 90).convert("CMYK").save(folder / "more" / "deep" / "ünïcode.TIF")
+    Image.fromarray(rng.integers(0, 65536, (30, 40), np.uint16)).save(folder / "deep16.png")
+    (folder / "cut.jpg").write_bytes((folder / "a.jpg").read_bytes()[:300])
+    (folder / "more" / "not.png").write_text("no picture")
+    (folder / "notes.txt").write_text("no picture either")
+    (folder / ".hidden.png").write_bytes((folder / "a.png").read_bytes())
+    (folder / "more" / "loop").symlink_to(folder)
+    return folder
+
+
+WHOLE = ["a.jpg", "a.png", "deep16", "more/deep/ünïcode", "more/one pixel", "more/palette"]
+
+
+def arguments(model: Path, root: Path, out: Path, *more: object) -> list[str]:
+    return [*map(str, (model, "--root", root, "--out", out, "--device", "cpu", "--set", "data.workers=0", *more))]
+
+
+def results(out: Path) -> dict[str, bytes]:
+    return {f.relative_to(out).as_posix(): f.read_bytes() for f in sorted(out.rglob("*")) if f.is_file()}
+
+
+# --- words -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "synonyms", "shown"),
+    [("cat, dog,grass", ["cat", "dog", "grass"], {}, 3),
+     ("cat, sofa = couch = settee, dog,", ["cat", "sofa", "dog"], {"sofa": ["couch", "settee"]}, 3),
+     ("cat; Other: sky, wall ; dog", ["cat", "dog", "sky", "wall"], {}, 2),
+     ("other", ["other"], {}, 1),
+     ("file:cat\r\ndog\n\n# a comment = none\n  hot   dog  \n", ["cat", "dog", "hot dog"], {}, 3),
+     ("file:cat, dog\nsofa = couch, settee\nother: sky, wall", ["cat", "dog", "sofa", "sky", "wall"],
+      {"sofa": ["couch", "settee"]}, 3)],
+)  # fmt: skip
+def test_word_lists(text, names, synonyms, shown, tmp_path):
+    if text.startswith("file:"):
+        (tmp_path / "words").write_text("\ufeff" + text.removeprefix("file:"), encoding="utf-8")
+        text = str(tmp_path / "words")
+    words = read_words(text)
+    assert (words.names, words.synonyms, words.shown) == (names, synonyms, shown)
+    assert words.shown_names == names[:shown] + ["other"] * (shown < len(names))
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [("", "holds no word"), (" ,; = ", "holds no word"), ("other: sky", "holds no word"),
+     ("cat, Cat", "'Cat': stands twice"), ("sofa = couch; couch", "stands twice"), ("cat; other: cat", "stands twice"),
+     ("other; other: sky", "'other': stands twice"), ("absent.txt", "No such file"),
+     (", ".join(map(str, range(70_000))), "room for 65535")],
+)  # fmt: skip
+def test_word_lists_that_cannot_be(text, part):
+    with pytest.raises(UserError, match=part):
+        read_words(text)
+
+
+@pytest.mark.parametrize("line", ["cat, sofa = couch", "= couch"])
+def test_a_line_of_synonyms_has_one_name(line, tmp_path):
+    (tmp_path / "words").write_text(line)
+    with pytest.raises(UserError, match="no single name before ="):
+        read_words(str(tmp_path / "words"))
+
+
+def test_words_that_were_trained_on_are_seen():
+    voc = dataset("voc")
+    words = read_words("Dining Table; couch = sofa; tv; grass = potted-plant; Aeroplane; other: motor_bike")
+    assert words.trained(voc) == [0, 4, 5]  # sofa and pottedplant are unseen
+    assert read_words("wall, building").trained(dataset("ade20k")) == []  # no such split
+
+
+def test_synonyms_are_averaged(segmenter):
+    segmenter.set_classes(["sofa", "couch", "settee", "cat"])
+    each = segmenter.text
+    segmenter.set_classes(["sofa", "cat"], [], {"sofa": ["couch", "settee"]})
+    wanted = torch.nn.functional.normalize(torch.stack([each[:3].mean(0), each[3]]), dim=-1)
+    assert torch.allclose(segmenter.text, wanted, atol=1e-6) and torch.equal(segmenter.region_text, segmenter.text)
+
+
+# --- finding pictures --------------------------------------------------------------------------------------------
+
+
+def test_names_are_unique_and_short(photos, tmp_path):
+    names = Names(find_pictures([str(photos)], tmp_path / "out"))
+    assert sorted(names[i] for i in range(len(names))) == sorted([*WHOLE, "cut", "more/not"])
+    shutil.copy(photos / "a.png", photos / "a.jpg.png")
+    names = Names(find_pictures([str(photos)], tmp_path / "out"))
+    assert len({names[i] for i in range(len(names))}) == len(names) == 9
+
+
+def test_files_patterns_and_lists(photos, tmp_path, monkeypatch):
+    found = lambda *given: find_pictures([*map(str, given)], tmp_path / "out")
+    assert found(photos / "notes.txt") == [str(photos), str(photos / "notes.txt")]  # who names a file means it
+    assert found(photos / "a.*") == [str(photos), str(photos / "a.jpg"), str(photos / "a.png")]
+    assert len(found(photos / "**" / "*.gif")) == 2
+    assert found(photos / "a.jpg", photos / "more" / "not.png", photos / "a.jpg")[0] == str(photos)
+    files = [str(photos / "a.jpg"), str(photos / "nowhere.jpg")]
+    for text in ("\n".join(files) + "\n\n", "\0".join(files)):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        assert found("-") == [str(photos), *files]
+    inside = photos / "more" / "out"
+    (inside / "x").mkdir(parents=True)
+    shutil.copy(photos / "a.png", inside / "x" / "a.png")
+    assert len(find_pictures([str(photos)], inside)) == 9 and len(found(photos)) == 10  # not its own results
+
+
+@pytest.mark.parametrize("given", ["phot", "*.xyz", "empty"])
+def test_where_there_are_no_pictures(given, photos, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"did you mean .*photos\?" if given == "phot" else "holds no picture"):
+        find_pictures([str(tmp_path / given)], tmp_path / "out")
+
+
+def test_pictures_are_read_as_they_are_shown(tmp_path):
+    sides = np.zeros((4, 6, 3), np.uint8)
+    sides[:, :3] = 200
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: shown a quarter turn clockwise
+    Image.fromarray(sides).save(tmp_path / "turned.png", exif=exif)
+    assert read_picture(tmp_path / "turned.png").size == (6, 4)
+    turned = np.asarray(read_picture(tmp_path / "turned.png", shown=True))
+    assert turned.shape == (6, 4, 3) and (turned[:3] == 200).all() and not turned[3:].any()
+    Image.fromarray(np.full((2, 2, 4), (9, 9, 9, 0), np.uint8)).save(tmp_path / "clear.png")
+    assert np.asarray(read_picture(tmp_path / "clear.png", shown=True)).min() == 255
+    Image.fromarray(np.array([[0, 65535, 32896]], np.uint16)).save(tmp_path / "deep.png")
+    assert np.asarray(read_picture(tmp_path / "deep.png", shown=True))[0, :, 0].tolist() == [0, 255, 128]
+
+
+# --- segmenting --------------------------------------------------------------------------------------------------
+
+
+def test_every_picture_gets_its_files(model, shapes_root, photos, tmp_path, monkeypatch, capsys):
+    words = "red disc, couch = sofa; other: sky, striped wall"
+    out = tmp_path / "out"
+    failing = arguments(model, shapes_root, out, "--images", photos, "--classes", words)
+    fails(capsys, monkeypatch, evaluation.main, failing, "2 of 8 failed", "cut.jpg", "failed.txt")
+    failed = (out / "failed.txt").read_text().splitlines()
+    assert len(failed) == 2 and "cut.jpg: cannot be read" in failed[0] and "not.png: cannot be read" in failed[1]
+    assert set(results(out)) == {"failed.txt", *(n + e for n in WHOLE for e in (".png", ".overlay.jpg", ".json"))}
+    for name in WHOLE:
+        content = json.loads((out / f"{name}.json").read_text())
+        labels = np.array(picture := Image.open(out / f"{name}.png"))
+        assert picture.mode == "P" and labels.shape == (content["height"], content["width"])
+        assert labels.shape == read_picture(Path(content["picture"]), shown=True).size[::-1]
+        ids, pixels = np.unique(labels, return_counts=True)
+        assert {c["id"]: c["pixels"] for c in content["classes"]} == dict(zip(ids.tolist(), pixels.tolist(), strict=True))
+        assert {c["name"] for c in content["classes"]} <= {"red disc", "couch", "other"} and ids.max() <= 2
+        assert sum(c["share"] for c in content["classes"]) == pytest.approx(1)
+        assert all(c["score"] >= 0 for c in content["classes"])
+        assert max(Image.open(out / f"{name}.overlay.jpg").size) >= 480
+    mended = photos / "cut.jpg"
+    shutil.copy(photos / "a.jpg", mended)
+    (photos / "more" / "not.png").unlink()
+    before = results(out)
+    evaluation.main([*failing, "--resume"])
+    assert (out / "cut.json").exists()
+    after = results(out)
+    assert "failed.txt" not in after and before.items() - after.items() == {("failed.txt", before["failed.txt"])}
+
+
+def test_the_data_set_s_pictures_come_out_as_in_evaluation(model, shapes_root, tmp_path):
+    """Although their regions share CLIP's batches; also with views."""
+    for name, settings in (("plain", []), ("views", ["--set", "eval.flip=true", "--set", "eval.sizes=[64,96]"])):
+        folder = tmp_path / name
+        evaluation.main(arguments(model, shapes_root, folder / "a", "--save-predictions", *settings))
+        images = shapes_root / "shapes" / "images" / "test"
+        evaluation.main(arguments(model, shapes_root, folder / "b", "--images", images, *settings))
+        for file in (folder / "a" / "predictions").iterdir():
+            assert np.array_equal(np.array(Image.open(file)), np.array(Image.open(folder / "b" / file.name))), file.name
+
+
+def test_resuming_segments_what_is_missing(model, shapes_root, tmp_path, capsys, monkeypatch):
+    """Results of other words or settings do not count as done; and what is made again is the same."""
+    monkeypatch.setattr(pictures, "TOGETHER", 2)
+    images, out = shapes_root / "shapes" / "images" / "train", tmp_path / "out"
+    run = arguments(model, shapes_root, out, "--images", images, "--classes", "red disc, wall")
+    evaluation.main(run)
+    whole = results(out)
+    assert len(whole) == 30
+    (out / "train00003.json").unlink()
+    (out / "train00008.json").write_text("{")
+    written = {n: (out / n).stat().st_mtime_ns for n in whole if (out / n).exists()}
+    capsys.readouterr()
+    evaluation.main([*run, "--resume"])
+    text = capsys.readouterr().out
+    assert results(out) == whole and "4 pictures in" in text and "6 done before" in text
+    again = {n[5:10] for n in written if (out / n).stat().st_mtime_ns != written[n]}
+    assert again == {"00002", "00003", "00008", "00009"}
+    shares = [line.split() for line in text.splitlines() if "%" in line]
+    assert sum(float(words[-2].rstrip("%")) for words in shares) == pytest.approx(100, abs=0.2)  # of all, done before too
+    evaluation.main([*run[:-1], "red disc, walls", "--resume"])
+    assert "10 pictures in" in capsys.readouterr().out
+
+
+def test_many_words_are_sixteen_bits(model, shapes_root, tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("\n".join(f"thing {i}" for i in range(300)))
+    picture = shapes_root / "shapes" / "images" / "test" / "test00001.jpg"
+    evaluation.main(arguments(model, shapes_root, tmp_path / "out", "--images", picture, "--classes", words))
+    labels = np.array(Image.open(tmp_path / "out" / "test00001.png"))
+    content = json.loads((tmp_path / "out" / "test00001.json").read_text())
+    assert labels.dtype == np.uint16 and {c["id"] for c in content["classes"]} == set(np.unique(labels).tolist())
+    assert all(c["name"] == f"thing {c['id']}" for c in content["classes"])
+
+
+def test_overlays_have_room_for_what_there_is_room_for():
+    image, colours = np.zeros((60, 40, 3), np.uint8), palette(50)[:-1]
+    labels = np.zeros((60, 40), np.uint8)
+    labels[20:40] = 7
+    canvas = np.array(overlay(image, labels, colours, [(i, f"a class with a long name {i}") for i in range(50)]))
+    assert canvas.shape[0] <= 90 and canvas.shape[1] > 150
+    assert (canvas[30, 20] == (0.45 * colours[7]).astype(np.uint8)).all() and (canvas[20, 5] == 255).all()
+
+
+def test_two_processes_leave_what_one_leaves(model, shapes_root, photos, tmp_path):
+    outs = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        words = arguments(model, shapes_root, out, "--images", photos, "--classes", "red disc, wall")
+        result = command("eval.py", *words, processes=processes, env={"OMP_NUM_THREADS": "1"})
+        fails_in_one_line(result, "2 of 8 failed", "cut.jpg")
+        outs.append(results(out))
+    assert outs[0] == outs[1] and len(outs[0]) == 1 + 3 * len(WHOLE)
+
+
+def test_mistakes(model, shapes_root, photos, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    mistakes = [
+        (["--images", tmp_path / "photo"], "did you mean"),
+        (["--images", photos, "--classes", "cat, cat"], "stands twice"),
+        (["--images", photos, "--classes", "a very long name " * 9], "tokens"),
+        (["--images", photos, "--budget"], "no truth"),
+        (["--classes", "cat"], "add --images"),
+        (["--imges", photos], "did you mean --images?"),
+    ]
+    for more, part in mistakes:
+        fails(capsys, monkeypatch, evaluation.main, arguments(model, shapes_root, out, *more), part)
+    result = command("eval.py", *arguments(model, shapes_root, out, "--images", tmp_path / "photo"), processes=2)
+    fails_in_one_line(result, "no such file or folder")
+    assert not out.exists()
+
+
+def test_a_supervised_model_knows_its_own_classes_only(shapes_root, photos, tmp_path, capsys, monkeypatch):
+    config = tiny_config("model.class_head=linear", "data.train_on=all", "clip.ensemble=false")
+    segmenter = Segmenter(config, tiny_clip_state())
+    checkpoint.save(tmp_path / "linear.pt", model=segmenter.learned_state(), config=asdict(config))
+    run = arguments(tmp_path / "linear.pt", shapes_root, tmp_path / "out", "--images", photos / "a.jpg")
+    fails(capsys, monkeypatch, evaluation.main, [*run, "--classes", "cat, dog"], "model.class_head")
+    evaluation.main(run)
+    assert {c["name"] for c in json.loads((tmp_path / "out" / "a.json").read_text())["classes"]} <= {*dataset("shapes").names}

@@ -141,7 +141,7 @@ def own_dataset(config: DataConfig) -> DataSet:
                         'write e.g. "masks/{split}/{id}.png", with {split} as in data.pictures'),
         "data.classes": (0 < len(config.classes) == len(set(config.classes)), "name every class, each once"),
         "data.unseen": (set(config.unseen) < set(config.classes), "give some of data.classes, not all"),
-        "data.values": (len(values) == len(set(values)) == len(config.classes) and 0 <= min(values) <= max(values) < 2**16,
+        "data.values": (len(values) == len(set(values)) == len(config.classes) and all(0 <= value < 2**16 for value in values),
                         "give every class a value of its own, from 0 to 65535"),
     }  # fmt: skip
     for name, (right, todo) in rules.items():

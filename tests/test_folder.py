@@ -1,0 +1,118 @@
+"""A data set of one's own: the README's walk-through with pictures made on the spot, layouts, impossible descriptions."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command, tiny_clip_state
+from PIL import Image
+
+import prepare_data
+from zsseg import checkpoint, run
+from zsseg.config import DataConfig, load_config
+from zsseg.data import TestPictures, TrainPictures
+from zsseg.datasets import dataset, find_pairs
+
+SMALL = ["model.backbone=small", "model.weights=", "model.queries=8", "model.hidden=32", "model.decoder_layers=1",
+         "train.steps=4", "train.batch_size=2", "data.workers=0", "data.crop=64", "data.short_edges=[64]", "data.test_short_edge=64",
+         "clip.weights={root}/clip.pt", "clip.prompt=['a {}.']"]  # fmt: skip
+
+
+def walk_through() -> str:
+    """The README's configuration of a data set of one's own."""
+    [block] = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return block
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """The pictures that the walk-through describes: patches of animals, some pixels of values that it does not name."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 5), ("val", 3)):
+        for i in range(count):
+            image, labels = rng.integers(0, 256, (40, 60, 3), np.uint8), np.full((40, 60), 3, np.uint8)
+            labels[5:20, 5:20], labels[5:20, 30:50], labels[:2] = 1 + i % 2, 4, 9
+            for kind, array, ending in (("images", image, "jpg"), ("masks", labels, "png")):
+                file = tmp_path / "animals" / kind / split / f"{i}.{ending}"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array).save(file)
+    torch.save(tiny_clip_state(), tmp_path / "clip.pt")
+    (tmp_path / "my.toml").write_text(walk_through())
+    return tmp_path
+
+
+def test_the_walk_through(root):
+    """Checked, trained on and measured by the README's commands; `zebra` stays hidden."""
+    settings = [x for setting in SMALL for x in ("--set", setting)]
+    words = ["--root", root]
+    checked = command("prepare_data.py", "folder", "--config", root / "my.toml", *words, "--check")
+    assert checked.returncode == 0, checked.stderr
+    assert "folder train: 5 pictures" in checked.stdout and "folder val: 3 pictures" in checked.stdout
+    assert "ignored label values, of no class: 9" in checked.stdout
+    assert "of 1500 pixels of the 1 unseen classes (zebra), 0 survive" in checked.stdout
+    trained = command("train.py", "--config", root / "my.toml", *words, *settings, "--out", root / "run", "--device", "cpu")
+    assert trained.returncode == 0, trained.stderr
+    measured = command("eval.py", root / "run" / "last.pt", *words, "--device", "cpu", "--save-predictions", "--report")
+    assert measured.returncode == 0, measured.stderr
+    result = json.loads((root / "run" / "eval" / "metrics.json").read_text())
+    assert list(result["per_class"]) == ["cat", "dog", "grass", "zebra"] and {"mIoU_seen", "mIoU_unseen"} <= result.keys()
+    assert all(np.array(Image.open(f)).max() < 4 for f in (root / "run" / "eval" / "predictions").iterdir())
+    config = load_config(None, [], checkpoint.load(root / "run" / "last.pt")["config"])
+    shown = {int(c) for n in range(20) for c in TrainPictures(config, root)[n][2]}
+    assert shown == {0, 1, 2}  # cat, dog, grass
+    labels = TestPictures(config.data, root, "val")[0][1]
+    assert labels.unique().tolist() == [0, 2, 3, 255] and (labels[:2] == 255).all()
+
+
+def described(*settings: str) -> DataConfig:
+    layout = ["data.pictures={split}/{id}.jpg", "data.labels={split}/{id}.png"]
+    return load_config(None, ["data.name=folder", "data.classes=['cat','dog']", *layout, *settings]).data
+
+
+def test_layouts(tmp_path):
+    """Any ending, sub-folders, lists instead of folders, 16 bits."""
+    for name in ("val/a.jpg", "val/deep/b.PNG", "val/c.webp", "val/.hidden.jpg", "masks/val/a.png", "masks/val/deep/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB" if name.startswith("val") else "L", (4, 4)).save(tmp_path / name)
+    Image.fromarray(np.full((4, 4), 700, np.uint16)).save(tmp_path / "masks" / "val" / "c.png")
+    config = described("data.pictures={split}/{id}.*", "data.labels=masks/{split}/{id}.png", "data.values=[700,0]")
+    assert [p.name for p, _ in find_pairs(config, tmp_path, "val")] == ["a.jpg", "c.webp", "b.PNG"]
+    labels = [TestPictures(config, tmp_path, "val")[i][1].unique().tolist() for i in range(3)]
+    assert labels == [[1], [0], [1]]
+    (tmp_path / "test.txt").write_text("a\n")
+    lists = described("data.pictures=val/{id}.jpg", "data.labels=masks/val/{id}.png", "data.split=test")
+    assert find_pairs(lists, tmp_path, "test") == [(tmp_path / "val" / "a.jpg", tmp_path / "masks" / "val" / "a.png")]
+    assert find_pairs(described("data.folder=" + str(tmp_path / "val"), "data.pictures={id}.jpg", "data.labels={id}.png",
+                                "data.split=../test"), tmp_path, "../test")[0][0] == tmp_path / "val" / "a.jpg"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [(["data.classes=[]"], ["data.classes", "each once"]), (["data.classes=['a','a']"], ["data.classes", "each once"]),
+     (["data.unseen=['cow']"], ["data.unseen"]), (["data.unseen=['cat','dog']"], ["data.unseen", "not all"]),
+     (["data.values=[1]"], ["data.values"]), (["data.values=[1,1]"], ["data.values"]), (["data.values=[1,70000]"], ["65535"]),
+     (["data.pictures=images"], ["data.pictures", "{id}"]), (["data.pictures=p_{id}.jpg"], ["data.pictures"]),
+     (["data.labels=masks/{id}.png"], ["data.labels", "{split}"]), (["data.split=nope"], ["'nope'", "data.pictures"])],
+)  # fmt: skip
+def test_descriptions_that_cannot_be(settings, parts, tmp_path):
+    with pytest.raises(run.UserError) as error:
+        find_pairs(config := described(*settings), tmp_path, config.split)
+    assert all(part in str(error.value) for part in parts)
+
+
+def test_prepare_data_wants_the_description(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py"])
+    (tmp_path / "voc.toml").write_text('[data]\nname = "voc"\n')
+    for words, part in ((["folder"], "--config: is missing"), (["vocc"], "did you mean voc?"),
+                        (["folder", "--config", str(tmp_path / "voc.toml")], "describes voc")):  # fmt: skip
+        with pytest.raises(run.UserError, match=re.escape(part)):
+            prepare_data.main(words)
+
+
+def test_other_data_sets_ignore_the_description():
+    """So that a model trained on one's own data is measured on VOC by a `--set data.name=voc`."""
+    assert dataset(described("data.name=voc")) is dataset("voc")

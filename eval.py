@@ -22,60 +22,93 @@ CHECKPOINT is one of train.py (its configuration is inside) or an original zsseg
 """
 
 import os
+from argparse import Namespace
+from datetime import timedelta
 from pathlib import Path
 
 from zsseg import checkpoint, run
 from zsseg.budget import budget, report_budget
-from zsseg.config import load_config
+from zsseg.config import Config, load_config
 from zsseg.datasets import dataset, find_pairs
+from zsseg.export import export
 from zsseg.metrics import evaluate, report
 from zsseg.pictures import Names, Results, find_pictures, made_with, segment_pictures
 from zsseg.published import compare
 from zsseg.report import Report
-from zsseg.segmenter import load_segmenter
-from zsseg.words import read_words, words_of
+from zsseg.segmenter import Segmenter, load_segmenter
+from zsseg.words import Words, read_words, words_of
 
 WORTH_COMPILING = 1000  # pictures a process: for fewer, compiling takes longer than it saves
+PATIENCE = timedelta(days=30)  # for processes whose share of many pictures takes longer than the others'
 
 
 def main(argv: list[str]) -> None:
     parser = run.parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
-    measure = parser.add_argument_group("measuring")
-    measure.add_argument("--save-predictions", action="store_true", help="write OUT/predictions/<stem>.png, class ids")
-    measure.add_argument("--budget", action="store_true", help="what masks and classes cost: oracles, recall, confusions")
-    measure.add_argument("--report", action="store_true", help="write OUT/report.html: metrics, confusions, curves, pictures")
-    measure.add_argument("--reproduce", action="store_true", help="print the paper's numbers beside ours")
-    pictures = parser.add_argument_group("any pictures, any words")
-    pictures.add_argument("--images", metavar="PICTURE", nargs="+", help="files, folders, patterns, or - for a list")
-    pictures.add_argument("--classes", metavar="WORDS", help="what to look for: \"cat, dog, grass\" or a text file")
-    pictures.add_argument("--resume", action="store_true", help="segment only the pictures that are not done yet")
+    measuring = parser.add_argument_group("measuring")
+    measuring.add_argument("--save-predictions", action="store_true", help="write OUT/predictions/<stem>.png, class ids")
+    measuring.add_argument("--budget", action="store_true", help="what masks and classes cost: oracles, recall, confusions")
+    measuring.add_argument("--report", action="store_true", help="write OUT/report.html: metrics, confusions, curves, pictures")
+    measuring.add_argument("--reproduce", action="store_true", help="print the paper's numbers beside ours")
+    own = parser.add_argument_group("any pictures, any words")
+    own.add_argument("--images", metavar="PICTURE", nargs="+", help="files, folders, patterns, or - for a list")
+    own.add_argument("--classes", metavar="WORDS", help='what to look for: "cat, dog, grass" or a text file')
+    own.add_argument("--resume", action="store_true", help="segment only the pictures that are not done yet")
+    own.add_argument("--export", metavar="DIR", help="write programs for these words that run without this project")
     args = parser.parse_args(argv)
-    if args.classes is not None and not args.images:
-        raise run.UserError("--classes", "is for pictures of your own", "add --images")
-    if args.images and (args.save_predictions or args.budget or args.report or args.reproduce):
-        raise run.UserError("--images", "has no truth to measure against", "leave the options for measuring out")
+    if args.classes is not None and not (args.images or args.export):
+        raise run.UserError("--classes", "is for pictures of your own", "add --images or --export")
+    if (args.images or args.export) and (args.save_predictions or args.budget or args.report or args.reproduce):
+        raise run.UserError("--images and --export", "measure nothing", "leave the options for measuring out")
     content = checkpoint.load(args.checkpoint)
     if "config" not in content and not args.config:
         raise run.UserError(f"checkpoint {args.checkpoint}", "holds no configuration", "give its --config")
     config = load_config(args.config, args.set, content.get("config"))
-    out = Path(args.out or Path(args.checkpoint).parent / ("images" if args.images else "eval"))
-    words = read_words(args.classes) if args.classes is not None else words_of(dataset(config.data))
-    process = run.start(args.device)
-    if args.images:  # before anything is downloaded
-        names = Names(process.agree(lambda: find_pictures(args.images, out)))
-        count = len(names)
-    else:
-        count = len(find_pairs(config.data, args.root, config.data.split))
-    segmenter = load_segmenter(content, config, args.root, args.checkpoint).to(process.device).eval()
-    if process.enabled(config.model.compile) and (config.model.compile == "on" or count >= WORTH_COMPILING * process.world):
-        segmenter.compile_parts()
     if args.images:
-        trained = load_config(None, [], content.get("config")) if "config" in content else config
-        segmenter.set_classes(words.names, words.trained(dataset(trained.data)), words.synonyms)
-        results = Results(out, names, words, made_with(args.checkpoint, config, words))
-        again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
-        return segment_pictures(segmenter, config, results, process, args.resume or again)
+        segment(args, content, config)
+    elif args.export:
+        segmenter = load_segmenter(content, config, args.root, args.checkpoint).eval()
+        set_words(segmenter, words_wanted(args, config), content, config)
+        export(segmenter, config, Path(args.export))
+    else:
+        measure(args, content, config)
+
+
+def words_wanted(args: Namespace, config: Config) -> Words:
+    return words_of(dataset(config.data)) if args.classes is None else read_words(args.classes)
+
+
+def set_words(segmenter: Segmenter, words: Words, content: dict, config: Config) -> None:
+    """The words that the checkpoint was trained on count as seen."""
+    trained = load_config(None, [], content["config"]) if "config" in content else config
+    segmenter.set_classes(words.names, words.trained(dataset(trained.data)), words.synonyms)
+
+
+def compile_for(pictures: int, segmenter: Segmenter, config: Config, process: run.Process) -> None:
+    many = config.model.compile == "on" or pictures >= WORTH_COMPILING * process.world
+    if many and process.enabled(config.model.compile):
+        segmenter.compile_parts()
+
+
+def segment(args: Namespace, content: dict, config: Config) -> None:
+    """Pictures of the user's own."""
+    out, words = Path(args.out or Path(args.checkpoint).parent / "images"), words_wanted(args, config)
+    process = run.start(args.device, PATIENCE)
+    names = Names(process.agree(lambda: find_pictures(args.images, out)))  # before anything is downloaded
+    segmenter = load_segmenter(content, config, args.root, args.checkpoint).to(process.device).eval()
+    compile_for(len(names), segmenter, config, process)
+    set_words(segmenter, words, content, config)
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
+    results = Results(out, names, words, made_with(args.checkpoint, config, words))
+    segment_pictures(segmenter, config, results, process, args.resume or again)
+
+
+def measure(args: Namespace, content: dict, config: Config) -> None:
+    """The metrics on a split of a data set, and what belongs to them."""
+    pairs = find_pairs(config.data, args.root, config.data.split)  # before anything is downloaded
+    process, out = run.start(args.device), Path(args.out or Path(args.checkpoint).parent / "eval")
+    segmenter = load_segmenter(content, config, args.root, args.checkpoint).to(process.device).eval()
+    compile_for(len(pairs), segmenter, config, process)
     if args.budget:
         result = budget(segmenter, config, args.root, process, config.data.split)
         if process.is_main:

@@ -18,7 +18,8 @@ from zsseg.data import TestPictures, TrainPictures
 from zsseg.datasets import dataset, find_pairs
 
 SMALL = ["model.backbone=small", "model.weights=", "model.queries=8", "model.hidden=32", "model.decoder_layers=1",
-         "train.steps=4", "train.batch_size=2", "data.workers=0", "data.crop=64", "data.short_edges=[64]", "data.test_short_edge=64",
+         "train.steps=4", "train.batch_size=2", "data.workers=0", "data.crop=64", "data.short_edges=[64]",
+         "data.test_short_edge=64",
          "clip.weights={root}/clip.pt", "clip.prompt=['a {}.']"]  # fmt: skip
 
 

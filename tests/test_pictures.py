@@ -273,8 +273,8 @@ def test_mistakes(model, shapes_root, photos, tmp_path, capsys, monkeypatch):
         (["--images", tmp_path / "photo"], "did you mean"),
         (["--images", photos, "--classes", "cat, cat"], "stands twice"),
         (["--images", photos, "--classes", "a very long name " * 9], "tokens"),
-        (["--images", photos, "--budget"], "no truth"),
-        (["--classes", "cat"], "add --images"),
+        (["--images", photos, "--budget"], "measure nothing"),
+        (["--classes", "cat"], "add --images or --export"),
         (["--imges", photos], "did you mean --images?"),
     ]
     for more, part in mistakes:

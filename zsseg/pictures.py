@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -54,7 +54,7 @@ class Names:
 
     def __getitem__(self, i: int) -> str:
         name = os.path.splitext(self.files[i])[0]
-        return os.path.relpath(self.files[i] if name in self.shared else name, self.base)
+        return (self.files[i] if name in self.shared else name)[len(self.base) :].lstrip(os.sep)
 
 
 def find_pictures(given: list[str], out: Path) -> list[str]:
@@ -204,7 +204,7 @@ def segment_pictures(segmenter: Segmenter, config: Config, results: Results, pro
     """
     names, words, out, device = results.names, results.words, results.out, process.device
     C, size, failed = len(words.shown_names), group_size(segmenter, config, device), out / "failed.txt"
-    totals = torch.zeros(C, 2, dtype=torch.int64)  # pixels, pictures that show the class
+    totals = np.zeros((C, 2), np.int64)  # pixels, pictures that show the class
     tally = torch.zeros(3, dtype=torch.int64)  # segmented, done before, failed
     groups = [range(i, min(i + size, len(names))) for i in range(0, len(names), size)][process.rank :: process.world]
     numbers, threads = [], max(config.data.workers, 1)
@@ -217,39 +217,33 @@ def segment_pictures(segmenter: Segmenter, config: Config, results: Results, pro
             tally[1] += len(group)
             for found in before:
                 for i, pixels in found.items():
-                    totals[i] += torch.tensor([pixels, 1])
+                    totals[i] += pixels, 1
     if process.is_main:
-        failed.unlink(missing_ok=True)
+        with replacing(failed) as file:  # made, so that a folder that cannot be written is noticed
+            file.touch()
+        failed.unlink()
     process.wait()  # from here on it is filled
     started, writing = time.perf_counter(), deque()
     batches = stream(Pictures(names.files, config), numbers, size, config.data.workers)
     with ThreadPoolExecutor(threads) as pool:
-        try:
-            segmented = segment_groups(segmenter, config, batches, process, words)
-            for picture, labels, pixels, scores in progress(segmented, "segment", len(numbers), process.is_main):
-                tally[2 if picture.error else 0] += 1
-                if picture.error:
-                    with open(failed, "a", encoding="utf-8", errors="surrogateescape") as file:
-                        file.write(picture.error + "\n")
-                    continue
-                totals += torch.stack([pixels, (pixels > 0).long()], 1)
-                writing.append(pool.submit(results.write, picture, labels, pixels.tolist(), scores.tolist()))
-                while len(writing) > WAITING:
-                    writing.popleft().result()
-            for future in writing:
-                future.result()
-        finally:
-            cancel(writing)
+        segmented = segment_groups(segmenter, config, batches, process, words)
+        for picture, labels, pixels, scores in progress(segmented, "segment", len(numbers), process.is_main):
+            tally[2 if picture.error else 0] += 1
+            if picture.error:
+                with open(failed, "a", encoding="utf-8", errors="surrogateescape") as file:
+                    file.write(picture.error + "\n")
+                continue
+            totals += np.stack([pixels, pixels > 0], 1)
+            writing.append(pool.submit(results.write, picture, labels, pixels.tolist(), scores.tolist()))
+            while len(writing) > WAITING:
+                writing.popleft().result()
+        for future in writing:
+            future.result()
     seconds = time.perf_counter() - started
-    for tensor in (totals, tally):
+    for tensor in (torch.from_numpy(totals), tally):  # which share their memory
         process.sum(tensor)
     if process.is_main:
-        report(totals, tally, words, out, seconds)
-
-
-def cancel(futures: deque[Future]) -> None:
-    for future in futures:
-        future.cancel()
+        report(totals, tally.tolist(), words, out, seconds)
 
 
 def segment_groups(segmenter: Segmenter, config: Config, batches: Iterator, process: Process, words: Words) -> Iterator:
@@ -277,12 +271,12 @@ def segment_groups(segmenter: Segmenter, config: Config, batches: Iterator, proc
             pixels = torch.bincount(labels.flatten(), minlength=C)
             scores = torch.bincount(labels.flatten(), top.flatten().double(), minlength=C)
             kind = torch.uint8 if label_type(C) is np.uint8 else torch.int32
-            yield picture, labels.to(kind).cpu().numpy().astype(label_type(C)), pixels.cpu(), scores.cpu()
+            yield picture, labels.to(kind).cpu().numpy().astype(label_type(C)), pixels.cpu().numpy(), scores.cpu()
 
 
-def report(totals: Tensor, tally: Tensor, words: Words, out: Path, seconds: float) -> None:
+def report(totals: np.ndarray, tally: list[int], words: Words, out: Path, seconds: float) -> None:
     """Print how much of the pictures each class covers; UserError where some could not be read."""
-    segmented, before, broken = tally.tolist()
+    segmented, before, broken = tally
     pixels = max(int(totals[:, 0].sum()), 1)
     rows = sorted(zip(totals.tolist(), words.shown_names, strict=True), reverse=True)
     print(f"{'class':32}{'share':>8}{'pictures':>10}")

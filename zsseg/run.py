@@ -172,8 +172,8 @@ class Process:
         return setting == "on" or (setting == "auto" and self.device.type == "cuda")
 
 
-def start(device: str = "auto") -> Process:
-    """Pick the device and join the process group when torchrun started us."""
+def start(device: str = "auto", patience: timedelta = PATIENCE) -> Process:
+    """Pick the device and join the process group when torchrun started us; processes wait so long for one another."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda", "no CUDA device is available", "use --device cpu")
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -188,9 +188,9 @@ def start(device: str = "auto") -> Process:
         # With several machines its count of restarts differs between them; there, its own way must do.
         store, restarts = None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            store = dist.PrefixStore(f"start {restarts}", next(dist.rendezvous("env://", timeout=PATIENCE))[0])
+            store = dist.PrefixStore(f"start {restarts}", next(dist.rendezvous("env://", timeout=patience))[0])
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     return Process(torch.device(kind, local) if kind == "cuda" else torch.device(kind), rank, world)
 
 

@@ -1,0 +1,91 @@
+"""How fast pictures come in and results go out, and what sharing CLIP's batches brings: `python -m tests.benchmarks.pictures`.
+
+Reading and writing are measured on one core, without a network: a machine needs so many cores for each of them as its GPU
+segments pictures a second, divided by the number printed. The last lines are the whole job with the small model of the
+embedded data set (random weights), regions of one picture and of eight in a batch, from the same run.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tests.recipe import make_image, make_labels
+from train import build_small_clip
+from zsseg import pictures, run
+from zsseg.config import Config, load_config
+from zsseg.pictures import Names, Pictures, Results, find_pictures, segment_pictures
+from zsseg.segmenter import Segmenter
+from zsseg.words import read_words
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = read_words(", ".join(f"thing {i}" for i in range(20)))
+
+
+def times(action, items: range) -> float:
+    """Median seconds of action(item)."""
+    seconds = []
+    for item in items:
+        started = time.perf_counter()
+        action(item)
+        seconds.append(time.perf_counter() - started)
+    return median(seconds)
+
+
+def host(folder: Path, size: tuple[int, int], count: int) -> None:
+    """Print the pictures a second of reading and of writing, for photos of a size (width, height)."""
+    photos = folder / f"{size[0]}"
+    photos.mkdir()
+    for i in range(count):
+        Image.fromarray(make_image(480, 640, i)).resize(size).save(photos / f"{i}.jpg", quality=90)
+    names = Names(find_pictures([str(photos)], folder / "out"))
+    samples, results = Pictures(names.files, Config()), Results(folder / "out", names, WORDS, "")
+    labels = make_labels(480, 640, range(20), ignore=0).astype(np.uint8)
+    labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+    pixels = np.bincount(labels.ravel(), minlength=20).tolist()
+    whole = [samples[i] for i in range(count)]
+    read = times(lambda i: samples[i], range(count))
+    write = times(lambda i: results.write(whole[i], labels, pixels, pixels), range(count))
+    print(f"{size[0]} x {size[1]}, a core: reads {1 / read:.1f} pictures/s, writes {1 / write:.1f} (label map, overlay, JSON)")
+
+
+def whole_job(folder: Path, count: int, repeats: int) -> None:
+    """Print the images a second of the embedded data set's model with groups of one picture and of eight."""
+    config = load_config(str(ROOT / "configs" / "shapes.toml"), ["data.workers=1"])
+    torch.manual_seed(0)
+    segmenter = Segmenter(config, build_small_clip(config.contrast).state_dict()).eval()
+    segmenter.set_classes(WORDS.names)
+    photos = folder / "small"
+    photos.mkdir()
+    for i in range(count):
+        Image.fromarray(make_image(64, 64, i)).save(photos / f"{i}.png")
+    names, process = Names(find_pictures([str(photos)], folder / "out")), run.start("cpu")
+    seconds: dict[int, list[float]] = {1: [], 8: []}
+    for _ in range(repeats):
+        for together in seconds:
+            pictures.TOGETHER = together
+            started = time.perf_counter()
+            segment_pictures(segmenter, config, Results(folder / "out", names, WORDS, ""), process, False)
+            seconds[together].append(time.perf_counter() - started)
+    one, eight = (count / median(s) for s in seconds.values())
+    print(f"embedded data set's model, {torch.get_num_threads()} threads: regions of one picture in a batch {one:.1f} "
+          f"images/s, of eight {eight:.1f} ({eight / one:.2f} times)")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=10, help="photos of each size")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        host(Path(folder), (640, 480), args.count)
+        host(Path(folder), (4000, 3000), args.count)
+        whole_job(Path(folder), 20 * args.count, 3)
+
+
+if __name__ == "__main__":
+    main()

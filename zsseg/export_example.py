@@ -1,0 +1,70 @@
+"""Segment a picture with the exported programs beside this file: python example.py photo.jpg
+
+Needs PyTorch, numpy and Pillow alone. Prints the classes found and their shares of the picture, and writes labels.png,
+class ids (numbers of `names` in settings.json), to the current folder.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+PART = 8  # crops, and classes of the score map, at once: a matter of memory
+
+
+def span(hit: Tensor, ratio: float) -> slice:
+    """The rows (or columns) of a box, from where the mask has a pixel: bool [H] (or [W])."""
+    places = hit.nonzero()[:, 0]
+    first, last = places[0], places[-1] + 1
+    centre, half = (first + last) / 2, (last - first) * ratio / 2
+    first, last = (int((centre + side * half).long().clamp(0, len(hit))) for side in (-1, 1))
+    return slice(first, max(last, first + 1))
+
+
+@torch.inference_mode()
+def segment(picture: Image.Image, s: dict, proposer: Callable, clip: Callable | None) -> Tensor:
+    """RGB picture -> class ids int64 [height, width]; s: settings.json."""
+    (W, H), short, longest = picture.size, s["short_edge"], s["longest_edge"]
+    w, h = (short, short / W * H) if W <= H else (short / H * W, short)
+    w, h = (max(int((side if max(w, h) <= longest else side * longest / max(w, h)) + 0.5), 1) for side in (w, h))
+    image = torch.from_numpy(np.array(picture.resize((w, h), Image.Resampling.BILINEAR))).permute(2, 0, 1).float()
+    scores, logits = proposer(image[None])  # [Q, C], [Q, h/4, w/4]
+    padded = [4 * side for side in logits.shape[1:]]
+    masks = F.interpolate(logits[None], padded, mode="bilinear", align_corners=False)[0, :, :h, :w].sigmoid()
+    if clip:
+        R, mean, std = s["clip"]["resolution"], *(torch.tensor(s["clip"][k]).view(3, 1, 1) for k in ("mean", "std"))
+        regions, normal, crops = masks > s["mask_threshold"], (image / 255 - mean) / std, []
+        valid = regions.flatten(1).any(1)
+        for region in regions[valid]:
+            rows, columns = (span(region.any(axis), s["expand_ratio"]) for axis in (1, 0))
+            crop = (normal * region)[None, :, rows, columns]
+            crops.append(F.interpolate(crop, (R, R), mode="bicubic", align_corners=False))
+        opinion, w = torch.ones_like(scores), s["ensemble_weight"]
+        if crops:
+            opinion[valid] = torch.cat([clip(part) for part in torch.cat(crops).split(PART)]).softmax(-1)
+        power = torch.full((len(s["names"]),), 1 - w)
+        power[s["seen"]] = w
+        scores = scores**power * opinion ** (1 - power) if w else opinion * valid[:, None]
+    best, labels = torch.full((H, W), -1.0), torch.zeros(H, W, dtype=torch.int64)
+    for first in range(0, len(s["names"]), PART):
+        part = torch.einsum("qc,qhw->chw", scores[:, first : first + PART], masks)
+        value, index = F.interpolate(part[None], (H, W), mode="bilinear", align_corners=False)[0].max(0)
+        best, labels = torch.maximum(best, value), labels.where(value <= best, first + index)
+    return labels
+
+
+if __name__ == "__main__":
+    settings = json.loads((HERE / "settings.json").read_text())
+    load = lambda name: torch.export.load(HERE / name).module(check_guards=False)  # or the smallest pictures are refused
+    proposer, clip = load("proposer.pt2"), load("clip.pt2") if settings["clip"] else None
+    found = segment(ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB"), settings, proposer, clip)
+    for count, i in sorted(zip(*(x.tolist() for x in found.unique(return_counts=True)[::-1]), strict=True), reverse=True):
+        print(f"{count / found.numel():6.1%} {settings['names'][i]}")
+    Image.fromarray(found.numpy().astype(np.uint8 if len(settings["names"]) <= 255 else np.uint16)).save("labels.png")

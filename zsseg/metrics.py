@@ -147,8 +147,7 @@ def true_mask_accuracy(segmenter: Segmenter, image: Tensor, labels: Tensor, data
 
 def report(result: dict, config: Config, out: Path) -> None:
     """Print the table and write `metrics.json`."""
-    w = config.clip.ensemble_weight if config.clip.ensemble else None
-    print(table(result, {None: "head alone", 0: "CLIP alone"}.get(w, "ensemble")))
+    print(table(result, method(config)))
     with replacing(out / "metrics.json") as file:
         file.write_text(json.dumps(result, indent=1) + "\n")
     published = dataset(config.data).counts.get(config.data.split, result["images"])
@@ -156,15 +155,25 @@ def report(result: dict, config: Config, out: Path) -> None:
     print(f"{result['images']} images{note}, {result['images_per_second']:.2f} images/s -> {out / 'metrics.json'}")
 
 
-def table(result: dict, name: str = "ensemble") -> str:
-    """The metrics as lines of text: seen, unseen and hIoU of each part side by side, then every class."""
+def method(config: Config) -> str:
+    """What the evaluation is, as it was configured."""
+    return {None: "head alone", 0: "CLIP alone"}.get(config.clip.ensemble_weight if config.clip.ensemble else None, "ensemble")
+
+
+def rows(result: dict, name: str) -> tuple[tuple[str, ...], list[tuple[str, dict]]]:
+    """The metrics that a table shows, and its rows (title, metrics): the method's parts, and last the evaluation itself."""
     titles = {"head_only": "head alone", "clip_only": "CLIP alone", "clip_objectness": "CLIP x objectness"}
     titles |= {k: f"ensemble, weight {k.removeprefix('weight_')}" for k in result if k.startswith("weight_")}
-    rows = [(title, result[k]) for k, title in titles.items() if k in result and title != name] + [(name, result)]
     split = "hIoU" in result
     keys = ("mIoU_seen", "mIoU_unseen", "hIoU", "mIoU", "pAcc") if split else ("mIoU", "mIoU_gt", "fwIoU", "mAcc", "pAcc")
+    return keys, [(title, result[k]) for k, title in titles.items() if k in result and title != name] + [(name, result)]
+
+
+def table(result: dict, name: str = "ensemble") -> str:
+    """The metrics as lines of text: seen, unseen and hIoU of each part side by side, then every class."""
+    keys, parts = rows(result, name)
     lines = ["".join([f"{'':24}", *(f"{k.removeprefix('mIoU_'):>9}" for k in keys)])]
-    lines += ["".join([f"{name:24}", *(f"{values[k]:9.1f}" for k in keys)]) for name, values in rows]
+    lines += ["".join([f"{title:24}", *(f"{values[k]:9.1f}" for k in keys)]) for title, values in parts]
     if clip := result.get("clip_true_masks"):
         shown = [clip[k] for k in ("accuracy_seen", "accuracy_unseen") if k in clip]
         text = "".join(f"{v:9.1f}" for v in shown) + f"   all {clip['accuracy']:.1f} (accuracy, {clip['regions']} regions)"

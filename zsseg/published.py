@@ -25,16 +25,20 @@ def differences(config: Config, row: dict) -> list[str]:
     return [f"{k}: {v} ({theirs[k]})" for k, v in flat(config).items() if v != theirs[k]]
 
 
+def nearest(config: Config) -> tuple[dict, list[str]] | None:
+    """The published row on the same data set with the fewest settings that differ, and those; None where there is no row."""
+    rows = [row for row in ROWS if load_config(str(CONFIGS / f"{row['config']}.toml")).data.name == config.data.name]
+    return min(((row, differences(config, row)) for row in rows), key=lambda found: len(found[1]), default=None)
+
+
 def compare(result: dict, config: Config) -> str:
     """A table of our metrics and those of the nearest published row on the same data set."""
-    rows = [row for row in ROWS if load_config(str(CONFIGS / f"{row['config']}.toml")).data.name == config.data.name]
-    if not rows:
+    if not (found := nearest(config)):
         return f"the paper has no result on {config.data.name}"
-    row = min(rows, key=lambda row: len(differences(config, row)))
+    row, differing = found
     keys = [k for k in ("pAcc", "mIoU_seen", "mIoU_unseen", "hIoU", "mIoU") if k in row and k in result]
     lines = ["".join([f"{'':12}", *(f"{k.removeprefix('mIoU_'):>9}" for k in keys)])]
     for who, values in (("the paper", row), ("ours", result)):
         lines.append("".join([f"{who:12}", *(f"{values[k]:9.1f}" for k in keys)]))
-    found = differences(config, row)
     lines += [f"the paper's row: {row['name']} (configs/{row['config']}.toml)"]
-    return "\n".join([*lines, "settings that differ, ours (theirs):" if found else "all settings are the same", *found])
+    return "\n".join([*lines, "settings that differ, ours (theirs):" if differing else "all settings are the same", *differing])

@@ -1,0 +1,49 @@
+"""Make the README's pictures from a run on the embedded data set: `python -m tests.benchmarks.screens runs/shapes`.
+
+overlay.png by `eval.py --images`, report.png from `eval.py --budget --report` in headless Chromium; to tests/screens/.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+import eval as evaluation
+from tests.browser import Browser
+
+SCREENS = Path(__file__).resolve().parents[1] / "screens"
+PICTURE = "test00136"
+WORDS = "red square, green square, blue disc, purple triangle; other: striped wall"
+
+
+def save(picture: Image.Image, name: str) -> None:
+    """As a PNG of few colours, which is small."""
+    SCREENS.mkdir(exist_ok=True)
+    picture.quantize(256, kmeans=2, dither=Image.Dither.NONE).save(SCREENS / name, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--root", type=Path, default=Path("datasets"))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as out:
+        common = [str(args.run / "last.pt"), "--root", str(args.root), "--out", out]
+        file = args.root / "shapes" / "images" / "test" / f"{PICTURE}.jpg"
+        evaluation.main([*common, "--images", str(file), "--classes", WORDS])
+        overlay = Image.open(Path(out) / f"{PICTURE}.overlay.jpg")
+        canvas = Image.new("RGB", (490 + overlay.width, 480), "white")
+        canvas.paste(Image.open(file).resize((480, 480)))
+        canvas.paste(overlay, (490, 0))
+        save(canvas, "overlay.png")
+        evaluation.main([*common, "--budget", "--report"])
+        with Browser() as browser:
+            browser.open(Path(out) / "report.html", 1000)
+            browser.screenshot(Path(out) / "page.png")
+        page = Image.open(Path(out) / "page.png").convert("RGB")
+        save(page.crop((0, 0, page.width, 900)), "report.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -170,7 +170,8 @@ def summarize(config: DataConfig, root: Path, workers: int) -> None:
         if split == "train" and data.unseen:
             statistics = label_statistics(config, root, split, workers)
             if count := len(statistics.broken):
-                raise UserError(f"data set {data.name}", f"{count} broken label maps, the first: {statistics.broken[0]}", "--check")
+                why = f"{count} broken label maps, the first: {statistics.broken[0]}"
+                raise UserError(f"data set {data.name}", why, "--check")
             text += f"; {len(statistics.pictures_with(data.trained))} show a class that is trained on"
         print(text)
 
@@ -179,7 +180,8 @@ def check(config: DataConfig, root: Path, workers: int) -> None:
     """Read every file of every split. What is broken or alone is printed, all of it; then it is a UserError."""
     problems = sum(check_split(config, root, split, workers) for split in present(config, root))
     if problems:
-        raise UserError(f"data set {config.name}", f"{problems} files are broken or have no partner (listed above)", "replace them")
+        why = f"{problems} files are broken or have no partner (listed above)"
+        raise UserError(f"data set {config.name}", why, "replace them")
 
 
 def check_split(config: DataConfig, root: Path, split: str, workers: int) -> int:

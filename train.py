@@ -12,7 +12,7 @@ same to the last bit. SIGTERM or SIGUSR1: a checkpoint at the end of the step, e
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from zsseg.config import Config, ContrastConfig, load_config
 from zsseg.data import HeldOut, Regions, RegionsWithCaptions, TrainPictures, collate, stream
 from zsseg.datasets import find_pairs, training_set
 from zsseg.faults import BadSteps, Broken, Stop, is_run, load_last, restore, running_statistics
-from zsseg.log import Log
+from zsseg.log import Log, Speed
 from zsseg.losses import contrastive_loss, normalizers, segmentation_losses
 from zsseg.metrics import evaluate, report
 from zsseg.perpixel import per_pixel_loss
@@ -72,10 +72,11 @@ class Segment:
         with self.process.autocast(self.config.model.bf16):  # the network only: costs and losses need fp32
             logits, masks = model(self.model.prepare(images), self.text)
         losses = self.losses(logits, masks, targets.padded() if self.compiled else targets, scales, *weights)
-        return sum(v.sum() for v in losses.values()), {k: v[-1].detach() for k, v in losses.items()}
+        layers = {f"{k}/layer_{i}": v.detach()[i] for k, v in losses.items() for i in range(len(v) - 1)}
+        return sum(v.sum() for v in losses.values()), {k: v[-1].detach() for k, v in losses.items()} | layers
 
-    def evaluate(self, split: str, out: Path | None) -> dict:
-        return evaluate(self.segmenter, self.config, self.root, self.process, split, out)
+    def evaluate(self, split: str, out: Path | None, look: Callable) -> dict:
+        return evaluate(self.segmenter, self.config, self.root, self.process, split, out, look=look)
 
     def score(self, result: dict) -> float:
         return result.get("hIoU", result["mIoU"])
@@ -124,7 +125,7 @@ class Prompts:
             checkpoint.load_strict(prompt, state.get(f"prompt_of_seed_{seed}", {}), what, "use the configuration of its run")
 
     @torch.no_grad()
-    def evaluate(self, split: str, out: Path | None) -> dict:
+    def evaluate(self, split: str, out: Path | None, look: Callable) -> dict:
         """Accuracy of every seed on the held-out regions in percent: over regions ("top1") and its mean over classes."""
         single = build_prompt("single", 0)(self.model.clip, self.model.tokenizer, self.model.names)
         S, C, device = len(self.seeds), len(self.model.names), self.process.device
@@ -190,7 +191,7 @@ class Contrast:
     def load(self, state: dict, what: str) -> None:
         checkpoint.load_strict(self.model, state, what, "use the configuration of its run")
 
-    def evaluate(self, split: str, out: Path | None) -> None:
+    def evaluate(self, split: str, out: Path | None, look: Callable) -> None:
         """Nothing: the segmenter's evaluation tells how CLIP does on true masks."""
 
 
@@ -303,7 +304,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     if process.enabled(config.model.compile):
         task.compile()  # before DDP wraps the model, and in place: names in the state dict stay as they are
     model = DistributedDataParallel(task.model) if process.world > 1 else task.model
-    log = Log(out, process, asdict(config), start, saved.get("wandb"))
+    log, speed = Log(out, process, config, start, saved.get("wandb")), Speed(process, task.batch_size, start)
     bad_steps = BadSteps(task, out, log, process, config.train.bad_steps, saved.get("skipped", 0))
 
     def save(name: str, step: int) -> None:
@@ -319,8 +320,10 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
         if not config.train.eval_every or step % config.train.eval_every or not 0 < step < steps:
             return
         process.share(task.model)
-        if result := task.evaluate("val", None):
-            log.write(step, **{f"val/{k}": v for k, v in result.items() if isinstance(v, float)})
+        with speed.paused():
+            result = task.evaluate("val", None, log.look)
+        if result:
+            log.evaluation(step, "val", result)
             if (score := task.score(result)) > best:
                 best = score
                 save("best.pt", step)
@@ -331,7 +334,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     batches = stream(task.samples, numbers, task.batch_size // process.world, config.data.workers, task.collate, Broken(out))
     bar = tqdm(range(start, steps), config.train.task, initial=start, total=steps, disable=None if process.is_main else True)
     with Stop(process) as stop:
-        for step, batch in zip(bar, batches, strict=True):
+        for step, batch in zip(bar, speed.timed(batches), strict=True):
             torch.manual_seed(run.seed_of(config.train.seed, 4, step, process.rank))  # dropout: stateless, so resumable
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * rate_factor(step, config)
@@ -341,29 +344,32 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
             if done % config.log.every == 0 or done == steps:
                 means = process.sum(torch.stack([loss, *parts.values()]).double()) / process.world
                 values = dict(zip(["loss", *parts], means.tolist(), strict=True)) | {"grad_norm": float(norm)}
-                if all(map(math.isfinite, values.values())):  # JSON knows no other numbers
-                    log.write(done, **values, lr=optimizer.param_groups[0]["lr"])
-                if process.is_main and (done % (10 * config.log.every) == 0 or done == steps):
-                    bar.write(f"{config.train.task} step {done}/{steps} loss {values['loss']:.3f}")
+                rates = sorted({group["lr"] for group in optimizer.param_groups})
+                values |= {"lr": rates[-1]} | ({"lr_backbone": rates[0]} if len(rates) > 1 else {}) | speed.read(done)
+                log.write(done, **values)
+                text = f"loss {values['loss']:.3f}, {values['speed/images_per_second']:.1f} images/s"
+                bar.set_postfix_str(text)
+                if process.is_main and bar.disable and (done % (10 * config.log.every) == 0 or done == steps):
+                    print(f"{config.train.task} step {done}/{steps} {text}, {run.clock(speed.left(steps))} left", flush=True)
             ending, due = done == steps or stopping, due or done % config.train.checkpoint_every == 0
             if (due or ending) and (not bad_steps.read() or ending):  # while steps are bad, the weights may be
                 save("last.pt", done)
                 due = False
             if stopping and done < steps:
                 run.say(f"stopped as asked, after step {done} of {steps}")
+                log.finish()
                 return False
             validate(done)
     process.share(task.model)
-    if result := task.evaluate(config.data.split, out):
-        log.write(steps, **{f"{config.data.split}/{k}": v for k, v in result.items() if k != "per_class"})
+    if result := task.evaluate(config.data.split, out, log.look):
+        log.evaluation(steps, config.data.split, result)
         if config.train.task == "prompts":
             save("last.pt", steps)  # now that the best seed is known
         if best == -math.inf:
             save("best.pt", steps)
         if process.is_main:
             task.report(result, out)
-    if log.wandb:
-        log.wandb.finish()
+    log.finish()
     return True
 
 

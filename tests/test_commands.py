@@ -104,17 +104,6 @@ def test_costs_and_losses_run_outside_autocast(shapes_root, tmp_path, monkeypatc
     assert dtypes == {False}
 
 
-def test_wandb_offline_writes_the_run(shapes_root, tmp_path):
-    pytest.importorskip("wandb")
-    arguments = [*TINY, "--root", shapes_root, "--out", tmp_path, "--set", "log.wandb=online", "--set", "train.steps=1"]
-    result = command("train.py", *arguments, env={"WANDB_API_KEY": "", "WANDB_SILENT": "true", "HOME": str(tmp_path)})
-    assert result.returncode == 0, result.stderr
-    assert "logging offline" in result.stdout
-    runs = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(runs) == 1 and runs[0].stat().st_size > 1000
-    assert checkpoint.load(tmp_path / "last.pt")["wandb"] in runs[0].name
-
-
 def test_check_reports_histogram_and_absence_of_unseen_pixels(shapes_root, capsys):
     prepare_data.main(["shapes", "--root", str(shapes_root), "--check"])
     text = capsys.readouterr().out

@@ -124,7 +124,8 @@ def dataset(wanted: str | DataConfig) -> DataSet:
     if name == "folder" and isinstance(wanted, DataConfig):
         return own_dataset(wanted)
     if name not in DATASETS:
-        raise UserError("data.name", f"is {name!r}", nearest(name, [*DATASETS, "folder"], f"choose one of {', '.join(DATASETS)}, folder"))
+        known = [*DATASETS, "folder"]
+        raise UserError("data.name", f"is {name!r}", nearest(name, known, f"choose one of {', '.join(known)}"))
     return DATASETS[name]
 
 

@@ -19,7 +19,6 @@ from zsseg.segmenter import Segmenter
 TOLERANCE = 1e-5  # of the largest value
 PICTURES = ((97, 131), (64, 96), (33, 20), (1, 1))  # the sizes and numbers at which programs are compared with the modules
 CROPS = (5, 1)
-EXAMPLE = Path(__file__).with_name("export_example.py")
 # What the programs take and give, and the method around them; it goes into settings.json.
 PROPOSER = {
     "input": "one RGB picture in 0..255, fp32 [1, 3, H, W], brought to the input size; normalised and padded inside",
@@ -95,7 +94,7 @@ def export(segmenter: Segmenter, config: Config, out: Path) -> None:
         settings |= {k: getattr(config.clip, k) for k in ("mask_threshold", "expand_ratio", "ensemble_weight")}
         settings["steps"] = [*MASKS, *REGIONS, *LABELS]
     with replacing(out / "example.py") as file:
-        shutil.copyfile(EXAMPLE, file)
+        shutil.copyfile(Path(__file__).with_name("export_example.py"), file)
     with replacing(out / "settings.json") as file:
         file.write_text(json.dumps(settings | {"torch": torch.__version__}, indent=1) + "\n")
 
@@ -105,9 +104,11 @@ def write(module: nn.Module, inputs: list[Tensor], dynamic: dict, path: Path) ->
     module = deepcopy(module).cpu().eval().requires_grad_(False)  # a copy is never the compiled program
     # strict: Python's len(tensor) would otherwise become a constant of the program.
     program = torch.export.export(module, (inputs[0],), dynamic_shapes=(dynamic,), strict=True)
-    parts = [part for part in program.graph_module.modules() if isinstance(part, GraphModule)]
-    libraries = {getattr(node.target, "namespace", "aten") for part in parts for node in part.graph.nodes}
+    nodes = [node for part in program.graph_module.modules() if isinstance(part, GraphModule) for node in part.graph.nodes]
+    libraries = {getattr(node.target, "namespace", "aten") for node in nodes}
     assert libraries <= {"aten", "higher_order"}, f"{path.name} wants operators of {libraries}"
+    for node in nodes:
+        node.meta.pop("stack_trace", None)  # names of files on this machine
     with replacing(path) as temporary, open(temporary, "wb") as file:
         torch.export.save(program, file)
     worst = largest_difference(torch.export.load(path), module, inputs)

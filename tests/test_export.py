@@ -1,0 +1,191 @@
+"""Exported programs give what the segmenter gives, in a process that has no zsseg."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, tiny_clip_state, tiny_config
+from PIL import Image
+from torch import Tensor, nn
+from torch.export import Dim
+
+from kernels.region_crop import region_masks
+from zsseg import shapes
+from zsseg.clip import ModifiedResNet
+from zsseg.config import Config
+from zsseg.data import test_size as network_size
+from zsseg.data import to_tensor
+from zsseg.datasets import dataset
+from zsseg.export import CROPS, Tower, export, write
+from zsseg.regions import classify_crops, region_crops
+from zsseg.run import UserError
+from zsseg.segmenter import Segmenter
+
+TINY = ("model.decoder_layers=1", "data.test_short_edge=96", "data.max_size=128")
+SIZES = ((97, 131), (64, 96), (1, 1), (40, 16))
+# What the process does that has nothing but the exported folders: the programs on saved inputs, then example.py as it is.
+ELSEWHERE = """
+import json, os, runpy, sys, torch
+os.chdir("whole")
+sys.argv[1:] = ["photo.jpg"]
+example = runpy.run_path("example.py", run_name="__main__")
+programs = {name: example[name] for name in ("proposer", "clip")}
+programs["resnet"] = torch.export.load("../resnet.pt2").module(check_guards=False)
+found = {}
+for name, cases in torch.load("../programs.pt").items():
+    pairs = [pair for x, outputs in cases for pair in zip(programs[name](x), outputs, strict=True)]
+    assert all(ours.shape == theirs.shape for ours, theirs in pairs), name
+    found[name] = max(float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in pairs)
+photo = example["Image"].open("photo.jpg")
+for changes, labels in torch.load("../variants.pt"):
+    settings = example["settings"] | changes
+    clip = programs["clip"] if settings["clip"] else None
+    found[str(changes)] = float((example["segment"](photo, settings, programs["proposer"], clip) != labels).float().mean())
+print(json.dumps([found, sorted({"zsseg", "kernels", "torchvision"} & set(sys.modules))]))
+"""
+
+
+def with_visual(visual: nn.Module) -> dict[str, Tensor]:
+    """The small CLIP with another image tower."""
+    text = {k: v for k, v in tiny_clip_state().items() if not k.startswith("visual.")}
+    return text | {f"visual.{k}": v for k, v in visual.state_dict().items()}
+
+
+def build(config: Config, clip: dict[str, Tensor] | None) -> Segmenter:
+    """An untrained segmenter that is decided about masks and classes: without what all queries, and all crops, share."""
+    torch.manual_seed(0)
+    segmenter, data = Segmenter(config, clip).eval(), dataset("shapes")
+    segmenter.set_classes(data.names, data.seen)
+    if clip is None:
+        return segmenter
+    image = to_tensor(Image.fromarray(shapes.draw("test", 5)[0]))
+    queries = []
+    hook = segmenter.maskformer.norm.register_forward_hook(lambda *found: queries.append(found[2]))
+    segmenter.propose(image)
+    hook.remove()
+    with torch.no_grad():
+        for head, scale in ((segmenter.maskformer.mask_embed, 40), (segmenter.maskformer.class_embed, 1)):
+            head[-1].bias -= head(queries[0]).mean((0, 1, 2))
+            head[-1].weight *= scale
+            head[-1].bias *= scale
+        crops = region_crops(image, *segmenter.propose_masks(image)[1], segmenter.clip.visual.resolution)
+        usual = F.normalize(segmenter.clip.encode_image(crops).mean(0), dim=0)
+        text, regions = torch.randn(2, *segmenter.text.shape)
+        segmenter.text = F.normalize(text, dim=-1)
+        segmenter.region_text = F.normalize(regions - (regions @ usual)[:, None] * usual, dim=-1)
+    return segmenter
+
+
+def of_proposer(segmenter: Segmenter) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
+    """Inputs and what the segmenter's own way makes of them."""
+    pictures = [torch.randint(0, 256, (3, *size)) for size in SIZES]
+    found = [(picture[None].float(), segmenter.propose(picture)) for picture in pictures]
+    return [(x, (proposals.head, proposals.logits)) for x, proposals in found]
+
+
+def of_clip(segmenter: Segmenter) -> list[tuple[Tensor, Tensor]]:
+    """The same for CLIP."""
+    R = segmenter.clip.visual.resolution
+    crops = [torch.randn(count, 3, R, R) for count in (1, 5)]
+    return [(c, classify_crops(segmenter.clip, c, segmenter.region_text)) for c in crops]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """Exported programs, inputs with what must come of them, and a photo with its label maps."""
+    root = tmp_path_factory.mktemp("exported")
+    for name in ("whole", "supervised"):
+        (root / name).mkdir()
+    Image.fromarray(shapes.draw("test", 5)[0]).resize((150, 70)).save(root / "whole" / "photo.jpg")
+    photo = Image.open(root / "whole" / "photo.jpg")
+    image = to_tensor(photo.resize(network_size(150, 70, 96, 128), Image.Resampling.BILINEAR))
+    settings = ("clip.mask_threshold=0.998", "clip.expand_ratio=1.3", "clip.region_prompt=single")
+    config, variants = tiny_config(*TINY, *settings), []
+    segmenter = build(config, tiny_clip_state())
+    for changes in ({"clip": None}, {"ensemble_weight": 0.0, "mask_threshold": 0.9991, "expand_ratio": 1.0},
+                    {"ensemble_weight": 0.4, "mask_threshold": 0.999}, {}):  # fmt: skip
+        segmenter.config = replace(config.clip, **({"ensemble": False} if "clip" in changes else changes))
+        variants.append((changes, segmenter(image, (70, 150))))
+    torch.save(variants, root / "variants.pt")
+    cases = {"proposer": of_proposer(segmenter), "clip": of_clip(segmenter)}
+    segmenter.compile_parts()  # as for many pictures: export is not to see it
+    export(segmenter, config, root / "whole")
+
+    settings = ("model.class_head=linear", "data.train_on=all", "clip.ensemble=false")
+    config = tiny_config(*TINY, *settings)
+    (root / "supervised" / "clip.pt2").write_text("of an earlier export")
+    export(build(config, None), config, root / "supervised")
+
+    segmenter = build(tiny_config(*TINY), with_visual(ModifiedResNet([1, 1, 1, 1], 16, 64, 64)))
+    cases["resnet"] = of_clip(segmenter)
+    write(Tower(segmenter), [crops for crops, _ in cases["resnet"]][::-1], {0: Dim.DYNAMIC}, root / "resnet.pt2")
+    torch.save(cases, root / "programs.pt")
+    return root
+
+
+def test_programs_and_the_example_run_without_the_project(exported):
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    result = subprocess.run([sys.executable, "-I", "-c", ELSEWHERE], cwd=exported, env=environment,
+                            capture_output=True, text=True)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    *lines, last = result.stdout.splitlines()
+    differences, modules = json.loads(last)
+    assert modules == [] and len(differences) == 3 + 4
+    variants = torch.load(exported / "variants.pt")
+    for changes, labels in variants:
+        assert differences.pop(str(changes)) == 0 and len(labels.unique()) > 1
+    assert len({str(labels.tolist()) for _, labels in variants}) == 4
+    assert all(difference <= 1e-5 for difference in differences.values()), differences
+    labels = np.array(Image.open(exported / "whole" / "labels.png"))
+    assert labels.dtype == np.uint8 and np.array_equal(labels, variants[-1][1])
+    assert len(lines) == len(np.unique(labels))  # a class a line
+
+
+def test_files_and_settings(exported):
+    data = dataset("shapes")
+    for name, with_clip in (("whole", True), ("supervised", False)):
+        settings = json.loads((exported / name / "settings.json").read_text())
+        assert settings["names"] == data.names and settings["seen"] == data.seen
+        assert (settings["short_edge"], settings["longest_edge"]) == (96, 128)
+        assert ("ensemble_weight" in settings) == bool(settings["clip"]) == with_clip
+        assert (exported / name / "clip.pt2").exists() == with_clip
+    visual = sum(v.nbytes for k, v in tiny_clip_state().items() if k.startswith("visual."))
+    assert (exported / "whole" / "clip.pt2").stat().st_size < visual + 2**19  # no text tower
+    assert str(ROOT).encode() not in (exported / "whole" / "proposer.pt2").read_bytes()
+
+
+@pytest.mark.parametrize(("setting", "part"), [("clip.regions=pool", "clip.regions: is pool"),
+                                               ("model.proposals=false", "per-pixel")])  # fmt: skip
+def test_what_cannot_be_exported(tmp_path, setting, part):
+    config = tiny_config(setting)
+    segmenter = Segmenter(config, tiny_clip_state()).eval()
+    segmenter.set_classes(["red disc"])
+    with pytest.raises(UserError, match=part):
+        export(segmenter, config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x)
+
+
+class Kernel(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return region_masks(x, [4, 4], 0.5)[1]
+
+
+def test_a_program_that_differs_is_noticed(tmp_path):
+    inputs = [torch.rand(count, 4, 4) for count in CROPS]
+    with pytest.raises(RuntimeError, match="differs from the module"):
+        write(Noise(), inputs, {0: Dim.DYNAMIC}, tmp_path / "noise.pt2")
+    with pytest.raises(AssertionError, match="zsseg"):
+        write(Kernel(), inputs, {0: Dim.DYNAMIC}, tmp_path / "kernel.pt2")
+    assert not (tmp_path / "kernel.pt2").exists()

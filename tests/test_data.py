@@ -183,8 +183,10 @@ def test_bad_files_are_named(tmp_path, shapes_root):
         find_pairs("voc", tmp_path, "val")
     with pytest.raises(UserError, match="no 'val' pictures"):
         find_pairs("coco_stuff", tmp_path, "val")
-    with pytest.raises(UserError, match="choose one of"):
+    with pytest.raises(UserError, match=r"did you mean voc\?"):
         find_pairs("vok", tmp_path, "val")
+    with pytest.raises(UserError, match="choose one of shapes, voc, "):
+        find_pairs("pets", tmp_path, "val")
 
 
 def test_samples_survive_pickling(shapes_root):

@@ -45,7 +45,7 @@ class UserError(Exception):
 
 def nearest(word: str, names: Iterable[str], else_: str) -> str:
     """What to do about a name that is none: take the nearest of those there are, or `else_` where none is near."""
-    near = difflib.get_close_matches(word, names, 1)
+    near = difflib.get_close_matches(word, names, 1, 0.65)
     return f"did you mean {near[0]}?" if near else else_
 
 
@@ -54,7 +54,7 @@ def nearest_file(path: str | Path, else_: str) -> str:
     path, beside = Path(path), []
     with contextlib.suppress(OSError):
         beside = [name for name in os.listdir(path.parent) if name != path.name]
-    near = difflib.get_close_matches(path.name, beside, 1)
+    near = difflib.get_close_matches(path.name, beside, 1, 0.65)
     return f"did you mean {path.with_name(near[0])}?" if near else else_
 
 

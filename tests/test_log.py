@@ -367,7 +367,7 @@ def test_speed(monkeypatch):
 def test_plain_lines_tell_the_time_left(offline):
     *_, said = offline
     assert len(re.findall(r"^segment step 6/6 loss \d+\.\d{3}, \d+\.\d images/s, 0:00 left$", said, re.M)) == 1
-    assert len(re.findall(r"^evaluate test [1-4]/4, \d+\.\d/s, 0:\d\d left$", said, re.M)) == 4
+    assert len(re.findall(r"^evaluate test 4/4, \d+\.\d/s, 0:00 left$", said, re.M)) == 1
     assert [run.clock(s) for s in (0.4, 21.6, 192, 3599.6, 36723)] == ["0:00", "0:22", "3:12", "1:00:00", "10:12:03"]
 
 

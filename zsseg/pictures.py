@@ -278,12 +278,14 @@ def report(totals: np.ndarray, tally: list[int], words: Words, out: Path, second
     """Print how much of the pictures each class covers; UserError where some could not be read."""
     segmented, before, broken = tally
     pixels = max(int(totals[:, 0].sum()), 1)
-    rows = sorted(zip(totals.tolist(), words.shown_names, strict=True), reverse=True)
+    rows = sorted((row for row in zip(totals.tolist(), words.shown_names, strict=True) if row[0][0]), reverse=True)
     print(f"{'class':32}{'share':>8}{'pictures':>10}")
     for (share, pictures), name in rows[:30]:
         print(f"{name[:31]:32}{100 * share / pixels:7.1f}%{pictures:10}")
     if len(rows) > 30:
         print(f"and {len(rows) - 30} more")
+    if absent := len(totals) - len(rows):
+        print(f"{absent} classes are nowhere")
     done = f", {before} done before" if before else ""
     print(f"{segmented} pictures in {seconds:.1f} s, {segmented / seconds:.2f} images/s{done} -> {out}")
     failed = out / "failed.txt"

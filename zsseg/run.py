@@ -254,15 +254,16 @@ def commit() -> str:
 
 
 def progress(items: Iterable, name: str, total: int, show: bool = True) -> Iterator:
-    """The items, with a progress bar on a terminal and a line every tenth of the way elsewhere."""
+    """The items, with a progress bar on a terminal; elsewhere with a line every tenth of the way, or every minute."""
     if sys.stderr.isatty() or not show:
         yield from tqdm(items, name, total, disable=not show)
         return
-    started = time.perf_counter()
+    started = said = time.perf_counter()
     for i, item in enumerate(items, 1):
         yield item
-        if 10 * i // total > 10 * (i - 1) // total:
-            each = (time.perf_counter() - started) / i
+        now, tenth = time.perf_counter(), 10 * i // total > 10 * (i - 1) // total
+        if i == total or now - said > (2 if tenth else 60):
+            each, said = (now - started) / i, now
             print(f"{name} {i}/{total}, {1 / each:.1f}/s, {clock((total - i) * each)} left", flush=True)
 
 

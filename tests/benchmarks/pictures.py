@@ -6,6 +6,8 @@ embedded data set (random weights), regions of one picture and of eight in a bat
 """
 
 import argparse
+import contextlib
+import io
 import tempfile
 import time
 from pathlib import Path
@@ -70,7 +72,8 @@ def whole_job(folder: Path, count: int, repeats: int) -> None:
         for together in seconds:
             pictures.TOGETHER = together
             started = time.perf_counter()
-            segment_pictures(segmenter, config, Results(folder / "out", names, WORDS, ""), process, False)
+            with contextlib.redirect_stdout(io.StringIO()):
+                segment_pictures(segmenter, config, Results(folder / "out", names, WORDS, ""), process, False)
             seconds[together].append(time.perf_counter() - started)
     one, eight = (count / median(s) for s in seconds.values())
     print(f"embedded data set's model, {torch.get_num_threads()} threads: regions of one picture in a batch {one:.1f} "

@@ -14,7 +14,7 @@ from tests.browser import Browser
 
 SCREENS = Path(__file__).resolve().parents[1] / "screens"
 PICTURE = "test00136"
-WORDS = "red square, green square, blue disc, purple triangle; other: striped wall"
+WORDS = "red square, blue disc, green square, purple triangle; other: striped wall"
 
 
 def save(picture: Image.Image, name: str) -> None:
@@ -40,9 +40,13 @@ def main() -> None:
         evaluation.main([*common, "--budget", "--report"])
         with Browser() as browser:
             browser.open(Path(out) / "report.html", 1000)
+            top = int(browser.value("[...document.querySelectorAll('h2')].at(-1).getBoundingClientRect().top + scrollY"))
             browser.screenshot(Path(out) / "page.png")
         page = Image.open(Path(out) / "page.png").convert("RGB")
-        save(page.crop((0, 0, page.width, 900)), "report.png")
+        parts = Image.new("RGB", (2 * page.width, 1500), "white")  # the head and the pictures
+        for i, start in enumerate((0, top)):
+            parts.paste(page.crop((0, start, page.width, start + parts.height)), (i * page.width, 0))
+        save(parts.resize((page.width, parts.height // 2), Image.Resampling.LANCZOS), "report.png")
 
 
 if __name__ == "__main__":

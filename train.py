@@ -26,7 +26,7 @@ from zsseg import checkpoint, run
 from zsseg.clip import CLIP, VisionTransformer, build_clip
 from zsseg.config import Config, ContrastConfig, load_config
 from zsseg.data import HeldOut, Regions, RegionsWithCaptions, TrainPictures, collate, stream
-from zsseg.datasets import find_pairs, training_set
+from zsseg.datasets import find_pairs, has_split, training_set
 from zsseg.faults import BadSteps, Broken, Stop, is_run, load_last, restore, running_statistics
 from zsseg.log import Log, Speed
 from zsseg.losses import contrastive_loss, normalizers, segmentation_losses
@@ -43,6 +43,8 @@ class Segment:
     def __init__(self, config: Config, root: Path, out: Path, process: run.Process, saved: dict | None = None):
         self.config, self.root, self.process = config, root, process
         find_pairs(config.data, root, config.data.split)  # a missing split is noticed now, not at the end
+        if 0 < config.train.eval_every < config.train.steps and not has_split(config.data, root, "val"):
+            raise run.UserError("train.eval_every", f"needs a val split, and {config.data.name} has none", "set it to 0")
         pseudo = pseudo_labels(config, root, out / "pseudo", process) if config.train.teacher else None
         self.segmenter = build_segmenter(config, root, saved).to(process.device)
         self.segmenter.set_classes(training_set(config.data).training_names)

@@ -90,7 +90,7 @@ class TrainConfig:
     # that for C classes probabilities lie between 1/C and 3/C, roughly.
     reject: float = 0.0
     checkpoint_every: int = 5000
-    eval_every: int = 0  # 0: only at the end
+    eval_every: int = 5000  # on the way, on val (best.pt is the best of these); 0: only at the end
     bad_steps: int = 20  # steps in a row whose loss or gradient is not finite (they change nothing) before the run stops
 
 

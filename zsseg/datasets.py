@@ -179,6 +179,13 @@ def find_pairs(wanted: str | DataConfig, root: Path, split: str) -> list[tuple[P
     return pairs
 
 
+def has_split(wanted: str | DataConfig, root: Path, split: str) -> bool:
+    try:
+        return bool(find_pairs(wanted, root, split))
+    except UserError:
+        return False
+
+
 def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture", shown: bool = False) -> Image.Image:
     """A picture, whole and in `mode` (None: as it is), never turned (label maps are not turned either).
 

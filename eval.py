@@ -60,6 +60,10 @@ def main(argv: list[str]) -> None:
         raise run.UserError("--classes", "is for pictures of your own", "add --images or --export")
     if (args.images or args.export) and (args.save_predictions or args.budget or args.report or args.reproduce):
         raise run.UserError("--images and --export", "measure nothing", "leave the options for measuring out")
+    if args.images and args.export:
+        raise run.UserError("--images and --export", "are two things", "give one after the other")
+    if args.resume and not args.images:
+        raise run.UserError("--resume", "is for pictures of your own", "add --images")
     content = checkpoint.load(args.checkpoint)
     if "config" not in content and not args.config:
         raise run.UserError(f"checkpoint {args.checkpoint}", "holds no configuration", "give its --config")
@@ -67,9 +71,10 @@ def main(argv: list[str]) -> None:
     if args.images:
         segment(args, content, config)
     elif args.export:
-        segmenter = load_segmenter(content, config, args.root, args.checkpoint).eval()
-        set_words(segmenter, words_wanted(args, config), content, config)
-        export(segmenter, config, Path(args.export))
+        if run.start("cpu").is_main:
+            segmenter, words = load_segmenter(content, config, args.root, args.checkpoint).eval(), words_wanted(args, config)
+            set_words(segmenter, words, content, config)
+            export(segmenter, config, words, Path(args.export))
     else:
         measure(args, content, config)
 
@@ -99,7 +104,7 @@ def segment(args: Namespace, content: dict, config: Config) -> None:
     compile_for(len(names), segmenter, config, process)
     set_words(segmenter, words, content, config)
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
-    results = Results(out, names, words, made_with(args.checkpoint, config, words))
+    results = Results(out, names, words, process.agree(lambda: made_with(segmenter, config, words, process)))
     segment_pictures(segmenter, config, results, process, args.resume or again)
 
 

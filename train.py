@@ -338,16 +338,17 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     with Stop(process) as stop:
         for step, batch in zip(bar, speed.timed(batches), strict=True):
             torch.manual_seed(run.seed_of(config.train.seed, 4, step, process.rank))  # dropout: stateless, so resumable
+            rate = rate_factor(step, config)
             for group in optimizer.param_groups:
-                group["lr"] = group["base"] * rate_factor(step, config)
+                group["lr"] = group["base"] * rate
             loss, parts, norm, bad = train_step(task, model, optimizer, batch, config.train.clip_grad)
             bad_steps.add(step, bad)
             done, stopping = step + 1, stop.now()
             if done % config.log.every == 0 or done == steps:
                 means = process.sum(torch.stack([loss, *parts.values()]).double()) / process.world
                 values = dict(zip(["loss", *parts], means.tolist(), strict=True)) | {"grad_norm": float(norm)}
-                rates = sorted({group["lr"] for group in optimizer.param_groups})
-                values |= {"lr": rates[-1]} | ({"lr_backbone": rates[0]} if len(rates) > 1 else {}) | speed.read(done)
+                others = [group["lr"] for group in optimizer.param_groups if group["base"] != config.train.lr]
+                values |= {"lr": config.train.lr * rate} | ({"lr_backbone": others[0]} if others else {}) | speed.read(done)
                 log.write(done, **values)
                 text = f"loss {values['loss']:.3f}, {values['speed/images_per_second']:.1f} images/s"
                 bar.set_postfix_str(text)

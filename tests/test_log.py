@@ -296,7 +296,8 @@ def test_a_network_that_never_answers(shapes_root, tmp_path):
         words = [*WORDS, "--root", shapes_root, "--out", tmp_path / "run", "--set", "log.wandb=online"]
         started = time.monotonic()
         result = command("train.py", *words, "--set", "train.steps=1", env=env)
-    assert result.returncode == 0 and "wandb: no network" in result.stdout and time.monotonic() - started < 30, result.stderr
+    assert result.returncode == 0 and time.monotonic() - started < 30, result.stderr
+    assert "wandb: cannot go online" in result.stdout
     assert [row["_step"] for row in history(lives(tmp_path / "run")[0])] == [1]
 
 

@@ -5,9 +5,11 @@ segmenter must not see becomes the ignore value right there.
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import tomllib
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,6 +20,8 @@ from PIL import Image, ImageOps
 
 from zsseg.config import DataConfig
 from zsseg.run import UserError, cache_dir, nearest, parallel, replacing
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `read_picture` has limits of its own
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,19 @@ class DataSet:
 
     def found(self, folder: Path, split: str) -> tuple[dict[str, Path], dict[str, Path]]:
         """The pictures and the label maps of a split that are there, by id."""
-        files = []
+        files, known = [], picture_endings()
         for pattern in (self.pictures, self.labels[0]):
             before, after = pattern.replace("{split}", self.splits.get(split, split)).split("{id}")
             names = {}
             for parent, _, found in os.walk(folder / before, followlinks=True):
                 below = Path(parent).relative_to(folder / before)
-                names |= {(below / (Path(f).stem if after == ".*" else f.removesuffix(after))).as_posix(): Path(parent, f)
-                          for f in found if (after == ".*" or f.endswith(after)) and not f.startswith(".")}  # fmt: skip
+                for f in found:
+                    if f.startswith(".") or not (Path(f).suffix.lower() in known if after == ".*" else f.endswith(after)):
+                        continue
+                    name = (below / (Path(f).stem if after == ".*" else f.removesuffix(after))).as_posix()
+                    if name in names:
+                        raise UserError(f"picture {Path(parent, f)}", f"has the id of {names[name]}", "keep one")
+                    names[name] = Path(parent, f)
             files.append(names)
         return files[0], files[1]
 
@@ -94,7 +103,8 @@ class DataSet:
             pictures, labels = self.found(folder, split)
             return [(pictures[i], labels[i]) for i in sorted(pictures.keys() & labels.keys())]
         pairs = []
-        for name in (folder / f"{split}.txt").read_text("utf-8-sig").split():
+        lines = (folder / f"{split}.txt").read_text("utf-8-sig").splitlines()
+        for name in filter(None, map(str.strip, lines)):
             labels = [folder / pattern.format(id=name) for pattern in self.labels]
             pairs.append((folder / self.pictures.format(id=name), next((p for p in labels if p.exists()), labels[0])))
         return pairs
@@ -186,6 +196,14 @@ def has_split(wanted: str | DataConfig, root: Path, split: str) -> bool:
         return False
 
 
+@functools.cache
+def picture_endings() -> set[str]:
+    """Of the files that Pillow reads as pictures, without those that need another program."""
+    Image.init()
+    others = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
+    return {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in others}
+
+
 def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture", shown: bool = False) -> Image.Image:
     """A picture, whole and in `mode` (None: as it is), never turned (label maps are not turned either).
 
@@ -194,7 +212,7 @@ def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture", sh
     """
     try:
         with Image.open(file) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself refuses twice as many
+            if not shown and image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself refuses twice as many
                 raise ValueError(f"{image.width} x {image.height} is more than {Image.MAX_IMAGE_PIXELS} pixels")
             if image.format == "EPS":
                 raise ValueError("PostScript is a program, and is not run")
@@ -326,7 +344,7 @@ def statistics_version(tables: tuple[np.ndarray, ...], folder: Path, pairs: list
     digest, changed = hashlib.sha256(b"".join(table.tobytes() for table in tables)), 0
     for _, file in pairs:
         stat = file.stat() if file.exists() else None
-        digest.update(f"{file.relative_to(folder).as_posix()} {stat and stat.st_size}\n".encode())
+        digest.update(f"{os.path.relpath(file, folder)} {stat and stat.st_size}\n".encode())
         changed = max(changed, stat.st_mtime_ns if stat else 0)
     return digest.hexdigest(), changed
 

@@ -215,8 +215,11 @@ def start_wandb(config: Config, folder: Path, run_id: str | None):
     except Exception as error:  # a network that is not there, that does not answer, that does not know the login, ...
         if mode != "online":
             raise UserError("log.wandb", reason(error), "try again, or set log.wandb=disabled") from None
-        mode, why = "offline", f"no network ({reason(error)})"
-        started = start()
+        mode, why = "offline", f"cannot go online ({reason(error)})"
+        try:
+            started = start()
+        except Exception as error:
+            raise UserError("log.wandb", reason(error), "try again, or set log.wandb=disabled") from None
     if why:
         print(f"wandb: {why}, logging offline (later: wandb sync {Path(started.dir).parent})", flush=True)
     return started

@@ -13,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from zsseg.config import Config
 from zsseg.data import stream, test_size, to_tensor
-from zsseg.datasets import read_picture
+from zsseg.datasets import picture_endings, read_picture
 from zsseg.draw import label_type, overlay, palette, save_label_map
 from zsseg.regions import crops_at_once
 from zsseg.run import Process, UserError, nearest_file, progress, replacing
@@ -34,6 +34,7 @@ from zsseg.words import Words
 
 TOGETHER = 8  # pictures in a group, at most
 EDGES = 480, 1280  # the longer side of an overlay is within these, whatever the picture's
+LONGEST = 200  # bytes of a file's name; 255 less what endings and temporary names add
 WAITING = 16  # pictures segmented and not yet written, at most
 
 
@@ -54,7 +55,11 @@ class Names:
 
     def __getitem__(self, i: int) -> str:
         name = os.path.splitext(self.files[i])[0]
-        return (self.files[i] if name in self.shared else name)[len(self.base) :].lstrip(os.sep)
+        name = (self.files[i] if name in self.shared else name)[len(self.base) :].lstrip(os.sep)
+        folder, last = os.path.split(os.fsencode(name))
+        if len(last) > LONGEST:
+            last = last[: LONGEST - 17].decode(errors="ignore").encode() + b"-" + hashlib.sha256(last).hexdigest()[:16].encode()
+        return os.fsdecode(os.path.join(folder, last))
 
 
 def find_pictures(given: list[str], out: Path) -> list[str]:
@@ -63,9 +68,11 @@ def find_pictures(given: list[str], out: Path) -> list[str]:
     Files, folders (all below them that Pillow reads), patterns, `-` for a list on standard input. Raises UserError where
     something is not there.
     """
-    files, bases, known = set(), [], endings()
+    files, bases, known, results = set(), [], picture_endings(), os.path.join(os.path.realpath(out), "")
     for word in given:
         if word == "-":
+            if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+                raise UserError("--images -", "cannot be read again after a restart", "give folders or patterns")
             lines = sys.stdin.buffer.read().decode(errors="surrogateescape")
             found = [line for line in (lines.split("\0") if "\0" in lines else lines.splitlines()) if line.strip()]
         elif os.path.isdir(word):
@@ -74,11 +81,15 @@ def find_pictures(given: list[str], out: Path) -> list[str]:
         elif os.path.isfile(word):
             found = [word]
         elif glob.has_magic(word):
-            files_in = [file for file in glob.glob(word, recursive=True) if os.path.isfile(file)]
-            found = list({os.path.realpath(f): f for f in sorted(files_in, key=len, reverse=True)}.values())  # links may loop
+            links = {file: os.path.realpath(file) for file in glob.glob(word, recursive=True) if os.path.isfile(file)}
+            files_in = sorted((file for file in links if not links[file].startswith(results)), key=len, reverse=True)
+            found = list({links[file]: file for file in files_in}.values())  # links may loop
         else:
             raise UserError(f"--images {word}", "no such file or folder",
                             nearest_file(word, "give pictures, folders, patterns or -"))
+        inside = any(os.path.join(os.path.realpath(f), "").startswith(results) for f in {word, *map(os.path.dirname, found)})
+        if inside:  # a label map might take the place of its picture
+            raise UserError(f"--images {word}", f"lies in {out}, where results go", "give another --out")
         if not found:
             raise UserError(f"--images {word}", "holds no picture", f"Pillow reads {' '.join(sorted(known))}")
         found = [os.path.abspath(file) for file in found]
@@ -88,22 +99,19 @@ def find_pictures(given: list[str], out: Path) -> list[str]:
     return [os.path.commonpath(bases), *sorted(files)]
 
 
-def endings() -> set[str]:
-    """Of the files that Pillow reads as pictures."""
-    Image.init()
-    return {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN} - {".eps", ".ps", ".pdf", ".mpg", ".mpeg"}
-
-
 def walk(folder: str, known: set[str], out: str) -> Iterator[str]:
     """The pictures below a folder, links followed but never twice, without hidden files and what lies in `out`."""
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"folder {error.filename}", f"cannot be read ({error.strerror})", "check its rights")
+
     seen = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen or real == out:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [f for f in folders if not f.startswith(".")]
+        folders[:] = sorted(f for f in folders if not f.startswith("."))  # in any order, names would depend on it
         yield from (os.path.join(parent, f) for f in files if os.path.splitext(f)[1].lower() in known and f[0] != ".")
 
 
@@ -116,6 +124,9 @@ class Picture:
     size: tuple[int, int]  # (H, W) of its own
     error: str = ""
 
+    def pin_memory(self) -> "Picture":
+        return replace(self, images=[image.pin_memory() for image in self.images])
+
 
 class Pictures(Dataset):
     """Pictures as a viewer would show them, at the network's sizes."""
@@ -126,8 +137,7 @@ class Pictures(Dataset):
         try:
             image = read_picture(self.files[i], shown=True)
         except Exception as error:  # whatever a decoder makes of a file must not end a run of a million
-            known = isinstance(error, UserError)
-            return Picture(i, [], None, (0, 0), str(error if known else UserError(f"picture {self.files[i]}", repr(error), "")))
+            return Picture(i, [], None, (0, 0), error.args[1] if isinstance(error, UserError) else repr(error))
         data, edges = self.config.data, self.config.eval.sizes or [self.config.data.test_short_edge]
         resized = lambda size: to_tensor(image.resize(size, Image.Resampling.BILINEAR))
         longest = max(image.size)
@@ -150,12 +160,19 @@ class Results:
         return self.out / (self.names[number] + ending)
 
     def counts(self, number: int) -> dict[int, int] | None:
-        """The pixels of each class in a picture that is done, with these words and settings; else None."""
+        """The pixels of each class in a picture that is done, with these words and settings; else None.
+
+        Raises UserError where the results there are those of another picture.
+        """
+        file, picture = self.file(number, ".json"), self.names.files[number]
         try:
-            content = json.loads(self.file(number, ".json").read_text())
-            return {c["id"]: c["pixels"] for c in content["classes"]} if content["made_with"] == self.made_with else None
+            content = json.loads(file.read_text())
+            if content["picture"] == picture:
+                known = content["made_with"] == self.made_with and os.path.getmtime(picture) <= os.path.getmtime(file)
+                return {c["id"]: c["pixels"] for c in content["classes"]} if known else None
         except (OSError, ValueError, TypeError, KeyError):
             return None
+        raise UserError(f"output {file}", f"is of {content['picture']}, not of {picture}", "give another --out")
 
     def write(self, picture: Picture, labels: np.ndarray, pixels: list[int], scores: list[float]) -> None:
         """labels uint8 or uint16 [H, W]; pixels and the sum of scores of each class that is shown."""
@@ -175,14 +192,16 @@ class Results:
             file.write_text(text + "\n")
 
 
-def made_with(checkpoint: str, config: Config, words: Words) -> str:
-    """A digest of all that results depend on, the pictures apart."""
-    with open(checkpoint, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    clip, data = asdict(config.clip), (config.data.test_short_edge, config.data.max_size)
-    del clip["chunk"]
-    settings = [clip, asdict(config.model), asdict(config.eval), data, asdict(words)]
-    digest.update(json.dumps(settings, sort_keys=True).encode())
+def made_with(segmenter: Segmenter, config: Config, words: Words, process: Process) -> str:
+    """A digest of all that results depend on, the pictures apart; `segmenter` has its vocabulary."""
+    clip, model, data = asdict(config.clip), asdict(config.model), (config.data.test_short_edge, config.data.max_size)
+    for part, key in ((clip, "chunk"), (model, "compile"), (model, "kernels")):  # a matter of memory and time
+        del part[key]
+    model["bf16"] = process.enabled(config.model.bf16)
+    settings = [clip, model, asdict(config.eval), data, asdict(words), segmenter.seen.tolist()]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in segmenter.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -203,35 +222,34 @@ def segment_pictures(segmenter: Segmenter, config: Config, results: Results, pro
     `segmenter` has its vocabulary. Pictures that cannot be read are listed in OUT/failed.txt and, at the end, a UserError.
     """
     names, words, out, device = results.names, results.words, results.out, process.device
-    C, size, failed = len(words.shown_names), group_size(segmenter, config, device), out / "failed.txt"
+    C, size, failed = len(words.shown_names), group_size(segmenter, config, device), []
     totals = np.zeros((C, 2), np.int64)  # pixels, pictures that show the class
     tally = torch.zeros(3, dtype=torch.int64)  # segmented, done before, failed
-    groups = [range(i, min(i + size, len(names))) for i in range(0, len(names), size)][process.rank :: process.world]
-    numbers, threads = [], max(config.data.workers, 1)
+    groups = [range(i, min(i + size, len(names))) for i in range(0, len(names), size)]
+    missing, threads = torch.zeros(len(groups), dtype=torch.uint8), max(config.data.workers, 1)
+    share_out(out, process)
     with ThreadPoolExecutor(threads) as pool:
-        for group in groups:
-            before = list(pool.map(results.counts, group)) if resume else [None]
+        share = range(process.rank, len(groups), process.world)
+        for g in progress(share, "look for results", len(share), process.is_main and resume):
+            before = list(pool.map(results.counts, groups[g])) if resume else [None]
             if None in before:
-                numbers += group
+                missing[g] = 1
                 continue
-            tally[1] += len(group)
+            tally[1] += len(groups[g])
             for found in before:
                 for i, pixels in found.items():
                     totals[i] += pixels, 1
-    if process.is_main:
-        with replacing(failed) as file:  # made, so that a folder that cannot be written is noticed
-            file.touch()
-        failed.unlink()
-    process.wait()  # from here on it is filled
+    mine = process.sum(missing).nonzero()[process.rank :: process.world, 0].tolist()  # what is left is shared anew
+    numbers = [i for g in mine for i in groups[g]]
     started, writing = time.perf_counter(), deque()
+    title = "segment" if process.world == 1 else f"segment (1 of {process.world} processes)"
     batches = stream(Pictures(names.files, config), numbers, size, config.data.workers)
     with ThreadPoolExecutor(threads) as pool:
         segmented = segment_groups(segmenter, config, batches, process, words)
-        for picture, labels, pixels, scores in progress(segmented, "segment", len(numbers), process.is_main):
+        for picture, labels, pixels, scores in progress(segmented, title, len(numbers), process.is_main):
             tally[2 if picture.error else 0] += 1
             if picture.error:
-                with open(failed, "a", encoding="utf-8", errors="surrogateescape") as file:
-                    file.write(picture.error + "\n")
+                failed.append(f"{names.files[picture.number]}: {picture.error}")
                 continue
             totals += np.stack([pixels, pixels > 0], 1)
             writing.append(pool.submit(results.write, picture, labels, pixels.tolist(), scores.tolist()))
@@ -239,11 +257,24 @@ def segment_pictures(segmenter: Segmenter, config: Config, results: Results, pro
                 writing.popleft().result()
         for future in writing:
             future.result()
-    seconds = time.perf_counter() - started
     for tensor in (torch.from_numpy(totals), tally):  # which share their memory
         process.sum(tensor)
+    seconds, failed = time.perf_counter() - started, process.gather(failed)  # when the last process is done
     if process.is_main:
-        report(totals, tally.tolist(), words, out, seconds)
+        report(totals, tally.tolist(), words, out, seconds, failed)
+
+
+def share_out(out: Path, process: Process) -> None:
+    """Make the folder of the results, without an earlier list of failures; UserError where it cannot be filled or shared."""
+    failed = out / "failed.txt"
+    if process.is_main:
+        with replacing(failed) as file:
+            file.touch()
+    process.wait()
+    if process.any(not failed.exists()):
+        raise UserError(f"output {out}", "is not one folder for all processes", "put it where all machines see the same files")
+    if process.is_main:
+        failed.unlink()
 
 
 def segment_groups(segmenter: Segmenter, config: Config, batches: Iterator, process: Process, words: Words) -> Iterator:
@@ -274,8 +305,8 @@ def segment_groups(segmenter: Segmenter, config: Config, batches: Iterator, proc
             yield picture, labels.to(kind).cpu().numpy().astype(label_type(C)), pixels.cpu().numpy(), scores.cpu()
 
 
-def report(totals: np.ndarray, tally: list[int], words: Words, out: Path, seconds: float) -> None:
-    """Print how much of the pictures each class covers; UserError where some could not be read."""
+def report(totals: np.ndarray, tally: list[int], words: Words, out: Path, seconds: float, failed: list[str]) -> None:
+    """Print how much of the pictures each class covers; list those that could not be read, which is a UserError."""
     segmented, before, broken = tally
     pixels = max(int(totals[:, 0].sum()), 1)
     rows = sorted((row for row in zip(totals.tolist(), words.shown_names, strict=True) if row[0][0]), reverse=True)
@@ -288,10 +319,12 @@ def report(totals: np.ndarray, tally: list[int], words: Words, out: Path, second
         print(f"{absent} classes are nowhere")
     done = f", {before} done before" if before else ""
     print(f"{segmented} pictures in {seconds:.1f} s, {segmented / seconds:.2f} images/s{done} -> {out}")
-    failed = out / "failed.txt"
-    if broken:
-        lines = sorted(set(failed.read_text(encoding="utf-8", errors="surrogateescape").splitlines()))
-        with replacing(failed) as file:
-            file.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogateescape")
-        why = f"{broken} of {segmented + before + broken} failed, the first: {lines[0].rpartition('; ')[0]}"
-        raise UserError("pictures", why, f"see {failed}")
+    if failed:
+        with replacing(file := out / "failed.txt") as temporary:
+            text = "\n".join(sorted(failed)) + "\n"
+            temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+        why = f"{broken} of {segmented + before + broken} failed, the first: {min(failed)}"
+        problem = UserError("pictures", why, f"see {file}")
+        if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            raise problem
+        print(f"error: {problem}", file=sys.stderr)  # torchrun would start all over again

@@ -160,10 +160,11 @@ def text_features(clip: CLIP, tokenizer: Tokenizer, prompt: nn.Module, names: li
 
 def check_names(names: list[str]) -> list[str]:
     """Class names without surrounding white space; UserError where one is missing or stands twice."""
-    names = [name.strip() for name in names]
+    names, before = [name.strip() for name in names], set()
     for i, name in enumerate(names):
         if not name:
             raise UserError(f"class {i}", "has no name", "give every class a name")
-        if name in names[:i]:
+        if name in before:
             raise UserError(f"class name {name!r}", "stands twice", "give every class a name of its own")
+        before.add(name)
     return names

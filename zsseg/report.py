@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
@@ -66,11 +65,7 @@ class Report:
     def gather(self) -> None:
         """Bring what all processes were shown to the first one."""
         self.process.sum(self.matrix)
-        if self.process.world > 1:
-            parts = [None] * self.process.world
-            dist.gather_object(self.cards, parts if self.process.is_main else None)
-            if self.process.is_main:
-                self.cards = ends(sorted(card for part in parts for card in part))
+        self.cards = ends(sorted(self.process.gather(self.cards)))
 
     def write(self, result: dict, checkpoint: str, step: int | None, out: Path) -> None:
         """Write OUT/report.html about the metrics `result` of a checkpoint saved after `step` (None: the configured one).

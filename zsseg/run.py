@@ -32,6 +32,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # that ask a run to stop
 ENVIRONMENT = """\
 environment: ZSSEG_DATA (data root), ZSSEG_CACHE (downloads, CLIP's weights and text features; else ~/.cache/zsseg),
 ZSSEG_VOCAB (CLIP's vocabulary file). A mistake of the user's is one line on stderr and exit code 2."""
+MANY = 5000  # names that one is compared with, at most: it takes a while
 GRACE = 2  # seconds: torchrun ends the other processes sooner once the first has failed
 PATIENCE = timedelta(hours=1)  # for processes that wait while one prepares data; a dead one is noticed at once
 
@@ -54,7 +55,7 @@ def nearest_file(path: str | Path, else_: str) -> str:
     path, beside = Path(path), []
     with contextlib.suppress(OSError):
         beside = [name for name in os.listdir(path.parent) if name != path.name]
-    near = difflib.get_close_matches(path.name, beside, 1, 0.65)
+    near = difflib.get_close_matches(path.name, beside[:MANY], 1, 0.65)
     return f"did you mean {path.with_name(near[0])}?" if near else else_
 
 
@@ -128,23 +129,29 @@ class Process:
         """The first process's value."""
         return int(self.sum(torch.tensor(value if self.is_main else 0)))
 
-    def agree(self, build: Callable[[], list[str]]) -> list[str]:
-        """The first process's build(), at least one string, in every process; where it is a UserError, all end."""
-        error, content = None, b""
+    def agree(self, build: Callable):
+        """The first process's build() in every process; where it is a UserError, all end."""
+        found = [None]
         if self.is_main:
             try:
-                content = "\0".join(build()).encode(errors="surrogateescape")
-            except UserError as found:
-                error = found
-        text = torch.zeros(self.first(len(content)), dtype=torch.uint8)
+                found = [build()]
+            except UserError as error:
+                found = [error]
+        if self.world > 1:
+            dist.broadcast_object_list(found)
+        if not isinstance(found[0], UserError):
+            return found[0]
         if self.is_main:
-            text[:] = torch.frombuffer(bytearray(content or b"\0"), dtype=torch.uint8)[: len(content)]
-        self.sum(text)
-        if error:
-            raise error
-        if not len(text):
-            sys.exit(2)  # the first one says why
-        return text.numpy().tobytes().decode(errors="surrogateescape").split("\0")
+            raise found[0]
+        sys.exit(2)  # the first one says why
+
+    def gather(self, values: list) -> list:
+        """The values of all processes, one process's after another's, on the first one."""
+        parts = [None] * self.world if self.is_main else None
+        if self.world == 1:
+            return values
+        dist.gather_object(values, parts)
+        return [value for part in parts or () for value in part]
 
     def in_turn(self, build: Callable):
         """build() here, after the first process has done it, so that the others find what it caches."""
@@ -234,7 +241,7 @@ def replacing(path: Path, previous: Path | None = None):
     except OSError as error:
         raise UserError(f"file {path}", f"cannot be written ({error.strerror})", "check the folder and the disk") from None
     finally:
-        if temporary.exists():
+        with contextlib.suppress(OSError):
             temporary.unlink()
 
 

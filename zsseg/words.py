@@ -63,6 +63,8 @@ def read_words(text: str) -> Words:
         raise UserError("--classes", "holds no word", "write e.g. --classes 'cat, dog, grass'")
     known = {OTHER} if background else set()
     for word in (w for words in [*classes, background] for w in words):
+        if word.casefold().startswith(f"{OTHER}:"):
+            raise UserError(f"--classes: {word!r}", "stands within a list", f"start with {OTHER}: after ; or on a new line")
         if word.casefold() in known:
             raise UserError(f"--classes: {word!r}", "stands twice", "give every word one place")
         known.add(word.casefold())

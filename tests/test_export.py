@@ -27,6 +27,7 @@ from zsseg.export import CROPS, Tower, export, write
 from zsseg.regions import classify_crops, region_crops
 from zsseg.run import UserError
 from zsseg.segmenter import Segmenter
+from zsseg.words import read_words, words_of
 
 TINY = ("model.decoder_layers=1", "data.test_short_edge=96", "data.max_size=128")
 SIZES = ((97, 131), (64, 96), (1, 1), (40, 16))
@@ -116,12 +117,12 @@ def exported(tmp_path_factory) -> Path:
     torch.save(variants, root / "variants.pt")
     cases = {"proposer": of_proposer(segmenter), "clip": of_clip(segmenter)}
     segmenter.compile_parts()  # as for many pictures: export is not to see it
-    export(segmenter, config, root / "whole")
+    export(segmenter, config, words_of(dataset("shapes")), root / "whole")
 
     settings = ("model.class_head=linear", "data.train_on=all", "clip.ensemble=false")
     config = tiny_config(*TINY, *settings)
     (root / "supervised" / "clip.pt2").write_text("of an earlier export")
-    export(build(config, None), config, root / "supervised")
+    export(build(config, None), config, words_of(dataset("shapes")), root / "supervised")
 
     segmenter = build(tiny_config(*TINY), with_visual(ModifiedResNet([1, 1, 1, 1], 16, 64, 64)))
     cases["resnet"] = of_clip(segmenter)
@@ -152,7 +153,7 @@ def test_files_and_settings(exported):
     data = dataset("shapes")
     for name, with_clip in (("whole", True), ("supervised", False)):
         settings = json.loads((exported / name / "settings.json").read_text())
-        assert settings["names"] == data.names and settings["seen"] == data.seen
+        assert settings["names"] == settings["shown_names"] == data.names and settings["seen"] == data.seen
         assert (settings["short_edge"], settings["longest_edge"]) == (96, 128)
         assert ("ensemble_weight" in settings) == bool(settings["clip"]) == with_clip
         assert (exported / name / "clip.pt2").exists() == with_clip
@@ -166,9 +167,10 @@ def test_files_and_settings(exported):
 def test_what_cannot_be_exported(tmp_path, setting, part):
     config = tiny_config(setting)
     segmenter = Segmenter(config, tiny_clip_state()).eval()
-    segmenter.set_classes(["red disc"])
+    words = read_words("red disc")
+    segmenter.set_classes(words.names)
     with pytest.raises(UserError, match=part):
-        export(segmenter, config, tmp_path)
+        export(segmenter, config, words, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -186,6 +188,7 @@ def test_a_program_that_differs_is_noticed(tmp_path):
     inputs = [torch.rand(count, 4, 4) for count in CROPS]
     with pytest.raises(RuntimeError, match="differs from the module"):
         write(Noise(), inputs, {0: Dim.DYNAMIC}, tmp_path / "noise.pt2")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(AssertionError, match="zsseg"):
         write(Kernel(), inputs, {0: Dim.DYNAMIC}, tmp_path / "kernel.pt2")
-    assert not (tmp_path / "kernel.pt2").exists()
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import re
+import runpy
 import shutil
 import sys
 from dataclasses import asdict
@@ -16,6 +19,8 @@ from test_commands import TINY, fails
 
 import eval as evaluation
 from zsseg import checkpoint, pictures
+from zsseg.data import test_size as network_size
+from zsseg.data import to_tensor
 from zsseg.datasets import dataset, read_picture
 from zsseg.draw import overlay, palette
 from zsseg.pictures import Names, find_pictures
@@ -92,6 +97,7 @@ def test_word_lists(text, names, synonyms, shown, tmp_path):
     [("", "holds no word"), (" ,; = ", "holds no word"), ("other: sky", "holds no word"),
      ("cat, Cat", "'Cat': stands twice"), ("sofa = couch; couch", "stands twice"), ("cat; other: cat", "stands twice"),
      ("other; other: sky", "'other': stands twice"), ("absent.txt", "No such file"),
+     ("cat, dog, other: sky", "'other: sky': stands within a list"),
      (", ".join(map(str, range(70_000))), "room for 65535")],
 )  # fmt: skip
 def test_word_lists_that_cannot_be(text, part):
@@ -148,6 +154,36 @@ def test_files_patterns_and_lists(photos, tmp_path, monkeypatch):
     assert len(find_pictures([str(photos)], inside)) == 9 and len(found(photos)) == 10  # not its own results
 
 
+def test_results_never_take_the_place_of_pictures(photos, tmp_path, monkeypatch):
+    """What lies where results go is none of the pictures of a pattern, and an error where it is asked for."""
+    monkeypatch.chdir(photos)
+    (photos / "more" / "out" / "x").mkdir(parents=True)
+    shutil.copy("a.png", "more/out/x/a.overlay.png")
+    assert find_pictures(["**/*.png"], Path("more/out")) == find_pictures(["**/*.png"], Path("elsewhere"))[:-1]
+    for given, out in (("a.jpg", "."), (".", "."), ("more", "more"), ("more/out/x", "more"), ("more/out/x/*.png", "more/out")):
+        with pytest.raises(UserError, match=r"where results go|holds no picture"):
+            find_pictures([given], Path(out))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a.jpg")))
+    with pytest.raises(UserError, match="where results go"):
+        find_pictures(["-"], photos)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(UserError, match="cannot be read again"):
+        find_pictures(["-"], tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(photos, tmp_path, monkeypatch):
+    scan = pictures.os.scandir  # root may read everything, so the system's refusal is put in here
+
+    def refuse(folder):
+        if str(folder).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(pictures.os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"folder .*deep: cannot be read \(Permission denied\)"):
+        find_pictures([str(photos)], tmp_path / "out")
+
+
 @pytest.mark.parametrize("given", ["phot", "*.xyz", "empty"])
 def test_where_there_are_no_pictures(given, photos, tmp_path):
     (tmp_path / "empty").mkdir()
@@ -166,6 +202,10 @@ def test_pictures_are_read_as_they_are_shown(tmp_path):
     assert turned.shape == (6, 4, 3) and (turned[:3] == 200).all() and not turned[3:].any()
     Image.fromarray(np.full((2, 2, 4), (9, 9, 9, 0), np.uint8)).save(tmp_path / "clear.png")
     assert np.asarray(read_picture(tmp_path / "clear.png", shown=True)).min() == 255
+    Image.new("1", (9500, 9500)).save(tmp_path / "large.png")  # of 90 million pixels
+    assert read_picture(tmp_path / "large.png", shown=True).size == (9500, 9500)
+    with pytest.raises(UserError, match="more than"):
+        read_picture(tmp_path / "large.png")
     Image.fromarray(np.array([[0, 65535, 32896]], np.uint16)).save(tmp_path / "deep.png")
     assert np.asarray(read_picture(tmp_path / "deep.png", shown=True))[0, :, 0].tolist() == [0, 255, 128]
 
@@ -175,7 +215,14 @@ def test_pictures_are_read_as_they_are_shown(tmp_path):
 
 def test_every_picture_gets_its_files(model, shapes_root, photos, tmp_path, monkeypatch, capsys):
     words = "red disc, couch = sofa; other: sky, striped wall"
-    out = tmp_path / "out"
+    out, legends, draw = tmp_path / "out", {}, pictures.overlay
+
+    def spy(image, labels, colours, legend):
+        assert image.shape[:2] == labels.shape and 480 <= max(labels.shape) <= 1280
+        legends[labels.tobytes()] = image.shape, colours.tolist(), legend
+        return draw(image, labels, colours, legend)
+
+    monkeypatch.setattr(pictures, "overlay", spy)
     failing = arguments(model, shapes_root, out, "--images", photos, "--classes", words)
     fails(capsys, monkeypatch, evaluation.main, failing, "2 of 8 failed", "cut.jpg", "failed.txt")
     failed = (out / "failed.txt").read_text().splitlines()
@@ -184,14 +231,21 @@ def test_every_picture_gets_its_files(model, shapes_root, photos, tmp_path, monk
     for name in WHOLE:
         content = json.loads((out / f"{name}.json").read_text())
         labels = np.array(picture := Image.open(out / f"{name}.png"))
+        colours = [*palette(3)[:2].tolist(), [96, 96, 96]]
         assert picture.mode == "P" and labels.shape == (content["height"], content["width"])
+        assert picture.getpalette()[:9] == [value for colour in colours for value in colour]
         assert labels.shape == read_picture(Path(content["picture"]), shown=True).size[::-1]
         ids, pixels = np.unique(labels, return_counts=True)
         assert {c["id"]: c["pixels"] for c in content["classes"]} == dict(zip(ids.tolist(), pixels.tolist(), strict=True))
         assert {c["name"] for c in content["classes"]} <= {"red disc", "couch", "other"} and ids.max() <= 2
         assert sum(c["share"] for c in content["classes"]) == pytest.approx(1)
-        assert all(c["score"] >= 0 for c in content["classes"])
-        assert max(Image.open(out / f"{name}.overlay.jpg").size) >= 480
+        scale = max(480 / max(labels.shape), 1)
+        small = Image.fromarray(labels).resize([max(round(scale * n), 1) for n in labels.shape[::-1]], Image.Resampling.NEAREST)
+        shape, coloured, legend = legends[np.asarray(small).tobytes()]
+        assert shape == (*small.size[::-1], 3) and coloured == colours
+        assert legend == [(c["id"], f"{c['name']}  {100 * c['pixels'] / labels.size:.1f}%") for c in content["classes"]]
+        assert Image.open(out / f"{name}.overlay.jpg").size > small.size
+        assert [c["pixels"] for c in content["classes"]] == sorted((c["pixels"] for c in content["classes"]), reverse=True)
     mended = photos / "cut.jpg"
     shutil.copy(photos / "a.jpg", mended)
     (photos / "more" / "not.png").unlink()
@@ -213,27 +267,84 @@ def test_the_data_set_s_pictures_come_out_as_in_evaluation(model, shapes_root, t
             assert np.array_equal(np.array(Image.open(file)), np.array(Image.open(folder / "b" / file.name))), file.name
 
 
+def test_scores_are_those_of_the_label_map(model, shapes_root, photos, tmp_path, monkeypatch):
+    """The mean over a class's pixels of the score of the class that each was given; of "other", all background words'."""
+    data, given, fix = dataset("shapes"), [], Segmenter.set_classes
+    text = f"{data.names[0]}, disc = round thing; other: {', '.join(data.names[1:])}"
+    monkeypatch.setattr(Segmenter, "set_classes", lambda *words: given.append(words) or fix(*words))
+    content, random = checkpoint.load(model), torch.Generator().manual_seed(0)
+    for name, weights in content["model"]["maskformer"].items():
+        if name.startswith(("mask_embed", "class_embed")) and weights.ndim == 2:
+            weights.copy_(torch.randn(weights.shape, generator=random))  # queries that differ
+    checkpoint.save(tmp_path / "wild.pt", **content)
+    wild = arguments(tmp_path / "wild.pt", shapes_root, tmp_path / "out", "--set", "clip.ensemble=false")
+    evaluation.main([*wild, "--images", str(photos / "a.jpg"), "--classes", text])
+    [(segmenter, *words)] = given
+    assert words[0] == [data.names[0], "disc", *data.names[1:]] and words[2] == {"disc": ["round thing"]}
+    assert words[1] == [i for i, name in enumerate(words[0]) if name != "disc" and name not in data.unseen]
+    image = read_picture(photos / "a.jpg").resize(network_size(70, 50, 64, 128), Image.Resampling.BILINEAR)
+    proposals = segmenter.propose(to_tensor(image))
+    labels, top = segmenter.label_map(segmenter.ensemble(proposals), proposals, (50, 70))
+    found = json.loads((tmp_path / "out" / "a.json").read_text())["classes"]
+    assert {c["id"] for c in found} == set(labels.clamp(max=2).unique().tolist()) and len(found) > 1
+    for c in found:
+        assert c["score"] == pytest.approx(float(top[labels.clamp(max=2) == c["id"]].mean()), abs=1e-4)
+
+
 def test_resuming_segments_what_is_missing(model, shapes_root, tmp_path, capsys, monkeypatch):
-    """Results of other words or settings do not count as done; and what is made again is the same."""
+    """Results of other words, settings, weights or pictures do not count as done; and what is made again is the same."""
     monkeypatch.setattr(pictures, "TOGETHER", 2)
-    images, out = shapes_root / "shapes" / "images" / "train", tmp_path / "out"
+    out, images = tmp_path / "out", tmp_path / "images"
+    shutil.copytree(shapes_root / "shapes" / "images" / "train", images)
     run = arguments(model, shapes_root, out, "--images", images, "--classes", "red disc, wall")
     evaluation.main(run)
     whole = results(out)
     assert len(whole) == 30
     (out / "train00003.json").unlink()
+    (out / "train00004.png").unlink()
     (out / "train00008.json").write_text("{")
     written = {n: (out / n).stat().st_mtime_ns for n in whole if (out / n).exists()}
     capsys.readouterr()
     evaluation.main([*run, "--resume"])
     text = capsys.readouterr().out
-    assert results(out) == whole and "4 pictures in" in text and "6 done before" in text
+    assert results(out) == whole and "6 pictures in" in text and "4 done before" in text
     again = {n[5:10] for n in written if (out / n).stat().st_mtime_ns != written[n]}
-    assert again == {"00002", "00003", "00008", "00009"}
-    shares = [line.split() for line in text.splitlines() if "%" in line]
-    assert sum(float(words[-2].rstrip("%")) for words in shares) == pytest.approx(100, abs=0.2)  # of all, done before too
-    evaluation.main([*run[:-1], "red disc, walls", "--resume"])
-    assert "10 pictures in" in capsys.readouterr().out
+    assert again == {"00002", "00003", "00004", "00005", "00008", "00009"}
+    summary(text, out)
+
+    def segmented(*words: str) -> int:
+        evaluation.main([*words, "--resume"])
+        return int(re.search(r"^(\d+) pictures? in", capsys.readouterr().out, re.M).group(1))
+
+    os.utime(images / "train00005.jpg")
+    assert segmented(*run) == 2 and segmented(*run) == 0
+    assert segmented(*run, "--set", "clip.mask_threshold=0.6") == 10
+    assert segmented(*run[:-1], "red disc, walls") == 10
+    content = checkpoint.load(model)
+    next(iter(content["model"]["maskformer"].values())).add_(0.1)
+    checkpoint.save(tmp_path / "other.pt", **content)
+    assert segmented(str(tmp_path / "other.pt"), *run[1:-1], "red disc, walls") == 10
+    clip = tmp_path / "clip.pt"
+    state = torch.load(shapes_root / "shapes" / "clip.pt")
+    torch.save(state | {"visual.proj": state["visual.proj"] * 1.01}, clip)
+    assert segmented(*run[:-1], "red disc, walls", "--set", f"clip.weights={clip}") == 10
+    (tmp_path / "more").mkdir()
+    shutil.copy(images / "train00001.jpg", tmp_path / "more")
+    more = [*arguments(model, shapes_root, out, "--images", tmp_path / "more"), "--resume"]
+    fails(capsys, monkeypatch, evaluation.main, more, "train00001.json: is of", "another --out")
+
+
+def summary(text: str, out: Path) -> None:
+    """The table at the end must be what the JSONs say, done before or not, the largest share first."""
+    rows = re.findall(r"^(\S.*?) +(\d+\.\d)% +(\d+)$", text, re.M)
+    classes = [c for file in out.glob("*.json") for c in json.loads(file.read_text())["classes"]]
+    total, names = sum(c["pixels"] for c in classes), {c["name"] for c in classes}
+    wanted = {name: (f"{100 * sum(c['pixels'] for c in classes if c['name'] == name) / total:.1f}",
+                     str(sum(c["name"] == name for c in classes))) for name in names}  # fmt: skip
+    assert {name: rest for name, *rest in rows} == {name: [*rest] for name, rest in wanted.items()}
+    assert [float(share) for _, share, _ in rows] == sorted((float(share) for _, share, _ in rows), reverse=True)
+    count, seconds, rate = re.search(r"^(\d+) pictures in (\S+) s, (\S+) images/s", text, re.M).groups()
+    assert float(rate) == pytest.approx(int(count) / float(seconds), abs=0.06 * float(rate) / float(seconds))
 
 
 def test_many_words_are_sixteen_bits(model, shapes_root, tmp_path):
@@ -257,14 +368,49 @@ def test_overlays_have_room_for_what_there_is_room_for():
 
 
 def test_two_processes_leave_what_one_leaves(model, shapes_root, photos, tmp_path):
+    """Each picture a group of its own; and three find what the two have left over."""
     outs = []
+    shutil.copy(photos / "a.jpg", photos / ("猫" * 80 + ".jpg"))  # longer than its results' names may be
+    run = lambda out, processes, *more: command("eval.py", *arguments(model, shapes_root, out, "--images", photos, "--classes",
+                                                "red disc, wall", "--set", "clip.chunk=8", *more), processes=processes,
+                                                env={"OMP_NUM_THREADS": "1"} | env)  # fmt: skip
+    env = {}
     for processes in (1, 2):
-        out = tmp_path / str(processes)
-        words = arguments(model, shapes_root, out, "--images", photos, "--classes", "red disc, wall")
-        result = command("eval.py", *words, processes=processes, env={"OMP_NUM_THREADS": "1"})
-        fails_in_one_line(result, "2 of 8 failed", "cut.jpg")
-        outs.append(results(out))
-    assert outs[0] == outs[1] and len(outs[0]) == 1 + 3 * len(WHOLE)
+        result = run(tmp_path / str(processes), processes)
+        fails_in_one_line(result, "2 of 9 failed", "cut.jpg")
+        outs.append(results(tmp_path / str(processes)))
+    assert outs[0] == outs[1] and len(outs[0]) == 1 + 3 * (len(WHOLE) + 1)
+    assert re.search(r"^segment, the first of 2 processes 5/5, ", result.stdout, re.M)
+    left = sorted((tmp_path / "2").rglob("*.json"))[1:6]
+    for file in left:
+        file.unlink()
+    env = {"TORCHELASTIC_MAX_RESTARTS": "3"}  # by which an error would start it all over again
+    result = run(tmp_path / "2", 3, "--resume")
+    assert result.returncode == 0 and "error: pictures: 2 of 9 failed" in result.stderr, result.stderr
+    assert "segment, the first of 3 processes 3/3" in result.stdout and "2 done before" in result.stdout
+    assert results(tmp_path / "2") == outs[0]
+
+
+def test_exported_programs_find_what_images_finds(model, shapes_root, photos, tmp_path, monkeypatch, capsys):
+    """`--export` with words of the user's own, background words among them, on pictures of odd kinds."""
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 60, 4), np.uint8)).save(photos / "clear.png")
+    files = [photos / "clear.png", photos / "deep16.png", photos / "a.jpg"]
+    words = ["--classes", "red disc, blue square = azure box; other: striped wall, checked wall"]
+    out, programs, found = tmp_path / "out", tmp_path / "programs", set()
+    evaluation.main(arguments(model, shapes_root, out, "--images", *files, *words))
+    evaluation.main(arguments(model, shapes_root, out, "--export", programs, *words))
+    monkeypatch.chdir(tmp_path)
+    names = Names(find_pictures(map(str, files), out))
+    for i, file in enumerate(names.files):
+        monkeypatch.setattr(sys, "argv", ["example.py", file])
+        capsys.readouterr()
+        runpy.run_path(str(programs / "example.py"), run_name="__main__")
+        content = json.loads((out / f"{names[i]}.json").read_text())
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split(None, 1)[1] for line in lines] == [c["name"] for c in content["classes"]]
+        assert np.array_equal(np.array(Image.open("labels.png")), np.array(Image.open(out / f"{names[i]}.png"))), file
+        found |= {c["name"] for c in content["classes"]}
+    assert "other" in found
 
 
 def test_mistakes(model, shapes_root, photos, tmp_path, capsys, monkeypatch):
@@ -276,6 +422,8 @@ def test_mistakes(model, shapes_root, photos, tmp_path, capsys, monkeypatch):
         (["--images", photos, "--budget"], "measure nothing"),
         (["--classes", "cat"], "add --images or --export"),
         (["--imges", photos], "did you mean --images?"),
+        (["--resume"], "add --images"),
+        (["--images", photos, "--export", tmp_path / "programs"], "two things"),
     ]
     for more, part in mistakes:
         fails(capsys, monkeypatch, evaluation.main, arguments(model, shapes_root, out, *more), part)

@@ -19,7 +19,7 @@ import eval as evaluation
 import train
 from zsseg import report
 from zsseg.config import Config, load_config
-from zsseg.datasets import dataset
+from zsseg.datasets import dataset, find_pairs, read_values
 from zsseg.draw import palette
 from zsseg.metrics import confusion, summarize
 
@@ -171,6 +171,14 @@ def test_the_command_writes_the_same_page_with_two_processes(made, trained, shap
     metrics = json.loads((made / "metrics.json").read_text())
     assert [name for name, _ in one["metrics"]["rows"]] == ["head alone", "CLIP alone", "CLIP x objectness", "ensemble"]
     assert one["metrics"]["rows"][-1][1] == {k: metrics[k] for k in one["metrics"]["keys"]}
+    assert one["per_class"] == [[v["IoU"], v["Acc"]] for v in metrics["per_class"].values()]
+    assert one["true_masks"] == metrics["clip_true_masks"] and one["seen"] == dataset("shapes").seen
+    assert dict(one["facts"])["trained on"] == "seen classes, 3 steps of 4 pictures"
+    data = dataset("shapes")
+    labels = [read_values(label, 8) for _, label in find_pairs("shapes", shapes_root, tiny_config().data.split)]
+    truth = np.bincount(np.concatenate([data.lut()[values].ravel() for values in labels]), minlength=256)
+    assert one["pixels"] == truth[:24].tolist()
+    assert one["colours"] == ["#" + bytes(colour.tolist()).hex() for colour in palette(24)[:-1]]
     assert [chart["title"] for chart in one["curves"]] == [title for title, *_ in report.CHARTS]
     assert dict(one["curves"][0]["lines"])["loss"][-1][0] == 3 and len(one["curves"][2]["lines"]) == 4
     text = (made / "report.html").read_text()
@@ -213,7 +221,16 @@ def test_the_page_fits_and_is_complete(browser, made, width):
     metrics = json.loads((made / "metrics.json").read_text())
     row = browser.value("[...document.querySelectorAll('#metrics tr.main > *')].map(node => node.textContent)")
     assert row == ["ensemble", *(f"{metrics[k]:.1f}" for k in ("mIoU_seen", "mIoU_unseen", "hIoU", "mIoU", "pAcc"))]
-    assert browser.value("document.querySelectorAll('#classes .bars li').length") == 24
+    data, texts = dataset("shapes"), "[...document.querySelectorAll('#classes %s')].map(node => node.textContent)"
+    bars = dict(zip(browser.value(texts % "li > span:first-child"), browser.value(texts % "li > b"), strict=True))
+    assert bars == {k: "–" if v["IoU"] is None else f"{v['IoU']:.1f}" for k, v in metrics["per_class"].items()}
+    assert browser.value(texts % "h3") == ["seen (19)", "unseen (5)"]
+    tagged = "[...document.querySelectorAll('#confusions .class, .card .class')].map(n => n.lastChild.textContent)"
+    assert all(name.endswith(" unseen") == (name.removesuffix(" unseen") in data.unseen) for name in browser.value(tagged))
+    assert {name.removesuffix(" unseen") for name in browser.value(tagged)} & set(data.unseen)
+    hint = browser.value("document.querySelector('#classes li').title")
+    accuracy = metrics["per_class"][next(iter(bars))]["Acc"]
+    assert hint.startswith(f"{next(iter(bars))}: accuracy {accuracy:.1f}, ")
     assert browser.value("document.querySelectorAll('#training polyline').length") == 9
     assert browser.value("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     assert (browser.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)") == (width != 360)

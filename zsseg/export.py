@@ -15,6 +15,7 @@ from zsseg import clip as clip_module
 from zsseg.config import Config
 from zsseg.run import UserError, replacing, say
 from zsseg.segmenter import Segmenter
+from zsseg.words import Words
 
 TOLERANCE = 1e-5  # of the largest value
 PICTURES = ((97, 131), (64, 96), (33, 20), (1, 1))  # the sizes and numbers at which programs are compared with the modules
@@ -42,7 +43,10 @@ REGIONS = [
     "Scores s: seen classes p^w c^(1-w), all others p^(1-w) c^w, w = ensemble_weight; for w = 0 they are c, and 0 where a "
     "region is empty.",
 ]
-LABELS = ["Score map: sum over queries of s x mask, resized to the picture's own size (bilinear); the label is its argmax."]
+LABELS = [
+    "Score map: sum over queries of s x mask, resized to the picture's own size (bilinear); the label is its argmax.",
+    "Background words come last in names; the first of them stands for all, and is shown as the last of shown_names.",
+]
 
 
 class Proposer(nn.Module):
@@ -68,11 +72,11 @@ class Tower(nn.Module):
         return 100 * F.normalize(self.visual(crops), dim=-1) @ self.text.T
 
 
-def export(segmenter: Segmenter, config: Config, out: Path) -> None:
+def export(segmenter: Segmenter, config: Config, words: Words, out: Path) -> None:
     """Write proposer.pt2, clip.pt2 (where there is a CLIP whose opinion counts), settings.json and example.py.
 
-    `segmenter` is in eval mode and knows its classes; it stays as it is. Programs are fp32 on the CPU. Every program is loaded
-    again and compared with the module. Raises UserError for what has no programs, RuntimeError where one differs.
+    `segmenter` is in eval mode and knows its classes, `words`; it stays as it is. Programs are fp32 on the CPU. Every program
+    is loaded again and compared with the module. Raises UserError for what has no programs, RuntimeError where one differs.
     """
     with_clip = segmenter.clip is not None and config.clip.ensemble
     if not segmenter.proposing:
@@ -82,7 +86,7 @@ def export(segmenter: Segmenter, config: Config, out: Path) -> None:
     random = torch.Generator().manual_seed(0)
     pictures = [255 * torch.rand(1, 3, *size, generator=random) for size in PICTURES]
     write(Proposer(segmenter), pictures, {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, out / "proposer.pt2")
-    settings = {"names": segmenter.names, "seen": segmenter.seen.nonzero()[:, 0].tolist(),
+    settings = {"names": segmenter.names, "shown_names": words.shown_names, "seen": segmenter.seen.nonzero()[:, 0].tolist(),
                 "short_edge": config.data.test_short_edge, "longest_edge": config.data.max_size,
                 "proposer": PROPOSER, "clip": None, "steps": [*MASKS, "Scores s are p.", *LABELS]}  # fmt: skip
     (out / "clip.pt2").unlink(missing_ok=True)
@@ -109,11 +113,13 @@ def write(module: nn.Module, inputs: list[Tensor], dynamic: dict, path: Path) ->
     assert libraries <= {"aten", "higher_order"}, f"{path.name} wants operators of {libraries}"
     for node in nodes:
         node.meta.pop("stack_trace", None)  # names of files on this machine
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        torch.export.save(program, file)
-    worst = largest_difference(torch.export.load(path), module, inputs)
-    if not worst <= TOLERANCE:
-        raise RuntimeError(f"{path} differs from the module by {worst:.1g} of the largest value")
+    with replacing(path) as temporary:
+        with open(temporary, "wb") as file:
+            torch.export.save(program, file)
+        with open(temporary, "rb") as file:
+            worst = largest_difference(torch.export.load(file), module, inputs)
+        if not worst <= TOLERANCE:
+            raise RuntimeError(f"{path} differs from the module by {worst:.1g} of the largest value")
     shapes = ", ".join(" x ".join(map(str, x.shape)) for x in inputs)
     say(f"{path}: {path.stat().st_size / 2**20:.1f} MiB, largest difference from the module {worst:.1g} (inputs {shapes})")
 

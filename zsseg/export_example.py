@@ -1,7 +1,7 @@
 """Segment a picture with the exported programs beside this file: python example.py photo.jpg
 
 Needs PyTorch, numpy and Pillow alone. Prints the classes found and their shares of the picture, and writes labels.png,
-class ids (numbers of `names` in settings.json), to the current folder.
+class ids (numbers of `shown_names` in settings.json), to the current folder.
 """
 
 import json
@@ -26,6 +26,16 @@ def span(hit: Tensor, ratio: float) -> slice:
     centre, half = (first + last) / 2, (last - first) * ratio / 2
     first, last = (int((centre + side * half).long().clamp(0, len(hit))) for side in (-1, 1))
     return slice(first, max(last, first + 1))
+
+
+def open_picture(file: str) -> Image.Image:
+    """As a viewer shows it: turned as the camera says, transparent parts on white, 8 bits a channel."""
+    picture = ImageOps.exif_transpose(Image.open(file))
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+    return picture.convert("RGB")
 
 
 @torch.inference_mode()
@@ -57,14 +67,16 @@ def segment(picture: Image.Image, s: dict, proposer: Callable, clip: Callable | 
         part = torch.einsum("qc,qhw->chw", scores[:, first : first + PART], masks)
         value, index = F.interpolate(part[None], (H, W), mode="bilinear", align_corners=False)[0].max(0)
         best, labels = torch.maximum(best, value), labels.where(value <= best, first + index)
-    return labels
+    return labels.clamp(max=len(s["shown_names"]) - 1)  # background words come last
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
     settings = json.loads((HERE / "settings.json").read_text())
     load = lambda name: torch.export.load(HERE / name).module(check_guards=False)  # or the smallest pictures are refused
     proposer, clip = load("proposer.pt2"), load("clip.pt2") if settings["clip"] else None
-    found = segment(ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB"), settings, proposer, clip)
+    found = segment(open_picture(sys.argv[1]), settings, proposer, clip)
     for count, i in sorted(zip(*(x.tolist() for x in found.unique(return_counts=True)[::-1]), strict=True), reverse=True):
-        print(f"{count / found.numel():6.1%} {settings['names'][i]}")
-    Image.fromarray(found.numpy().astype(np.uint8 if len(settings["names"]) <= 255 else np.uint16)).save("labels.png")
+        print(f"{count / found.numel():6.1%} {settings['shown_names'][i]}")
+    Image.fromarray(found.numpy().astype(np.uint8 if len(settings["shown_names"]) <= 255 else np.uint16)).save("labels.png")

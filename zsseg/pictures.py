@@ -164,11 +164,12 @@ class Results:
 
         Raises UserError where the results there are those of another picture.
         """
-        file, picture = self.file(number, ".json"), self.names.files[number]
+        (file, *others), picture = map(self.file, 3 * [number], (".json", ".png", ".overlay.jpg")), self.names.files[number]
         try:
             content = json.loads(file.read_text())
             if content["picture"] == picture:
                 known = content["made_with"] == self.made_with and os.path.getmtime(picture) <= os.path.getmtime(file)
+                known &= all(map(os.path.exists, others))
                 return {c["id"]: c["pixels"] for c in content["classes"]} if known else None
         except (OSError, ValueError, TypeError, KeyError):
             return None
@@ -242,7 +243,7 @@ def segment_pictures(segmenter: Segmenter, config: Config, results: Results, pro
     mine = process.sum(missing).nonzero()[process.rank :: process.world, 0].tolist()  # what is left is shared anew
     numbers = [i for g in mine for i in groups[g]]
     started, writing = time.perf_counter(), deque()
-    title = "segment" if process.world == 1 else f"segment (1 of {process.world} processes)"
+    title = "segment" if process.world == 1 else f"segment, the first of {process.world} processes"
     batches = stream(Pictures(names.files, config), numbers, size, config.data.workers)
     with ThreadPoolExecutor(threads) as pool:
         segmented = segment_groups(segmenter, config, batches, process, words)

@@ -37,10 +37,10 @@ from zsseg.run import UserError
 
 def main(argv: list[str]) -> None:
     parser = run.Parser(__doc__)
-    parser.add_argument("dataset", choices=[*DATASETS, "folder"])
+    parser.add_argument("dataset", choices=[*DATASETS, "folder"], help="ade20k_full and cityscapes want a registration")
     parser.add_argument("--config", metavar="FILE", help="TOML file that describes data set folder")
     parser.add_root()
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=4, help="threads that read and convert (4)")
     parser.add_argument("--train", action="store_true",
                         help="get the training pictures, too, where only the test split is there")
     parser.add_argument("--check", action="store_true", help="only verify: counts, unreadable files, label histogram")

@@ -2,11 +2,11 @@
 
     python train.py --config configs/shapes.toml
     torchrun --nproc-per-node=8 train.py --config configs/voc_r50_single.toml --out runs/voc
-    torchrun train.py --config configs/voc_r50_single.toml --out runs/voc --resume
+    torchrun --nproc-per-node=8 train.py --out runs/voc --resume
 
 Writes last.pt (the one before it: previous.pt), best.pt, metrics.json, metrics.jsonl and samples.png to --out (else
 runs/<name of the config>). --resume goes on from last.pt with the configuration in it; on the CPU the weights come out the
-same to the last bit. SIGTERM or SIGUSR1: a checkpoint at the end of the step, exit code 0.
+same to the last bit. SIGTERM, SIGUSR1 or Ctrl-C: a checkpoint at the end of the step, exit code 0.
 """
 
 import json
@@ -264,12 +264,16 @@ def train_step(task: Segment | Prompts | Contrast, model: nn.Module, optimizer: 
 
 
 def main(argv: list[str]) -> None:
-    parser = run.parser(__doc__, config_required=True)
+    parser = run.parser(__doc__)
     parser.add_argument("--resume", action="store_true", help="continue OUT/last.pt")
     args = parser.parse_args(argv)
+    if not args.config and not (args.resume and args.out):
+        parser.error("--config is missing" + ", or --out of the run" * args.resume)
     out, process = Path(args.out or Path("runs") / Path(args.config).stem), run.start(args.device)
     there = any((out / name).exists() for name in ("last.pt", "previous.pt"))
     again = process.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)  # by torchrun --max-restarts
+    if args.resume and not there:
+        raise run.UserError(f"--resume: {out}", "holds no run", "leave --resume out to start one")
     saved = load_last(out) if args.resume or (again and there) else {}
     if not saved and there:
         raise run.UserError(f"output {out}", "holds a run already", "add --resume, or give another --out")
@@ -364,7 +368,12 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
                 return False
             validate(done)
     process.share(task.model)
-    if result := task.evaluate(config.data.split, out, log.look):
+    try:
+        result = task.evaluate(config.data.split, out, log.look)
+    except run.UserError as error:
+        what, why, todo = error.args
+        raise run.UserError(what, why, f"{todo}; the weights are in {out / 'last.pt'}, for eval.py") from None
+    if result:
         log.evaluation(steps, config.data.split, result)
         if config.train.task == "prompts":
             save("last.pt", steps)  # now that the best seed is known

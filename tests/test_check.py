@@ -37,7 +37,7 @@ def test_check_names_every_bad_file(tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError):
         prepare_data.main([str(a) for a in arguments])
     text = capsys.readouterr().out
-    for part in ("ADE_val_00000001.jpg: cannot be read", "ADE_val_00000002.png: is 5 x 5", "ADE_val_00000003.png: is not a",
+    for part in ("ADE_val_00000001.jpg: cannot be read", "ADE_val_00000002.png: is 5 x 5", "ADE_val_00000003.png: has 3",
                  "ADE_train_00000001.png has no partner", "ADE_train_00000002.jpg has no partner"):  # fmt: skip
         assert text.count(part) == 1, part
     assert files(tmp_path) == before

@@ -177,7 +177,7 @@ def test_bad_files_are_named(tmp_path, shapes_root):
     with pytest.raises(UserError, match=r"small\.png: is 5 x 4, its picture 6 x 4"):
         read_labels(tmp_path / "small.png", lut, (6, 4))
     Image.new("RGB", (6, 4)).save(tmp_path / "colour.png")
-    with pytest.raises(UserError, match="single-channel picture of 8 bits"):
+    with pytest.raises(UserError, match="has 3 channels; write one channel of 8 bits"):
         read_labels(tmp_path / "colour.png", lut, (6, 4))
     with pytest.raises(UserError, match=r"prepare_data\.py voc"):
         find_pairs("voc", tmp_path, "val")

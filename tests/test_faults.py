@@ -1,5 +1,6 @@
 """Nothing wastes a run: kills, numbers that are not finite, broken files, processes that die, a lack of memory."""
 
+import itertools
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from torch.nn.functional import normalize
 
 import train
 from kernels import semantic_map
-from zsseg import checkpoint, metrics
+from zsseg import checkpoint, metrics, run
 from zsseg.clip import CLIP
 from zsseg.datasets import label_statistics
 from zsseg.regions import classify_crops
@@ -287,6 +288,28 @@ def test_a_dead_process_restarts_the_run_or_ends_it(pair, shapes_root, tmp_path,
     assert [line["step"] for line in again] == list(range(1, 21))
     assert [line["loss"] for line in again[:12]] == [line["loss"] for line in two[:12]]  # to the bit: two processes, too
     assert all(b["loss"] == pytest.approx(a["loss"], rel=1e-5) for a, b in zip(two, again, strict=True))
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_ctrl_c_saves_and_a_second_one_leaves(shapes_root, tmp_path, monkeypatch, patient):
+    step, counter = train.train_step, itertools.count()
+    monkeypatch.setattr("zsseg.faults.PAUSE", 0.001)
+
+    def interrupted(*arguments):
+        if next(counter) == 2:
+            for _ in range(1 if patient else 2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    if patient:
+        assert not train.train(tiny_config(), shapes_root, tmp_path, PROCESS, {})
+        assert checkpoint.load(tmp_path / "last.pt")["step"] == 3
+    else:
+        with pytest.raises(SystemExit, match="130"):
+            run.command(lambda _: train.train(tiny_config(), shapes_root, tmp_path, PROCESS, {}))
+        assert not (tmp_path / "last.pt").exists()
 
 
 @pytest.mark.slow

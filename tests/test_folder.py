@@ -15,7 +15,7 @@ import prepare_data
 from zsseg import checkpoint, run
 from zsseg.config import DataConfig, load_config
 from zsseg.data import TestPictures, TrainPictures
-from zsseg.datasets import dataset, find_pairs
+from zsseg.datasets import dataset, find_pairs, label_statistics
 
 SMALL = ["model.backbone=small", "model.weights=", "model.queries=8", "model.hidden=32", "model.decoder_layers=1",
          "train.steps=4", "train.batch_size=2", "data.workers=0", "data.crop=64", "data.short_edges=[64]",
@@ -93,16 +93,48 @@ def test_layouts(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "parts"),
-    [(["data.classes=[]"], ["data.classes", "each once"]), (["data.classes=['a','a']"], ["data.classes", "each once"]),
-     (["data.unseen=['cow']"], ["data.unseen"]), (["data.unseen=['cat','dog']"], ["data.unseen", "not all"]),
-     (["data.values=[1]"], ["data.values"]), (["data.values=[1,1]"], ["data.values"]), (["data.values=[1,70000]"], ["65535"]),
+    [(["data.classes=[]"], ["data.classes: is missing"]), (["data.classes=['a','a']"], ["data.classes: 'a' stands twice"]),
+     (["data.unseen=['dgo']"], ["data.unseen: 'dgo' is none", "did you mean dog?"]),
+     (["data.unseen=['cow']"], ["give some of data.classes"]), (["data.unseen=['cat','dog']"], ["data.unseen", "not all"]),
+     (["data.values=[1]"], ["data.values", "each of the 2"]), (["data.values=[1,1]"], ["data.values: 1 stands twice"]),
+     (["data.values=[1,70000]"], ["65535"]), (["data.pictures="], ["data.pictures: is missing"]),
      (["data.pictures=images"], ["data.pictures", "{id}"]), (["data.pictures=p_{id}.jpg"], ["data.pictures"]),
-     (["data.labels=masks/{id}.png"], ["data.labels", "{split}"]), (["data.split=nope"], ["'nope'", "data.pictures"])],
+     (["data.labels=masks/{id}.png"], ["data.labels", "{split}"]), (["data.split=nope"], ["'nope'", "data.pictures"]),
+     (["data.folder=absent"], ["data.folder: no such folder"])],
 )  # fmt: skip
 def test_descriptions_that_cannot_be(settings, parts, tmp_path):
     with pytest.raises(run.UserError) as error:
         find_pairs(config := described(*settings), tmp_path, config.split)
     assert all(part in str(error.value) for part in parts)
+
+
+def test_paths_that_lead_nowhere_are_named(tmp_path):
+    for file in ("images/val/a.jpg", "masks/val/a.png", "others/val/b.png"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    image = f"data.pictures: no 'val' file is {tmp_path}/image/val/*.jpg"
+    for setting, part in (("data.pictures=image/{split}/{id}.jpg", image),
+                          ("data.labels=mask/{split}/{id}.png", f"data.labels: no 'val' file is {tmp_path}/mask/val/*.png"),
+                          ("data.labels=others/{split}/{id}.png", "data.labels: no 'val' label map has the id of a picture")):
+        with pytest.raises(run.UserError, match=re.escape(part)):
+            find_pairs(described("data.pictures=images/{split}/{id}.jpg", "data.labels=masks/{split}/{id}.png", setting),
+                       tmp_path, "val")  # fmt: skip
+    whole = described("data.pictures=images/{split}/{id}.jpg", "data.labels=masks/{split}/{id}.png")
+    assert len(find_pairs(whole, tmp_path, "val")) == 1
+    (tmp_path / "images/val/a.JPG").touch()
+    (tmp_path / "images/val/a.json").touch()  # no picture
+    with pytest.raises(run.UserError, match="has the id of"):
+        find_pairs(described("data.pictures=images/{split}/{id}.*"), tmp_path, "val")
+
+
+def test_label_maps_may_lie_elsewhere(tmp_path):
+    """Absolute paths, outside the data set's folder; ids in lists may hold spaces."""
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (5, 4)).save(tmp_path / "photos" / "IMG 1.jpg")
+    Image.new("L", (5, 4)).save(tmp_path / "IMG 1.png")
+    (tmp_path / "photos" / "val.txt").write_text("\nIMG 1\r\n\n")
+    config = described("data.folder=photos", "data.pictures={id}.jpg", f"data.labels={tmp_path}/{{id}}.png")
+    assert label_statistics(config, tmp_path, "val").histogram(2).tolist() == [20, 0, 0]
 
 
 def test_prepare_data_wants_the_description(tmp_path, monkeypatch, capsys):

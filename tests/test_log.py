@@ -110,7 +110,7 @@ def lives(out: Path) -> list[Path]:
 def test_a_run_without_a_network_is_logged_offline(offline):
     out, said, _ = offline
     [line] = [line for line in said.splitlines() if line.startswith("wandb: ")]
-    assert "no network (" in line and f"logging offline (later: wandb sync {lives(out)[0]})" in line
+    assert "cannot go online (" in line and f"logging offline (later: wandb sync {lives(out)[0]})" in line
 
 
 def test_wandb_gets_the_configuration_and_every_number_once(offline):

@@ -17,7 +17,7 @@ from torchvision.models import ResNet50_Weights
 
 from zsseg import run
 from zsseg.download import fetch
-from zsseg.run import UserError, cache_dir, nearest_file, replacing
+from zsseg.run import UserError, cache_dir, nearest, nearest_file, replacing
 
 State = dict[str, Tensor]
 
@@ -44,8 +44,12 @@ class Unusable(UserError):
 
 
 def read_torch(path: Path, what: str) -> object:
+    if path.is_dir():
+        there = (path / "last.pt").is_file()
+        raise Unusable(what, "is a folder", f"did you mean {path / 'last.pt'}?" if there else "give a file")
     if not path.is_file():
-        raise Unusable(what, "no such file", nearest_file(path, "check the path"))
+        folder = path.parent.is_dir() or path.parent.name == ""
+        raise Unusable(what, "no such file", nearest_file(path if folder else path.parent, "check the path"))
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -284,7 +288,7 @@ OPENAI_MODELS = {  # name: (SHA-256 of the file, its name)
 
 def load_clip_state(weights: str, root: Path) -> State:
     """CLIP's state dict from an OpenAI name (downloaded to the cache), an OpenAI archive or a state-dict file."""
-    what = f"clip.weights {weights}"
+    what = f"clip.weights {weights.replace('{root}', str(root))}"
     if weights in OPENAI_MODELS:
         digest, file = OPENAI_MODELS[weights]
         url = f"https://openaipublic.azureedge.net/clip/models/{digest}/{file}"
@@ -292,7 +296,9 @@ def load_clip_state(weights: str, root: Path) -> State:
     else:
         path = Path(weights.replace("{root}", str(root)))
         if not path.is_file():
-            raise UserError(what, f"no file {path}", f"run prepare_data.py shapes, or give one of {', '.join(OPENAI_MODELS)}")
+            todo = nearest(weights, OPENAI_MODELS, nearest_file(path, f"give a file or one of {', '.join(OPENAI_MODELS)}"))
+            todo = "give the --root where it lies, or run prepare_data.py shapes" if "{root}" in weights else todo
+            raise UserError(what, "no such file", todo)
     if is_torchscript(path):
         state = read_torchscript(path, what)
     else:

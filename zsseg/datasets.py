@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from zsseg.config import DataConfig
-from zsseg.run import UserError, cache_dir, nearest, parallel, replacing
+from zsseg.run import UserError, cache_dir, nearest, nearest_file, parallel, replacing
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `read_picture` has limits of its own
 
@@ -141,7 +141,14 @@ def dataset(wanted: str | DataConfig) -> DataSet:
 
 def own_dataset(config: DataConfig) -> DataSet:
     """The user's own data set; UserError where its description cannot be right."""
-    values = config.values or list(range(len(config.classes)))
+    values, twice = config.values or list(range(len(config.classes))), lambda items: {i for i in items if items.count(i) > 1}
+    for name in config.unseen:
+        if name not in config.classes:
+            todo = nearest(name, config.classes, "give some of data.classes")
+            raise UserError("data.unseen", f"{name!r} is none of data.classes", todo)
+    for key, items in (("classes", config.classes), ("unseen", config.unseen), ("values", values)):
+        for item in twice(items):
+            raise UserError(f"data.{key}", f"{item!r} stands twice", "name each once")
     lists = "{split}" not in config.pictures
     rules = {
         "data.pictures": (config.pictures.count("{id}") == 1 and not (lists and config.pictures.endswith(".*"))
@@ -150,14 +157,15 @@ def own_dataset(config: DataConfig) -> DataSet:
         "data.labels": (config.labels.count("{id}") == 1 and lists == ("{split}" not in config.labels)
                         and config.labels.split("{id}")[0][-1:] in ("", "/"),
                         'write e.g. "masks/{split}/{id}.png", with {split} as in data.pictures'),
-        "data.classes": (0 < len(config.classes) == len(set(config.classes)), "name every class, each once"),
-        "data.unseen": (set(config.unseen) < set(config.classes), "give some of data.classes, not all"),
-        "data.values": (len(values) == len(set(values)) == len(config.classes) and all(0 <= value < 2**16 for value in values),
-                        "give every class a value of its own, from 0 to 65535"),
+        "data.classes": (len(config.classes) > 0, "name every class"),
+        "data.unseen": (len(config.unseen) < len(config.classes), "give some of data.classes, not all"),
+        "data.values": (len(values) == len(config.classes) and all(0 <= value < 2**16 for value in values),
+                        f"give each of the {len(config.classes)} classes a value of its own, from 0 to 65535"),
     }  # fmt: skip
     for name, (right, todo) in rules.items():
         if not right:
-            raise UserError(name, f"is {getattr(config, name.removeprefix('data.'))} (data.name is folder)", todo)
+            given = getattr(config, name.removeprefix("data."))
+            raise UserError(name, f"is {given}" if given else "is missing (data.name is folder)", todo)
     splits = {split: split for split in ("train", "val", "test", config.split)}
     ignore = 255 if len(config.classes) <= 255 else 65535
     return DataSet("folder", config.classes, [config.folder or "."], config.pictures, [config.labels], splits, values,
@@ -174,7 +182,7 @@ def find_pairs(wanted: str | DataConfig, root: Path, split: str) -> list[tuple[P
     """The (picture, label map) files of a split; UserError where there are none."""
     data = dataset(wanted)
     if split not in data.splits:
-        raise UserError("data.split", f"is {split!r}", f"{data.name} has {', '.join(data.splits)}")
+        raise UserError("data.split", f"is {split!r}", f"{data.name} has {', '.join(data.splits)}: --set data.split=...")
     folder = data.folder(root)
     try:
         pairs = data.pairs(folder, split)
@@ -182,11 +190,26 @@ def find_pairs(wanted: str | DataConfig, root: Path, split: str) -> list[tuple[P
         pairs = []
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"list {folder / split}.txt", f"cannot be read ({error})", "replace the file") from None
+    if not pairs and data.name == "folder":
+        raise nothing_found(data, folder, split)
     if not pairs:
         command = f"run prepare_data.py {data.name}" + " --train" * (split == "train" and data.name != "shapes")
-        todo = "check data.pictures and data.labels" if data.name == "folder" else command
-        raise UserError(f"data set {data.name}", f"no {split!r} pictures in {folder}", f"{todo}, or give --root")
+        raise UserError(f"data set {data.name}", f"no {split!r} pictures in {folder}", f"{command}, or give --root")
     return pairs
+
+
+def nothing_found(data: DataSet, folder: Path, split: str) -> UserError:
+    """What is wrong with a data set of the user's own of which a split has no pair of files."""
+    if not folder.is_dir():
+        return UserError("data.folder", f"no such folder {folder}", nearest_file(folder, "correct it, or give --root"))
+    if data.lists:
+        return UserError(f"list {folder / split}.txt", f"names no {split!r} picture, or is not there", "write one id a line")
+    counts, pattern = [len(files) for files in data.found(folder, split)], (data.pictures, data.labels[0])
+    key, i = ("data.labels", 1) if counts[0] and not counts[1] else ("data.pictures", 0)
+    if all(counts):
+        return UserError("data.labels", f"no {split!r} label map has the id of a picture", "see data.pictures and data.labels")
+    place = folder / pattern[i].replace("{split}", split).replace("{id}", "*")
+    return UserError(key, f"no {split!r} file is {place}", "correct it, or data.folder, or give --root")
 
 
 def has_split(wanted: str | DataConfig, root: Path, split: str) -> bool:
@@ -246,7 +269,8 @@ def read_values(file: Path, bits: int, size: tuple[int, int] | None = None) -> n
     if bits == 16 and values.dtype == np.int32 and values.size and 0 <= values.min() <= values.max() < 65536:
         values = values.astype(np.uint16)  # how Pillow opens some 16-bit files
     if values.ndim != 2 or values.dtype not in ((np.uint8,) if bits == 8 else (np.uint8, np.uint16)):
-        raise UserError(f"label map {file}", f"is not a single-channel picture of {bits} bits", "replace the file")
+        found = f"has {values.shape[2]} channels" if values.ndim == 3 else f"holds values of type {values.dtype}"
+        raise UserError(f"label map {file}", found, f"write one channel of {'8' if bits == 8 else '8 or 16'} bits")
     if size and values.shape[::-1] != size:
         sizes = f"is {values.shape[1]} x {values.shape[0]}, its picture {size[0]} x {size[1]}"
         raise UserError(f"label map {file}", sizes, "make the two the same size")

@@ -42,14 +42,15 @@ def save_label_map(predicted: Tensor | np.ndarray, path: Path, classes: int, col
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray, legend: list[tuple[int, str]]) -> Image.Image:
-    """The picture uint8 [H, W, 3] tinted and outlined by its label map [H, W], and on its right a legend.
+    """The picture uint8 [H, W, 3] in grey, tinted and outlined by its label map [H, W], and on its right a legend.
 
     `legend`: (class id, text) from the top to as far down as there is room; `colours` uint8 [C, 3].
     """
     H, W = labels.shape
     size = max(H // 36, 14)
     font = ImageFont.load_default(size)
-    tinted = (0.55 * image + 0.45 * colours[labels]).astype(np.uint8)
+    grey = np.asarray(Image.fromarray(image).convert("L"))[..., None]  # or its colours would mix with those of the legend
+    tinted = (0.5 * grey + 0.5 * colours[labels]).astype(np.uint8)
     edge, across, down = np.zeros_like(labels, bool), labels[:, 1:] != labels[:, :-1], labels[1:] != labels[:-1]
     for part, different in ((edge[:, 1:], across), (edge[:, :-1], across), (edge[1:], down), (edge[:-1], down)):
         part |= different

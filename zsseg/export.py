@@ -101,6 +101,7 @@ def export(segmenter: Segmenter, config: Config, words: Words, out: Path) -> Non
         shutil.copyfile(Path(__file__).with_name("export_example.py"), file)
     with replacing(out / "settings.json") as file:
         file.write_text(json.dumps(settings | {"torch": torch.__version__}, indent=1) + "\n")
+    say(f"try: python {out / 'example.py'} photo.jpg")
 
 
 def write(module: nn.Module, inputs: list[Tensor], dynamic: dict, path: Path) -> None:

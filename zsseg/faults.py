@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections import deque
 from pathlib import Path
 from types import FrameType
@@ -14,6 +15,7 @@ from zsseg.data import Guarded
 from zsseg.log import Log
 from zsseg.run import SIGNALS, Process, UserError, say
 
+PAUSE = 2  # seconds: torchrun passes on a Ctrl-C that the terminal has sent to all already
 LATE = 2  # steps after which a step's flag is read: the device has long passed it, so that the host need not wait
 
 
@@ -60,9 +62,12 @@ def load_last(folder: Path) -> dict:
 
 
 class Stop:
-    """Inside `with`, SIGTERM and SIGUSR1 ask for a stop at the end of the step instead of killing the process."""
+    """Inside `with`, SIGTERM, SIGUSR1 and Ctrl-C ask for a stop at the end of the step instead of killing the process.
+
+    A second Ctrl-C does not wait for that.
+    """
     def __init__(self, process: Process):
-        self.process, self.asked, self.before = process, False, {}
+        self.process, self.asked, self.before = process, 0.0, {}
 
     def __enter__(self) -> "Stop":
         self.before = {number: signal.signal(number, self.ask) for number in SIGNALS}
@@ -73,11 +78,14 @@ class Stop:
             signal.signal(number, handler)
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        now = time.monotonic()
+        if number == signal.SIGINT and self.asked and now - self.asked > PAUSE:
+            raise KeyboardInterrupt
+        self.asked = self.asked or now
 
     def now(self) -> bool:
         """Whether any process was asked: they all stop after the same step."""
-        return self.process.any(self.asked)
+        return self.process.any(self.asked > 0)
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:

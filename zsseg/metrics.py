@@ -147,7 +147,7 @@ def true_mask_accuracy(segmenter: Segmenter, image: Tensor, labels: Tensor, data
 
 def report(result: dict, config: Config, out: Path) -> None:
     """Print the table and write `metrics.json`."""
-    print(table(result, method(config)))
+    print(table(result, method(config), dataset(config.data).unseen))
     with replacing(out / "metrics.json") as file:
         file.write_text(json.dumps(result, indent=1) + "\n")
     published = dataset(config.data).counts.get(config.data.split, result["images"])
@@ -169,7 +169,7 @@ def rows(result: dict, name: str) -> tuple[tuple[str, ...], list[tuple[str, dict
     return keys, [(title, result[k]) for k, title in titles.items() if k in result and title != name] + [(name, result)]
 
 
-def table(result: dict, name: str = "ensemble") -> str:
+def table(result: dict, name: str = "ensemble", unseen: list[str] = ()) -> str:
     """The metrics as lines of text: seen, unseen and hIoU of each part side by side, then every class."""
     keys, parts = rows(result, name)
     lines = ["".join([f"{'':24}", *(f"{k.removeprefix('mIoU_'):>9}" for k in keys)])]
@@ -179,5 +179,6 @@ def table(result: dict, name: str = "ensemble") -> str:
         text = "".join(f"{v:9.1f}" for v in shown) + f"   all {clip['accuracy']:.1f} (accuracy, {clip['regions']} regions)"
         lines.append(f"{'CLIP on the true masks':24}{text}")
     shown = {k: "-" if v["IoU"] is None else format(v["IoU"], ".1f") for k, v in result["per_class"].items()}
-    cells = [f"{name[:17]:17} {iou:>5}" for name, iou in shown.items()]
-    return "\n".join([*lines, "", "IoU of each class", *("  ".join(cells[i : i + 4]) for i in range(0, len(cells), 4))])
+    cells = [f"{name[:15] + ' *' * (name in unseen):17} {iou:>5}" for name, iou in shown.items()]
+    head = "IoU of each class" + " (* unseen)" * bool(unseen)
+    return "\n".join([*lines, "", head, *("  ".join(cells[i : i + 4]) for i in range(0, len(cells), 4))])

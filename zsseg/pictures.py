@@ -91,7 +91,8 @@ def find_pictures(given: list[str], out: Path) -> list[str]:
         if inside:  # a label map might take the place of its picture
             raise UserError(f"--images {word}", f"lies in {out}, where results go", "give another --out")
         if not found:
-            raise UserError(f"--images {word}", "holds no picture", f"Pillow reads {' '.join(sorted(known))}")
+            why = "holds no picture" if os.path.isdir(word) else "names no picture"
+            raise UserError(f"--images {word}", why, "give pictures that Pillow reads (.jpg, .png, .webp, .tif, ...)")
         found = [os.path.abspath(file) for file in found]
         files.update(found)
         if not os.path.isdir(word):
@@ -137,7 +138,8 @@ class Pictures(Dataset):
         try:
             image = read_picture(self.files[i], shown=True)
         except Exception as error:  # whatever a decoder makes of a file must not end a run of a million
-            return Picture(i, [], None, (0, 0), error.args[1] if isinstance(error, UserError) else repr(error))
+            why = error.args[1] if isinstance(error, UserError) else repr(error)
+            return Picture(i, [], None, (0, 0), why if os.path.exists(self.files[i]) else "no such file")
         data, edges = self.config.data, self.config.eval.sizes or [self.config.data.test_short_edge]
         resized = lambda size: to_tensor(image.resize(size, Image.Resampling.BILINEAR))
         longest = max(image.size)
@@ -311,15 +313,18 @@ def report(totals: np.ndarray, tally: list[int], words: Words, out: Path, second
     segmented, before, broken = tally
     pixels = max(int(totals[:, 0].sum()), 1)
     rows = sorted((row for row in zip(totals.tolist(), words.shown_names, strict=True) if row[0][0]), reverse=True)
-    print(f"{'class':32}{'share':>8}{'pictures':>10}")
+    if rows:
+        print(f"{'class':32}{'share':>8}{'pictures':>10}")
     for (share, pictures), name in rows[:30]:
         print(f"{name[:31]:32}{100 * share / pixels:7.1f}%{pictures:10}")
     if len(rows) > 30:
         print(f"and {len(rows) - 30} more")
-    if absent := len(totals) - len(rows):
-        print(f"{absent} classes are nowhere")
+    absent = [name for name, pixels in zip(words.shown_names, totals[:, 0], strict=True) if not pixels]
+    if rows and absent:
+        print("not found:", ", ".join(absent) if len(absent) <= 20 else f"{len(absent)} classes")
     done = f", {before} done before" if before else ""
-    print(f"{segmented} pictures in {seconds:.1f} s, {segmented / seconds:.2f} images/s{done} -> {out}")
+    counted = f"{segmented} picture{'s' * (segmented != 1)}"
+    print(f"{counted} in {seconds:.1f} s, {segmented / seconds:.2f} images/s{done} -> {out}")
     if failed:
         with replacing(file := out / "failed.txt") as temporary:
             text = "\n".join(sorted(failed)) + "\n"

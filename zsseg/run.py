@@ -28,7 +28,7 @@ if (features := Path("/proc/cpuinfo")).exists() and "avx512f" in features.read_t
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # that ask a run to stop
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # that ask a run to stop
 ENVIRONMENT = """\
 environment: ZSSEG_DATA (data root), ZSSEG_CACHE (downloads, CLIP's weights and text features; else ~/.cache/zsseg),
 ZSSEG_VOCAB (CLIP's vocabulary file). A mistake of the user's is one line on stderr and exit code 2."""
@@ -71,8 +71,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         names = [str(name) for action in self._actions for name in (*action.option_strings, *(action.choices or ()))]
         found = re.search(r"(?:unrecognized arguments: |invalid choice: ')([\w-]+)", message)
-        todo = f"see {self.prog} --help"
-        raise UserError("command line", message, nearest(found[1], names, todo) if found else todo)
+        choices = re.search(r"\(choose from (.*)\)$", message)
+        todo, message = f"see {self.prog} --help", message.partition(" (choose from")[0]
+        todo = f"choose one of {choices[1]}" if choices else todo
+        few = choices and choices[1].count(",") < 3  # "gpu" is not a mistyped "cpu"
+        raise UserError("command line", message, nearest(found[1], names, todo) if found and not few else todo)
 
 
 def command(main: Callable[[list[str]], None]) -> None:
@@ -84,18 +87,22 @@ def command(main: Callable[[list[str]], None]) -> None:
             time.sleep(GRACE)  # all processes tend to meet the same error: one line is enough
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def parser(doc: str, config_required: bool = False) -> Parser:
+def parser(doc: str) -> Parser:
     """The options that train.py and eval.py share; `doc` is the script's docstring."""
     shared = Parser(doc)
-    shared.add_argument("--config", metavar="FILE", required=config_required, help="TOML file of options")
-    shared.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override one option")
+    shared.add_argument("--config", metavar="FILE", help="TOML file of options; a checkpoint holds its own")
+    shared.add_argument("--set", metavar="KEY=VALUE", action="append", default=[],
+                        help="override one option, e.g. train.steps=100; also repeated (all are in zsseg/config.py)")
     shared.add_root()
-    shared.add_argument("--out", metavar="DIR", help="where results go")
+    shared.add_argument("--out", metavar="DIR", help="where results go (see above for where they go else)")
     shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return shared
 

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     measuring.add_argument("--reproduce", action="store_true", help="print the paper's numbers beside ours")
     own = parser.add_argument_group("any pictures, any words")
     own.add_argument("--images", metavar="PICTURE", nargs="+", help="files, folders, patterns, or - for a list")
-    own.add_argument("--classes", metavar="WORDS", help='what to look for: "cat, dog, grass" or a text file')
+    own.add_argument("--classes", metavar="WORDS", help='what to look for: "cat, dog, grass; other: sky" or a text file')
     own.add_argument("--resume", action="store_true", help="segment only the pictures that are not done yet")
     own.add_argument("--export", metavar="DIR", help="write programs for these words that run without this project")
     args = parser.parse_args(argv)

@@ -245,11 +245,10 @@ def segment_pictures(segmenter: Segmenter, config: Config, results: Results, pro
     mine = process.sum(missing).nonzero()[process.rank :: process.world, 0].tolist()  # what is left is shared anew
     numbers = [i for g in mine for i in groups[g]]
     started, writing = time.perf_counter(), deque()
-    title = "segment" if process.world == 1 else f"segment, the first of {process.world} processes"
     batches = stream(Pictures(names.files, config), numbers, size, config.data.workers)
     with ThreadPoolExecutor(threads) as pool:
         segmented = segment_groups(segmenter, config, batches, process, words)
-        for picture, labels, pixels, scores in progress(segmented, title, len(numbers), process.is_main):
+        for picture, labels, pixels, scores in progress(segmented, "segment", len(numbers), process.is_main):
             tally[2 if picture.error else 0] += 1
             if picture.error:
                 failed.append(f"{names.files[picture.number]}: {picture.error}")

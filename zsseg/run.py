@@ -269,6 +269,8 @@ def commit() -> str:
 
 def progress(items: Iterable, name: str, total: int, show: bool = True) -> Iterator:
     """The items, with a progress bar on a terminal; elsewhere with a line every tenth of the way, or every minute."""
+    if (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        name += f", the first of {world} processes"
     if sys.stderr.isatty() or not show:
         yield from tqdm(items, name, total, disable=not show)
         return

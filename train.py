@@ -273,7 +273,7 @@ def main(argv: list[str]) -> None:
     there = any((out / name).exists() for name in ("last.pt", "previous.pt"))
     again = process.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)  # by torchrun --max-restarts
     if args.resume and not there:
-        raise run.UserError(f"--resume: {out}", "holds no run", "leave --resume out to start one")
+        raise run.UserError(f"output {out}", "holds no run", "leave --resume out to start one")
     saved = load_last(out) if args.resume or (again and there) else {}
     if not saved and there:
         raise run.UserError(f"output {out}", "holds a run already", "add --resume, or give another --out")

@@ -72,7 +72,8 @@ def main(argv: list[str]) -> None:
         segment(args, content, config)
     elif args.export:
         if run.start("cpu").is_main:
-            segmenter, words = load_segmenter(content, config, args.root, args.checkpoint).eval(), words_wanted(args, config)
+            words = words_wanted(args, config)
+            segmenter = load_segmenter(content, config, args.root, args.checkpoint).eval()
             set_words(segmenter, words, content, config)
             export(segmenter, config, words, Path(args.export))
     else:

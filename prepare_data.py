@@ -20,6 +20,7 @@ from zsseg import checkpoint, convert, run, shapes
 from zsseg.config import DataConfig, load_config
 from zsseg.datasets import (
     DATASETS,
+    Absent,
     Archive,
     count_classes,
     count_split,
@@ -139,7 +140,7 @@ def present(config: DataConfig, root: Path) -> list[str]:
         try:
             find_pairs(config, root, split)
             splits.append(split)
-        except UserError:
+        except Absent:
             if split == config.split:
                 raise
             if split == "train":

@@ -44,7 +44,8 @@ class Segment:
         self.config, self.root, self.process = config, root, process
         find_pairs(config.data, root, config.data.split)  # a missing split is noticed now, not at the end
         if 0 < config.train.eval_every < config.train.steps and not has_split(config.data, root, "val"):
-            raise run.UserError("train.eval_every", f"needs a val split, and {config.data.name} has none", "set it to 0")
+            todo = "--set train.eval_every=0"
+            raise run.UserError("train.eval_every", f"needs a val split, and {config.data.name} has none", todo)
         pseudo = pseudo_labels(config, root, out / "pseudo", process) if config.train.teacher else None
         self.segmenter = build_segmenter(config, root, saved).to(process.device)
         self.segmenter.set_classes(training_set(config.data).training_names)

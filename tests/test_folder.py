@@ -15,7 +15,7 @@ import prepare_data
 from zsseg import checkpoint, run
 from zsseg.config import DataConfig, load_config
 from zsseg.data import TestPictures, TrainPictures
-from zsseg.datasets import dataset, find_pairs, label_statistics
+from zsseg.datasets import dataset, find_pairs, has_split, label_statistics
 
 SMALL = ["model.backbone=small", "model.weights=", "model.queries=8", "model.hidden=32", "model.decoder_layers=1",
          "train.steps=4", "train.batch_size=2", "data.workers=0", "data.crop=64", "data.short_edges=[64]",
@@ -123,8 +123,10 @@ def test_paths_that_lead_nowhere_are_named(tmp_path):
     assert len(find_pairs(whole, tmp_path, "val")) == 1
     (tmp_path / "images/val/a.JPG").touch()
     (tmp_path / "images/val/a.json").touch()  # no picture
-    with pytest.raises(run.UserError, match="has the id of"):
-        find_pairs(described("data.pictures=images/{split}/{id}.*"), tmp_path, "val")
+    assert not has_split(whole, tmp_path, "train")
+    for look in (find_pairs, has_split):  # a split that is broken is not absent
+        with pytest.raises(run.UserError, match="has the id of"):
+            look(described("data.pictures=images/{split}/{id}.*"), tmp_path, "val")
 
 
 def test_label_maps_may_lie_elsewhere(tmp_path):

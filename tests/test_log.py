@@ -265,6 +265,7 @@ def server() -> Iterator[Server]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_online(server, shapes_root, tmp_path):
     """Every step once, in order, where the server has seen steps that the resumed run repeats; then the network dies."""
     words = [*WORDS, "--root", shapes_root, "--out", tmp_path / "run", "--set", "log.wandb=online"]

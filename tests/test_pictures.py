@@ -328,10 +328,13 @@ def test_resuming_segments_what_is_missing(model, shapes_root, tmp_path, capsys,
     state = torch.load(shapes_root / "shapes" / "clip.pt")
     torch.save(state | {"visual.proj": state["visual.proj"] * 1.01}, clip)
     assert segmented(*run[:-1], "red disc, walls", "--set", f"clip.weights={clip}") == 10
-    (tmp_path / "more").mkdir()
-    shutil.copy(images / "train00001.jpg", tmp_path / "more")
-    more = [*arguments(model, shapes_root, out, "--images", tmp_path / "more"), "--resume"]
-    fails(capsys, monkeypatch, evaluation.main, more, "train00001.json: is of", "another --out")
+    moved = images.rename(tmp_path / "moved")
+    run[run.index(str(images))] = str(moved)
+    last = [*run[:-1], "red disc, walls", "--set", f"clip.weights={clip}"]
+    assert segmented(*last) == 0
+    os.replace(moved / "train00007.jpg", moved / "train00001.jpg")  # an older file, another picture
+    assert segmented(*last) == 2
+    assert json.loads((out / "train00001.json").read_text())["picture"] == str(moved / "train00001.jpg")
 
 
 def summary(text: str, out: Path) -> None:
@@ -391,6 +394,7 @@ def test_two_processes_leave_what_one_leaves(model, shapes_root, photos, tmp_pat
     assert results(tmp_path / "2") == outs[0]
 
 
+@pytest.mark.slow
 def test_exported_programs_find_what_images_finds(model, shapes_root, photos, tmp_path, monkeypatch, capsys):
     """`--export` with words of the user's own, background words among them, on pictures of odd kinds."""
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 60, 4), np.uint8)).save(photos / "clear.png")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -85,7 +85,8 @@ def budget(segmenter: Segmenter, config: Config, root: Path, process: Process, s
     named = torch.zeros(C, C, dtype=torch.int64, device=device)
     best = torch.zeros(len(OVERLAPS) + 2, dtype=torch.float64, device=device)  # recalled at each, sum of overlaps, masks
     numbers = range(process.rank, len(pictures), process.world)
-    batches = progress(stream(pictures, numbers, 1, config.data.workers), f"budget {split}", len(numbers), process.is_main)
+    batches, name = stream(pictures, numbers, 1, config.data.workers), process.share_of(f"budget {split}")
+    batches = progress(batches, name, len(numbers), process.is_main)
     for [([image], labels, _)] in batches:
         image, labels = image.to(device), labels.to(device).long()
         if not (labels != data.ignore).any():
@@ -136,6 +137,7 @@ def picture(result: dict, keys: list[str]) -> Image.Image:
     colours = ("#4477aa", "#ee6677", "#228833", "#bbbbbb")
     canvas = Image.new("RGB", (760, 20 + 96 * len(bars)), "white")
     draw = ImageDraw.Draw(canvas)
+    draw.font = ImageFont.load_default(14)
     for i, (title, values) in enumerate(bars.items()):
         draw.text((12, 14 + 96 * i), title, "black")
         for j, (name, value) in enumerate(values):

@@ -121,8 +121,8 @@ def training_statistics(config: DataConfig, root: Path) -> LabelStatistics:
     """Which classes the training pictures show; label maps that cannot be read are named, and left out."""
     statistics = label_statistics(config, root, "train", config.workers)
     data = dataset(config)
-    if alone := len(data.unpaired(data.folder(root), "train")):
-        say(f"left out: {alone} files without a partner (prepare_data.py {config.name} --check names them)")
+    if os.environ.get("RANK", "0") == "0" and (alone := len(data.unpaired(data.folder(root), "train"))):
+        say(f"left out: {alone} files without a partner (prepare_data.py --check names them)")
     for line in statistics.broken[:20]:
         say(f"left out: {line}")
     if more := len(statistics.broken[20:]):

@@ -11,6 +11,7 @@ import os
 import tomllib
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,10 @@ from zsseg.config import DataConfig
 from zsseg.run import UserError, cache_dir, nearest, nearest_file, parallel, replacing
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `read_picture` has limits of its own
+
+
+class Absent(UserError):
+    """There is nothing of a split: no file, no list."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class DataSet:
                         continue
                     name = (below / (Path(f).stem if after == ".*" else f.removesuffix(after))).as_posix()
                     if name in names:
-                        raise UserError(f"picture {Path(parent, f)}", f"has the id of {names[name]}", "keep one")
+                        raise UserError(f"file {Path(parent, f)}", f"has the id of {names[name]}", "keep one")
                     names[name] = Path(parent, f)
             files.append(names)
         return files[0], files[1]
@@ -141,14 +146,15 @@ def dataset(wanted: str | DataConfig) -> DataSet:
 
 def own_dataset(config: DataConfig) -> DataSet:
     """The user's own data set; UserError where its description cannot be right."""
-    values, twice = config.values or list(range(len(config.classes))), lambda items: {i for i in items if items.count(i) > 1}
+    values = config.values or list(range(len(config.classes)))
     for name in config.unseen:
         if name not in config.classes:
             todo = nearest(name, config.classes, "give some of data.classes")
             raise UserError("data.unseen", f"{name!r} is none of data.classes", todo)
     for key, items in (("classes", config.classes), ("unseen", config.unseen), ("values", values)):
-        for item in twice(items):
-            raise UserError(f"data.{key}", f"{item!r} stands twice", "name each once")
+        for item, count in Counter(items).items():
+            if count > 1:
+                raise UserError(f"data.{key}", f"{item!r} stands twice", "name each once")
     lists = "{split}" not in config.pictures
     rules = {
         "data.pictures": (config.pictures.count("{id}") == 1 and not (lists and config.pictures.endswith(".*"))
@@ -182,7 +188,7 @@ def find_pairs(wanted: str | DataConfig, root: Path, split: str) -> list[tuple[P
     """The (picture, label map) files of a split; UserError where there are none."""
     data = dataset(wanted)
     if split not in data.splits:
-        raise UserError("data.split", f"is {split!r}", f"{data.name} has {', '.join(data.splits)}: --set data.split=...")
+        raise Absent("data.split", f"is {split!r}", f"{data.name} has {', '.join(data.splits)}: --set data.split=...")
     folder = data.folder(root)
     try:
         pairs = data.pairs(folder, split)
@@ -194,7 +200,7 @@ def find_pairs(wanted: str | DataConfig, root: Path, split: str) -> list[tuple[P
         raise nothing_found(data, folder, split)
     if not pairs:
         command = f"run prepare_data.py {data.name}" + " --train" * (split == "train" and data.name != "shapes")
-        raise UserError(f"data set {data.name}", f"no {split!r} pictures in {folder}", f"{command}, or give --root")
+        raise Absent(f"data set {data.name}", f"no {split!r} pictures in {folder}", f"{command}, or give --root")
     return pairs
 
 
@@ -203,19 +209,20 @@ def nothing_found(data: DataSet, folder: Path, split: str) -> UserError:
     if not folder.is_dir():
         return UserError("data.folder", f"no such folder {folder}", nearest_file(folder, "correct it, or give --root"))
     if data.lists:
-        return UserError(f"list {folder / split}.txt", f"names no {split!r} picture, or is not there", "write one id a line")
+        return Absent(f"list {folder / split}.txt", f"names no {split!r} picture, or is not there", "write one id a line")
     counts, pattern = [len(files) for files in data.found(folder, split)], (data.pictures, data.labels[0])
     key, i = ("data.labels", 1) if counts[0] and not counts[1] else ("data.pictures", 0)
     if all(counts):
         return UserError("data.labels", f"no {split!r} label map has the id of a picture", "see data.pictures and data.labels")
     place = folder / pattern[i].replace("{split}", split).replace("{id}", "*")
-    return UserError(key, f"no {split!r} file is {place}", "correct it, or data.folder, or give --root")
+    kind = UserError if any(counts) else Absent
+    return kind(key, f"no {split!r} file is {place}", "correct it, or data.folder, or give --root")
 
 
 def has_split(wanted: str | DataConfig, root: Path, split: str) -> bool:
     try:
         return bool(find_pairs(wanted, root, split))
-    except UserError:
+    except Absent:
         return False
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections import deque
 from pathlib import Path
 from types import FrameType
@@ -15,7 +14,6 @@ from zsseg.data import Guarded
 from zsseg.log import Log
 from zsseg.run import SIGNALS, Process, UserError, say
 
-PAUSE = 2  # seconds: torchrun passes on a Ctrl-C that the terminal has sent to all already
 LATE = 2  # steps after which a step's flag is read: the device has long passed it, so that the host need not wait
 
 
@@ -67,7 +65,7 @@ class Stop:
     A second Ctrl-C does not wait for that.
     """
     def __init__(self, process: Process):
-        self.process, self.asked, self.before = process, 0.0, {}
+        self.process, self.asked, self.before = process, set(), {}
 
     def __enter__(self) -> "Stop":
         self.before = {number: signal.signal(number, self.ask) for number in SIGNALS}
@@ -78,14 +76,13 @@ class Stop:
             signal.signal(number, handler)
 
     def ask(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if number == signal.SIGINT and self.asked and now - self.asked > PAUSE:
+        if number == signal.SIGINT and number in self.asked:
             raise KeyboardInterrupt
-        self.asked = self.asked or now
+        self.asked.add(number)
 
     def now(self) -> bool:
         """Whether any process was asked: they all stop after the same step."""
-        return self.process.any(self.asked > 0)
+        return self.process.any(bool(self.asked))
 
 
 def running_statistics(model: nn.Module) -> list[Tensor]:

@@ -85,7 +85,7 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
     batches = stream(pictures, numbers, 1, config.data.workers)
     compare = (wanted.compare or bool(wanted.weights)) and segmenter.clip is not None
     samples, started = [], time.perf_counter()
-    shown = progress(batches, f"evaluate {split}", len(numbers), process.is_main)
+    shown = progress(batches, process.share_of(f"evaluate {split}"), len(numbers), process.is_main)
     for number, [(images, labels, stem)] in zip(numbers, shown, strict=True):
         images, labels = [image.to(process.device) for image in images], labels.to(process.device).long()
         with process.autocast(config.model.bf16):

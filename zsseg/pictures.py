@@ -87,8 +87,8 @@ def find_pictures(given: list[str], out: Path) -> list[str]:
         else:
             raise UserError(f"--images {word}", "no such file or folder",
                             nearest_file(word, "give pictures, folders, patterns or -"))
-        inside = any(os.path.join(os.path.realpath(f), "").startswith(results) for f in {word, *map(os.path.dirname, found)})
-        if inside:  # a label map might take the place of its picture
+        asked = {*map(os.path.dirname, found), *([word] if word != "-" else [])}
+        if any(os.path.join(os.path.realpath(f), "").startswith(results) for f in asked):  # label maps might replace pictures
             raise UserError(f"--images {word}", f"lies in {out}, where results go", "give another --out")
         if not found:
             why = "holds no picture" if os.path.isdir(word) else "names no picture"
@@ -103,7 +103,8 @@ def find_pictures(given: list[str], out: Path) -> list[str]:
 def walk(folder: str, known: set[str], out: str) -> Iterator[str]:
     """The pictures below a folder, links followed but never twice, without hidden files and what lies in `out`."""
     def unreadable(error: OSError) -> None:
-        raise UserError(f"folder {error.filename}", f"cannot be read ({error.strerror})", "check its rights")
+        todo = "check its rights, or give a list (--images -)"
+        raise UserError(f"folder {error.filename}", f"cannot be read ({error.strerror})", todo)
 
     seen = set()
     for parent, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
@@ -123,6 +124,7 @@ class Picture:
     images: list[Tensor]  # uint8 [3, h, w] at each network-input size
     shown: Tensor | None  # uint8 [3, h, w] of the overlay
     size: tuple[int, int]  # (H, W) of its own
+    version: list[int]  # see `version_of`
     error: str = ""
 
     def pin_memory(self) -> "Picture":
@@ -136,17 +138,24 @@ class Pictures(Dataset):
 
     def __getitem__(self, i: int) -> Picture:
         try:
+            version = version_of(self.files[i])
             image = read_picture(self.files[i], shown=True)
         except Exception as error:  # whatever a decoder makes of a file must not end a run of a million
             why = error.args[1] if isinstance(error, UserError) else repr(error)
-            return Picture(i, [], None, (0, 0), why if os.path.exists(self.files[i]) else "no such file")
+            return Picture(i, [], None, (0, 0), [], why if os.path.exists(self.files[i]) else "no such file")
         data, edges = self.config.data, self.config.eval.sizes or [self.config.data.test_short_edge]
         resized = lambda size: to_tensor(image.resize(size, Image.Resampling.BILINEAR))
         longest = max(image.size)
         scale = min(max(longest, EDGES[0]), EDGES[1]) / longest
         shown = tuple(max(round(scale * side), 1) for side in image.size)
         images = [resized(test_size(*image.size, edge, data.max_size)) for edge in edges]
-        return Picture(i, images, resized(shown), image.size[::-1])
+        return Picture(i, images, resized(shown), image.size[::-1], version)
+
+
+def version_of(file: str) -> list[int]:
+    """A file's size in bytes and when it was changed, in ns: another picture, or a new one of that name, has others."""
+    stat = os.stat(file)
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 class Results:
@@ -162,20 +171,16 @@ class Results:
         return self.out / (self.names[number] + ending)
 
     def counts(self, number: int) -> dict[int, int] | None:
-        """The pixels of each class in a picture that is done, with these words and settings; else None.
-
-        Raises UserError where the results there are those of another picture.
-        """
-        (file, *others), picture = map(self.file, 3 * [number], (".json", ".png", ".overlay.jpg")), self.names.files[number]
+        """The pixels of each class in a picture that is done as it is, with these words and settings; else None."""
         try:
-            content = json.loads(file.read_text())
-            if content["picture"] == picture:
-                known = content["made_with"] == self.made_with and os.path.getmtime(picture) <= os.path.getmtime(file)
-                known &= all(map(os.path.exists, others))
-                return {c["id"]: c["pixels"] for c in content["classes"]} if known else None
+            content = json.loads(self.file(number, ".json").read_text())
+            if content["made_with"] != self.made_with or content["version"] != version_of(self.names.files[number]):
+                return None
+            if not all(self.file(number, ending).exists() for ending in (".png", ".overlay.jpg")):
+                return None
+            return {c["id"]: c["pixels"] for c in content["classes"]}
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        raise UserError(f"output {file}", f"is of {content['picture']}, not of {picture}", "give another --out")
 
     def write(self, picture: Picture, labels: np.ndarray, pixels: list[int], scores: list[float]) -> None:
         """labels uint8 or uint16 [H, W]; pixels and the sum of scores of each class that is shown."""
@@ -189,7 +194,8 @@ class Results:
             overlay(image, small, self.colours, legend).save(file, "JPEG", quality=90)
         classes = [{"id": i, "name": shown[i], "pixels": pixels[i], "share": round(pixels[i] / total, 6),
                     "score": round(scores[i] / pixels[i], 4)} for i in order]  # fmt: skip
-        content = {"picture": self.names.files[picture.number], "height": labels.shape[0], "width": labels.shape[1]}
+        content = {"picture": self.names.files[picture.number], "height": labels.shape[0], "width": labels.shape[1],
+                   "version": picture.version}  # fmt: skip
         with replacing(self.file(picture.number, ".json")) as file:
             text = json.dumps(content | {"classes": classes, "made_with": self.made_with}, indent=1)
             file.write_text(text + "\n")
@@ -198,8 +204,8 @@ class Results:
 def made_with(segmenter: Segmenter, config: Config, words: Words, process: Process) -> str:
     """A digest of all that results depend on, the pictures apart; `segmenter` has its vocabulary."""
     clip, model, data = asdict(config.clip), asdict(config.model), (config.data.test_short_edge, config.data.max_size)
-    for part, key in ((clip, "chunk"), (model, "compile"), (model, "kernels")):  # a matter of memory and time
-        del part[key]
+    del clip["chunk"], model["compile"], model["kernels"]  # a matter of memory and time
+    del clip["weights"], clip["prompts"], model["weights"]  # what was read from there is below
     model["bf16"] = process.enabled(config.model.bf16)
     settings = [clip, model, asdict(config.eval), data, asdict(words), segmenter.seen.tolist()]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -233,7 +239,7 @@ def segment_pictures(segmenter: Segmenter, config: Config, results: Results, pro
     share_out(out, process)
     with ThreadPoolExecutor(threads) as pool:
         share = range(process.rank, len(groups), process.world)
-        for g in progress(share, "look for results", len(share), process.is_main and resume):
+        for g in progress(share, process.share_of("look for results"), len(share), process.is_main and resume):
             before = list(pool.map(results.counts, groups[g])) if resume else [None]
             if None in before:
                 missing[g] = 1
@@ -248,7 +254,7 @@ def segment_pictures(segmenter: Segmenter, config: Config, results: Results, pro
     batches = stream(Pictures(names.files, config), numbers, size, config.data.workers)
     with ThreadPoolExecutor(threads) as pool:
         segmented = segment_groups(segmenter, config, batches, process, words)
-        for picture, labels, pixels, scores in progress(segmented, "segment", len(numbers), process.is_main):
+        for picture, labels, pixels, scores in progress(segmented, process.share_of("segment"), len(numbers), process.is_main):
             tally[2 if picture.error else 0] += 1
             if picture.error:
                 failed.append(f"{names.files[picture.number]}: {picture.error}")
@@ -269,10 +275,12 @@ def segment_pictures(segmenter: Segmenter, config: Config, results: Results, pro
 def share_out(out: Path, process: Process) -> None:
     """Make the folder of the results, without an earlier list of failures; UserError where it cannot be filled or shared."""
     failed = out / "failed.txt"
-    if process.is_main:
+
+    def fill() -> None:
         with replacing(failed) as file:
             file.touch()
-    process.wait()
+
+    process.agree(fill)
     if process.any(not failed.exists()):
         raise UserError(f"output {out}", "is not one folder for all processes", "put it where all machines see the same files")
     if process.is_main:
@@ -308,7 +316,9 @@ def segment_groups(segmenter: Segmenter, config: Config, batches: Iterator, proc
 
 
 def report(totals: np.ndarray, tally: list[int], words: Words, out: Path, seconds: float, failed: list[str]) -> None:
-    """Print how much of the pictures each class covers; list those that could not be read, which is a UserError."""
+    """Print how much of the pictures each class covers; list those that could not be read, which is a UserError unless
+    torchrun would start again for it.
+    """
     segmented, before, broken = tally
     pixels = max(int(totals[:, 0].sum()), 1)
     rows = sorted((row for row in zip(totals.tolist(), words.shown_names, strict=True) if row[0][0]), reverse=True)

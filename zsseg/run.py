@@ -100,9 +100,9 @@ def parser(doc: str) -> Parser:
     shared = Parser(doc)
     shared.add_argument("--config", metavar="FILE", help="TOML file of options; a checkpoint holds its own")
     shared.add_argument("--set", metavar="KEY=VALUE", action="append", default=[],
-                        help="override one option, e.g. train.steps=100; also repeated (all are in zsseg/config.py)")
+                        help="override one option, e.g. train.steps=100; may be repeated (all are in zsseg/config.py)")
     shared.add_root()
-    shared.add_argument("--out", metavar="DIR", help="where results go (see above for where they go else)")
+    shared.add_argument("--out", metavar="DIR", help="where results go (default: see above)")
     shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return shared
 
@@ -151,6 +151,10 @@ class Process:
         if self.is_main:
             raise found[0]
         sys.exit(2)  # the first one says why
+
+    def share_of(self, name: str) -> str:
+        """The name of work of which each process does a part, beside a count of this one's."""
+        return name if self.world == 1 else f"{name}, the first of {self.world} processes"
 
     def gather(self, values: list) -> list:
         """The values of all processes, one process's after another's, on the first one."""
@@ -269,8 +273,6 @@ def commit() -> str:
 
 def progress(items: Iterable, name: str, total: int, show: bool = True) -> Iterator:
     """The items, with a progress bar on a terminal; elsewhere with a line every tenth of the way, or every minute."""
-    if (world := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        name += f", the first of {world} processes"
     if sys.stderr.isatty() or not show:
         yield from tqdm(items, name, total, disable=not show)
         return
@@ -294,6 +296,6 @@ def parallel(function: Callable, items: Iterable, workers: int, name: str) -> It
     items = list(items)
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         try:
-            yield from progress(pool.map(function, items), name, len(items))
+            yield from progress(pool.map(function, items), name, len(items), os.environ.get("RANK", "0") == "0")
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

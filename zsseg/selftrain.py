@@ -63,7 +63,8 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
     kept[: len(data.trained)] = data.trained
     pictures.lut = np.where(hidden == data.ignore, data.ignore, kept[hidden]).astype(hidden.dtype)
     numbers = missing[process.rank :: process.world]
-    batches = progress(stream(pictures, numbers, 1, config.data.workers), "pseudo labels", len(numbers), process.is_main)
+    batches, name = stream(pictures, numbers, 1, config.data.workers), process.share_of("pseudo labels")
+    batches = progress(batches, name, len(numbers), process.is_main)
     for i, [([image], known, _)] in zip(numbers, batches, strict=True):
         with process.autocast(theirs.model.bf16):
             proposals = teacher.propose(image.to(process.device))

@@ -228,7 +228,8 @@ def group_size(segmenter: Segmenter, config: Config, device: torch.device) -> in
 def segment_pictures(segmenter: Segmenter, config: Config, results: Results, process: Process, resume: bool) -> None:
     """Segment all pictures, each once, shared among the processes; with `resume` those that are not done yet.
 
-    `segmenter` has its vocabulary. Pictures that cannot be read are listed in OUT/failed.txt and, at the end, a UserError.
+    `segmenter` has its vocabulary. At the end, OUT/failed.txt lists pictures that cannot be read, which are a UserError unless
+    torchrun would start again for it.
     """
     names, words, out, device = results.names, results.words, results.out, process.device
     C, size, failed = len(words.shown_names), group_size(segmenter, config, device), []

@@ -1,4 +1,4 @@
-"""Any pictures, any words: word lists, finding pictures, what is written, resuming, several processes, mistakes."""
+"""Any pictures, any words: finding pictures, what is written, resuming, several processes, mistakes."""
 
 import io
 import json
@@ -26,7 +26,6 @@ from zsseg.draw import overlay, palette
 from zsseg.pictures import Names, find_pictures
 from zsseg.run import UserError
 from zsseg.segmenter import Segmenter
-from zsseg.words import read_words
 
 
 @pytest.fixture(scope="module")
@@ -68,63 +67,6 @@ def arguments(model: Path, root: Path, out: Path, *more: object) -> list[str]:
 
 def results(out: Path) -> dict[str, bytes]:
     return {f.relative_to(out).as_posix(): f.read_bytes() for f in sorted(out.rglob("*")) if f.is_file()}
-
-
-# --- words -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("text", "names", "synonyms", "shown"),
-    [("cat, dog,grass", ["cat", "dog", "grass"], {}, 3),
-     ("cat, sofa = couch = settee, dog,", ["cat", "sofa", "dog"], {"sofa": ["couch", "settee"]}, 3),
-     ("cat; Other: sky, wall ; dog", ["cat", "dog", "sky", "wall"], {}, 2),
-     ("other", ["other"], {}, 1),
-     ("file:cat\r\ndog\n\n# a comment = none\n  hot   dog  \n", ["cat", "dog", "hot dog"], {}, 3),
-     ("file:cat, dog\nsofa = couch, settee\nother: sky, wall", ["cat", "dog", "sofa", "sky", "wall"],
-      {"sofa": ["couch", "settee"]}, 3)],
-)  # fmt: skip
-def test_word_lists(text, names, synonyms, shown, tmp_path):
-    if text.startswith("file:"):
-        (tmp_path / "words").write_text("\ufeff" + text.removeprefix("file:"), encoding="utf-8")
-        text = str(tmp_path / "words")
-    words = read_words(text)
-    assert (words.names, words.synonyms, words.shown) == (names, synonyms, shown)
-    assert words.shown_names == names[:shown] + ["other"] * (shown < len(names))
-
-
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [("", "holds no word"), (" ,; = ", "holds no word"), ("other: sky", "holds no word"),
-     ("cat, Cat", "'Cat': stands twice"), ("sofa = couch; couch", "stands twice"), ("cat; other: cat", "stands twice"),
-     ("other; other: sky", "'other': stands twice"), ("absent.txt", "No such file"),
-     ("cat, dog, other: sky", "'other: sky': stands within a list"),
-     (", ".join(map(str, range(70_000))), "room for 65535")],
-)  # fmt: skip
-def test_word_lists_that_cannot_be(text, part):
-    with pytest.raises(UserError, match=part):
-        read_words(text)
-
-
-@pytest.mark.parametrize("line", ["cat, sofa = couch", "= couch"])
-def test_a_line_of_synonyms_has_one_name(line, tmp_path):
-    (tmp_path / "words").write_text(line)
-    with pytest.raises(UserError, match="no single name before ="):
-        read_words(str(tmp_path / "words"))
-
-
-def test_words_that_were_trained_on_are_seen():
-    voc = dataset("voc")
-    words = read_words("Dining Table; couch = sofa; tv; grass = potted-plant; Aeroplane; other: motor_bike")
-    assert words.trained(voc) == [0, 4, 5]  # sofa and pottedplant are unseen
-    assert read_words("wall, building").trained(dataset("ade20k")) == []  # no such split
-
-
-def test_synonyms_are_averaged(segmenter):
-    segmenter.set_classes(["sofa", "couch", "settee", "cat"])
-    each = segmenter.text
-    segmenter.set_classes(["sofa", "cat"], [], {"sofa": ["couch", "settee"]})
-    wanted = torch.nn.functional.normalize(torch.stack([each[:3].mean(0), each[3]]), dim=-1)
-    assert torch.allclose(segmenter.text, wanted, atol=1e-6) and torch.equal(segmenter.region_text, segmenter.text)
 
 
 # --- finding pictures --------------------------------------------------------------------------------------------

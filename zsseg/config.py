@@ -214,8 +214,8 @@ def read_toml(file: str) -> dict:
     try:
         return tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
-        other = Path("configs") / f"{Path(file).stem}.toml"
-        todo = f"did you mean {other}?" if other.is_file() else nearest_file(file, "give the path of a TOML file")
+        other, todo = Path("configs") / f"{Path(file).stem}.toml", nearest_file(file, "give the path of a TOML file")
+        todo = f"did you mean {other}?" if other.is_file() and other != Path(file) else todo
         raise UserError(f"config {file}", error.strerror or str(error), todo) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"config {file}", f"is not TOML: {error}", "correct that line") from None

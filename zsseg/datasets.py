@@ -221,9 +221,10 @@ def nothing_found(data: DataSet, folder: Path, split: str) -> UserError:
 
 def has_split(wanted: str | DataConfig, root: Path, split: str) -> bool:
     try:
-        return bool(find_pairs(wanted, root, split))
+        find_pairs(wanted, root, split)
     except Absent:
         return False
+    return True
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from zsseg.budget import ROWS
 from zsseg.config import Config
 from zsseg.datasets import dataset
 from zsseg.draw import palette
+from zsseg.log import read_lines
 from zsseg.metrics import method, rows
 from zsseg.published import nearest
 from zsseg.run import Process, commit, replacing
@@ -183,14 +184,10 @@ def read_budget(file: Path, checkpoint: Path, result: dict) -> dict | None:
 def curves(file: Path) -> list[dict]:
     """The charts of what a run logged; a line has at most POINTS (step, value). What is broken or not finite is left out."""
     series: dict[str, list[tuple[float, float]]] = {}
-    for text in file.read_text(errors="replace").splitlines() if file.exists() else ():
-        try:
-            line = json.loads(text)
-            for key, value in line.items():
-                if isinstance(value, (int, float)) and math.isfinite(value):
-                    series.setdefault(key, []).append((float(line["step"]), value))
-        except (ValueError, TypeError, LookupError, AttributeError):
-            continue
+    for line in read_lines(file):
+        for key, value in line.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                series.setdefault(key, []).append((line["step"], value))
     charts = []
     for title, log, names in CHARTS:
         lines = {name: series[key] for key, name in names.items() if len(series.get(key, ())) > 1}

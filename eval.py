@@ -91,9 +91,13 @@ def set_words(segmenter: Segmenter, words: Words, content: dict, config: Config)
 
 
 def compile_for(pictures: int, segmenter: Segmenter, config: Config, process: run.Process) -> None:
+    """Compile what pays for it, and say what the run computes on."""
+    process.describe(config.model.bf16)
     many = config.model.compile == "on" or pictures >= WORTH_COMPILING * process.world
-    if many and process.enabled(config.model.compile):
+    if many and process.compiles(config.model.compile):
         segmenter.compile_parts()
+    elif many and config.model.compile == "auto" and segmenter.clip is not None and run.can_compile():
+        segmenter.compile_tower()  # on a CPU all else is little beside it
 
 
 def segment(args: Namespace, content: dict, config: Config) -> None:
@@ -113,6 +117,8 @@ def measure(args: Namespace, content: dict, config: Config) -> None:
     """The metrics on a split of a data set, and what belongs to them."""
     pairs = find_pairs(config.data, args.root, config.data.split)  # before anything is downloaded
     process, out = run.start(args.device), Path(args.out or Path(args.checkpoint).parent / "eval")
+    if "config" not in content and config.model.bf16 == "auto" and process.device.type == "cpu":
+        config.model.bf16 = "off"  # what an original checkpoint gives is compared with the original's numbers
     segmenter = load_segmenter(content, config, args.root, args.checkpoint).to(process.device).eval()
     compile_for(len(pairs), segmenter, config, process)
     if args.budget:

@@ -67,12 +67,12 @@ class Segment:
         images, targets = images.to(device, non_blocking=True), targets.to(device)
         weights = (train.focal_weight, train.dice_weight, train.no_object_weight)
         if not self.config.model.proposals:
-            with self.process.autocast(self.config.model.bf16):
+            with self.process.autocast(self.config.model.bf16, training=True):
                 logits = model(self.model.prepare(images), self.text)
             loss = per_pixel_loss(logits, targets.labels, self.samples.data.ignore)
             return loss, {"class": loss.detach()}
         scales = normalizers(targets.counts, self.config.model.queries, train.no_object_weight, self.process)
-        with self.process.autocast(self.config.model.bf16):  # the network only: costs and losses need fp32
+        with self.process.autocast(self.config.model.bf16, training=True):  # the network only: costs and losses need fp32
             logits, masks = model(self.model.prepare(images), self.text)
         losses = self.losses(logits, masks, targets.padded() if self.compiled else targets, scales, *weights)
         layers = {f"{k}/layer_{i}": v.detach()[i] for k, v in losses.items() for i in range(len(v) - 1)}
@@ -113,7 +113,7 @@ class Prompts:
     def loss(self, model: nn.Module, batch: list) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum over the seeds, each of which has parameters of its own."""
         crops, classes = (x.to(self.process.device, non_blocking=True) for x in batch)
-        with self.process.autocast(self.config.model.bf16):
+        with self.process.autocast(self.config.model.bf16, training=True):
             logits = model(crops)  # [S, B, C]
         accuracy = 100 * (logits.argmax(-1) == classes).float().mean()
         S = len(logits)
@@ -181,7 +181,7 @@ class Contrast:
         crops, captions = zip(*batch, strict=True)
         G, N = len(crops), len(crops[0])
         tokens = self.tokenizer([text for group in captions for text in group]).to(self.process.device)
-        with self.process.autocast(self.config.model.bf16):
+        with self.process.autocast(self.config.model.bf16, training=True):
             image, text = model(torch.cat(crops).to(self.process.device), tokens)  # [G*N, D] each
         image, text = image.float().view(G, N, -1), text.float().view(G, N, -1)
         loss = contrastive_loss(image, text, self.model.logit_scale)
@@ -306,9 +306,10 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     if saved:
         task.load(saved["model"], f"checkpoint {out / 'last.pt'}")
         restore(optimizer, saved["optimizer"], f"checkpoint {out / 'last.pt'}")
+    process.describe(config.model.bf16, training=True)
     start, steps, best = saved.get("step", 0), config.train.steps, saved.get("best", -math.inf)
     task.model.train()
-    if process.enabled(config.model.compile):
+    if process.compiles(config.model.compile):
         task.compile()  # before DDP wraps the model, and in place: names in the state dict stay as they are
     model = DistributedDataParallel(task.model) if process.world > 1 else task.model
     log, speed = Log(out, process, config, start, saved.get("wandb")), Speed(process, task.batch_size, start)

@@ -13,6 +13,8 @@ from torch import Tensor
 from kernels.jit import Switch, cdiv, contiguous, jit, tl, tuned
 
 SAFE = {"QUERIES": 32, "WIDTH": 64, "PIXELS": 32, "num_warps": 8}
+MASK_GRADIENT = {"QUERIES": 64, "WIDTH": 32, "PIXELS": 64, "num_warps": 8}  # 4 warps hold too much each
+FEATURE_GRADIENT = {"QUERIES": 32, "WIDTH": 64, "PIXELS": 64, "num_warps": 4}
 
 
 def mask_weights(masks: Tensor, threshold: float) -> Tensor:
@@ -173,14 +175,13 @@ def launch_backward(grad: Tensor, pooled: Tensor, total: Tensor, features: Tenso
     of_features, of_masks = (x.new_zeros(x.shape) for x in (features, masks))
     if not scaled.numel():
         return of_features, of_masks
-    feature_gradient_kernel[(cdiv(D, 64), cdiv(HW, 64), B)](
-        masks, scaled, of_features, Q, D, HW, logit(max(threshold, 0.0)),
-        SOFT=threshold < 0, QUERIES=32, WIDTH=64, PIXELS=64, num_warps=4,
+    feature_gradient_kernel[(cdiv(D, FEATURE_GRADIENT["WIDTH"]), cdiv(HW, FEATURE_GRADIENT["PIXELS"]), B)](
+        masks, scaled, of_features, Q, D, HW, logit(max(threshold, 0.0)), SOFT=threshold < 0, **FEATURE_GRADIENT,
     )  # fmt: skip
     if threshold < 0:
         shift = (scaled * pooled.float()).sum(-1)
-        mask_gradient_kernel[(cdiv(Q, 64), cdiv(HW, 64), B)](
-            features, masks, scaled, shift, of_masks, Q, D, HW, QUERIES=64, WIDTH=32, PIXELS=64, num_warps=4,
+        mask_gradient_kernel[(cdiv(Q, MASK_GRADIENT["QUERIES"]), cdiv(HW, MASK_GRADIENT["PIXELS"]), B)](
+            features, masks, scaled, shift, of_masks, Q, D, HW, **MASK_GRADIENT,
         )  # fmt: skip
     return of_features, of_masks
 

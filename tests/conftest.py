@@ -30,13 +30,18 @@ if VOCABULARY.exists():
 CACHE = tempfile.TemporaryDirectory()  # nothing that another run computed
 os.environ["ZSSEG_CACHE"] = CACHE.name
 GOLDEN = Path(__file__).parent / "golden"
-torch.set_num_threads(max(torch.get_num_threads(), 2))  # one thread sums convolutions in yet another order
 PROCESS = run.Process(torch.device("cpu"))
+GPU = run.Process(torch.device("cuda", 0))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
 
 
 def relative_error(ours: torch.Tensor, reference: np.ndarray) -> float:
     """Largest difference relative to the reference's largest absolute value."""
-    return float(np.abs(ours.detach().numpy() - reference).max() / np.abs(reference).max())
+    return float(np.abs(ours.detach().cpu().numpy() - reference).max() / np.abs(reference).max())
 
 
 def golden(name: str) -> dict[str, np.ndarray]:

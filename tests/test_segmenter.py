@@ -1,9 +1,14 @@
 """The ensemble, the score maps and what must not change the result."""
 
+import subprocess
+
 import pytest
 import torch
+from conftest import tiny_config
 
-from zsseg.run import UserError
+import eval as evaluation
+from zsseg import run
+from zsseg.run import Process, UserError
 from zsseg.segmenter import Proposals
 
 
@@ -92,3 +97,48 @@ def test_regions_may_have_a_prompt_of_their_own(segmenter):
 def test_names_are_checked(segmenter, names, message):
     with pytest.raises(UserError, match=message):
         segmenter.set_classes(names)
+
+
+def test_on_a_cpu_bf16_is_for_clip_alone(segmenter):
+    """The masks are those of fp32; CLIP's probabilities are near, in another precision."""
+    image, dtypes = picture(), set()
+    plain = segmenter.propose(image)
+    hook = segmenter.clip.visual.transformer.resblocks[0].mlp.c_fc.register_forward_hook(lambda m, x, y: dtypes.add(y.dtype))
+    with Process(torch.device("cpu")).autocast("on"):
+        rough = segmenter.propose(image)
+    hook.remove()
+    assert dtypes == {torch.bfloat16}
+    assert torch.equal(rough.logits, plain.logits) and torch.equal(rough.head, plain.head)
+    assert 0 < (rough.region - plain.region).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(("amx", "avx512", "kernels", "has"), [(True, False, "AVX512", True), (False, True, "AVX512", True),
+                                                               (False, False, "AVX512", False), (True, True, "AVX2", False),
+                                                               (True, True, "DEFAULT", False)])  # fmt: skip
+def test_bf16_is_on_by_itself_where_the_cpu_multiplies_in_it(monkeypatch, capsys, amx, avx512, kernels, has):
+    """And PyTorch may use it; in training only where it is asked for."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kernels)
+    process = Process(torch.device("cpu"))
+    for setting, training, expected in (("auto", False, has), ("auto", True, False), ("on", False, True), ("on", True, True),
+                                        ("off", False, False)):  # fmt: skip
+        assert process.bf16(setting, training) == expected
+        process.describe(setting, training)
+        line = capsys.readouterr().out
+        assert kernels in line and ("bf16" in line) == expected, line
+    assert Process(torch.device("cuda", 0)).bf16("auto", training=True)
+
+
+@pytest.mark.parametrize(("compiler", "pictures", "compiled"), [("", 1000, True), ("false", 1000, False), ("", 999, False)])
+def test_on_a_cpu_clip_is_compiled_for_many_pictures(segmenter, monkeypatch, capsys, compiler, pictures, compiled):
+    """Where there is a C++ compiler; elsewhere the run goes on without, and says so."""
+    run.can_compile.cache_clear()
+    if compiler:
+        monkeypatch.setattr(torch, "compile", lambda f: lambda x: subprocess.run([compiler], check=True))
+    evaluation.compile_for(pictures, segmenter, tiny_config(), Process(torch.device("cpu")))
+    assert segmenter.few_sizes == compiled and not segmenter.compiled
+    assert (segmenter.clip.visual._compiled_call_impl is not None) == compiled
+    assert segmenter.maskformer._compiled_call_impl is None
+    assert ("not compiled" in capsys.readouterr().out) == bool(compiler)
+    run.can_compile.cache_clear()

@@ -16,12 +16,6 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class LayerNorm(nn.LayerNorm):
-    """Layer norm in fp32 whatever the dtype of its input."""
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
-
-
 class QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = (1.702 * x).sigmoid_()
@@ -56,7 +50,7 @@ class Block(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.attn = Attention(width, max(width // 64, 1))
-        self.ln_1, self.ln_2 = LayerNorm(width), LayerNorm(width)
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         layers = [("c_fc", nn.Linear(width, 4 * width)), ("gelu", QuickGELU()), ("c_proj", nn.Linear(4 * width, width))]
         self.mlp = nn.Sequential(OrderedDict(layers))
 
@@ -81,6 +75,14 @@ class Transformer(nn.Module):
         return x
 
 
+def cosine_logits(features: Tensor, text: Tensor) -> Tensor:
+    """100 x cosine: features [..., D], normalised text features [C, D] -> [..., C], in fp32 under autocast, too: the steps of
+    bf16 would be 0.1 wide and more.
+    """
+    with torch.autocast(text.device.type, enabled=False):
+        return 100 * F.normalize(features.float(), dim=-1) @ text.float().T
+
+
 def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
     """Position embeddings [1+n*n, D] -> [1+height*width, D]: bicubic on the grid, the class token as it is."""
     side = math.isqrt(len(positions) - 1)
@@ -100,18 +102,18 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         tokens = (resolution // patch) ** 2 + 1
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
-        self.ln_pre, self.ln_post = LayerNorm(width), LayerNorm(width)
+        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.transformer = Transformer(width, layers)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed))
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The tokens that enter the transformer [N, 1 + H/p * W/p, width], and (H/p, W/p)."""
-        plain = isinstance(self.conv1, nn.Conv2d) and images.is_cuda  # a CPU's convolution rounds as the reference values do
+        plain = isinstance(self.conv1, nn.Conv2d)
         x = patch_tokens(images, self.conv1.weight) if plain else self.conv1(images)  # [N, width, H/p, W/p]
         height, width = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2)  # [N, H/p * W/p, width]
-        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)
-        return self.ln_pre(x + resize_positions(self.positional_embedding, height, width).to(x.dtype)), (height, width)
+        x = x.flatten(2).transpose(1, 2).float()  # [N, H/p * W/p, width]; tokens stay fp32 between the blocks under autocast
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
+        return self.ln_pre(x + resize_positions(self.positional_embedding, height, width)), (height, width)
 
     def forward(self, images: Tensor, dense: bool = False) -> Tensor:
         """Normalised images [N, 3, H, W] -> [N, D], or with `dense` one feature a patch [N, H/p, W/p, D]."""
@@ -163,7 +165,7 @@ class VisionTransformer(nn.Module):
 def patch_tokens(images: Tensor, weight: Tensor) -> Tensor:
     """Non-overlapping patches of images [N, 3, H, W] times weight [width, 3, p, p] -> [N, width, H/p, W/p].
 
-    A convolution whose stride is its width, as one matrix product: what tensor cores do best.
+    A convolution whose stride is its width, as one matrix product: what tensor cores, and CPUs, do best.
     """
     p = weight.shape[-1]
     h, w = images.shape[-2] // p, images.shape[-1] // p
@@ -260,7 +262,7 @@ class CLIP(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, width))
         self.transformer = Transformer(width, layers)
-        self.ln_final = LayerNorm(width)
+        self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.register_buffer("causal_mask", torch.full((context, context), -math.inf).triu(1), persistent=False)

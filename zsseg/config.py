@@ -49,8 +49,8 @@ class ModelConfig:
     class_head: str = "text"  # text (any words) | linear (fully supervised MaskFormer: the data set's classes, no CLIP)
     class_hidden: int = 1024  # hidden width of the class-embedding MLP
     kernels: bool = True  # Triton kernels on CUDA; false: the plain PyTorch that they are tested against
-    compile: str = "auto"  # auto (on CUDA: training, and evaluation of many pictures) | on | off
-    bf16: str = "auto"  # autocast: auto (on CUDA only) | on | off
+    compile: str = "auto"  # auto (on CUDA: training, and evaluation of many pictures; on CPUs CLIP, for many) | on | off
+    bf16: str = "auto"  # auto (on CUDA; except in training on CPUs that multiply in bf16, CLIP alone) | on | off
 
 
 @dataclass

@@ -6,12 +6,12 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
 
 from zsseg import clip as clip_module
+from zsseg.clip import cosine_logits
 from zsseg.config import Config
 from zsseg.run import UserError, replacing, say
 from zsseg.segmenter import Segmenter
@@ -69,14 +69,14 @@ class Tower(nn.Module):
         self.register_buffer("text", segmenter.region_text)
 
     def forward(self, crops: Tensor) -> Tensor:
-        return 100 * F.normalize(self.visual(crops), dim=-1) @ self.text.T
+        return cosine_logits(self.visual(crops), self.text)
 
 
 def export(segmenter: Segmenter, config: Config, words: Words, out: Path) -> None:
     """Write proposer.pt2, clip.pt2 (where there is a CLIP whose opinion counts), settings.json and example.py.
 
-    `segmenter` is in eval mode and knows its classes, `words`; it stays as it is. Programs are fp32 on the CPU. Every program
-    is loaded again and compared with the module. Raises UserError for what has no programs, RuntimeError where one differs.
+    `segmenter` is in eval mode and knows its classes, `words`; it stays as it is. Programs hold fp32 weights, for any CPU;
+    example.py runs CLIP in bf16 as `model.bf16` says. Every program is loaded again and compared with the module. Raises UserError for what has no programs, RuntimeError where one differs.
     """
     with_clip = segmenter.clip is not None and config.clip.ensemble
     if not segmenter.proposing:
@@ -88,7 +88,7 @@ def export(segmenter: Segmenter, config: Config, words: Words, out: Path) -> Non
     write(Proposer(segmenter), pictures, {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, out / "proposer.pt2")
     settings = {"names": segmenter.names, "shown_names": words.shown_names, "seen": segmenter.seen.nonzero()[:, 0].tolist(),
                 "short_edge": config.data.test_short_edge, "longest_edge": config.data.max_size,
-                "proposer": PROPOSER, "clip": None, "steps": [*MASKS, "Scores s are p.", *LABELS]}  # fmt: skip
+                "bf16": config.model.bf16, "proposer": PROPOSER, "clip": None, "steps": [*MASKS, "Scores s are p.", *LABELS]}  # fmt: skip
     (out / "clip.pt2").unlink(missing_ok=True)
     if with_clip:
         R = segmenter.clip.visual.resolution

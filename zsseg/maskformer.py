@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision import ops
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from zsseg.clip import cosine_logits
 from zsseg.config import ModelConfig
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # of RGB in 0..255
@@ -20,14 +21,8 @@ DIVISOR = 32  # picture sides are padded to a multiple of the coarsest stride
 
 
 class FrozenBatchNorm2d(ops.FrozenBatchNorm2d):
-    """Batch norm whose four tensors are buffers (eps 1e-5).
-
-    One fused operator where no gradient is needed, else scale and bias, which keep less for the backward pass: each is
-    what detectron2 computes, to the last bit, and sharp attention can amplify a last bit a millionfold.
-    """
+    """Batch norm whose four tensors are buffers (eps 1e-5), as one operator: torchvision's own reads the map twice."""
     def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad:
-            return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
@@ -130,10 +125,9 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, query_pos: Tensor, memory: Tensor, keys: Tensor) -> Tensor:
         """x [Q, B, hidden], query_pos [Q, B, hidden], memory and keys (memory + positions) [h*w, B, hidden] -> like x."""
-        # The explicit softmax (need_weights) costs little at this size and rounds as the original does.
         q = x + query_pos
-        x = self.norm1(x + self.dropout(self.self_attn(q, q, x)[0]))
-        y = self.cross_attn(x + query_pos, keys, memory)[0]
+        x = self.norm1(x + self.dropout(self.self_attn(q, q, x, need_weights=False)[0]))
+        y = self.cross_attn(x + query_pos, keys, memory, need_weights=False)[0]
         x = self.norm2(x + self.dropout(y))
         y = self.linear2(self.dropout(F.relu(self.linear1(x))))
         return self.norm3(x + self.dropout(y))
@@ -211,9 +205,7 @@ class MaskFormer(nn.Module):
         """Class embeddings [..., D], text features [C, D] -> logits [..., C+1], the last column no object; fp32."""
         if self.non_object is None:
             return embeds.float()
-        with torch.autocast(embeds.device.type, enabled=False):  # 100 x cosine: bf16 steps would be 0.1 wide
-            text = torch.cat([text.float(), F.normalize(self.non_object.float(), dim=-1)])
-            return 100 * F.normalize(embeds.float(), dim=-1) @ text.T
+        return cosine_logits(embeds, torch.cat([text.float(), F.normalize(self.non_object.float(), dim=-1)]))
 
     def forward(self, images: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
         """`prepare`d pictures [B, 3, H, W] and text features [C, D], what torch.compile and DDP wrap.

@@ -206,7 +206,7 @@ def made_with(segmenter: Segmenter, config: Config, words: Words, process: Proce
     clip, model, data = asdict(config.clip), asdict(config.model), (config.data.test_short_edge, config.data.max_size)
     del clip["chunk"], model["compile"], model["kernels"]  # a matter of memory and time
     del clip["weights"], clip["prompts"], model["weights"]  # what was read from there is below
-    model["bf16"] = process.enabled(config.model.bf16)
+    model["bf16"] = process.bf16(config.model.bf16)
     settings = [clip, model, asdict(config.eval), data, asdict(words), segmenter.seen.tolist()]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in segmenter.state_dict().items():

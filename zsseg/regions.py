@@ -7,7 +7,7 @@ from torch import Tensor
 from kernels import region_crop as kernel
 from kernels.mask_pool import mask_pool
 from zsseg import clip as clip_module
-from zsseg.clip import CLIP
+from zsseg.clip import CLIP, cosine_logits
 from zsseg.run import out_of_memory, say
 
 
@@ -64,9 +64,8 @@ def shrunk(clip: CLIP, image: Tensor, edge: int) -> Tensor:
 
 def dense_logits(clip: CLIP, image: Tensor, text: Tensor, edge: int) -> Tensor:
     """100 x cosine of every patch's feature: image [3, H, W] in 0..255, text features [C, D] -> fp32 [C, h', w']."""
-    dense = F.normalize(clip.encode_image(shrunk(clip, image, edge), dense=True)[0].float(), dim=-1)  # [h', w', D]
-    with torch.autocast(text.device.type, enabled=False):
-        return 100 * (dense @ text.float().T).permute(2, 0, 1)
+    dense = clip.encode_image(shrunk(clip, image, edge), dense=True)[0]  # [h', w', D]
+    return cosine_logits(dense, text).permute(2, 0, 1)
 
 
 def classify_in_one_pass(clip: CLIP, image: Tensor, masks: Tensor, text: Tensor, way: str, edge: int) -> Tensor:
@@ -87,8 +86,7 @@ def classify_in_one_pass(clip: CLIP, image: Tensor, masks: Tensor, text: Tensor,
         share = F.adaptive_avg_pool2d(masks.float()[None], dense.shape[-2:])  # [1, P, h, w]
         share = share / share.amax((2, 3), keepdim=True).clamp(min=1e-12)  # or others outweigh a region of few pixels
         features = mask_pool(dense.contiguous(), share.logit(1e-6))[0]
-    with torch.autocast(text.device.type, enabled=False):
-        return 100 * F.normalize(features.float(), dim=-1) @ text.float().T
+    return cosine_logits(features, text)
 
 
 def crops_at_once(resolution: int, device: torch.device, chunk: int = 0) -> int:
@@ -123,6 +121,4 @@ def classify_crops(clip: CLIP, crops: Tensor, text: Tensor, chunk: int = 0, few_
                 raise
             chunk = clip.most_crops = chunk // 2
             say(f"out of memory: {chunk} crops at once from here on")
-    features = torch.cat(features)
-    with torch.autocast(text.device.type, enabled=False):
-        return 100 * F.normalize(features, dim=-1) @ text.float().T
+    return cosine_logits(torch.cat(features), text)

@@ -21,13 +21,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-# AVX-512 kernels sum in another order than AVX2 ones. Holding every x86 machine to AVX2 (set either variable to undo
-# it) gives the same numbers everywhere, those of the reference values included. Must precede the first operation.
-if (features := Path("/proc/cpuinfo")).exists() and "avx512f" in features.read_text():
-    os.environ.setdefault("ATEN_CPU_CAPABILITY", "avx2")
-    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
-
-
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # that ask a run to stop
 ENVIRONMENT = """\
 environment: ZSSEG_DATA (data root), ZSSEG_CACHE (downloads, CLIP's weights and text features; else ~/.cache/zsseg),
@@ -182,12 +175,49 @@ class Process:
         for buffer in module.buffers() if self.world > 1 else ():
             dist.broadcast(buffer, 0)
 
-    def autocast(self, setting: str) -> torch.autocast:
-        """bf16 autocast as `model.bf16` says: "auto" is on for CUDA only."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.enabled(setting))
+    def autocast(self, setting: str, training: bool = False) -> torch.autocast:
+        """The networks' precision as `model.bf16` says, see `bf16`."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16(setting, training))
 
-    def enabled(self, setting: str) -> bool:
+    def bf16(self, setting: str, training: bool = False) -> bool:
+        """Whether products are in bf16. "auto": on CUDA, and on a CPU that multiplies in bf16, but for training there.
+
+        At inference on a CPU that is CLIP's image tower alone, nearly all of the work; see `Segmenter.propose_masks`.
+        """
+        if setting != "auto":
+            return setting == "on"
+        return self.device.type == "cuda" or (not training and cpu_has_bf16())
+
+    def compiles(self, setting: str) -> bool:
+        """Whether all of a network is compiled. "auto": on CUDA."""
         return setting == "on" or (setting == "auto" and self.device.type == "cuda")
+
+    def describe(self, setting: str, training: bool = False) -> None:
+        """Say what this run computes on, and in which precision: both decide how fast it is, and the last digits."""
+        precision = "bf16" if self.bf16(setting, training) else "fp32"
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        else:
+            name = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+            precision = "CLIP in bf16, the rest in fp32" if precision == "bf16" and not training else precision
+        say(f"computing on {name}: {precision}")
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies matrices in bf16 (AMX or AVX512-BF16) and PyTorch is not held to an older instruction set."""
+    has = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return has and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+@functools.cache
+def can_compile() -> bool:
+    """Whether torch.compile works here: on a CPU it needs a C++ compiler and Python's headers, which not every machine has."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8))
+    except Exception as error:  # of many kinds, a compiler's own among them
+        say(f"not compiled ({str(error).strip().splitlines()[0][:200]})")
+        return False
+    return True
 
 
 def start(device: str = "auto", patience: timedelta = PATIENCE) -> Process:

@@ -49,7 +49,8 @@ class Segmenter(nn.Module):
         self.config = config.clip
         self.text = self.region_text = None  # [C, D]
         self.names: list[str] = []
-        self.compiled, self.proposing = False, True
+        self.compiled = self.few_sizes = False  # the proposer; CLIP's image tower, which then takes few sizes of batches
+        self.proposing = True
         self.clip = self.prompt = self.region_prompt = None
         if config.model.class_head == "linear":
             self.maskformer = MaskFormer(config.model, len(dataset(config.data).names) + 1)
@@ -94,12 +95,16 @@ class Segmenter(nn.Module):
     def compile_parts(self) -> None:
         """Hand the mask proposer and CLIP's image tower to torch.compile, in place: names in state dicts stay as they are.
 
-        One program of the proposer serves pictures of every size, since they are padded to multiples of 32 and no further;
-        the tower gets one for each of a few numbers of crops.
+        One program of the proposer serves pictures of every size, since they are padded to multiples of 32 and no further.
         """
         self.compiled = True
         self.maskformer.compile(fullgraph=True)
+        self.compile_tower()
+
+    def compile_tower(self) -> None:
+        """CLIP's image tower alone, which is most of the work: one program for each of a few numbers of crops."""
         if self.clip is not None:
+            self.few_sizes = True
             self.clip.visual.compile(fullgraph=True, dynamic=False)
 
     def propose(self, image: Tensor) -> Proposals:
@@ -121,7 +126,7 @@ class Segmenter(nn.Module):
             else:
                 proposals.region[proposals.valid] = self.region_logits(image, *masks, index).softmax(-1)
         if crops:
-            logits = classify_crops(self.clip, torch.cat(crops), self.region_text, self.config.chunk, self.compiled)
+            logits = classify_crops(self.clip, torch.cat(crops), self.region_text, self.config.chunk, self.few_sizes)
             for proposals, part in zip(found, logits.split([len(c) for c in crops]), strict=True):
                 proposals.region[proposals.valid] = part.softmax(-1)
         return found
@@ -133,9 +138,12 @@ class Segmenter(nn.Module):
         for side in (2, 3) if self.compiled else ():
             torch._dynamo.maybe_mark_dynamic(prepared, side)
         proposer = self.maskformer if self.compiled else self.maskformer.forward  # not the program that training compiled
+        # A CPU computes it in fp32: it is little of the work there, and its masks are decided at a threshold.
+        with torch.autocast("cpu", enabled=False):
+            outputs = proposer(prepared, self.text)
         if not self.proposing:
-            return self.per_pixel(image, proposer(prepared, self.text)[0]), ()
-        classes, masks = proposer(prepared, self.text)
+            return self.per_pixel(image, outputs[0]), ()
+        classes, masks = outputs
         head = classes[-1, 0].softmax(-1)[:, :-1]  # [Q, C]
         logits, cut = masks[-1, 0].float(), (height, width)
         binary, boxes, valid = region_masks(logits, cut, self.config.mask_threshold)
@@ -169,7 +177,7 @@ class Segmenter(nn.Module):
             chosen = masks if index is None else masks[index]
             return classify_in_one_pass(self.clip, image, chosen, self.region_text, self.config.regions, self.config.dense_edge)
         crops = region_crops(image, masks, boxes, self.clip.visual.resolution, index)
-        return classify_crops(self.clip, crops, self.region_text, self.config.chunk, self.compiled)
+        return classify_crops(self.clip, crops, self.region_text, self.config.chunk, self.few_sizes)
 
     def ensemble(self, proposals: Proposals, weight: float | None = None) -> Tensor:
         """Class scores [Q, C] with ensemble weight w (the configuration's where None).

@@ -1,6 +1,6 @@
 """Agreement with the original implementation: every file of golden/, at 1e-4 of the largest value unless said otherwise.
 
-The reference values are fp32 of a CPU; other CPUs agree with them whatever their instruction set, and a GPU without TF32 to 1e-3.
+The reference values are a CPU's, in fp32; other CPUs agree whatever their instruction set, a GPU without TF32 to 1e-3.
 """
 
 import json
@@ -81,7 +81,8 @@ def test_clip(name, process):
 @on_cpu_and_gpu
 def test_learned_prompt(process):
     arrays = golden("prompt_learnable.npz")
-    segmenter = build(original_state(keys("upstream_keys.json", "voc_r50_learnable")), "R50", prompt="learned").to(process.device)
+    state = original_state(keys("upstream_keys.json", "voc_r50_learnable"))
+    segmenter = build(state, "R50", prompt="learned").to(process.device)
     segmenter.set_classes([str(n) for n in arrays["names"]])
     features = torch.cat([segmenter.text, F.normalize(segmenter.maskformer.non_object)])
     assert relative_error(features, arrays["features"]) < tolerance(process)

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from zsseg import clip as clip_module
 from zsseg.clip import cosine_logits
 from zsseg.config import Config
-from zsseg.run import UserError, replacing, say
+from zsseg.run import Process, UserError, replacing, say
 from zsseg.segmenter import Segmenter
 from zsseg.words import Words
 
@@ -63,22 +63,26 @@ class Proposer(nn.Module):
 
 class Tower(nn.Module):
     """Crops [P, 3, R, R] as CLIP sees them -> logits [P, C], as `classify_crops` computes them."""
-    def __init__(self, segmenter: Segmenter):
+    def __init__(self, segmenter: Segmenter, bf16: bool):
         super().__init__()
-        self.visual = segmenter.clip.visual
+        self.visual, self.bf16 = segmenter.clip.visual, bf16
         self.register_buffer("text", segmenter.region_text)
 
     def forward(self, crops: Tensor) -> Tensor:
-        return cosine_logits(self.visual(crops), self.text)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            features = self.visual(crops)
+        return cosine_logits(features, self.text)
 
 
 def export(segmenter: Segmenter, config: Config, words: Words, out: Path) -> None:
     """Write proposer.pt2, clip.pt2 (where there is a CLIP whose opinion counts), settings.json and example.py.
 
-    `segmenter` is in eval mode and knows its classes, `words`; it stays as it is. Programs hold fp32 weights, for any CPU;
-    example.py runs CLIP in bf16 as `model.bf16` says. Every program is loaded again and compared with the module. Raises UserError for what has no programs, RuntimeError where one differs.
+    `segmenter` is in eval mode and knows its classes, `words`; it stays as it is. Programs are for CPUs: fp32, CLIP's products
+    in bf16 where this machine's `model.bf16` says so. Every program is loaded again and compared with the module. Raises
+    UserError for what has no programs, RuntimeError where one differs.
     """
     with_clip = segmenter.clip is not None and config.clip.ensemble
+    bf16 = Process(torch.device("cpu")).bf16(config.model.bf16)
     if not segmenter.proposing:
         raise UserError("--export", "is for mask proposals, not the per-pixel baseline", "give another checkpoint")
     if with_clip and config.clip.regions != "crops":
@@ -88,12 +92,13 @@ def export(segmenter: Segmenter, config: Config, words: Words, out: Path) -> Non
     write(Proposer(segmenter), pictures, {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, out / "proposer.pt2")
     settings = {"names": segmenter.names, "shown_names": words.shown_names, "seen": segmenter.seen.nonzero()[:, 0].tolist(),
                 "short_edge": config.data.test_short_edge, "longest_edge": config.data.max_size,
-                "bf16": config.model.bf16, "proposer": PROPOSER, "clip": None, "steps": [*MASKS, "Scores s are p.", *LABELS]}  # fmt: skip
+                "bf16": bf16,
+                "proposer": PROPOSER, "clip": None, "steps": [*MASKS, "Scores s are p.", *LABELS]}  # fmt: skip
     (out / "clip.pt2").unlink(missing_ok=True)
     if with_clip:
         R = segmenter.clip.visual.resolution
         crops = [torch.randn(count, 3, R, R, generator=random) for count in CROPS]
-        write(Tower(segmenter), crops, {0: Dim.DYNAMIC}, out / "clip.pt2")
+        write(Tower(segmenter, bf16), crops, {0: Dim.DYNAMIC}, out / "clip.pt2")
         settings["clip"] = {"resolution": R, "mean": clip_module.MEAN, "std": clip_module.STD} | CLIP
         settings |= {k: getattr(config.clip, k) for k in ("mask_threshold", "expand_ratio", "ensemble_weight")}
         settings["steps"] = [*MASKS, *REGIONS, *LABELS]
@@ -114,6 +119,11 @@ def write(module: nn.Module, inputs: list[Tensor], dynamic: dict, path: Path) ->
     assert libraries <= {"aten", "higher_order"}, f"{path.name} wants operators of {libraries}"
     for node in nodes:
         node.meta.pop("stack_trace", None)  # names of files on this machine
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            node.graph.erase_node(node)  # tracing takes all for fp32 and writes that down, also where autocast gives bf16
+    for part in program.graph_module.modules():
+        if isinstance(part, GraphModule):
+            part.recompile()
     with replacing(path) as temporary:
         with open(temporary, "wb") as file:
             torch.export.save(program, file)

@@ -38,23 +38,6 @@ def open_picture(file: str) -> Image.Image:
     return picture.convert("RGB")
 
 
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies matrices in bf16, and PyTorch is not held to an older instruction set."""
-    has = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return has and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-def load(name: str, bf16: bool) -> Callable:
-    """An exported program beside this file, its products in bf16 or not."""
-    program = torch.export.load(HERE / name).module(check_guards=False)  # or the smallest pictures are refused
-
-    def run(x: Tensor):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            return program(x)
-
-    return run
-
-
 @torch.inference_mode()
 def segment(picture: Image.Image, s: dict, proposer: Callable, clip: Callable | None) -> Tensor:
     """RGB picture -> class ids int64 [height, width]; s: settings.json."""
@@ -91,9 +74,8 @@ if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     settings = json.loads((HERE / "settings.json").read_text())
-    proposer = load("proposer.pt2", False)
-    bf16 = settings["bf16"] == "on" or (settings["bf16"] == "auto" and cpu_has_bf16())
-    clip = load("clip.pt2", bf16) if settings["clip"] else None
+    load = lambda name: torch.export.load(HERE / name).module(check_guards=False)  # or the smallest pictures are refused
+    proposer, clip = load("proposer.pt2"), load("clip.pt2") if settings["clip"] else None
     found = segment(open_picture(sys.argv[1]), settings, proposer, clip)
     for count, i in sorted(zip(*(x.tolist() for x in found.unique(return_counts=True)[::-1]), strict=True), reverse=True):
         print(f"{count / found.numel():6.1%} {settings['shown_names'][i]}")

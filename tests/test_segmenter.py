@@ -130,6 +130,7 @@ def test_bf16_is_on_by_itself_where_the_cpu_multiplies_in_it(monkeypatch, capsys
     assert Process(torch.device("cuda", 0)).bf16("auto", training=True)
 
 
+@pytest.mark.slow  # Inductor
 @pytest.mark.parametrize(("compiler", "pictures", "compiled"), [("", 1000, True), ("false", 1000, False), ("", 999, False)])
 def test_on_a_cpu_clip_is_compiled_for_many_pictures(segmenter, monkeypatch, capsys, compiler, pictures, compiled):
     """Where there is a C++ compiler; elsewhere the run goes on without, and says so."""

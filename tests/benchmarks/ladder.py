@@ -11,6 +11,7 @@ first row.
 import argparse
 import csv
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -24,13 +25,14 @@ import torch.nn.functional as F
 
 from kernels.bench import bounds, machine, measure
 
-INFERENCE = ("plain", "chunks", "towers", "kernels", "bf16", "compile")
+INFERENCE = ("plain", "chunks", "towers", "isa", "kernels", "bf16", "compile")
 TRAINING = ("plain", "kernels", "bf16", "compile")
 REGIONS = ("crops", "pool", "tokens")  # with everything that this device has by default
 WHAT = {
     "plain": "plain eager fp32: regions cropped one at a time, one batch through CLIP",
     "chunks": "+ crops through CLIP in chunks",
     "towers": "+ attention in one product, the last block for one token",
+    "isa": "+ all instructions that the processor has (held to AVX2 above)",
     "kernels": "+ Triton kernels",
     "bf16": "+ bf16 autocast",
     "compile": "+ torch.compile",
@@ -38,7 +40,8 @@ WHAT = {
     "pool": "one pass of CLIP, dense features pooled under the masks",
     "tokens": "one pass of CLIP, a class token for each region",
 }
-ELSEWHERE = {"cpu": ("kernels", "bf16", "compile"), "cuda": ("chunks",)}  # left out on these, unless asked for
+ELSEWHERE = {"cpu": ("kernels", "compile"), "cuda": ("chunks", "isa")}  # left out on these, unless asked for
+HELD = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
 def plain_attention(self, x, mask, first=0):
@@ -96,7 +99,7 @@ def inference(done: set[str], args: argparse.Namespace) -> dict:
     images = [(255 * F.interpolate(coarse, size, mode="bilinear")[0]).to(torch.uint8) for size in sizes]
     vary(segmenter, images[0].to(process.device))
     if "compile" in done:
-        segmenter.compile_parts()
+        (segmenter.compile_parts if cuda else segmenter.compile_tower)()
     if "towers" not in done:
         whole = clip.Transformer.forward
         clip.Attention.forward = plain_attention
@@ -211,7 +214,7 @@ def plot(rows: list[dict], file: Path) -> None:
 def child(args: argparse.Namespace) -> None:
     part, row = args.row.split(":")
     names = TRAINING if part == "training" else INFERENCE
-    last = row if part != "regions" else "towers" if args.device == "cpu" else "compile"
+    last = row if part != "regions" else "isa" if args.device == "cpu" else "compile"
     done = set(names[: names.index(last) + 1]) - {"plain"}
     print(json.dumps((training if part == "training" else inference)(done, args)))
 
@@ -246,7 +249,9 @@ def main() -> None:
             for row in rows:
                 words = [sys.executable, "-m", "tests.benchmarks.ladder", "--row", row, "--maps", f"{folder}/{row}.pt"]
                 words += [x for n in ("device", "height", "width", "words") for x in (f"--{n}", str(getattr(args, n)))]
-                result = subprocess.run(words, capture_output=True, text=True, timeout=600)
+                held = args.device == "cpu" and row in ("inference:plain", "inference:chunks", "inference:towers")
+                environment = os.environ | (HELD if held else {})
+                result = subprocess.run(words, capture_output=True, text=True, timeout=600, env=environment)
                 if result.returncode:
                     print(f"{row} failed: {(result.stderr.strip().splitlines() or [result.returncode])[-1]}", file=sys.stderr)
                     continue

@@ -196,7 +196,7 @@ def test_training_step(file, key_file, backbone, process):
         assert trainable == {k for k, p in parameters.items() if p.grad is not None}
 
 
-@pytest.mark.parametrize("bf16", ["off", "auto"])
+@pytest.mark.parametrize("bf16", ["off", pytest.param("auto", marks=pytest.mark.slow)])
 def test_end_to_end(tmp_path, bf16):
     arrays = {f"override/{k}": v for k, v in golden("e2e/voc_r50_single_override.npz").items()}
     torch.save({"model": original_state(keys("e2e/voc_r50_single_keys.json"), arrays)}, tmp_path / "model_final.pth")

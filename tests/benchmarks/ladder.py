@@ -249,7 +249,7 @@ def main() -> None:
             for row in rows:
                 words = [sys.executable, "-m", "tests.benchmarks.ladder", "--row", row, "--maps", f"{folder}/{row}.pt"]
                 words += [x for n in ("device", "height", "width", "words") for x in (f"--{n}", str(getattr(args, n)))]
-                held = args.device == "cpu" and row in ("inference:plain", "inference:chunks", "inference:towers")
+                held = args.device == "cpu" and row.removeprefix("inference:") in INFERENCE[: INFERENCE.index("isa")]
                 environment = os.environ | (HELD if held else {})
                 result = subprocess.run(words, capture_output=True, text=True, timeout=600, env=environment)
                 if result.returncode:

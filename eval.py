@@ -18,25 +18,26 @@ Export programs that run without this one:
     python eval.py CHECKPOINT --export DIR --classes "cat, dog, grass"
 
 CHECKPOINT is one of train.py (its configuration is inside) or an original zsseg.baseline model_final.pth (give its
---config). Results go to --out (else eval/ or, of pictures, images/ beside the checkpoint).
+--config). Results go to --out (else eval/ or, of pictures, segmented/ beside the checkpoint), and never take the place of a
+file that this program did not write.
 """
 
 import os
 from argparse import Namespace
 from datetime import timedelta
-from pathlib import Path
 
 from zsseg import checkpoint, run
 from zsseg.budget import budget, report_budget
 from zsseg.config import Config, load_config
 from zsseg.datasets import dataset, find_pairs
 from zsseg.export import export
+from zsseg.files import refuse_foreign
 from zsseg.metrics import evaluate, report
 from zsseg.pictures import Names, Results, find_pictures, made_with, segment_pictures
 from zsseg.published import compare
 from zsseg.report import Report
 from zsseg.segmenter import Segmenter, load_segmenter
-from zsseg.words import Words, read_words, words_of
+from zsseg.words import Words, read_words, seen_classes, trained_names, words_of
 
 WORTH_COMPILING = 1000  # pictures a process: for fewer, compiling takes longer than it saves
 PATIENCE = timedelta(days=30)  # for processes whose share of many pictures takes longer than the others'
@@ -44,7 +45,7 @@ PATIENCE = timedelta(days=30)  # for processes whose share of many pictures take
 
 def main(argv: list[str]) -> None:
     parser = run.parser(__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=run.path_of)
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--save-predictions", action="store_true", help="write OUT/predictions/<stem>.png, class ids")
     measuring.add_argument("--budget", action="store_true", help="what masks and classes cost: oracles, recall, confusions")
@@ -54,7 +55,8 @@ def main(argv: list[str]) -> None:
     own.add_argument("--images", metavar="PICTURE", nargs="+", help="files, folders, patterns, or - for a list")
     own.add_argument("--classes", metavar="WORDS", help='what to look for: "cat, dog, grass; other: sky" or a text file')
     own.add_argument("--resume", action="store_true", help="segment only the pictures that are not done yet")
-    own.add_argument("--export", metavar="DIR", help="write programs for these words that run without this project")
+    own.add_argument("--export", metavar="DIR", type=run.path_of,
+                     help="write programs for these words that run without this project")
     args = parser.parse_args(argv)
     if args.classes is not None and not (args.images or args.export):
         raise run.UserError("--classes", "is for pictures of your own", "add --images or --export")
@@ -75,7 +77,7 @@ def main(argv: list[str]) -> None:
             words = words_wanted(args, config)
             segmenter = load_segmenter(content, config, args.root, args.checkpoint).eval()
             set_words(segmenter, words, content, config)
-            export(segmenter, config, words, Path(args.export))
+            export(segmenter, config, words, args.export)
     else:
         measure(args, content, config)
 
@@ -86,8 +88,7 @@ def words_wanted(args: Namespace, config: Config) -> Words:
 
 def set_words(segmenter: Segmenter, words: Words, content: dict, config: Config) -> None:
     """The words that the checkpoint was trained on count as seen."""
-    trained = load_config(None, [], content["config"]) if "config" in content else config
-    segmenter.set_classes(words.names, words.trained(dataset(trained.data)), words.synonyms)
+    segmenter.set_classes(words.names, words.among(trained_names(content, config)), words.synonyms)
 
 
 def compile_for(pictures: int, segmenter: Segmenter, config: Config, process: run.Process) -> None:
@@ -102,7 +103,7 @@ def compile_for(pictures: int, segmenter: Segmenter, config: Config, process: ru
 
 def segment(args: Namespace, content: dict, config: Config) -> None:
     """Pictures of the user's own."""
-    out, words = Path(args.out or Path(args.checkpoint).parent / "images"), words_wanted(args, config)
+    out, words = args.out or args.checkpoint.parent / "segmented", words_wanted(args, config)
     process = run.start(args.device, PATIENCE)
     names = Names(process.agree(lambda: find_pictures(args.images, out)))  # before anything is downloaded
     segmenter = load_segmenter(content, config, args.root, args.checkpoint).to(process.device).eval()
@@ -116,19 +117,23 @@ def segment(args: Namespace, content: dict, config: Config) -> None:
 def measure(args: Namespace, content: dict, config: Config) -> None:
     """The metrics on a split of a data set, and what belongs to them."""
     pairs = find_pairs(config.data, args.root, config.data.split)  # before anything is downloaded
-    process, out = run.start(args.device), Path(args.out or Path(args.checkpoint).parent / "eval")
+    process, out = run.start(args.device), args.out or args.checkpoint.parent / "eval"
+    writes = ["metrics.json", "samples.png", *["report.html"] * args.report]
+    writes = [*["budget.json", "budget.png"] * args.budget, *writes * (not args.budget or args.report)]
+    process.agree(lambda: refuse_foreign(*(out / name for name in writes)))  # now, not after hours
     if "config" not in content and config.model.bf16 == "auto" and process.device.type == "cpu":
         config.model.bf16 = "off"  # what an original checkpoint gives is compared with the original's numbers
     segmenter = load_segmenter(content, config, args.root, args.checkpoint).to(process.device).eval()
     compile_for(len(pairs), segmenter, config, process)
+    seen = seen_classes(dataset(config.data), content, config)
     if args.budget:
-        result = budget(segmenter, config, args.root, process, config.data.split)
+        result = budget(segmenter, config, args.root, process, config.data.split, seen)
         if process.is_main:
             report_budget(result, out)
         if not args.report:
             return
     page = Report(config, process) if args.report else None
-    result = evaluate(segmenter, config, args.root, process, config.data.split, out, args.save_predictions, page)
+    result = evaluate(segmenter, config, args.root, process, config.data.split, out, args.save_predictions, page, seen)
     if page:
         page.gather()
     if process.is_main:

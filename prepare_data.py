@@ -18,28 +18,19 @@ import numpy as np
 from train import train
 from zsseg import checkpoint, convert, run, shapes
 from zsseg.config import DataConfig, load_config
-from zsseg.datasets import (
-    DATASETS,
-    Absent,
-    Archive,
-    count_classes,
-    count_split,
-    dataset,
-    find_pairs,
-    label_statistics,
-    read_labels,
-    read_picture,
-    read_values,
-)
+from zsseg.datasets import DATASETS, Absent, Archive, DataSet, Listing, dataset, find_listing, find_pairs
 from zsseg.download import check_file, fetch, unpack
 from zsseg.faults import load_last
-from zsseg.run import UserError
+from zsseg.files import replacing
+from zsseg.images import read_labels, read_picture, read_values
+from zsseg.label_statistics import Count, count_classes, count_split, label_statistics
+from zsseg.run import UserError, several
 
 
 def main(argv: list[str]) -> None:
     parser = run.Parser(__doc__)
     parser.add_argument("dataset", choices=[*DATASETS, "folder"], help="ade20k_full and cityscapes want a registration")
-    parser.add_argument("--config", metavar="FILE", help="TOML file that describes data set folder")
+    parser.add_argument("--config", metavar="FILE", type=run.path_of, help="TOML file that describes data set folder")
     parser.add_root()
     parser.add_argument("--workers", type=int, default=4, help="threads that read and convert (4)")
     parser.add_argument("--train", action="store_true",
@@ -107,7 +98,7 @@ def is_there(name: str, root: Path, split: str) -> bool:
     """The split has files; where they are listed, most of them are there (--check names the others)."""
     try:
         pairs = find_pairs(name, root, split)
-    except UserError:
+    except Absent:
         return False
     files = {f for folder in {f.parent for pair in pairs for f in pair} if folder.is_dir() for f in folder.iterdir()}
     return sum(picture in files and label in files for picture, label in pairs) > len(pairs) / 2
@@ -129,7 +120,7 @@ def obtain(archive: Archive, name: str, root: Path, folder: Path) -> None:
     if inside:
         unpack(file, archive.take, folder, what, verified=bool(archive.checksum))
     elif file != folder / outside:  # a single file
-        with run.replacing(folder / outside) as temporary:
+        with replacing(folder / outside) as temporary:
             temporary.write_bytes(file.read_bytes())
 
 
@@ -138,7 +129,7 @@ def present(config: DataConfig, root: Path) -> list[str]:
     splits = []
     for split in dataset(config).splits:
         try:
-            find_pairs(config, root, split)
+            find_listing(config, root, split)
             splits.append(split)
         except Absent:
             if split == config.split:
@@ -149,17 +140,17 @@ def present(config: DataConfig, root: Path) -> list[str]:
     return splits
 
 
-def describe(config: DataConfig, root: Path, split: str) -> str:
+def describe(data: DataSet, listing: Listing, split: str) -> str:
     """Counts of a split beside the published ones."""
-    data, pairs = dataset(config), find_pairs(config, root, split)
+    pairs = listing.pairs
     text = f"{data.name} {split}: {len(pairs)} pictures"
     if published := data.counts.get(split):
         text += f" (published: {published})"
         if len(pairs) == published and split in data.digests:
             digest = hashlib.sha256("".join(sorted(f"{p.stem}\n" for p, _ in pairs)).encode()).hexdigest()
             text += ", the published ids" if digest == data.digests[split] else ", but NOT the published ids"
-    if alone := len(data.unpaired(data.folder(root), split)):
-        text += f"; {alone} files without a partner are left out (--check names them)"
+    if alone := len(listing.alone):
+        text += f"; {several(alone, 'file')} without a partner {'is' if alone == 1 else 'are'} left out (--check names them)"
     return text
 
 
@@ -167,7 +158,7 @@ def summarize(config: DataConfig, root: Path, workers: int) -> None:
     """Print what is there; count the labels of the training split, which training needs."""
     data = dataset(config)
     for split in present(config, root):
-        text = describe(config, root, split)
+        text = describe(data, find_listing(config, root, split), split)
         if split == "train" and data.unseen:
             statistics = label_statistics(config, root, split, workers)
             if count := len(statistics.broken):
@@ -178,46 +169,73 @@ def summarize(config: DataConfig, root: Path, workers: int) -> None:
 
 
 def check(config: DataConfig, root: Path, workers: int) -> None:
-    """Read every file of every split. What is broken or alone is printed, all of it; then it is a UserError."""
-    problems = sum(check_split(config, root, split, workers) for split in present(config, root))
+    """Read every file of every split and print what is wrong, all of it; broken and lonely files are then a UserError."""
+    data, problems, contents = dataset(config), 0, {}
+    for split in data.splits:
+        try:
+            listing = find_listing(config, root, split)
+        except UserError as error:
+            if split == config.split or not isinstance(error, Absent):
+                print(f"{data.name} {split}:\n  broken: {error}")
+                problems += 1
+            elif split == "train":
+                print(f"{data.name} train: none (only training needs it)")
+            continue
+        problems += check_split(config, root, split, listing, workers, contents)
     if problems:
-        why = f"{problems} files are broken or have no partner (listed above)"
+        have = "has" if problems == 1 else "have"
+        why = f"{several(problems, 'file is', 'files are')} broken or {have} no partner (listed above)"
         raise UserError(f"data set {config.name}", why, "replace them")
 
 
-def check_split(config: DataConfig, root: Path, split: str, workers: int) -> int:
-    """Print what is in a split; the number of files that are broken or have no partner."""
+def check_split(config: DataConfig, root: Path, split: str, listing: Listing, workers: int, contents: dict[bytes, str]) -> int:
+    """Print what is in a split; the number of files that are broken or have no partner.
+
+    `contents`: what the pictures of other splits hold, as digests.
+    """
     data = dataset(config)
     tables = data.lut(), data.lut(training=True)
     unseen = [data.values[data.names.index(n)] for n in data.unseen]
-    broken = [f"{file} has no partner" for file in data.unpaired(data.folder(root), split)]
-    others: set[int] = set()  # label values of no class
+    broken = [str(twin) for twin in listing.twins] + [f"{file} has no partner" for file in listing.alone]
     hidden, survivors = [], []  # of each label map: pixels of unseen classes, and how many of them a target would show
+    digests: dict[bytes, str] = {}
 
-    def count(pair: tuple[Path, Path]) -> np.ndarray:
-        size = read_picture(pair[0]).size
-        rows = count_classes(pair[1], data, tables, size)
+    def count(pair: tuple[Path, Path]) -> Count:
+        size = read_picture(pair[0], turn=config.exif_turn).size
+        with open(pair[0], "rb") as file:
+            digests[hashlib.file_digest(file, "sha256").digest()] = str(pair[0])
+        found = count_classes(pair, data, tables, size, config.exif_turn)
         # By the function that training reads with, against the values in the file.
         values = read_values(pair[1], data.bits)
-        others.update(set(np.bincount(values.ravel()).nonzero()[0].tolist()).difference(data.values))
         targets = read_labels(pair[1], tables[1], size)[np.isin(values, unseen)]
         hidden.append(len(targets))
         survivors.append(int((targets != data.ignore).sum()))
-        return rows
+        return found
 
-    pairs = find_pairs(config, root, split)
-    statistics = count_split(pairs, count, workers, f"check {data.name} {split}")
+    statistics = count_split(listing.pairs, count, workers, f"check {data.name} {split}")
     broken += statistics.broken.tolist()
     pixels = statistics.histogram(len(data.names))
-    print(describe(config, root, split))
+    print(describe(data, listing, split))
     share = 100 * pixels / max(pixels.sum(), 1)
     for label, percent in zip([*data.names, "ignored"], share, strict=True):
         print(f"  {label[:40]:40}{percent:7.2f} %")
-    if others:
-        print(f"  ignored label values, of no class: {', '.join(map(str, sorted(others)[:20]))}{' ...' * (len(others) > 20)}")
     if split == "train" and unseen:
         print(f"  {len(hidden)} training targets: of {sum(hidden)} pixels of the {len(unseen)} unseen classes "
               f"({', '.join(data.unseen)}), {sum(survivors)} survive")  # fmt: skip
+    empty = len(listing.pairs) - len(statistics.pictures_with(list(range(len(data.names))))) - len(statistics.broken)
+    twice = sorted(digests.keys() & contents.keys(), key=digests.get)
+    remarks = statistics.oddities(data, split) + listing.remarks + listing.left_out(split)[bool(listing.alone) :]
+    if empty:
+        remarks.append(f"{several(empty, 'label map shows', 'label maps show')} no class at all")
+    if twice:
+        example = f"{digests[twice[0]]} is {contents[twice[0]]}"
+        remarks.append(f"{several(len(twice), 'picture is', 'pictures are')} in another split, too: {example}")
+    if listing.hidden:
+        count = several(len({*listing.hidden}), "hidden file or folder", "hidden files and folders")
+        remarks.append(f"{count} left out: {listing.hidden[0]}")
+    contents |= digests
+    for line in remarks:
+        print(f"  look at: {line}")
     for line in sorted(broken):
         print(f"  broken: {line}")
     return len(broken)

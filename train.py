@@ -28,12 +28,14 @@ from zsseg.config import Config, ContrastConfig, load_config
 from zsseg.data import HeldOut, Regions, RegionsWithCaptions, TrainPictures, collate, stream
 from zsseg.datasets import find_pairs, has_split, training_set
 from zsseg.faults import BadSteps, Broken, Stop, is_run, load_last, restore, running_statistics
+from zsseg.files import MARK, set_aside
+from zsseg.files import result as written
 from zsseg.log import Log, Speed
 from zsseg.losses import contrastive_loss, normalizers, segmentation_losses
-from zsseg.metrics import evaluate, report
+from zsseg.metrics import evaluate, percent, report
 from zsseg.perpixel import per_pixel_loss
 from zsseg.prompts import LearnedPrompt, PromptClassifier, build_prompt
-from zsseg.segmenter import build_segmenter
+from zsseg.segmenter import build_segmenter, load_clip
 from zsseg.selftrain import pseudo_labels
 from zsseg.tokenizer import Tokenizer
 
@@ -81,8 +83,9 @@ class Segment:
     def evaluate(self, split: str, out: Path | None, look: Callable) -> dict:
         return evaluate(self.segmenter, self.config, self.root, self.process, split, out, look=look)
 
-    def score(self, result: dict) -> float:
-        return result.get("hIoU", result["mIoU"])
+    def score(self, result: dict) -> list[float]:
+        """What best.pt is chosen by: hIoU or, where that is equal or was not measured, mIoU."""
+        return [-math.inf if result.get(k) is None else result[k] for k in ("hIoU", "mIoU")]
 
     def report(self, result: dict, out: Path) -> None:
         report(result, self.config, out)
@@ -96,7 +99,7 @@ class Prompts:
     """
     def __init__(self, config: Config, root: Path, out: Path, process: run.Process, saved: dict | None = None):
         self.config, self.process = config, process
-        clip = build_clip(checkpoint.load_clip_state(config.clip.weights, root))
+        clip = build_clip(load_clip(config, root), config.clip.activation, config.clip.heads)
         self.seeds, prompts = config.train.seeds or [config.train.seed], []
         for seed in self.seeds:
             torch.manual_seed(run.seed_of(seed, 0))
@@ -144,26 +147,30 @@ class Prompts:
             count.index_add_(0, classes, torch.ones_like(classes, dtype=torch.float))
         right, count = self.process.sum(right), self.process.sum(count)
         there = count > 0
-        top1 = (100 * right.sum(1) / count.sum().clamp(min=1)).tolist()
-        mean = (100 * right[:, there] / count[there]).mean(1).nan_to_num().tolist()
-        self.kept = max(range(S), key=lambda i: mean[i])
-        spread = float(torch.tensor(mean[:S]).std(correction=0))
+        top1 = mean = [None] * (S + 1)  # nothing is held out where every class has fewer than five regions
+        spread = average = None
+        if there.any():
+            top1 = (100 * right.sum(1) / count.sum()).tolist()
+            mean = (100 * right[:, there] / count[there]).mean(1).tolist()
+            self.kept = max(range(S), key=lambda i: mean[i])
+            average, spread = sum(mean[:S]) / S, float(torch.tensor(mean[:S]).std(correction=0))
         return {"held_out_regions": int(count.sum()), "kept_seed": self.seeds[self.kept], "std": spread,
-                "mean": sum(mean[:S]) / S, "single": {"top1": top1[S], "per_class": mean[S]},
+                "mean": average, "single": {"top1": top1[S], "per_class": mean[S]},
                 "seeds": {str(s): {"top1": top1[i], "per_class": mean[i]} for i, s in enumerate(self.seeds)}}  # fmt: skip
 
-    def score(self, result: dict) -> float:
-        return result["seeds"][str(result["kept_seed"])]["per_class"]
+    def score(self, result: dict) -> list[float]:
+        kept = result["seeds"][str(result["kept_seed"])]["per_class"]
+        return [-math.inf if kept is None else kept]
 
     def report(self, result: dict, out: Path) -> None:
+        with written(out / "metrics.json") as file:
+            file.write_text(json.dumps({"program": MARK} | result, indent=1, allow_nan=False) + "\n")
         rows = {"single (fixed)": result["single"]} | {f"seed {k}": v for k, v in result["seeds"].items()}
         print(f"{'held-out regions':20}{'top-1':>8}{'per class':>11}")
         for name, row in rows.items():
-            print(f"{name:20}{row['top1']:8.1f}{row['per_class']:11.1f}")
-        print(f"{result['mean']:.1f} +- {result['std']:.1f} over the seeds; seed {result['kept_seed']} is kept "
+            print(f"{name:20}{percent(row['top1'], 8)}{percent(row['per_class'], 11)}")
+        print(f"{percent(result['mean'], 0)} +- {percent(result['std'], 0)} over the seeds; seed {result['kept_seed']} is kept "
               f"({result['held_out_regions']} regions of seen classes) -> {out / 'last.pt'}")  # fmt: skip
-        with run.replacing(out / "metrics.json") as file:
-            file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 class Contrast:
@@ -270,7 +277,7 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if not args.config and not (args.resume and args.out):
         parser.error("--config is missing" + ", or --out of the run" * args.resume)
-    out, process = Path(args.out or Path("runs") / Path(args.config).stem), run.start(args.device)
+    out, process = args.out or Path("runs") / args.config.stem, run.start(args.device)
     there = any((out / name).exists() for name in ("last.pt", "previous.pt"))
     again = process.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)  # by torchrun --max-restarts
     if args.resume and not there:
@@ -306,12 +313,18 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     if saved:
         task.load(saved["model"], f"checkpoint {out / 'last.pt'}")
         restore(optimizer, saved["optimizer"], f"checkpoint {out / 'last.pt'}")
+    single = task.batch_size == process.world and config.data.crop <= 32  # a deepest map of one pixel
+    if single and config.model.backbone == "small" and config.train.task == "segment":
+        todo = "raise data.crop above 32, or train.batch_size"
+        raise run.UserError("train.batch_size", "leaves batch norm one value a channel to take the mean of", todo)
     process.describe(config.model.bf16, training=True)
-    start, steps, best = saved.get("step", 0), config.train.steps, saved.get("best", -math.inf)
+    start, steps, best = saved.get("step", 0), config.train.steps, saved.get("best", [-math.inf])
     task.model.train()
     if process.compiles(config.model.compile):
         task.compile()  # before DDP wraps the model, and in place: names in the state dict stay as they are
     model = DistributedDataParallel(task.model) if process.world > 1 else task.model
+    if process.is_main and not saved:  # what an earlier run has left that came to no checkpoint, or what is not ours
+        set_aside(out, ("best.pt", "metrics.json", "metrics.jsonl", "samples.png", "broken.txt", "bad_batch.pt"))
     log, speed = Log(out, process, config, start, saved.get("wandb")), Speed(process, task.batch_size, start)
     bad_steps = BadSteps(task, out, log, process, config.train.bad_steps, saved.get("skipped", 0))
 
@@ -329,7 +342,12 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
             return
         process.share(task.model)
         with speed.paused():
-            result = task.evaluate("val", None, log.look)
+            try:
+                result = task.evaluate("val", None, log.look)
+            except run.UserError as error:  # a broken picture, say
+                save("last.pt", step)
+                what, why, todo = error.args
+                raise run.UserError(what, why, f"{todo}; the weights are in {out / 'last.pt'}, --resume goes on") from None
         if result:
             log.evaluation(step, "val", result)
             if (score := task.score(result)) > best:
@@ -379,7 +397,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
         log.evaluation(steps, config.data.split, result)
         if config.train.task == "prompts":
             save("last.pt", steps)  # now that the best seed is known
-        if best == -math.inf:
+        if best == [-math.inf]:
             save("best.pt", steps)
         if process.is_main:
             task.report(result, out)

@@ -14,14 +14,15 @@ from conftest import ROOT, keys, tiny_config
 
 import eval as evaluation
 import prepare_data
-from zsseg import checkpoint
-from zsseg.checkpoint import import_original, load_backbone, load_strict, our_name
+from zsseg import checkpoint, weights
+from zsseg.checkpoint import load_strict
 from zsseg.clip import build_clip
 from zsseg.config import ModelConfig
 from zsseg.maskformer import DeepResNet, MaskFormer
 from zsseg.prompts import LearnedPrompt
 from zsseg.run import UserError
 from zsseg.segmenter import Segmenter
+from zsseg.weights import import_original, load_backbone, our_name
 
 LISTS = keys("upstream_keys.json")
 
@@ -139,7 +140,7 @@ def test_detectron_files_are_downloaded_by_name(tmp_path, monkeypatch):
         pickle.dump({"model": to_detectron(state)}, file)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(checkpoint.DETECTRON_MODELS, "R-50.pkl", (tmp_path / "server" / "R-50.pkl").as_uri())
+    monkeypatch.setitem(weights.DETECTRON_MODELS, "R-50.pkl", (tmp_path / "server" / "R-50.pkl").as_uri())
     backbone = DeepResNet("R50")
     load_backbone(backbone, "R50", "R-50.pkl")
     assert torch.equal(backbone.conv1.weight, state["conv1.weight"]) and (tmp_path / "cache" / "R-50.pkl").exists()
@@ -232,7 +233,7 @@ def test_arrays_of_every_protocol_are_read(protocol, tmp_path):
     with open(tmp_path / "a.pkl", "wb") as file:
         pickle.dump({"model": arrays}, file, protocol)
     with open(tmp_path / "a.pkl", "rb") as file:
-        read = checkpoint.ArrayUnpickler(file, encoding="latin1").load()["model"]
+        read = weights.ArrayUnpickler(file, encoding="latin1").load()["model"]
     for name, array in arrays.items():
         assert np.array_equal(read[name].array, array) and read[name].array.dtype.kind == array.dtype.kind
 
@@ -241,7 +242,7 @@ def test_arrays_of_every_protocol_are_read(protocol, tmp_path):
 def test_a_clip_that_is_none_is_one_line(content, tmp_path):
     (tmp_path / "clip.pt").write_bytes(content)
     with pytest.raises(UserError, match=r"clip\.pt|CLIP"):
-        build_clip(checkpoint.load_clip_state(str(tmp_path / "clip.pt"), tmp_path))
+        build_clip(weights.load_clip_state(str(tmp_path / "clip.pt"), tmp_path))
 
 
 def test_empty_and_cut_files_are_named(tmp_path):

@@ -5,10 +5,10 @@ import torch
 from conftest import tiny_clip_state
 
 from zsseg import clip as C
-from zsseg.checkpoint import load_clip_state, read_torchscript
 from zsseg.clip import CLIP, ModifiedResNet, VisionTransformer, build_clip
 from zsseg.run import UserError
 from zsseg.tokenizer import Tokenizer
+from zsseg.weights import load_clip_state, read_torchscript
 
 
 def test_byte_vocabulary_needs_no_file(monkeypatch, tmp_path):

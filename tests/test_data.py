@@ -21,7 +21,8 @@ from zsseg.data import (
     stream,
     test_size,
 )
-from zsseg.datasets import DATASETS, find_pairs, read_labels, read_picture
+from zsseg.datasets import DATASETS, find_pairs
+from zsseg.images import read_labels, read_picture
 from zsseg.run import UserError
 
 test_size.__test__ = TestPictures.__test__ = False  # pytest would take them for tests

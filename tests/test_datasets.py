@@ -15,10 +15,13 @@ from PIL import Image
 
 import prepare_data
 from zsseg import datasets
+from zsseg import label_statistics as label_statistics_module
 from zsseg.clip import CLIP, MEAN, STD, VisionTransformer
 from zsseg.convert import decode_runs, resize_bilinear
 from zsseg.data import Regions, TestPictures, TrainPictures
-from zsseg.datasets import DATASETS, count_classes, find_pairs, label_statistics, read_labels, read_picture
+from zsseg.datasets import DATASETS, find_pairs
+from zsseg.images import read_labels, read_picture
+from zsseg.label_statistics import count_classes, label_statistics
 from zsseg.metrics import evaluate
 from zsseg.run import UserError
 from zsseg.segmenter import Segmenter
@@ -261,7 +264,7 @@ def test_statistics_of_a_read_only_root(tmp_path, monkeypatch):
     """They go to the cache instead."""
     trees.ade20k(tmp_path / "root")
     monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path / "cache"))
-    real, tried = datasets.replacing, []
+    real, tried = label_statistics_module.replacing, []
 
     def refuse(path: Path):
         tried.append(path)
@@ -269,7 +272,7 @@ def test_statistics_of_a_read_only_root(tmp_path, monkeypatch):
             raise UserError("file", "cannot be written", "")
         return real(path)
 
-    monkeypatch.setattr(datasets, "replacing", refuse)
+    monkeypatch.setattr(label_statistics_module, "replacing", refuse)
     for tries in (2, 0):
         tried.clear()
         assert label_statistics("ade20k", tmp_path / "root", "val").histogram(150).sum() == 37 * 53 + 64 * 48 + 1

@@ -15,7 +15,7 @@ import eval as evaluation
 import train
 from zsseg import checkpoint, published, views
 from zsseg.budget import budget, overlaps, report_budget
-from zsseg.checkpoint import import_original, load_strict
+from zsseg.checkpoint import load_strict
 from zsseg.config import ModelConfig, load_config
 from zsseg.datasets import dataset, find_pairs
 from zsseg.metrics import evaluate
@@ -23,6 +23,7 @@ from zsseg.perpixel import PerPixel, per_pixel_loss
 from zsseg.run import Process, UserError
 from zsseg.segmenter import Segmenter
 from zsseg.selftrain import complete, pseudo_labels
+from zsseg.weights import import_original
 
 
 @pytest.fixture(scope="module")

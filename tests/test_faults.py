@@ -23,7 +23,7 @@ import train
 from kernels import semantic_map
 from zsseg import checkpoint, metrics, run
 from zsseg.clip import CLIP
-from zsseg.datasets import label_statistics
+from zsseg.label_statistics import label_statistics
 from zsseg.regions import classify_crops
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -15,7 +15,8 @@ import prepare_data
 from zsseg import checkpoint, run
 from zsseg.config import DataConfig, load_config
 from zsseg.data import TestPictures, TrainPictures
-from zsseg.datasets import dataset, find_pairs, has_split, label_statistics
+from zsseg.datasets import dataset, find_pairs, has_split
+from zsseg.label_statistics import label_statistics
 
 SMALL = ["model.backbone=small", "model.weights=", "model.queries=8", "model.hidden=32", "model.decoder_layers=1",
          "train.steps=4", "train.batch_size=2", "data.workers=0", "data.crop=64", "data.short_edges=[64]",

@@ -20,7 +20,7 @@ from kernels.region_crop import reference_boxes, reference_crops
 from zsseg import data as pictures
 from zsseg.config import Config, load_config, matches
 from zsseg.convert import decode_runs
-from zsseg.datasets import read_picture, read_values
+from zsseg.images import read_picture, read_values
 from zsseg.regions import expand_boxes
 from zsseg.run import UserError
 from zsseg.tokenizer import Tokenizer

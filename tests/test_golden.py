@@ -18,7 +18,6 @@ from PIL import Image
 
 import eval as evaluation
 import prepare_data
-from zsseg.checkpoint import import_original, our_name
 from zsseg.clip import build_clip
 from zsseg.config import Config
 from zsseg.datasets import dataset
@@ -28,6 +27,7 @@ from zsseg.regions import mask_boxes, normalize, region_crops
 from zsseg.run import Process
 from zsseg.segmenter import Segmenter
 from zsseg.tokenizer import Tokenizer
+from zsseg.weights import import_original, our_name
 
 pytestmark = pytest.mark.usefixtures("vocabulary")
 on_cpu_and_gpu = pytest.mark.parametrize("process", [PROCESS, pytest.param(GPU, marks=pytest.mark.gpu)], ids=["cpu", "cuda"])

@@ -12,8 +12,8 @@ from conftest import PROCESS, ROOT, command, fails_in_one_line, tiny_clip_state,
 from PIL import Image
 
 import train
-from zsseg import checkpoint
-from zsseg.datasets import read_picture, read_values
+from zsseg import checkpoint, weights
+from zsseg.images import read_picture, read_values
 from zsseg.run import UserError
 
 
@@ -36,10 +36,10 @@ def test_a_script_that_is_a_bomb(tmp_path):
             content = bytes(2**28) if "/data/" in info.filename else source.read(info)
             kind = zipfile.ZIP_DEFLATED if "/data/" in info.filename else zipfile.ZIP_STORED
             target.writestr(info.filename, content, kind)
-    assert checkpoint.load_clip_state(str(tmp_path / "clip.pt"), tmp_path).keys() == {"weight", "bias"}
+    assert weights.load_clip_state(str(tmp_path / "clip.pt"), tmp_path).keys() == {"weight", "bias"}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # making it took more than reading may
     with pytest.raises(UserError, match=r"bomb.pt cannot be read .*is compressed"):
-        checkpoint.load_clip_state(str(tmp_path / "bomb.pt"), tmp_path)
+        weights.load_clip_state(str(tmp_path / "bomb.pt"), tmp_path)
     (tmp_path / "clip.pt").unlink()
     torch.save({"model": {"a": torch.zeros(2**20)}}, tmp_path / "whole.pt")
     deflated = zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED)
@@ -49,7 +49,7 @@ def test_a_script_that_is_a_bomb(tmp_path):
     assert checkpoint.load(tmp_path / "whole.pt")["model"]["a"].shape == (2**20,)
     with pytest.raises(UserError, match=r"bomb.pt: cannot be read"):
         checkpoint.load(tmp_path / "bomb.pt")
-    expanded = checkpoint.ScriptUnpickler.tensor
+    expanded = weights.ScriptUnpickler.tensor
     with pytest.raises(pickle.UnpicklingError, match="from 1 numbers"):  # 32 GiB from one number, by strides of 0
         expanded(torch.zeros(1), 0, (2**33,), (0,))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17  # KiB
@@ -101,7 +101,7 @@ def test_a_clip_of_odd_sizes(shapes_root, tmp_path):
                    {"token_embedding.weight": torch.zeros(514, 2)}):  # fmt: skip
         torch.save(tiny_clip_state() | change, tmp_path / "clip.pt")
         with pytest.raises(UserError, match="CLIP"):
-            train.build_clip(checkpoint.load_clip_state(str(tmp_path / "clip.pt"), tmp_path))
+            train.build_clip(weights.load_clip_state(str(tmp_path / "clip.pt"), tmp_path))
 
 
 def test_a_quota_that_ends_during_training(shapes_root, tmp_path, monkeypatch):

@@ -19,7 +19,8 @@ from conftest import PROCESS, ROOT, command, fails_in_one_line, tiny_config
 from PIL import Image
 
 from zsseg import checkpoint, run
-from zsseg.datasets import dataset, find_pairs, read_values
+from zsseg.datasets import dataset, find_pairs
+from zsseg.images import read_values
 from zsseg.log import Log, Speed, scalars
 
 WORDS = ["--config", "configs/shapes.toml", "--device", "cpu"]

@@ -21,8 +21,9 @@ import eval as evaluation
 from zsseg import checkpoint, pictures
 from zsseg.data import test_size as network_size
 from zsseg.data import to_tensor
-from zsseg.datasets import dataset, read_picture
+from zsseg.datasets import dataset
 from zsseg.draw import overlay, palette
+from zsseg.images import read_picture
 from zsseg.pictures import Names, find_pictures
 from zsseg.run import UserError
 from zsseg.segmenter import Segmenter

@@ -19,8 +19,9 @@ import eval as evaluation
 import train
 from zsseg import report
 from zsseg.config import Config, load_config
-from zsseg.datasets import dataset, find_pairs, read_values
+from zsseg.datasets import dataset, find_pairs
 from zsseg.draw import palette
+from zsseg.images import read_values
 from zsseg.metrics import confusion, summarize
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"

@@ -13,9 +13,11 @@ from torch import Tensor
 from zsseg.config import Config
 from zsseg.data import TestPictures, stream
 from zsseg.datasets import DataSet, dataset
-from zsseg.metrics import confusion, summarize, true_masks
+from zsseg.files import MARK, PNG_MARK
+from zsseg.files import result as written
+from zsseg.metrics import confusion, percent, summarize, true_masks
 from zsseg.regions import mask_boxes
-from zsseg.run import Process, UserError, progress, replacing
+from zsseg.run import Process, UserError, progress
 from zsseg.segmenter import Proposals, Segmenter
 
 ROWS = {
@@ -71,15 +73,18 @@ def oracle_labels(segmenter: Segmenter, image: Tensor, labels: Tensor, data: Dat
 
 
 @torch.inference_mode()
-def budget(segmenter: Segmenter, config: Config, root: Path, process: Process, split: str) -> dict:
-    """The metrics of every row, the recall of the proposals, and CLIP's confusions on true masks, over a split."""
+def budget(segmenter: Segmenter, config: Config, root: Path, process: Process, split: str, seen: list[int]) -> dict:
+    """The metrics of every row, the recall of the proposals, and CLIP's confusions on true masks, over a split.
+
+    `seen`: ids of the classes that count as seen in the ensemble.
+    """
     if not config.model.proposals:
         raise UserError("--budget", "needs mask proposals", "give a checkpoint with model.proposals = true")
     if config.eval.sizes or config.eval.flip or config.eval.window:
         raise UserError("--budget", "measures one view of a picture", "leave eval.sizes, eval.flip and eval.window out")
     data, pictures = dataset(config.data), TestPictures(config.data, root, split)
     C, device = len(data.names), process.device
-    segmenter.set_classes(data.names, data.seen)
+    segmenter.set_classes(data.names, seen)
     segmenter.eval()
     matrices = {row: torch.zeros(C, C, dtype=torch.int64, device=device) for row in ROWS}
     named = torch.zeros(C, C, dtype=torch.int64, device=device)
@@ -103,30 +108,33 @@ def budget(segmenter: Segmenter, config: Config, root: Path, process: Process, s
     *recalled, total, masks = best.tolist()
     wrong = named - named.diag().diag()
     top = wrong.flatten().topk(min(10, C * C))
-    return {row: summarize(matrix, data) for row, matrix in matrices.items()} | {
-        "recall": {str(o): 100 * r / max(masks, 1) for o, r in zip(OVERLAPS, recalled, strict=True)},
-        "average_best_overlap": 100 * total / max(masks, 1), "masks": int(masks),
-        "clip_accuracy": 100 * int(named.diag().sum()) / max(int(named.sum()), 1),
+    share = lambda part, all_of: 100 * part / all_of if all_of else None
+    return {"program": MARK} | {row: summarize(matrix, data) for row, matrix in matrices.items()} | {
+        "recall": {str(o): share(r, masks) for o, r in zip(OVERLAPS, recalled, strict=True)},
+        "average_best_overlap": share(total, masks), "masks": int(masks),
+        "clip_accuracy": share(int(named.diag().sum()), int(named.sum())),
         "confusions": [[data.names[int(i) // C], data.names[int(i) % C], int(n)] for n, i in zip(*top, strict=True) if n],
     }  # fmt: skip
 
 
 def report_budget(result: dict, out: Path) -> None:
-    """Print the table and write budget.json and budget.png."""
+    """Write budget.json and budget.png, and print the table."""
     keys = [k for k in ("mIoU_seen", "mIoU_unseen", "hIoU", "mIoU") if k in result["as_is"]]
     main = "hIoU" if "hIoU" in keys else "mIoU"
+    with written(out / "budget.json") as file:
+        file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    with written(out / "budget.png") as file:
+        picture(result, keys).save(file, "PNG", pnginfo=PNG_MARK)
     print("".join([f"{'':32}", *(f"{k.removeprefix('mIoU_'):>9}" for k in keys), f"{main + ' gains':>13}"]))
     for row, title in ROWS.items():
-        gain = result[row][main] - result["as_is"][main]
-        print("".join([f"{title:32}", *(f"{result[row][k]:9.1f}" for k in keys), f"{gain:+13.1f}"]))
-    recall = ", ".join(f"{value:.1f} at {overlap}" for overlap, value in result["recall"].items())
-    print(f"recall of {result['masks']} true masks: {recall}; average best overlap {result['average_best_overlap']:.1f}")
-    print(f"CLIP on the true masks: {result['clip_accuracy']:.1f}% right"
+        both = result[row][main], result["as_is"][main]
+        gain = f"{'-':>13}" if None in both else f"{both[0] - both[1]:+13.1f}"
+        print("".join([f"{title:32}", *(percent(result[row][k], 9) for k in keys), gain]))
+    recall = ", ".join(f"{percent(value, 0)} at {overlap}" for overlap, value in result["recall"].items())
+    overlap = percent(result["average_best_overlap"], 0)
+    print(f"recall of {result['masks']} true masks: {recall}; average best overlap {overlap}")
+    print(f"CLIP on the true masks: {percent(result['clip_accuracy'], 0)}% right"
           + "".join(f"\n  {n:5} x {truth} taken for {taken}" for truth, taken, n in result["confusions"]))  # fmt: skip
-    with replacing(out / "budget.json") as file:
-        file.write_text(json.dumps(result, indent=1) + "\n")
-    with replacing(out / "budget.png") as file:
-        picture(result, keys).save(file, "PNG")
     print(f"-> {out / 'budget.json'}, {out / 'budget.png'}")
 
 
@@ -143,6 +151,6 @@ def picture(result: dict, keys: list[str]) -> Image.Image:
         for j, (name, value) in enumerate(values):
             y = 14 + 96 * i + 20 * j
             draw.text((250, y), name, "black")
-            draw.rectangle((320, y, 320 + 3.6 * value, y + 14), colours[j])
-            draw.text((326 + 3.6 * value, y + 1), f"{value:.1f}", "black")
+            draw.rectangle((320, y, 320 + 3.6 * (value or 0), y + 14), colours[j])
+            draw.text((326 + 3.6 * (value or 0), y + 1), percent(value, 0), "black")
     return canvas

@@ -33,6 +33,9 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}"
+
     def forward(self, x: Tensor, mask: Tensor | None, first: int = 0) -> Tensor:
         """[N, length, width] -> the same, or the output of the `first` tokens alone [N, first, width]."""
         if first:
@@ -46,12 +49,16 @@ class Attention(nn.Module):
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
+ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's; that of most OpenCLIP models
+
+
 class Block(nn.Module):
-    def __init__(self, width: int):
+    def __init__(self, width: int, heads: int = 0, activation: str = "quickgelu"):
         super().__init__()
-        self.attn = Attention(width, max(width // 64, 1))
+        self.attn = Attention(width, heads or max(width // 64, 1))
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        layers = [("c_fc", nn.Linear(width, 4 * width)), ("gelu", QuickGELU()), ("c_proj", nn.Linear(4 * width, width))]
+        gelu = ACTIVATIONS[activation]()
+        layers = [("c_fc", nn.Linear(width, 4 * width)), ("gelu", gelu), ("c_proj", nn.Linear(4 * width, width))]
         self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor, mask: Tensor | None, first: int = 0) -> Tensor:
@@ -65,9 +72,9 @@ class Transformer(nn.Module):
 
     Where only the `first` tokens are wanted, the last block computes no others: [N, first, width].
     """
-    def __init__(self, width: int, layers: int):
+    def __init__(self, width: int, layers: int, heads: int = 0, activation: str = "quickgelu"):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, first: int = 0) -> Tensor:
         for i, block in enumerate(self.resblocks, 1):
@@ -95,7 +102,8 @@ def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
 
 class VisionTransformer(nn.Module):
     """ViT image tower. `stem` gives the widths of a convolutional stem (the small CLIP); without it, plain patches."""
-    def __init__(self, resolution: int, patch: int, width: int, layers: int, embed: int, stem: list[int] = ()):
+    def __init__(self, resolution: int, patch: int, width: int, layers: int, embed: int, stem: list[int] = (),
+                 heads: int = 0, activation: str = "quickgelu"):  # fmt: skip
         super().__init__()
         self.resolution = resolution
         self.conv1 = conv_stem(stem, width) if stem else nn.Conv2d(3, width, patch, patch, bias=False)
@@ -103,7 +111,7 @@ class VisionTransformer(nn.Module):
         tokens = (resolution // patch) ** 2 + 1
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers)
+        self.transformer = Transformer(width, layers, heads, activation)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed))
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -229,7 +237,7 @@ class ModifiedResNet(nn.Module):
     """CLIP's ResNet: three-convolution stem, anti-aliased strides, attention pool."""
     stride = 32
 
-    def __init__(self, layers: list[int], width: int, resolution: int, embed: int):
+    def __init__(self, layers: list[int], width: int, resolution: int, embed: int, heads: int = 0):
         super().__init__()
         self.resolution = resolution
         half = width // 2
@@ -242,7 +250,7 @@ class ModifiedResNet(nn.Module):
             blocks = [Bottleneck(channels if j == 0 else 4 * planes, planes, 1 if i == 0 or j else 2) for j in range(depth)]
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             channels = 4 * planes
-        self.attnpool = AttentionPool(resolution // 32, channels, channels // 64, embed)
+        self.attnpool = AttentionPool(resolution // 32, channels, heads or channels // 64, embed)
 
     def forward(self, images: Tensor, dense: bool = False) -> Tensor:
         """Normalised images [N, 3, H, W] -> [N, D], or with `dense` [N, H/32, W/32, D]."""
@@ -255,13 +263,14 @@ class ModifiedResNet(nn.Module):
 
 class CLIP(nn.Module):
     """Two towers and a temperature. Image and text features have the same width D; callers normalise them."""
-    def __init__(self, visual: nn.Module, embed: int, context: int, vocab_size: int, width: int, layers: int):
+    def __init__(self, visual: nn.Module, embed: int, context: int, vocab_size: int, width: int, layers: int,
+                 activation: str = "quickgelu"):  # fmt: skip
         super().__init__()
         self.visual = visual
         self.most_crops = 0  # that memory had room for at once, where it ended; 0: not met
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, width))
-        self.transformer = Transformer(width, layers)
+        self.transformer = Transformer(width, layers, activation=activation)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -290,36 +299,41 @@ class CLIP(nn.Module):
         return x @ self.text_projection
 
 
-def build_clip(state: dict[str, Tensor]) -> CLIP:
+def build_clip(state: dict[str, Tensor], activation: str = "quickgelu", heads: int = 0) -> CLIP:
     """The model whose weights `state` holds (OpenAI names; any float dtype), in fp32, frozen, in eval mode.
 
-    Raises UserError when `state` is not a whole CLIP.
+    What the weights do not tell: the MLPs' `activation`, and the `heads` of the image tower's attention (0: width / 64).
+    Raises UserError when `state` is not a whole CLIP, or its width cannot be shared by so many heads.
     """
     try:
         state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
         embed = state["text_projection"].shape[1]
         vocab_size, width = state["token_embedding.weight"].shape
         text = (embed, len(state["positional_embedding"]), vocab_size, width, depth(state, "transformer.resblocks"))
-        clip = CLIP(build_visual(state, embed), *text)
+        clip = CLIP(build_visual(state, embed, activation, heads), *text, activation)
         clip.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError("CLIP weights", f"are not a CLIP state dict ({str(error)[:200]})", "check clip.weights") from None
     return clip.eval().requires_grad_(False)
 
 
-def build_visual(state: dict[str, Tensor], embed: int) -> nn.Module:
+def build_visual(state: dict[str, Tensor], embed: int, activation: str, heads: int) -> nn.Module:
+    """The image tower of a CLIP whose weights `state` holds."""
+    widths = [len(state[k]) for k in ("visual.class_embedding", "visual.attnpool.q_proj.weight") if k in state]
+    if heads and widths and widths[0] % heads:
+        raise UserError("clip.heads", f"is {heads}, and the image tower's width {widths[0]}", "give a divisor of that, or 0")
     if "visual.proj" not in state:
         layers = [depth(state, f"visual.layer{i}") for i in (1, 2, 3, 4)]
         side = math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1)
-        return ModifiedResNet(layers, len(state["visual.layer1.0.conv1.weight"]), 32 * side, embed)
+        return ModifiedResNet(layers, len(state["visual.layer1.0.conv1.weight"]), 32 * side, embed, heads)
     width, layers = len(state["visual.class_embedding"]), depth(state, "visual.transformer.resblocks")
     side = math.isqrt(len(state["visual.positional_embedding"]) - 1)
     if "visual.conv1.weight" in state:
         patch = state["visual.conv1.weight"].shape[-1]
-        return VisionTransformer(side * patch, patch, width, layers, embed)
+        return VisionTransformer(side * patch, patch, width, layers, embed, (), heads, activation)
     convs = [v for k, v in state.items() if k.startswith("visual.conv1.") and v.ndim == 4]
     patch = 2 ** len(convs)
-    return VisionTransformer(side * patch, patch, width, layers, embed, [len(w) for w in convs[:-1]])
+    return VisionTransformer(side * patch, patch, width, layers, embed, [len(w) for w in convs[:-1]], heads, activation)
 
 
 def depth(state: dict[str, Tensor], prefix: str) -> int:

@@ -11,7 +11,8 @@ import typing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from zsseg.run import UserError, nearest, nearest_file
+from zsseg.files import read_text
+from zsseg.run import UserError, nearest, nearest_file, path_of
 
 
 @dataclass
@@ -24,6 +25,7 @@ class DataConfig:
     classes: list[str] = field(default_factory=list)  # names
     unseen: list[str] = field(default_factory=list)  # those that training hides
     values: list[int] = field(default_factory=list)  # the label value of each class, all others are ignored; []: 0, 1, 2, ...
+    exif_turn: bool = False  # turn pictures as their camera says, which labelling tools do and COCO's labels do not
     split: str = "val"  # the split that train.py (at its end) and eval.py measure on
     train_on: str = "seen"  # seen | all: the classes that training targets show
     short_edges: list[int] = field(default_factory=lambda: list(range(320, 961, 64)))  # drawn at training
@@ -56,6 +58,8 @@ class ModelConfig:
 @dataclass
 class ClipConfig:
     weights: str = "ViT-B/16"  # an OpenAI model name or a state-dict file; {root} is the data root
+    activation: str = "auto"  # auto (OpenAI's files are known; "quickgelu" for others, which is said) | quickgelu | gelu
+    heads: int = 0  # of the image tower's attention; 0: width / 64. Nothing in a file tells (ViT-H/14 has 16 of 80)
     prompt: str | list[str] = "single"  # single | imagenet | vild | learned | a list of templates
     region_prompt: str | list[str] = ""  # a prompt of its own for the regions ("" = the same)
     prompts: str = ""  # checkpoint that holds the learned prompt
@@ -85,6 +89,7 @@ class TrainConfig:
     focal_weight: float = 20.0
     dice_weight: float = 1.0
     no_object_weight: float = 0.1
+    init: str = ""  # a segmenter's checkpoint, ours or the original's, whose weights training starts from (fine-tuning)
     teacher: str = ""  # self-training: a checkpoint whose predictions label what the training labels hide
     # Pixels whose best unseen class is less probable than this stay unlabelled; a softmax over scores from 0 to about 1, so
     # that for C classes probabilities lie between 1/C and 3/C, roughly.
@@ -151,6 +156,7 @@ class Config:
 CHOICES = {
     "data.train_on": ("seen", "all"),
     "model.class_head": ("text", "linear"),
+    "clip.activation": ("auto", "quickgelu", "gelu"),
     "clip.regions": ("crops", "pool", "tokens"),
     "model.backbone": ("R50", "R101c", "small"),
     "model.compile": ("auto", "on", "off"),
@@ -161,10 +167,13 @@ CHOICES = {
 POSITIVE = ("train.steps", "train.batch_size", "train.lr", "train.checkpoint_every", "train.bad_steps", "log.every",
             "data.crop", "data.max_size", "data.test_short_edge", "model.queries", "model.heads", "model.feedforward",
             "model.decoder_layers", "model.class_hidden", "clip.expand_ratio", "clip.dense_edge", "prompts.samples_per_class")
+PATHS = ("data.folder", "data.labels", "data.pictures", "model.weights", "clip.weights", "clip.prompts", "train.init",
+         "train.teacher")
 UNIT = ("clip.ensemble_weight", "clip.mask_threshold", "model.dropout", "prompts.momentum", "prompts.warmup_factor",
         "contrast.masked_share", "train.reject")
-COUNTS = ("clip.chunk", "clip.prompt_prefix", "clip.prompt_suffix", "data.workers", "train.eval_every", "train.seed",
-          "eval.window", "train.weight_decay", "train.power", "train.clip_grad", "prompts.warmup_steps", "prompts.held_out")
+COUNTS = ("clip.chunk", "clip.heads", "clip.prompt_prefix", "clip.prompt_suffix", "data.workers", "train.eval_every",
+          "train.seed", "eval.window", "train.weight_decay", "train.power", "train.clip_grad",
+          "prompts.warmup_steps", "prompts.held_out")
 
 
 def load_config(file: str | None = None, overrides: list[str] = (), base: dict | None = None) -> Config:
@@ -203,21 +212,25 @@ def load_config(file: str | None = None, overrides: list[str] = (), base: dict |
         "model.proposals": (config.model.proposals or config.model.class_head == "text", "pixels want class_head = \"text\""),
         "clip.ensemble": (not config.clip.ensemble or config.model.class_head == "text", "a linear head needs false"),
         "clip.prompt": (config.clip.prompt != [], "give at least one template"),
+        "train.init": (not config.train.init or config.train.task == "segment", "only task segment starts from a segmenter"),
     }
     for name, (right, todo) in rules.items():
         if not right:
             raise UserError(name, f"is {values[name]}", todo)
+    for name in PATHS:
+        section, key = name.split(".")
+        if values[name].startswith("~"):
+            setattr(getattr(config, section), key, str(path_of(values[name])))
     return config
 
 
-def read_toml(file: str) -> dict:
+def read_toml(file: str | Path) -> dict:
+    other, todo = Path("configs") / f"{Path(file).stem}.toml", nearest_file(file, "give the path of a TOML file")
+    todo = f"did you mean {other}?" if other.is_file() and other != Path(file) else todo
+    text = read_text(file, f"config {file}", todo)
     try:
-        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        other, todo = Path("configs") / f"{Path(file).stem}.toml", nearest_file(file, "give the path of a TOML file")
-        todo = f"did you mean {other}?" if other.is_file() and other != Path(file) else todo
-        raise UserError(f"config {file}", error.strerror or str(error), todo) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
         raise UserError(f"config {file}", f"is not TOML: {error}", "correct that line") from None
 
 

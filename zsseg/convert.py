@@ -13,17 +13,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from zsseg.datasets import dataset, read_picture
-from zsseg.run import UserError, parallel, replacing
+from zsseg.datasets import dataset
+from zsseg.files import decode, replacing, split_lines
+from zsseg.images import read_picture
+from zsseg.run import UserError, parallel
 
 LARGEST = 2**28  # pixels
 
 
 def read_ids(file: Path) -> list[str]:
     try:
-        return file.read_text("utf-8-sig").split()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = split_lines(decode(file.read_bytes()))
+    except OSError as error:
         raise UserError(f"list {file}", f"cannot be read ({error})", "replace the file") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def write_ids(file: Path, ids: list[str]) -> None:
@@ -31,7 +34,7 @@ def write_ids(file: Path, ids: list[str]) -> None:
     if file.exists():
         return
     with replacing(file) as temporary:
-        temporary.write_text("".join(f"{i}\n" for i in ids))
+        temporary.write_text("".join(f"{i}\n" for i in ids), "utf-8", "surrogateescape")
 
 
 def voc_trainaug(folder: Path, sbd: Path, workers: int) -> None:
@@ -187,7 +190,7 @@ def ade20k_full(folder: Path, workers: int, train: bool = False) -> None:
 
     jpegs = []
     for parent, below, files in os.walk(folder / "images"):
-        names = {f.removesuffix(".jpg") for f in files if f.endswith(".jpg")}
+        names = {f.removesuffix(".jpg") for f in files if f.endswith(".jpg") and not f.startswith(".")}
         jpegs += [Path(parent) / f"{n}.jpg" for n in sorted(names) if train or is_val(n)]
         below[:] = sorted(set(below) - names)  # a folder of the picture's name holds its instances
     list(parallel(convert, jpegs, workers, "convert ADE20K"))

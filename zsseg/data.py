@@ -21,19 +21,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from zsseg.config import Config, DataConfig
-from zsseg.datasets import (
-    DataSet,
-    LabelStatistics,
-    dataset,
-    find_pairs,
-    label_statistics,
-    read_labels,
-    read_picture,
-    training_set,
-)
+from zsseg.datasets import DataSet, dataset, find_pairs, training_set
+from zsseg.images import read_labels, read_picture
+from zsseg.label_statistics import LabelStatistics, label_statistics
 from zsseg.losses import Targets
 from zsseg.regions import mask_boxes, region_crops
-from zsseg.run import SIGNALS, UserError, say, seed_of
+from zsseg.run import SIGNALS, UserError, left_out, say, seed_of, several
 
 REPLACEMENTS = 100  # samples in a row that may be broken before training stops
 
@@ -53,23 +46,36 @@ def test_size(width: int, height: int, short: int, longest: int) -> tuple[int, i
 
 
 class TestPictures(Dataset):
-    """Item i: (picture uint8 [3, h, w] at each network-input size, class ids uint8 or int32 [H, W] at its own size, stem).
+    """Item i: (picture uint8 [3, h, w] at each network-input size, class ids uint8 or int32 [H, W] at its own size, name).
 
     There is one size, with shorter edge `data.test_short_edge`, unless `edges` gives others.
     """
     def __init__(self, config: DataConfig, root: Path, split: str, edges: list[int] = ()):
         self.config, self.lut, self.edges = config, dataset(config).lut(), edges or [config.test_short_edge]
         self.pairs = find_pairs(config, root, split)
+        self.names = unique_names([picture for picture, _ in self.pairs])
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, i: int) -> tuple[list[Tensor], Tensor, str]:
         image_file, label_file = self.pairs[i]
-        image = read_picture(image_file)
+        image = read_picture(image_file, turn=self.config.exif_turn)
         labels = torch.from_numpy(read_labels(label_file, self.lut, image.size))
         sizes = [test_size(*image.size, edge, self.config.max_size) for edge in self.edges]
-        return [to_tensor(image.resize(size, Image.Resampling.BILINEAR)) for size in sizes], labels, image_file.stem
+        return [to_tensor(image.resize(size, Image.Resampling.BILINEAR)) for size in sizes], labels, self.names[i]
+
+
+def unique_names(files: list[Path]) -> list[str]:
+    """A name for every file that no other one has: its stem or, where one is not unique, its path below their folder."""
+    files = [Path(os.path.abspath(file)) for file in files]
+    names = [file.stem for file in files]
+    if len(set(names)) < len(set(files)):
+        base = os.path.commonpath([file.parent for file in files])
+        names = [file.relative_to(base).with_suffix("").as_posix() for file in files]
+    if len(set(names)) < len(set(files)):  # a.jpg and a.png
+        names = [file.relative_to(base).as_posix() for file in files]
+    return names
 
 
 def augment(image: Image.Image, labels: np.ndarray, config: DataConfig, ignore: int, rng: np.random.Generator):
@@ -118,15 +124,18 @@ def ssd_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def training_statistics(config: DataConfig, root: Path) -> LabelStatistics:
-    """Which classes the training pictures show; label maps that cannot be read are named, and left out."""
+    """Which classes the training pictures show.
+
+    What may be a mistake in the labels is said; label maps that cannot be read are named, and left out.
+    """
     statistics = label_statistics(config, root, "train", config.workers)
-    data = dataset(config)
-    if os.environ.get("RANK", "0") == "0" and (alone := len(data.unpaired(data.folder(root), "train"))):
-        say(f"left out: {alone} files without a partner (prepare_data.py --check names them)")
+    for line in statistics.oddities(training_set(config), "train"):
+        say(f"look at: {line}")
     for line in statistics.broken[:20]:
         say(f"left out: {line}")
-    if more := len(statistics.broken[20:]):
-        say(f"left out: {more} more (prepare_data.py {config.name} --check names them)")
+    if count := len(statistics.broken):
+        names = f"; prepare_data.py {config.name} --check names them" if count > 20 else ""
+        left_out(f"{several(count, 'label map')} that cannot be read{names}")
     return statistics
 
 
@@ -140,8 +149,10 @@ class TrainPictures(Dataset):
         self.data, self.seed = training_set(config.data), config.train.seed
         pairs, self.lut = find_pairs(config.data, root, "train"), self.data.lut(training=True)
         if pseudo is None:
-            shown = training_statistics(config.data, root).pictures_with(self.data.trained)
-            self.pairs = [pairs[i] for i in shown]
+            statistics = training_statistics(config.data, root)
+            self.pairs = [pairs[i] for i in statistics.pictures_with(self.data.trained)]
+            if without := len(pairs) - len(self.pairs) - len(statistics.broken):
+                left_out(f"{several(without, 'training picture')} without a class that is trained on")
         else:  # class ids of all classes, by `zsseg.selftrain`
             self.pairs = [(picture, pseudo / f"{i:06}.png") for i, (picture, _) in enumerate(pairs)]
             self.lut = identity(self.data)
@@ -158,7 +169,7 @@ class TrainPictures(Dataset):
     def __getitem__(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         epoch, i = divmod(n, len(self.pairs))
         image_file, label_file = self.pairs[self.order(epoch)[i]]
-        image = read_picture(image_file)
+        image = read_picture(image_file, turn=self.config.exif_turn)
         labels = read_labels(label_file, self.lut, image.size)
         rng = np.random.default_rng(seed_of(self.seed, 2, n))
         picture, mask = augment(image, labels, self.config, self.data.ignore, rng)
@@ -195,6 +206,7 @@ class Regions(Dataset):
     """
     def __init__(self, config: Config, root: Path, resolution: int):
         self.data, self.seed, self.resolution = training_set(config.data), config.train.seed, resolution
+        self.turn = config.data.exif_turn
         self.pairs, self.lut = find_pairs(config.data, root, "train"), self.data.lut(training=True)
         statistics = training_statistics(config.data, root)
         rng, few = np.random.default_rng(self.seed), config.prompts.samples_per_class
@@ -221,7 +233,7 @@ class Regions(Dataset):
 
     def crop(self, picture: int, category: int, rng: np.random.Generator | None = None) -> tuple[Tensor, int]:
         """A region as `__getitem__` gives it; without `rng` all of its box, as at inference."""
-        image = read_picture(self.pairs[picture][0])
+        image = read_picture(self.pairs[picture][0], turn=self.turn)
         mask = read_labels(self.pairs[picture][1], self.lut, image.size) == category
         x0, y0, x1, y1 = mask_boxes(torch.from_numpy(mask)[None])[0][0].tolist()
         R, box = self.resolution, (x0, y0, x1, y1)
@@ -274,7 +286,7 @@ class RegionsWithCaptions(Dataset):
         self.images = [to_tensor(read_picture(image)) for image, _ in pairs]
         sizes = [(image.shape[2], image.shape[1]) for image in self.images]
         self.labels = [torch.from_numpy(read_labels(p[1], data.lut(), s)) for p, s in zip(pairs, sizes, strict=True)]
-        captions = json.loads((data.folder(root) / "captions.json").read_text())
+        captions = json.loads((data.folder(root) / "captions.json").read_text("utf-8"))
         self.captions = [{int(k): v for k, v in captions[label.stem].items()} for _, label in pairs]
         self.where = [[i for i, c in enumerate(self.captions) if k in c] for k in range(len(data.names))]
 
@@ -357,9 +369,20 @@ def stream(samples: Dataset, numbers: Iterable[int], batch_size: int, workers: i
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     iterator = iter(loader)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    for batch, errors in iterator:
+    for batch, errors in alive(iterator):
         for error in errors if broken else ():
             broken(error)
         if batch is None:
             raise errors[-1]
         yield batch
+
+
+def alive(batches: Iterator) -> Iterator:
+    """The batches; a worker process that the system has killed is a UserError."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        todo = "give it more shared memory (docker run --shm-size=8g), or --set data.workers=0"
+        raise UserError("data.workers", str(error).partition("\n")[0], todo) from None

@@ -1,28 +1,24 @@
-"""The data sets: one table of what differs between them, their files, and what is in their label maps.
+"""The data sets: one table of what differs between them, and their files.
 
 Official label files are read as they are; a look-up table turns their values into class ids when they are read. What the
 segmenter must not see becomes the ignore value right there.
 """
 
-import contextlib
-import functools
-import hashlib
 import os
+import re
 import tomllib
-import warnings
-import zipfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from zsseg.config import DataConfig
-from zsseg.run import UserError, cache_dir, nearest, nearest_file, parallel, replacing
-
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `read_picture` has limits of its own
+from zsseg.files import decode, split_lines, walk
+from zsseg.images import PICTURE_LIKE, picture_endings
+from zsseg.run import UserError, left_out, nearest, nearest_file, several
+from zsseg.tokenizer import check_names
 
 
 class Absent(UserError):
@@ -84,42 +80,97 @@ class DataSet:
         """The first of `folders` that holds anything."""
         return next((root / f for f in self.folders if any((root / f).glob("[!.]*"))), root / self.folders[0])
 
-    def found(self, folder: Path, split: str) -> tuple[dict[str, Path], dict[str, Path]]:
-        """The pictures and the label maps of a split that are there, by id."""
-        files, known = [], picture_endings()
-        for pattern in (self.pictures, self.labels[0]):
-            before, after = pattern.replace("{split}", self.splits.get(split, split)).split("{id}")
-            names = {}
-            for parent, _, found in os.walk(folder / before, followlinks=True):
-                below = Path(parent).relative_to(folder / before)
-                for f in found:
-                    if f.startswith(".") or not (Path(f).suffix.lower() in known if after == ".*" else f.endswith(after)):
-                        continue
-                    name = (below / (Path(f).stem if after == ".*" else f.removesuffix(after))).as_posix()
-                    if name in names:
-                        raise UserError(f"file {Path(parent, f)}", f"has the id of {names[name]}", "keep one")
-                    names[name] = Path(parent, f)
-            files.append(names)
-        return files[0], files[1]
+    def listing(self, folder: Path, split: str) -> "Listing":
+        """The files of a split, as listed or found. Raises OSError without a list, UserError for one that names no ids."""
+        return self.listed(folder, split) if self.lists else self.found(folder, split)
 
-    def pairs(self, folder: Path, split: str) -> list[tuple[Path, Path]]:
-        """The (picture, label map) files of a split, sorted by id as listed or found. Raises OSError without a list."""
-        if not self.lists:
-            pictures, labels = self.found(folder, split)
-            return [(pictures[i], labels[i]) for i in sorted(pictures.keys() & labels.keys())]
-        pairs = []
-        lines = (folder / f"{split}.txt").read_text("utf-8-sig").splitlines()
-        for name in filter(None, map(str.strip, lines)):
+    def listed(self, folder: Path, split: str) -> "Listing":
+        known, pairs = picture_endings(), []
+        lines = split_lines(decode((folder / f"{split}.txt").read_bytes()))
+        lines = [line for line in lines if line.strip()]
+        for number, line in enumerate(lines):
+            name, picture = line, folder / self.pictures.format(id=line)
+            if not picture.exists():  # a name may begin or end with a space, but lists rather do
+                name = lines[number] = line.strip()
+                picture = folder / self.pictures.format(id=name)
+            words = name.split()
+            columns = len(words) > 1 and (re.fullmatch(r"[-+]?\d", words[-1]) or any("/" in word for word in words))
+            files = any(os.path.splitext(word)[1].lower() in known for word in words)
+            if not picture.exists() and (columns or files or "\\" in name or name.startswith("/")):
+                wants = f"wants ids, one a line, not {name[:100]!r}"
+                raise UserError(f"list {folder / split}.txt", wants, f"an id is what stands for {{id}} in {self.pictures}")
             labels = [folder / pattern.format(id=name) for pattern in self.labels]
-            pairs.append((folder / self.pictures.format(id=name), next((p for p in labels if p.exists()), labels[0])))
-        return pairs
+            pairs.append((picture, next((p for p in labels if p.exists()), labels[0])))
+        twice = sum(count - 1 for count in Counter(lines).values())
+        remark = f"{several(twice, 'line')} of {split}.txt stand there twice, and count twice"
+        return Listing(pairs, remarks=[remark] if twice else [])
 
-    def unpaired(self, folder: Path, split: str) -> list[Path]:
-        """Files of a split that are there on one side only. A listed file that is missing is an error when it is read."""
-        if self.lists:
-            return []
-        pictures, labels = self.found(folder, split)
-        return sorted(pictures.get(i, labels.get(i)) for i in pictures.keys() ^ labels.keys())
+    def found(self, folder: Path, split: str) -> "Listing":
+        """Files below the folder whose paths fit the patterns; a picture and a label map of one id are a pair."""
+        hidden, others = [], []
+        pictures = self.fitting(folder, split, self.pictures, hidden, others)
+        labels = self.fitting(folder, split, self.labels[0], hidden, [])
+        # A file that fits both patterns is what it has a partner for: a.png and a_mask.png are a picture and its label map.
+        files_of = [Counter(part.values()) for part in (pictures, labels)]
+        for file in pictures.keys() & labels.keys():
+            is_labels = files_of[0][labels[file]] > (pictures[file] == labels[file])
+            is_picture = files_of[1][pictures[file]] > (pictures[file] == labels[file])
+            if is_labels:
+                del pictures[file]
+            elif is_picture:
+                del labels[file]
+        by_id, twins = ({}, {}), []
+        for part, files in zip(by_id, (pictures, labels), strict=True):
+            for file, name in files.items():
+                if name in part:
+                    twins.append(UserError(f"file {file}", f"has the id of {part[name]}", "keep one"))
+                part.setdefault(name, Path(file))
+        pairs = [(by_id[0][i], by_id[1][i]) for i in sorted(by_id[0].keys() & by_id[1].keys())]
+        alone = {by_id[0].get(i, by_id[1].get(i)) for i in by_id[0].keys() ^ by_id[1].keys()}
+        strangers = [file for file in others if file not in labels] if self.name == "folder" else []
+        return Listing(pairs, sorted(alone), twins, strangers, hidden, (len(pictures), len(labels)))
+
+    def fitting(self, folder: Path, split: str, pattern: str, hidden: list[str], others: list[str]) -> dict[str, str]:
+        """{file: id} of those that fit a pattern; pictures by their ending that do not are put into `others`."""
+        before, after = pattern.replace("{split}", self.splits.get(split, split)).split("{id}")
+        known, found, base = picture_endings(), {}, folder / before
+        for file in walk(base, hidden=hidden) if base.is_dir() else ():
+            name = file[len(os.path.join(base, "")) :].replace(os.sep, "/")
+            ending = os.path.splitext(name)[1].lower()
+            fits = ending in known if after == ".*" else name.endswith(after)
+            name = name[: -len(ending)] if after == ".*" else name.removesuffix(after)
+            if fits and name:
+                found[file] = name
+            elif ending in known or ending in PICTURE_LIKE:
+                others.append(file)
+        return found
+
+
+@dataclass
+class Listing:
+    """The files of a split."""
+    pairs: list[tuple[Path, Path]]  # (picture, label map), sorted by id as listed or found
+    alone: list[Path] = field(default_factory=list)  # on one side only; a listed file that is not there is an error
+    twins: list[UserError] = field(default_factory=list)  # two files of one id
+    others: list[str] = field(default_factory=list)  # that look like pictures and fit no pattern (one's own data)
+    hidden: list[str] = field(default_factory=list)
+    counts: tuple[int, int] = (0, 0)  # pictures, label maps
+    remarks: list[str] = field(default_factory=list)
+
+    def left_out(self, split: str) -> list[str]:
+        """What is not used of the files that are there, a line each."""
+        lines = [f"{several(len(self.alone), 'file')} without a partner in {split}"] if self.alone else []
+        if self.others:
+            what = several(len(self.others), "file that fits", "files that fit")
+            lines.append(f"{what} neither data.pictures nor data.labels in {split} ({endings(self.others)})")
+        return lines
+
+
+def endings(files: Iterable[str]) -> str:
+    """How file names end, the most frequent first: "3 .heic, 1 .dng"."""
+    counts = Counter(os.path.splitext(file)[1].lower() or "without an ending" for file in files).most_common()
+    more = f" and {len(counts) - 5} more kinds" if len(counts) > 5 else ""
+    return ", ".join(f"{count} {ending}" for ending, count in counts[:5]) + more
 
 
 def read_table(file: Path) -> dict[str, DataSet]:
@@ -155,14 +206,16 @@ def own_dataset(config: DataConfig) -> DataSet:
         for item, count in Counter(items).items():
             if count > 1:
                 raise UserError(f"data.{key}", f"{item!r} stands twice", "name each once")
+    check_names(config.classes)
     lists = "{split}" not in config.pictures
     rules = {
         "data.pictures": (config.pictures.count("{id}") == 1 and not (lists and config.pictures.endswith(".*"))
                           and config.pictures.split("{id}")[0][-1:] in ("", "/"),
                           'write e.g. "images/{split}/{id}.jpg"'),
         "data.labels": (config.labels.count("{id}") == 1 and lists == ("{split}" not in config.labels)
-                        and config.labels.split("{id}")[0][-1:] in ("", "/"),
-                        'write e.g. "masks/{split}/{id}.png", with {split} as in data.pictures'),
+                        and config.labels.split("{id}")[0][-1:] in ("", "/") and config.labels != config.pictures
+                        and not (lists and config.labels.endswith(".*")),
+                        'write e.g. "masks/{split}/{id}.png", with {split} as in data.pictures, which are other files'),
         "data.classes": (len(config.classes) > 0, "name every class"),
         "data.unseen": (len(config.unseen) < len(config.classes), "give some of data.classes, not all"),
         "data.values": (len(values) == len(config.classes) and all(0 <= value < 2**16 for value in values),
@@ -184,33 +237,46 @@ def training_set(config: DataConfig) -> DataSet:
     return replace(data, unseen=[]) if config.train_on == "all" else data
 
 
-def find_pairs(wanted: str | DataConfig, root: Path, split: str) -> list[tuple[Path, Path]]:
-    """The (picture, label map) files of a split; UserError where there are none."""
+def find_listing(wanted: str | DataConfig, root: Path, split: str) -> Listing:
+    """The files of a split; UserError where there are none."""
     data = dataset(wanted)
     if split not in data.splits:
         raise Absent("data.split", f"is {split!r}", f"{data.name} has {', '.join(data.splits)}: --set data.split=...")
     folder = data.folder(root)
     try:
-        pairs = data.pairs(folder, split)
+        listing = data.listing(folder, split)
     except FileNotFoundError:
-        pairs = []
-    except (OSError, UnicodeDecodeError) as error:
+        listing = Listing([])
+    except OSError as error:
         raise UserError(f"list {folder / split}.txt", f"cannot be read ({error})", "replace the file") from None
-    if not pairs and data.name == "folder":
-        raise nothing_found(data, folder, split)
-    if not pairs:
+    if not listing.pairs and data.name == "folder":
+        raise nothing_found(data, folder, split, listing)
+    if not listing.pairs:
         command = f"run prepare_data.py {data.name}" + " --train" * (split == "train" and data.name != "shapes")
         raise Absent(f"data set {data.name}", f"no {split!r} pictures in {folder}", f"{command}, or give --root")
-    return pairs
+    return listing
 
 
-def nothing_found(data: DataSet, folder: Path, split: str) -> UserError:
+def find_pairs(wanted: str | DataConfig, root: Path, split: str) -> list[tuple[Path, Path]]:
+    """The (picture, label map) files of a split. The command says at its end which files it has left out.
+
+    UserError where there are none, or where two have the same id.
+    """
+    listing = find_listing(wanted, root, split)
+    for line in listing.left_out(split):
+        left_out(line)
+    if listing.twins:
+        raise listing.twins[0]
+    return listing.pairs
+
+
+def nothing_found(data: DataSet, folder: Path, split: str, listing: Listing) -> UserError:
     """What is wrong with a data set of the user's own of which a split has no pair of files."""
     if not folder.is_dir():
         return UserError("data.folder", f"no such folder {folder}", nearest_file(folder, "correct it, or give --root"))
     if data.lists:
         return Absent(f"list {folder / split}.txt", f"names no {split!r} picture, or is not there", "write one id a line")
-    counts, pattern = [len(files) for files in data.found(folder, split)], (data.pictures, data.labels[0])
+    counts, pattern = listing.counts, (data.pictures, data.labels[0])
     key, i = ("data.labels", 1) if counts[0] and not counts[1] else ("data.pictures", 0)
     if all(counts):
         return UserError("data.labels", f"no {split!r} label map has the id of a picture", "see data.pictures and data.labels")
@@ -225,167 +291,3 @@ def has_split(wanted: str | DataConfig, root: Path, split: str) -> bool:
     except Absent:
         return False
     return True
-
-
-@functools.cache
-def picture_endings() -> set[str]:
-    """Of the files that Pillow reads as pictures, without those that need another program."""
-    Image.init()
-    others = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
-    return {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in others}
-
-
-def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture", shown: bool = False) -> Image.Image:
-    """A picture, whole and in `mode` (None: as it is), never turned (label maps are not turned either).
-
-    With `shown`, as a viewer would show it: turned as its camera says, transparent parts on white, 16 bits brought to 8.
-    A missing or broken file is a UserError that names it.
-    """
-    try:
-        with Image.open(file) as image:
-            if not shown and image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself refuses twice as many
-                raise ValueError(f"{image.width} x {image.height} is more than {Image.MAX_IMAGE_PIXELS} pixels")
-            if image.format == "EPS":
-                raise ValueError("PostScript is a program, and is not run")
-            image.load()
-            if shown:
-                image = as_shown(image)
-            if mode and image.mode.startswith(("I", "F")):
-                raise ValueError("more than 8 bits a channel")
-            return image.convert(mode) if mode else image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{what} {file}", f"cannot be read ({error})", "replace the file") from None
-
-
-def as_shown(image: Image.Image) -> Image.Image:
-    """See `read_picture`."""
-    with contextlib.suppress(Exception):  # where the camera's notes are broken, nothing is turned
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image
-
-
-def read_values(file: Path, bits: int, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The label values [H, W] of a map, uint8 or uint16. `size`: its picture's (width, height). Raises UserError."""
-    values = np.array(read_picture(file, None, "label map"))
-    if values.dtype == bool:  # a 1-bit picture
-        values = values.astype(np.uint8)
-    if bits == 16 and values.dtype == np.int32 and values.size and 0 <= values.min() <= values.max() < 65536:
-        values = values.astype(np.uint16)  # how Pillow opens some 16-bit files
-    if values.ndim != 2 or values.dtype not in ((np.uint8,) if bits == 8 else (np.uint8, np.uint16)):
-        found = f"has {values.shape[2]} channels" if values.ndim == 3 else f"holds values of type {values.dtype}"
-        raise UserError(f"label map {file}", found, f"write one channel of {'8' if bits == 8 else '8 or 16'} bits")
-    if size and values.shape[::-1] != size:
-        sizes = f"is {values.shape[1]} x {values.shape[0]}, its picture {size[0]} x {size[1]}"
-        raise UserError(f"label map {file}", sizes, "make the two the same size")
-    return values
-
-
-def read_labels(file: Path, lut: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A label map through `lut`: [H, W] of the table's type; `size` is its picture's (width, height)."""
-    return lut[read_values(file, 8 if len(lut) == 256 else 16, size)]
-
-
-@dataclass
-class LabelStatistics:
-    """Which classes are in which picture of a split, by pixels. Row C of the classes is the ignore value."""
-    image: np.ndarray  # int32, one entry for each class of each picture
-    category: np.ndarray  # int32, 0..C
-    pixels: np.ndarray  # int64
-    broken: np.ndarray  # a line for each label map that cannot be read, which counts as empty
-
-    def histogram(self, classes: int) -> np.ndarray:
-        """Pixels of each class and, last, of the ignore value: int64 [classes + 1]."""
-        histogram = np.zeros(classes + 1, np.int64)
-        np.add.at(histogram, self.category, self.pixels)
-        return histogram
-
-    def pictures_with(self, categories: list[int]) -> np.ndarray:
-        """Indices of the pictures that show at least one of the classes."""
-        return np.unique(self.image[np.isin(self.category, categories)])
-
-
-def count_classes(file: Path, data: DataSet, tables: tuple[np.ndarray, ...], size: tuple | None = None) -> np.ndarray:
-    """(class, pixels) rows of one label map, int64 [n, 2]; `tables` are the data set's for evaluation and training.
-
-    Raises AssertionError where the training table would let an unseen class through, UserError for a bad file.
-    """
-    full, training = tables
-    values = read_values(file, data.bits, size)
-    pixels = np.bincount(values.ravel())
-    there = pixels.nonzero()[0]
-    ids, trained = full[there].astype(np.int64), training[there]
-    kept = trained != data.ignore
-    hidden = [data.values[data.names.index(n)] for n in data.unseen]
-    if np.isin(there[kept], hidden).any() or not np.array_equal(np.array(data.trained)[trained[kept]], ids[kept]):
-        raise AssertionError(f"{file}: a pixel of an unseen class survived")
-    ids[ids == data.ignore] = len(data.names)
-    classes, index = np.unique(ids, return_inverse=True)
-    return np.stack([classes, np.bincount(index, pixels[there], len(classes)).astype(np.int64)], 1)
-
-
-def count_split(pairs: list, count: Callable, workers: int, name: str) -> LabelStatistics:
-    """The statistics of (picture, label map) pairs by `count`, which gives a pair's rows as `count_classes` does.
-
-    What it raises as UserError is listed, and the pair counts as empty.
-    """
-    broken = []
-
-    def attempt(pair: tuple[Path, Path]) -> np.ndarray:
-        try:
-            return count(pair)
-        except UserError as error:
-            broken.append(str(error))
-            return np.empty((0, 2), np.int64)
-
-    rows = list(parallel(attempt, pairs, workers, name))
-    table = np.concatenate([np.empty((0, 2), np.int64), *rows])
-    image = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
-    return LabelStatistics(image, table[:, 0].astype(np.int32), table[:, 1], np.array(sorted(broken), str))
-
-
-def label_statistics(wanted: str | DataConfig, root: Path, split: str, workers: int = 4) -> LabelStatistics:
-    """The statistics of a split: from the cache while files and tables are the same, else counted now.
-
-    The cache lies beside the data, below $ZSSEG_CACHE where that cannot be written.
-    """
-    data, pairs = dataset(wanted), find_pairs(wanted, root, split)
-    tables, folder = (data.lut(), data.lut(training=True)), data.folder(root)
-    version, changed = statistics_version(tables, folder, pairs)
-    caches = folder / ".zsseg" / f"{split}.npz", cache_dir() / "statistics" / f"{version}.npz"
-    for cache in caches:
-        if cached := read_statistics(cache, version, changed):
-            return cached
-    statistics = count_split(pairs, lambda pair: count_classes(pair[1], data, tables), workers, f"count {data.name} {split}")
-    for cache in caches if not len(statistics.broken) else ():  # what is broken today may be mended tomorrow
-        try:
-            with replacing(cache) as temporary, open(temporary, "wb") as file:
-                np.savez(file, version=version, **vars(statistics))
-            break
-        except UserError:
-            continue
-    return statistics
-
-
-def statistics_version(tables: tuple[np.ndarray, ...], folder: Path, pairs: list[tuple[Path, Path]]) -> tuple[str, int]:
-    """A digest of the look-up tables and of every label map's name and size, and when the last of the maps changed."""
-    digest, changed = hashlib.sha256(b"".join(table.tobytes() for table in tables)), 0
-    for _, file in pairs:
-        stat = file.stat() if file.exists() else None
-        digest.update(f"{os.path.relpath(file, folder)} {stat and stat.st_size}\n".encode())
-        changed = max(changed, stat.st_mtime_ns if stat else 0)
-    return digest.hexdigest(), changed
-
-
-def read_statistics(file: Path, version: str, changed: int) -> LabelStatistics | None:
-    try:
-        with np.load(file, allow_pickle=False) as content:
-            if str(content["version"]) == version and file.stat().st_mtime_ns >= changed:
-                return LabelStatistics(*(content[k] for k in ("image", "category", "pixels", "broken")))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        pass  # absent, from another version of the program, or broken: as good as none
-    return None

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from zsseg.run import replacing
+from zsseg.files import PNG_MARK, result
 
 
 def palette(count: int) -> np.ndarray:
@@ -37,8 +37,8 @@ def save_label_map(predicted: Tensor | np.ndarray, path: Path, classes: int, col
     picture = Image.fromarray(np.asarray(predicted.cpu() if isinstance(predicted, Tensor) else predicted, label_type(classes)))
     if colours is not None and picture.mode == "L":
         picture.putpalette(colours.tobytes())
-    with replacing(path) as temporary:
-        picture.save(temporary, "PNG")
+    with result(path) as temporary:
+        picture.save(temporary, "PNG", pnginfo=PNG_MARK)
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray, legend: list[tuple[int, str]]) -> Image.Image:

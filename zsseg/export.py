@@ -13,7 +13,9 @@ from torch.fx import GraphModule
 from zsseg import clip as clip_module
 from zsseg.clip import cosine_logits
 from zsseg.config import Config
-from zsseg.run import Process, UserError, replacing, say
+from zsseg.files import MARK, refuse_foreign, replacing
+from zsseg.files import result as written
+from zsseg.run import Process, UserError, say
 from zsseg.segmenter import Segmenter
 from zsseg.words import Words
 
@@ -87,6 +89,7 @@ def export(segmenter: Segmenter, config: Config, words: Words, out: Path) -> Non
         raise UserError("--export", "is for mask proposals, not the per-pixel baseline", "give another checkpoint")
     if with_clip and config.clip.regions != "crops":
         raise UserError("clip.regions", f"is {config.clip.regions}, --export knows crops alone", "--set clip.regions=crops")
+    refuse_foreign(*(out / name for name in ("proposer.pt2", "clip.pt2", "settings.json", "example.py")))
     random = torch.Generator().manual_seed(0)
     pictures = [255 * torch.rand(1, 3, *size, generator=random) for size in PICTURES]
     write(Proposer(segmenter), pictures, {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, out / "proposer.pt2")
@@ -102,10 +105,10 @@ def export(segmenter: Segmenter, config: Config, words: Words, out: Path) -> Non
         settings["clip"] = {"resolution": R, "mean": clip_module.MEAN, "std": clip_module.STD} | CLIP
         settings |= {k: getattr(config.clip, k) for k in ("mask_threshold", "expand_ratio", "ensemble_weight")}
         settings["steps"] = [*MASKS, *REGIONS, *LABELS]
-    with replacing(out / "example.py") as file:
+    with written(out / "example.py") as file:
         shutil.copyfile(Path(__file__).with_name("export_example.py"), file)
-    with replacing(out / "settings.json") as file:
-        file.write_text(json.dumps(settings | {"torch": torch.__version__}, indent=1) + "\n")
+    with written(out / "settings.json") as file:
+        file.write_text(json.dumps({"program": MARK} | settings | {"torch": torch.__version__}, indent=1) + "\n")
     say(f"try: python {out / 'example.py'} photo.jpg")
 
 
@@ -126,7 +129,7 @@ def write(module: nn.Module, inputs: list[Tensor], dynamic: dict, path: Path) ->
             part.recompile()
     with replacing(path) as temporary:
         with open(temporary, "wb") as file:
-            torch.export.save(program, file)
+            torch.export.save(program, file, extra_files={MARK: ""})
         with open(temporary, "rb") as file:
             worst = largest_difference(torch.export.load(file), module, inputs)
         if not worst <= TOLERANCE:

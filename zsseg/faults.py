@@ -1,5 +1,6 @@
 """What must not waste a run: broken checkpoints, a signal to stop, steps whose numbers went wrong, broken pictures."""
 
+import contextlib
 import os
 import signal
 from collections import deque
@@ -11,15 +12,16 @@ from torch import Tensor, nn
 
 from zsseg import checkpoint
 from zsseg.data import Guarded
+from zsseg.files import decode, split_lines
 from zsseg.log import Log
-from zsseg.run import SIGNALS, Process, UserError, say
+from zsseg.run import SIGNALS, Process, UserError, left_out, say
 
 LATE = 2  # steps after which a step's flag is read: the device has long passed it, so that the host need not wait
 
 
 def is_run(content: dict) -> bool:
     """Whether a checkpoint holds what a training run goes on from, of the right kinds."""
-    kinds = {"config": dict, "optimizer": dict, "step": int, "skipped": int, "best": float}
+    kinds = {"config": dict, "optimizer": dict, "step": int, "skipped": int, "best": list}
     return all(type(({"skipped": 0} | content).get(k)) is kind for k, kind in kinds.items()) and content["step"] >= 0
 
 
@@ -60,7 +62,8 @@ def load_last(folder: Path) -> dict:
 
 
 class Stop:
-    """Inside `with`, SIGTERM, SIGUSR1 and Ctrl-C ask for a stop at the end of the step instead of killing the process.
+    """Inside `with`, SIGTERM, SIGUSR1, Ctrl-C and SIGHUP (a terminal that is closed; not where nohup has it ignored) ask for a
+    stop at the end of the step instead of killing the process.
 
     A second Ctrl-C does not wait for that.
     """
@@ -68,7 +71,8 @@ class Stop:
         self.process, self.asked, self.before = process, set(), {}
 
     def __enter__(self) -> "Stop":
-        self.before = {number: signal.signal(number, self.ask) for number in SIGNALS}
+        wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.ask) for number in wanted}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -149,10 +153,12 @@ class Broken:
         if line in self.known:
             return
         if self.file.exists():  # another process or an earlier part of the run may have said it
-            self.known.update(self.file.read_text(encoding="utf-8").splitlines())
+            self.known.update(split_lines(decode(self.file.read_bytes())))
         if line not in self.known:
             print(f"broken, the next sample takes its place: {line}", flush=True)
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.file, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            left_out(f"broken training files, which {self.file} lists")
+            with contextlib.suppress(OSError):  # it is said, after all
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.file, "a", encoding="utf-8", errors="surrogateescape") as file:
+                    file.write(line + "\n")
         self.known.add(line)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from zsseg.config import Config
 from zsseg.datasets import dataset
-from zsseg.run import Process, UserError, replacing
+from zsseg.files import replacing
+from zsseg.run import Process, UserError
 
 PICTURES = 8  # of an evaluation that wandb gets
 SIDE = 512  # pixels of their longer side, at most
@@ -92,7 +93,7 @@ class Log:
         rows = [[name, *([name not in unseen] if unseen else []), v["IoU"], v["Acc"]] for name, v in classes.items()]
         return wandb.Table(["class", *(["seen"] if unseen else []), "IoU", "Acc"], rows)
 
-    def look(self, number: int, stem: str, image: Tensor, labels: Tensor, predicted: Tensor, matrix: Tensor) -> None:
+    def look(self, number: int, name: str, image: Tensor, labels: Tensor, predicted: Tensor, matrix: Tensor) -> None:
         """Keep the first pictures of an evaluation for wandb, small: uint8 [5, h, w], the picture, truth and prediction.
 
         wandb's masks know the classes 0 to 254; 255, or the number of classes, stands for all other pixels.
@@ -103,7 +104,7 @@ class Log:
         size = [max(round(n * scale), 1) for n in image.shape[1:]]
         maps = torch.stack([labels.where(labels != self.data.ignore, last), predicted]).clamp(max=last)
         small = [F.interpolate(image[None].float(), size, mode="area"), F.interpolate(maps[None].float(), size, mode="nearest")]
-        self.pictures.append((stem, torch.cat(small, 1)[0].byte().cpu().numpy()))
+        self.pictures.append((name, torch.cat(small, 1)[0].byte().cpu().numpy()))
 
     def send(self, step: int, values: dict) -> None:
         if self.wandb is not None and values:
@@ -169,7 +170,7 @@ class Speed:
 def read_lines(file: Path) -> list[dict]:
     """The lines of a metrics.jsonl, without those that are none, as a kill may leave them."""
     lines = []
-    for text in file.read_text(errors="replace").splitlines() if file.exists() else ():
+    for text in file.read_text("utf-8", "replace").splitlines() if file.exists() else ():
         with contextlib.suppress(ValueError):
             line = json.loads(text)
             if isinstance(line, dict) and type(line.get("step")) is int:

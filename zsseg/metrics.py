@@ -15,10 +15,12 @@ from zsseg.config import Config
 from zsseg.data import TestPictures, stream
 from zsseg.datasets import DataSet, dataset
 from zsseg.draw import column, save_label_map
+from zsseg.files import MARK, PNG_MARK, refuse_foreign
+from zsseg.files import result as written
 from zsseg.regions import mask_boxes
-from zsseg.run import Process, progress, replacing
+from zsseg.run import Process, UserError, progress
 from zsseg.segmenter import Proposals, Segmenter
-from zsseg.views import label_map, segment_views
+from zsseg.views import all_finite, label_map, segment_views
 
 PIXELS = 2**24  # of a picture that are counted at once
 
@@ -33,7 +35,7 @@ def confusion(labels: Tensor, predicted: Tensor, classes: int, ignore: int) -> T
 
 
 def summarize(matrix: Tensor, data: DataSet) -> dict:
-    """All metrics of a confusion matrix, in percent; null where a class has no ground truth.
+    """All metrics of a confusion matrix, in percent; null where there is no ground truth to measure.
 
     mIoU is the original's: the sum over classes with ground truth, divided by the number of classes with ground truth
     or predictions; mIoU_gt divides by those with ground truth. hIoU is the harmonic mean of seen and unseen mIoU.
@@ -44,12 +46,13 @@ def summarize(matrix: Tensor, data: DataSet) -> dict:
     iou = 100 * hit / np.maximum(truth + predicted - hit, 1)
     accuracy = 100 * hit / np.maximum(truth, 1)
 
-    def ratio(a: float, b: float) -> float:
-        return float(a / b) if b else 0.0
+    def ratio(a: float, b: float) -> float | None:
+        return float(a / b) if b else None  # nothing to measure is no zero
 
-    def part(chosen: np.ndarray) -> tuple[float, float]:
-        miou = ratio(iou[there & chosen].sum(), (touched & chosen).sum())
-        return miou, 100 * ratio(hit[chosen].sum(), truth[chosen].sum())
+    def part(chosen: np.ndarray) -> tuple[float | None, float | None]:
+        measured = (there & chosen).any()  # without ground truth there is nothing to be right about
+        miou = ratio(iou[there & chosen].sum(), measured and (touched & chosen).sum())
+        return miou, ratio(100 * hit[chosen].sum(), truth[chosen].sum())
 
     miou, pixels = part(np.ones_like(there))
     result = {"mIoU": miou, "mIoU_gt": ratio(iou[there].sum(), there.sum()), "fwIoU": ratio((iou * truth).sum(), truth.sum()),
@@ -58,7 +61,7 @@ def summarize(matrix: Tensor, data: DataSet) -> dict:
         is_seen = np.isin(np.arange(len(truth)), data.seen)
         seen, result["pAcc_seen"] = part(is_seen)
         unseen, result["pAcc_unseen"] = part(~is_seen)
-        result |= {"mIoU_seen": seen, "mIoU_unseen": unseen, "hIoU": ratio(2 * seen * unseen, seen + unseen)}
+        result |= {"mIoU_seen": seen, "mIoU_unseen": unseen, "hIoU": harmonic_mean(seen, unseen)}
     result["per_class"] = {
         name: {"IoU": float(iou[i]) if there[i] else None, "Acc": float(accuracy[i]) if there[i] else None}
         for i, name in enumerate(data.names)
@@ -66,19 +69,32 @@ def summarize(matrix: Tensor, data: DataSet) -> dict:
     return result
 
 
+def harmonic_mean(seen: float | None, unseen: float | None) -> float | None:
+    """hIoU; 0 where either is, null where one was not measured."""
+    if seen is None or unseen is None:
+        return None
+    return 2 * seen * unseen / (seen + unseen) if seen + unseen else 0.0
+
+
 @torch.inference_mode()
 def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process, split: str, out: Path | None = None,
-             save_predictions: bool = False, look: Callable | None = None) -> dict:  # fmt: skip
-    """Metrics of a split, its pictures shared among the processes; with `out`, also a grid of pictures (rank 0).
+             save_predictions: bool = False, look: Callable | None = None, seen: list[int] | None = None) -> dict:  # fmt: skip
+    """Metrics of a split, its pictures shared among the processes; with `out`, written to metrics.json there, with a grid of
+    pictures (rank 0).
 
-    `look(number, stem, image, labels, predicted, matrix)` is shown every picture of this process: its number in the split,
+    `seen`: ids of the classes that count as seen in the ensemble; those that the set is trained on where None.
+    `look(number, name, image, labels, predicted, matrix)` is shown every picture of this process: its number in the split,
     uint8 [3, h, w] at network-input size, class ids int64 [H, W] true (with `ignore`) and predicted, pixel counts [C, C].
     """
     data, wanted = dataset(config.data), config.eval
     pictures = TestPictures(config.data, root, split, wanted.sizes)
     C = len(data.names)
-    segmenter.set_classes(data.names, data.seen)
+    if save_predictions:  # now, not in the middle
+        process.agree(lambda: refuse_foreign(*(out / "predictions" / f"{name}.png" for name in pictures.names)))
+    segmenter.set_classes(data.names, data.trained if seen is None else seen)
     segmenter.eval()
+    ignored = torch.zeros((), dtype=torch.int64, device=process.device)
+    broken = torch.zeros((), dtype=torch.int64, device=process.device)  # pictures with scores that are not finite
     matrices = {"": torch.zeros(C, C, dtype=torch.int64, device=process.device)}
     regions = torch.zeros(2, 2, dtype=torch.int64, device=process.device)  # seen, unseen x right, all
     numbers = range(process.rank, len(pictures), process.world)
@@ -86,7 +102,7 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
     compare = (wanted.compare or bool(wanted.weights)) and segmenter.clip is not None
     samples, started = [], time.perf_counter()
     shown = progress(batches, process.share_of(f"evaluate {split}"), len(numbers), process.is_main)
-    for number, [(images, labels, stem)] in zip(numbers, shown, strict=True):
+    for number, [(images, labels, name)] in zip(numbers, shown, strict=True):
         images, labels = [image.to(process.device) for image in images], labels.to(process.device).long()
         with process.autocast(config.model.bf16):
             views = segment_views(segmenter, images, tuple(labels.shape), wanted.flip, wanted.window)
@@ -95,16 +111,18 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
         scores = [{"": segmenter.ensemble(view.proposals)} for view in views]
         if compare:
             scores = [s | segmenter.variants(v.proposals, wanted.weights) for s, v in zip(scores, views, strict=True)]
-        for name in scores[0]:
-            predicted, _ = label_map(segmenter, views, [s[name] for s in scores], tuple(labels.shape))
+        broken += ~all_finite(views, [s[""] for s in scores])
+        ignored += (labels == data.ignore).sum()
+        for row in scores[0]:
+            predicted, _ = label_map(segmenter, views, [s[row] for s in scores], tuple(labels.shape))
             matrix = confusion(labels, predicted, C, data.ignore)
-            matrices[name] = matrices.get(name, 0) + matrix
-            if name:
+            matrices[row] = matrices.get(row, 0) + matrix
+            if row:
                 continue
             if look:
-                look(number, stem, images[0], labels, predicted, matrix)
+                look(number, name, images[0], labels, predicted, matrix)
             if save_predictions:
-                save_label_map(predicted, out / "predictions" / f"{stem}.png", C)
+                save_label_map(predicted, out / "predictions" / f"{name}.png", C)
             if process.is_main and len(samples) < 8:
                 samples.append(column(images[0].cpu(), labels.where(labels != data.ignore, C).cpu(), predicted.cpu(), C))
     seconds = torch.tensor(time.perf_counter() - started, device=process.device, dtype=torch.float64)
@@ -112,20 +130,26 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
         regions_too = config.clip.ensemble and config.model.proposals
         names = segmenter.variants(Proposals.nothing(C, regions_too, process.device), wanted.weights)
         matrices |= {name: torch.zeros_like(matrices[""]) for name in names}
-    for tensor in (*matrices.values(), regions, seconds):
+    for tensor in (*matrices.values(), regions, seconds, ignored, broken):
         process.sum(tensor)
-    result = summarize(matrices.pop(""), data)
+    if broken:
+        why = f"gives scores that are not finite in {int(broken)} of {len(pictures)} pictures"
+        raise UserError("the model", why, "check its weights, or set model.bf16=off")
+    pixels = int(matrices[""].sum()) + int(ignored)
+    result = {"program": MARK} | summarize(matrices.pop(""), data) | {"ignored": 100 * int(ignored) / max(pixels, 1)}
     result |= {"images": len(pictures), "images_per_second": len(pictures) * process.world / float(seconds)}
     result |= {name: summarize(matrix, data) for name, matrix in matrices.items()}
     if wanted.compare and compare:
         right, total = regions.T.tolist()
-        result["clip_true_masks"] = {"accuracy": 100 * sum(right) / max(sum(total), 1), "regions": sum(total)}
+        result["clip_true_masks"] = {"accuracy": 100 * sum(right) / sum(total) if sum(total) else None, "regions": sum(total)}
         if data.seen:
-            seen, unseen = (100 * r / max(n, 1) for r, n in zip(right, total, strict=True))
+            seen, unseen = (100 * r / n if n else None for r, n in zip(right, total, strict=True))
             result["clip_true_masks"] |= {"accuracy_seen": seen, "accuracy_unseen": unseen}
     if out is not None and process.is_main:
-        with replacing(out / "samples.png") as temporary:
-            Image.fromarray(np.concatenate(samples, 1)).save(temporary, "PNG")
+        with written(out / "metrics.json") as file:
+            file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        with written(out / "samples.png") as file:
+            Image.fromarray(np.concatenate(samples, 1)).save(file, "PNG", pnginfo=PNG_MARK)
     return result
 
 
@@ -146,13 +170,23 @@ def true_mask_accuracy(segmenter: Segmenter, image: Tensor, labels: Tensor, data
 
 
 def report(result: dict, config: Config, out: Path) -> None:
-    """Print the table and write `metrics.json`."""
-    print(table(result, method(config), dataset(config.data).unseen))
-    with replacing(out / "metrics.json") as file:
-        file.write_text(json.dumps(result, indent=1) + "\n")
-    published = dataset(config.data).counts.get(config.data.split, result["images"])
+    """Print the table of what is in `metrics.json`, and what does not count in it."""
+    data = dataset(config.data)
+    print(table(result, method(config), data.unseen))
+    without = [name for name, values in result["per_class"].items() if values["IoU"] is None]
+    if without:
+        names = ", ".join(without[:20]) + f" and {len(without) - 20} more" * (len(without) > 20)
+        print(f"not measured, without a pixel of ground truth: {len(without)} of {len(data.names)} classes: {names}")
+    if result["ignored"] >= 0.05:
+        print(f"{result['ignored']:.1f}% of the pixels have no class and do not count")
+    published = data.counts.get(config.data.split, result["images"])
     note = f" (the published {config.data.split} split has {published})" if published != result["images"] else ""
     print(f"{result['images']} images{note}, {result['images_per_second']:.2f} images/s -> {out / 'metrics.json'}")
+
+
+def percent(value: float | None, width: int) -> str:
+    """A number of a table, "-" where nothing was measured."""
+    return f"{'-' if value is None else format(value, '.1f'):>{width}}"
 
 
 def method(config: Config) -> str:
@@ -173,12 +207,12 @@ def table(result: dict, name: str = "ensemble", unseen: list[str] = ()) -> str:
     """The metrics as lines of text: seen, unseen and hIoU of each part side by side, then every class."""
     keys, parts = rows(result, name)
     lines = ["".join([f"{'':24}", *(f"{k.removeprefix('mIoU_'):>9}" for k in keys)])]
-    lines += ["".join([f"{title:24}", *(f"{values[k]:9.1f}" for k in keys)]) for title, values in parts]
+    lines += ["".join([f"{title:24}", *(percent(values[k], 9) for k in keys)]) for title, values in parts]
     if clip := result.get("clip_true_masks"):
         shown = [clip[k] for k in ("accuracy_seen", "accuracy_unseen") if k in clip]
-        text = "".join(f"{v:9.1f}" for v in shown) + f"   all {clip['accuracy']:.1f} (accuracy, {clip['regions']} regions)"
+        text = "".join(percent(v, 9) for v in shown)
+        text += f"   all {percent(clip['accuracy'], 0)} (accuracy, {clip['regions']} regions)"
         lines.append(f"{'CLIP on the true masks':24}{text}")
-    shown = {k: "-" if v["IoU"] is None else format(v["IoU"], ".1f") for k, v in result["per_class"].items()}
-    cells = [f"{name[:15] + ' *' * (name in unseen):17} {iou:>5}" for name, iou in shown.items()]
+    cells = [f"{name[:15] + ' *' * (name in unseen):17} {percent(v['IoU'], 5)}" for name, v in result["per_class"].items()]
     head = "IoU of each class" + " (* unseen)" * bool(unseen)
     return "\n".join([*lines, "", head, *("  ".join(cells[i : i + 4]) for i in range(0, len(cells), 4))])

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +25,15 @@ from torch.utils.data import Dataset
 
 from zsseg.config import Config
 from zsseg.data import stream, test_size, to_tensor
-from zsseg.datasets import picture_endings, read_picture
+from zsseg.datasets import endings
+from zsseg.download import locked
 from zsseg.draw import label_type, overlay, palette, save_label_map
+from zsseg.files import MARK, decode, refuse_foreign, replacing, result, split_lines, walk
+from zsseg.images import picture_endings, read_picture
 from zsseg.regions import crops_at_once
-from zsseg.run import Process, UserError, nearest_file, progress, replacing
+from zsseg.run import Process, UserError, left_out, nearest_file, path_of, progress, several
 from zsseg.segmenter import Segmenter
-from zsseg.views import label_map, segment_views, whole
+from zsseg.views import all_finite, label_map, segment_views, whole
 from zsseg.words import Words
 
 TOGETHER = 8  # pictures in a group, at most
@@ -65,56 +69,58 @@ class Names:
 def find_pictures(given: list[str], out: Path) -> list[str]:
     """The pictures that `--images` means, sorted, after the folder that all of them are in.
 
-    Files, folders (all below them that Pillow reads), patterns, `-` for a list on standard input. Raises UserError where
-    something is not there.
+    Files, folders (all below them that Pillow reads), patterns, `-` for a list on standard input. The command says at its end
+    what in the folders was left out. Raises UserError where something is not there.
     """
     files, bases, known, results = set(), [], picture_endings(), os.path.join(os.path.realpath(out), "")
     for word in given:
+        path = os.fspath(path_of(word))
         if word == "-":
             if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
                 raise UserError("--images -", "cannot be read again after a restart", "give folders or patterns")
-            lines = sys.stdin.buffer.read().decode(errors="surrogateescape")
-            found = [line for line in (lines.split("\0") if "\0" in lines else lines.splitlines()) if line.strip()]
-        elif os.path.isdir(word):
-            found = list(walk(word, known, os.path.realpath(out)))
-            bases.append(os.path.abspath(word))
-        elif os.path.isfile(word):
-            found = [word]
-        elif glob.has_magic(word):
-            links = {file: os.path.realpath(file) for file in glob.glob(word, recursive=True) if os.path.isfile(file)}
+            lines = decode(sys.stdin.buffer.read() if sys.stdin else b"")
+            found = [line for line in (lines.split("\0") if "\0" in lines else split_lines(lines)) if line.strip()]
+        elif os.path.isdir(path):
+            hidden: list[str] = []
+            there = list(walk(path, results.rstrip(os.sep), hidden))
+            found = [file for file in there if os.path.splitext(file)[1].lower() in known]
+            say_what_is_not_taken(sorted({*there}.difference(found)), hidden, out, path)
+            bases.append(os.path.abspath(path))
+        elif os.path.isfile(path):
+            found = [path]
+        elif glob.has_magic(path):
+            links = {file: os.path.realpath(file) for file in glob.glob(path, recursive=True) if os.path.isfile(file)}
             files_in = sorted((file for file in links if not links[file].startswith(results)), key=len, reverse=True)
             found = list({links[file]: file for file in files_in}.values())  # links may loop
         else:
             raise UserError(f"--images {word}", "no such file or folder",
-                            nearest_file(word, "give pictures, folders, patterns or -"))
-        asked = {*map(os.path.dirname, found), *([word] if word != "-" else [])}
+                            nearest_file(path, "give pictures, folders, patterns or -"))
+        asked = {*map(os.path.dirname, found), *([path] if word != "-" else [])}
         if any(os.path.join(os.path.realpath(f), "").startswith(results) for f in asked):  # label maps might replace pictures
             raise UserError(f"--images {word}", f"lies in {out}, where results go", "give another --out")
         if not found:
-            why = "holds no picture" if os.path.isdir(word) else "names no picture"
+            why = "holds no picture" if os.path.isdir(path) else "names no picture"
             raise UserError(f"--images {word}", why, "give pictures that Pillow reads (.jpg, .png, .webp, .tif, ...)")
         found = [os.path.abspath(file) for file in found]
         files.update(found)
-        if not os.path.isdir(word):
+        if not os.path.isdir(path):
             bases += {os.path.dirname(file) for file in found}
     return [os.path.commonpath(bases), *sorted(files)]
 
 
-def walk(folder: str, known: set[str], out: str) -> Iterator[str]:
-    """The pictures below a folder, links followed but never twice, without hidden files and what lies in `out`."""
-    def unreadable(error: OSError) -> None:
-        todo = "check its rights, or give a list (--images -)"
-        raise UserError(f"folder {error.filename}", f"cannot be read ({error.strerror})", todo)
-
-    seen = set()
-    for parent, folders, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen or real == out:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(f for f in folders if not f.startswith("."))  # in any order, names would depend on it
-        yield from (os.path.join(parent, f) for f in files if os.path.splitext(f)[1].lower() in known and f[0] != ".")
+def say_what_is_not_taken(others: list[str], hidden: list[str], out: Path, folder: str) -> None:
+    """Have the command say what in a folder is left out: files of other kinds, hidden ones, pictures among the results."""
+    if others:
+        left_out(f"{several(len(others), 'file')} that Pillow does not read as pictures ({endings(others)})")
+    if hidden:
+        left_out(several(len(hidden), "hidden file or folder", "hidden files and folders"))
+    if os.path.realpath(out).startswith(os.path.join(os.path.realpath(folder), "")) and out.is_dir():
+        files = set(walk(out))
+        made = {file.removesuffix(".json") for file in files if file.endswith(".json")}  # results have one beside them
+        stem = lambda file: file.removesuffix(".overlay.jpg") if file.endswith(".overlay.jpg") else os.path.splitext(file)[0]
+        foreign = [f for f in files if os.path.splitext(f)[1].lower() in picture_endings() and stem(f) not in made]
+        if foreign:
+            left_out(f"{several(len(foreign), 'picture')} in {out}, where results go")
 
 
 @dataclass
@@ -170,10 +176,16 @@ class Results:
     def file(self, number: int, ending: str) -> Path:
         return self.out / (self.names[number] + ending)
 
+    def refuse_foreign(self, numbers: list[int]) -> None:
+        """UserError where a result would take the place of a file that this program did not write."""
+        if any(self.out.iterdir()):
+            for number in numbers:
+                refuse_foreign(*(self.file(number, ending) for ending in (".png", ".overlay.jpg", ".json")))
+
     def counts(self, number: int) -> dict[int, int] | None:
         """The pixels of each class in a picture that is done as it is, with these words and settings; else None."""
         try:
-            content = json.loads(self.file(number, ".json").read_text())
+            content = json.loads(self.file(number, ".json").read_text("utf-8"))
             if content["made_with"] != self.made_with or content["version"] != version_of(self.names.files[number]):
                 return None
             if not all(self.file(number, ending).exists() for ending in (".png", ".overlay.jpg")):
@@ -190,14 +202,14 @@ class Results:
         image = picture.shown.permute(1, 2, 0).numpy()
         small = np.asarray(Image.fromarray(labels).resize(image.shape[1::-1], Image.Resampling.NEAREST))
         legend = [(i, f"{shown[i]}  {100 * pixels[i] / total:.1f}%") for i in order]
-        with replacing(self.file(picture.number, ".overlay.jpg")) as file:
-            overlay(image, small, self.colours, legend).save(file, "JPEG", quality=90)
+        with result(self.file(picture.number, ".overlay.jpg")) as file:
+            overlay(image, small, self.colours, legend).save(file, "JPEG", quality=90, comment=MARK)
         classes = [{"id": i, "name": shown[i], "pixels": pixels[i], "share": round(pixels[i] / total, 6),
                     "score": round(scores[i] / pixels[i], 4)} for i in order]  # fmt: skip
-        content = {"picture": self.names.files[picture.number], "height": labels.shape[0], "width": labels.shape[1],
-                   "version": picture.version}  # fmt: skip
-        with replacing(self.file(picture.number, ".json")) as file:
-            text = json.dumps(content | {"classes": classes, "made_with": self.made_with}, indent=1)
+        content = {"program": MARK, "picture": self.names.files[picture.number], "height": labels.shape[0],
+                   "width": labels.shape[1], "version": picture.version}  # fmt: skip
+        with result(self.file(picture.number, ".json")) as file:
+            text = json.dumps(content | {"classes": classes, "made_with": self.made_with}, indent=1, allow_nan=False)
             file.write_text(text + "\n")
 
 
@@ -207,7 +219,9 @@ def made_with(segmenter: Segmenter, config: Config, words: Words, process: Proce
     del clip["chunk"], model["compile"], model["kernels"]  # a matter of memory and time
     del clip["weights"], clip["prompts"], model["weights"]  # what was read from there is below
     model["bf16"] = process.bf16(config.model.bf16)
-    settings = [clip, model, asdict(config.eval), data, asdict(words), segmenter.seen.tolist()]
+    # Of the vocabulary file, what it makes of these words.
+    tokens = [] if segmenter.clip is None else [segmenter.tokenizer.encode(name) for name in words.names]
+    settings = [clip, model, asdict(config.eval), data, asdict(words), segmenter.seen.tolist(), tokens]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in segmenter.state_dict().items():
         digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -238,6 +252,7 @@ def segment_pictures(segmenter: Segmenter, config: Config, results: Results, pro
     groups = [range(i, min(i + size, len(names))) for i in range(0, len(names), size)]
     missing, threads = torch.zeros(len(groups), dtype=torch.uint8), max(config.data.workers, 1)
     share_out(out, process)
+    process.agree_all(lambda: results.refuse_foreign(range(process.rank, len(names), process.world)))
     with ThreadPoolExecutor(threads) as pool:
         share = range(process.rank, len(groups), process.world)
         for g in progress(share, process.share_of("look for results"), len(share), process.is_main and resume):
@@ -254,7 +269,7 @@ def segment_pictures(segmenter: Segmenter, config: Config, results: Results, pro
     started, writing = time.perf_counter(), deque()
     batches = stream(Pictures(names.files, config), numbers, size, config.data.workers)
     with ThreadPoolExecutor(threads) as pool:
-        segmented = segment_groups(segmenter, config, batches, process, words)
+        segmented = segment_groups(segmenter, config, batches, process, words, names)
         for picture, labels, pixels, scores in progress(segmented, process.share_of("segment"), len(numbers), process.is_main):
             tally[2 if picture.error else 0] += 1
             if picture.error:
@@ -270,25 +285,45 @@ def segment_pictures(segmenter: Segmenter, config: Config, results: Results, pro
         process.sum(tensor)
     seconds, failed = time.perf_counter() - started, process.gather(failed)  # when the last process is done
     if process.is_main:
+        note_failed(out, names, failed)
         report(totals, tally.tolist(), words, out, seconds, failed)
 
 
 def share_out(out: Path, process: Process) -> None:
-    """Make the folder of the results, without an earlier list of failures; UserError where it cannot be filled or shared."""
-    failed = out / "failed.txt"
+    """Make the folder of the results; UserError where it cannot be filled or shared."""
+    token = process.agree(lambda: f".{uuid.uuid4().hex}")  # of this run: others may use the folder, too
 
     def fill() -> None:
-        with replacing(failed) as file:
+        with replacing(out / token) as file:
             file.touch()
 
     process.agree(fill)
-    if process.any(not failed.exists()):
-        raise UserError(f"output {out}", "is not one folder for all processes", "put it where all machines see the same files")
+    shared = (out / token).exists()
+    process.wait()
     if process.is_main:
-        failed.unlink()
+        (out / token).unlink(missing_ok=True)
+    if process.any(not shared):
+        raise UserError(f"output {out}", "is not one folder for all processes", "put it where all machines see the same files")
 
 
-def segment_groups(segmenter: Segmenter, config: Config, batches: Iterator, process: Process, words: Words) -> Iterator:
+def note_failed(out: Path, names: Names, failed: list[str]) -> None:
+    """Bring OUT/failed.txt up to date: a line for every picture that could not be read, those of other runs are kept."""
+    file, mine = out / "failed.txt", set(names.files)
+    with locked(out):
+        lines = split_lines(decode(file.read_bytes())) if file.exists() else []
+        if not all(line.startswith("/") and ": " in line for line in lines):
+            raise UserError(f"file {file}", "is there, and not one that this program wrote", "move it")
+        lines = {line for line in lines if line.partition(": ")[0] not in mine} | set(failed)
+        if not lines:
+            file.unlink(missing_ok=True)
+            return
+        with replacing(file) as temporary:
+            text = "\n".join(sorted(lines)) + "\n"
+            temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def segment_groups(segmenter: Segmenter, config: Config, batches: Iterator, process: Process, words: Words,
+                   names: Names) -> Iterator:  # fmt: skip
     """For every picture (it, labels uint8 or uint16 [H, W], pixels [C] and sum of scores [C] of the shown classes)."""
     C, wanted = len(words.shown_names), config.eval
     alone = bool(wanted.sizes or wanted.flip or wanted.window)
@@ -308,7 +343,11 @@ def segment_groups(segmenter: Segmenter, config: Config, batches: Iterator, proc
                 yield picture, None, None, None
                 continue
             parts = next(found)
-            labels, top = label_map(segmenter, parts, [segmenter.ensemble(v.proposals) for v in parts], picture.size)
+            scores = [segmenter.ensemble(v.proposals) for v in parts]
+            if not all_finite(parts, scores):
+                todo = "check the checkpoint, or set model.bf16=off"
+                raise UserError("the model", f"gives scores that are not finite for {names.files[picture.number]}", todo)
+            labels, top = label_map(segmenter, parts, scores, picture.size)
             labels = labels.clamp(max=C - 1) if words.shown < len(words.names) else labels  # background words come last
             pixels = torch.bincount(labels.flatten(), minlength=C)
             scores = torch.bincount(labels.flatten(), top.flatten().double(), minlength=C)
@@ -317,8 +356,8 @@ def segment_groups(segmenter: Segmenter, config: Config, batches: Iterator, proc
 
 
 def report(totals: np.ndarray, tally: list[int], words: Words, out: Path, seconds: float, failed: list[str]) -> None:
-    """Print how much of the pictures each class covers; list those that could not be read, which is a UserError unless
-    torchrun would start again for it.
+    """Print how much of the pictures each class covers. Pictures that could not be read are a UserError unless torchrun would
+    start again for it.
     """
     segmented, before, broken = tally
     pixels = max(int(totals[:, 0].sum()), 1)
@@ -336,11 +375,8 @@ def report(totals: np.ndarray, tally: list[int], words: Words, out: Path, second
     counted = f"{segmented} picture{'s' * (segmented != 1)}"
     print(f"{counted} in {seconds:.1f} s, {segmented / seconds:.2f} images/s{done} -> {out}")
     if failed:
-        with replacing(file := out / "failed.txt") as temporary:
-            text = "\n".join(sorted(failed)) + "\n"
-            temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
         why = f"{broken} of {segmented + before + broken} failed, the first: {min(failed)}"
-        problem = UserError("pictures", why, f"see {file}")
+        problem = UserError("pictures", why, f"see {out / 'failed.txt'}")
         if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             raise problem
         print(f"error: {problem}", file=sys.stderr)  # torchrun would start all over again

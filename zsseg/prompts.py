@@ -21,7 +21,7 @@ from zsseg.clip import CLIP
 from zsseg.run import UserError, cache_dir, say
 from zsseg.tokenizer import Tokenizer
 
-TEMPLATES = tomllib.loads((Path(__file__).parent / "prompts.toml").read_text())  # single, vild, imagenet
+TEMPLATES = tomllib.loads((Path(__file__).parent / "prompts.toml").read_text("utf-8"))  # single, vild, imagenet
 
 
 class FixedPrompt(nn.Module):
@@ -131,7 +131,8 @@ def build_prompt(spec: str | list[str], width: int, prefix: int = 16, suffix: in
 def text_features(clip: CLIP, tokenizer: Tokenizer, prompt: nn.Module, names: list[str]) -> Tensor:
     """`prompt`'s features [C, D], kept in the cache under a digest of all that they depend on."""
     device = clip.text_projection.device
-    words = [getattr(prompt, "templates", None), names, tokenizer.context, device.type, torch.__version__]
+    tokens = [tokenizer.encode(text) for text in (*names, *getattr(prompt, "templates", ()))]  # of this vocabulary file
+    words = [getattr(prompt, "templates", None), names, tokens, tokenizer.context, device.type, torch.__version__, str(clip)]
     digest = hashlib.sha256(json.dumps(words).encode())
     for code in (__file__, clip_module.__file__, tokenizer_module.__file__):  # another program may compute other features
         digest.update(Path(code).read_bytes())
@@ -156,15 +157,3 @@ def text_features(clip: CLIP, tokenizer: Tokenizer, prompt: nn.Module, names: li
     except OSError as error:
         say(f"text features are not kept in {file.parent} ({error.strerror})")
     return features
-
-
-def check_names(names: list[str]) -> list[str]:
-    """Class names without surrounding white space; UserError where one is missing or stands twice."""
-    names, before = [name.strip() for name in names], set()
-    for i, name in enumerate(names):
-        if not name:
-            raise UserError(f"class {i}", "has no name", "give every class a name")
-        if name in before:
-            raise UserError(f"class name {name!r}", "stands twice", "give every class a name of its own")
-        before.add(name)
-    return names

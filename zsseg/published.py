@@ -5,12 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from zsseg.config import Config, load_config
+from zsseg.metrics import percent
 
-ROWS = tomllib.loads((Path(__file__).parent / "published.toml").read_text())["row"]
+ROWS = tomllib.loads((Path(__file__).parent / "published.toml").read_text("utf-8"))["row"]
 CONFIGS = Path(__file__).parent.parent / "configs"
 # What does not change a number, or says only where files are.
 SILENT = ("data.workers", "log.", "model.kernels", "model.compile", "model.bf16", "clip.chunk", "clip.prompts",
-          "train.checkpoint_every", "train.eval_every", "eval.compare", "eval.weights")  # fmt: skip
+          "train.checkpoint_every", "train.eval_every", "eval.compare", "eval.weights", "clip.activation")  # fmt: skip
 
 
 def flat(config: Config) -> dict[str, object]:
@@ -39,6 +40,6 @@ def compare(result: dict, config: Config) -> str:
     keys = [k for k in ("pAcc", "mIoU_seen", "mIoU_unseen", "hIoU", "mIoU") if k in row and k in result]
     lines = ["".join([f"{'':12}", *(f"{k.removeprefix('mIoU_'):>9}" for k in keys)])]
     for who, values in (("the paper", row), ("ours", result)):
-        lines.append("".join([f"{who:12}", *(f"{values[k]:9.1f}" for k in keys)]))
+        lines.append("".join([f"{who:12}", *(percent(values[k], 9) for k in keys)]))
     lines += [f"the paper's row: {row['name']} (configs/{row['config']}.toml)"]
     return "\n".join([*lines, "settings that differ, ours (theirs):" if differing else "all settings are the same", *differing])

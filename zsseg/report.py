@@ -17,10 +17,11 @@ from zsseg.budget import ROWS
 from zsseg.config import Config
 from zsseg.datasets import dataset
 from zsseg.draw import palette
+from zsseg.files import result as written
 from zsseg.log import read_lines
 from zsseg.metrics import method, rows
 from zsseg.published import nearest
-from zsseg.run import Process, commit, replacing
+from zsseg.run import Process, commit
 
 TEMPLATE = Path(__file__).with_name("report.html")
 KEPT = 16  # worst pictures, and as many best ones
@@ -43,7 +44,7 @@ class Report:
         self.matrix = torch.zeros(C, C, dtype=torch.int64, device=process.device)
         self.cards: list[tuple[float, int, dict]] = []  # (score, number, what is shown), sorted
 
-    def __call__(self, number: int, stem: str, image: Tensor, labels: Tensor, predicted: Tensor, matrix: Tensor) -> None:
+    def __call__(self, number: int, name: str, image: Tensor, labels: Tensor, predicted: Tensor, matrix: Tensor) -> None:
         """See `evaluate`. A picture's score is the mean IoU of the classes in its truth; without any, it is left out."""
         self.matrix += matrix
         counts = matrix.cpu().numpy()
@@ -59,7 +60,7 @@ class Report:
         classes = [int(c) for c in np.argsort(-truth - found, kind="stable") if truth[c] + found[c]][:255]
         known = labels != self.data.ignore
         maps = [map_uri(m.where(known, -1).cpu().numpy(), classes, len(truth)) for m in (labels, predicted)]
-        card = {"name": stem, "score": score, "picture": picture_uri(image), "truth": maps[0], "prediction": maps[1],
+        card = {"name": name, "score": score, "picture": picture_uri(image), "truth": maps[0], "prediction": maps[1],
                 "classes": [[c, float(iou[c]) if there[c] else None] for c in classes]}  # fmt: skip
         self.cards = ends([*self.cards[:place], (score, number, card), *self.cards[place:]])
 
@@ -89,7 +90,7 @@ class Report:
             "pictures": [card for _, _, card in self.cards], "kept": KEPT,
         }  # fmt: skip
         text = json.dumps(page, allow_nan=False).replace("<", "\\u003c")  # so that no name can end the script block
-        with replacing(out / "report.html") as file:
+        with written(out / "report.html") as file:
             file.write_text(TEMPLATE.read_text("utf-8").replace("{{data}}", text), "utf-8")
         print(f"-> {out / 'report.html'}")
 
@@ -171,9 +172,9 @@ def read_budget(file: Path, checkpoint: Path, result: dict) -> dict | None:
     try:
         if file.stat().st_mtime < checkpoint.stat().st_mtime:
             return None
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text("utf-8"))
         same = [part["per_class"].keys() for part in (found["as_is"], result)]
-        if same[0] != same[1] or abs(found["as_is"]["mIoU"] - result["mIoU"]) > 0.1:
+        if same[0] != same[1] or abs((found["as_is"]["mIoU"] or 0) - (result["mIoU"] or 0)) > 0.1:
             return None
     except (OSError, ValueError, LookupError, TypeError):
         return None

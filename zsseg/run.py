@@ -9,19 +9,21 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # that ask a run to stop
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # that ask a run to stop
 ENVIRONMENT = """\
 environment: ZSSEG_DATA (data root), ZSSEG_CACHE (downloads, CLIP's weights and text features; else ~/.cache/zsseg),
 ZSSEG_VOCAB (CLIP's vocabulary file). A mistake of the user's is one line on stderr and exit code 2."""
@@ -58,8 +60,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=ENVIRONMENT)
 
     def add_root(self) -> None:
-        root = Path(os.environ.get("ZSSEG_DATA") or "datasets")
-        self.add_argument("--root", metavar="DIR", type=Path, default=root, help="data root ($ZSSEG_DATA, else ./datasets)")
+        root = path_of(os.environ.get("ZSSEG_DATA") or "datasets")
+        self.add_argument("--root", metavar="DIR", type=path_of, default=root, help="data root ($ZSSEG_DATA, else ./datasets)")
 
     def error(self, message: str):
         names = [str(name) for action in self._actions for name in (*action.option_strings, *(action.choices or ()))]
@@ -71,10 +73,60 @@ class Parser(argparse.ArgumentParser):
         raise UserError("command line", message, nearest(found[1], names, todo) if found and not few else todo)
 
 
+class Stream:
+    """stdout or stderr that may vanish at any time, with a reader, a terminal or a disk, and may not know a letter: what is
+    printed is then lost or written as \\u1234, and the run goes on.
+    """
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self.attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action: Callable, *values: str) -> None:
+        try:
+            action(*values)
+        except (OSError, ValueError):  # ValueError: it was closed
+            with contextlib.suppress(OSError, ValueError):  # what is buffered would fail again at the end
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
+            self.stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def guard_streams() -> None:
+    """Put a `Stream` in the place of stdout and stderr, and something where one was closed before the start."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            with contextlib.suppress(OSError):  # or the next file that is opened would be taken for it
+                os.fstat(descriptor)
+                continue
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        setattr(sys, name, stream if isinstance(stream, Stream) else Stream(stream))
+
+
 def command(main: Callable[[list[str]], None]) -> None:
-    """Run a script's `main(argv)`; a UserError becomes `error: ...` on stderr and exit code 2."""
+    """Run a script's `main(argv)`; a UserError becomes `error: ...` on stderr and exit code 2.
+
+    At the end stands what was left out on the way.
+    """
+    guard_streams()
     try:
-        main(sys.argv[1:])
+        try:
+            main(sys.argv[1:])
+        finally:
+            say_left_out()
     except UserError as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(GRACE)  # all processes tend to meet the same error: one line is enough
@@ -91,17 +143,57 @@ def command(main: Callable[[list[str]], None]) -> None:
 def parser(doc: str) -> Parser:
     """The options that train.py and eval.py share; `doc` is the script's docstring."""
     shared = Parser(doc)
-    shared.add_argument("--config", metavar="FILE", help="TOML file of options; a checkpoint holds its own")
+    shared.add_argument("--config", metavar="FILE", type=path_of, help="TOML file of options; a checkpoint holds its own")
     shared.add_argument("--set", metavar="KEY=VALUE", action="append", default=[],
                         help="override one option, e.g. train.steps=100; may be repeated (all are in zsseg/config.py)")
     shared.add_root()
-    shared.add_argument("--out", metavar="DIR", help="where results go (default: see above)")
+    shared.add_argument("--out", metavar="DIR", type=path_of, help="where results go (default: see above)")
     shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return shared
 
 
+def path_of(text: str | Path) -> Path:
+    """A path as a shell would read it: `~` is the home folder, also where the shell has not seen to that (--out=~/x)."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # nobody's home
+        return Path(text)
+
+
 def cache_dir() -> Path:
-    return Path(os.environ.get("ZSSEG_CACHE") or Path.home() / ".cache" / "zsseg")
+    """$ZSSEG_CACHE, else ~/.cache/zsseg; without a home folder, one of this user's below the temporary files."""
+    given = os.environ.get("ZSSEG_CACHE")
+    return path_of(given) if given else home_cache()
+
+
+@functools.cache
+def home_cache() -> Path:
+    try:
+        return Path.home() / ".cache" / "zsseg"
+    except RuntimeError:
+        folder = Path(tempfile.gettempdir()) / f"zsseg-{os.getuid()}"
+        say(f"no home folder: downloads and features are kept in {folder} (set ZSSEG_CACHE for another place)")
+        return folder
+
+
+LEFT_OUT: list[str] = []
+
+
+def left_out(what: str) -> None:
+    """Have the command say at its end that this was left out: whoever drops data says how much of what."""
+    if os.environ.get("RANK", "0") == "0" and what not in LEFT_OUT:
+        LEFT_OUT.append(what)
+
+
+def say_left_out() -> None:
+    if LEFT_OUT:
+        say(f"left out: {'; '.join(LEFT_OUT)}")
+    LEFT_OUT.clear()
+
+
+def several(count: int, one: str, many: str = "") -> str:
+    """A number and its noun."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 @dataclass(frozen=True)
@@ -144,6 +236,19 @@ class Process:
         if self.is_main:
             raise found[0]
         sys.exit(2)  # the first one says why
+
+    def agree_all(self, check: Callable[[], None]) -> None:
+        """check() of a part in every process; where one raises a UserError, all end, and the first process says why."""
+        error = None
+        try:
+            check()
+        except UserError as found:
+            error = found
+        errors = [e for e in self.gather([error]) if e is not None]
+        if self.any(error is not None):
+            if self.is_main:
+                raise errors[0]
+            sys.exit(2)
 
     def share_of(self, name: str) -> str:
         """The name of work of which each process does a part, beside a count of this one's."""
@@ -251,39 +356,6 @@ def say(text: str) -> None:
 def seed_of(*numbers: int) -> int:
     """One well-mixed 63-bit seed from several small numbers, e.g. (run seed, step, rank)."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-@contextlib.contextmanager
-def replacing(path: Path, previous: Path | None = None):
-    """Yield a temporary path beside `path`; it takes the name only when the block ends without an error and is on the disk.
-
-    With `previous`, the file that is there takes that name. Raises UserError where the file system refuses.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a kill leaves, the next try replaces
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            second = previous.with_name(f".{previous.name}.tmp")
-            second.unlink(missing_ok=True)
-            try:
-                os.link(path, second)  # so that `path` is there at every moment
-            except OSError:  # a file system without links
-                os.replace(path, second)
-            os.replace(second, previous)
-        os.replace(temporary, path)
-        if previous:  # the names, too, must outlive a power cut
-            folder = os.open(path.parent, os.O_RDONLY)
-            with contextlib.suppress(OSError):  # not every file system can
-                os.fsync(folder)
-            os.close(folder)
-    except OSError as error:
-        raise UserError(f"file {path}", f"cannot be written ({error.strerror})", "check the folder and the disk") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def out_of_memory(error: RuntimeError) -> bool:

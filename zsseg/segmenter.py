@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from kernels.jit import Switch
 from kernels.region_crop import STRIDE, region_masks
 from kernels.semantic_map import semantic_map
-from zsseg import checkpoint
+from zsseg import checkpoint, weights
 from zsseg.clip import build_clip
 from zsseg.config import Config
 from zsseg.datasets import dataset
 from zsseg.maskformer import MaskFormer
 from zsseg.perpixel import PerPixel
-from zsseg.prompts import LearnedPrompt, build_prompt, check_names, text_features
+from zsseg.prompts import LearnedPrompt, build_prompt, text_features
 from zsseg.regions import classify_crops, classify_in_one_pass, dense_logits, expand_boxes, region_crops
-from zsseg.run import UserError
-from zsseg.tokenizer import Tokenizer
+from zsseg.run import UserError, say
+from zsseg.tokenizer import Tokenizer, check_names
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Segmenter(nn.Module):
         if config.model.class_head == "linear":
             self.maskformer = MaskFormer(config.model, len(dataset(config.data).names) + 1)
             return
-        self.clip = build_clip(clip_state)
+        self.clip = build_clip(clip_state, config.clip.activation.replace("auto", "quickgelu"), config.clip.heads)
         if config.clip.regions == "tokens" and not hasattr(self.clip.visual, "region_tokens"):
             raise UserError("clip.regions", "is tokens, which wants a ViT as CLIP", "use pool or crops")
         vocab_size, width = self.clip.token_embedding.weight.shape
@@ -242,26 +242,69 @@ class Segmenter(nn.Module):
 
 
 def build_segmenter(config: Config, root: Path, saved: dict[str, checkpoint.State] | None = None) -> Segmenter:
-    """A segmenter to train: the configuration's CLIP, prompts and initial backbone, else fresh weights.
+    """A segmenter to train: the configuration's CLIP, prompts and initial backbone, else fresh weights; then those of the
+    checkpoint `train.init`, as far as they fit.
 
     With `saved`, the learned parts of a run that is resumed, prompts and backbone are in there and not read again.
     """
     supervised = config.model.class_head == "linear"
-    segmenter = Segmenter(config, None if supervised else checkpoint.load_clip_state(config.clip.weights, root))
+    segmenter = Segmenter(config, None if supervised else load_clip(config, root))
     if saved is not None:
         segmenter.load_learned(saved, "last.pt")
         return segmenter
-    segmenter.load_prompts(read_prompts(config.clip.prompts) if config.clip.prompts else {}, "configuration")
-    if config.model.weights:
-        checkpoint.load_backbone(segmenter.maskformer.backbone, config.model.backbone, config.model.weights)
+    prompts = read_prompts(config.clip.prompts) if config.clip.prompts else {}
+    found = start_from(segmenter, config.train.init, prompts) if config.train.init else {}
+    segmenter.load_prompts(found | prompts, f"train.init {config.train.init}" if found else "configuration")
+    if config.model.weights and not any(name.startswith("backbone.") for name in found.get("maskformer", ())):
+        weights.load_backbone(segmenter.maskformer.backbone, config.model.backbone, config.model.weights)
     return segmenter
+
+
+def load_clip(config: Config, root: Path, changed: bool = False) -> checkpoint.State:
+    """The state dict of the configured CLIP; its activation goes into the configuration, and so into checkpoints.
+
+    `changed`: the configuration's activation is that of another CLIP.
+    """
+    state = weights.load_clip_state(config.clip.weights, root)
+    config.clip.activation = weights.find_activation(config.clip, state, root, changed)
+    return state
+
+
+def start_from(segmenter: Segmenter, file: str, prompts: dict[str, checkpoint.State]) -> dict[str, checkpoint.State]:
+    """Load all weights of another segmenter's checkpoint, ours or the original's, that fit `segmenter` by name and shape; of
+    its learned prompts those that are not among `prompts`.
+
+    Returns them by part, and prints how many were used, which were not, and which of the model's start afresh. UserError where
+    none fits.
+    """
+    what, content = f"train.init {file}", checkpoint.load(file)
+    parts = content["model"] if "config" in content else weights.import_original(content["model"], what)[0]
+    parts = {part: checkpoint.unwrapped(state, what) for part, state in parts.items() if isinstance(state, dict)}
+    own, used, dropped, fresh = segmenter.learned_state(), {}, [], []
+    for part, state in parts.items():
+        fits = own.get(part, {}) if part not in prompts else {}
+        used[part] = {k: v for k, v in state.items() if k in fits and isinstance(v, Tensor) and v.shape == fits[k].shape}
+        dropped += [f"{part}.{k}" for k in state if k not in used[part]]
+        checkpoint.check_finite(used[part], what)
+    if not used.get("maskformer"):
+        raise UserError(what, "holds no weight that fits this model", "give a segmenter's checkpoint, and its [model]")
+    for name, tensor in own["maskformer"].items():
+        if name in used["maskformer"]:
+            tensor.copy_(used["maskformer"][name])
+        else:
+            fresh.append(name)
+    checkpoint.say_loaded(what, sum(map(len, used.values())), dropped)
+    if fresh:
+        names = ", ".join(fresh[:5]) + f" and {len(fresh) - 5} more" * (len(fresh) > 5)
+        say(f"{what}: {len(fresh)} of the model's tensors are not in it, or of another shape, and start afresh: {names}")
+    return {part: state for part, state in used.items() if state}
 
 
 def read_prompts(path: str) -> dict[str, checkpoint.State]:
     """The learned prompt of a checkpoint (ours or the original's prompt learning), for head and regions alike."""
     content, what = checkpoint.load(path), f"clip.prompts {path}"
     ours = "config" in content
-    parts, dropped = (content["model"], []) if ours else checkpoint.import_original(content["model"], what)
+    parts, dropped = (content["model"], []) if ours else weights.import_original(content["model"], what)
     name = "prompt" if "prompt" in parts else "region_prompt"
     if name not in parts:
         raise UserError(what, "holds no learned prompt", "give a checkpoint of prompt learning")
@@ -277,10 +320,13 @@ def load_segmenter(content: dict, config: Config, root: Path, name: str) -> Segm
         if "maskformer" not in content["model"]:
             raise UserError(what, "holds no segmenter", "give a checkpoint of task segment")
         supervised = config.model.class_head == "linear"
-        parts, clip = content["model"], None if supervised else checkpoint.load_clip_state(config.clip.weights, root)
+        recorded = content["config"]["clip"]
+        changed = config.clip.weights != recorded["weights"] and config.clip.activation == recorded.get("activation")
+        parts, clip = content["model"], None if supervised else load_clip(config, root, changed)
         other_prompts = config.clip.prompts != content["config"]["clip"]["prompts"]  # else the checkpoint holds them
     else:
-        parts, dropped = checkpoint.import_original(content["model"], what)
+        content = content | {"model": checkpoint.unwrapped(content["model"], what)}
+        parts, dropped = weights.import_original(content["model"], what)
         other_prompts = True
         clip = parts.get("clip") if config.model.class_head == "text" else None
         if clip is None and config.model.class_head == "text":
@@ -292,6 +338,6 @@ def load_segmenter(content: dict, config: Config, root: Path, name: str) -> Segm
         used = {*segmenter.learned_state(), "clip"} - ({"clip"} if clip is None else set())
         used -= prompts.keys()
         adapter = [k for k in content["model"] if "clip_adapter" in k]  # where the parts are that a setting may leave unused
-        dropped += [k for k in adapter if (checkpoint.our_name(k) or "").partition(".")[0] in parts.keys() - used]
+        dropped += [k for k in adapter if (weights.our_name(k) or "").partition(".")[0] in parts.keys() - used]
         checkpoint.say_loaded(what, len(content["model"]) - len(dropped), dropped)
     return segmenter

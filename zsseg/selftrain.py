@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,12 @@ from torch import Tensor
 from zsseg import checkpoint
 from zsseg.config import Config, load_config
 from zsseg.data import TestPictures, stream
-from zsseg.datasets import DataSet, dataset, find_pairs, read_values
+from zsseg.datasets import DataSet, dataset, find_pairs
 from zsseg.draw import save_label_map
-from zsseg.run import Process, UserError, parallel, progress, replacing, say
+from zsseg.files import replacing
+from zsseg.images import read_values
+from zsseg.label_statistics import files_version
+from zsseg.run import Process, UserError, parallel, progress, say
 from zsseg.segmenter import load_segmenter
 
 
@@ -39,8 +42,9 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
     """
     data, pairs = dataset(config.data), find_pairs(config.data, root, "train")
     made = folder / "made_with.json"
-    if made.exists() and Path(config.train.teacher).is_file() and json.loads(made.read_text()) != origin(config):
-        why = "were made by another teacher or with other settings"
+    wanted = process.agree(lambda: origin(config, root, pairs, process))
+    if made.exists() and not same_origin(made, wanted):
+        why = "were made by another teacher, with other settings or from other pictures"
         raise UserError(f"pseudo labels in {folder}", why, "delete the folder, or give another --out")
     missing = [i for i in range(len(pairs)) if not (folder / f"{i:06}.png").exists()]
     process.wait()  # all have looked before any writes
@@ -51,7 +55,7 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
     content = checkpoint.load(config.train.teacher)
     if process.is_main:
         with replacing(made) as file:
-            file.write_text(json.dumps(origin(config)) + "\n")
+            file.write_text(json.dumps(wanted) + "\n", "utf-8")
     theirs = load_config(None, base=content["config"]) if "config" in content else config
     theirs.data = replace(config.data, train_on="seen")
     teacher = load_segmenter(content, theirs, root, config.train.teacher).to(process.device).eval()
@@ -77,12 +81,31 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
     return folder
 
 
-def origin(config: Config) -> dict[str, object]:
-    """What pseudo labels depend on: the teacher's content and the settings that shape its predictions."""
-    with open(config.train.teacher, "rb") as file:
-        teacher = hashlib.file_digest(file, "sha256").hexdigest()
-    data = {k: getattr(config.data, k) for k in ("name", "test_short_edge", "max_size")}
-    return {"teacher": teacher, "reject": config.train.reject, **data}
+def origin(config: Config, root: Path, pairs: list[tuple[Path, Path]], process: Process) -> dict[str, object]:
+    """What pseudo labels depend on: the teacher's content, the settings that shape its predictions, pictures and label maps.
+
+    The teacher is "" where it is gone: the labels that it made may still be used.
+    """
+    teacher = ""
+    if Path(config.train.teacher).is_file():
+        with open(config.train.teacher, "rb") as file:
+            teacher = hashlib.file_digest(file, "sha256").hexdigest()
+    data, clip = asdict(config.data), asdict(config.clip)
+    for key in ("workers", "short_edges", "crop", "color_jitter", "split", "train_on"):  # of training, or of evaluation
+        del data[key]
+    del clip["chunk"]
+    version = files_version(dataset(config.data).folder(root), pairs, b"")
+    return {"teacher": teacher, "reject": config.train.reject, "bf16": process.bf16(config.model.bf16), "files": version,
+            "data": data, "clip": clip}  # fmt: skip
+
+
+def same_origin(made: Path, wanted: dict[str, object]) -> bool:
+    """Whether pseudo labels are what `wanted` says, their teacher apart where it is gone."""
+    try:
+        found = json.loads(made.read_text("utf-8"))
+        return found | ({} if wanted["teacher"] else {"teacher": ""}) == wanted
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def count(folder: Path, pictures: int, data: DataSet, workers: int) -> None:

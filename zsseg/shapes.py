@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from zsseg.datasets import DATASETS
-from zsseg.run import progress, replacing, seed_of
+from zsseg.files import replacing
+from zsseg.run import progress, seed_of
 
 COLOURS, SHAPES = ("red", "green", "blue", "yellow", "purple"), ("disc", "square", "triangle", "cross")
 THINGS, WALLS = DATASETS["shapes"].names[:20], DATASETS["shapes"].names[20:]
@@ -89,4 +90,4 @@ def generate(folder: Path) -> None:
             with replacing(folder / "labels" / split / f"{split}{index:05}.png") as file:
                 Image.fromarray(labels).save(file, "PNG")
     with replacing(folder / "captions.json") as file:
-        file.write_text(json.dumps(captions))
+        file.write_text(json.dumps(captions), "utf-8")

@@ -46,6 +46,28 @@ def read_merges(count: int) -> list[tuple[str, str]]:
     return merges
 
 
+def clean(text: str) -> str:
+    """Text as CLIP reads it: broken encodings and HTML's entities mended, one space between words, lower case."""
+    if not (text.isascii() and text.isprintable() and "&" not in text):  # else there is nothing to mend
+        import ftfy
+
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+def check_names(names: list[str], what: str = "class name") -> list[str]:
+    """Class names without surrounding white space; UserError where one is missing, or two are one to CLIP."""
+    names, before = [name.strip() for name in names], {}
+    for i, name in enumerate(names):
+        if not (read := clean(name)):
+            raise UserError(f"class {i}", "has no name", "give every class a name")
+        if read in before:
+            same = "stands twice" if before[read] == name else f"is the same to CLIP as {before[read]!r}"
+            raise UserError(f"{what} {name!r}", same, "give every class a name of its own")
+        before[read] = name
+    return names
+
+
 class Tokenizer:
     """Lower-case byte-pair encoding. The vocabulary size says how many merges there are (none for 514)."""
     def __init__(self, vocab_size: int, context: int):
@@ -63,11 +85,7 @@ class Tokenizer:
         """Token ids of `text` without start and end."""
         import regex  # \p classes, which `re` lacks
 
-        if not (text.isascii() and text.isprintable() and "&" not in text):  # else there is nothing to repair
-            import ftfy
-
-            text = html.unescape(html.unescape(ftfy.fix_text(text)))
-        text = " ".join(text.split()).lower()
+        text = clean(text)
         pattern = r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
         ids = []
         for word in regex.findall(pattern, text, regex.IGNORECASE):

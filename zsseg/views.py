@@ -44,6 +44,12 @@ def whole(proposals: Proposals, size: tuple[int, int]) -> View:
     return View(proposals, (0, 0, *size), False)
 
 
+def all_finite(views: list[View], scores: list[Tensor]) -> Tensor:
+    """Whether a picture's masks and class scores are numbers, a bool on the device: argmax would make labels of NaN, too."""
+    found = [view.proposals.logits for view in views] + scores
+    return torch.stack([tensor.isfinite().all().to(scores[0].device) for tensor in found]).all()
+
+
 def segment_views(segmenter: Segmenter, images: list[Tensor], size: tuple[int, int], flip: bool, window: int) -> list[View]:
     """The views of a picture whose own (height, width) is `size`, given at one or more network-input sizes [3, H, W]."""
     views, held = [], 0

@@ -3,12 +3,17 @@
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-from zsseg.datasets import DataSet
-from zsseg.run import UserError, nearest_file
+from zsseg.config import Config, load_config
+from zsseg.datasets import DataSet, dataset
+from zsseg.files import read_text, split_lines
+from zsseg.run import UserError, nearest_file, path_of, say
+from zsseg.tokenizer import clean
 
 OTHER = "other"  # what background words are shown as
+ENDINGS = r"txt|text|[ct]sv|jsonl?|toml|ya?ml|xml|md|rtf|docx?|xlsx?|ods|names|list|lst|dat|data|jpe?g|png|tiff?|webp|pth?|pkl"
+FILE = re.compile(rf"^(~|\.{{0,2}}/)|\.({ENDINGS})\s*$", re.IGNORECASE)
+OPENING, CLOSING = "[{(<\"'`“‘„«", "]}>\"'`”’»"
 
 
 @dataclass
@@ -23,12 +28,41 @@ class Words:
         """The names of the ids in a label map."""
         return [*self.names[: self.shown], *([OTHER] if self.shown < len(self.names) else [])]
 
-    def trained(self, data: DataSet) -> list[int]:
-        """The ids of the words that are seen classes of a data set, however they are spaced and capitalised."""
-        plain = lambda name: re.sub(r"[\W_]", "", name.casefold())
-        seen = {plain(data.names[i]) for i in data.seen}
+    def among(self, trained: list[str]) -> list[int]:
+        """The ids of the words that are among the names of trained classes, however they are spaced and capitalised."""
+        plain = lambda name: re.sub(r"[\W_]", "", name.casefold()) or name
+        seen = {*map(plain, trained)}
         texts = ([name, *self.synonyms.get(name, [])] for name in self.names)
         return [i for i, names in enumerate(texts) if seen & {*map(plain, names)}]
+
+
+def trained_names(content: dict, config: Config) -> list[str]:
+    """The names of the classes that a checkpoint's segmenter was trained on: they count as seen in the ensemble.
+
+    Of a data set without a seen/unseen split these are all. The original's checkpoints do not tell what they were trained on;
+    there `config` does, whose data set has a split or is only measured.
+    """
+    if "config" not in content:
+        data = dataset(config.data)
+        return [data.names[i] for i in data.seen]
+    data = dataset(load_config(None, [], content["config"]).data)
+    return data.training_names
+
+
+def seen_classes(data: DataSet, content: dict, config: Config) -> list[int]:
+    """The class ids of a measured data set that count as seen: those that the segmenter was trained on, where it is the set of
+    the training; else those of its own split, none where there is no such split (METHOD: all classes are unseen).
+    """
+    if "config" in content:
+        trained = dataset(load_config(None, [], content["config"]).data)
+        if (trained.name, trained.names) == (data.name, data.names):
+            return trained.trained
+    return data.seen
+
+
+def is_path(text: str) -> bool:
+    """Whether somebody who writes this means a file rather than a word ("tv/monitor")."""
+    return bool(FILE.search(text)) or ("/" in text and os.path.isdir(os.path.dirname(text)))
 
 
 def read_words(text: str) -> Words:
@@ -39,15 +73,15 @@ def read_words(text: str) -> Words:
         other: sky, wall           background words
         # a comment
 
-    Raises UserError for a file that cannot be read, for no word at all, and for a word that stands twice.
+    Raises UserError for a file that cannot be read, for no word at all, for a word that stands twice, and for one that looks
+    as if something else was meant: the name of a file, or a list of another kind.
     """
     lines = text.split(";")
-    if in_file := os.path.isfile(text) or text.strip().endswith(".txt"):
-        try:
-            lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-            raise UserError(f"--classes {text}", why, nearest_file(text, "give a text file, or the words themselves")) from None
+    file = path_of(text.strip())
+    if in_file := os.path.isfile(file) or ("," not in text and is_path(text)):
+        say(f"--classes: words from the file {file}")
+        todo = nearest_file(file, "give a text file, or the words themselves")
+        lines = split_lines(read_text(file, f"--classes {text}", todo))
     classes, background = [], []  # a class is a list of names, its own first
     split = lambda text, signs: [word for part in re.split(f"[{signs}]", text) if (word := " ".join(part.split()))]
     for line in map(str.strip, lines):
@@ -65,9 +99,13 @@ def read_words(text: str) -> Words:
     for word in (w for words in [*classes, background] for w in words):
         if word.casefold().startswith(f"{OTHER}:"):
             raise UserError(f"--classes: {word!r}", "stands within a list", f"start with {OTHER}: after ; or on a new line")
-        if word.casefold() in known:
+        if is_path(word):
+            raise UserError(f"--classes: {word!r}", "looks like the name of a file", "give that alone, or words alone")
+        if word[0] in OPENING or word[-1] in CLOSING:
+            raise UserError(f"--classes: {word!r}", "has brackets or quotes", "write the words alone: cat, dog, grass")
+        if clean(word) in known:
             raise UserError(f"--classes: {word!r}", "stands twice", "give every word one place")
-        known.add(word.casefold())
+        known.add(clean(word))
     if len(classes) >= 2**16:
         raise UserError("--classes", f"holds {len(classes)} classes", "label maps have room for 65535")
     names = [words[0] for words in classes] + background

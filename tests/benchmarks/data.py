@@ -20,7 +20,9 @@ from torchvision.transforms.v2 import functional as TF
 
 from zsseg.config import load_config
 from zsseg.data import TrainPictures, collate, stream, test_size
-from zsseg.datasets import dataset, label_statistics, read_labels, read_picture
+from zsseg.datasets import dataset
+from zsseg.images import read_labels, read_picture
+from zsseg.label_statistics import label_statistics
 
 SIZE = (500, 375)  # VOC's usual picture
 

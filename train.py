@@ -6,7 +6,7 @@
 
 Writes last.pt (the one before it: previous.pt), best.pt, metrics.json, metrics.jsonl and samples.png to --out (else
 runs/<name of the config>). --resume goes on from last.pt with the configuration in it; on the CPU the weights come out the
-same to the last bit. SIGTERM, SIGUSR1 or Ctrl-C: a checkpoint at the end of the step, exit code 0.
+same to the last bit. SIGTERM, SIGUSR1, Ctrl-C or a closed terminal (SIGHUP): a checkpoint at the end of the step, exit code 0.
 """
 
 import json

@@ -47,7 +47,7 @@ def test_check_of_a_listed_picture_that_is_missing(tmp_path, capsys, monkeypatch
     trees.voc(tmp_path)
     prepare_data.main(["voc", "--root", str(tmp_path)])
     (tmp_path / "VOCdevkit/VOC2012/JPEGImages/2007_000033.jpg").unlink()
-    fails(capsys, monkeypatch, prepare_data.main, ["voc", "--root", tmp_path, "--check"], "1 files are broken")
+    fails(capsys, monkeypatch, prepare_data.main, ["voc", "--root", tmp_path, "--check"], "1 file is broken")
 
 
 def test_partners_missing_on_one_side_are_left_out(tmp_path, capsys):
@@ -142,7 +142,7 @@ def test_registration_is_asked_for(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("bad", ["utf-16", "nothing else", "no pictures", "empty folders"])
 def test_half_a_tree_is_no_data_set(bad, tmp_path, capsys, monkeypatch):
-    """A list alone, or folders alone, do not pass for data; a list that is no text is named."""
+    """A list alone, or folders alone, do not pass for data; a list in UTF-16, as some shells write it, is one."""
     monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path / "cache"))
     rows = [dataclasses.replace(a, urls=["http://127.0.0.1:9/x"]) for a in DATASETS["voc"].archives]
     monkeypatch.setitem(DATASETS, "voc", dataclasses.replace(DATASETS["voc"], archives=rows))
@@ -156,7 +156,9 @@ def test_half_a_tree_is_no_data_set(bad, tmp_path, capsys, monkeypatch):
         trees.save_map(np.zeros((3, 3)), folder / "SegmentationClassAug" / "2007_000033.png")
     fails(capsys, monkeypatch, prepare_data.main, ["voc", "--root", tmp_path], "voc", "127.0.0.1:9")
     if bad == "utf-16":
-        fails(capsys, monkeypatch, prepare_data.main, ["voc", "--root", tmp_path, "--check"], "val.txt", "utf-8")
+        with pytest.raises(UserError, match="1 file is broken"):
+            prepare_data.main(["voc", "--root", str(tmp_path), "--check"])
+        assert "JPEGImages/2007_000033.jpg: cannot be read" in capsys.readouterr().out
 
 
 def test_masks_that_a_given_list_lacks_are_converted(tmp_path):

@@ -40,6 +40,7 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.slow
 def test_one_program_serves_pictures_of_all_sizes(segmenter, aot_eager):
     """And CLIP's tower needs one for each of four numbers of crops."""
     sizes = ((480, 480), (448, 640), (640, 449), (512, 500))  # a CPU's convolutions distinguish maps smaller than these
@@ -117,6 +118,7 @@ def test_the_compiled_step_is_the_eager_step(shapes_root, aot_eager):
         assert float(compiled) == pytest.approx(float(eager), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_compiled_before_ddp_keeps_names_and_gradients(tmp_path, aot_eager):
     """`compile` in place, then DDP around it: train.py's order."""
     torch.manual_seed(0)

@@ -14,7 +14,6 @@ from conftest import PROCESS, tiny_config
 from PIL import Image
 
 import prepare_data
-from zsseg import datasets
 from zsseg import label_statistics as label_statistics_module
 from zsseg.clip import CLIP, MEAN, STD, VisionTransformer
 from zsseg.convert import decode_runs, resize_bilinear
@@ -237,11 +236,11 @@ def test_statistics_count_and_are_counted_once(tmp_path, monkeypatch):
                i not in statistics.pictures_with(list(range(171))))  # fmt: skip
     assert statistics.histogram(171).tolist() == wanted.tolist()
 
-    def forbidden(*args: object):
+    def forbidden(*args: object, **options: object):
         raise RuntimeError("counted again")
 
-    real = datasets.count_classes
-    monkeypatch.setattr(datasets, "count_classes", forbidden)
+    real = label_statistics_module.count_classes
+    monkeypatch.setattr(label_statistics_module, "count_classes", forbidden)
     cached = label_statistics("coco_stuff", tmp_path, split)
     assert all(np.array_equal(vars(cached)[k], v) for k, v in vars(statistics).items())
     cache = tmp_path / "coco" / ".zsseg" / "val.npz"
@@ -254,7 +253,7 @@ def test_statistics_count_and_are_counted_once(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="counted again"):
         label_statistics("coco_stuff", tmp_path, split)
     os.utime(label)
-    monkeypatch.setattr(datasets, "count_classes", real)
+    monkeypatch.setattr(label_statistics_module, "count_classes", real)
     cache.write_bytes(cache.read_bytes()[:100])
     again = label_statistics("coco_stuff", tmp_path, split)
     assert again.histogram(171).tolist() == wanted.tolist()
@@ -285,12 +284,12 @@ def test_a_leak_in_one_table_is_noticed(tmp_path):
     data = DATASETS["voc"]
     Image.fromarray(np.array([[1, 16]], np.uint8)).save(tmp_path / "a.png")
     full, training = data.lut(), data.lut(training=True)
-    assert count_classes(tmp_path / "a.png", data, (full, training)).tolist() == [[0, 1], [15, 1]]
+    assert count_classes((tmp_path / "a.jpg", tmp_path / "a.png"), data, (full, training)).rows.tolist() == [[0, 1], [15, 1]]
     for value, wrong in ((16, 3), (1, 1)):  # an unseen class let through; a seen class under another's number
         table = training.copy()
         table[value] = wrong
         with pytest.raises(AssertionError, match=r"a\.png"):
-            count_classes(tmp_path / "a.png", data, (full, table))
+            count_classes((tmp_path / "a.jpg", tmp_path / "a.png"), data, (full, table))
 
 
 @pytest.mark.parametrize(

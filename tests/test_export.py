@@ -126,7 +126,7 @@ def exported(tmp_path_factory) -> Path:
 
     settings = ("model.class_head=linear", "data.train_on=all", "clip.ensemble=false")
     config = tiny_config(*TINY, *settings)
-    (root / "supervised" / "clip.pt2").write_text("of an earlier export")
+    (root / "supervised" / "clip.pt2").write_text("of an earlier export, written by zsseg")
     export(build(config, None), config, words_of(dataset("shapes")), root / "supervised")
 
     segmenter = build(tiny_config(*TINY), with_visual(ModifiedResNet([1, 1, 1, 1], 16, 64, 64)))
@@ -136,6 +136,7 @@ def exported(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_programs_and_the_example_run_without_the_project(exported):
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     result = subprocess.run([sys.executable, "-I", "-c", ELSEWHERE], cwd=exported, env=environment,
@@ -156,6 +157,7 @@ def test_programs_and_the_example_run_without_the_project(exported):
     assert len(lines) == len(np.unique(labels))  # a class a line
 
 
+@pytest.mark.slow
 def test_files_and_settings(exported):
     data = dataset("shapes")
     for name, with_clip in (("whole", True), ("supervised", False)):

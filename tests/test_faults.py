@@ -37,6 +37,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return checkpoint.load(out / "last.pt")["model"]["maskformer"]
 
 
+@pytest.mark.slow
 def test_kills_cost_nothing(shapes_root):
     """Every training task, the preparation of data, and labelling; `python -m tests.kills` does it a hundred times each."""
     words = [sys.executable, "-m", "tests.kills", "--kills", "3", "--root", str(shapes_root), "--job"]

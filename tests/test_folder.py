@@ -127,7 +127,7 @@ def test_paths_that_lead_nowhere_are_named(tmp_path):
     assert not has_split(whole, tmp_path, "train")
     for look in (find_pairs, has_split):  # a split that is broken is not absent
         with pytest.raises(run.UserError, match="has the id of"):
-            look(described("data.pictures=images/{split}/{id}.*"), tmp_path, "val")
+            look(described("data.pictures=images/{split}/{id}.*", "data.labels=masks/{split}/{id}.png"), tmp_path, "val")
 
 
 def test_label_maps_may_lie_elsewhere(tmp_path):

@@ -148,7 +148,7 @@ def test_a_step_is_logged_in_full(offline):
 def test_evaluations_are_logged_in_full(offline):
     """On the way as at the end: all metrics in metrics.jsonl, in wandb a table of the classes, too."""
     out, *_ = offline
-    result = json.loads((out / "metrics.json").read_text())
+    result = {k: v for k, v in json.loads((out / "metrics.json").read_text()).items() if k != "program"}
     found = {f"{split}/mIoU_unseen": line for line in lines(out) for split in ("val", "test") if f"{split}/mIoU" in line}
     assert {k: v for k, v in lines(out)[-1].items() if k != "step"} == {f"test/{k}": v for k, v in result.items()}
     assert found["val/mIoU_unseen"].keys() == {k.replace("test/", "val/") for k in found["test/mIoU_unseen"]}
@@ -279,6 +279,7 @@ def test_a_resumed_run_goes_on_online(server, shapes_root, tmp_path):
     assert [row["_step"] for row in rows] == [1, 2, 3, 4, 5, 6] and "test/hIoU" in rows[-1] and rows[-1].keys() > LAYERS
 
 
+@pytest.mark.slow
 def test_a_network_that_dies_on_the_way_does_not_stop_the_run(server, shapes_root, tmp_path):
     script = altered(tmp_path, f"n == 2 and __import__('urllib.request').request.urlopen('{server.url}/die', b'', 5)")
     words = [*WORDS, "--root", shapes_root, "--out", tmp_path / "run", "--set", "log.wandb=online"]
@@ -291,6 +292,7 @@ def test_a_network_that_dies_on_the_way_does_not_stop_the_run(server, shapes_roo
     assert steps == [1, 2, 3, 4, 5, 6] == [row["_step"] for row in history(folder)]
 
 
+@pytest.mark.slow
 def test_a_network_that_never_answers(shapes_root, tmp_path):
     pytest.importorskip("wandb")
     with socket.create_server(("127.0.0.1", 0)) as silent:

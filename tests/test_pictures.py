@@ -245,7 +245,7 @@ def test_resuming_segments_what_is_missing(model, shapes_root, tmp_path, capsys,
     assert len(whole) == 30
     (out / "train00003.json").unlink()
     (out / "train00004.png").unlink()
-    (out / "train00008.json").write_text("{")
+    (out / "train00008.json").write_text('{"program": "written by zsseg"')
     written = {n: (out / n).stat().st_mtime_ns for n in whole if (out / n).exists()}
     capsys.readouterr()
     evaluation.main([*run, "--resume"])

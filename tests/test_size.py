@@ -23,7 +23,7 @@ def imported(file: Path) -> set[Path]:
 
 def test_length():
     lengths = {file.name: len(file.read_text().splitlines()) for file in PROGRAM}
-    assert sum(lengths.values()) <= 6300 and max(lengths.values()) <= 400, lengths
+    assert sum(lengths.values()) <= 7200 and max(lengths.values()) <= 410, lengths
 
 
 def test_training_needs_few_files():
@@ -33,8 +33,8 @@ def test_training_needs_few_files():
         if file not in closure:
             closure.add(file)
             waiting += imported(file) - KERNELS  # they are read when they are to be changed
-    assert 10 <= len(closure) <= 21, sorted(f.name for f in closure)
-    assert sum(len(f.read_text().splitlines()) for f in closure) <= 4575
+    assert 10 <= len(closure) <= 25, sorted(f.name for f in closure)
+    assert sum(len(f.read_text().splitlines()) for f in closure) <= 5400
 
 
 def test_kernels_know_nothing_of_the_rest():

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from zsseg.config import load_config
 from zsseg.datasets import dataset
 from zsseg.run import UserError
-from zsseg.words import read_words
+from zsseg.words import read_words, trained_names
 
 
 @pytest.mark.parametrize(
@@ -50,8 +51,10 @@ def test_a_line_of_synonyms_has_one_name(line, tmp_path):
 def test_words_that_were_trained_on_are_seen():
     voc = dataset("voc")
     words = read_words("Dining Table; couch = sofa; tv; grass = potted-plant; Aeroplane; other: motor_bike")
-    assert words.trained(voc) == [0, 4, 5]  # sofa and pottedplant are unseen
-    assert read_words("wall, building").trained(dataset("ade20k")) == []  # no such split
+    assert words.among([voc.names[i] for i in voc.seen]) == [0, 4, 5]  # sofa and pottedplant are unseen
+    ade = load_config(None, ["data.name=ade20k"])
+    assert trained_names({}, ade) == []  # the original's checkpoints are only measured there
+    assert read_words("wall, brick").among(trained_names({"config": {"data": {"name": "ade20k"}}}, ade)) == [0]  # no split: all
 
 
 def test_synonyms_are_averaged(segmenter):

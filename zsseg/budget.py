@@ -73,10 +73,11 @@ def oracle_labels(segmenter: Segmenter, image: Tensor, labels: Tensor, data: Dat
 
 
 @torch.inference_mode()
-def budget(segmenter: Segmenter, config: Config, root: Path, process: Process, split: str, seen: list[int]) -> dict:
+def budget(segmenter: Segmenter, config: Config, root: Path, process: Process, split: str,
+           seen: list[int] | None = None) -> dict:  # fmt: skip
     """The metrics of every row, the recall of the proposals, and CLIP's confusions on true masks, over a split.
 
-    `seen`: ids of the classes that count as seen in the ensemble.
+    `seen`: ids of the classes that count as seen in the ensemble; those that the set is trained on where None.
     """
     if not config.model.proposals:
         raise UserError("--budget", "needs mask proposals", "give a checkpoint with model.proposals = true")
@@ -84,7 +85,7 @@ def budget(segmenter: Segmenter, config: Config, root: Path, process: Process, s
         raise UserError("--budget", "measures one view of a picture", "leave eval.sizes, eval.flip and eval.window out")
     data, pictures = dataset(config.data), TestPictures(config.data, root, split)
     C, device = len(data.names), process.device
-    segmenter.set_classes(data.names, seen)
+    segmenter.set_classes(data.names, data.trained if seen is None else seen)
     segmenter.eval()
     matrices = {row: torch.zeros(C, C, dtype=torch.int64, device=device) for row in ROWS}
     named = torch.zeros(C, C, dtype=torch.int64, device=device)

@@ -27,11 +27,11 @@ def save(path: Path, previous: Path | None = None, **content: object) -> None:
             raise OSError(0, str(error).partition("\n")[0]) from None
 
 
-def load(path: str | Path) -> dict:
+def load(path: str | Path, what: str = "checkpoint") -> dict:
     """A checkpoint of ours ({"config", "step", "model", ...}) or the original's ({"model": ...}), on the CPU."""
-    content = read_torch(Path(path), f"checkpoint {path}")
+    content = read_torch(Path(path), f"{what} {path}")
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise UserError(f"checkpoint {path}", "holds no model", "give a checkpoint of train.py or a model_final.pth")
+        raise UserError(f"{what} {path}", "holds no model", "give a checkpoint of train.py or a model_final.pth")
     return content
 
 
@@ -58,9 +58,8 @@ def read_torch(path: Path, what: str) -> object:
         raise
     except Exception as error:  # torch raises many kinds, with advice to load such a file all the same
         if found := re.search(r"[Uu]nsupported (?:global|class|operand|type)\S*(?: GLOBAL)? ?([\w.]+\.\w+)", str(error)):
-            why = f"holds a {found[1]}, which only the program that wrote it can read"
-            todo = "save tensors and plain values alone there: torch.save({'model': model.state_dict()}, FILE)"
-            raise Unusable(what, why, todo) from None
+            why = f"cannot be read as tensors (it holds a {found[1]}, which would have to be run)"
+            raise Unusable(what, why, "where it was written, save tensors and plain values alone") from None
         raise Unusable(what, "cannot be read as tensors (broken, or more than tensors)", "check the file") from None
 
 
@@ -106,7 +105,8 @@ def unwrapped(state: State, what: str) -> State:
 
 def check_finite(state: State, what: str) -> None:
     """UserError for weights with NaN or infinity in them."""
-    broken = [k for k, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    known = {k: tensor for k, tensor in state.items() if tensor.is_floating_point() and not tensor.is_meta}
+    broken = [k for k, tensor in known.items() if not tensor.isfinite().all()]
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         why = f"holds numbers that are not finite, in {', '.join(broken[:3])}{more}"

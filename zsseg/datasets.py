@@ -168,9 +168,10 @@ class Listing:
 
 def endings(files: Iterable[str]) -> str:
     """How file names end, the most frequent first: "3 .heic, 1 .dng"."""
-    counts = Counter(os.path.splitext(file)[1].lower() or "without an ending" for file in files).most_common()
-    more = f" and {len(counts) - 5} more kinds" if len(counts) > 5 else ""
-    return ", ".join(f"{count} {ending}" for ending, count in counts[:5]) + more
+    counts = Counter(os.path.splitext(file)[1].lower() for file in files)
+    order = sorted(counts, key=lambda ending: (-counts[ending], ending == "", ending))
+    more = f" and {len(order) - 5} more kinds" if len(order) > 5 else ""
+    return ", ".join(f"{counts[ending]} {ending or 'without an ending'}" for ending in order[:5]) + more
 
 
 def read_table(file: Path) -> dict[str, DataSet]:

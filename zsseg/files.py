@@ -131,6 +131,7 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
                 os.replace(path, second)
             os.replace(second, previous)
         os.replace(temporary, path)
+        temporary = None  # the name is the next writer's
         if previous:  # the names, too, must outlive a power cut
             folder = os.open(path.parent, os.O_RDONLY)
             with contextlib.suppress(OSError):  # not every file system can
@@ -139,8 +140,9 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"file {path}", f"cannot be written ({error.strerror})", "check the folder and the disk") from None
     finally:
-        with contextlib.suppress(OSError):
-            temporary and temporary.unlink()
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
         if lock is not None:
             os.close(lock)
 

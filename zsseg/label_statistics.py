@@ -48,7 +48,7 @@ class LabelStatistics:
         if without:
             names = ", ".join(without[:20]) + f" and {len(without) - 20} more" * (len(without) > 20)
             lines.append(f"no pixel in {split} of {several(len(without), 'class', 'classes')} of {len(used)}: {names}")
-        known, total = {*data.values, data.ignore}, max(int(self.value_pixels.sum()), 1)
+        known, total = {*data.values}, max(int(self.value_pixels.sum()), 1)
         others = [(int(v), 100 * int(n) / total) for v, n in zip(self.values, self.value_pixels, strict=True) if v not in known]
         usual = not [v for v, share in others if v != 255 or share > 5]
         if others and (without or not usual) and data.name == "folder":  # the others' values are known to be right

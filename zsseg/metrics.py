@@ -136,7 +136,7 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
         why = f"gives scores that are not finite in {int(broken)} of {len(pictures)} pictures"
         raise UserError("the model", why, "check its weights, or set model.bf16=off")
     pixels = int(matrices[""].sum()) + int(ignored)
-    result = {"program": MARK} | summarize(matrices.pop(""), data) | {"ignored": 100 * int(ignored) / max(pixels, 1)}
+    result = summarize(matrices.pop(""), data) | {"ignored": 100 * int(ignored) / max(pixels, 1)}
     result |= {"images": len(pictures), "images_per_second": len(pictures) * process.world / float(seconds)}
     result |= {name: summarize(matrix, data) for name, matrix in matrices.items()}
     if wanted.compare and compare:
@@ -147,7 +147,7 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
             result["clip_true_masks"] |= {"accuracy_seen": seen, "accuracy_unseen": unseen}
     if out is not None and process.is_main:
         with written(out / "metrics.json") as file:
-            file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+            file.write_text(json.dumps({"program": MARK} | result, indent=1, allow_nan=False) + "\n")
         with written(out / "samples.png") as file:
             Image.fromarray(np.concatenate(samples, 1)).save(file, "PNG", pnginfo=PNG_MARK)
     return result

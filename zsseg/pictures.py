@@ -313,7 +313,8 @@ def note_failed(out: Path, names: Names, failed: list[str]) -> None:
         lines = split_lines(decode(file.read_bytes())) if file.exists() else []
         if not all(line.startswith("/") and ": " in line for line in lines):
             raise UserError(f"file {file}", "is there, and not one that this program wrote", "move it")
-        lines = {line for line in lines if line.partition(": ")[0] not in mine} | set(failed)
+        others = [(line, line.partition(": ")[0]) for line in lines]
+        lines = {line for line, picture in others if picture not in mine and os.path.exists(picture)} | set(failed)
         if not lines:
             file.unlink(missing_ok=True)
             return

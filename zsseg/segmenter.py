@@ -277,7 +277,7 @@ def start_from(segmenter: Segmenter, file: str, prompts: dict[str, checkpoint.St
     Returns them by part, and prints how many were used, which were not, and which of the model's start afresh. UserError where
     none fits.
     """
-    what, content = f"train.init {file}", checkpoint.load(file)
+    what, content = f"train.init {file}", checkpoint.load(file, "train.init")
     parts = content["model"] if "config" in content else weights.import_original(content["model"], what)[0]
     parts = {part: checkpoint.unwrapped(state, what) for part, state in parts.items() if isinstance(state, dict)}
     own, used, dropped, fresh = segmenter.learned_state(), {}, [], []
@@ -302,7 +302,7 @@ def start_from(segmenter: Segmenter, file: str, prompts: dict[str, checkpoint.St
 
 def read_prompts(path: str) -> dict[str, checkpoint.State]:
     """The learned prompt of a checkpoint (ours or the original's prompt learning), for head and regions alike."""
-    content, what = checkpoint.load(path), f"clip.prompts {path}"
+    content, what = checkpoint.load(path, "clip.prompts"), f"clip.prompts {path}"
     ours = "config" in content
     parts, dropped = (content["model"], []) if ours else weights.import_original(content["model"], what)
     name = "prompt" if "prompt" in parts else "region_prompt"

@@ -52,7 +52,7 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
         return folder
     if not data.unseen or config.data.train_on != "all":
         raise UserError("train.teacher", "fills in unseen classes", 'use a data set with a split and data.train_on = "all"')
-    content = checkpoint.load(config.train.teacher)
+    content = checkpoint.load(config.train.teacher, "train.teacher")
     if process.is_main:
         with replacing(made) as file:
             file.write_text(json.dumps(wanted) + "\n", "utf-8")

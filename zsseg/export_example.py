@@ -1,7 +1,7 @@
 """Segment a picture with the exported programs beside this file: python example.py photo.jpg
 
 Needs PyTorch, numpy and Pillow alone. Prints the classes found and their shares of the picture, and writes labels.png,
-class ids (numbers of `shown_names` in settings.json), to the current folder.
+class ids (numbers of `shown_names` in settings.json), to the current folder, where it replaces what it wrote itself alone.
 """
 
 import json
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -73,10 +74,14 @@ def segment(picture: Image.Image, s: dict, proposer: Callable, clip: Callable | 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    settings = json.loads((HERE / "settings.json").read_text())
+    settings, out, mark = json.loads((HERE / "settings.json").read_text("utf-8")), Path("labels.png"), PngInfo()
+    if out.exists() and Image.open(out).info.get("Software") != settings["program"]:
+        sys.exit("error: labels.png: is there, and not one that this program wrote; move it, or go to another folder")
+    mark.add_text("Software", settings["program"])
     load = lambda name: torch.export.load(HERE / name).module(check_guards=False)  # or the smallest pictures are refused
     proposer, clip = load("proposer.pt2"), load("clip.pt2") if settings["clip"] else None
     found = segment(open_picture(sys.argv[1]), settings, proposer, clip)
     for count, i in sorted(zip(*(x.tolist() for x in found.unique(return_counts=True)[::-1]), strict=True), reverse=True):
         print(f"{count / found.numel():6.1%} {settings['shown_names'][i]}")
-    Image.fromarray(found.numpy().astype(np.uint8 if len(settings["shown_names"]) <= 255 else np.uint16)).save("labels.png")
+    kind = np.uint8 if len(settings["shown_names"]) <= 255 else np.uint16
+    Image.fromarray(found.numpy().astype(kind)).save(out, pnginfo=mark)

@@ -62,6 +62,13 @@ def is_turned(file: Path) -> bool:
     return False
 
 
+def further_pages(file: Path) -> int:
+    """How many pages or frames a picture has beside the first, which is read; a telephone's previews do not count."""
+    with contextlib.suppress(UserError), open_image(file, "picture", limited=False) as image:
+        return getattr(image, "n_frames", 1) - 1 if image.format != "MPO" else 0
+    return 0
+
+
 def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture", shown: bool = False,
                  turn: bool = False) -> Image.Image:  # fmt: skip
     """A picture, whole and in `mode`: transparent parts on white, 16 bits brought to 8. None: as it is in the file.

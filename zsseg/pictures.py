@@ -29,7 +29,7 @@ from zsseg.datasets import endings
 from zsseg.download import locked
 from zsseg.draw import label_type, overlay, palette, save_label_map
 from zsseg.files import MARK, decode, refuse_foreign, replacing, result, split_lines, walk
-from zsseg.images import picture_endings, read_picture
+from zsseg.images import further_pages, picture_endings, read_picture
 from zsseg.regions import crops_at_once
 from zsseg.run import Process, UserError, left_out, nearest_file, path_of, progress, several
 from zsseg.segmenter import Segmenter
@@ -131,6 +131,7 @@ class Picture:
     shown: Tensor | None  # uint8 [3, h, w] of the overlay
     size: tuple[int, int]  # (H, W) of its own
     version: list[int]  # see `version_of`
+    pages: int = 0  # beside the first
     error: str = ""
 
     def pin_memory(self) -> "Picture":
@@ -148,14 +149,14 @@ class Pictures(Dataset):
             image = read_picture(self.files[i], shown=True)
         except Exception as error:  # whatever a decoder makes of a file must not end a run of a million
             why = error.args[1] if isinstance(error, UserError) else repr(error)
-            return Picture(i, [], None, (0, 0), [], why if os.path.exists(self.files[i]) else "no such file")
+            return Picture(i, [], None, (0, 0), [], error=why if os.path.exists(self.files[i]) else "no such file")
         data, edges = self.config.data, self.config.eval.sizes or [self.config.data.test_short_edge]
         resized = lambda size: to_tensor(image.resize(size, Image.Resampling.BILINEAR))
         longest = max(image.size)
         scale = min(max(longest, EDGES[0]), EDGES[1]) / longest
         shown = tuple(max(round(scale * side), 1) for side in image.size)
         images = [resized(test_size(*image.size, edge, data.max_size)) for edge in edges]
-        return Picture(i, images, resized(shown), image.size[::-1], version)
+        return Picture(i, images, resized(shown), image.size[::-1], version, further_pages(self.files[i]))
 
 
 def version_of(file: str) -> list[int]:
@@ -248,7 +249,7 @@ def segment_pictures(segmenter: Segmenter, config: Config, results: Results, pro
     names, words, out, device = results.names, results.words, results.out, process.device
     C, size, failed = len(words.shown_names), group_size(segmenter, config, device), []
     totals = np.zeros((C, 2), np.int64)  # pixels, pictures that show the class
-    tally = torch.zeros(3, dtype=torch.int64)  # segmented, done before, failed
+    tally = torch.zeros(4, dtype=torch.int64)  # segmented, done before, failed, pages beside the first of a picture
     groups = [range(i, min(i + size, len(names))) for i in range(0, len(names), size)]
     missing, threads = torch.zeros(len(groups), dtype=torch.uint8), max(config.data.workers, 1)
     share_out(out, process)
@@ -272,6 +273,7 @@ def segment_pictures(segmenter: Segmenter, config: Config, results: Results, pro
         segmented = segment_groups(segmenter, config, batches, process, words, names)
         for picture, labels, pixels, scores in progress(segmented, process.share_of("segment"), len(numbers), process.is_main):
             tally[2 if picture.error else 0] += 1
+            tally[3] += picture.pages
             if picture.error:
                 failed.append(f"{names.files[picture.number]}: {picture.error}")
                 continue
@@ -360,7 +362,9 @@ def report(totals: np.ndarray, tally: list[int], words: Words, out: Path, second
     """Print how much of the pictures each class covers. Pictures that could not be read are a UserError unless torchrun would
     start again for it.
     """
-    segmented, before, broken = tally
+    segmented, before, broken, pages = tally
+    if pages:
+        left_out(f"{several(pages, 'page or frame', 'pages or frames')} of pictures that have more than one")
     pixels = max(int(totals[:, 0].sum()), 1)
     rows = sorted((row for row in zip(totals.tolist(), words.shown_names, strict=True) if row[0][0]), reverse=True)
     if rows:

@@ -26,6 +26,7 @@ import os
 from argparse import Namespace
 from datetime import timedelta
 
+from kernels.jit import Switch
 from zsseg import checkpoint, run
 from zsseg.budget import budget, report_budget
 from zsseg.config import Config, load_config
@@ -70,6 +71,7 @@ def main(argv: list[str]) -> None:
     if "config" not in content and not args.config:
         raise run.UserError(f"checkpoint {args.checkpoint}", "holds no configuration", "give its --config")
     config = load_config(args.config, args.set, content.get("config"))
+    Switch.on = config.model.kernels
     if args.images:
         segment(args, content, config)
     elif args.export:

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from kernels.jit import Switch
 from zsseg import checkpoint, run
 from zsseg.clip import CLIP, VisionTransformer, build_clip
 from zsseg.config import Config, ContrastConfig, load_config
 from zsseg.data import HeldOut, Regions, RegionsWithCaptions, TrainPictures, collate, stream
 from zsseg.datasets import find_pairs, has_split, training_set
-from zsseg.faults import BadSteps, Broken, Stop, is_run, load_last, restore, running_statistics
+from zsseg.faults import BadSteps, Broken, Stop, is_fused, is_run, load_last, restore, running_statistics
 from zsseg.files import MARK, set_aside
 from zsseg.files import result as written
 from zsseg.log import Log, Speed
@@ -253,8 +254,8 @@ def train_step(task: Segment | Prompts | Contrast, model: nn.Module, optimizer: 
                clip_grad: float) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:  # fmt: skip
     """One step; the loss, its parts, the gradient norm and whether it was bad (1 or 0), left on the device.
 
-    In a bad step the loss or the gradient of some process is not finite: nothing changes in any of them. `clip_grad` 0: no
-    limit.
+    In a bad step the loss or the gradient of some process is not finite: nothing changes in any of them, whatever the
+    optimizer is; for one that is not fused, the host waits for the device in every step. `clip_grad` 0: no limit.
     """
     running = running_statistics(task.model)
     before = [buffer.clone() for buffer in running]
@@ -264,8 +265,11 @@ def train_step(task: Segment | Prompts | Contrast, model: nn.Module, optimizer: 
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)
     finite = loss.detach().isfinite() & norm.isfinite()
     bad = task.process.sum(1 - finite.float()).clamp(max=1)
-    optimizer.found_inf = bad  # the fused optimizers leave everything as it is where this is 1
-    optimizer.step()
+    if is_fused(optimizer):
+        optimizer.found_inf = bad  # it leaves everything as it is where this is 1, and the host need not wait
+        optimizer.step()
+    elif not bad:
+        optimizer.step()
     for buffer, old in zip(running, before, strict=True):
         buffer.copy_(torch.where(bad > 0, old, buffer))
     return loss.detach(), parts, norm, bad
@@ -304,6 +308,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
 
     False where a signal stopped it on the way, after a checkpoint.
     """
+    Switch.on = config.model.kernels
     torch.manual_seed(run.seed_of(config.train.seed, 0))
     task = {"segment": Segment, "prompts": Prompts, "clip": Contrast}[config.train.task]
     task = task(config, root, out, process, saved.get("model"))

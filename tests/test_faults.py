@@ -23,6 +23,7 @@ import train
 from kernels import semantic_map
 from zsseg import checkpoint, metrics, run
 from zsseg.clip import CLIP
+from zsseg.faults import restore
 from zsseg.label_statistics import label_statistics
 from zsseg.regions import classify_crops
 
@@ -103,6 +104,46 @@ def test_a_bad_step_changes_nothing(how, shapes_root, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(second, third, strict=True))
     assert all(t.isfinite().all() for t in third)
+
+
+class Lion(torch.optim.Optimizer):
+    """An optimizer of somebody's own, which knows nothing of bad steps."""
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                momentum = self.state[p].setdefault("m", torch.zeros_like(p))
+                p.sub_((0.9 * momentum + 0.1 * p.grad).sign(), alpha=group["lr"])
+                momentum.lerp_(p.grad, 0.01)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad, Lion])
+def test_any_optimizer_may_be_put_in(kind, shapes_root, tmp_path, monkeypatch):
+    """A bad step changes nothing, whether or not the optimizer reads `found_inf`; its state is saved and resumed."""
+    spoil(monkeypatch, {1}, "gradient")
+    torch.manual_seed(0)
+    task = train.Segment(tiny_config(), shapes_root, tmp_path, PROCESS)
+    groups = train.build_optimizer(task.model.train(), task.config).param_groups
+    optimizer = kind([{"params": group["params"]} for group in groups])
+    states = []
+    for step in range(3):
+        batch = task.collate([task.samples[n] for n in range(4 * step, 4 * step + 4)])
+        assert train.train_step(task, task.model, optimizer, batch, 0.01)[-1] == (step == 1)
+        states.append([t.clone() for t in [*task.model.state_dict().values(), *tensors(optimizer)]])
+    assert all(torch.equal(a, b) for a, b in zip(*states[:2], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(*states[1:], strict=True))
+    other = kind([{"params": group["params"]} for group in groups])
+    restore(other, optimizer.state_dict(), "checkpoint")
+    assert all(torch.equal(a, b) for a, b in zip(tensors(optimizer), tensors(other), strict=True))
+
+
+def tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
 
 
 def test_bad_steps_are_counted_named_and_kept(shapes_root, tmp_path, monkeypatch, capsys):

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, tiny_clip_state, tiny_config
+from conftest import PROCESS, ROOT, tiny_clip_state, tiny_config
 
+import eval as evaluation
+import train
 from kernels import assignment, bench, mask_loss, mask_pool, matching_cost, region_crop, semantic_map
 from kernels.jit import Switch
 from zsseg.segmenter import Segmenter
@@ -273,11 +275,19 @@ def test_operators_are_well_formed(number):
     torch.library.opcheck(op, tuple(arguments))
 
 
-def test_kernels_can_be_switched_off():
-    """`model.kernels` decides for the whole process."""
+def test_kernels_can_be_switched_off(shapes_root, tmp_path):
+    """`model.kernels` decides for the whole process, once, at the start of a command; a segmenter that is built does not."""
     try:
         for on in (False, True):
+            Switch.on = not on
             Segmenter(tiny_config(f"model.kernels={str(on).lower()}"), tiny_clip_state())
+            assert Switch.on is not on
+            settings = ("train.steps=1", "train.eval_every=0", "eval.compare=false")
+            config = tiny_config(f"model.kernels={str(on).lower()}", *settings)
+            train.train(config, shapes_root, tmp_path / str(on), PROCESS, {})
+            assert Switch.on is on
+            Switch.on = not on
+            evaluation.main([str(tmp_path / str(on) / "last.pt"), "--root", str(shapes_root), "--device", "cpu"])
             assert Switch.on is on
     finally:
         Switch.on = True

@@ -25,6 +25,11 @@ def is_run(content: dict) -> bool:
     return all(type(({"skipped": 0} | content).get(k)) is kind for k, kind in kinds.items()) and content["step"] >= 0
 
 
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is one of PyTorch's fused ones, which read `found_inf` and trust the shapes of their state."""
+    return all(group.get("fused") for group in optimizer.param_groups)
+
+
 def restore(optimizer: torch.optim.Optimizer, state: dict, what: str) -> None:
     """Load an optimizer's state; base rates, weight decay and the like stay as the configuration says.
 
@@ -35,12 +40,12 @@ def restore(optimizer: torch.optim.Optimizer, state: dict, what: str) -> None:
         optimizer.load_state_dict(state)
         for group, kept in zip(optimizer.param_groups, ours, strict=True):
             group.update(kept)
-            for parameter in group["params"]:
+            for parameter in group["params"] if is_fused(optimizer) else ():
                 for name, tensor in optimizer.state.get(parameter, {}).items():
                     shape = () if name == "step" else parameter.shape
                     if tensor.shape != shape or tensor.dtype != parameter.dtype or not tensor.is_contiguous():
                         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
-        names = {frozenset(entry) for entry in optimizer.state.values()}
+        names = {frozenset(entry) for entry in optimizer.state.values()} if is_fused(optimizer) else set()
         if names - {frozenset(("step", "exp_avg", "exp_avg_sq")), frozenset(("momentum_buffer",))} or len(names) > 1:
             raise ValueError("its entries are not those of one optimizer")
     except (KeyError, ValueError, TypeError, AttributeError) as error:

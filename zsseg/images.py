@@ -83,15 +83,20 @@ def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture", sh
         if turn or shown:
             with contextlib.suppress(Exception):  # where the camera's notes are broken, nothing is turned
                 image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
-            values = np.asarray(image).clip(0, 65535)
-            image = Image.fromarray((values // 257).astype(np.uint8))
-        if image.mode == "F":
-            raise ValueError("its numbers are not those of a picture, but fractions")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert(mode)
+        return as_rgb(image, mode)
+
+
+def as_rgb(image: Image.Image, mode: str = "RGB") -> Image.Image:
+    """An image in `mode`, 16 bits brought to 8, transparent parts on white; ValueError for one of fractions."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).clip(0, 65535)
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its numbers are not those of a picture, but fractions")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
 
 
 def read_samples(file: Path) -> tuple[np.ndarray, str]:

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.jit import Switch
 from kernels.region_crop import STRIDE, region_masks
 from kernels.semantic_map import semantic_map
 from zsseg import checkpoint, weights
@@ -45,7 +44,6 @@ class Segmenter(nn.Module):
     """
     def __init__(self, config: Config, clip_state: checkpoint.State | None):
         super().__init__()
-        Switch.on = config.model.kernels
         self.config = config.clip
         self.text = self.region_text = None  # [C, D]
         self.names: list[str] = []

@@ -32,7 +32,7 @@ from zsseg.budget import budget, report_budget
 from zsseg.config import Config, load_config
 from zsseg.datasets import dataset, find_pairs
 from zsseg.export import export
-from zsseg.files import refuse_foreign
+from zsseg.files import check_writable
 from zsseg.metrics import evaluate, report
 from zsseg.pictures import Names, Results, find_pictures, made_with, segment_pictures
 from zsseg.published import compare
@@ -122,7 +122,7 @@ def measure(args: Namespace, content: dict, config: Config) -> None:
     process, out = run.start(args.device), args.out or args.checkpoint.parent / "eval"
     writes = ["metrics.json", "samples.png", *["report.html"] * args.report]
     writes = [*["budget.json", "budget.png"] * args.budget, *writes * (not args.budget or args.report)]
-    process.agree(lambda: refuse_foreign(*(out / name for name in writes)))  # now, not after hours
+    process.agree(lambda: check_writable(out, writes))  # now, and not after hours
     if "config" not in content and config.model.bf16 == "auto" and process.device.type == "cpu":
         config.model.bf16 = "off"  # what an original checkpoint gives is compared with the original's numbers
     segmenter = load_segmenter(content, config, args.root, args.checkpoint).to(process.device).eval()

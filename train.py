@@ -297,6 +297,9 @@ def main(argv: list[str]) -> None:
     config = load_config(None if saved else args.config, args.set, saved.get("config"))
     if saved:
         run.say(f"resuming {out} at step {saved['step']} of {config.train.steps}, with the configuration in it and --set")
+        for key in ("train.init", "model.weights", "clip.prompts"):
+            if any(item.replace(" ", "").startswith(f"{key}=") for item in args.set):
+                run.say(f"{key} is not read again: the weights are those of {out / 'last.pt'}")
         if saved.get("commit") != run.commit():
             run.say(f"the program has changed since: {saved.get('commit') or 'unknown'} -> {run.commit() or 'unknown'}")
     if not train(config, args.root, out, process, saved):
@@ -355,7 +358,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
                 raise run.UserError(what, why, f"{todo}; the weights are in {out / 'last.pt'}, --resume goes on") from None
         if result:
             log.evaluation(step, "val", result)
-            if (score := task.score(result)) > best:
+            if (score := task.score(result)) > best and max(score) > -math.inf:
                 best = score
                 save("best.pt", step)
         task.model.train()

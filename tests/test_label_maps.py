@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zsseg.images import GREY, TURNED, read_picture, read_samples, read_values
+from zsseg.images import GREY, TURNED, read_picture, read_samples, read_values, remarks_on
 from zsseg.run import UserError
 
 VALUES = np.array([[0, 1, 2, 3, 1], [3, 2, 1, 0, 0]], np.uint8)
@@ -144,3 +144,34 @@ def test_pictures_are_read_one_way(tmp_path):
     turned = [np.asarray(read_picture(tmp_path / "turned.png", **how)) for how in ({}, {"turn": True}, {"shown": True})]
     assert turned[0].shape == (2, 3, 3) and np.array_equal(turned[1], turned[2]) and turned[1].shape == (3, 2, 3)
     assert "exif_turn" in TURNED
+
+
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("turned", [1, 2, 3, 5, 6, 8])
+def test_tiffs_that_say_they_are_turned(turned, compression, tmp_path):
+    """Pillow turns them by itself: values and pictures are taken as they are stored, unless a turn is wanted."""
+    options = {"compression": compression} if compression else {}
+    Image.fromarray(VALUES).save(tmp_path / "x.tif", tiffinfo={274: turned}, **options)
+    assert np.array_equal(read_values(tmp_path / "x.tif", 8), VALUES)
+    stored = np.asarray(read_picture(tmp_path / "x.tif"))[..., 0]
+    assert np.array_equal(stored, VALUES)
+    exif = Image.Exif()
+    exif[0x0112] = turned
+    Image.fromarray(VALUES).save(tmp_path / "x.png", exif=exif)
+    wanted = np.asarray(read_picture(tmp_path / "x.png", turn=True))
+    assert np.array_equal(np.asarray(read_picture(tmp_path / "x.tif", turn=True)), wanted)
+    assert remarks_on(tmp_path / "x.tif") == (turned != 1, 0)
+
+
+def test_a_bitmap_that_pillow_misreads_is_refused(tmp_path):
+    """Two greys in eight bits: it takes bytes for bits."""
+    picture = Image.fromarray(VALUES % 2)
+    picture.putpalette([0, 0, 0, 255, 255, 255])
+    picture.save(tmp_path / "x.bmp")
+    content = bytearray((tmp_path / "x.bmp").read_bytes())
+    content[46:50] = (2).to_bytes(4, "little")  # colours in the palette
+    start = int.from_bytes(content[10:14], "little")
+    content[10:14] = (54 + 8).to_bytes(4, "little")
+    (tmp_path / "x.bmp").write_bytes(content[: 54 + 8] + content[start:])
+    with pytest.raises(UserError, match="write PNG"):
+        read_values(tmp_path / "x.bmp", 8)

@@ -19,7 +19,7 @@ from PIL import Image
 
 import prepare_data
 from train import Segment
-from zsseg import checkpoint, run, weights
+from zsseg import checkpoint, run, shapes, weights
 from zsseg.config import load_config
 from zsseg.data import TestPictures, training_statistics, unique_names
 from zsseg.datasets import dataset, find_listing, find_pairs
@@ -27,7 +27,7 @@ from zsseg.files import decode, is_ours, refuse_foreign, replacing, result, set_
 from zsseg.label_statistics import label_statistics
 from zsseg.metrics import evaluate, summarize, table
 from zsseg.pictures import Names, find_pictures, note_failed
-from zsseg.segmenter import build_segmenter
+from zsseg.segmenter import build_segmenter, load_segmenter
 from zsseg.tokenizer import check_names
 from zsseg.words import read_words, seen_classes
 
@@ -812,7 +812,7 @@ def test_clips_that_are_not_openai_s(root, monkeypatch, capsys):
     ]
     words += ["--set", "clip.heads=2"]
     done = command(*words, "--out", root / "r1")
-    assert done.returncode == 0 and "its activation is taken for quickgelu" in done.stdout, done.stderr
+    assert done.returncode == 0 and "taken for one with quickgelu and 2 heads" in done.stdout, done.stderr
     done = command(*words, "--set", "clip.activation=gelu", "--out", root / "r2")
     assert done.returncode == 0 and "taken for" not in done.stdout
     recorded = checkpoint.load(root / "r2" / "last.pt")["config"]["clip"]
@@ -821,7 +821,7 @@ def test_clips_that_are_not_openai_s(root, monkeypatch, capsys):
     digest = weights.hashlib.sha256((root / "laion.pt").read_bytes()).hexdigest()
     monkeypatch.setitem(weights.KNOWN_ACTIVATIONS, "gelu", (digest[:8],))
     config = load_config(root / "a.toml", [f"clip.weights={root}/laion.pt"])
-    assert weights.find_activation(config.clip, state, root) == "gelu"
+    assert weights.find_shape(config.clip, state, root) == ("gelu", 0)
 
 
 def test_text_features_depend_on_activation_heads_and_vocabulary(root, monkeypatch):
@@ -955,3 +955,151 @@ def test_batch_norm_wants_more_than_one_value(root):
     done = train(root, "--set", "train.batch_size=1", "--set", "data.crop=32")
     fails_in_one_line(done, "train.batch_size", "batch norm")
     assert tiny_config().train.batch_size > 1
+
+
+# --- what a second reading found -----------------------------------------------------------------------------------
+
+
+def test_results_of_another_picture_are_not_replaced(root, trained):
+    """Two folders whose pictures have the same names, as cameras give them; equal sizes and dates do not make them equal."""
+    for folder in ("cam1", "cam2"):
+        (root / folder).mkdir()
+        shutil.copy(root / "a/images/val/0.png", root / folder / "0001.png")
+        os.utime(root / folder / "0001.png", ns=(10**18, 10**18))
+    segment = lambda *more: command(
+        "eval.py", trained, "--root", root, "--classes", "cat", "--out", root / "o", "--device", "cpu", *more
+    )
+    assert segment("--images", root / "cam1").returncode == 0
+    before = (root / "o" / "0001.json").read_bytes()
+    for more in ([], ["--resume"]):
+        fails_in_one_line(segment("--images", root / "cam2", *more), "the result of another picture", "cam1/0001.png")
+    assert (root / "o" / "0001.json").read_bytes() == before
+
+
+def test_drawing_replaces_no_picture(tmp_path, monkeypatch):
+    file = tmp_path / "shapes/images/train/train00000.jpg"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"mine")
+    monkeypatch.setattr(shapes, "SPLITS", {"train": 1})
+    with pytest.raises(run.UserError, match=r"train00000\.jpg"):
+        shapes.generate(tmp_path / "shapes")
+    assert file.read_bytes() == b"mine"
+    file.unlink()
+    shapes.generate(tmp_path / "shapes")
+
+
+def test_label_maps_of_others_are_no_pseudo_labels(root):
+    assert train(root, "--set", "data.unseen=['grass']").returncode == 0
+    (root / "self" / "pseudo").mkdir(parents=True)
+    shutil.copy(root / "a/masks/train/0.png", root / "self" / "pseudo" / "000000.png")
+    words = ["--set", "data.unseen=['grass']", "--set", "data.train_on=all", "--set", f"train.teacher={root}/r/last.pt"]
+    fails_in_one_line(train(root, "--out", root / "self", *words), "pseudo labels")
+
+
+def test_another_clip_has_heads_of_its_own(root, trained):
+    content = checkpoint.load(trained)
+    content["config"]["clip"] |= {"heads": 3, "activation": "gelu"}
+    torch.save(tiny_clip_state(1), root / "other.pt")
+    config = load_config(None, [f"clip.weights={root}/other.pt"], content["config"])
+    segmenter = load_segmenter(content, config, root, "x")
+    assert {block.attn.heads for block in segmenter.clip.visual.transformer.resblocks} == {1}
+    assert config.clip.activation == "quickgelu" and config.clip.heads == 0
+
+
+def test_patterns_say_what_they_leave_out(root, capsys):
+    (root / "p" / "sub").mkdir(parents=True)
+    shutil.copy(root / "a/images/val/0.png", root / "p" / "x.png")
+    (root / "p" / "l.png").symlink_to(root / "p" / "x.png")
+    run.LEFT_OUT.clear()
+    assert len(find_pictures([str(root / "p" / "*")], root / "o")) == 2
+    run.say_left_out()
+    text = capsys.readouterr().out
+    assert "1 folder that" in text and "1 link to pictures" in text
+
+
+def test_frames_and_pages_are_counted(root, trained):
+    pages = [Image.fromarray(np.full((20, 30, 3), 50 * i, np.uint8)) for i in range(3)]
+    (root / "p").mkdir()
+    pages[0].save(root / "p" / "x.tif", save_all=True, append_images=pages[1:])
+    pages[0].save(root / "a/images/val/0.png", save_all=True, append_images=pages[1:2])
+    done = command("eval.py", trained, "--root", root, "--images", root / "p", "--classes", "cat", "--device", "cpu")
+    assert done.returncode == 0 and "left out: 2 pages or frames of pictures" in done.stdout
+    Image.fromarray(np.zeros((20, 30), np.uint8)).save(root / "a/masks/val/0.png")
+    assert "the picture has more than one page or frame; the first is read (1 file" in check(root).stdout
+
+
+def test_nothing_measured_makes_no_best(root):
+    for i in range(2):
+        save_pair(root, "val", str(i), np.full((48, 60), 255, np.uint8))
+    assert train(root, "--set", "train.eval_every=1").returncode == 0
+    assert checkpoint.load(root / "r" / "best.pt")["step"] == 4
+
+
+def test_a_resumed_run_starts_from_its_own_weights(root):
+    assert train(root).returncode == 0
+    done = train(root, "--resume", "--set", "train.init=nowhere.pt", "--set", "train.steps=5")
+    assert done.returncode == 0 and "train.init is not read again" in done.stdout, done.stderr
+
+
+def test_checkpoints_all_of_numpy(root, trained):
+    numpy = lambda part: {k: v.numpy() for k, v in part.items()}
+    content = checkpoint.load(trained)
+    content["model"] = {part: numpy(state) for part, state in content["model"].items()}
+    torch.save(content, root / "np.pt")
+    torch.save(numpy(torch.load(root / "clip.pt")), root / "clip.pt")
+    assert measure(root / "np.pt", root, "--out", root / "o").returncode == 0
+    torch.save({"model": {"x": np.zeros((0, 3)), "y": np.array(7)}}, root / "odd.pt")
+    found = checkpoint.load(root / "odd.pt")["model"]
+    assert found["x"].shape == (0, 3) and isinstance(found["y"], torch.Tensor) and found["y"] == 7
+    torch.save({"model": {"x": np.zeros(2, np.complex64)}}, root / "odd.pt")
+    with pytest.raises(run.UserError, match="holds an array of kind 'c8'"):
+        checkpoint.load(root / "odd.pt")
+
+
+def test_an_original_with_further_entries_starts_a_training(root, trained):
+    """What fits is loaded; all else is named."""
+    content = checkpoint.load(trained)
+    original = {
+        "clip_adapter.non_object_embedding": content["model"]["maskformer"]["non_object"],
+        "extra.thing": torch.zeros(2),
+    }
+    torch.save({"model": original}, root / "model_final.pth")
+    done = train(root, "--set", f"train.init={root}/model_final.pth")
+    assert done.returncode == 0, done.stderr
+    assert "1 tensors loaded, 1 dropped: extra.thing" in done.stdout and "start afresh" in done.stdout
+
+
+def test_seen_classes_are_compared_by_their_names(root, trained):
+    content = checkpoint.load(trained)
+    config = load_config(root / "a.toml", ["data.classes=['Grass','zebra','cat']"])
+    assert seen_classes(dataset(config.data), content, config) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [("cat\rdog\rgrass", ["cat", "dog", "grass"]), ("cat\tdog", None), ("cat; dog", None), ("0: cat\n1: dog", None),
+     ("cat # a comment", None), ("1 = cat", None), ("3d printer\n2 of spades", ["3d printer", "2 of spades"])],
+)  # fmt: skip
+def test_word_files_of_other_kinds(text, names, tmp_path):
+    (tmp_path / "words.txt").write_bytes(text.encode())
+    if names:
+        assert read_words(str(tmp_path / "words.txt")).names == names
+    else:
+        with pytest.raises(run.UserError, match="is not a line of names"):
+            read_words(str(tmp_path / "words.txt"))
+    (tmp_path / "words.txt").write_bytes("cat\ndog".encode("utf-16-le"))
+    with pytest.raises(run.UserError, match="not UTF-8"):
+        read_words(str(tmp_path / "words.txt"))
+
+
+def test_results_that_cannot_be_written_are_noticed_first(root, trained, monkeypatch):
+    (root / "file").touch()
+    done = measure(trained, root, "--out", root / "file" / "o")
+    fails_in_one_line(done, "cannot be written")
+    assert "evaluate val" not in done.stdout
+    assert not list(root.glob("o*"))
+
+
+def test_measuring_leaves_no_trace_where_it_ends_early(root, trained):
+    (root / "a/images/val/1.png").write_bytes(b"no picture")
+    assert measure(trained, root, "--out", root / "o").returncode == 2 and not (root / "o").exists()

@@ -60,6 +60,8 @@ def read_torch(path: Path, what: str) -> object:
         if found := re.search(r"[Uu]nsupported (?:global|class|operand|type)\S*(?: GLOBAL)? ?([\w.]+\.\w+)", str(error)):
             why = f"cannot be read as tensors (it holds a {found[1]}, which would have to be run)"
             raise Unusable(what, why, "where it was written, save tensors and plain values alone") from None
+        if found := re.search(r"an array of [^;\n]{1,60}", str(error)):
+            raise Unusable(what, f"cannot be read as tensors (it holds {found[0]})", "save it as numbers") from None
         raise Unusable(what, "cannot be read as tensors (broken, or more than tensors)", "check the file") from None
 
 
@@ -127,6 +129,11 @@ def encode_latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+def no_bytes() -> bytes:
+    """How old protocols write an empty array's bytes."""
+    return b""
+
+
 class Kind:
     """A pickled NumPy dtype, as text: nothing of NumPy's own reads what the file says."""
     def __init__(self, text: str, *_: object):
@@ -150,13 +157,17 @@ class PickledArray:
         self.fill(data.encode("latin1") if isinstance(data, str) else data, kind, shape, "F" if columns_first else "C")
 
     def fill(self, data: bytes, kind: Kind, shape: tuple[int, ...], order: str) -> "PickledArray":
-        array = np.frombuffer(bytes(data), np.dtype(kind.order + kind.text))
+        array = np.frombuffer(bytes(data), np.dtype(kind.order + kind.text)) if data else np.zeros(0)  # it refuses nothing
         self.array = array.reshape(shape, order=order).astype(kind.text)
         return self
 
 
+class PickledNumber(PickledArray):
+    """A pickled NumPy number."""
+
+
 def rebuild_scalar(kind: Kind, data: bytes) -> PickledArray:
-    return PickledArray().fill(data, kind, (), "C")
+    return PickledNumber().fill(data, kind, (), "C")
 
 
 def rebuild_array(data: bytes, kind: Kind, shape: tuple[int, ...], order: str) -> PickledArray:
@@ -164,7 +175,8 @@ def rebuild_array(data: bytes, kind: Kind, shape: tuple[int, ...], order: str) -
 
 
 # NumPy's arrays and numbers in checkpoints, under the names that its versions gave them.
-NUMPY = [PickledArray, Kind, (PickledArray, "numpy.ndarray"), (Kind, "numpy.dtype"), (encode_latin1, "_codecs.encode")]
+NUMPY = [PickledArray, PickledNumber, Kind, (PickledArray, "numpy.ndarray"), (Kind, "numpy.dtype")]
+NUMPY += [(encode_latin1, "_codecs.encode"), (no_bytes, "builtins.bytes"), (no_bytes, "__builtin__.bytes")]
 for package in ("numpy.core", "numpy._core"):
     NUMPY += [(PickledArray, f"{package}.multiarray._reconstruct"), (rebuild_scalar, f"{package}.multiarray.scalar"),
               (rebuild_array, f"{package}.numeric._frombuffer")]  # fmt: skip
@@ -172,8 +184,10 @@ for package in ("numpy.core", "numpy._core"):
 
 def without_arrays(content: object) -> object:
     """A checkpoint's content with tensors in the place of NumPy's arrays, and plain numbers in that of its numbers."""
+    if isinstance(content, PickledNumber):
+        return content.array.item()
     if isinstance(content, PickledArray):
-        return torch.from_numpy(content.array) if content.array.ndim else content.array.item()
+        return torch.from_numpy(content.array)
     if type(content) in (dict, OrderedDict):
         return type(content)((k, without_arrays(v)) for k, v in content.items())
     if type(content) in (list, tuple):

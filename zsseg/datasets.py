@@ -17,7 +17,7 @@ import numpy as np
 from zsseg.config import DataConfig
 from zsseg.files import decode, split_lines, walk
 from zsseg.images import PICTURE_LIKE, picture_endings
-from zsseg.run import UserError, left_out, nearest, nearest_file, several
+from zsseg.run import UserError, left_out, nearest, nearest_file, say_once, several
 from zsseg.tokenizer import check_names
 
 
@@ -94,7 +94,8 @@ class DataSet:
                 name = lines[number] = line.strip()
                 picture = folder / self.pictures.format(id=name)
             words = name.split()
-            columns = len(words) > 1 and (re.fullmatch(r"[-+]?\d", words[-1]) or any("/" in word for word in words))
+            columns = len(words) > 1 and (re.fullmatch(r"[-+]?[\d.]+", words[-1]) or any("/" in word for word in words))
+            columns = columns or "," in name or name[0] in "#\"'`[{" or name[-1] in "\"'`]}"
             files = any(os.path.splitext(word)[1].lower() in known for word in words)
             if not picture.exists() and (columns or files or "\\" in name or name.startswith("/")):
                 wants = f"wants ids, one a line, not {name[:100]!r}"
@@ -266,6 +267,8 @@ def find_pairs(wanted: str | DataConfig, root: Path, split: str) -> list[tuple[P
     listing = find_listing(wanted, root, split)
     for line in listing.left_out(split):
         left_out(line)
+    for line in listing.remarks:
+        say_once(f"look at: {line}")
     if listing.twins:
         raise listing.twins[0]
     return listing.pairs

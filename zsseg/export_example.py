@@ -1,4 +1,4 @@
-"""Segment a picture with the exported programs beside this file: python example.py photo.jpg
+"""Segment a picture with the exported programs beside this file (written by zsseg): python example.py photo.jpg
 
 Needs PyTorch, numpy and Pillow alone. Prints the classes found and their shares of the picture, and writes labels.png,
 class ids (numbers of `shown_names` in settings.json), to the current folder, where it replaces what it wrote itself alone.
@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -71,17 +72,36 @@ def segment(picture: Image.Image, s: dict, proposer: Callable, clip: Callable | 
     return labels.clamp(max=len(s["shown_names"]) - 1)  # background words come last
 
 
+def error(text: str) -> NoReturn:
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)
+
+
+def is_ours(file: Path, mark: str) -> bool:
+    """Whether a picture says that this program wrote it."""
+    try:
+        return Image.open(file).info.get("Software") == mark
+    except OSError:
+        return False
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit(__doc__)
+        error("command line: one picture is wanted; python example.py photo.jpg")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
     settings, out, mark = json.loads((HERE / "settings.json").read_text("utf-8")), Path("labels.png"), PngInfo()
-    if out.exists() and Image.open(out).info.get("Software") != settings["program"]:
-        sys.exit("error: labels.png: is there, and not one that this program wrote; move it, or go to another folder")
-    mark.add_text("Software", settings["program"])
+    if out.exists() and not is_ours(out, settings["program"]):
+        error("labels.png: is there, and not one that this program wrote; move it, or go to another folder")
+    try:
+        photo = open_picture(sys.argv[1])
+    except (OSError, ValueError, SyntaxError) as problem:
+        error(f"picture {sys.argv[1]}: cannot be read ({problem}); give another one")
     load = lambda name: torch.export.load(HERE / name).module(check_guards=False)  # or the smallest pictures are refused
     proposer, clip = load("proposer.pt2"), load("clip.pt2") if settings["clip"] else None
-    found = segment(open_picture(sys.argv[1]), settings, proposer, clip)
-    for count, i in sorted(zip(*(x.tolist() for x in found.unique(return_counts=True)[::-1]), strict=True), reverse=True):
-        print(f"{count / found.numel():6.1%} {settings['shown_names'][i]}")
+    found = segment(photo, settings, proposer, clip)
+    mark.add_text("Software", settings["program"])
     kind = np.uint8 if len(settings["shown_names"]) <= 255 else np.uint16
     Image.fromarray(found.numpy().astype(kind)).save(out, pnginfo=mark)
+    for count, i in sorted(zip(*(x.tolist() for x in found.unique(return_counts=True)[::-1]), strict=True), reverse=True):
+        print(f"{count / found.numel():6.1%} {settings['shown_names'][i]}")

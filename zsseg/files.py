@@ -29,7 +29,12 @@ def decode(content: bytes) -> str:
 
 
 def split_lines(text: str) -> list[str]:
-    """Lines end at a newline, with or without a carriage return, and at nothing else: a name may hold any other sign."""
+    """Lines end at a newline, with or without a carriage return, and at nothing else: a name may hold any other sign.
+
+    Where there is no newline at all, carriage returns end lines, as old editors write them.
+    """
+    if "\n" not in text:
+        text = text.replace("\r", "\n")
     return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
@@ -38,6 +43,8 @@ def read_text(file: str | Path, what: str, todo: str) -> str:
     try:
         text = decode(Path(file).read_bytes())
         text.encode("utf-8")
+        if "\0" in text:  # UTF-16 without a mark
+            raise UnicodeError
     except OSError as error:
         raise UserError(what, f"cannot be read ({error.strerror})", todo) from None
     except UnicodeError:
@@ -87,7 +94,18 @@ def refuse_foreign(*paths: Path) -> None:
     """UserError for the first path at which there is something that this program did not write."""
     for path in paths:
         if os.path.lexists(path) and not is_ours(path):
-            raise UserError(f"file {path}", "is there, and not one that this program wrote", "give another --out, or move it")
+            raise UserError(f"file {path}", "is there, and not one that this program wrote", "give another folder, or move it")
+
+
+def check_writable(folder: Path, names: list[str]) -> None:
+    """UserError where results of these names cannot be written to a folder, or would replace what is not ours."""
+    refuse_foreign(*(folder / name for name in names))
+    there, probe = folder.exists(), folder / f".{uuid.uuid4().hex}"
+    with replacing(probe) as file:
+        file.touch()
+    probe.unlink()
+    if not there:
+        folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import re
 import warnings
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ PICTURE_LIKE = frozenset(
                    "raw", "psd", "svg", "exr", "hdr", "webp", "jp2", "eps", "xcf", "mpo")
 )
 LABEL_FORMATS = ("PNG", "TIFF", "BMP", "DIB", "GIF", "PPM")  # whose samples come through Pillow, or can be had back
+FIRST_PAGE = "the picture has more than one page or frame; the first is read"
 TURNED = "the camera turned the picture (EXIF), which is not applied; labels drawn on the turned one want data.exif_turn = true"
 GREY = "the palette is grey but not in order; what counts are its indices, not its greys"
 
@@ -37,7 +39,10 @@ def picture_endings() -> set[str]:
 def open_image(file: Path, what: str, limited: bool = True) -> Iterator[Image.Image]:
     """An image file that is open and not decoded yet; what goes wrong while it is read is a UserError that names it."""
     try:
-        with Image.open(file) as image:
+        with contextlib.ExitStack() as stack:
+            image = stack.enter_context(Image.open(file))
+            if image.format == "TIFF" and orientation(image) != 1:  # mapped from the file, Pillow would turn it wrongly
+                image = stack.enter_context(Image.open(io.BytesIO(Path(file).read_bytes())))
             if limited and image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself refuses twice as many
                 raise ValueError(f"{image.width} x {image.height} is more than {Image.MAX_IMAGE_PIXELS} pixels")
             if image.format == "EPS":
@@ -55,18 +60,19 @@ def orientation(image: Image.Image) -> int:
     return 1
 
 
-def is_turned(file: Path) -> bool:
-    """Whether a viewer would turn or mirror this picture; False where it cannot be read."""
-    with contextlib.suppress(UserError), open_image(file, "picture") as image:
-        return orientation(image) != 1
-    return False
+def as_stored(image: Image.Image, turned: int) -> Image.Image:
+    """A decoded image with its pixels where the file has them: Pillow turns TIFFs by itself."""
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # of `Image.Transpose`
+    return image.transpose(undo[turned]) if image.format == "TIFF" and turned != 1 else image
 
 
-def further_pages(file: Path) -> int:
-    """How many pages or frames a picture has beside the first, which is read; a telephone's previews do not count."""
+def remarks_on(file: Path) -> tuple[bool, int]:
+    """Whether a viewer would turn or mirror a picture, and how many pages or frames it has beside the first, which is the one
+    that is read (a telephone's previews do not count); nothing where it cannot be read.
+    """
     with contextlib.suppress(UserError), open_image(file, "picture", limited=False) as image:
-        return getattr(image, "n_frames", 1) - 1 if image.format != "MPO" else 0
-    return 0
+        return orientation(image) != 1, getattr(image, "n_frames", 1) - 1 if image.format != "MPO" else 0
+    return False, 0
 
 
 def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture", shown: bool = False,
@@ -77,7 +83,10 @@ def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture", sh
     UserError that names it.
     """
     with open_image(file, what, limited=not shown) as image:
+        turned = orientation(image)
         image.load()
+        if not (turn or shown):
+            image = as_stored(image, turned)
         if mode is None:
             return image
         if turn or shown:
@@ -108,15 +117,18 @@ def read_samples(file: Path) -> tuple[np.ndarray, str]:
     what = f"label map {file}"
     with open_image(file, "label map") as image:
         pages = getattr(image, "n_frames", 1)
+        turned = orientation(image) if image.format == "TIFF" else 1  # it would decode a PNG, and Pillow turns TIFFs alone
         if image.format not in LABEL_FORMATS or "jpeg" in str(image.info.get("compression")):
             kind = image.format if image.format not in LABEL_FORMATS else "compressed as JPEG"
             raise UserError(what, f"is {kind}, which changes values", "write PNG")
         if pages > 1:
             raise UserError(what, f"holds {pages} pages", "write one label map a file")
+        if image.format in ("BMP", "DIB") and image.mode == "1" and bits_of_bmp(file) != 1:
+            raise UserError(what, "is a BMP of two greys in more than one bit, which Pillow misreads", "write PNG")
         decoder, arguments = image.tile[0][0], image.tile[0][3]
         arguments = arguments if isinstance(arguments, tuple) else (arguments,)
         image.load()
-        values, remark = np.array(image), ""
+        values, remark = np.array(as_stored(image, turned)), ""
         if image.mode == "P":
             greys = np.array(image.getpalette("RGB")).reshape(-1, 3)
             used = np.unique(values)
@@ -132,6 +144,12 @@ def read_samples(file: Path) -> tuple[np.ndarray, str]:
         values = (1 if image.mode == "1" else 255) - values if packed[2] else values
         values = values // {"2": 85, "4": 17, "": 1}[packed[1]]
     return values, remark
+
+
+def bits_of_bmp(file: Path) -> int:
+    """The bits of a pixel, as a Windows bitmap says."""
+    with open(file, "rb") as content:
+        return int.from_bytes(content.read(30)[28:], "little")
 
 
 def check_values(values: np.ndarray, file: Path, bits: int, size: tuple[int, int] | None = None) -> np.ndarray:

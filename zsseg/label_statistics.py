@@ -15,7 +15,7 @@ from zsseg import images
 from zsseg.config import DataConfig
 from zsseg.datasets import DataSet, dataset, find_pairs
 from zsseg.files import replacing
-from zsseg.images import TURNED, check_values, is_turned, read_samples
+from zsseg.images import FIRST_PAGE, TURNED, check_values, read_samples, remarks_on
 from zsseg.run import UserError, cache_dir, parallel, several
 
 
@@ -97,8 +97,10 @@ def count_classes(pair: tuple[Path, Path], data: DataSet, tables: tuple, size: t
     classes, index = np.unique(ids, return_inverse=True)
     rows = np.stack([classes, np.bincount(index, pixels[there], len(classes)).astype(np.int64)], 1)
     remarks = [(remark, str(file))] if remark else []
-    if data.name == "folder" and not turn and is_turned(picture):  # the others are known to be labelled as they are stored
-        remarks.append((TURNED, str(picture)))
+    if data.name == "folder":  # the others are known to be labelled as they are stored
+        turned, pages = remarks_on(picture)
+        remarks += [(TURNED, str(picture))] if turned and not turn else []
+        remarks += [(FIRST_PAGE, str(picture))] if pages else []
     return Count(rows, np.stack([there, pixels[there]], 1), remarks)
 
 
@@ -154,13 +156,13 @@ def label_statistics(wanted: str | DataConfig, root: Path, split: str, workers: 
 
 
 def files_version(folder: Path, pairs: list[tuple[Path, Path]], settings: bytes) -> str:
-    """A digest of settings, of every file's name, size and time of change, and of the code that reads them."""
+    """A digest of settings, of every file's name, size and times of change, and of the code that reads them."""
     digest = hashlib.sha256(settings)
     for code in (__file__, images.__file__):
         digest.update(Path(code).read_bytes())
     for file in (file for pair in pairs for file in pair):
         stat = file.stat() if file.exists() else None
-        line = f"{os.path.relpath(file, folder)} {stat and (stat.st_size, stat.st_mtime_ns)}\n"
+        line = f"{os.path.relpath(file, folder)} {stat and (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)}\n"
         digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
 

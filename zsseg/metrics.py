@@ -146,8 +146,12 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
             seen, unseen = (100 * r / n if n else None for r, n in zip(right, total, strict=True))
             result["clip_true_masks"] |= {"accuracy_seen": seen, "accuracy_unseen": unseen}
     if out is not None and process.is_main:
-        with written(out / "metrics.json") as file:
-            file.write_text(json.dumps({"program": MARK} | result, indent=1, allow_nan=False) + "\n")
+        try:
+            with written(out / "metrics.json") as file:
+                file.write_text(json.dumps({"program": MARK} | result, indent=1, allow_nan=False) + "\n")
+        except UserError:  # the numbers have cost more than a file
+            print(table(result, method(config), data.unseen))
+            raise
         with written(out / "samples.png") as file:
             Image.fromarray(np.concatenate(samples, 1)).save(file, "PNG", pnginfo=PNG_MARK)
     return result

@@ -29,7 +29,7 @@ from zsseg.datasets import endings
 from zsseg.download import locked
 from zsseg.draw import label_type, overlay, palette, save_label_map
 from zsseg.files import MARK, decode, refuse_foreign, replacing, result, split_lines, walk
-from zsseg.images import further_pages, picture_endings, read_picture
+from zsseg.images import picture_endings, read_picture, remarks_on
 from zsseg.regions import crops_at_once
 from zsseg.run import Process, UserError, left_out, nearest_file, path_of, progress, several
 from zsseg.segmenter import Segmenter
@@ -89,9 +89,14 @@ def find_pictures(given: list[str], out: Path) -> list[str]:
         elif os.path.isfile(path):
             found = [path]
         elif glob.has_magic(path):
-            links = {file: os.path.realpath(file) for file in glob.glob(path, recursive=True) if os.path.isfile(file)}
+            matches = glob.glob(path, recursive=True)
+            links = {file: os.path.realpath(file) for file in matches if os.path.isfile(file)}
             files_in = sorted((file for file in links if not links[file].startswith(results)), key=len, reverse=True)
             found = list({links[file]: file for file in files_in}.values())  # links may loop
+            if "**" not in path and (folders := sum(map(os.path.isdir, matches))):
+                left_out(f"{several(folders, 'folder')} that {word} names (** looks into folders)")
+            if twice := len(files_in) - len(found):
+                left_out(f"{several(twice, 'link')} to pictures that {word} names already")
         else:
             raise UserError(f"--images {word}", "no such file or folder",
                             nearest_file(path, "give pictures, folders, patterns or -"))
@@ -156,7 +161,7 @@ class Pictures(Dataset):
         scale = min(max(longest, EDGES[0]), EDGES[1]) / longest
         shown = tuple(max(round(scale * side), 1) for side in image.size)
         images = [resized(test_size(*image.size, edge, data.max_size)) for edge in edges]
-        return Picture(i, images, resized(shown), image.size[::-1], version, further_pages(self.files[i]))
+        return Picture(i, images, resized(shown), image.size[::-1], version, remarks_on(Path(self.files[i]))[1])
 
 
 def version_of(file: str) -> list[int]:
@@ -178,15 +183,30 @@ class Results:
         return self.out / (self.names[number] + ending)
 
     def refuse_foreign(self, numbers: list[int]) -> None:
-        """UserError where a result would take the place of a file that this program did not write."""
-        if any(self.out.iterdir()):
-            for number in numbers:
-                refuse_foreign(*(self.file(number, ending) for ending in (".png", ".overlay.jpg", ".json")))
+        """UserError where a result would take the place of a file that this program did not write, or of another picture's."""
+        if not any(self.out.iterdir()):
+            return
+        read_failed(self.out)
+        for number in numbers:
+            refuse_foreign(*(self.file(number, ending) for ending in (".png", ".overlay.jpg", ".json")))
+            other, picture = self.picture(number), self.names.files[number]
+            if other not in ("", picture):
+                why = f"is the result of another picture, {other}, not of {picture}"
+                raise UserError(f"file {self.file(number, '.json')}", why, "give another --out")
+
+    def picture(self, number: int) -> str:
+        """The picture whose result there is; "" where there is none, or a broken one."""
+        try:
+            return str(json.loads(self.file(number, ".json").read_text("utf-8"))["picture"])
+        except (OSError, ValueError, TypeError, KeyError):
+            return ""
 
     def counts(self, number: int) -> dict[int, int] | None:
         """The pixels of each class in a picture that is done as it is, with these words and settings; else None."""
         try:
             content = json.loads(self.file(number, ".json").read_text("utf-8"))
+            if content["picture"] != self.names.files[number]:
+                return None
             if content["made_with"] != self.made_with or content["version"] != version_of(self.names.files[number]):
                 return None
             if not all(self.file(number, ending).exists() for ending in (".png", ".overlay.jpg")):
@@ -308,13 +328,23 @@ def share_out(out: Path, process: Process) -> None:
         raise UserError(f"output {out}", "is not one folder for all processes", "put it where all machines see the same files")
 
 
+def read_failed(out: Path) -> list[str]:
+    """The lines of OUT/failed.txt, "picture: reason"; UserError for one that this program did not write."""
+    file = out / "failed.txt"
+    if not file.exists():
+        return []
+    lines = split_lines(decode(file.read_bytes()))
+    if not lines or not all(line.startswith("/") and ": " in line for line in lines):
+        raise UserError(f"file {file}", "is there, and not one that this program wrote", "give another --out, or move it")
+    return lines
+
+
 def note_failed(out: Path, names: Names, failed: list[str]) -> None:
     """Bring OUT/failed.txt up to date: a line for every picture that could not be read, those of other runs are kept."""
-    file, mine = out / "failed.txt", set(names.files)
+    file, mine = out / "failed.txt", {name.replace("\n", "\\n") for name in names.files}
+    failed = [line.replace("\n", "\\n") for line in failed]
     with locked(out):
-        lines = split_lines(decode(file.read_bytes())) if file.exists() else []
-        if not all(line.startswith("/") and ": " in line for line in lines):
-            raise UserError(f"file {file}", "is there, and not one that this program wrote", "move it")
+        lines = read_failed(out)
         others = [(line, line.partition(": ")[0]) for line in lines]
         lines = {line for line, picture in others if picture not in mine and os.path.exists(picture)} | set(failed)
         if not lines:

@@ -156,8 +156,10 @@ def path_of(text: str | Path) -> Path:
     """A path as a shell would read it: `~` is the home folder, also where the shell has not seen to that (--out=~/x)."""
     try:
         return Path(text).expanduser()
-    except RuntimeError:  # nobody's home
-        return Path(text)
+    except RuntimeError:
+        if Path(text).parts[0] == "~":
+            raise UserError(f"path {text}", "this user has no home folder", "give the whole path") from None
+        return Path(text)  # the name begins with ~, and there is no such user
 
 
 def cache_dir() -> Path:
@@ -183,6 +185,11 @@ def left_out(what: str) -> None:
     """Have the command say at its end that this was left out: whoever drops data says how much of what."""
     if os.environ.get("RANK", "0") == "0" and what not in LEFT_OUT:
         LEFT_OUT.append(what)
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    say(text)
 
 
 def say_left_out() -> None:

@@ -11,7 +11,7 @@ from kernels.region_crop import STRIDE, region_masks
 from kernels.semantic_map import semantic_map
 from zsseg import checkpoint, weights
 from zsseg.clip import build_clip
-from zsseg.config import Config
+from zsseg.config import Config, load_config
 from zsseg.datasets import dataset
 from zsseg.maskformer import MaskFormer
 from zsseg.perpixel import PerPixel
@@ -261,10 +261,10 @@ def build_segmenter(config: Config, root: Path, saved: dict[str, checkpoint.Stat
 def load_clip(config: Config, root: Path, changed: bool = False) -> checkpoint.State:
     """The state dict of the configured CLIP; its activation goes into the configuration, and so into checkpoints.
 
-    `changed`: the configuration's activation is that of another CLIP.
+    `changed`: the configuration's activation and heads are those of another CLIP.
     """
     state = weights.load_clip_state(config.clip.weights, root)
-    config.clip.activation = weights.find_activation(config.clip, state, root, changed)
+    config.clip.activation, config.clip.heads = weights.find_shape(config.clip, state, root, changed)
     return state
 
 
@@ -276,9 +276,10 @@ def start_from(segmenter: Segmenter, file: str, prompts: dict[str, checkpoint.St
     none fits.
     """
     what, content = f"train.init {file}", checkpoint.load(file, "train.init")
-    parts = content["model"] if "config" in content else weights.import_original(content["model"], what)[0]
+    unknown: list[str] = []
+    parts = content["model"] if "config" in content else weights.import_original(content["model"], what, unknown)[0]
     parts = {part: checkpoint.unwrapped(state, what) for part, state in parts.items() if isinstance(state, dict)}
-    own, used, dropped, fresh = segmenter.learned_state(), {}, [], []
+    own, used, dropped, fresh = segmenter.learned_state(), {}, unknown, []
     for part, state in parts.items():
         fits = own.get(part, {}) if part not in prompts else {}
         used[part] = {k: v for k, v in state.items() if k in fits and isinstance(v, Tensor) and v.shape == fits[k].shape}
@@ -318,10 +319,11 @@ def load_segmenter(content: dict, config: Config, root: Path, name: str) -> Segm
         if "maskformer" not in content["model"]:
             raise UserError(what, "holds no segmenter", "give a checkpoint of task segment")
         supervised = config.model.class_head == "linear"
-        recorded = content["config"]["clip"]
-        changed = config.clip.weights != recorded["weights"] and config.clip.activation == recorded.get("activation")
+        recorded = load_config(None, [], content["config"]).clip
+        same = (config.clip.activation, config.clip.heads) == (recorded.activation, recorded.heads)
+        changed = config.clip.weights != recorded.weights and same
         parts, clip = content["model"], None if supervised else load_clip(config, root, changed)
-        other_prompts = config.clip.prompts != content["config"]["clip"]["prompts"]  # else the checkpoint holds them
+        other_prompts = config.clip.prompts != recorded.prompts  # else the checkpoint holds them
     else:
         content = content | {"model": checkpoint.unwrapped(content["model"], what)}
         parts, dropped = weights.import_original(content["model"], what)

@@ -43,7 +43,7 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
     data, pairs = dataset(config.data), find_pairs(config.data, root, "train")
     made = folder / "made_with.json"
     wanted = process.agree(lambda: origin(config, root, pairs, process))
-    if made.exists() and not same_origin(made, wanted):
+    if (made.exists() or any(folder.glob("*.png"))) and not same_origin(made, wanted):
         why = "were made by another teacher, with other settings or from other pictures"
         raise UserError(f"pseudo labels in {folder}", why, "delete the folder, or give another --out")
     missing = [i for i in range(len(pairs)) if not (folder / f"{i:06}.png").exists()]
@@ -84,7 +84,7 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
 def origin(config: Config, root: Path, pairs: list[tuple[Path, Path]], process: Process) -> dict[str, object]:
     """What pseudo labels depend on: the teacher's content, the settings that shape its predictions, pictures and label maps.
 
-    The teacher is "" where it is gone: the labels that it made may still be used.
+    The teacher is "", without further files, where it is gone: the labels that it made may still be used.
     """
     teacher = ""
     if Path(config.train.teacher).is_file():
@@ -95,15 +95,22 @@ def origin(config: Config, root: Path, pairs: list[tuple[Path, Path]], process: 
         del data[key]
     del clip["chunk"]
     version = files_version(dataset(config.data).folder(root), pairs, b"")
+    content = checkpoint.load(config.train.teacher, "train.teacher") if teacher else {}
+    theirs = load_config(None, [], content["config"]).clip if "config" in content else config.clip
+    others = {}  # files that the teacher reads besides its checkpoint
+    for name in (theirs.weights.replace("{root}", str(root)), theirs.prompts):
+        if name and Path(name).is_file():
+            with open(name, "rb") as file:
+                others[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return {"teacher": teacher, "reject": config.train.reject, "bf16": process.bf16(config.model.bf16), "files": version,
-            "data": data, "clip": clip}  # fmt: skip
+            "data": data, "clip": clip, "others": others}  # fmt: skip
 
 
 def same_origin(made: Path, wanted: dict[str, object]) -> bool:
     """Whether pseudo labels are what `wanted` says, their teacher apart where it is gone."""
     try:
         found = json.loads(made.read_text("utf-8"))
-        return found | ({} if wanted["teacher"] else {"teacher": ""}) == wanted
+        return found | ({} if wanted["teacher"] else {"teacher": "", "others": {}}) == wanted
     except (OSError, ValueError, TypeError):
         return False
 

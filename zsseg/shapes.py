@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from zsseg.datasets import DATASETS
-from zsseg.files import replacing
+from zsseg.files import MARK, PNG_MARK, result
 from zsseg.run import progress, seed_of
 
 COLOURS, SHAPES = ("red", "green", "blue", "yellow", "purple"), ("disc", "square", "triangle", "cross")
@@ -85,9 +85,9 @@ def generate(folder: Path) -> None:
     for split, count in SPLITS.items():
         for index in progress(range(count), f"draw {split}", count):
             picture, labels, captions[f"{split}{index:05}"] = draw(split, index)
-            with replacing(folder / "images" / split / f"{split}{index:05}.jpg") as file:
-                Image.fromarray(picture).save(file, "JPEG", quality=80, subsampling=0)
-            with replacing(folder / "labels" / split / f"{split}{index:05}.png") as file:
-                Image.fromarray(labels).save(file, "PNG")
-    with replacing(folder / "captions.json") as file:
-        file.write_text(json.dumps(captions), "utf-8")
+            with result(folder / "images" / split / f"{split}{index:05}.jpg") as file:
+                Image.fromarray(picture).save(file, "JPEG", quality=80, subsampling=0, comment=MARK)
+            with result(folder / "labels" / split / f"{split}{index:05}.png") as file:
+                Image.fromarray(labels).save(file, "PNG", pnginfo=PNG_MARK)
+    with result(folder / "captions.json") as file:
+        file.write_text(json.dumps({"program": MARK} | captions), "utf-8")

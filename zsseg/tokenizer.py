@@ -6,13 +6,12 @@ import math
 import os
 from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from zsseg.download import fetch
-from zsseg.run import UserError, cache_dir
+from zsseg.run import UserError, cache_dir, path_of
 
 BYTES_ONLY = 514  # vocabulary size with no merges: 256 bytes, 256 ending a word, start, end
 VOCABULARY = (
@@ -31,7 +30,7 @@ def byte_symbols() -> dict[int, str]:
 def read_merges(count: int) -> list[tuple[str, str]]:
     """The first `count` merges of OpenAI's vocabulary file ($ZSSEG_VOCAB, else the cache, else downloaded)."""
     given = os.environ.get("ZSSEG_VOCAB")
-    path = Path(given) if given else cache_dir() / "bpe_simple_vocab_16e6.txt.gz"
+    path = path_of(given) if given else cache_dir() / "bpe_simple_vocab_16e6.txt.gz"
     if given and not path.is_file():
         raise UserError(f"ZSSEG_VOCAB={given}", "no such file", "unset it or name bpe_simple_vocab_16e6.txt.gz")
     if not given:

@@ -89,11 +89,11 @@ def our_name(name: str, deep_stem: bool = False) -> str | None:
     raise KeyError(name)
 
 
-def import_original(state: State, what: str) -> tuple[dict[str, State], list[str]]:
+def import_original(state: State, what: str, unknown: list[str] | None = None) -> tuple[dict[str, State], list[str]]:
     """The original's state dict -> ({part: state dict of ours}, names that were dropped).
 
     Parts: "maskformer", "clip", "prompt" and, for a separate region adapter, "region_prompt" (its CLIP must be the
-    same, since it is frozen). Raises UserError for a name that is not in the map.
+    same, since it is frozen). A name that is not in the map is put into `unknown`, or a UserError without that list.
     """
     parts, dropped = {}, []
     state = unwrapped(state, what)
@@ -102,7 +102,10 @@ def import_original(state: State, what: str) -> tuple[dict[str, State], list[str
         try:
             ours = our_name(name, deep_stem)
         except KeyError:
-            raise UserError(what, f"has an unknown entry {name}", "give a checkpoint of zsseg.baseline") from None
+            if unknown is None:
+                raise UserError(what, f"has an unknown entry {name}", "give a checkpoint of zsseg.baseline") from None
+            unknown.append(name)
+            continue
         if ours is None:
             dropped.append(name)
         else:
@@ -121,8 +124,6 @@ class ArrayUnpickler(pickle.Unpickler):
         known = {entry[1]: entry[0] for entry in NUMPY if isinstance(entry, tuple)} | {"collections.OrderedDict": OrderedDict}
         if f"{module}.{name}" in known:
             return known[f"{module}.{name}"]
-        if (module, name) in (("__builtin__", "bytes"), ("builtins", "bytes")):
-            return lambda: b""  # how old protocols write an empty one
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
 
@@ -229,25 +230,28 @@ def clip_file(weights: str, root: Path) -> tuple[str, Path]:
     return what, path
 
 
-def find_activation(config: ClipConfig, state: State, root: Path, changed: bool = False) -> str:
-    """The activation of a CLIP, "quickgelu" or "gelu": as configured or, for "auto", as its file is known to want.
+def find_shape(config: ClipConfig, state: State, root: Path, changed: bool = False) -> tuple[str, int]:
+    """What a CLIP's weights do not tell: its activation, "quickgelu" or "gelu", and its image tower's heads (0: width / 64).
 
-    `changed`: the configured one is another CLIP's, and counts only where the file is not known. Nothing in such a file tells;
-    what it is taken for is said.
+    As configured or, for "auto", as its file is known to want. `changed`: what is configured is another CLIP's, and counts only
+    where the file is not known; what such a file is taken for is said.
     """
     if config.activation != "auto" and not changed:
-        return config.activation
+        return config.activation, config.heads
+    heads = 0 if changed else config.heads
     if config.weights in OPENAI_MODELS or "visual.conv1.0.weight" in state:  # the last is our own small CLIP
-        return "quickgelu"
+        return "quickgelu", heads
     what, path = clip_file(config.weights, root)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     for activation, known in KNOWN_ACTIVATIONS.items():
         if digest.startswith(known):
-            return activation
+            return activation, heads
     taken = config.activation.replace("auto", "quickgelu")
-    say(f"{what}: not a known file; its activation is taken for {taken} (OpenAI's; LAION's mostly want clip.activation=gelu)")
-    return taken
+    number = f" and {config.heads} heads" if config.heads else ""
+    say(f"{what}: not a known file; taken for one with {taken}{number} (quickgelu is OpenAI's, LAION's mostly want"
+        " clip.activation=gelu)")  # fmt: skip
+    return taken, config.heads
 
 
 def is_torchscript(path: Path) -> bool:

@@ -13,6 +13,7 @@ from zsseg.tokenizer import clean
 OTHER = "other"  # what background words are shown as
 ENDINGS = r"txt|text|[ct]sv|jsonl?|toml|ya?ml|xml|md|rtf|docx?|xlsx?|ods|names|list|lst|dat|data|jpe?g|png|tiff?|webp|pth?|pkl"
 FILE = re.compile(rf"^(~|\.{{0,2}}/)|\.({ENDINGS})\s*$", re.IGNORECASE)
+ODD = re.compile(r"\t|;|\s#|^\s*\d+\s*[:=)]|^\s*\d+\s*,\s*\D")  # columns, numbers before names, comments behind them
 OPENING, CLOSING = "[{(<\"'`“‘„«", "]}>\"'`”’»"
 
 
@@ -50,12 +51,16 @@ def trained_names(content: dict, config: Config) -> list[str]:
 
 
 def seen_classes(data: DataSet, content: dict, config: Config) -> list[int]:
-    """The class ids of a measured data set that count as seen: those that the segmenter was trained on, where it is the set of
-    the training; else those of its own split, none where there is no such split (METHOD: all classes are unseen).
+    """The class ids of a measured data set that count as seen.
+
+    Of one's own data those whose names were trained on, as for any words. Of a data set of the table, those of the training
+    where it is the same; else those of its own split: none where there is no such split (all its classes are unseen).
     """
     if "config" in content:
         trained = dataset(load_config(None, [], content["config"]).data)
-        if (trained.name, trained.names) == (data.name, data.names):
+        if data.name == "folder":
+            return words_of(data).among(trained.training_names)
+        if data.name == trained.name:
             return trained.trained
     return data.seen
 
@@ -82,6 +87,8 @@ def read_words(text: str) -> Words:
         say(f"--classes: words from the file {file}")
         todo = nearest_file(file, "give a text file, or the words themselves")
         lines = split_lines(read_text(file, f"--classes {text}", todo))
+        if odd := next((line for line in lines if ODD.search(line) and not line.strip().startswith("#")), None):
+            raise UserError(f"--classes: {odd!r}", "is not a line of names", "write one name, and comments apart")
     classes, background = [], []  # a class is a list of names, its own first
     split = lambda text, signs: [word for part in re.split(f"[{signs}]", text) if (word := " ".join(part.split()))]
     for line in map(str.strip, lines):

@@ -29,7 +29,7 @@ from zsseg.config import Config, ContrastConfig, load_config
 from zsseg.data import HeldOut, Regions, RegionsWithCaptions, TrainPictures, collate, stream
 from zsseg.datasets import find_pairs, has_split, training_set
 from zsseg.faults import BadSteps, Broken, Stop, is_fused, is_run, load_last, restore, running_statistics
-from zsseg.files import MARK, set_aside
+from zsseg.files import MARK, hold, release, set_aside
 from zsseg.files import result as written
 from zsseg.log import Log, Speed
 from zsseg.losses import contrastive_loss, normalizers, segmentation_losses
@@ -331,6 +331,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     if process.compiles(config.model.compile):
         task.compile()  # before DDP wraps the model, and in place: names in the state dict stay as they are
     model = DistributedDataParallel(task.model) if process.world > 1 else task.model
+    process.agree(lambda: hold(out))
     if process.is_main and not saved:  # what an earlier run has left that came to no checkpoint, or what is not ours
         set_aside(out, ("best.pt", "metrics.json", "metrics.jsonl", "samples.png", "broken.txt", "bad_batch.pt"))
     log, speed = Log(out, process, config, start, saved.get("wandb")), Speed(process, task.batch_size, start)
@@ -393,6 +394,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
             if stopping and done < steps:
                 run.say(f"stopped as asked, after step {done} of {steps}")
                 log.finish()
+                release(out)
                 return False
             validate(done)
     process.share(task.model)
@@ -410,6 +412,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
         if process.is_main:
             task.report(result, out)
     log.finish()
+    release(out)
     return True
 
 

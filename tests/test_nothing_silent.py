@@ -1035,6 +1035,19 @@ def test_nothing_measured_makes_no_best(root):
     assert checkpoint.load(root / "r" / "best.pt")["step"] == 4
 
 
+def test_two_runs_do_not_share_a_folder(root):
+    """The second ends in a line; when the first is gone, however it ended, its folder is free."""
+    words = [sys.executable, "train.py", "--config", root / "a.toml", "--root", root, "--out", root / "r", "--device", "cpu"]
+    words = [*map(str, words), "--set", "train.steps=100000", "--set", "log.every=1", "--set", "data.workers=1"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        file, until = root / "r" / "metrics.jsonl", time.time() + 120
+        while not (file.exists() and file.stat().st_size) and time.time() < until:
+            time.sleep(0.1)
+        fails_in_one_line(train(root), "another run is writing there")
+        process.kill()
+    assert train(root).returncode == 0
+
+
 def test_a_resumed_run_starts_from_its_own_weights(root):
     assert train(root).returncode == 0
     done = train(root, "--resume", "--set", "train.init=nowhere.pt", "--set", "train.steps=5")

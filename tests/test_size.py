@@ -23,7 +23,7 @@ def imported(file: Path) -> set[Path]:
 
 def test_length():
     lengths = {file.name: len(file.read_text().splitlines()) for file in PROGRAM}
-    assert sum(lengths.values()) <= 7200 and max(lengths.values()) <= 410, lengths
+    assert sum(lengths.values()) <= 7500 and max(lengths.values()) <= 425, lengths
 
 
 def test_training_needs_few_files():
@@ -34,7 +34,7 @@ def test_training_needs_few_files():
             closure.add(file)
             waiting += imported(file) - KERNELS  # they are read when they are to be changed
     assert 10 <= len(closure) <= 25, sorted(f.name for f in closure)
-    assert sum(len(f.read_text().splitlines()) for f in closure) <= 5400
+    assert sum(len(f.read_text().splitlines()) for f in closure) <= 5500
 
 
 def test_kernels_know_nothing_of_the_rest():

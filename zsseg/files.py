@@ -7,6 +7,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from PIL.PngImagePlugin import PngInfo
 
@@ -95,6 +96,28 @@ def refuse_foreign(*paths: Path) -> None:
     for path in paths:
         if os.path.lexists(path) and not is_ours(path):
             raise UserError(f"file {path}", "is there, and not one that this program wrote", "give another folder, or move it")
+
+
+HELD: dict[Path, IO] = {}  # locks, which end with the process
+
+
+def hold(folder: Path) -> None:
+    """Keep other runs out of a folder until `release`, or this process ends. UserError where one is writing there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")  # noqa: SIM115
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited: workers that outlive their parent hold nothing
+        HELD[folder] = file
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"output {folder}", "another run is writing there, or it is read-only", "give another --out") from None
+    except OSError:  # a file system without locks
+        pass
+
+
+def release(folder: Path) -> None:
+    if file := HELD.pop(folder, None):
+        (folder / ".lock").unlink(missing_ok=True)
+        file.close()
 
 
 def check_writable(folder: Path, names: list[str]) -> None:

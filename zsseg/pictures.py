@@ -190,7 +190,7 @@ class Results:
         for number in numbers:
             refuse_foreign(*(self.file(number, ending) for ending in (".png", ".overlay.jpg", ".json")))
             other, picture = self.picture(number), self.names.files[number]
-            if other not in ("", picture):
+            if other not in ("", picture) and os.path.exists(other):  # else it was moved
                 why = f"is the result of another picture, {other}, not of {picture}"
                 raise UserError(f"file {self.file(number, '.json')}", why, "give another --out")
 
@@ -205,7 +205,7 @@ class Results:
         """The pixels of each class in a picture that is done as it is, with these words and settings; else None."""
         try:
             content = json.loads(self.file(number, ".json").read_text("utf-8"))
-            if content["picture"] != self.names.files[number]:
+            if content["picture"] != self.names.files[number] and os.path.exists(content["picture"]):  # else it was moved
                 return None
             if content["made_with"] != self.made_with or content["version"] != version_of(self.names.files[number]):
                 return None

@@ -105,7 +105,7 @@ class Prompts:
         for seed in self.seeds:
             torch.manual_seed(run.seed_of(seed, 0))
             width = clip.token_embedding.weight.shape[1]
-            prompts.append(LearnedPrompt(width, config.clip.prompt_prefix, config.clip.prompt_suffix))
+            prompts.append(LearnedPrompt(width, config.clip.prompt_prefix))
         self.model = PromptClassifier(clip, prompts, training_set(config.data).training_names).to(process.device)
         self.samples = process.in_turn(lambda: Regions(config, root, clip.visual.resolution))
         self.collate, self.batch_size, self.kept = torch.utils.data.default_collate, config.train.batch_size, 0

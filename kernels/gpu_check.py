@@ -1,7 +1,7 @@
 """Everything that a short time on a GPU should give, in at most 9 minutes: `python -m kernels.gpu_check [--out DIR]`.
 
-The tests that need a GPU, the benchmark of the kernels, the end-to-end ladder, then launch parameters for this GPU; logs and
-tables go to --out as they come, so that a step which runs out of its time still leaves what it had.
+The tests that need a GPU, the benchmark of the kernels, the end-to-end ladder; logs and tables go to --out as they
+come, so that a step which runs out of its time still leaves what it had.
 """
 
 import argparse
@@ -16,11 +16,10 @@ from pathlib import Path
 # {log: (seconds at most, words)}
 STEPS = {
     "tests.log": (120, ["-m", "pytest", "-q", "--tb=short", "-rf", "--maxfail=20", "tests/test_kernels.py",
-                        "tests/test_tune.py", "tests/test_compile.py"]),
+                        "tests/test_compile.py"]),
     "bench.log": (100, ["-m", "kernels.bench", "--csv", "{out}/bench.csv"]),
     "ladder.log": (220, ["-m", "tests.benchmarks.ladder", "--train", "--rounds", "1", "--csv", "{out}/ladder.csv",
                          "--plot", "{out}/ladder.svg"]),
-    "tune.log": (90, ["-m", "kernels.tune", "--out", "{out}/tuning.json"]),
 }  # fmt: skip
 
 

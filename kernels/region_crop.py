@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import Switch, cdiv, contiguous, jit, tl, tuned
+from kernels.jit import Switch, cdiv, contiguous, jit, tl
 
 STRIDE = 4  # of the logits, to the padded network input
 SAFE_MASKS = {"ROWS": 16, "COLUMNS": 64, "num_warps": 4}
@@ -148,7 +148,7 @@ def launch_masks(logits: Tensor, size: tuple[int, int], threshold: float) -> tup
     """Masks uint8 [Q, *size], boxes int64 [Q, 4], valid [Q]; see the references."""
     (Q, h, w), (H, W) = logits.shape, size
     level = math.inf if threshold >= 1 else -math.inf if threshold <= 0 else math.log(threshold / (1 - threshold))
-    parameters = tuned("region_crop.masks", logits, H * W, **SAFE_MASKS)
+    parameters = dict(SAFE_MASKS)
     blocks = cdiv(H, parameters["ROWS"])
     masks = torch.empty(Q, H, W, dtype=torch.uint8, device=logits.device)
     bounds = torch.empty(Q, blocks, 4, dtype=torch.int32, device=logits.device)
@@ -170,7 +170,7 @@ def launch_crops(image: Tensor, masks: Tensor, index: Tensor, boxes: Tensor, mea
         return crops
     scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
     image, masks, index, boxes = contiguous(image, masks, index.int(), boxes.int())
-    parameters = tuned("region_crop.crops", crops, side * side, **SAFE_CROPS)
+    parameters = dict(SAFE_CROPS)
     crop_kernel[(cdiv(side * side, parameters["PIXELS"]), len(index))](
         image, masks, index, boxes, *scale, *shift, crops, H, W, side, A=CUBIC, **parameters,
     )  # fmt: skip

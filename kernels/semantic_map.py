@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import Switch, cdiv, contiguous, jit, power_of_two, tl, tuned
+from kernels.jit import Switch, cdiv, contiguous, jit, power_of_two, tl
 
 SAFE = {"PIXELS": 64, "CLASSES": 32, "num_warps": 8}
 STRIDE = 4  # of the logits, to the padded network input
@@ -104,7 +104,7 @@ def launch(logits: Tensor, classes: Tensor, cut: tuple[int, int], size: tuple[in
     Of equal scores the first class counts.
     """
     (Q, h, w), C, (Ho, Wo) = logits.shape, classes.shape[1], size
-    parameters = tuned("semantic_map", logits, C, **SAFE)
+    parameters = dict(SAFE)
     queries, columns = max(power_of_two(Q), 16), cdiv(C, parameters["CLASSES"]) * parameters["CLASSES"]
     padded = logits.new_full((h * w, queries), -1e4, dtype=torch.float32)
     padded[:, :Q] = logits.flatten(1).T

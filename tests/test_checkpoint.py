@@ -146,6 +146,9 @@ def test_detectron_files_are_downloaded_by_name(tmp_path, monkeypatch):
     assert torch.equal(backbone.conv1.weight, state["conv1.weight"]) and (tmp_path / "cache" / "R-50.pkl").exists()
 
 
+SUPERVISED = [w for s in ("data.train_on=all", "model.class_head=linear", "clip.ensemble=false") for w in ("--set", s)]
+
+
 def test_a_supervised_checkpoint_of_the_original(tmp_path, capsys):
     """MaskFormer's own head: a linear layer over classes and no object, no CLIP in the file."""
     config = tiny_config("model.class_head=linear", "data.train_on=all", "clip.ensemble=false")
@@ -156,7 +159,8 @@ def test_a_supervised_checkpoint_of_the_original(tmp_path, capsys):
     torch.save({"model": state}, tmp_path / "model_final.pth")
     trees.voc(tmp_path)
     prepare_data.main(["voc", "--root", str(tmp_path)])
-    words = ["--config", str(ROOT / "configs/voc_r50_supervised.toml"), "--root", str(tmp_path), "--out", str(tmp_path / "out")]
+    words = ["--config", str(ROOT / "configs/voc_r50_single.toml"), *SUPERVISED,
+             "--root", str(tmp_path), "--out", str(tmp_path / "out")]  # fmt: skip
     evaluation.main([str(tmp_path / "model_final.pth"), *words, "--set", "data.test_short_edge=64", "--device", "cpu"])
     loaded = len(names) - 1
     assert f"model_final.pth: {loaded} tensors loaded, 1 dropped: criterion.empty_weight" in capsys.readouterr().out

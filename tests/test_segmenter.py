@@ -77,7 +77,7 @@ def test_regions_may_have_a_prompt_of_their_own(segmenter):
 
     from zsseg.segmenter import Segmenter
 
-    config = tiny_config("clip.region_prompt=learned", "clip.prompt_prefix=3", "clip.prompt_suffix=2")
+    config = tiny_config("clip.region_prompt=learned", "clip.prompt_prefix=3")
     separate = Segmenter(config, tiny_clip_state()).eval()
     separate.maskformer.load_state_dict(segmenter.maskformer.state_dict())
     separate.set_classes(segmenter.names, [0, 1])
@@ -88,7 +88,7 @@ def test_regions_may_have_a_prompt_of_their_own(segmenter):
     assert set(parts) == {"maskformer", "region_prompt"}
     again = Segmenter(config, tiny_clip_state(1))
     again.load_learned(parts, "test")
-    assert torch.equal(again.region_prompt.suffix, separate.region_prompt.suffix)
+    assert torch.equal(again.region_prompt.prefix, separate.region_prompt.prefix)
     with pytest.raises(UserError, match="no learned region_prompt"):
         again.load_learned({"maskformer": parts["maskformer"]}, "test")
 

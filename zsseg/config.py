@@ -63,8 +63,7 @@ class ClipConfig:
     prompt: str | list[str] = "single"  # single | imagenet | vild | learned | a list of templates
     region_prompt: str | list[str] = ""  # a prompt of its own for the regions ("" = the same)
     prompts: str = ""  # checkpoint that holds the learned prompt
-    prompt_prefix: int = 16  # learned tokens before and after the name
-    prompt_suffix: int = 0
+    prompt_prefix: int = 16  # learned tokens before the name
     ensemble: bool = True  # False: the segmenter's own class probabilities alone
     ensemble_weight: float = 0.8  # w: seen classes head^w clip^(1-w), unseen the other way round; 0: CLIP alone
     mask_threshold: float = 0.5
@@ -171,7 +170,7 @@ PATHS = ("data.folder", "data.labels", "data.pictures", "model.weights", "clip.w
          "train.teacher")
 UNIT = ("clip.ensemble_weight", "clip.mask_threshold", "model.dropout", "prompts.momentum", "prompts.warmup_factor",
         "contrast.masked_share", "train.reject")
-COUNTS = ("clip.chunk", "clip.heads", "clip.prompt_prefix", "clip.prompt_suffix", "data.workers", "train.eval_every",
+COUNTS = ("clip.chunk", "clip.heads", "clip.prompt_prefix", "data.workers", "train.eval_every",
           "train.seed", "eval.window", "train.weight_decay", "train.power", "train.clip_grad",
           "prompts.warmup_steps", "prompts.held_out")
 
@@ -183,8 +182,8 @@ def load_config(file: str | None = None, overrides: list[str] = (), base: dict |
     """
     config = Config()
     update(config, base or {}, "checkpoint's configuration")
-    if file is not None:
-        update(config, read_toml(file), str(file))
+    for name, values in [] if file is None else read_toml(file):
+        update(config, values, name)
     for item in overrides:
         key, sign, text = item.partition("=")
         if not sign or key.count(".") != 1:
@@ -224,14 +223,22 @@ def load_config(file: str | None = None, overrides: list[str] = (), base: dict |
     return config
 
 
-def read_toml(file: str | Path) -> dict:
+def read_toml(file: str | Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:
+    """(name, its tables) of a file and of the one that its `base` names, a file beside it, which comes first."""
     other, todo = Path("configs") / f"{Path(file).stem}.toml", nearest_file(file, "give the path of a TOML file")
     todo = f"did you mean {other}?" if other.is_file() and other != Path(file) else todo
     text = read_text(file, f"config {file}", todo)
     try:
-        return tomllib.loads(text)
+        values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"config {file}", f"is not TOML: {error}", "correct that line") from None
+    base = values.pop("base", None)
+    if base is None:
+        return [(str(file), values)]
+    path = Path(file).with_name(f"{base}.toml")
+    if not isinstance(base, str) or path in (*above, Path(file)):
+        raise UserError(f"config {file}: base", f"is {base!r}", "name another file beside this one, without .toml")
+    return [*read_toml(path, (*above, Path(file))), (str(file), values)]
 
 
 def update(config: Config, values: dict, source: str, text_values: bool = False) -> None:

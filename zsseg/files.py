@@ -123,10 +123,10 @@ def release(folder: Path) -> None:
 def check_writable(folder: Path, names: list[str]) -> None:
     """UserError where results of these names cannot be written to a folder, or would replace what is not ours."""
     refuse_foreign(*(folder / name for name in names))
-    there, probe = folder.exists(), folder / f".{uuid.uuid4().hex}"
+    there, probe = folder.exists(), folder / ".writable"  # one name: what a kill leaves, the next try removes
     with replacing(probe) as file:
         file.touch()
-    probe.unlink()
+    probe.unlink(missing_ok=True)
     if not there:
         folder.rmdir()
 

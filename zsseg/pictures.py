@@ -4,6 +4,8 @@ The list is the same in every process, and cut into groups whose regions share C
 or not at all, so that what comes out does not depend on how many processes there are or how often they were killed.
 """
 
+import contextlib
+import fcntl
 import glob
 import hashlib
 import json
@@ -313,17 +315,30 @@ def segment_pictures(segmenter: Segmenter, config: Config, results: Results, pro
 
 def share_out(out: Path, process: Process) -> None:
     """Make the folder of the results; UserError where it cannot be filled or shared."""
-    token = process.agree(lambda: f".{uuid.uuid4().hex}")  # of this run: others may use the folder, too
+    locks = []
 
-    def fill() -> None:
-        with replacing(out / token) as file:
-            file.touch()
+    def fill() -> str:
+        """Write a file of this run's own, since others may use the folder, too; remove those that a kill has left."""
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            for left in out.glob(".shared-*"):
+                with contextlib.suppress(OSError), open(left, "w") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    left.unlink()
+            token = f".shared-{uuid.uuid4().hex}"
+            locks.append(open(out / token, "w"))  # noqa: SIM115
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(locks[0], fcntl.LOCK_EX)
+        except OSError as error:
+            raise UserError(f"output {out}", f"cannot be written ({error.strerror})", "check the folder and the disk") from None
+        return token
 
-    process.agree(fill)
-    shared = (out / token).exists()
+    token = out / process.agree(fill)
+    shared = token.exists()
     process.wait()
     if process.is_main:
-        (out / token).unlink(missing_ok=True)
+        token.unlink(missing_ok=True)
+        locks[0].close()
     if process.any(not shared):
         raise UserError(f"output {out}", "is not one folder for all processes", "put it where all machines see the same files")
 

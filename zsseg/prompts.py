@@ -43,20 +43,18 @@ class FixedPrompt(nn.Module):
 
 
 class LearnedPrompt(nn.Module):
-    """`[start] prefix name [suffix] . [end]` with learned token embeddings (CoOp, Zhou et al. 2021)."""
-    def __init__(self, width: int, prefix: int = 16, suffix: int = 0):
+    """`[start] prefix name . [end]` with learned token embeddings (CoOp, Zhou et al. 2021)."""
+    def __init__(self, width: int, prefix: int = 16):
         super().__init__()
         self.prefix = nn.Parameter(0.02 * torch.randn(prefix, width))
-        self.suffix = nn.Parameter(0.02 * torch.randn(suffix, width)) if suffix else None
 
     def layout(self, tokenizer: Tokenizer, names: list[str]) -> tuple[Tensor, Tensor]:
         """Token ids [C, context] with zeros where the prompt goes, and the position of the end token [C], on the CPU."""
-        before, after = len(self.prefix), 0 if self.suffix is None else len(self.suffix)
         tokens = torch.zeros(len(names), tokenizer.context, dtype=torch.int64)
         ends = []
         for row, name in zip(tokens, names, strict=True):
             ids = tokenizer.encode(name)
-            ids = [tokenizer.start, *[0] * before, *ids, *[0] * after, *tokenizer.encode("."), tokenizer.end]
+            ids = [tokenizer.start, *[0] * len(self.prefix), *ids, *tokenizer.encode("."), tokenizer.end]
             if len(ids) > tokenizer.context:
                 why = f"needs {len(ids)} tokens with its prompt, CLIP reads {tokenizer.context}"
                 raise UserError(f"class name {name!r}", why, "shorten it")
@@ -64,20 +62,15 @@ class LearnedPrompt(nn.Module):
             ends.append(len(ids) - 1)
         return tokens, torch.tensor(ends)
 
-    def embed(self, clip: CLIP, tokens: Tensor, ends: Tensor) -> Tensor:
-        """What enters the text tower for a `layout` [C, context, width]."""
+    def embed(self, clip: CLIP, tokens: Tensor) -> Tensor:
+        """What enters the text tower for the tokens of a `layout`: [C, context, width]."""
         x = clip.token_embedding(tokens)
-        x = torch.cat([x[:, :1], self.prefix.expand(len(x), -1, -1), x[:, 1 + len(self.prefix) :]], 1)
-        if self.suffix is not None:
-            after = len(self.suffix)
-            position = ends[:, None] - 1 - after + torch.arange(after, device=ends.device)  # [C, after]
-            x = x.scatter(1, position[..., None].expand(-1, -1, x.shape[-1]), self.suffix.expand(len(x), -1, -1))
-        return x
+        return torch.cat([x[:, :1], self.prefix.expand(len(x), -1, -1), x[:, 1 + len(self.prefix) :]], 1)
 
     def forward(self, clip: CLIP, tokenizer: Tokenizer, names: list[str]) -> Tensor:
         """Names -> normalised features [C, D]; differentiable in the prompt."""
         tokens, ends = (t.to(self.prefix.device) for t in self.layout(tokenizer, names))
-        return F.normalize(clip.encode_embedded(self.embed(clip, tokens, ends), ends), dim=-1)
+        return F.normalize(clip.encode_embedded(self.embed(clip, tokens), ends), dim=-1)
 
 
 class PromptClassifier(nn.Module):
@@ -103,7 +96,7 @@ class PromptClassifier(nn.Module):
 
     def text(self) -> Tensor:
         """Normalised text features of every prompt [S, C, D]."""
-        inputs = [prompt.embed(self.clip, self.tokens, self.ends) for prompt in self.prompts]
+        inputs = [prompt.embed(self.clip, self.tokens) for prompt in self.prompts]
         if len(inputs) * len(self.names) <= self.TOGETHER:
             features = self.clip.encode_embedded(torch.cat(inputs), self.ends.repeat(len(inputs)))
         else:
@@ -118,10 +111,10 @@ class PromptClassifier(nn.Module):
         return self  # a frozen CLIP stays in eval mode
 
 
-def build_prompt(spec: str | list[str], width: int, prefix: int = 16, suffix: int = 0) -> nn.Module:
+def build_prompt(spec: str | list[str], width: int, prefix: int = 16) -> nn.Module:
     """The prompt that `clip.prompt` names; `width` is the text tower's. Raises UserError for an unknown name."""
     if spec == "learned":
-        return LearnedPrompt(width, prefix, suffix)
+        return LearnedPrompt(width, prefix)
     if isinstance(spec, str) and spec not in TEMPLATES:
         raise UserError("clip.prompt", f"is {spec!r}", f"choose {', '.join(TEMPLATES)} or learned, or give a list of templates")
     return FixedPrompt(TEMPLATES[spec] if isinstance(spec, str) else spec)

@@ -60,7 +60,7 @@ class Segmenter(nn.Module):
         self.tokenizer = Tokenizer(vocab_size, self.clip.context)
         self.proposing = config.model.proposals
         self.maskformer = (MaskFormer if self.proposing else PerPixel)(config.model, self.clip.text_projection.shape[1])
-        learned = (width, config.clip.prompt_prefix, config.clip.prompt_suffix)
+        learned = (width, config.clip.prompt_prefix)
         self.prompt = build_prompt(config.clip.prompt, *learned)
         # The paper's VOC setting: fixed prompts for the segmenter's head, learned ones for the regions.
         self.region_prompt = build_prompt(config.clip.region_prompt, *learned) if config.clip.region_prompt else None
@@ -236,7 +236,7 @@ class Segmenter(nn.Module):
             if isinstance(module, LearnedPrompt):
                 if name not in parts:
                     raise UserError(what, f"has no learned {name}", f"set clip.prompts, or clip.{name} to a fixed prompt")
-                checkpoint.load_strict(module, parts[name], what, "set clip.prompt_prefix and clip.prompt_suffix")
+                checkpoint.load_strict(module, parts[name], what, "set clip.prompt_prefix")
 
 
 def build_segmenter(config: Config, root: Path, saved: dict[str, checkpoint.State] | None = None) -> Segmenter:

@@ -109,15 +109,13 @@ class Tokenizer:
             parts = joined
         return [self.index[part] for part in parts]
 
-    def __call__(self, texts: list[str], truncate: bool = False) -> Tensor:
-        """Texts -> int64 [N, context], zero-padded. A text that does not fit is a UserError unless it may be cut."""
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Texts -> int64 [N, context], zero-padded. A text that does not fit is a UserError."""
         tokens = torch.zeros(len(texts), self.context, dtype=torch.int64)
         for row, text in zip(tokens, texts, strict=True):
             ids = [self.start, *self.encode(text), self.end]
             if len(ids) > self.context:
-                if not truncate:
-                    why = f"has {len(ids)} tokens, CLIP reads {self.context}"
-                    raise UserError(f"text {text!r}", why, "shorten the class name or the prompt")
-                ids = [*ids[: self.context - 1], self.end]
+                why = f"has {len(ids)} tokens, CLIP reads {self.context}"
+                raise UserError(f"text {text!r}", why, "shorten the class name or the prompt")
             row[: len(ids)] = torch.tensor(ids)
         return tokens

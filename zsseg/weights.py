@@ -61,7 +61,7 @@ NAMES = [
     (HEAD + r"(?P<leaf>weight|bias)", "maskformer.pixel_embed.{leaf}"),  # the per-pixel baseline
     (r"clip_adapter\.non_object_embedding", "maskformer.non_object"),
     (ADAPTER + r"clip_model\.(?P<rest>.+)", "{region}clip.{rest}"),
-    (ADAPTER + r"prompt_learner\.(?P<rest>prefix|suffix)_prompt", "{region}prompt.{rest}"),
+    (ADAPTER + r"prompt_learner\.(?P<rest>prefix)_prompt", "{region}prompt.{rest}"),
 ]
 DEEP_STEM = [  # R101c: conv1 is a sequence of convolution, norm, relu, and so on
     (rf"backbone\.stem\.conv{i}\.{norm}" + LEAF, f"maskformer.backbone.{ours}.{{leaf}}")

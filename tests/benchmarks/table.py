@@ -24,7 +24,7 @@ from zsseg.prompts import TEMPLATES
 # The small CLIP reads 40 tokens, which are letters: 13 of ViLD's 14 templates have room for every name.
 VILD = [t.replace("{}", "{{}}") for t in TEMPLATES["vild"] if len(t.replace(" ", "")) <= 26]
 SHAPES = ["train.py", "--config", "configs/shapes.toml"]
-LEARNED = ["clip.prompt_prefix=1", "clip.prompt_suffix=0"]  # chosen on the validation split, with the steps
+LEARNED = ["clip.prompt_prefix=1"]  # chosen on the validation split, with the steps
 PROMPTS = ["train.py", "--config", "configs/voc_prompts.toml", "data.name=shapes", "data.split=test", "clip.weights={clip}",
            "train.seeds=[0,1,2,3,4]", "train.steps=300", *LEARNED]  # fmt: skip
 # Trainings: {name: (words, after)}; {seed}, {out} and {clip} are filled in.

@@ -32,9 +32,8 @@ from zsseg.faults import BadSteps, Broken, Stop, is_fused, is_run, load_last, re
 from zsseg.files import MARK, hold, release, set_aside
 from zsseg.files import result as written
 from zsseg.log import Log, Speed
-from zsseg.losses import contrastive_loss, normalizers, segmentation_losses
+from zsseg.losses import contrastive_loss, normalizers, per_pixel_loss, segmentation_losses
 from zsseg.metrics import evaluate, percent, report
-from zsseg.perpixel import per_pixel_loss
 from zsseg.prompts import LearnedPrompt, PromptClassifier, build_prompt
 from zsseg.segmenter import build_segmenter, load_clip
 from zsseg.selftrain import pseudo_labels

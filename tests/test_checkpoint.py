@@ -15,14 +15,15 @@ from conftest import ROOT, keys, tiny_config
 import eval as evaluation
 import prepare_data
 from zsseg import checkpoint, weights
+from zsseg.backbone import DETECTRON_MODELS, DeepResNet, load_backbone
 from zsseg.checkpoint import load_strict
 from zsseg.clip import build_clip
 from zsseg.config import ModelConfig
-from zsseg.maskformer import DeepResNet, MaskFormer
+from zsseg.maskformer import MaskFormer
 from zsseg.prompts import LearnedPrompt
 from zsseg.run import UserError
 from zsseg.segmenter import Segmenter
-from zsseg.weights import import_original, load_backbone, our_name
+from zsseg.weights import import_original, our_name
 
 LISTS = keys("upstream_keys.json")
 
@@ -140,7 +141,7 @@ def test_detectron_files_are_downloaded_by_name(tmp_path, monkeypatch):
         pickle.dump({"model": to_detectron(state)}, file)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(weights.DETECTRON_MODELS, "R-50.pkl", (tmp_path / "server" / "R-50.pkl").as_uri())
+    monkeypatch.setitem(DETECTRON_MODELS, "R-50.pkl", (tmp_path / "server" / "R-50.pkl").as_uri())
     backbone = DeepResNet("R50")
     load_backbone(backbone, "R50", "R-50.pkl")
     assert torch.equal(backbone.conv1.weight, state["conv1.weight"]) and (tmp_path / "cache" / "R-50.pkl").exists()

@@ -9,69 +9,14 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import ops
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from zsseg.backbone import build_backbone
 from zsseg.clip import cosine_logits
 from zsseg.config import ModelConfig
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # of RGB in 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
 DIVISOR = 32  # picture sides are padded to a multiple of the coarsest stride
-
-
-class FrozenBatchNorm2d(ops.FrozenBatchNorm2d):
-    """Batch norm whose four tensors are buffers (eps 1e-5), as one operator: torchvision's own reads the map twice."""
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-
-
-class DeepResNet(ResNet):
-    """torchvision's ResNet (stride in the 3x3 convolution) with frozen batch norm, without the classifier.
-
-    "R101c": a stem of three 3x3 convolutions, and dilations 1, 2, 4 in res5, whose stride stays 2 (DeepLab).
-    """
-    def __init__(self, name: str):
-        super().__init__(Bottleneck, [3, 4, 6, 3] if name == "R50" else [3, 4, 23, 3], norm_layer=FrozenBatchNorm2d)
-        del self.fc, self.avgpool
-        self.channels = [256, 512, 1024, 2048]
-        if name == "R50":
-            return
-        stem, channels = [], 3
-        for width, stride in ((64, 2), (64, 1), (128, 1)):
-            stem += [nn.Conv2d(channels, width, 3, stride, 1, bias=False), FrozenBatchNorm2d(width), nn.ReLU(inplace=True)]
-            channels = width
-        self.conv1, self.bn1, self.relu = nn.Sequential(*stem[:-2]), stem[-2], stem[-1]
-        self.layer1[0].conv1 = nn.Conv2d(128, 64, 1, bias=False)
-        self.layer1[0].downsample[0] = nn.Conv2d(128, 256, 1, bias=False)
-        for block, dilation in zip(self.layer4, (1, 2, 4), strict=True):
-            block.conv2.dilation = block.conv2.padding = (dilation, dilation)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        return [x := layer(x) for layer in (self.layer1, self.layer2, self.layer3, self.layer4)]
-
-
-class SmallResNet(nn.Module):
-    """One basic block a stage, batch norm: learns from scratch on 64 x 64 pictures in minutes."""
-    def __init__(self, widths: list[int]):
-        super().__init__()
-        self.channels = list(widths)
-        w = widths[0]
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, w, 3, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(inplace=True),
-            nn.Conv2d(w, w, 3, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(inplace=True),
-        )  # fmt: skip
-        stages, channels = [], w
-        for i, width in enumerate(widths):
-            shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, 2, bias=False), nn.BatchNorm2d(width))
-            stages.append(BasicBlock(channels, width, 2, shortcut) if i else BasicBlock(channels, width))
-            channels = width
-        self.stages = nn.ModuleList(stages)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        x = self.stem(x)
-        return [x := stage(x) for stage in self.stages]
 
 
 def conv_norm(channels: int, out: int, kernel: int) -> nn.Sequential:
@@ -137,11 +82,6 @@ def mlp(*widths: int) -> nn.Sequential:
     """Linear layers with relu between them."""
     layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU(inplace=True))]
     return nn.Sequential(*layers[:-1])
-
-
-def build_backbone(config: ModelConfig) -> nn.Module:
-    """Pictures [B, 3, H, W] -> res2..res5 at strides 4, 8, 16, 32; `channels` says how wide they are."""
-    return SmallResNet(config.small_widths) if config.backbone == "small" else DeepResNet(config.backbone)
 
 
 class MaskFormer(nn.Module):
@@ -214,3 +154,23 @@ class MaskFormer(nn.Module):
         """
         embeds, masks = self.propose(images)
         return self.classify(embeds, text), masks
+
+
+class PerPixel(nn.Module):
+    """The one-stage baseline (Xu et al. 2021): backbone and pixel decoder, then one embedding of CLIP's width D a pixel."""
+    def __init__(self, config: ModelConfig, embed: int):
+        super().__init__()
+        self.backbone = build_backbone(config)
+        self.pixel_decoder = PixelDecoder(self.backbone.channels, config.hidden)
+        nn.init.kaiming_uniform_(self.pixel_decoder.mask_features.weight, a=1)
+        nn.init.zeros_(self.pixel_decoder.mask_features.bias)
+        self.pixel_embed = nn.Conv2d(config.hidden, embed, 1)
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+
+    prepare = MaskFormer.prepare
+
+    def forward(self, images: Tensor, text: Tensor) -> Tensor:
+        """`prepare`d pictures [B, 3, H, W], text features [C, D] -> class logits, 100 x cosine, fp32 [B, C, h, w]."""
+        x = self.pixel_embed(self.pixel_decoder(self.backbone(images)))
+        return cosine_logits(x.movedim(1, -1), text).movedim(-1, 1)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from kernels.region_crop import STRIDE, region_masks
 from kernels.semantic_map import semantic_map
 from zsseg import checkpoint, weights
+from zsseg.backbone import load_backbone
 from zsseg.clip import build_clip
 from zsseg.config import Config, load_config
 from zsseg.datasets import dataset
-from zsseg.maskformer import MaskFormer
-from zsseg.perpixel import PerPixel
+from zsseg.maskformer import MaskFormer, PerPixel
 from zsseg.prompts import LearnedPrompt, build_prompt, text_features
 from zsseg.regions import classify_crops, classify_in_one_pass, dense_logits, expand_boxes, region_crops
 from zsseg.run import UserError, say
@@ -254,7 +254,7 @@ def build_segmenter(config: Config, root: Path, saved: dict[str, checkpoint.Stat
     found = start_from(segmenter, config.train.init, prompts) if config.train.init else {}
     segmenter.load_prompts(found | prompts, f"train.init {config.train.init}" if found else "configuration")
     if config.model.weights and not any(name.startswith("backbone.") for name in found.get("maskformer", ())):
-        weights.load_backbone(segmenter.maskformer.backbone, config.model.backbone, config.model.weights)
+        load_backbone(segmenter.maskformer.backbone, config.model.backbone, config.model.weights)
     return segmenter
 
 

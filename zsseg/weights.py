@@ -12,14 +12,12 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torchvision.models import ResNet50_Weights
+from torch import Tensor
 
 from zsseg.checkpoint import (
     NUMPY,
     State,
     check_finite,
-    load_strict,
     read_torch,
     refuse_compressed,
     say_loaded,
@@ -125,56 +123,6 @@ class ArrayUnpickler(pickle.Unpickler):
         if f"{module}.{name}" in known:
             return known[f"{module}.{name}"]
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
-
-
-DETECTRON_MODELS = {  # no checksum is published; the reader executes nothing
-    "R-50.pkl": "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/torchvision/R-50.pkl",
-    "R-103.pkl": "https://dl.fbaipublicfiles.com/detectron2/DeepLab/R-103.pkl",
-}
-
-
-def load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
-    """Initial weights of R50 or R101c: a torchvision `.pth`, a detectron2 `.pkl`, or "imagenet".
-
-    "imagenet" (R50), "R-50.pkl" and "R-103.pkl" (R101c) are downloaded where there is no such file.
-    """
-    what, hint = f"model.weights {weights}", f"give ImageNet weights of {name}"
-    if weights in DETECTRON_MODELS and not Path(weights).exists():
-        weights = str(fetch([DETECTRON_MODELS[weights]], cache_dir() / weights, "", what))
-    if weights == "imagenet":
-        if name != "R50":
-            raise UserError(what, f"torchvision has none for {name}", "set model.weights=R-103.pkl")
-        try:
-            state = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(model_dir=cache_dir(), check_hash=True)
-        except OSError as error:
-            raise UserError(what, f"cannot be downloaded ({error})", "give a file as model.weights") from None
-    elif weights.endswith(".pkl"):
-        state = read_detectron(Path(weights), what, hint)
-    else:
-        state = read_torch(Path(weights), what)
-    for key in ("model", "state_dict"):
-        state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    if not isinstance(state, dict):
-        raise UserError(what, "is not a state dict", hint)
-    state = unwrapped(state, what)
-    dropped = [k for k in state if re.search(r"(^|\.)fc|num_batches_tracked$", k)]  # classifier, counters
-    state = {k: v for k, v in state.items() if k not in dropped}
-    load_strict(backbone, state, what, hint)
-    say_loaded(what, len(state), dropped)
-
-
-def read_detectron(path: Path, what: str, hint: str) -> State:
-    """A detectron2 model-zoo file, the backbone under our names, everything else under its own."""
-    try:
-        with open(path, "rb") as file:
-            content = ArrayUnpickler(file, encoding="latin1").load()
-        arrays = {k.removeprefix("backbone."): torch.from_numpy(v.array) for k, v in content.get("model", content).items()}
-    except Exception as error:  # a broken pickle raises anything
-        raise UserError(what, f"{path} cannot be read as arrays ({error!r:.200})", f"replace or delete it; {hint}") from None
-    other = re.compile(r"(stem\.)?fc|.*num_batches_tracked$")
-    state = {f"backbone.{k}": v for k, v in arrays.items() if not other.match(k)}
-    state = import_original(state, what)[0].get("maskformer", {})
-    return {k.removeprefix("backbone."): v for k, v in state.items()} | {k: v for k, v in arrays.items() if other.match(k)}
 
 
 OPENAI_MODELS = {  # name: (SHA-256 of the file, its name)

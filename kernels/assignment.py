@@ -5,31 +5,17 @@ columns' dual prices are kept: the row's price is its assigned cost minus that c
 """
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from kernels.jit import Switch, contiguous, jit, power_of_two, tl
+from kernels.jit import contiguous, jit, power_of_two, tl
 
-MAX_QUERIES, MAX_TARGETS = 128, 64  # what fits one program; beyond them SciPy decides
+MAX_QUERIES, MAX_TARGETS = 128, 64  # what fits one program; see `fits`
 LIMIT = 1e6  # costs that are not finite count as this much
 
 
-def reference(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """cost [L, B, Q, T], counts [B] -> (query of each target int64 [L, B, T], bool [L, B]: a cost was not finite).
-
-    -1 where a target is padding (its number is at least the picture's count) or has no query because there are too few.
-    """
-    L, B, _, T = cost.shape
-    matched = torch.full((L, B, T), -1, dtype=torch.int64)
-    bad = torch.zeros(L, B, dtype=torch.bool)
-    costs = cost.detach().double().cpu()  # one transfer
-    for layer in range(L):
-        for image, count in enumerate(counts.tolist()):
-            problem = costs[layer, image, :, :count]
-            bad[layer, image] = not problem.isfinite().all()
-            query, target = linear_sum_assignment(problem.nan_to_num(LIMIT, LIMIT, -LIMIT).clamp(-LIMIT, LIMIT).numpy())
-            matched[layer, image, torch.from_numpy(target)] = torch.from_numpy(query)
-    return matched.to(cost.device), bad.to(cost.device)
+def fits(cost: Tensor) -> bool:
+    """Whether a problem fits one program: cost [L, B, Q, T]."""
+    return cost.shape[2] <= MAX_QUERIES and cost.shape[3] <= MAX_TARGETS
 
 
 @jit
@@ -107,7 +93,10 @@ def kernel(
 
 
 def launch(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference` by the kernel, which wants Q <= 128 and T <= 64; the total cost is the same, ties may fall otherwise."""
+    """cost [L, B, Q <= 128, T <= 64], counts [B] -> (query of each target int64 [L, B, T], bool [L, B]: a cost was not finite).
+
+    -1 where a target is padding (its number is at least the image's count) or has no query because there are too few.
+    """
     L, B, Q, T = cost.shape
     matched = torch.full((L, B, T), -1, dtype=torch.int64, device=cost.device)
     bad = torch.zeros(L, B, dtype=torch.int8, device=cost.device)
@@ -119,15 +108,8 @@ def launch(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("zsseg::assignment", mutates_args=(), device_types="cuda")
 def assignment(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """See `reference`. No host sync up to 128 queries and 64 targets."""
-    if not Switch.on or cost.shape[2] > MAX_QUERIES or cost.shape[3] > MAX_TARGETS:
-        return reference(cost, counts)
+    """See `launch`; no host sync."""
     return launch(cost, counts)
-
-
-@assignment.register_kernel("cpu")
-def _(cost, counts):
-    return reference(cost, counts)
 
 
 @assignment.register_fake

@@ -5,7 +5,7 @@ from torch import Tensor
 try:
     import triton.language as tl
     from triton import jit
-except ImportError:  # not on this platform: the references serve
+except ImportError:  # not on this platform: plain PyTorch serves
 
     def jit(function):
         return function
@@ -15,8 +15,13 @@ except ImportError:  # not on this platform: the references serve
 
 
 class Switch:
-    """Whether GPU tensors go to the kernels; off, the references serve there, too (`model.kernels`)."""
+    """Whether CUDA tensors go to the kernels (`model.kernels`): decided once, when a command starts."""
     on = True
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether a kernel, instead of plain PyTorch, is to work on this tensor."""
+    return Switch.on and tensor.is_cuda
 
 
 def cdiv(a: int, b: int) -> int:

@@ -6,35 +6,13 @@ exists. Backwards every cell keeps four corner sums, and a second kernel adds th
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import Switch, cdiv, contiguous, jit, tl
+from kernels.jit import cdiv, contiguous, jit, tl
 
-RATIOS = (2, 4, 8)  # other ratios of label map to logits go the plain way
+RATIOS = (2, 4, 8)  # of label map to logits; see `fits`
 SAFE = {"CELLS": 256, "num_warps": 4}
 ALPHA = 0.25
-
-
-def reference(masks: Tensor, matched: Tensor, labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """masks [L, B, Q, h, w], matched [L, B, T] (query of each target or -1), labels [B, H, W], classes [B, T]
-    -> focal and dice loss of each pair [L, B, T], 0 where there is no match. fp32, or fp64 where the masks are.
-    """
-    kind = torch.promote_types(masks.dtype, torch.float32)
-    focal, dice = [], []
-    for layer_masks, queries in zip(masks, matched, strict=True):
-        image, target = (queries >= 0).nonzero(as_tuple=True)  # [N] pairs
-        x = layer_masks[image, queries[image, target]].to(kind)  # [N, h, w]
-        x = F.interpolate(x[:, None], labels.shape[-2:], mode="bilinear", align_corners=False).flatten(1)  # [N, HW]
-        t = (labels[image] == classes[image, target][:, None, None]).flatten(1).to(kind)
-        p = x.sigmoid()
-        cost = F.binary_cross_entropy_with_logits(x, t, reduction="none") * (p * (1 - t) + (1 - p) * t) ** 2
-        loss = ((ALPHA * t + (1 - ALPHA) * (1 - t)) * cost).mean(1)
-        ratio = (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
-        empty = x.new_zeros(queries.shape)
-        focal.append(empty.index_put((image, target), loss))
-        dice.append(empty.index_put((image, target), 1 - ratio))
-    return torch.stack(focal), torch.stack(dice)
 
 
 @jit
@@ -192,7 +170,9 @@ def fits(masks: Tensor, labels: Tensor) -> bool:
 
 
 def launch_forward(masks: Tensor, matched: Tensor, labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference` by the kernel, and the sums [L, B, T, 4] that the backward pass needs."""
+    """masks [L, B, Q, h, w], matched [L, B, T] (query of each target or -1), labels [B, H, W], classes [B, T]
+    -> focal and dice loss of each pair, fp32 [L, B, T], 0 where there is no match; and the sums [L, B, T, 4] for `backward`.
+    """
     L, B, Q, h, w = masks.shape
     T = classes.shape[1]
     masks, matched, labels, classes = contiguous(masks, matched, labels, classes.int())
@@ -232,16 +212,9 @@ def launch_backward(grad_focal: Tensor, grad_dice: Tensor, sums: Tensor, masks: 
     return grad
 
 
-def served(masks: Tensor, labels: Tensor) -> bool:
-    """Whether the kernels take these tensors: they want label maps of a whole multiple of the logits' size."""
-    return Switch.on and fits(masks, labels)
-
-
 @torch.library.custom_op("zsseg::mask_loss", mutates_args=(), device_types="cuda")
 def mask_loss_op(masks: Tensor, matched: Tensor, labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `launch_forward`."""
-    if not served(masks, labels):
-        return plain_forward(masks.float(), matched, labels, classes)
     return launch_forward(masks, matched, labels, classes)
 
 
@@ -249,43 +222,12 @@ def mask_loss_op(masks: Tensor, matched: Tensor, labels: Tensor, classes: Tensor
 def mask_loss_backward(grad_focal: Tensor, grad_dice: Tensor, sums: Tensor, masks: Tensor, matched: Tensor, labels: Tensor,
                        classes: Tensor) -> Tensor:  # fmt: skip
     """See `launch_backward`."""
-    if not served(masks, labels):
-        return plain_backward(grad_focal, grad_dice, sums, masks, matched, labels, classes)
     return launch_backward(grad_focal, grad_dice, sums, masks, matched, labels, classes)
-
-
-@mask_loss_op.register_kernel("cpu")
-def plain_forward(masks, matched, labels, classes):
-    return *reference(masks, matched, labels, classes), masks.new_zeros(*matched.shape, 4, dtype=torch.float32)
-
-
-@mask_loss_backward.register_kernel("cpu")
-def plain_backward(grad_focal, grad_dice, sums, masks, matched, labels, classes):
-    # By hand: below the operator nothing is recorded for autograd.
-    grad, size = masks.new_zeros(masks.shape), labels.shape[-2:]
-    kind = torch.promote_types(masks.dtype, torch.float32)
-    for layer, queries in enumerate(matched):
-        image, target = (queries >= 0).nonzero(as_tuple=True)
-        query = queries[image, target]
-        small = masks[layer, image, query][:, None].to(kind)  # [N, 1, h, w]
-        x = F.interpolate(small, size, mode="bilinear", align_corners=False)
-        t = (labels[image] == classes[image, target][:, None, None])[:, None].to(kind)
-        p = x.sigmoid()
-        positive = -ALPHA * (1 - p) ** 2 * (2 * p * F.softplus(-x) + 1 - p)
-        negative = (1 - ALPHA) * p**2 * (2 * (1 - p) * F.softplus(x) + p)
-        of_focal, of_dice = (g[layer, image, target].view(-1, 1, 1, 1) for g in (grad_focal, grad_dice))
-        D = (p + t).sum((2, 3), keepdim=True) + 1
-        of_p = of_dice * ((2 * (p * t).sum((2, 3), keepdim=True) + 1) / D**2 - 2 * t / D)
-        g = of_focal * (t * positive + (1 - t) * negative) / x[0].numel() + of_p * p * (1 - p) if len(x) else x
-        g = torch.ops.aten.upsample_bilinear2d_backward(g, size, small.shape, False)
-        grad[layer, image, query] = g[:, 0].to(grad.dtype)
-    return grad
 
 
 @mask_loss_op.register_fake
 def _(masks, matched, labels, classes):
-    kind = torch.promote_types(masks.dtype, torch.float32) if masks.device.type == "cpu" else torch.float32
-    focal, dice = (masks.new_empty(matched.shape, dtype=kind) for _ in range(2))
+    focal, dice = (masks.new_empty(matched.shape, dtype=torch.float32) for _ in range(2))
     return focal, dice, masks.new_empty(*matched.shape, 4, dtype=torch.float32)
 
 
@@ -294,19 +236,17 @@ def _(grad_focal, grad_dice, sums, masks, matched, labels, classes):
     return masks.new_empty(masks.shape)
 
 
-def remember(ctx, inputs, output):
+def setup_context(ctx, inputs, output):
     ctx.save_for_backward(output[2], *inputs)
 
 
-def differentiate(ctx, grad_focal, grad_dice, _):
+def backward(ctx, grad_focal, grad_dice, _):
     return mask_loss_backward(grad_focal, grad_dice, *ctx.saved_tensors), None, None, None
 
 
-mask_loss_op.register_autograd(differentiate, setup_context=remember)
+mask_loss_op.register_autograd(backward, setup_context=setup_context)
 
 
 def mask_loss(masks: Tensor, matched: Tensor, labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference`, by the kernels where there is a GPU; differentiable in the masks."""
-    if torch.compiler.is_compiling() or (masks.is_cuda and served(masks, labels)):
-        return mask_loss_op(masks, matched, labels, classes)[:2]
-    return reference(masks, matched, labels, classes)
+    """Focal and dice loss of each pair, fp32 [L, B, T]; differentiable in the masks. See `launch_forward` and `fits`."""
+    return mask_loss_op(masks, matched, labels, classes)[:2]

@@ -7,38 +7,18 @@ logits, and their sum comes with it: no [Q, hw] weights in memory.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import Switch, cdiv, contiguous, jit, tl
+from kernels.jit import cdiv, contiguous, jit, tl
 
 SAFE = {"QUERIES": 32, "WIDTH": 64, "PIXELS": 32, "num_warps": 8}
 MASK_GRADIENT = {"QUERIES": 64, "WIDTH": 32, "PIXELS": 64, "num_warps": 8}  # 4 warps hold too much each
 FEATURE_GRADIENT = {"QUERIES": 32, "WIDTH": 64, "PIXELS": 64, "num_warps": 4}
 
 
-def mask_weights(masks: Tensor, threshold: float) -> Tensor:
-    """sigmoid(masks), or with a threshold from 0 to 1 whether it is above that (a negative threshold: soft)."""
-    if threshold < 0:
-        return masks.sigmoid()
-    return (masks > logit(threshold)).to(masks.dtype)
-
-
 def logit(threshold: float) -> float:
     """Where the sigmoid is `threshold`."""
     return math.inf if threshold >= 1 else -math.inf if threshold <= 0 else math.log(threshold / (1 - threshold))
-
-
-def reference(features: Tensor, masks: Tensor, threshold: float = -1.0) -> Tensor:
-    """features [B, D, h, w], mask logits [B, Q, h, w] -> mean features [B, Q, D], zero under an empty mask.
-
-    fp32 (fp64 where the inputs are) in the sums, the features' type at the end.
-    """
-    kind = torch.promote_types(features.dtype, torch.float32)
-    weights = mask_weights(masks.to(kind), threshold).flatten(2)  # [B, Q, hw]
-    sums = torch.einsum("bqn,bdn->bqd", weights, features.to(kind).flatten(2))
-    total = weights.sum(-1, keepdim=True)
-    return (sums / total.where(total > 0, 1)).to(features.dtype)
 
 
 @jit
@@ -145,7 +125,11 @@ def feature_gradient_kernel(
 
 
 def launch_forward(features: Tensor, masks: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """`reference` by the kernel, and the sum of each mask's weights [B, Q]."""
+    """features [B, D, h, w], mask logits [B, Q, h, w] -> the mean feature under each mask [B, Q, D], zero under an empty one,
+    in the features' type, and the sum of each mask's weights [B, Q].
+
+    A weight is sigmoid(mask) or, with a `threshold` from 0 to 1, whether that is above it (negative: soft).
+    """
     B, D = features.shape[:2]
     Q, HW = masks.shape[1], masks.shape[2] * masks.shape[3]
     features, masks = contiguous(features, masks)
@@ -189,8 +173,6 @@ def launch_backward(grad: Tensor, pooled: Tensor, total: Tensor, features: Tenso
 @torch.library.custom_op("zsseg::mask_pool", mutates_args=(), device_types="cuda")
 def mask_pool_op(features: Tensor, masks: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """See `launch_forward`."""
-    if not Switch.on:
-        return plain_mask_pool_op(features, masks, threshold)
     return launch_forward(features, masks, threshold)
 
 
@@ -198,36 +180,13 @@ def mask_pool_op(features: Tensor, masks: Tensor, threshold: float) -> tuple[Ten
 def mask_pool_backward(grad: Tensor, pooled: Tensor, total: Tensor, features: Tensor, masks: Tensor,
                        threshold: float) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `launch_backward`."""
-    if not Switch.on:
-        return plain_mask_pool_backward(grad, pooled, total, features, masks, threshold)
     return launch_backward(grad, pooled, total, features, masks, threshold)
-
-
-@mask_pool_op.register_kernel("cpu")
-def plain_mask_pool_op(features, masks, threshold):
-    kind = torch.promote_types(features.dtype, torch.float32)
-    return reference(features, masks, threshold), mask_weights(masks.to(kind), threshold).flatten(2).sum(-1)
-
-
-@mask_pool_backward.register_kernel("cpu")
-def plain_mask_pool_backward(grad, pooled, total, features, masks, threshold):
-    # By hand: below the operator nothing is recorded for autograd.
-    scaled = grad.to(total.dtype) / total.where(total > 0, 1)[..., None] * (total > 0)[..., None]  # [B, Q, D]
-    weights = mask_weights(masks.to(total.dtype), threshold)
-    of_features = torch.einsum("bqd,bqhw->bdhw", scaled, weights).to(features.dtype).contiguous()
-    if threshold >= 0:
-        return of_features, masks.new_zeros(masks.shape)
-    shift = (scaled * pooled.to(total.dtype)).sum(-1)[..., None, None]
-    slope = weights * (1 - weights)
-    of_masks = (torch.einsum("bqd,bdhw->bqhw", scaled, features.to(total.dtype)) - shift) * slope
-    return of_features, of_masks.to(masks.dtype).contiguous()
 
 
 @mask_pool_op.register_fake
 def _(features, masks, threshold):
     B, Q = masks.shape[:2]
-    kind = torch.promote_types(features.dtype, torch.float32) if masks.device.type == "cpu" else torch.float32
-    return features.new_empty(B, Q, features.shape[1]), masks.new_empty(B, Q, dtype=kind)
+    return features.new_empty(B, Q, features.shape[1]), masks.new_empty(B, Q, dtype=torch.float32)
 
 
 @mask_pool_backward.register_fake
@@ -235,20 +194,18 @@ def _(grad, pooled, total, features, masks, threshold):
     return features.new_empty(features.shape), masks.new_empty(masks.shape)
 
 
-def remember(ctx, inputs, output):
+def setup_context(ctx, inputs, output):
     features, masks, ctx.threshold = inputs
     ctx.save_for_backward(*output, features, masks)
 
 
-def differentiate(ctx, grad, _):
+def backward(ctx, grad, _):
     return *mask_pool_backward(grad, *ctx.saved_tensors, ctx.threshold), None
 
 
-mask_pool_op.register_autograd(differentiate, setup_context=remember)
+mask_pool_op.register_autograd(backward, setup_context=setup_context)
 
 
 def mask_pool(features: Tensor, masks: Tensor, threshold: float = -1.0) -> Tensor:
-    """`reference`; mask logits [B, Q, h', w'] of another size are first brought to the features' (bilinear)."""
-    if masks.shape[-2:] != features.shape[-2:]:
-        masks = F.interpolate(masks.float(), features.shape[-2:], mode="bilinear", align_corners=False)
+    """features [B, D, h, w], mask logits [B, Q, h, w] -> mean features [B, Q, D]. See `launch_forward`."""
     return mask_pool_op(features, masks, threshold)[0]

@@ -6,33 +6,11 @@
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import Switch, cdiv, contiguous, jit, power_of_two, tl
+from kernels.jit import cdiv, contiguous, jit, power_of_two, tl
 
 SAFE = {"ROWS": 64, "COLUMNS": 64, "PIXELS": 32, "num_warps": 8}
-
-
-def reference(logits: Tensor, masks: Tensor, labels: Tensor, classes: Tensor, focal_weight: float,
-              dice_weight: float) -> Tensor:  # fmt: skip
-    """logits [L, B, Q, C+1], masks [L, B, Q, h, w], labels [B, h, w], classes [B, T] -> [L, B, Q, T].
-
-    fp32, or fp64 where the inputs are. Columns beyond a picture's number of targets mean nothing.
-    """
-    L, _, Q, h, w = masks.shape
-    kind = torch.promote_types(masks.dtype, torch.float32)
-    truth = (labels[:, None] == classes[:, :, None, None]).flatten(2).to(kind)  # [B, T, hw]
-    x = masks.to(kind).flatten(3)  # [L, B, Q, hw]
-    p = x.sigmoid()
-    positive = 0.25 * (1 - p) ** 2 * F.softplus(-x)
-    negative = 0.75 * p**2 * F.softplus(x)
-    focal = torch.einsum("lbqn,btn->lbqt", positive, truth) + torch.einsum("lbqn,btn->lbqt", negative, 1 - truth)
-    overlap = torch.einsum("lbqn,btn->lbqt", p, truth)
-    dice = 1 - (2 * overlap + 1) / (p.sum(-1)[..., None] + truth.sum(-1)[:, None] + 1)
-    index = classes[None, :, None].expand(L, -1, Q, -1)  # [L, B, Q, T]
-    probability = logits.to(kind).softmax(-1).gather(-1, index)
-    return -probability + focal_weight * focal / (h * w) + dice_weight * dice
 
 
 @jit
@@ -136,7 +114,10 @@ def finish_kernel(
 
 
 def launch(logits: Tensor, masks: Tensor, labels: Tensor, classes: Tensor, focal_weight: float, dice_weight: float) -> Tensor:
-    """`reference` by the kernels; fp32."""
+    """logits [L, B, Q, C+1], masks [L, B, Q, h, w], labels [B, h, w], classes [B, T] -> fp32 [L, B, Q, T].
+
+    Columns beyond an image's number of targets mean nothing.
+    """
     L, B, Q, h, w = masks.shape
     T, C, HW, rows = classes.shape[1], logits.shape[-1], h * w, L * Q
     cost = masks.new_empty(L, B, Q, T, dtype=torch.float32)
@@ -166,18 +147,10 @@ def launch(logits: Tensor, masks: Tensor, labels: Tensor, classes: Tensor, focal
 @torch.library.custom_op("zsseg::matching_cost", mutates_args=(), device_types="cuda")
 def matching_cost(logits: Tensor, masks: Tensor, labels: Tensor, classes: Tensor, focal_weight: float,
                   dice_weight: float) -> Tensor:  # fmt: skip
-    """See `reference`. Not differentiable: matching needs no gradient."""
-    if not Switch.on:
-        return plain_matching_cost(logits, masks, labels, classes, focal_weight, dice_weight)
+    """See `launch`."""
     return launch(logits, masks, labels, classes, focal_weight, dice_weight)
-
-
-@matching_cost.register_kernel("cpu")
-def plain_matching_cost(logits, masks, labels, classes, focal_weight, dice_weight):
-    return reference(logits, masks, labels, classes, focal_weight, dice_weight)
 
 
 @matching_cost.register_fake
 def _(logits, masks, labels, classes, focal_weight, dice_weight):
-    kind = torch.promote_types(masks.dtype, torch.float32) if masks.device.type == "cpu" else torch.float32
-    return masks.new_empty(*masks.shape[:3], classes.shape[1], dtype=kind)
+    return masks.new_empty(*masks.shape[:3], classes.shape[1], dtype=torch.float32)

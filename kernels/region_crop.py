@@ -8,44 +8,14 @@ between, so that there is no sync.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import Switch, cdiv, contiguous, jit, tl
+from kernels.jit import cdiv, contiguous, jit, tl
 
 STRIDE = 4  # of the logits, to the padded network input
 SAFE_MASKS = {"ROWS": 16, "COLUMNS": 64, "num_warps": 4}
 SAFE_CROPS = {"PIXELS": 256, "num_warps": 4}
 CUBIC = -0.75  # PyTorch's
-
-
-def reference_masks(logits: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
-    """logits [Q, h, w] -> bool [Q, *size]: where the sigmoid of the upsampled logits is above the threshold."""
-    padded = (STRIDE * logits.shape[1], STRIDE * logits.shape[2])
-    masks = F.interpolate(logits[None].float(), padded, mode="bilinear", align_corners=False)[0]
-    return masks[:, : size[0], : size[1]].sigmoid() > threshold
-
-
-def reference_boxes(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """bool [Q, H, W] -> tight boxes int64 [Q, 4] as x0, y0, x1, y1 (ends excluded; empty masks: the whole), valid [Q]."""
-    H, W = masks.shape[-2:]
-    ends = []
-    for line, size in ((masks.any(1), W), (masks.any(2), H)):  # [Q, W], [Q, H]
-        first = line.int().argmax(1)
-        ends.append((first, size - line.flip(1).int().argmax(1)))
-    (x0, x1), (y0, y1) = ends
-    return torch.stack([x0, y0, x1, y1], 1), masks.flatten(1).any(1)
-
-
-def reference_crops(image: Tensor, masks: Tensor, boxes: Tensor, mean: list[float], std: list[float], side: int) -> Tensor:
-    """image [3, H, W] in 0..255, masks bool [P, H, W], boxes [P, 4] -> fp32 [P, 3, side, side], zero outside the mask."""
-    mean, std = (torch.tensor(v, device=image.device).view(3, 1, 1) for v in (mean, std))
-    image = (image / 255 - mean) / std
-    crops = image.new_empty(len(masks), 3, side, side)
-    for crop, mask, (x0, y0, x1, y1) in zip(crops, masks, boxes.tolist(), strict=True):
-        region = image[:, y0:y1, x0:x1] * mask[y0:y1, x0:x1]
-        crop[:] = F.interpolate(region[None], (side, side), mode="bicubic", align_corners=False)[0]
-    return crops
 
 
 @jit
@@ -145,7 +115,9 @@ def crop_kernel(
 
 
 def launch_masks(logits: Tensor, size: tuple[int, int], threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Masks uint8 [Q, *size], boxes int64 [Q, 4], valid [Q]; see the references."""
+    """logits [Q, h, w] -> masks uint8 [Q, *size], 1 where the sigmoid of the upsampled logits is above threshold; tight boxes
+    int64 [Q, 4] as x0, y0, x1, y1 (ends excluded; of an empty mask the whole), and valid [Q]: the mask is not empty.
+    """
     (Q, h, w), (H, W) = logits.shape, size
     level = math.inf if threshold >= 1 else -math.inf if threshold <= 0 else math.log(threshold / (1 - threshold))
     parameters = dict(SAFE_MASKS)
@@ -163,7 +135,10 @@ def launch_masks(logits: Tensor, size: tuple[int, int], threshold: float) -> tup
 
 def launch_crops(image: Tensor, masks: Tensor, index: Tensor, boxes: Tensor, mean: list[float], std: list[float], side: int,
                  kind: torch.dtype) -> Tensor:  # fmt: skip
-    """Crops [P, 3, side, side] of the masks that `index` [P] names; image and masks uint8, boxes [Q, 4] of all masks."""
+    """Crops [P, 3, side, side] of the masks that `index` [P] names, 0 outside the mask: of (image / 255 - mean) / std, bicubic.
+
+    image uint8 [3, H, W], masks uint8 [Q, H, W], boxes [Q, 4] of all masks.
+    """
     H, W = image.shape[-2:]
     crops = torch.empty(len(index), 3, side, side, dtype=kind, device=image.device)
     if not len(index):
@@ -180,15 +155,7 @@ def launch_crops(image: Tensor, masks: Tensor, index: Tensor, boxes: Tensor, mea
 @torch.library.custom_op("zsseg::region_masks", mutates_args=(), device_types="cuda")
 def region_masks(logits: Tensor, size: list[int], threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     """See `launch_masks`."""
-    if not Switch.on:
-        return plain_region_masks(logits, size, threshold)
     return launch_masks(logits, tuple(size), threshold)
-
-
-@region_masks.register_kernel("cpu")
-def plain_region_masks(logits, size, threshold):
-    masks = reference_masks(logits, tuple(size), threshold)
-    return masks.to(torch.uint8), *reference_boxes(masks)
 
 
 @region_masks.register_fake
@@ -202,14 +169,7 @@ def _(logits, size, threshold):
 def region_crop(image: Tensor, masks: Tensor, index: Tensor, boxes: Tensor, mean: list[float], std: list[float], side: int,
                 kind: torch.dtype) -> Tensor:  # fmt: skip
     """See `launch_crops`."""
-    if not Switch.on:
-        return plain_region_crop(image, masks, index, boxes, mean, std, side, kind)
     return launch_crops(image, masks, index, boxes, mean, std, side, kind)
-
-
-@region_crop.register_kernel("cpu")
-def plain_region_crop(image, masks, index, boxes, mean, std, side, kind):
-    return reference_crops(image, masks[index] != 0, boxes[index], mean, std, side).to(kind)
 
 
 @region_crop.register_fake

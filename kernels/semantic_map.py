@@ -9,29 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import Switch, cdiv, contiguous, jit, power_of_two, tl
+from kernels.jit import cdiv, contiguous, jit, power_of_two, tl
 
 SAFE = {"PIXELS": 64, "CLASSES": 32, "num_warps": 8}
-STRIDE = 4  # of the logits, to the padded network input
-BUDGET = 2**28  # bytes of score maps that the plain label map holds at once
-
-
-def reference(logits: Tensor, classes: Tensor, cut: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """logits [Q, h, w], classes [Q, C], network-input size before padding `cut`, original size -> scores [C, *size]."""
-    return scores_of(reference_masks(logits, cut), classes, size)
-
-
-def reference_masks(logits: Tensor, cut: tuple[int, int]) -> Tensor:
-    """The sigmoids at network-input size: [Q, h, w] -> [Q, *cut]."""
-    padded = (STRIDE * logits.shape[1], STRIDE * logits.shape[2])
-    logits = logits[None].to(torch.promote_types(logits.dtype, torch.float32))
-    return F.interpolate(logits, padded, mode="bilinear", align_corners=False)[0, :, : cut[0], : cut[1]].sigmoid()
-
-
-def scores_of(masks: Tensor, classes: Tensor, size: tuple[int, int]) -> Tensor:
-    """masks [Q, H, W], classes [Q, C] -> [C, *size]."""
-    scores = torch.einsum("qc,qhw->chw", classes.to(masks.dtype), masks)
-    return F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
 
 
 @jit
@@ -126,25 +106,7 @@ def launch(logits: Tensor, classes: Tensor, cut: tuple[int, int], size: tuple[in
 def semantic_map(logits: Tensor, classes: Tensor, cut: list[int], size: list[int],
                  want_scores: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `launch`."""
-    if not Switch.on:
-        return plain_semantic_map(logits, classes, cut, size, want_scores)
     return launch(logits, classes, tuple(cut), tuple(size), want_scores)
-
-
-@semantic_map.register_kernel("cpu")
-def plain_semantic_map(logits, classes, cut, size, want_scores):
-    C, masks = classes.shape[1], reference_masks(logits, tuple(cut))
-    tile = C if want_scores else max(BUDGET // (4 * max(cut[0] * cut[1], size[0] * size[1])), 1)
-    best, labels = masks.new_full(size, -1.0), masks.new_zeros(size, dtype=torch.int64)
-    for first in range(0, C, tile):
-        scores = scores_of(masks, classes[:, first : first + tile], tuple(size))
-        if tile >= C:
-            top, labels = scores.max(0)
-            return labels, top, scores if want_scores else scores.new_empty(0)
-        for i, value in enumerate(scores, first):
-            labels.masked_fill_(value > best, i)
-            torch.maximum(best, value, out=best)
-    return labels, best, best.new_empty(0)
 
 
 @semantic_map.register_fake

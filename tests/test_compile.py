@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from zsseg import checkpoint, run
-from zsseg.losses import Targets, normalizers, segmentation_losses
+from zsseg.losses import normalizers, segmentation_losses
 from zsseg.maskformer import MaskFormer
+from zsseg.matcher import Targets
 from zsseg.regions import classify_crops
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -21,7 +21,8 @@ import prepare_data
 from zsseg.clip import build_clip
 from zsseg.config import Config
 from zsseg.datasets import dataset
-from zsseg.losses import Targets, assign, matching_cost, normalizers, segmentation_losses
+from zsseg.losses import normalizers, segmentation_losses
+from zsseg.matcher import Targets, assign, matching_cost
 from zsseg.metrics import confusion, summarize
 from zsseg.regions import mask_boxes, normalize, region_crops
 from zsseg.run import Process

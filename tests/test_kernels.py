@@ -1,7 +1,8 @@
-"""The kernels against their references with fp64 as judge: in Triton's interpreter without a GPU, on the GPU where there is
-one. The launchers are called themselves: the operators would give CPU tensors to the references.
+"""The kernels against the plain PyTorch of zsseg/ with fp64 as judge: in Triton's interpreter without a GPU, on the GPU where
+there is one. The launchers are called themselves: the operators are for CUDA tensors.
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -13,15 +14,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import PROCESS, ROOT, tiny_clip_state, tiny_config
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import eval as evaluation
 import train
-from kernels import assignment, bench, mask_loss, mask_pool, matching_cost, region_crop, semantic_map
+from kernels import assignment, mask_loss, mask_pool, matching_cost, region_crop, semantic_map
 from kernels.jit import Switch
-from zsseg.segmenter import Segmenter
+from tests.benchmarks import kernels as bench
+from zsseg import clip, losses, matcher, regions
+from zsseg.losses import focal_and_dice
+from zsseg.matcher import Targets, hungarian
+from zsseg.regions import mask_probabilities
+from zsseg.segmenter import Segmenter, class_scores
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
+
+
+@contextlib.contextmanager
+def plain_pytorch():
+    """In here, CUDA tensors go to plain PyTorch, too."""
+    before, Switch.on = Switch.on, False
+    try:
+        yield
+    finally:
+        Switch.on = before
 
 
 def on_device(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -61,9 +78,11 @@ def test_matching_cost(L, B, Q, h, w, T, C, dtype):
     classes = torch.stack([torch.randperm(C)[:T] for _ in range(B)])
     logits, masks, labels, classes = on_device(logits.to(dtype), masks.to(dtype), labels, classes)
     masks = masks.transpose(-1, -2).contiguous().transpose(-1, -2)  # permuted strides
-    ours = matching_cost.launch(logits, masks, labels, classes, 20.0, 1.0)
-    plain = matching_cost.reference(logits, masks, labels, classes, 20.0, 1.0)
-    exact = matching_cost.reference(logits.double(), masks.double(), labels, classes, 20.0, 1.0)
+    ours = matching_cost.launch(logits, masks, labels.int(), classes, 20.0, 1.0)
+    targets = Targets(labels, classes, torch.full((B,), T))
+    with plain_pytorch():
+        plain = matcher.matching_cost(logits, masks, targets, 20.0, 1.0)
+        exact = matcher.matching_cost(logits.double(), masks.double(), targets, 20.0, 1.0)
     no_worse(ours, plain, exact)
 
 
@@ -93,7 +112,7 @@ def test_assignment_is_minimal(kind, Q, T):
         cost = torch.rand(2, 3, Q, 1) + torch.rand(2, 3, 1, T) + 0.01 * cost
     counts = [T, (T + 1) // 2, 0]
     matched, bad = assignment.launch(*on_device(cost, torch.tensor(counts)))
-    wanted, _ = assignment.reference(cost, torch.tensor(counts))
+    wanted, _ = hungarian(cost, torch.tensor(counts))
     assert not bad.any()
     assert total(cost, matched, counts) == pytest.approx(total(cost, wanted, counts), rel=1e-6, abs=1e-6)
 
@@ -103,7 +122,7 @@ def test_assignment_reports_what_is_not_finite():
     cost = torch.randn(1, 5, 10, 5)
     cost[0, 0, 3, 2], cost[0, 1], cost[0, 2, :, 1], cost[0, 4, 0, 4] = torch.nan, torch.inf, -torch.inf, torch.nan
     counts = torch.tensor([5, 5, 5, 5, 4])  # the last one's lies in the padding
-    for function in (assignment.launch, assignment.reference):
+    for function in (assignment.launch, hungarian):
         matched, bad = function(*on_device(cost, counts))
         assert bad.tolist() == [[True, True, True, False, False]]
         assert all(len(set(row.tolist())) == 5 for row in matched[0, :4]) and matched[0, 0, 2] != 3
@@ -131,7 +150,7 @@ def test_mask_loss_and_its_gradient(L, B, Q, h, w, T, R):
     results = []
     for kind in (torch.float32, torch.float64):
         x = masks.to(kind).requires_grad_()
-        losses = torch.stack(mask_loss.reference(x, matched, labels, classes))
+        losses = torch.stack(focal_and_dice(x, matched, labels, classes))
         results.append((losses, torch.autograd.grad((losses * grads).sum(), x)[0] if T else torch.zeros_like(x)))
     (plain, plain_grad), (exact, exact_grad) = results
     no_worse(focal, plain[0], exact[0])
@@ -139,23 +158,18 @@ def test_mask_loss_and_its_gradient(L, B, Q, h, w, T, R):
     no_worse(grad, plain_grad, exact_grad)
 
 
-def test_mask_loss_goes_the_plain_way_for_other_ratios():
+def test_mask_loss_takes_label_maps_of_a_multiple_of_the_logits_size():
     assert mask_loss.fits(torch.zeros(1, 1, 1, 8, 6), torch.zeros(1, 32, 24))
     for size in ((33, 24), (32, 48), (8, 6), (24, 18)):
         assert not mask_loss.fits(torch.zeros(1, 1, 1, 8, 6), torch.zeros(1, *size))
 
 
-def test_the_reference_s_gradient():
+def test_mask_loss_s_gradient_is_a_gradient():
     torch.manual_seed(0)
     x = torch.randn(1, 2, 3, 3, 2, dtype=torch.float64, requires_grad=True)
     labels, classes = torch.randint(0, 3, (2, 12, 8)), torch.tensor([[0, 1], [2, 0]])
     matched = torch.tensor([[[2, 0], [1, -1]]])
-    assert torch.autograd.gradcheck(lambda x: mask_loss.reference(x, matched, labels, classes), x)
-    if DEVICE == "cpu":  # the operator's own backward, on the CPU
-        assert torch.autograd.gradcheck(lambda x: mask_loss.mask_loss_op(x, matched, labels, classes)[:2], x)
-        f, m = torch.randn(1, 3, 2, 3, dtype=torch.float64, requires_grad=True), torch.randn(1, 2, 2, 3, dtype=torch.float64)
-        m.requires_grad_()
-        assert torch.autograd.gradcheck(lambda f, m: mask_pool.mask_pool_op(f, m, -1.0)[0], (f, m))
+    assert torch.autograd.gradcheck(lambda x: focal_and_dice(x, matched, labels, classes), x)
 
 
 # --- mask pooling ------------------------------------------------------------------------------------------------
@@ -174,7 +188,7 @@ def test_mask_pool_and_its_gradients(B, Q, D, h, w, threshold):
     results = []
     for kind in (torch.float32, torch.float64):
         f, m = features.to(kind).requires_grad_(), masks.to(kind).requires_grad_()
-        out = mask_pool.reference(f, m, threshold)
+        out = pool(f, m, threshold)
         gradients = torch.autograd.grad(out, (f, m), grad.to(kind), allow_unused=True)
         results.append((out, gradients[0], torch.zeros_like(m) if gradients[1] is None else gradients[1]))
     for ours, plain, exact in zip((pooled, of_features, of_masks), *results, strict=True):
@@ -183,14 +197,19 @@ def test_mask_pool_and_its_gradients(B, Q, D, h, w, threshold):
         assert (pooled[0, 0] == 0).all()  # nothing is above the threshold
 
 
+def pool(features: torch.Tensor, masks: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Mean features under masks, soft or thresholded: the definition."""
+    weights = masks.sigmoid() if threshold < 0 else (masks > np.log(threshold / (1 - threshold))).to(masks.dtype)
+    weights = weights.flatten(2)
+    total = weights.sum(-1, keepdim=True)
+    return torch.einsum("bqn,bdn->bqd", weights, features.flatten(2)) / total.where(total > 0, 1)
+
+
 def test_mask_pool_is_a_mean():
-    features = torch.randn(1, 3, 4, 5)
-    masks = torch.full((1, 2, 4, 5), -9.0)
+    features, masks = torch.randn(1, 3, 4, 5), torch.full((1, 2, 4, 5), -9.0)
     masks[0, 0, 1, 2] = 9.0
-    pooled = mask_pool.mask_pool(features, masks, 0.5)
-    assert torch.equal(pooled[0, 0], features[0, :, 1, 2]) and (pooled[0, 1] == 0).all()
-    soft = mask_pool.mask_pool(features, torch.zeros(1, 1, 8, 10))  # another size: brought to the features'
-    assert torch.allclose(soft[0, 0], features.mean((2, 3))[0], atol=1e-6)
+    pooled, _ = mask_pool.launch_forward(*on_device(features, masks), 0.5)
+    assert torch.equal(pooled[0, 0].cpu(), features[0, :, 1, 2]) and (pooled[0, 1] == 0).all()
 
 
 # --- regions and label map ---------------------------------------------------------------------------------------
@@ -201,16 +220,17 @@ def test_mask_pool_is_a_mean():
                           (1, 16, 24, (61, 93), 31, 0.4), (4, 8, 8, (29, 32), 8, 1.0)])  # fmt: skip
 def test_region_masks_boxes_and_crops(Q, h, w, size, side, threshold):
     torch.manual_seed(0)
-    mean, std = [0.48, 0.46, 0.41], [0.27, 0.26, 0.28]
+    mean, std = list(clip.MEAN), list(clip.STD)
     logits, image = on_device(rough(Q, h, w), torch.randint(0, 256, (3, *size), dtype=torch.uint8))
     masks, boxes, valid = region_crop.launch_masks(logits, size, threshold)
-    wanted = region_crop.reference_masks(logits, size, threshold)
-    assert torch.equal(masks.bool(), wanted)
-    assert [t.tolist() for t in (boxes, valid)] == [t.tolist() for t in region_crop.reference_boxes(wanted)]
+    with plain_pytorch():
+        wanted = regions.region_masks(logits, size, threshold)
+    assert [t.tolist() for t in (masks, boxes, valid)] == [t.tolist() for t in wanted]
     index = torch.arange(Q, device=DEVICE).flip(0)
     ours = region_crop.launch_crops(image, masks, index, boxes, mean, std, side, torch.float32)
-    arguments = (masks[index] != 0, boxes[index], mean, std, side)
-    no_worse(ours, region_crop.reference_crops(image, *arguments), region_crop.reference_crops(image.double(), *arguments))
+    with plain_pytorch():
+        plain, exact = (regions.region_crops(x, masks, boxes, side, index) for x in (image, image.double()))
+    no_worse(ours, plain, exact)
     assert (ours[~valid[index]] == 0).all()
 
 
@@ -222,8 +242,8 @@ def test_semantic_map(Q, h, w, C, cut, size):
     logits, classes = on_device(rough(Q, h, w), torch.rand(Q, C) ** 4)
     labels, top, scores = semantic_map.launch(logits, classes, cut, size, True)
     assert torch.equal(top, scores.amax(0))
-    plain = semantic_map.reference(logits, classes, cut, size)
-    exact = semantic_map.reference(logits.double(), classes.double(), cut, size)
+    plain, exact = (class_scores(mask_probabilities(x, cut), y, size)
+                    for x, y in ((logits, classes), (logits.double(), classes.double())))  # fmt: skip
     apart = (scores.double() - exact).abs().max() / exact.abs().max()
     assert apart < max(2 * float((plain.double() - exact).abs().max() / exact.abs().max()), 3e-6 if Q > 1 else 3e-5)
     top = exact.gather(0, labels[None])[0]
@@ -261,18 +281,41 @@ def operator_calls() -> list[tuple]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("number", range(7))
-def test_operators_on_the_gpu_equal_those_on_the_cpu(number):
-    op, *arguments = operator_calls()[number]
-    ours, plain = op(*arguments), op(*(t.cpu() if isinstance(t, torch.Tensor) else t for t in arguments))
-    for a, b in zip(*(r if isinstance(r, tuple) else (r,) for r in (ours, plain)), strict=True):
-        if op is not mask_loss.mask_loss_op or a.shape[-1] != 4:  # sums that only the kernel's backward needs
-            assert torch.allclose(a.float().cpu(), b.float(), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("number", range(7))
 def test_operators_are_well_formed(number):
     op, *arguments = operator_calls()[number]
     torch.library.opcheck(op, tuple(arguments))
+
+
+@pytest.mark.gpu
+def test_the_program_gives_the_same_with_kernels_and_without():
+    """Through the functions of zsseg/, which hand CUDA tensors to the kernels."""
+    torch.manual_seed(0)
+    class_logits, masks = torch.randn(2, 2, 20, 7, device="cuda"), rough(2, 2, 20, 16, 12).cuda()
+    labels, image = torch.randint(0, 6, (2, 64, 48), device="cuda"), torch.randint(0, 256, (3, 62, 45), device="cuda")
+    targets = Targets(labels, torch.arange(6, device="cuda").expand(2, 6), torch.tensor([6, 4], device="cuda"))
+    logits, one = masks[0, 0].contiguous(), torch.ones(2, device="cuda")
+
+    def results() -> list[torch.Tensor]:
+        cost = matcher.matching_cost(class_logits, masks, targets, 20.0, 1.0)
+        matched, bad = matcher.assign(cost, targets.counts)
+        found = [*regions.region_masks(logits, (62, 45), 0.5)]
+        crops = regions.region_crops(image.to(torch.uint8), *found[:2], 32)
+        return [cost, matched, bad, *losses.mask_losses(masks, matched, targets, one[0]), *found, crops]
+
+    ours = results()
+    with plain_pytorch():
+        plain = results()
+    for a, b in zip(ours, plain, strict=True):
+        assert torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_fake_results_have_the_shapes_of_real_ones():
+    """What torch.compile plans with, on CUDA tensors without values."""
+    with FakeTensorMode() as mode:
+        for op, *arguments in operator_calls():
+            values = [mode.from_tensor(a).cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+            found = op(*values)
+            assert all(t.is_cuda for t in (found if isinstance(found, tuple) else (found,)))
 
 
 def test_kernels_can_be_switched_off(shapes_root, tmp_path):

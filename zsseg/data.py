@@ -24,7 +24,7 @@ from zsseg.config import Config, DataConfig
 from zsseg.datasets import DataSet, dataset, find_pairs, training_set
 from zsseg.images import read_labels, read_picture
 from zsseg.label_statistics import LabelStatistics, label_statistics
-from zsseg.losses import Targets
+from zsseg.matcher import Targets
 from zsseg.regions import mask_boxes, region_crops
 from zsseg.run import SIGNALS, UserError, left_out, say, seed_of, several
 

@@ -1,54 +1,18 @@
-"""Set-prediction training (MaskFormer, Cheng et al. 2021): matching cost, assignment, losses; CLIP's contrastive loss."""
+"""Set-prediction training (MaskFormer, Cheng et al. 2021): class, focal and dice loss; per-pixel and contrastive losses.
 
-from dataclasses import dataclass
+Everything here is plain PyTorch; CUDA tensors go to a kernel that computes the same.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import matching_cost as matching
-from kernels.assignment import assignment
-from kernels.mask_loss import mask_loss
+from kernels import mask_loss
+from kernels.jit import use_triton
+from zsseg.matcher import Targets, assign, matching_cost
 from zsseg.run import Process
 
-
-@dataclass
-class Targets:
-    """What is in each picture, padded to the largest count T; the mask of a target is `labels == class`."""
-    labels: Tensor  # [B, H, W], class ids and the ignore value
-    classes: Tensor  # [B, T] int64, padded with 0
-    counts: Tensor  # [B] int64
-
-    def to(self, device: torch.device) -> "Targets":
-        return Targets(*(t.to(device, non_blocking=True) for t in (self.labels, self.classes, self.counts)))
-
-    def pin_memory(self) -> "Targets":
-        return Targets(*(t.pin_memory() for t in (self.labels, self.classes, self.counts)))
-
-    def padded(self) -> "Targets":
-        """T raised to 15, 31, 63 or more: a compiled program serves one T, and the matching kernel a power of two less one."""
-        T = self.classes.shape[1]
-        wide = T if T == 64 else max(2 ** T.bit_length() - 1, 15)  # 64 is what the assignment kernel still takes
-        return Targets(self.labels, F.pad(self.classes, (0, wide - T)), self.counts)
-
-
-def matching_cost(logits: Tensor, masks: Tensor, targets: Targets, focal_weight: float, dice_weight: float) -> Tensor:
-    """Cost of every query for every target: -p[class] + focal + dice, all layers and pictures at once.
-
-    logits [L, B, Q, C+1], masks [L, B, Q, h, w] -> fp32 [L, B, Q, T]; columns beyond a picture's count mean nothing.
-    Label maps are brought to h x w by nearest sampling.
-    """
-    labels = F.interpolate(targets.labels[:, None].float(), masks.shape[-2:], mode="nearest")[:, 0].int()  # [B, h, w]
-    return matching.matching_cost(logits, masks, labels, targets.classes, focal_weight, dice_weight)
-
-
-def assign(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimum-cost assignment per layer and picture: cost [L, B, Q, T] -> the query of each target, int64 [L, B, T].
-
-    -1 where a target is padding, or is left without a query because there are fewer queries than targets. Costs that are
-    not finite count as a million; bool [L, B] says where there were any.
-    """
-    return assignment(cost, counts)
+ALPHA = 0.25  # of the focal loss (Lin et al. 2017), with gamma 2
 
 
 def normalizers(counts: Tensor, queries: int, no_object_weight: float, process: Process) -> Tensor:
@@ -75,8 +39,36 @@ def class_loss(logits: Tensor, matched: Tensor, classes: Tensor, no_object_weigh
 
 def mask_losses(masks: Tensor, matched: Tensor, targets: Targets, num_masks: Tensor) -> tuple[Tensor, Tensor]:
     """Focal and dice loss [L] each of the matched pairs, at the label map's size, summed and divided by `num_masks`."""
-    focal, dice = mask_loss(masks, matched, targets.labels, targets.classes)  # [L, B, T]
+    if use_triton(masks) and mask_loss.fits(masks, targets.labels):
+        focal, dice = mask_loss.mask_loss(masks, matched, targets.labels, targets.classes)
+    else:
+        focal, dice = focal_and_dice(masks, matched, targets.labels, targets.classes)
     return focal.sum((1, 2)) / num_masks, dice.sum((1, 2)) / num_masks
+
+
+def focal_and_dice(masks: Tensor, matched: Tensor, labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """mask logits [L, B, Q, h, w], matched [L, B, T] (query of each target or -1), labels [B, H, W], classes [B, T]
+    -> focal and dice loss of each pair [L, B, T], 0 where there is no match. fp32, or fp64 where the masks are.
+    """
+    L, (B, T), (h, w) = len(masks), classes.shape, masks.shape[-2:]
+    dtype = torch.promote_types(masks.dtype, torch.float32)
+    if not T:
+        return tuple(masks.new_zeros(2, L, B, 0, dtype=dtype))
+    t = (labels[:, None] == classes[:, :, None, None]).to(dtype)  # [B, T, H, W]
+    focal, dice = [], []
+    for layer_masks, query in zip(masks, matched, strict=True):
+        index = query.clamp(min=0)[..., None, None].expand(-1, -1, h, w)
+        x = layer_masks.gather(1, index).to(dtype)  # [B, T, h, w]
+        x = F.interpolate(x, labels.shape[-2:], mode="bilinear", align_corners=False)  # [B, T, H, W]
+        p = x.sigmoid()
+
+        cross_entropy = F.binary_cross_entropy_with_logits(x, t, reduction="none")
+        missed = p * (1 - t) + (1 - p) * t  # 1 - p of what is true
+        loss = ((ALPHA * t + (1 - ALPHA) * (1 - t)) * missed**2 * cross_entropy).mean((2, 3))
+        ratio = (2 * (p * t).sum((2, 3)) + 1) / (p.sum((2, 3)) + t.sum((2, 3)) + 1)
+        focal.append(torch.where(query >= 0, loss, 0))
+        dice.append(torch.where(query >= 0, 1 - ratio, 0))
+    return torch.stack(focal), torch.stack(dice)
 
 
 def segmentation_losses(logits: Tensor, masks: Tensor, targets: Targets, scales: Tensor, focal_weight: float,

@@ -5,20 +5,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import region_crop as kernel
+from kernels.jit import use_triton
 from kernels.mask_pool import mask_pool
 from zsseg import clip as clip_module
 from zsseg.clip import CLIP, cosine_logits
 from zsseg.run import out_of_memory, say
 
+STRIDE = 4  # from mask logits to the padded network input
+
+
+def mask_probabilities(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mask logits [Q, h, w] at stride 4 -> probabilities at network-input size, before padding: [Q, *size], fp32 or fp64."""
+    padded = (STRIDE * logits.shape[1], STRIDE * logits.shape[2])
+    logits = logits[None].to(torch.promote_types(logits.dtype, torch.float32))
+    return F.interpolate(logits, padded, mode="bilinear", align_corners=False)[0, :, : size[0], : size[1]].sigmoid()
+
+
+def region_masks(logits: Tensor, size: tuple[int, int], threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask logits [Q, h, w] -> where the probability is above the threshold, 0 or 1, uint8 [Q, *size]; boxes and valid as
+    `mask_boxes` gives them.
+    """
+    if use_triton(logits):
+        return kernel.region_masks(logits, list(size), threshold)
+    masks = mask_probabilities(logits, size) > threshold
+    return masks.to(torch.uint8), *mask_boxes(masks)
+
 
 def mask_boxes(masks: Tensor, expand_ratio: float = 1.0) -> tuple[Tensor, Tensor]:
     """Tight boxes of binary masks [Q, H, W] -> int64 [Q, 4] as x0, y0, x1, y1 (ends excluded), and valid [Q] bool.
 
-    Boxes are scaled by `expand_ratio` about their centre and clipped; an empty mask gets the whole picture and
-    valid = False.
+    Boxes are scaled by `expand_ratio` about their centre and clipped; an empty mask gets the whole image and valid = False.
     """
-    boxes, valid = kernel.reference_boxes(masks)
-    return expand_boxes(boxes, expand_ratio, masks.shape[-2:]), valid
+    H, W = masks.shape[-2:]
+    ends = []
+    for line, length in ((masks.bool().any(1), W), (masks.bool().any(2), H)):  # [Q, W], [Q, H]
+        first = line.int().argmax(1)
+        ends.append((first, length - line.flip(1).int().argmax(1)))
+    (x0, x1), (y0, y1) = ends
+    boxes = torch.stack([x0, y0, x1, y1], 1)
+    return expand_boxes(boxes, expand_ratio, (H, W)), masks.flatten(1).bool().any(1)
 
 
 def expand_boxes(boxes: Tensor, ratio: float, size: tuple[int, int]) -> Tensor:
@@ -46,11 +71,16 @@ def region_crops(image: Tensor, masks: Tensor, boxes: Tensor, resolution: int, i
     is 0 after it. `index` [P] chooses among the masks; without it, P = Q. bf16 under autocast, else fp32.
     """
     index = torch.arange(len(masks), device=masks.device) if index is None else index
-    kind = torch.bfloat16 if torch.is_autocast_enabled(image.device.type) else torch.float32
-    sizes = (list(clip_module.MEAN), list(clip_module.STD), resolution)
-    if image.is_cuda and image.dtype != torch.uint8:
-        return kernel.reference_crops(image, masks[index] != 0, boxes[index], *sizes).to(kind)
-    return kernel.region_crop(image, masks.to(torch.uint8), index, boxes, *sizes, kind)
+    dtype = torch.bfloat16 if torch.is_autocast_enabled(image.device.type) else torch.float32
+    if use_triton(image) and image.dtype == torch.uint8:
+        mean, std = list(clip_module.MEAN), list(clip_module.STD)
+        return kernel.region_crop(image, masks.to(torch.uint8), index, boxes, mean, std, resolution, dtype)
+    image = normalize(image)
+    crops = image.new_empty(len(index), 3, resolution, resolution)
+    for crop, mask, (x0, y0, x1, y1) in zip(crops, masks[index] != 0, boxes[index].tolist(), strict=True):
+        region = image[:, y0:y1, x0:x1] * mask[y0:y1, x0:x1]
+        crop[:] = F.interpolate(region[None], (resolution, resolution), mode="bicubic", align_corners=False)[0]
+    return crops.to(dtype)
 
 
 def shrunk(clip: CLIP, image: Tensor, edge: int) -> Tensor:
@@ -85,7 +115,10 @@ def classify_in_one_pass(clip: CLIP, image: Tensor, masks: Tensor, text: Tensor,
         dense = dense.permute(0, 3, 1, 2).float()  # [1, D, h, w]
         share = F.adaptive_avg_pool2d(masks.float()[None], dense.shape[-2:])  # [1, P, h, w]
         share = share / share.amax((2, 3), keepdim=True).clamp(min=1e-12)  # or others outweigh a region of few pixels
-        features = mask_pool(dense.contiguous(), share.logit(1e-6))[0]
+        if use_triton(dense):
+            features = mask_pool(dense.contiguous(), share.logit(1e-6))[0]
+        else:
+            features = share[0].flatten(1) @ dense[0].flatten(1).T  # [P, D]: the mean, but for its length
     return cosine_logits(features, text)
 
 

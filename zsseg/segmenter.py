@@ -1,5 +1,6 @@
 """The whole method at inference (Xu et al. 2021): proposals, CLIP on the regions, ensemble, label map."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.region_crop import STRIDE, region_masks
+from kernels.jit import use_triton
 from kernels.semantic_map import semantic_map
 from zsseg import checkpoint, weights
 from zsseg.backbone import load_backbone
@@ -16,9 +17,20 @@ from zsseg.config import Config, load_config
 from zsseg.datasets import dataset
 from zsseg.maskformer import MaskFormer, PerPixel
 from zsseg.prompts import LearnedPrompt, build_prompt, text_features
-from zsseg.regions import classify_crops, classify_in_one_pass, dense_logits, expand_boxes, region_crops
+from zsseg.regions import (
+    STRIDE,
+    classify_crops,
+    classify_in_one_pass,
+    dense_logits,
+    expand_boxes,
+    mask_probabilities,
+    region_crops,
+    region_masks,
+)
 from zsseg.run import UserError, say
 from zsseg.tokenizer import Tokenizer, check_names
+
+BUDGET = 2**28  # bytes of score maps that a label map holds at once
 
 
 @dataclass
@@ -208,12 +220,16 @@ class Segmenter(nn.Module):
     @torch.inference_mode()
     def label_map(self, classes: Tensor, proposals: Proposals, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The class with the largest score at every pixel of the original `size` (height, width), int64, and that score."""
-        return semantic_map(proposals.logits, classes.float(), proposals.size, size, False)[:2]
+        if use_triton(classes):
+            return semantic_map(proposals.logits, classes.float(), list(proposals.size), list(size), False)[:2]
+        return best_class(proposals.logits, classes.float(), proposals.size, size)
 
     @torch.inference_mode()
     def score_map(self, classes: Tensor, proposals: Proposals, size: tuple[int, int]) -> Tensor:
         """Sum over queries of class score x mask, resized to the original `size` (height, width): [C, *size]."""
-        return semantic_map(proposals.logits, classes.float(), proposals.size, size, True)[2]
+        if use_triton(classes):
+            return semantic_map(proposals.logits, classes.float(), list(proposals.size), list(size), True)[2]
+        return class_scores(mask_probabilities(proposals.logits, proposals.size), classes.float(), size)
 
     def forward(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Picture [3, H, W] -> label map int64 `size`."""
@@ -237,6 +253,28 @@ class Segmenter(nn.Module):
                 if name not in parts:
                     raise UserError(what, f"has no learned {name}", f"set clip.prompts, or clip.{name} to a fixed prompt")
                 checkpoint.load_strict(module, parts[name], what, "set clip.prompt_prefix")
+
+
+def class_scores(masks: Tensor, classes: Tensor, size: tuple[int, int]) -> Tensor:
+    """score[c] = sum over q of classes[q, c] masks[q], resized: masks [Q, H, W], classes [Q, C] -> [C, *size]."""
+    scores = torch.einsum("qc,qhw->chw", classes.to(masks.dtype), masks)
+    return F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
+
+
+def best_class(logits: Tensor, classes: Tensor, input_size: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Argmax and maximum of `class_scores` over the classes, a few classes at a time: int64 and float `size`."""
+    C, masks = classes.shape[1], mask_probabilities(logits, input_size)
+    tile = max(BUDGET // (4 * max(math.prod(input_size), math.prod(size))), 1)
+    best, labels = masks.new_full(size, -1.0), masks.new_zeros(size, dtype=torch.int64)
+    for first in range(0, C, tile):
+        scores = class_scores(masks, classes[:, first : first + tile], size)
+        if tile >= C:
+            top, labels = scores.max(0)
+            return labels, top
+        for i, value in enumerate(scores, first):
+            labels.masked_fill_(value > best, i)
+            torch.maximum(best, value, out=best)
+    return labels, best
 
 
 def build_segmenter(config: Config, root: Path, saved: dict[str, checkpoint.State] | None = None) -> Segmenter:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from kernels.bench import bounds, machine, measure
+from tests.benchmarks.kernels import bounds, machine, measure
 
 INFERENCE = ("plain", "chunks", "towers", "isa", "kernels", "bf16", "compile")
 TRAINING = ("plain", "kernels", "bf16", "compile")
@@ -142,8 +142,9 @@ def training(done: set[str], args: argparse.Namespace) -> dict:
     import train
     from zsseg import run
     from zsseg.config import load_config
-    from zsseg.losses import Targets, segmentation_losses
+    from zsseg.losses import segmentation_losses
     from zsseg.maskformer import MaskFormer
+    from zsseg.matcher import Targets
 
     process = run.start(args.device)
     cuda = process.device.type == "cuda"

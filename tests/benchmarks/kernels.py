@@ -1,8 +1,8 @@
-"""Time every kernel against its plain version and torch.compile of that: `python -m kernels.bench [--csv FILE]`.
+"""Time every kernel against its plain version and torch.compile of that: `python -m tests.benchmarks.kernels [--csv FILE]`.
 
 Median and 20% / 80% quantiles, effective GB/s of the bytes that must move and their share of this GPU's copy bandwidth, peak
-memory; first the copy bandwidth and the bf16 matrix rate. On a CPU (`--device cpu`) the sizes are small and the operators are
-the references: that only shows that the benchmark runs.
+memory; first the copy bandwidth and the bf16 matrix rate. On a CPU (`--device cpu`) the sizes are small and both are plain
+PyTorch: that only shows that the benchmark runs.
 """
 
 import argparse
@@ -12,14 +12,23 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import TextIO
 
 import torch
 from torch import Tensor
 
-from kernels import assignment, mask_loss, mask_pool, matching_cost, region_crop, semantic_map
+from kernels.assignment import assignment
+from kernels.jit import Switch
+from kernels.mask_loss import mask_loss
+from kernels.mask_pool import mask_pool
+from kernels.matching_cost import matching_cost
+from kernels.region_crop import region_crop, region_masks
+from kernels.semantic_map import semantic_map
+from zsseg import matcher, regions
+from zsseg.losses import focal_and_dice
+from zsseg.segmenter import best_class
 
 FIELDS = ("kernel", "provider", "median_ms", "low_ms", "high_ms", "GB_per_s", "percent_of_copy", "peak_MiB", "device", "torch",
           "triton", "commit")  # fmt: skip
@@ -70,33 +79,64 @@ def cases(device: str) -> dict[str, tuple[Callable, Callable, int]]:
     coarse = labels[:, ::4, ::4].int().contiguous()
     counts = torch.full((B,), T, device=device)
     cost = torch.randn(L, B, Q, T, device=device)
-    matched = assignment.reference(cost, counts)[0]
-    picture = torch.randint(0, 256, (3, 4 * h, 4 * w), device=device, dtype=torch.uint8)
-    single = masks[0, 0].float()  # as inference has them
-    regions, boxes, _ = region_crop.region_masks(single, list(picture.shape[1:]), 0.5)
-    index, side = torch.arange(Q, device=device), 32 if small else 224
+    matched = matcher.hungarian(cost, counts)[0]
+    image = torch.randint(0, 256, (3, 4 * h, 4 * w), device=device, dtype=torch.uint8)
+    single, cut = masks[0, 0].float(), [4 * h, 4 * w]  # as inference has them
+    side, index = 32 if small else 224, torch.arange(Q, device=device)
+    with plain():
+        foregrounds, boxes, _ = regions.region_masks(single, cut, 0.5)
     sizes = ([0.48, 0.46, 0.41], [0.27, 0.26, 0.28], side, kind)
-    scores, cut = torch.rand(Q, 847 if not small else 12, device=device), [4 * h, 4 * w]
+    scores = torch.rand(Q, 847 if not small else 12, device=device)
     features = torch.randn(B, 32 if small else 512, h, w, device=device, dtype=kind)
+    targets = matcher.Targets(labels, classes, counts)
     read = lambda *tensors: sum(t.numel() * t.element_size() for t in tensors)
     gradient = lambda function: backward(lambda x: function(x, matched, labels, classes), masks)
-    pool = lambda function: backward(lambda f, m: function(f, m, -1.0), features, masks[0])
-    crop = (picture, regions, index, boxes)
+    pool = lambda function: backward(function, features, masks[0])
+    ours = lambda function, other: function if device == "cuda" else other  # the kernels want a GPU
+
+    def plain_cost() -> Tensor:
+        with plain():
+            return matcher.matching_cost(logits, masks, targets, 20.0, 1.0)
+
+    def plain_masks() -> tuple[Tensor, ...]:
+        with plain():
+            return regions.region_masks(single, cut, 0.5)
+
+    def plain_crops() -> Tensor:
+        with plain():
+            return regions.region_crops(image, foregrounds, boxes, side)
+
+    def plain_map() -> tuple[Tensor, Tensor]:
+        return best_class(single, scores, tuple(cut), tuple(cut))
+
+    def pooled(features: Tensor, masks: Tensor) -> Tensor:
+        weights = masks.float().sigmoid().flatten(2)  # [B, Q, hw]
+        return torch.einsum("bqn,bdn->bqd", weights, features.float().flatten(2)) / weights.sum(-1, keepdim=True)
+
     return {
-        "matching_cost": (lambda: matching_cost.reference(logits, masks, coarse, classes, 20.0, 1.0),
-                          lambda: matching_cost.matching_cost(logits, masks, coarse, classes, 20.0, 1.0), read(masks, logits)),
-        "assignment": (lambda: assignment.reference(cost, counts), lambda: assignment.assignment(cost, counts), read(cost)),
-        "mask_loss, both ways": (gradient(mask_loss.reference), gradient(mask_loss.mask_loss),
+        "matching_cost": (plain_cost, ours(lambda: matching_cost(logits, masks, coarse, classes, 20.0, 1.0), plain_cost),
+                          read(masks, logits)),
+        "assignment": (lambda: matcher.hungarian(cost, counts),
+                       ours(lambda: assignment(cost, counts), lambda: matcher.hungarian(cost, counts)), read(cost)),
+        "mask_loss, both ways": (gradient(focal_and_dice), gradient(ours(mask_loss, focal_and_dice)),
                                  2 * L * B * T * h * w * masks.element_size() + 2 * read(labels)),
-        "region_crop": (lambda: region_crop.plain_region_crop(*crop, *sizes), lambda: region_crop.region_crop(*crop, *sizes),
-                        read(regions) + Q * 3 * side**2 * masks.element_size()),
-        "region_masks": (lambda: region_crop.plain_region_masks(single, cut, 0.5),
-                         lambda: region_crop.region_masks(single, cut, 0.5), read(single, regions)),
-        "semantic_map": (lambda: semantic_map.plain_semantic_map(single, scores, cut, cut, False),
-                         lambda: semantic_map.semantic_map(single, scores, cut, cut, False),
+        "region_crop": (plain_crops, ours(lambda: region_crop(image, foregrounds, index, boxes, *sizes), plain_crops),
+                        read(foregrounds) + Q * 3 * side**2 * masks.element_size()),
+        "region_masks": (plain_masks, ours(lambda: region_masks(single, cut, 0.5), plain_masks), read(single, foregrounds)),
+        "semantic_map": (plain_map, ours(lambda: semantic_map(single, scores, cut, cut, False), plain_map),
                          read(single, scores) + 4 * cut[0] * cut[1]),
-        "mask_pool, both ways": (pool(mask_pool.reference), pool(mask_pool.mask_pool), 3 * read(features, masks[0])),
+        "mask_pool, both ways": (pool(pooled), pool(ours(mask_pool, pooled)), 3 * read(features, masks[0])),
     }  # fmt: skip
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """In here, CUDA tensors go to plain PyTorch, too."""
+    before, Switch.on = Switch.on, False
+    try:
+        yield
+    finally:
+        Switch.on = before
 
 
 def machine(device: str) -> dict[str, str]:

@@ -21,7 +21,7 @@ from zsseg.config import DataConfig, load_config
 from zsseg.datasets import DATASETS, Absent, Archive, DataSet, Listing, dataset, find_listing, find_pairs
 from zsseg.download import check_file, fetch, unpack
 from zsseg.faults import load_last
-from zsseg.files import replacing
+from zsseg.files import release, replacing
 from zsseg.images import read_labels, read_picture, read_values
 from zsseg.label_statistics import Count, count_classes, count_split, label_statistics
 from zsseg.run import UserError, several
@@ -59,7 +59,11 @@ def prepare_shapes(root: Path, workers: int) -> None:
     last = folder / "clip" / "last.pt"
     config = load_config(str(Path(__file__).parent / "configs" / "shapes_clip.toml"), [f"data.workers={workers}"])
     there = last.exists() or last.with_name("previous.pt").exists()
-    if not train(config, root, last.parent, run.start("cpu"), load_last(last.parent) if there else {}):
+    try:
+        finished = train(config, root, last.parent, run.start("cpu"), load_last(last.parent) if there else {})
+    finally:
+        release(last.parent)
+    if not finished:
         raise SystemExit("run it again to go on")
     checkpoint.save(folder / "clip.pt", model=checkpoint.load(last)["model"])
 

@@ -301,7 +301,11 @@ def main(argv: list[str]) -> None:
                 run.say(f"{key} is not read again: the weights are those of {out / 'last.pt'}")
         if saved.get("commit") != run.commit():
             run.say(f"the program has changed since: {saved.get('commit') or 'unknown'} -> {run.commit() or 'unknown'}")
-    if not train(config, args.root, out, process, saved):
+    try:
+        finished = train(config, args.root, out, process, saved)
+    finally:
+        release(out)
+    if not finished:
         run.say("--resume goes on")
 
 
@@ -393,7 +397,6 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
             if stopping and done < steps:
                 run.say(f"stopped as asked, after step {done} of {steps}")
                 log.finish()
-                release(out)
                 return False
             validate(done)
     process.share(task.model)
@@ -411,7 +414,6 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
         if process.is_main:
             task.report(result, out)
     log.finish()
-    release(out)
     return True
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 # {log: (seconds at most, words)}
 STEPS = {
     "tests.log": (120, ["-m", "pytest", "-q", "--tb=short", "-rf", "--maxfail=20", "tests/test_kernels.py",
-                        "tests/test_compile.py"]),
+                        "tests/product/test_compile.py"]),
     "bench.log": (100, ["-m", "tests.benchmarks.kernels", "--csv", "{out}/bench.csv"]),
     "ladder.log": (220, ["-m", "tests.benchmarks.ladder", "--train", "--rounds", "1", "--csv", "{out}/ladder.csv",
                          "--plot", "{out}/ladder.svg"]),

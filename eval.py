@@ -1,4 +1,4 @@
-"""Measure a segmenter on a data set, or segment any pictures with any words.
+"""Measure a segmenter on a data set, or segment any images with any words.
 
 Measure it:
     python eval.py runs/shapes/last.pt
@@ -6,7 +6,7 @@ Measure it:
     python eval.py runs/shapes/last.pt --report              a page to look at: OUT/report.html
     torchrun --nproc-per-node=8 eval.py CHECKPOINT
 
-Segment pictures: files, folders, patterns, or - for a list on standard input. Each gets a label map (.png), an overlay with
+Segment images: files, folders, patterns, or - for a list on standard input. Each gets a label map (.png), an overlay with
 a legend (.overlay.jpg) and its classes with pixels, share and mean score (.json):
     python eval.py CHECKPOINT --images photo.jpg --classes "cat, dog, grass"
     python eval.py CHECKPOINT --images photos/ more/*.png --classes words.txt --out segmented
@@ -18,7 +18,7 @@ Export programs that run without this one:
     python eval.py CHECKPOINT --export DIR --classes "cat, dog, grass"
 
 CHECKPOINT is one of train.py (its configuration is inside) or an original zsseg.baseline model_final.pth (give its
---config). Results go to --out (else eval/ or, of pictures, segmented/ beside the checkpoint), and never take the place of a
+--config). Results go to --out (else eval/ or, of images, segmented/ beside the checkpoint), and never take the place of a
 file that this program did not write.
 """
 
@@ -40,8 +40,8 @@ from zsseg.report import Report
 from zsseg.segmenter import Segmenter, load_segmenter
 from zsseg.words import Words, read_words, seen_classes, trained_names, words_of
 
-WORTH_COMPILING = 1000  # pictures a process: for fewer, compiling takes longer than it saves
-PATIENCE = timedelta(days=30)  # for processes whose share of many pictures takes longer than the others'
+WORTH_COMPILING = 1000  # images a process: for fewer, compiling takes longer than it saves
+PATIENCE = timedelta(days=30)  # for processes whose share of many images takes longer than the others'
 
 
 def main(argv: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Prepare a data set below the data root, or verify it.
 
-    python prepare_data.py shapes        generates the embedded data set and trains its small CLIP (minutes)
+    python prepare_data.py shapes        generates the synthetic data set and trains its small CLIP (minutes)
     python prepare_data.py voc           downloads Pascal VOC 2012 and SBD, computes "trainaug"
     python prepare_data.py voc --check   reads every file: counts, broken files by name, label histogram
     python prepare_data.py folder --config my.toml --check   the same for a data set of your own
@@ -195,7 +195,7 @@ def check(config: DataConfig, root: Path, workers: int) -> None:
 def check_split(config: DataConfig, root: Path, split: str, listing: Listing, workers: int, contents: dict[bytes, str]) -> int:
     """Print what is in a split; the number of files that are broken or have no partner.
 
-    `contents`: what the pictures of other splits hold, as digests.
+    `contents`: what the images of other splits hold, as digests.
     """
     data = dataset(config)
     tables = data.lut(), data.lut(training=True)

@@ -1,4 +1,4 @@
-"""Train a segmenter, a prompt, or the small CLIP of the embedded data set, as a configuration file says.
+"""Train a segmenter, a prompt, or the small CLIP of the synthetic data set, as a configuration file says.
 
     python train.py --config configs/shapes.toml
     torchrun --nproc-per-node=8 train.py --config configs/voc_r50_single.toml --out runs/voc
@@ -6,7 +6,7 @@
 
 Writes last.pt (the one before it: previous.pt), best.pt, metrics.json, metrics.jsonl and samples.png to --out (else
 runs/<name of the config>). --resume goes on from last.pt with the configuration in it; on the CPU the weights come out the
-same to the last bit. SIGTERM, SIGUSR1, Ctrl-C or a closed terminal (SIGHUP): a checkpoint at the end of the step, exit code 0.
+same bit for bit. SIGTERM, SIGUSR1, Ctrl-C or a closed terminal (SIGHUP): a checkpoint at the end of the step, exit code 0.
 """
 
 import json
@@ -174,7 +174,7 @@ class Prompts:
 
 
 class Contrast:
-    """The small CLIP of the embedded data set, from regions and captions of all classes."""
+    """The small CLIP of the synthetic data set, from regions and captions of all classes."""
     def __init__(self, config: Config, root: Path, out: Path, process: run.Process, saved: dict | None = None):
         self.config, self.process = config, process
         self.model = build_small_clip(config.contrast).to(process.device)
@@ -356,7 +356,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
         with speed.paused():
             try:
                 result = task.evaluate("val", None, log.look)
-            except run.UserError as error:  # a broken picture, say
+            except run.UserError as error:  # a broken image, say
                 save("last.pt", step)
                 what, why, todo = error.args
                 raise run.UserError(what, why, f"{todo}; the weights are in {out / 'last.pt'}, --resume goes on") from None

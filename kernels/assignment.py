@@ -1,4 +1,4 @@
-"""Minimum-cost assignment of targets to queries (Hungarian matching), every layer and picture at once, on the device.
+"""Minimum-cost assignment of targets to queries (Hungarian matching), every layer and image at once, on the device.
 
 Shortest augmenting paths (Jonker and Volgenant 1987; the form of Crouse 2016 that SciPy uses), one problem a program. Only the
 columns' dual prices are kept: the row's price is its assigned cost minus that column's price.

@@ -1,4 +1,4 @@
-"""Matching cost of every query for every target (MaskFormer, Cheng et al. 2021), all layers and pictures in one launch.
+"""Matching cost of every query for every target (MaskFormer, Cheng et al. 2021), all layers and images in one launch.
 
 `-p[class] + focal_weight * focal + dice_weight * dice`, from mask logits and label maps at stride 4. The kernel keeps no
 [Q, hw] intermediate in memory: a tile of logits becomes its focal terms in registers, and products with the 0/1 targets

@@ -1,7 +1,7 @@
 """What CLIP sees of each region, straight from mask logits at stride 4 and the picture's bytes (Xu et al. 2021).
 
 Two kernels: the first upsamples the logits bilinearly, compares them with the threshold, writes the mask as bytes and each row
-block's bounds; the second samples the masked, normalised picture inside every box bicubically. The host learns nothing in
+block's bounds; the second samples the masked, normalised image inside every box bicubically. The host learns nothing in
 between, so that there is no sync.
 """
 
@@ -78,7 +78,7 @@ def crop_kernel(
     masks,  # uint8 [Q, H, W]
     index,  # int32 [P]: the mask of each crop
     boxes,  # int32 [Q, 4]
-    r_scale, g_scale, b_scale, r_shift, g_shift, b_shift,  # the normalised picture is byte * scale + shift
+    r_scale, g_scale, b_scale, r_shift, g_shift, b_shift,  # the normalised image is byte * scale + shift
     crops,  # out: [P, 3, side, side]
     H, W, side,
     PIXELS: tl.constexpr, A: tl.constexpr,

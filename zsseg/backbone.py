@@ -54,7 +54,7 @@ class DeepResNet(ResNet):
 
 
 class SmallResNet(nn.Module):
-    """One basic block a stage, batch norm: learns from scratch on 64 x 64 pictures in minutes."""
+    """One basic block a stage, batch norm: learns from scratch on 64 x 64 images in minutes."""
     def __init__(self, widths: list[int]):
         super().__init__()
         self.channels = list(widths)

@@ -38,7 +38,7 @@ def overlaps(ours: Tensor, truth: Tensor, known: Tensor) -> Tensor:
 
 def oracle_labels(segmenter: Segmenter, image: Tensor, labels: Tensor, data: DataSet,
                   autocast: Callable) -> tuple[dict[str, Tensor], Tensor, Tensor]:  # fmt: skip
-    """One picture: a label map for every row of ROWS, each true mask's best overlap [T], and what CLIP says [2, T].
+    """One image: a label map for every row of ROWS, each true mask's best overlap [T], and what CLIP says [2, T].
 
     "true_classes": each true mask's proposal (best total overlap, one to one) gets its class, all others none.
     "true_masks": the pixels of a true mask get the class that its proposal's head and CLIP, on the true mask, decide together.

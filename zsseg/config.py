@@ -25,7 +25,7 @@ class DataConfig:
     classes: list[str] = field(default_factory=list)  # names
     unseen: list[str] = field(default_factory=list)  # those that training hides
     values: list[int] = field(default_factory=list)  # the label value of each class, all others are ignored; []: 0, 1, 2, ...
-    exif_turn: bool = False  # turn pictures as their camera says, which labelling tools do and COCO's labels do not
+    exif_turn: bool = False  # turn images as their camera says, which labelling tools do and COCO's labels do not
     split: str = "val"  # the split that train.py (at its end) and eval.py measure on
     train_on: str = "seen"  # seen | all: the classes that training targets show
     short_edges: list[int] = field(default_factory=lambda: list(range(320, 961, 64)))  # drawn at training
@@ -51,7 +51,7 @@ class ModelConfig:
     class_head: str = "text"  # text (any words) | linear (fully supervised MaskFormer: the data set's classes, no CLIP)
     class_hidden: int = 1024  # hidden width of the class-embedding MLP
     kernels: bool = True  # Triton kernels on CUDA; false: the plain PyTorch that they are tested against
-    compile: str = "auto"  # auto (on CUDA: training, and evaluation of many pictures; on CPUs CLIP, for many) | on | off
+    compile: str = "auto"  # auto (on CUDA: training, and evaluation of many images; on CPUs CLIP, for many) | on | off
     bf16: str = "auto"  # auto (on CUDA; except in training on CPUs that multiply in bf16, CLIP alone) | on | off
 
 
@@ -68,14 +68,14 @@ class ClipConfig:
     ensemble_weight: float = 0.8  # w: seen classes head^w clip^(1-w), unseen the other way round; 0: CLIP alone
     mask_threshold: float = 0.5
     expand_ratio: float = 1.0
-    regions: str = "crops"  # crops (the paper's) | pool | tokens: one pass over the picture (zsseg/regions.py)
+    regions: str = "crops"  # crops (the paper's) | pool | tokens: one pass over the image (zsseg/regions.py)
     dense_edge: int = 224  # of the picture's shorter side in that pass
     chunk: int = 0  # region crops in one pass through CLIP; 0: what suits the device
 
 
 @dataclass
 class TrainConfig:
-    task: str = "segment"  # segment | prompts (learning CLIP's prompt) | clip (contrastive, for the embedded data set)
+    task: str = "segment"  # segment | prompts (learning CLIP's prompt) | clip (contrastive, for the synthetic data set)
     steps: int = 60_000
     batch_size: int = 32  # over all processes
     seed: int = 0
@@ -110,7 +110,7 @@ class PromptsConfig:
 
 @dataclass
 class ContrastConfig:
-    """The small CLIP of the embedded data set: sizes of a model that is built rather than loaded."""
+    """The small CLIP of the synthetic data set: sizes of a model that is built rather than loaded."""
     embed: int = 64
     resolution: int = 32
     stem: list[int] = field(default_factory=lambda: [24, 48])

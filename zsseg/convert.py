@@ -40,7 +40,7 @@ def write_ids(file: Path, ids: list[str]) -> None:
 def voc_trainaug(folder: Path, sbd: Path, workers: int) -> None:
     """Write `SegmentationClassAug/`, `train.txt` and, last, `val.txt` from VOC's own files and SBD's.
 
-    train = (VOC train + SBD train + SBD val) - VOC val, 10,582 pictures. A picture that VOC segmented keeps VOC's mask
+    train = (VOC train + SBD train + SBD val) - VOC val, 10,582 pictures. An image that VOC segmented keeps VOC's mask
     (with its void borders); SBD's are for the others, and never for val.
     """
     lists = [folder / f"{split}.txt" for split in ("train", "val")]
@@ -151,8 +151,8 @@ def pascal_context(folder: Path, workers: int) -> None:
 def ade20k_full(folder: Path, workers: int, train: bool = False) -> None:
     """`images/ADE/**/<id>.jpg` and `<id>_seg.png` -> `images_detectron2/` and `annotations_detectron2/`, as MaskFormer does.
 
-    Where both sides are longer than 512 the shorter one becomes 512: pictures bilinearly, label maps by nearest. The split
-    that a file belongs to stands in its name; `train`: convert the training pictures, too.
+    Where both sides are longer than 512 the shorter one becomes 512: images bilinearly, label maps by nearest. The split
+    that a file belongs to stands in its name; `train`: convert the training images, too.
     """
     data = dataset("ade20k_full")
     table = np.full(65536, data.ignore, np.uint16)
@@ -197,7 +197,7 @@ def ade20k_full(folder: Path, workers: int, train: bool = False) -> None:
 
 
 def resize_bilinear(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [H, W] or [H, W, 3] -> the same at height x width, to the last bit as OpenCV's INTER_LINEAR.
+    """uint8 [H, W] or [H, W, 3] -> the same at height x width, bit for bit as OpenCV's INTER_LINEAR.
 
     No anti-aliasing; weights in steps of 1/2048, and the vertical sum in 16-bit pieces as its vector code does.
     """

@@ -1,4 +1,4 @@
-"""What the networks read: test-time pictures and the endless training streams.
+"""What the networks read: test-time images and the endless training streams.
 
 A sample of a training stream is a function of (seed, sample number) alone, so resuming needs one integer.
 """
@@ -46,7 +46,7 @@ def test_size(width: int, height: int, short: int, longest: int) -> tuple[int, i
 
 
 class TestPictures(Dataset):
-    """Item i: (picture uint8 [3, h, w] at each network-input size, class ids uint8 or int32 [H, W] at its own size, name).
+    """Item i: (image uint8 [3, h, w] at each network-input size, class ids uint8 or int32 [H, W] at its own size, name).
 
     There is one size, with shorter edge `data.test_short_edge`, unless `edges` gives others.
     """
@@ -79,7 +79,7 @@ def unique_names(files: list[Path]) -> list[str]:
 
 
 def augment(image: Image.Image, labels: np.ndarray, config: DataConfig, ignore: int, rng: np.random.Generator):
-    """The augmentation of training: RGB picture and class ids [H, W] -> uint8 [3, S, S] and ids [S, S], S = config.crop.
+    """The augmentation of training: RGB image and class ids [H, W] -> uint8 [3, S, S] and ids [S, S], S = config.crop.
 
     Shortest edge, random crop (as much as there is), colour jitter, flip, padding at the right and bottom.
     """
@@ -87,7 +87,7 @@ def augment(image: Image.Image, labels: np.ndarray, config: DataConfig, ignore: 
     width, height = test_size(W, H, int(rng.choice(config.short_edges)), config.max_size)
     h, w = min(height, S), min(width, S)
     top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-    # Only what the crop shows is resized; Pillow's filter still reads the picture around it, so the pixels are the same.
+    # Only what the crop shows is resized; Pillow's filter still reads the image around it, so the pixels are the same.
     box = (left * W / width, top * H / height, (left + w) * W / width, (top + h) * H / height)
     image = image.resize((w, h), Image.Resampling.BILINEAR, box)
     rows = np.minimum((np.arange(top, top + h) + 0.5) * H / height, H - 1).astype(int)  # nearest
@@ -124,7 +124,7 @@ def ssd_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def training_statistics(config: DataConfig, root: Path) -> LabelStatistics:
-    """Which classes the training pictures show.
+    """Which classes the training images show.
 
     What may be a mistake in the labels is said; label maps that cannot be read are named, and left out.
     """
@@ -140,9 +140,9 @@ def training_statistics(config: DataConfig, root: Path) -> LabelStatistics:
 
 
 class TrainPictures(Dataset):
-    """Sample n of an endless stream: the pictures in a fresh order every epoch, augmented.
+    """Sample n of an endless stream: the images in a fresh order every epoch, augmented.
 
-    Item: (picture uint8 [3, S, S], ids among the training classes [S, S], classes present int64 [T]). A picture that
+    Item: (image uint8 [3, S, S], ids among the training classes [S, S], classes present int64 [T]). An image that
     shows no class that is trained on is left out. `pseudo` is a folder of label maps to train on instead of the data set's.
     """
     def __init__(self, config: Config, root: Path, pseudo: Path | None = None):
@@ -177,7 +177,7 @@ class TrainPictures(Dataset):
         return picture, mask, classes[classes != self.data.ignore]
 
     def source(self, n: int) -> str:
-        """The picture that sample n shows."""
+        """The image that sample n shows."""
         epoch, i = divmod(n, len(self.pairs))
         return str(self.pairs[self.order(epoch)[i]][0])
 
@@ -201,7 +201,7 @@ class Regions(Dataset):
     """Sample n of an endless stream of single regions, for learning a prompt (Xu et al. 2021, first stage).
 
     Item: (crop fp32 [3, R, R] as CLIP sees it at inference, index among the training classes). A region is all of a class in
-    a picture; its box gets a random resized crop (scale 0.08..1, ratio 3/4..4/3) and a flip. `held_out` regions of each
+    an image; its box gets a random resized crop (scale 0.08..1, ratio 3/4..4/3) and a flip. `held_out` regions of each
     class are set aside and never drawn.
     """
     def __init__(self, config: Config, root: Path, resolution: int):
@@ -210,7 +210,7 @@ class Regions(Dataset):
         self.pairs, self.lut = find_pairs(config.data, root, "train"), self.data.lut(training=True)
         statistics = training_statistics(config.data, root)
         rng, few = np.random.default_rng(self.seed), config.prompts.samples_per_class
-        self.regions, self.held_out = [], []  # (picture, class)
+        self.regions, self.held_out = [], []  # (image, class)
         for i, category in enumerate(self.data.trained):
             shown = statistics.image[statistics.category == category]
             drawn, aside = rng.permutation(shown), min(config.prompts.held_out, len(shown) // 5)
@@ -223,12 +223,12 @@ class Regions(Dataset):
         return self.crop(*self.region(n), np.random.default_rng(seed_of(self.seed, 6, n)))
 
     def region(self, n: int) -> tuple[int, int]:
-        """(picture, class) of sample n: all regions in a fresh order every epoch."""
+        """(image, class) of sample n: all regions in a fresh order every epoch."""
         epoch, i = divmod(n, len(self.regions))
         return self.regions[np.random.default_rng(seed_of(self.seed, 5, epoch)).permutation(len(self.regions))[i]]
 
     def source(self, n: int) -> str:
-        """The picture that sample n shows."""
+        """The image that sample n shows."""
         return str(self.pairs[self.region(n)[0]][0])
 
     def crop(self, picture: int, category: int, rng: np.random.Generator | None = None) -> tuple[Tensor, int]:
@@ -262,7 +262,7 @@ class HeldOut(Dataset):
 
 
 def resized_crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of a random part of a picture: area 0.08..1 of it, aspect 3/4..4/3 (Inception's crop)."""
+    """(left, top, width, height) of a random part of an image: area 0.08..1 of it, aspect 3/4..4/3 (Inception's crop)."""
     for _ in range(10):
         area = width * height * rng.uniform(0.08, 1)
         aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -304,7 +304,7 @@ class RegionsWithCaptions(Dataset):
         return torch.cat(crops), texts
 
     def source(self, n: int) -> str:
-        return f"sample {n}"  # a region of many pictures each
+        return f"sample {n}"  # a region of many images each
 
 
 def rough_mask(mask: Tensor, rng: np.random.Generator) -> Tensor:
@@ -362,7 +362,7 @@ def stream(samples: Dataset, numbers: Iterable[int], batch_size: int, workers: i
     workers = min(workers, os.cpu_count() or 1)
     loader = DataLoader(Guarded(samples, broken is not None), batch_size, sampler=numbers,
                         num_workers=workers, collate_fn=functools.partial(guarded, collate_fn),
-                        prefetch_factor=(2 if broken else 1) if workers else None,  # pictures to be measured may be huge
+                        prefetch_factor=(2 if broken else 1) if workers else None,  # images to be measured may be huge
                         pin_memory=torch.cuda.is_available())  # fmt: skip
     # What a scheduler sends to a whole job is the main process's to answer, which still needs the batches: workers start with
     # these signals blocked, and stay so.

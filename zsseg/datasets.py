@@ -46,10 +46,10 @@ class DataSet:
     splits: dict[str, str]  # our name of a split -> its folder's name
     values: list[int]  # the label value of each class
     unseen: list[str] = field(default_factory=list)
-    lists: bool = False  # ids stand in <split>.txt; else every label map that has a picture counts
+    lists: bool = False  # ids stand in <split>.txt; else every label map that has an image counts
     bits: int = 8  # of a label value; 16-bit data sets may hold 8-bit files
     ignore: int = 255
-    counts: dict[str, int] = field(default_factory=dict)  # pictures of each split, as published
+    counts: dict[str, int] = field(default_factory=dict)  # images of each split, as published
     digests: dict[str, str] = field(default_factory=dict)  # SHA-256 of a split's sorted ids, one a line
     objects: list[int] = field(default_factory=list)  # ADE20K-847: object index of each class
     archives: list[Archive] = field(default_factory=list)
@@ -107,11 +107,11 @@ class DataSet:
         return Listing(pairs, remarks=[remark] if twice else [])
 
     def found(self, folder: Path, split: str) -> "Listing":
-        """Files below the folder whose paths fit the patterns; a picture and a label map of one id are a pair."""
+        """Files below the folder whose paths fit the patterns; an image and a label map of one id are a pair."""
         hidden, others = [], []
         pictures = self.fitting(folder, split, self.pictures, hidden, others)
         labels = self.fitting(folder, split, self.labels[0], hidden, [])
-        # A file that fits both patterns is what it has a partner for: a.png and a_mask.png are a picture and its label map.
+        # A file that fits both patterns is what it has a partner for: a.png and a_mask.png are an image and its label map.
         files_of = [Counter(part.values()) for part in (pictures, labels)]
         for file in pictures.keys() & labels.keys():
             is_labels = files_of[0][labels[file]] > (pictures[file] == labels[file])
@@ -132,7 +132,7 @@ class DataSet:
         return Listing(pairs, sorted(alone), twins, strangers, hidden, (len(pictures), len(labels)))
 
     def fitting(self, folder: Path, split: str, pattern: str, hidden: list[str], others: list[str]) -> dict[str, str]:
-        """{file: id} of those that fit a pattern; pictures by their ending that do not are put into `others`."""
+        """{file: id} of those that fit a pattern; images by their ending that do not are put into `others`."""
         before, after = pattern.replace("{split}", self.splits.get(split, split)).split("{id}")
         known, found, base = picture_endings(), {}, folder / before
         for file in walk(base, hidden=hidden) if base.is_dir() else ():
@@ -150,12 +150,12 @@ class DataSet:
 @dataclass
 class Listing:
     """The files of a split."""
-    pairs: list[tuple[Path, Path]]  # (picture, label map), sorted by id as listed or found
+    pairs: list[tuple[Path, Path]]  # (image, label map), sorted by id as listed or found
     alone: list[Path] = field(default_factory=list)  # on one side only; a listed file that is not there is an error
     twins: list[UserError] = field(default_factory=list)  # two files of one id
-    others: list[str] = field(default_factory=list)  # that look like pictures and fit no pattern (one's own data)
+    others: list[str] = field(default_factory=list)  # that look like images and fit no pattern (one's own data)
     hidden: list[str] = field(default_factory=list)
-    counts: tuple[int, int] = (0, 0)  # pictures, label maps
+    counts: tuple[int, int] = (0, 0)  # images, label maps
     remarks: list[str] = field(default_factory=list)
 
     def left_out(self, split: str) -> list[str]:
@@ -260,7 +260,7 @@ def find_listing(wanted: str | DataConfig, root: Path, split: str) -> Listing:
 
 
 def find_pairs(wanted: str | DataConfig, root: Path, split: str) -> list[tuple[Path, Path]]:
-    """The (picture, label map) files of a split. The command says at its end which files it has left out.
+    """The (image, label map) files of a split. The command says at its end which files it has left out.
 
     UserError where there are none, or where two have the same id.
     """

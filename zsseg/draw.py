@@ -42,7 +42,7 @@ def save_label_map(predicted: Tensor | np.ndarray, path: Path, classes: int, col
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray, legend: list[tuple[int, str]]) -> Image.Image:
-    """The picture uint8 [H, W, 3] in grey, tinted and outlined by its label map [H, W], and on its right a legend.
+    """The image uint8 [H, W, 3] in grey, tinted and outlined by its label map [H, W], and on its right a legend.
 
     `legend`: (class id, text) from the top to as far down as there is room; `colours` uint8 [C, 3].
     """

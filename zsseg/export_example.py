@@ -1,6 +1,6 @@
-"""Segment a picture with the exported programs beside this file (written by zsseg): python example.py photo.jpg
+"""Segment an image with the exported programs beside this file (written by zsseg): python example.py photo.jpg
 
-Needs PyTorch, numpy and Pillow alone. Prints the classes found and their shares of the picture, and writes labels.png,
+Needs PyTorch, numpy and Pillow alone. Prints the classes found and their shares of the image, and writes labels.png,
 class ids (numbers of `shown_names` in settings.json), to the current folder, where it replaces what it wrote itself alone.
 """
 
@@ -42,7 +42,7 @@ def open_picture(file: str) -> Image.Image:
 
 @torch.inference_mode()
 def segment(picture: Image.Image, s: dict, proposer: Callable, clip: Callable | None) -> Tensor:
-    """RGB picture -> class ids int64 [height, width]; s: settings.json."""
+    """RGB image -> class ids int64 [height, width]; s: settings.json."""
     (W, H), short, longest = picture.size, s["short_edge"], s["longest_edge"]
     w, h = (short, short / W * H) if W <= H else (short / H * W, short)
     w, h = (max(int((side if max(w, h) <= longest else side * longest / max(w, h)) + 0.5), 1) for side in (w, h))
@@ -78,7 +78,7 @@ def error(text: str) -> NoReturn:
 
 
 def is_ours(file: Path, mark: str) -> bool:
-    """Whether a picture says that this program wrote it."""
+    """Whether an image says that this program wrote it."""
     try:
         return Image.open(file).info.get("Software") == mark
     except OSError:
@@ -97,7 +97,7 @@ if __name__ == "__main__":
         photo = open_picture(sys.argv[1])
     except (OSError, ValueError, SyntaxError) as problem:
         error(f"picture {sys.argv[1]}: cannot be read ({problem}); give another one")
-    load = lambda name: torch.export.load(HERE / name).module(check_guards=False)  # or the smallest pictures are refused
+    load = lambda name: torch.export.load(HERE / name).module(check_guards=False)  # or the smallest images are refused
     proposer, clip = load("proposer.pt2"), load("clip.pt2") if settings["clip"] else None
     found = segment(photo, settings, proposer, clip)
     mark.add_text("Software", settings["program"])

@@ -101,7 +101,7 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
 
 
 class BadSteps:
-    """Counts the steps whose loss, matching cost or gradient was not finite, names their pictures, and gives up in time.
+    """Counts the steps whose loss, matching cost or gradient was not finite, names their images, and gives up in time.
 
     Such a step changed nothing (`train.train_step`). The first one's batch, all of it, is kept in OUT/bad_batch.pt: samples
     follow from their numbers, so it is read once more for that.

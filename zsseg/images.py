@@ -15,7 +15,7 @@ from zsseg.run import UserError
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_image` has limits of its own
 ORIENTATION = 0x0112  # the EXIF entry that says how the camera was held
-# Of pictures that Pillow does not read, or not without more packages.
+# Of images that Pillow does not read, or not without more packages.
 PICTURE_LIKE = frozenset(
     f".{ending}"
     for ending in ("heic", "heif", "hif", "avif", "jxl", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf", "pef", "srw",
@@ -29,7 +29,7 @@ GREY = "the palette is grey but not in order; what counts are its indices, not i
 
 @functools.cache
 def picture_endings() -> set[str]:
-    """Of the files that Pillow reads as pictures, without those that need another program."""
+    """Of the files that Pillow reads as images, without those that need another program."""
     Image.init()
     others = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
     return {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in others}
@@ -67,7 +67,7 @@ def as_stored(image: Image.Image, turned: int) -> Image.Image:
 
 
 def remarks_on(file: Path) -> tuple[bool, int]:
-    """Whether a viewer would turn or mirror a picture, and how many pages or frames it has beside the first, which is the one
+    """Whether a viewer would turn or mirror an image, and how many pages or frames it has beside the first, which is the one
     that is read (a telephone's previews do not count); nothing where it cannot be read.
     """
     with contextlib.suppress(UserError), open_image(file, "picture", limited=False) as image:
@@ -77,7 +77,7 @@ def remarks_on(file: Path) -> tuple[bool, int]:
 
 def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture", shown: bool = False,
                  turn: bool = False) -> Image.Image:  # fmt: skip
-    """A picture, whole and in `mode`: transparent parts on white, 16 bits brought to 8. None: as it is in the file.
+    """An image, whole and in `mode`: transparent parts on white, 16 bits brought to 8. None: as it is in the file.
 
     `turn`: as its camera says. `shown`: that too, and of up to twice as many pixels. A missing or broken file is a
     UserError that names it.
@@ -111,7 +111,7 @@ def as_rgb(image: Image.Image, mode: str = "RGB") -> Image.Image:
 def read_samples(file: Path) -> tuple[np.ndarray, str]:
     """The numbers in a label map as the file holds them [H, W] (or [H, W, channels]), and a remark where they may surprise.
 
-    Pillow decodes pictures: it stretches samples of fewer than 8 bits to 0..255, inverts TIFFs whose white is 0, and scales
+    Pillow decodes images: it stretches samples of fewer than 8 bits to 0..255, inverts TIFFs whose white is 0, and scales
     PGMs to their largest value. All of that is undone here; what cannot be undone, as JPEG's losses, is a UserError.
     """
     what = f"label map {file}"

@@ -21,8 +21,8 @@ from zsseg.run import UserError, cache_dir, parallel, several
 
 @dataclass
 class LabelStatistics:
-    """Which classes are in which picture of a split, by pixels. Row C of the classes is the ignore value."""
-    image: np.ndarray  # int32, one entry for each class of each picture
+    """Which classes are in which image of a split, by pixels. Row C of the classes is the ignore value."""
+    image: np.ndarray  # int32, one entry for each class of each image
     category: np.ndarray  # int32, 0..C
     pixels: np.ndarray  # int64
     broken: np.ndarray  # a line for each label map that cannot be read, which counts as empty
@@ -37,7 +37,7 @@ class LabelStatistics:
         return histogram
 
     def pictures_with(self, categories: list[int]) -> np.ndarray:
-        """Indices of the pictures that show at least one of the classes."""
+        """Indices of the images that show at least one of the classes."""
         return np.unique(self.image[np.isin(self.category, categories)])
 
     def oddities(self, data: DataSet, split: str) -> list[str]:
@@ -78,9 +78,9 @@ class Count(NamedTuple):
 
 def count_classes(pair: tuple[Path, Path], data: DataSet, tables: tuple, size: tuple | None = None,
                   turn: bool = False) -> Count:  # fmt: skip
-    """The classes of a (picture, label map) pair; `tables` are the data set's for evaluation and training.
+    """The classes of a (image, label map) pair; `tables` are the data set's for evaluation and training.
 
-    `turn`: pictures are turned as their camera says. Raises AssertionError where the training table would let an unseen class
+    `turn`: images are turned as their camera says. Raises AssertionError where the training table would let an unseen class
     through, UserError for a bad label map.
     """
     full, training = tables
@@ -105,7 +105,7 @@ def count_classes(pair: tuple[Path, Path], data: DataSet, tables: tuple, size: t
 
 
 def count_split(pairs: list, count: Callable, workers: int, name: str) -> LabelStatistics:
-    """The statistics of (picture, label map) pairs by `count`, which gives a pair's `Count`.
+    """The statistics of (image, label map) pairs by `count`, which gives a pair's `Count`.
 
     What it raises as UserError is listed, and the pair counts as empty.
     """

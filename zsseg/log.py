@@ -64,7 +64,7 @@ class Log:
             self.send(step, scalars({k: v for k, v in values.items() if (step, k) not in self.known}))
 
     def evaluation(self, step: int, split: str, result: dict) -> None:
-        """Log the result of an evaluation; for wandb also the pictures that were looked at and a table of the classes."""
+        """Log the result of an evaluation; for wandb also the images that were looked at and a table of the classes."""
         self.write(step, **{f"{split}/{k}": v for k, v in result.items()})
         if self.wandb is not None and "per_class" in result and (step, f"{split}/per_class") not in self.known:
             with self.may_fail():
@@ -74,7 +74,7 @@ class Log:
         self.pictures = []
 
     def images(self) -> list:
-        """The pictures as wandb's, with masks; of one size, or it would show them distorted."""
+        """The images as wandb's, with masks; of one size, or it would show them distorted."""
         import wandb
 
         names, size, images = self.data.names, np.max([maps.shape[1:] for _, maps in self.pictures], 0), []
@@ -94,7 +94,7 @@ class Log:
         return wandb.Table(["class", *(["seen"] if unseen else []), "IoU", "Acc"], rows)
 
     def look(self, number: int, name: str, image: Tensor, labels: Tensor, predicted: Tensor, matrix: Tensor) -> None:
-        """Keep the first pictures of an evaluation for wandb, small: uint8 [5, h, w], the picture, truth and prediction.
+        """Keep the first images of an evaluation for wandb, small: uint8 [5, h, w], the image, truth and prediction.
 
         wandb's masks know the classes 0 to 254; 255, or the number of classes, stands for all other pixels.
         """

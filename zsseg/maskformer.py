@@ -1,4 +1,4 @@
-"""MaskFormer with zero-shot classification (Cheng et al. 2021): picture -> masks and class embeddings.
+"""MaskFormer with zero-shot classification (Cheng et al. 2021): image -> masks and class embeddings.
 
 Backbone (R50, R101c or a small one) -> FPN pixel decoder -> transformer decoder over learned queries -> heads.
 """
@@ -16,7 +16,7 @@ from zsseg.config import ModelConfig
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # of RGB in 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
-DIVISOR = 32  # picture sides are padded to a multiple of the coarsest stride
+DIVISOR = 32  # image sides are padded to a multiple of the coarsest stride
 
 
 def conv_norm(channels: int, out: int, kernel: int) -> nn.Sequential:
@@ -120,7 +120,7 @@ class MaskFormer(nn.Module):
         return x.contiguous(memory_format=torch.channels_last) if torch.is_autocast_enabled("cuda") and x.is_cuda else x
 
     def propose(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Proposals of `prepare`d pictures [B, 3, H, W].
+        """Proposals of `prepare`d images [B, 3, H, W].
 
         Returns class embeddings [L, B, Q, D] and mask logits [L, B, Q, h, w] at stride 4; in eval mode of the last layer
         only (L = 1).
@@ -148,7 +148,7 @@ class MaskFormer(nn.Module):
         return cosine_logits(embeds, torch.cat([text.float(), F.normalize(self.non_object.float(), dim=-1)]))
 
     def forward(self, images: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`prepare`d pictures [B, 3, H, W] and text features [C, D], what torch.compile and DDP wrap.
+        """`prepare`d images [B, 3, H, W] and text features [C, D], what torch.compile and DDP wrap.
 
         Class logits [L, B, Q, C+1] and mask logits [L, B, Q, h, w]; see `propose` and `classify`.
         """
@@ -171,6 +171,6 @@ class PerPixel(nn.Module):
     prepare = MaskFormer.prepare
 
     def forward(self, images: Tensor, text: Tensor) -> Tensor:
-        """`prepare`d pictures [B, 3, H, W], text features [C, D] -> class logits, 100 x cosine, fp32 [B, C, h, w]."""
+        """`prepare`d images [B, 3, H, W], text features [C, D] -> class logits, 100 x cosine, fp32 [B, C, h, w]."""
         x = self.pixel_embed(self.pixel_decoder(self.backbone(images)))
         return cosine_logits(x.movedim(1, -1), text).movedim(-1, 1)

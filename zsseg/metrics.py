@@ -22,7 +22,7 @@ from zsseg.run import Process, UserError, progress
 from zsseg.segmenter import Proposals, Segmenter
 from zsseg.views import all_finite, label_map, segment_views
 
-PIXELS = 2**24  # of a picture that are counted at once
+PIXELS = 2**24  # of an image that are counted at once
 
 
 def confusion(labels: Tensor, predicted: Tensor, classes: int, ignore: int) -> Tensor:
@@ -79,11 +79,11 @@ def harmonic_mean(seen: float | None, unseen: float | None) -> float | None:
 @torch.inference_mode()
 def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process, split: str, out: Path | None = None,
              save_predictions: bool = False, look: Callable | None = None, seen: list[int] | None = None) -> dict:  # fmt: skip
-    """Metrics of a split, its pictures shared among the processes; with `out`, written to metrics.json there, with a grid of
-    pictures (rank 0).
+    """Metrics of a split, its images shared among the processes; with `out`, written to metrics.json there, with a grid of
+    images (rank 0).
 
     `seen`: ids of the classes that count as seen in the ensemble; those that the set is trained on where None.
-    `look(number, name, image, labels, predicted, matrix)` is shown every picture of this process: its number in the split,
+    `look(number, name, image, labels, predicted, matrix)` is shown every image of this process: its number in the split,
     uint8 [3, h, w] at network-input size, class ids int64 [H, W] true (with `ignore`) and predicted, pixel counts [C, C].
     """
     data, wanted = dataset(config.data), config.eval
@@ -94,7 +94,7 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
     segmenter.set_classes(data.names, data.trained if seen is None else seen)
     segmenter.eval()
     ignored = torch.zeros((), dtype=torch.int64, device=process.device)
-    broken = torch.zeros((), dtype=torch.int64, device=process.device)  # pictures with scores that are not finite
+    broken = torch.zeros((), dtype=torch.int64, device=process.device)  # images with scores that are not finite
     matrices = {"": torch.zeros(C, C, dtype=torch.int64, device=process.device)}
     regions = torch.zeros(2, 2, dtype=torch.int64, device=process.device)  # seen, unseen x right, all
     numbers = range(process.rank, len(pictures), process.world)
@@ -126,7 +126,7 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
             if process.is_main and len(samples) < 8:
                 samples.append(column(images[0].cpu(), labels.where(labels != data.ignore, C).cpu(), predicted.cpu(), C))
     seconds = torch.tensor(time.perf_counter() - started, device=process.device, dtype=torch.float64)
-    if compare and not numbers:  # more processes than pictures
+    if compare and not numbers:  # more processes than images
         regions_too = config.clip.ensemble and config.model.proposals
         names = segmenter.variants(Proposals.nothing(C, regions_too, process.device), wanted.weights)
         matrices |= {name: torch.zeros_like(matrices[""]) for name in names}

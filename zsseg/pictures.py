@@ -1,4 +1,4 @@
-"""Any pictures: a label map, an overlay and counts for each of a list that may be a million long.
+"""Any images: a label map, an overlay and counts for each of a list that may be a million long.
 
 The list is the same in every process, and cut into groups whose regions share CLIP's batches. A group is segmented as a whole
 or not at all, so that what comes out does not depend on how many processes there are or how often they were killed.
@@ -38,14 +38,14 @@ from zsseg.segmenter import Segmenter
 from zsseg.views import all_finite, label_map, segment_views, whole
 from zsseg.words import Words
 
-TOGETHER = 8  # pictures in a group, at most
+TOGETHER = 8  # images in a group, at most
 EDGES = 480, 1280  # the longer side of an overlay is within these, whatever the picture's
 LONGEST = 200  # bytes of a file's name; 255 less what endings and temporary names add
-WAITING = 16  # pictures segmented and not yet written, at most
+WAITING = 16  # images segmented and not yet written, at most
 
 
 class Names:
-    """The pictures to segment and the name of each one's results: its path below the folder that all of them are in.
+    """The images to segment and the name of each one's results: its path below the folder that all of them are in.
 
     Endings are left out where the name stays unique without.
     """
@@ -69,7 +69,7 @@ class Names:
 
 
 def find_pictures(given: list[str], out: Path) -> list[str]:
-    """The pictures that `--images` means, sorted, after the folder that all of them are in.
+    """The images that `--images` means, sorted, after the folder that all of them are in.
 
     Files, folders (all below them that Pillow reads), patterns, `-` for a list on standard input. The command says at its end
     what in the folders was left out. Raises UserError where something is not there.
@@ -103,7 +103,7 @@ def find_pictures(given: list[str], out: Path) -> list[str]:
             raise UserError(f"--images {word}", "no such file or folder",
                             nearest_file(path, "give pictures, folders, patterns or -"))
         asked = {*map(os.path.dirname, found), *([path] if word != "-" else [])}
-        if any(os.path.join(os.path.realpath(f), "").startswith(results) for f in asked):  # label maps might replace pictures
+        if any(os.path.join(os.path.realpath(f), "").startswith(results) for f in asked):  # label maps might replace images
             raise UserError(f"--images {word}", f"lies in {out}, where results go", "give another --out")
         if not found:
             why = "holds no picture" if os.path.isdir(path) else "names no picture"
@@ -116,7 +116,7 @@ def find_pictures(given: list[str], out: Path) -> list[str]:
 
 
 def say_what_is_not_taken(others: list[str], hidden: list[str], out: Path, folder: str) -> None:
-    """Have the command say what in a folder is left out: files of other kinds, hidden ones, pictures among the results."""
+    """Have the command say what in a folder is left out: files of other kinds, hidden ones, images among the results."""
     if others:
         left_out(f"{several(len(others), 'file')} that Pillow does not read as pictures ({endings(others)})")
     if hidden:
@@ -167,13 +167,13 @@ class Pictures(Dataset):
 
 
 def version_of(file: str) -> list[int]:
-    """A file's size in bytes and when it was changed, in ns: another picture, or a new one of that name, has others."""
+    """A file's size in bytes and when it was changed, in ns: another image, or a new one of that name, has others."""
     stat = os.stat(file)
     return [stat.st_size, stat.st_mtime_ns]
 
 
 class Results:
-    """Writes what was found in a picture: OUT/<name>.png, .overlay.jpg and, last, .json. Safe to call from threads."""
+    """Writes what was found in an image: OUT/<name>.png, .overlay.jpg and, last, .json. Safe to call from threads."""
     def __init__(self, out: Path, names: Names, words: Words, made_with: str):
         self.out, self.names, self.words, self.made_with = out, names, words, made_with
         C = len(words.shown_names)
@@ -197,14 +197,14 @@ class Results:
                 raise UserError(f"file {self.file(number, '.json')}", why, "give another --out")
 
     def picture(self, number: int) -> str:
-        """The picture whose result there is; "" where there is none, or a broken one."""
+        """The image whose result there is; "" where there is none, or a broken one."""
         try:
             return str(json.loads(self.file(number, ".json").read_text("utf-8"))["picture"])
         except (OSError, ValueError, TypeError, KeyError):
             return ""
 
     def counts(self, number: int) -> dict[int, int] | None:
-        """The pixels of each class in a picture that is done as it is, with these words and settings; else None."""
+        """The pixels of each class in an image that is done as it is, with these words and settings; else None."""
         try:
             content = json.loads(self.file(number, ".json").read_text("utf-8"))
             if content["picture"] != self.names.files[number] and os.path.exists(content["picture"]):  # else it was moved
@@ -237,7 +237,7 @@ class Results:
 
 
 def made_with(segmenter: Segmenter, config: Config, words: Words, process: Process) -> str:
-    """A digest of all that results depend on, the pictures apart; `segmenter` has its vocabulary."""
+    """A digest of all that results depend on, the images apart; `segmenter` has its vocabulary."""
     clip, model, data = asdict(config.clip), asdict(config.model), (config.data.test_short_edge, config.data.max_size)
     del clip["chunk"], model["compile"], model["kernels"]  # a matter of memory and time
     del clip["weights"], clip["prompts"], model["weights"]  # what was read from there is below
@@ -263,15 +263,15 @@ def group_size(segmenter: Segmenter, config: Config, device: torch.device) -> in
 
 @torch.inference_mode()
 def segment_pictures(segmenter: Segmenter, config: Config, results: Results, process: Process, resume: bool) -> None:
-    """Segment all pictures, each once, shared among the processes; with `resume` those that are not done yet.
+    """Segment all images, each once, shared among the processes; with `resume` those that are not done yet.
 
-    `segmenter` has its vocabulary. At the end, OUT/failed.txt lists pictures that cannot be read, which are a UserError unless
+    `segmenter` has its vocabulary. At the end, OUT/failed.txt lists images that cannot be read, which are a UserError unless
     torchrun would start again for it.
     """
     names, words, out, device = results.names, results.words, results.out, process.device
     C, size, failed = len(words.shown_names), group_size(segmenter, config, device), []
-    totals = np.zeros((C, 2), np.int64)  # pixels, pictures that show the class
-    tally = torch.zeros(4, dtype=torch.int64)  # segmented, done before, failed, pages beside the first of a picture
+    totals = np.zeros((C, 2), np.int64)  # pixels, images that show the class
+    tally = torch.zeros(4, dtype=torch.int64)  # segmented, done before, failed, pages beside the first of an image
     groups = [range(i, min(i + size, len(names))) for i in range(0, len(names), size)]
     missing, threads = torch.zeros(len(groups), dtype=torch.uint8), max(config.data.workers, 1)
     share_out(out, process)
@@ -355,7 +355,7 @@ def read_failed(out: Path) -> list[str]:
 
 
 def note_failed(out: Path, names: Names, failed: list[str]) -> None:
-    """Bring OUT/failed.txt up to date: a line for every picture that could not be read, those of other runs are kept."""
+    """Bring OUT/failed.txt up to date: a line for every image that could not be read, those of other runs are kept."""
     file, mine = out / "failed.txt", {name.replace("\n", "\\n") for name in names.files}
     failed = [line.replace("\n", "\\n") for line in failed]
     with locked(out):
@@ -372,7 +372,7 @@ def note_failed(out: Path, names: Names, failed: list[str]) -> None:
 
 def segment_groups(segmenter: Segmenter, config: Config, batches: Iterator, process: Process, words: Words,
                    names: Names) -> Iterator:  # fmt: skip
-    """For every picture (it, labels uint8 or uint16 [H, W], pixels [C] and sum of scores [C] of the shown classes)."""
+    """For every image (it, labels uint8 or uint16 [H, W], pixels [C] and sum of scores [C] of the shown classes)."""
     C, wanted = len(words.shown_names), config.eval
     alone = bool(wanted.sizes or wanted.flip or wanted.window)
     for group in batches:
@@ -404,7 +404,7 @@ def segment_groups(segmenter: Segmenter, config: Config, batches: Iterator, proc
 
 
 def report(totals: np.ndarray, tally: list[int], words: Words, out: Path, seconds: float, failed: list[str]) -> None:
-    """Print how much of the pictures each class covers. Pictures that could not be read are a UserError unless torchrun would
+    """Print how much of the images each class covers. Images that could not be read are a UserError unless torchrun would
     start again for it.
     """
     segmented, before, broken, pages = tally

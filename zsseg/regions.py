@@ -47,7 +47,7 @@ def mask_boxes(masks: Tensor, expand_ratio: float = 1.0) -> tuple[Tensor, Tensor
 
 
 def expand_boxes(boxes: Tensor, ratio: float, size: tuple[int, int]) -> Tensor:
-    """Boxes [Q, 4] scaled about their centre, clipped to a picture of `size` (height, width), at least a pixel wide."""
+    """Boxes [Q, 4] scaled about their centre, clipped to an image of `size` (height, width), at least a pixel wide."""
     if ratio == 1:
         return boxes
     first, last = boxes[:, :2], boxes[:, 2:]
@@ -66,7 +66,7 @@ def normalize(pictures: Tensor) -> Tensor:
 def region_crops(image: Tensor, masks: Tensor, boxes: Tensor, resolution: int, index: Tensor | None = None) -> Tensor:
     """What CLIP sees of each region: image [3, H, W] in 0..255, masks [Q, H, W], boxes [Q, 4] -> [P, 3, R, R].
 
-    The picture inside the mask and CLIP's mean colour outside, normalised, cropped to the box, resized to R x R with
+    The image inside the mask and CLIP's mean colour outside, normalised, cropped to the box, resized to R x R with
     bicubic interpolation (a = -0.75, half-pixel centres, no anti-aliasing). Filling with the mean before normalising
     is 0 after it. `index` [P] chooses among the masks; without it, P = Q. bf16 under autocast, else fp32.
     """
@@ -84,7 +84,7 @@ def region_crops(image: Tensor, masks: Tensor, boxes: Tensor, resolution: int, i
 
 
 def shrunk(clip: CLIP, image: Tensor, edge: int) -> Tensor:
-    """A picture [3, H, W] in 0..255 as a pass over the whole of it wants it: normalised [1, 3, H', W'], the shorter edge about
+    """An image [3, H, W] in 0..255 as a pass over the whole of it wants it: normalised [1, 3, H', W'], the shorter edge about
     `edge`, both a multiple of CLIP's stride.
     """
     scale, step = edge / min(image.shape[-2:]), clip.visual.stride
@@ -99,7 +99,7 @@ def dense_logits(clip: CLIP, image: Tensor, text: Tensor, edge: int) -> Tensor:
 
 
 def classify_in_one_pass(clip: CLIP, image: Tensor, masks: Tensor, text: Tensor, way: str, edge: int) -> Tensor:
-    """CLIP's logits of regions from a single pass over the picture: image [3, H, W] in 0..255, masks [P, H, W] in 0..1,
+    """CLIP's logits of regions from a single pass over the image: image [3, H, W] in 0..255, masks [P, H, W] in 0..1,
     text features [C, D] -> fp32 [P, C].
 
     The picture's shorter edge is brought to about `edge` pixels. "pool": the mean of the dense features under each mask.

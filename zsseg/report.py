@@ -1,4 +1,4 @@
-"""An evaluation on one page that holds its pictures and fetches nothing: report.html."""
+"""An evaluation on one page that holds its images and fetches nothing: report.html."""
 
 import base64
 import bisect
@@ -24,8 +24,8 @@ from zsseg.published import nearest
 from zsseg.run import Process, commit
 
 TEMPLATE = Path(__file__).with_name("report.html")
-KEPT = 16  # worst pictures, and as many best ones
-EDGE = 320  # longest, of a picture on the page
+KEPT = 16  # worst images, and as many best ones
+EDGE = 320  # longest, of an image on the page
 TOP = 12  # confusions
 POINTS = 600  # of a curve, at most
 # (title, whether its scale is logarithmic, {key in metrics.jsonl: name of its line})
@@ -37,7 +37,7 @@ CHARTS = [("Loss of all layers", True, {"loss": "loss"}),
 
 
 class Report:
-    """What `evaluate` shows: the confusion matrix of all pictures, and the worst and the best of them, ready for the page."""
+    """What `evaluate` shows: the confusion matrix of all images, and the worst and the best of them, ready for the page."""
     def __init__(self, config: Config, process: Process):
         self.config, self.process, self.data = config, process, dataset(config.data)
         C = len(self.data.names)

@@ -35,7 +35,7 @@ BUDGET = 2**28  # bytes of score maps that a label map holds at once
 
 @dataclass
 class Proposals:
-    """What one picture gives before the classes are decided; kept so that ensembles can be tried without new passes."""
+    """What one image gives before the classes are decided; kept so that ensembles can be tried without new passes."""
     logits: Tensor  # [Q, h, w] of the masks, fp32, at stride 4 of the padded network input
     size: tuple[int, int]  # (H, W) of the network input before padding
     head: Tensor  # [Q, C] class probabilities of the segmenter, no-object dropped
@@ -105,7 +105,7 @@ class Segmenter(nn.Module):
     def compile_parts(self) -> None:
         """Hand the mask proposer and CLIP's image tower to torch.compile, in place: names in state dicts stay as they are.
 
-        One program of the proposer serves pictures of every size, since they are padded to multiples of 32 and no further.
+        One program of the proposer serves images of every size, since they are padded to multiples of 32 and no further.
         """
         self.compiled = True
         self.maskformer.compile(fullgraph=True)
@@ -123,7 +123,7 @@ class Segmenter(nn.Module):
 
     @torch.inference_mode()
     def propose_together(self, images: list[Tensor]) -> list[Proposals]:
-        """`propose` for several pictures, whose region crops share CLIP's batches."""
+        """`propose` for several images, whose region crops share CLIP's batches."""
         found, crops = [], []
         for image in images:
             proposals, masks = self.propose_masks(image)
@@ -142,7 +142,7 @@ class Segmenter(nn.Module):
         return found
 
     def propose_masks(self, image: Tensor) -> tuple[Proposals, tuple[Tensor, Tensor]]:
-        """The proposals of a picture, `region` still 1 everywhere, and their masks [Q, H, W] and boxes [Q, 4]."""
+        """The proposals of an image, `region` still 1 everywhere, and their masks [Q, H, W] and boxes [Q, 4]."""
         height, width = image.shape[-2:]
         prepared = self.maskformer.prepare(image[None])
         for side in (2, 3) if self.compiled else ():

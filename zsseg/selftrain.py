@@ -1,4 +1,4 @@
-"""Self-training (Xu et al. 2021): label maps for the training pictures in which a teacher fills in what training hides."""
+"""Self-training (Xu et al. 2021): label maps for the training images in which a teacher fills in what training hides."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ def complete(known: Tensor, scores: Tensor, unseen: Tensor, reject: float, ignor
 
 @torch.inference_mode()
 def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) -> Path:
-    """Write a label map (class ids) for every training picture that has none in `folder` yet; returns the folder.
+    """Write a label map (class ids) for every training image that has none in `folder` yet; returns the folder.
 
     A run that was stopped here has no last.pt yet: the same command, without --resume, goes on.
 
@@ -82,7 +82,7 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
 
 
 def origin(config: Config, root: Path, pairs: list[tuple[Path, Path]], process: Process) -> dict[str, object]:
-    """What pseudo labels depend on: the teacher's content, the settings that shape its predictions, pictures and label maps.
+    """What pseudo labels depend on: the teacher's content, the settings that shape its predictions, images and label maps.
 
     The teacher is "", without further files, where it is gone: the labels that it made may still be used.
     """

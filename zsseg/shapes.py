@@ -1,7 +1,7 @@
-"""The embedded data set: 64 x 64 pictures of coloured shapes before textured walls, generated from fixed seeds.
+"""The synthetic data set: 64 x 64 images of coloured shapes before textured walls, generated from fixed seeds.
 
 Five colour x shape combinations are unseen: the segmenter gets neither their masks nor their names, while every colour
-and every shape is seen in other combinations. The small CLIP is trained on pictures of its own (split "clip").
+and every shape is seen in other combinations. The small CLIP is trained on images of its own (split "clip").
 """
 
 import json
@@ -17,7 +17,7 @@ from zsseg.run import progress, seed_of
 COLOURS, SHAPES = ("red", "green", "blue", "yellow", "purple"), ("disc", "square", "triangle", "cross")
 THINGS, WALLS = DATASETS["shapes"].names[:20], DATASETS["shapes"].names[20:]
 SIDE = 64
-SPLITS = {"clip": 1200, "train": 1200, "val": 200, "test": 300}  # pictures; a split's seed is its position here
+SPLITS = {"clip": 1200, "train": 1200, "val": 200, "test": 300}  # images; a split's seed is its position here
 RGB = dict(zip(COLOURS, [(205, 50, 45), (60, 165, 70), (50, 85, 205), (225, 200, 50), (140, 60, 165)], strict=True))
 CAPTIONS = ("a photo of a {}.", "a picture of a {}.", "a sculpture of a {}.", "there is a {} here.", "a {}.")
 VISIBLE = 0.5  # a thing of which less than this share is visible is drawn again

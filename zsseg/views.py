@@ -1,4 +1,4 @@
-"""Test-time augmentation: several sizes, mirror images and sliding windows of one picture, and the mean of their score maps.
+"""Test-time augmentation: several sizes, mirror images and sliding windows of one image, and the mean of their score maps.
 
 Of every view only the proposals are kept (masks at stride 4 and class scores: 10 MB for 100 queries on 640 x 640), those
 beyond `BUDGET` in a temporary file. Score maps, the large part, are summed a few classes at a time with a running maximum:
@@ -20,14 +20,14 @@ BUDGET = 2**28  # bytes that a tile of score maps may take, and the masks of all
 
 @dataclass
 class View:
-    """A part of a picture that was segmented by itself."""
+    """A part of an image that was segmented by itself."""
     proposals: Proposals
-    box: tuple[int, int, int, int]  # where it lies in the picture at its own size: top, left, bottom, right
+    box: tuple[int, int, int, int]  # where it lies in the image at its own size: top, left, bottom, right
     mirrored: bool
 
 
 def windows(height: int, width: int, side: int) -> Iterator[tuple[int, int, int, int]]:
-    """Squares of `side` that overlap by two thirds and cover a picture: top, left, bottom, right. All of it for side 0."""
+    """Squares of `side` that overlap by two thirds and cover an image: top, left, bottom, right. All of it for side 0."""
     step = -(-side // 3)
 
     def starts(length: int) -> list[int]:
@@ -40,7 +40,7 @@ def windows(height: int, width: int, side: int) -> Iterator[tuple[int, int, int,
 
 
 def whole(proposals: Proposals, size: tuple[int, int]) -> View:
-    """All of a picture as a view."""
+    """All of an image as a view."""
     return View(proposals, (0, 0, *size), False)
 
 
@@ -51,7 +51,7 @@ def all_finite(views: list[View], scores: list[Tensor]) -> Tensor:
 
 
 def segment_views(segmenter: Segmenter, images: list[Tensor], size: tuple[int, int], flip: bool, window: int) -> list[View]:
-    """The views of a picture whose own (height, width) is `size`, given at one or more network-input sizes [3, H, W]."""
+    """The views of an image whose own (height, width) is `size`, given at one or more network-input sizes [3, H, W]."""
     views, held = [], 0
     for image in images:
         H, W = image.shape[-2:]

@@ -1,4 +1,4 @@
-"""Any words: what to look for in pictures, with synonyms and background words."""
+"""Any words: what to look for in images, with synonyms and background words."""
 
 import os
 import re

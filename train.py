@@ -9,7 +9,6 @@ runs/<name of the config>). --resume goes on from last.pt with the configuration
 same bit for bit. SIGTERM, SIGUSR1, Ctrl-C or a closed terminal (SIGHUP): a checkpoint at the end of the step, exit code 0.
 """
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -17,27 +16,24 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from kernels.jit import Switch
 from zsseg import checkpoint, run
-from zsseg.clip import CLIP, VisionTransformer, build_clip
-from zsseg.config import Config, ContrastConfig, load_config
-from zsseg.data import HeldOut, Regions, RegionsWithCaptions, TrainPictures, collate, stream
+from zsseg.config import Config, load_config
+from zsseg.data import TrainPictures, collate, stream
 from zsseg.datasets import find_pairs, has_split, training_set
 from zsseg.faults import BadSteps, Broken, Stop, is_fused, is_run, load_last, restore, running_statistics
-from zsseg.files import MARK, hold, release, set_aside
-from zsseg.files import result as written
+from zsseg.files import hold, release, set_aside
 from zsseg.log import Log, Speed
-from zsseg.losses import contrastive_loss, normalizers, per_pixel_loss, segmentation_losses
-from zsseg.metrics import evaluate, percent, report
-from zsseg.prompts import LearnedPrompt, PromptClassifier, build_prompt
-from zsseg.segmenter import build_segmenter, load_clip
+from zsseg.losses import normalizers, per_pixel_loss, segmentation_losses
+from zsseg.metrics import evaluate, report
+from zsseg.prompt_learning import Prompts
+from zsseg.segmenter import build_segmenter
 from zsseg.selftrain import pseudo_labels
-from zsseg.tokenizer import Tokenizer
+from zsseg.shapes_clip import Contrast
 
 
 class Segment:
@@ -89,127 +85,6 @@ class Segment:
 
     def report(self, result: dict, out: Path) -> None:
         report(result, self.config, out)
-
-
-class Prompts:
-    """The learned prompt (Xu et al. 2021, first stage): masked crops of the seen classes against their text features.
-
-    Results vary with the seed, so that several prompts may learn side by side; the one that names held-out regions of the
-    seen classes best (mean accuracy over the classes) is kept.
-    """
-    def __init__(self, config: Config, root: Path, out: Path, process: run.Process, saved: dict | None = None):
-        self.config, self.process = config, process
-        clip = build_clip(load_clip(config, root), config.clip.activation, config.clip.heads)
-        self.seeds, prompts = config.train.seeds or [config.train.seed], []
-        for seed in self.seeds:
-            torch.manual_seed(run.seed_of(seed, 0))
-            width = clip.token_embedding.weight.shape[1]
-            prompts.append(LearnedPrompt(width, config.clip.prompt_prefix))
-        self.model = PromptClassifier(clip, prompts, training_set(config.data).training_names).to(process.device)
-        self.samples = process.in_turn(lambda: Regions(config, root, clip.visual.resolution))
-        self.collate, self.batch_size, self.kept = torch.utils.data.default_collate, config.train.batch_size, 0
-
-    def compile(self) -> None:
-        for part in (self.model.clip.visual, self.model.clip.transformer):
-            part.compile(fullgraph=True)
-
-    def loss(self, model: nn.Module, batch: list) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum over the seeds, each of which has parameters of its own."""
-        crops, classes = (x.to(self.process.device, non_blocking=True) for x in batch)
-        with self.process.autocast(self.config.model.bf16, training=True):
-            logits = model(crops)  # [S, B, C]
-        accuracy = 100 * (logits.argmax(-1) == classes).float().mean()
-        S = len(logits)
-        return S * F.cross_entropy(logits.float().flatten(0, 1), classes.repeat(S)), {"accuracy": accuracy}
-
-    def state(self) -> dict:
-        states = {f"prompt_of_seed_{seed}": p.state_dict() for seed, p in zip(self.seeds, self.model.prompts, strict=True)}
-        return states | {"prompt": self.model.prompts[self.kept].state_dict()}
-
-    def load(self, state: dict, what: str) -> None:
-        for seed, prompt in zip(self.seeds, self.model.prompts, strict=True):
-            checkpoint.load_strict(prompt, state.get(f"prompt_of_seed_{seed}", {}), what, "use the configuration of its run")
-
-    @torch.no_grad()
-    def evaluate(self, split: str, out: Path | None, look: Callable) -> dict:
-        """Accuracy of every seed on the held-out regions in percent: over regions ("top1") and its mean over classes."""
-        single = build_prompt("single", 0)(self.model.clip, self.model.tokenizer, self.model.names)
-        S, C, device = len(self.seeds), len(self.model.names), self.process.device
-        text = torch.cat([self.model.text(), single[None]])  # a fixed prompt for comparison
-        right, count = torch.zeros(S + 1, C, device=device), torch.zeros(C, device=device)
-        held = HeldOut(self.samples)
-        numbers = range(self.process.rank, len(self.samples.held_out), self.process.world)
-        workers = self.config.data.workers
-        for crops, classes in stream(held, numbers, 64, workers, self.collate, lambda error: run.say(f"left out: {error}")):
-            classes = classes.to(device)
-            named = (self.model.image_features(crops.to(device)) @ text.mT).argmax(-1)  # [S + 1, B]
-            right.index_add_(1, classes, (named == classes).float())
-            count.index_add_(0, classes, torch.ones_like(classes, dtype=torch.float))
-        right, count = self.process.sum(right), self.process.sum(count)
-        there = count > 0
-        top1 = mean = [None] * (S + 1)  # nothing is held out where every class has fewer than five regions
-        spread = average = None
-        if there.any():
-            top1 = (100 * right.sum(1) / count.sum()).tolist()
-            mean = (100 * right[:, there] / count[there]).mean(1).tolist()
-            self.kept = max(range(S), key=lambda i: mean[i])
-            average, spread = sum(mean[:S]) / S, float(torch.tensor(mean[:S]).std(correction=0))
-        return {"held_out_regions": int(count.sum()), "kept_seed": self.seeds[self.kept], "std": spread,
-                "mean": average, "single": {"top1": top1[S], "per_class": mean[S]},
-                "seeds": {str(s): {"top1": top1[i], "per_class": mean[i]} for i, s in enumerate(self.seeds)}}  # fmt: skip
-
-    def score(self, result: dict) -> list[float]:
-        kept = result["seeds"][str(result["kept_seed"])]["per_class"]
-        return [-math.inf if kept is None else kept]
-
-    def report(self, result: dict, out: Path) -> None:
-        with written(out / "metrics.json") as file:
-            file.write_text(json.dumps({"program": MARK} | result, indent=1, allow_nan=False) + "\n")
-        rows = {"single (fixed)": result["single"]} | {f"seed {k}": v for k, v in result["seeds"].items()}
-        print(f"{'held-out regions':20}{'top-1':>8}{'per class':>11}")
-        for name, row in rows.items():
-            print(f"{name:20}{percent(row['top1'], 8)}{percent(row['per_class'], 11)}")
-        print(f"{percent(result['mean'], 0)} +- {percent(result['std'], 0)} over the seeds; seed {result['kept_seed']} is kept "
-              f"({result['held_out_regions']} regions of seen classes) -> {out / 'last.pt'}")  # fmt: skip
-
-
-class Contrast:
-    """The small CLIP of the synthetic data set, from regions and captions of all classes."""
-    def __init__(self, config: Config, root: Path, out: Path, process: run.Process, saved: dict | None = None):
-        self.config, self.process = config, process
-        self.model = build_small_clip(config.contrast).to(process.device)
-        self.tokenizer = Tokenizer(self.model.token_embedding.num_embeddings, self.model.context)
-        self.samples, self.collate, self.batch_size = RegionsWithCaptions(config, root), list, config.contrast.groups
-
-    def compile(self) -> None:
-        self.model.compile(fullgraph=True)
-
-    def loss(self, model: nn.Module, batch: list) -> tuple[Tensor, dict[str, Tensor]]:
-        crops, captions = zip(*batch, strict=True)
-        G, N = len(crops), len(crops[0])
-        tokens = self.tokenizer([text for group in captions for text in group]).to(self.process.device)
-        with self.process.autocast(self.config.model.bf16, training=True):
-            image, text = model(torch.cat(crops).to(self.process.device), tokens)  # [G*N, D] each
-        image, text = image.float().view(G, N, -1), text.float().view(G, N, -1)
-        loss = contrastive_loss(image, text, self.model.logit_scale)
-        right = (image @ F.normalize(text, dim=-1).mT).argmax(-1) == torch.arange(N, device=image.device)
-        return loss, {"accuracy": 100 * right.float().mean()}
-
-    def state(self) -> dict:
-        return self.model.state_dict()
-
-    def load(self, state: dict, what: str) -> None:
-        checkpoint.load_strict(self.model, state, what, "use the configuration of its run")
-
-    def evaluate(self, split: str, out: Path | None, look: Callable) -> None:
-        """Nothing: the segmenter's evaluation tells how CLIP does on true masks."""
-
-
-def build_small_clip(config: ContrastConfig) -> CLIP:
-    """A CLIP with a convolutional stem (plain patches learn too slowly) and the 514 byte tokens."""
-    patch = 2 ** (len(config.stem) + 1)
-    sizes = (config.resolution, patch, config.vision_width, config.vision_layers, config.embed, config.stem)
-    return CLIP(VisionTransformer(*sizes), config.embed, config.context, 514, config.text_width, config.text_layers)
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -69,7 +69,7 @@ def tiny_config(*overrides: str, task: str = "segment"):
 
 
 def tiny_clip_state(seed: int = 0) -> dict[str, torch.Tensor]:
-    from train import build_small_clip
+    from zsseg.shapes_clip import build_small_clip
 
     torch.manual_seed(seed)
     return build_small_clip(load_config().contrast).state_dict()

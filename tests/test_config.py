@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import GOLDEN, ROOT
 
-from train import PromptClassifier
 from zsseg.clip import CLIP, ModifiedResNet, VisionTransformer, build_clip
 from zsseg.config import Config, load_config
+from zsseg.prompt_learning import PromptClassifier
 from zsseg.prompts import TEMPLATES, FixedPrompt, LearnedPrompt
 from zsseg.run import UserError
 from zsseg.segmenter import Segmenter

@@ -11,12 +11,10 @@ from PIL import Image
 
 from zsseg import shapes
 from zsseg.data import (
-    RegionsWithCaptions,
     TestPictures,
     TrainPictures,
     augment,
     collate,
-    rough_mask,
     ssd_jitter,
     stream,
     test_size,
@@ -24,6 +22,7 @@ from zsseg.data import (
 from zsseg.datasets import DATASETS, find_pairs
 from zsseg.images import read_labels, read_picture
 from zsseg.run import UserError
+from zsseg.shapes_clip import RegionsWithCaptions, rough_mask
 
 test_size.__test__ = TestPictures.__test__ = False  # pytest would take them for tests
 

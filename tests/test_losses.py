@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from conftest import PROCESS
 from scipy.optimize import linear_sum_assignment
 
-from zsseg.losses import class_loss, contrastive_loss, normalizers, segmentation_losses
+from zsseg.losses import class_loss, normalizers, segmentation_losses
 from zsseg.matcher import Targets, assign, matching_cost
+from zsseg.shapes_clip import contrastive_loss
 
 L, B, Q, C, SIDE = 2, 3, 5, 4, 16
 IGNORE = 255

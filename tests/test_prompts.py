@@ -14,8 +14,8 @@ import eval as evaluation
 import train
 from zsseg import checkpoint, shapes
 from zsseg.config import load_config
-from zsseg.data import HeldOut, Regions, resized_crop_box
-from zsseg.prompts import FixedPrompt, PromptClassifier, text_features
+from zsseg.prompt_learning import HeldOut, PromptClassifier, Regions, resized_crop_box
+from zsseg.prompts import FixedPrompt, text_features
 from zsseg.tokenizer import Tokenizer
 
 WORDS = ["--config", "configs/voc_prompts.toml", "--device", "cpu"]

@@ -5,7 +5,6 @@ A sample of a training stream is a function of (seed, sample number) alone, so r
 
 import atexit
 import functools
-import json
 import multiprocessing.util
 import os
 import signal
@@ -25,7 +24,6 @@ from zsseg.datasets import DataSet, dataset, find_pairs, training_set
 from zsseg.images import read_labels, read_picture
 from zsseg.label_statistics import LabelStatistics, label_statistics
 from zsseg.matcher import Targets
-from zsseg.regions import mask_boxes, region_crops
 from zsseg.run import SIGNALS, UserError, left_out, say, seed_of, several
 
 REPLACEMENTS = 100  # samples in a row that may be broken before training stops
@@ -195,124 +193,6 @@ def collate(samples: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Targe
     counts = torch.tensor([len(c) for c in classes])
     classes = torch.stack([F.pad(c, (0, int(counts.max()) - len(c))) for c in classes])  # [B, T]
     return torch.stack(images), Targets(torch.stack(labels), classes, counts)
-
-
-class Regions(Dataset):
-    """Sample n of an endless stream of single regions, for learning a prompt (Xu et al. 2021, first stage).
-
-    Item: (crop fp32 [3, R, R] as CLIP sees it at inference, index among the training classes). A region is all of a class in
-    an image; its box gets a random resized crop (scale 0.08..1, ratio 3/4..4/3) and a flip. `held_out` regions of each
-    class are set aside and never drawn.
-    """
-    def __init__(self, config: Config, root: Path, resolution: int):
-        self.data, self.seed, self.resolution = training_set(config.data), config.train.seed, resolution
-        self.turn = config.data.exif_turn
-        self.pairs, self.lut = find_pairs(config.data, root, "train"), self.data.lut(training=True)
-        statistics = training_statistics(config.data, root)
-        rng, few = np.random.default_rng(self.seed), config.prompts.samples_per_class
-        self.regions, self.held_out = [], []  # (image, class)
-        for i, category in enumerate(self.data.trained):
-            shown = statistics.image[statistics.category == category]
-            drawn, aside = rng.permutation(shown), min(config.prompts.held_out, len(shown) // 5)
-            self.held_out += [(int(picture), i) for picture in drawn[:aside]]
-            self.regions += [(int(picture), i) for picture in drawn[aside:][:few]]
-        if not self.regions:
-            raise UserError(f"data set {config.data.name}", "no training picture shows a class that is trained on", "check it")
-
-    def __getitem__(self, n: int) -> tuple[Tensor, int]:
-        return self.crop(*self.region(n), np.random.default_rng(seed_of(self.seed, 6, n)))
-
-    def region(self, n: int) -> tuple[int, int]:
-        """(image, class) of sample n: all regions in a fresh order every epoch."""
-        epoch, i = divmod(n, len(self.regions))
-        return self.regions[np.random.default_rng(seed_of(self.seed, 5, epoch)).permutation(len(self.regions))[i]]
-
-    def source(self, n: int) -> str:
-        """The image that sample n shows."""
-        return str(self.pairs[self.region(n)[0]][0])
-
-    def crop(self, picture: int, category: int, rng: np.random.Generator | None = None) -> tuple[Tensor, int]:
-        """A region as `__getitem__` gives it; without `rng` all of its box, as at inference."""
-        image = read_picture(self.pairs[picture][0], turn=self.turn)
-        mask = read_labels(self.pairs[picture][1], self.lut, image.size) == category
-        x0, y0, x1, y1 = mask_boxes(torch.from_numpy(mask)[None])[0][0].tolist()
-        R, box = self.resolution, (x0, y0, x1, y1)
-        if rng is None:
-            return region_crops(to_tensor(image), torch.from_numpy(mask)[None], torch.tensor([box]), R)[0], category
-        mirrored = rng.random() < 0.5
-        for _ in range(10):  # until some of the region is in the crop
-            left, top, w, h = resized_crop_box(x1 - x0, y1 - y0, rng)
-            box = (x0 + left, y0 + top, x0 + left + w, y0 + top + h)
-            if np.asarray(Image.fromarray(mask).resize((R, R), Image.Resampling.NEAREST, box)).any():
-                break
-        else:  # around one of its pixels, at most R wide, so that sampling cannot miss it
-            y, x = rng.choice(np.argwhere(mask))
-            box = (max(x - R // 2, x0), max(y - R // 2, y0), min(x + (R + 1) // 2, x1), min(y + (R + 1) // 2, y1))
-        crop = region_crops(to_tensor(image), torch.from_numpy(mask)[None], torch.tensor([box]), R)[0]
-        return crop.flip(-1) if mirrored else crop, category
-
-
-class HeldOut(Dataset):
-    """The held-out regions of `Regions`, each all of its box; after the last one comes the first."""
-    def __init__(self, regions: Regions):
-        self.regions = regions
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.regions.crop(*self.regions.held_out[i % len(self.regions.held_out)])
-
-
-def resized_crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of a random part of an image: area 0.08..1 of it, aspect 3/4..4/3 (Inception's crop)."""
-    for _ in range(10):
-        area = width * height * rng.uniform(0.08, 1)
-        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-        if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
-    w, h = min(width, max(round(height * 4 / 3), 1)), min(height, max(round(width * 4 / 3), 1))
-    return (width - w) // 2, (height - h) // 2, w, h
-
-
-class RegionsWithCaptions(Dataset):
-    """Sample n: one region of every class (so no two of them match each other's caption), for contrastive training.
-
-    Item: (crops fp32 [N, 3, R, R], captions, a list of N). Some of the regions are masked crops, the others plain boxes.
-    """
-    def __init__(self, config: Config, root: Path):
-        self.seed, self.resolution = config.train.seed, config.contrast.resolution
-        self.masked_share = config.contrast.masked_share
-        data = dataset(config.data)
-        pairs = find_pairs(config.data, root, "clip")
-        self.images = [to_tensor(read_picture(image)) for image, _ in pairs]
-        sizes = [(image.shape[2], image.shape[1]) for image in self.images]
-        self.labels = [torch.from_numpy(read_labels(p[1], data.lut(), s)) for p, s in zip(pairs, sizes, strict=True)]
-        captions = json.loads((data.folder(root) / "captions.json").read_text("utf-8"))
-        self.captions = [{int(k): v for k, v in captions[label.stem].items()} for _, label in pairs]
-        self.where = [[i for i, c in enumerate(self.captions) if k in c] for k in range(len(data.names))]
-
-    def __getitem__(self, n: int) -> tuple[Tensor, list[str]]:
-        rng = np.random.default_rng(seed_of(self.seed, 3, n))
-        crops, texts = [], []
-        for k, where in enumerate(self.where):
-            i = int(rng.choice(where))
-            mask = rough_mask(self.labels[i] == k, rng)[None]
-            boxes, _ = mask_boxes(mask, float(rng.uniform(0.9, 1.3)))
-            seen = mask if rng.random() < self.masked_share else torch.ones_like(mask)
-            crop = region_crops(self.images[i], seen, boxes, self.resolution)
-            crops.append(crop.flip(-1) if rng.random() < 0.5 else crop)
-            texts.append(self.captions[i][k])
-        return torch.cat(crops), texts
-
-    def source(self, n: int) -> str:
-        return f"sample {n}"  # a region of many images each
-
-
-def rough_mask(mask: Tensor, rng: np.random.Generator) -> Tensor:
-    """A mask [H, W] as a segmenter might propose it: blurred, cut at a random level, never empty."""
-    height, width = mask.shape
-    coarse = F.avg_pool2d(mask[None, None].float(), int(rng.choice([1, 2, 4])))
-    smooth = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)[0, 0]
-    return smooth > min(float(rng.uniform(0.15, 0.75)), 0.9 * float(smooth.max()))
 
 
 class Sample(NamedTuple):

@@ -92,13 +92,6 @@ def segmentation_losses(logits: Tensor, masks: Tensor, targets: Targets, scales:
     }
 
 
-def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE of groups whose N pairs are all distinct: image, text [G, N, D] -> scalar."""
-    logits = scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).mT  # [G, N, N]
-    truth = torch.arange(logits.shape[-1], device=logits.device).expand(len(logits), -1)
-    return (F.cross_entropy(logits.mT, truth) + F.cross_entropy(logits, truth)) / 2
-
-
 def per_pixel_loss(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
     """Cross-entropy at the label maps' size: logits [B, C, h, w], labels [B, H, W] -> the mean over the pixels that count.
 

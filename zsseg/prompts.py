@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from zsseg import clip as clip_module
 from zsseg import tokenizer as tokenizer_module
@@ -71,44 +70,6 @@ class LearnedPrompt(nn.Module):
         """Names -> normalised features [C, D]; differentiable in the prompt."""
         tokens, ends = (t.to(self.prefix.device) for t in self.layout(tokenizer, names))
         return F.normalize(clip.encode_embedded(self.embed(clip, tokens), ends), dim=-1)
-
-
-class PromptClassifier(nn.Module):
-    """Region crops -> 100 x cosine with the text features of one or more learned prompts, over a frozen CLIP.
-
-    The prompts learn side by side from the same crops: one pass of each tower for all of them.
-    """
-    TOGETHER = 512  # names x prompts in one pass of the text tower; for more, each prompt's activations are computed twice
-
-    def __init__(self, clip: CLIP, prompts: list[LearnedPrompt], names: list[str]):
-        super().__init__()
-        vocab_size, _ = clip.token_embedding.weight.shape
-        self.clip, self.prompts, self.names = clip, nn.ModuleList(prompts), names
-        self.tokenizer = Tokenizer(vocab_size, clip.context)
-        tokens, ends = prompts[0].layout(self.tokenizer, names)
-        self.register_buffer("tokens", tokens, persistent=False)
-        self.register_buffer("ends", ends, persistent=False)
-
-    @torch.no_grad()
-    def image_features(self, crops: Tensor) -> Tensor:
-        """Crops as CLIP wants them [B, 3, R, R] -> normalised features [B, D]."""
-        return F.normalize(self.clip.encode_image(crops).float(), dim=-1)
-
-    def text(self) -> Tensor:
-        """Normalised text features of every prompt [S, C, D]."""
-        inputs = [prompt.embed(self.clip, self.tokens) for prompt in self.prompts]
-        if len(inputs) * len(self.names) <= self.TOGETHER:
-            features = self.clip.encode_embedded(torch.cat(inputs), self.ends.repeat(len(inputs)))
-        else:
-            features = torch.cat([checkpoint(self.clip.encode_embedded, x, self.ends, use_reentrant=False) for x in inputs])
-        return F.normalize(features.float(), dim=-1).unflatten(0, (len(inputs), -1))
-
-    def forward(self, crops: Tensor) -> Tensor:
-        """Crops [B, 3, R, R] -> logits [S, B, C]."""
-        return 100 * self.image_features(crops) @ self.text().mT
-
-    def train(self, mode: bool = True) -> "PromptClassifier":
-        return self  # a frozen CLIP stays in eval mode
 
 
 def build_prompt(spec: str | list[str], width: int, prefix: int = 16) -> nn.Module:

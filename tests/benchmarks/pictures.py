@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 
 from tests.recipe import make_image, make_labels
-from train import build_small_clip
 from zsseg import pictures, run
 from zsseg.config import Config, load_config
 from zsseg.pictures import Names, Pictures, Results, find_pictures, segment_pictures
 from zsseg.segmenter import Segmenter
+from zsseg.shapes_clip import build_small_clip
 from zsseg.words import read_words
 
 ROOT = Path(__file__).resolve().parents[2]

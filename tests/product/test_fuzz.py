@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from kernels.region_crop import reference_boxes, reference_crops
 from zsseg import data as pictures
+from zsseg.clip import MEAN, STD
 from zsseg.config import Config, load_config, matches
 from zsseg.convert import decode_runs
 from zsseg.images import read_picture, read_values
-from zsseg.regions import expand_boxes
+from zsseg.regions import expand_boxes, mask_boxes, region_crops
 from zsseg.run import UserError
 from zsseg.tokenizer import Tokenizer
 
@@ -194,7 +194,7 @@ def slow_cubic(line: list[float], size: int) -> list[float]:
 def test_boxes_and_crops_are_the_slow_loops(height, width, seed, density, side):
     rng = np.random.default_rng(seed)
     picture, mask = rng.integers(0, 256, (3, height, width)), rng.random((height, width)) < density
-    boxes, valid = reference_boxes(torch.from_numpy(mask)[None])
+    boxes, valid = mask_boxes(torch.from_numpy(mask)[None])
     rows, columns = mask.nonzero()
     assert bool(valid[0]) == mask.any()
     if not mask.any():
@@ -202,10 +202,9 @@ def test_boxes_and_crops_are_the_slow_loops(height, width, seed, density, side):
         return
     x0, y0, x1, y1 = boxes[0].tolist()
     assert [x0, y0, x1, y1] == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-    mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
-    crop = reference_crops(torch.from_numpy(picture), torch.from_numpy(mask)[None], boxes, mean, std, side)[0]
+    crop = region_crops(torch.from_numpy(picture), torch.from_numpy(mask)[None], boxes, side)[0]
     for channel in range(3):
-        values = (picture[channel] / 255 - mean[channel]) / std[channel] * mask
+        values = (picture[channel] / 255 - MEAN[channel]) / STD[channel] * mask
         lines = [slow_cubic(list(row), side) for row in values[y0:y1, x0:x1]]
         wanted = np.array([slow_cubic(list(column), side) for column in zip(*lines, strict=True)]).T
         assert np.allclose(crop[channel].numpy(), wanted, atol=1e-4)

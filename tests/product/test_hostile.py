@@ -13,6 +13,7 @@ from PIL import Image
 
 import train
 from zsseg import checkpoint, weights
+from zsseg.clip import build_clip
 from zsseg.images import read_picture, read_values
 from zsseg.run import UserError
 
@@ -101,7 +102,7 @@ def test_a_clip_of_odd_sizes(shapes_root, tmp_path):
                    {"token_embedding.weight": torch.zeros(514, 2)}):  # fmt: skip
         torch.save(tiny_clip_state() | change, tmp_path / "clip.pt")
         with pytest.raises(UserError, match="CLIP"):
-            train.build_clip(weights.load_clip_state(str(tmp_path / "clip.pt"), tmp_path))
+            build_clip(weights.load_clip_state(str(tmp_path / "clip.pt"), tmp_path))
 
 
 def test_a_quota_that_ends_during_training(shapes_root, tmp_path, monkeypatch):

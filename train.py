@@ -116,6 +116,11 @@ def rate_factor(step: int, config: Config) -> float:
     return warm * (1 + math.cos(math.pi * done)) / 2
 
 
+def set_learning_rates(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["base"] * rate_factor(step, config)
+
+
 def sample_numbers(start: int, steps: int, batch: int, process: run.Process) -> Iterator[int]:
     """The sample numbers of this process from step `start` on: the global order does not depend on the world size."""
     share = batch // process.world
@@ -191,105 +196,146 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     """
     Switch.on = config.model.kernels
     torch.manual_seed(run.seed_of(config.train.seed, 0))
-    task = {"segment": Segment, "prompts": Prompts, "clip": Contrast}[config.train.task]
-    task = task(config, root, out, process, saved.get("model"))
-    if task.batch_size % process.world:
-        raise run.UserError("train.batch_size", f"{task.batch_size} cannot be shared by {process.world} processes", "change it")
+    task = TASKS[config.train.task](config, root, out, process, saved.get("model"))
+    check_batch_size(task, config, process)
     optimizer = build_optimizer(task.model, config)
     if saved:
         task.load(saved["model"], f"checkpoint {out / 'last.pt'}")
         restore(optimizer, saved["optimizer"], f"checkpoint {out / 'last.pt'}")
-    single = task.batch_size == process.world and config.data.crop <= 32  # a deepest map of one pixel
-    if single and config.model.backbone == "small" and config.train.task == "segment":
-        todo = "raise data.crop above 32, or train.batch_size"
-        raise run.UserError("train.batch_size", "leaves batch norm one value a channel to take the mean of", todo)
     process.describe(config.model.bf16, training=True)
-    start, steps, best = saved.get("step", 0), config.train.steps, saved.get("best", [-math.inf])
+
     task.model.train()
     if process.compiles(config.model.compile):
         task.compile()  # before DDP wraps the model, and in place: names in the state dict stay as they are
     model = DistributedDataParallel(task.model) if process.world > 1 else task.model
-    process.agree(lambda: hold(out))
-    if process.is_main and not saved:  # what an earlier run has left that came to no checkpoint, or what is not ours
-        set_aside(out, ("best.pt", "metrics.json", "metrics.jsonl", "samples.png", "broken.txt", "bad_batch.pt"))
-    log, speed = Log(out, process, config, start, saved.get("wandb")), Speed(process, task.batch_size, start)
-    bad_steps = BadSteps(task, out, log, process, config.train.bad_steps, saved.get("skipped", 0))
 
-    def save(name: str, step: int) -> None:
-        """All that a run needs to go on. Random numbers follow from (train.seed, step, rank), samples from their number."""
-        if process.is_main:
-            states = {"model": task.state(), "optimizer": optimizer.state_dict(), "skipped": bad_steps.count}
-            checkpoint.save(out / name, out / "previous.pt" if name == "last.pt" else None, config=asdict(config), step=step,
-                            best=best, wandb=log.run_id, commit=run.commit(), **states)  # fmt: skip
-
-    def validate(step: int) -> None:
-        """The evaluation on the way that is due after a step; a run that goes on from that step repeats it."""
-        nonlocal best
-        if not config.train.eval_every or step % config.train.eval_every or not 0 < step < steps:
-            return
-        process.share(task.model)
-        with speed.paused():
-            try:
-                result = task.evaluate("val", None, log.look)
-            except run.UserError as error:  # a broken image, say
-                save("last.pt", step)
-                what, why, todo = error.args
-                raise run.UserError(what, why, f"{todo}; the weights are in {out / 'last.pt'}, --resume goes on") from None
-        if result:
-            log.evaluation(step, "val", result)
-            if (score := task.score(result)) > best and max(score) > -math.inf:
-                best = score
-                save("best.pt", step)
-        task.model.train()
-
-    validate(start)
-    numbers, due = sample_numbers(start, steps, task.batch_size, process), False
+    start, steps = saved.get("step", 0), config.train.steps
+    training = Training(task, optimizer, config, out, process, saved)
+    training.validate(start)
+    numbers = sample_numbers(start, steps, task.batch_size, process)
     batches = stream(task.samples, numbers, task.batch_size // process.world, config.data.workers, task.collate, Broken(out))
     bar = tqdm(range(start, steps), config.train.task, initial=start, total=steps, disable=None if process.is_main else True)
+    due = False  # a checkpoint
     with Stop(process) as stop:
-        for step, batch in zip(bar, speed.timed(batches), strict=True):
+        for step, batch in zip(bar, training.speed.timed(batches), strict=True):
             torch.manual_seed(run.seed_of(config.train.seed, 4, step, process.rank))  # dropout: stateless, so resumable
-            rate = rate_factor(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = group["base"] * rate
+            set_learning_rates(optimizer, config, step)
+
+            # Forward, losses, backward, update.
             loss, parts, norm, bad = train_step(task, model, optimizer, batch, config.train.clip_grad)
-            bad_steps.add(step, bad)
+            training.bad_steps.add(step, bad)
             done, stopping = step + 1, stop.now()
+
             if done % config.log.every == 0 or done == steps:
-                means = process.sum(torch.stack([loss, *parts.values()]).double()) / process.world
-                values = dict(zip(["loss", *parts], means.tolist(), strict=True)) | {"grad_norm": float(norm)}
-                others = [group["lr"] for group in optimizer.param_groups if group["base"] != config.train.lr]
-                values |= {"lr": config.train.lr * rate} | ({"lr_backbone": others[0]} if others else {}) | speed.read(done)
-                log.write(done, **values)
-                text = f"loss {values['loss']:.3f}, {values['speed/images_per_second']:.1f} images/s"
-                bar.set_postfix_str(text)
-                if process.is_main and bar.disable and (done % (10 * config.log.every) == 0 or done == steps):
-                    print(f"{config.train.task} step {done}/{steps} {text}, {run.clock(speed.left(steps))} left", flush=True)
-            ending, due = done == steps or stopping, due or done % config.train.checkpoint_every == 0
-            if (due or ending) and (not bad_steps.read() or ending):  # while steps are bad, the weights may be
-                save("last.pt", done)
+                training.log_step(done, loss, parts, norm, bar)
+
+            # A checkpoint that is due in a bad step waits for a good one: the weights may be the cause.
+            due = due or done % config.train.checkpoint_every == 0
+            last = done == steps or stopping
+            if (due or last) and (not training.bad_steps.read() or last):
+                training.save("last.pt", done)
                 due = False
             if stopping and done < steps:
                 run.say(f"stopped as asked, after step {done} of {steps}")
-                log.finish()
+                training.log.finish()
                 return False
-            validate(done)
-    process.share(task.model)
-    try:
-        result = task.evaluate(config.data.split, out, log.look)
-    except run.UserError as error:
-        what, why, todo = error.args
-        raise run.UserError(what, why, f"{todo}; the weights are in {out / 'last.pt'}, for eval.py") from None
-    if result:
-        log.evaluation(steps, config.data.split, result)
-        if config.train.task == "prompts":
-            save("last.pt", steps)  # now that the best seed is known
-        if best == [-math.inf]:
-            save("best.pt", steps)
-        if process.is_main:
-            task.report(result, out)
-    log.finish()
+
+            training.validate(done)
+    training.finish()
     return True
+
+
+TASKS = {"segment": Segment, "prompts": Prompts, "clip": Contrast}
+
+
+class Training:
+    """What goes on around the steps of a training: log, checkpoints, evaluations."""
+    def __init__(self, task: Segment | Prompts | Contrast, optimizer: torch.optim.Optimizer, config: Config, out: Path,
+                 process: run.Process, saved: dict):  # fmt: skip
+        self.task, self.optimizer, self.config, self.out, self.process = task, optimizer, config, out, process
+        process.agree(lambda: hold(out))
+        if process.is_main and not saved:  # what an earlier run has left that came to no checkpoint, or what is not ours
+            set_aside(out, ("best.pt", "metrics.json", "metrics.jsonl", "samples.png", "broken.txt", "bad_batch.pt"))
+        start = saved.get("step", 0)
+        self.log = Log(out, process, config, start, saved.get("wandb"))
+        self.speed = Speed(process, task.batch_size, start)
+        self.bad_steps = BadSteps(task, out, self.log, process, config.train.bad_steps, saved.get("skipped", 0))
+        self.best = saved.get("best", [-math.inf])
+
+    def save(self, name: str, step: int) -> None:
+        """All that a run needs to go on. Random numbers follow from (train.seed, step, rank), samples from their number."""
+        if not self.process.is_main:
+            return
+        states = {"model": self.task.state(), "optimizer": self.optimizer.state_dict(), "skipped": self.bad_steps.count}
+        previous = self.out / "previous.pt" if name == "last.pt" else None
+        checkpoint.save(self.out / name, previous, config=asdict(self.config), step=step, best=self.best,
+                        wandb=self.log.run_id, commit=run.commit(), **states)  # fmt: skip
+
+    def log_step(self, done: int, loss: Tensor, parts: dict[str, Tensor], norm: Tensor, bar: tqdm) -> None:
+        """The numbers of the step that was the `done`th; here the host waits for the device."""
+        config, process = self.config, self.process
+        means = process.sum(torch.stack([loss, *parts.values()]).double()) / process.world
+        values = dict(zip(["loss", *parts], means.tolist(), strict=True))
+        others = [group["lr"] for group in self.optimizer.param_groups if group["base"] != config.train.lr]
+        values |= {"grad_norm": float(norm), "lr": config.train.lr * rate_factor(done - 1, config)}
+        values |= ({"lr_backbone": others[0]} if others else {}) | self.speed.read(done)
+        self.log.write(done, **values)
+
+        text = f"loss {values['loss']:.3f}, {values['speed/images_per_second']:.1f} images/s"
+        bar.set_postfix_str(text)
+        steps = config.train.steps
+        if process.is_main and bar.disable and (done % (10 * config.log.every) == 0 or done == steps):
+            print(f"{config.train.task} step {done}/{steps} {text}, {run.clock(self.speed.left(steps))} left", flush=True)
+
+    def validate(self, step: int) -> None:
+        """The evaluation during training that is due after a step; a run that goes on from that step repeats it."""
+        every, steps = self.config.train.eval_every, self.config.train.steps
+        if not every or step % every or not 0 < step < steps:
+            return
+        self.process.share(self.task.model)
+        with self.speed.paused():
+            try:
+                result = self.task.evaluate("val", None, self.log.look)
+            except run.UserError as error:  # a broken image, say
+                self.save("last.pt", step)
+                what, why, todo = error.args
+                raise run.UserError(what, why, f"{todo}; the weights are in {self.out / 'last.pt'}, --resume goes on") from None
+        if result:
+            self.log.evaluation(step, "val", result)
+            score = self.task.score(result)
+            if score > self.best and max(score) > -math.inf:
+                self.best = score
+                self.save("best.pt", step)
+        self.task.model.train()
+
+    def finish(self) -> None:
+        """The evaluation at the end."""
+        split, steps = self.config.data.split, self.config.train.steps
+        self.process.share(self.task.model)
+        try:
+            result = self.task.evaluate(split, self.out, self.log.look)
+        except run.UserError as error:
+            what, why, todo = error.args
+            raise run.UserError(what, why, f"{todo}; the weights are in {self.out / 'last.pt'}, for eval.py") from None
+        if result:
+            self.log.evaluation(steps, split, result)
+            if self.config.train.task == "prompts":
+                self.save("last.pt", steps)  # now that the best seed is known
+            if self.best == [-math.inf]:
+                self.save("best.pt", steps)
+            if self.process.is_main:
+                self.task.report(result, self.out)
+        self.log.finish()
+
+
+def check_batch_size(task: Segment | Prompts | Contrast, config: Config, process: run.Process) -> None:
+    """UserError for a batch that cannot be shared, or leaves batch norm a single value."""
+    if task.batch_size % process.world:
+        raise run.UserError("train.batch_size", f"{task.batch_size} cannot be shared by {process.world} processes", "change it")
+    single = task.batch_size == process.world and config.data.crop <= 32  # a deepest map of one pixel
+    if single and config.model.backbone == "small" and config.train.task == "segment":
+        todo = "raise data.crop above 32, or train.batch_size"
+        raise run.UserError("train.batch_size", "leaves batch norm one value a channel to take the mean of", todo)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 import train
-from kernels import semantic_map
-from zsseg import checkpoint, metrics, run
+from zsseg import checkpoint, metrics, run, segmenter
 from zsseg.clip import CLIP
 from zsseg.faults import restore
 from zsseg.label_statistics import label_statistics
@@ -401,9 +400,9 @@ def test_chunks_shrink_where_memory_ends(small_clip, monkeypatch, capsys):
 def test_label_maps_in_pieces_are_the_same(monkeypatch):
     torch.manual_seed(0)
     logits, classes = torch.randn(6, 8, 12), torch.rand(6, 11)
-    whole = semantic_map.plain_semantic_map(logits, classes, (30, 45), (61, 37), False)[0]
-    monkeypatch.setattr(semantic_map, "BUDGET", 4 * 61 * 37 * 3)  # three classes at once
-    assert torch.equal(semantic_map.plain_semantic_map(logits, classes, (30, 45), (61, 37), False)[0], whole)
+    whole, best = segmenter.best_class(logits, classes, (30, 45), (61, 37))
+    monkeypatch.setattr(segmenter, "BUDGET", 4 * 61 * 37 * 3)  # three classes at once
+    assert all(map(torch.equal, segmenter.best_class(logits, classes, (30, 45), (61, 37)), (whole, best)))
     labels, found = torch.randint(0, 11, (61, 37)), whole
     labels[:3] = 255
     matrix = metrics.confusion(labels, found, 11, 255)

@@ -31,9 +31,10 @@ from zsseg import checkpoint, run
 from zsseg.budget import budget, report_budget
 from zsseg.config import Config, load_config
 from zsseg.datasets import dataset, find_pairs
+from zsseg.evaluate import evaluate
 from zsseg.export import export
 from zsseg.files import check_writable
-from zsseg.metrics import evaluate, report
+from zsseg.metrics import report
 from zsseg.pictures import Names, Results, find_pictures, made_with, segment_pictures
 from zsseg.published import compare
 from zsseg.report import Report

@@ -25,11 +25,12 @@ from zsseg import checkpoint, run
 from zsseg.config import Config, load_config
 from zsseg.data import TrainPictures, collate, stream
 from zsseg.datasets import find_pairs, has_split, training_set
+from zsseg.evaluate import evaluate
 from zsseg.faults import BadSteps, Broken, Stop, is_fused, is_run, load_last, restore, running_statistics
 from zsseg.files import hold, release, set_aside
 from zsseg.log import Log, Speed
 from zsseg.losses import normalizers, per_pixel_loss, segmentation_losses
-from zsseg.metrics import evaluate, report
+from zsseg.metrics import report
 from zsseg.prompt_learning import Prompts
 from zsseg.segmenter import build_segmenter
 from zsseg.selftrain import pseudo_labels

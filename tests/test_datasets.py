@@ -19,9 +19,9 @@ from zsseg.clip import CLIP, MEAN, STD, VisionTransformer
 from zsseg.convert import decode_runs, resize_bilinear
 from zsseg.data import TestPictures, TrainPictures
 from zsseg.datasets import DATASETS, find_pairs
+from zsseg.evaluate import evaluate
 from zsseg.images import read_labels, read_picture
 from zsseg.label_statistics import count_classes, label_statistics
-from zsseg.metrics import evaluate
 from zsseg.prompt_learning import Regions
 from zsseg.run import UserError
 from zsseg.segmenter import Segmenter

@@ -18,9 +18,9 @@ from zsseg.budget import budget, overlaps, report_budget
 from zsseg.checkpoint import load_strict
 from zsseg.config import ModelConfig, load_config
 from zsseg.datasets import dataset, find_pairs
+from zsseg.evaluate import evaluate
 from zsseg.losses import per_pixel_loss
 from zsseg.maskformer import PerPixel
-from zsseg.metrics import evaluate
 from zsseg.run import Process, UserError
 from zsseg.segmenter import Segmenter
 from zsseg.selftrain import complete, pseudo_labels

@@ -13,9 +13,10 @@ from torch import Tensor
 from zsseg.config import Config
 from zsseg.data import TestPictures, stream
 from zsseg.datasets import DataSet, dataset
+from zsseg.evaluate import true_masks
 from zsseg.files import MARK, PNG_MARK
 from zsseg.files import result as written
-from zsseg.metrics import confusion, percent, summarize, true_masks
+from zsseg.metrics import confusion, percent, summarize
 from zsseg.regions import mask_boxes
 from zsseg.run import Process, UserError, progress
 from zsseg.segmenter import Proposals, Segmenter

@@ -1,26 +1,13 @@
 """Evaluation: exact integer confusion matrices over all processes, the metrics, a table, a picture."""
 
-import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from zsseg.config import Config
-from zsseg.data import TestPictures, stream
 from zsseg.datasets import DataSet, dataset
-from zsseg.draw import column, save_label_map
-from zsseg.files import MARK, PNG_MARK, refuse_foreign
-from zsseg.files import result as written
-from zsseg.regions import mask_boxes
-from zsseg.run import Process, UserError, progress
-from zsseg.segmenter import Proposals, Segmenter
-from zsseg.views import all_finite, label_map, segment_views
 
 PIXELS = 2**24  # of an image that are counted at once
 
@@ -74,103 +61,6 @@ def harmonic_mean(seen: float | None, unseen: float | None) -> float | None:
     if seen is None or unseen is None:
         return None
     return 2 * seen * unseen / (seen + unseen) if seen + unseen else 0.0
-
-
-@torch.inference_mode()
-def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process, split: str, out: Path | None = None,
-             save_predictions: bool = False, look: Callable | None = None, seen: list[int] | None = None) -> dict:  # fmt: skip
-    """Metrics of a split, its images shared among the processes; with `out`, written to metrics.json there, with a grid of
-    images (rank 0).
-
-    `seen`: ids of the classes that count as seen in the ensemble; those that the set is trained on where None.
-    `look(number, name, image, labels, predicted, matrix)` is shown every image of this process: its number in the split,
-    uint8 [3, h, w] at network-input size, class ids int64 [H, W] true (with `ignore`) and predicted, pixel counts [C, C].
-    """
-    data, wanted = dataset(config.data), config.eval
-    pictures = TestPictures(config.data, root, split, wanted.sizes)
-    C = len(data.names)
-    if save_predictions:  # now, not in the middle
-        process.agree(lambda: refuse_foreign(*(out / "predictions" / f"{name}.png" for name in pictures.names)))
-    segmenter.set_classes(data.names, data.trained if seen is None else seen)
-    segmenter.eval()
-    ignored = torch.zeros((), dtype=torch.int64, device=process.device)
-    broken = torch.zeros((), dtype=torch.int64, device=process.device)  # images with scores that are not finite
-    matrices = {"": torch.zeros(C, C, dtype=torch.int64, device=process.device)}
-    regions = torch.zeros(2, 2, dtype=torch.int64, device=process.device)  # seen, unseen x right, all
-    numbers = range(process.rank, len(pictures), process.world)
-    batches = stream(pictures, numbers, 1, config.data.workers)
-    compare = (wanted.compare or bool(wanted.weights)) and segmenter.clip is not None
-    samples, started = [], time.perf_counter()
-    shown = progress(batches, process.share_of(f"evaluate {split}"), len(numbers), process.is_main)
-    for number, [(images, labels, name)] in zip(numbers, shown, strict=True):
-        images, labels = [image.to(process.device) for image in images], labels.to(process.device).long()
-        with process.autocast(config.model.bf16):
-            views = segment_views(segmenter, images, tuple(labels.shape), wanted.flip, wanted.window)
-            if wanted.compare and compare:
-                regions += true_mask_accuracy(segmenter, images[0], labels, data)
-        scores = [{"": segmenter.ensemble(view.proposals)} for view in views]
-        if compare:
-            scores = [s | segmenter.variants(v.proposals, wanted.weights) for s, v in zip(scores, views, strict=True)]
-        broken += ~all_finite(views, [s[""] for s in scores])
-        ignored += (labels == data.ignore).sum()
-        for row in scores[0]:
-            predicted, _ = label_map(segmenter, views, [s[row] for s in scores], tuple(labels.shape))
-            matrix = confusion(labels, predicted, C, data.ignore)
-            matrices[row] = matrices.get(row, 0) + matrix
-            if row:
-                continue
-            if look:
-                look(number, name, images[0], labels, predicted, matrix)
-            if save_predictions:
-                save_label_map(predicted, out / "predictions" / f"{name}.png", C)
-            if process.is_main and len(samples) < 8:
-                samples.append(column(images[0].cpu(), labels.where(labels != data.ignore, C).cpu(), predicted.cpu(), C))
-    seconds = torch.tensor(time.perf_counter() - started, device=process.device, dtype=torch.float64)
-    if compare and not numbers:  # more processes than images
-        regions_too = config.clip.ensemble and config.model.proposals
-        names = segmenter.variants(Proposals.nothing(C, regions_too, process.device), wanted.weights)
-        matrices |= {name: torch.zeros_like(matrices[""]) for name in names}
-    for tensor in (*matrices.values(), regions, seconds, ignored, broken):
-        process.sum(tensor)
-    if broken:
-        why = f"gives scores that are not finite in {int(broken)} of {len(pictures)} pictures"
-        raise UserError("the model", why, "check its weights, or set model.bf16=off")
-    pixels = int(matrices[""].sum()) + int(ignored)
-    result = summarize(matrices.pop(""), data) | {"ignored": 100 * int(ignored) / max(pixels, 1)}
-    result |= {"images": len(pictures), "images_per_second": len(pictures) * process.world / float(seconds)}
-    result |= {name: summarize(matrix, data) for name, matrix in matrices.items()}
-    if wanted.compare and compare:
-        right, total = regions.T.tolist()
-        result["clip_true_masks"] = {"accuracy": 100 * sum(right) / sum(total) if sum(total) else None, "regions": sum(total)}
-        if data.seen:
-            seen, unseen = (100 * r / n if n else None for r, n in zip(right, total, strict=True))
-            result["clip_true_masks"] |= {"accuracy_seen": seen, "accuracy_unseen": unseen}
-    if out is not None and process.is_main:
-        try:
-            with written(out / "metrics.json") as file:
-                file.write_text(json.dumps({"program": MARK} | result, indent=1, allow_nan=False) + "\n")
-        except UserError:  # the numbers have cost more than a file
-            print(table(result, method(config), data.unseen))
-            raise
-        with written(out / "samples.png") as file:
-            Image.fromarray(np.concatenate(samples, 1)).save(file, "PNG", pnginfo=PNG_MARK)
-    return result
-
-
-def true_masks(image: Tensor, labels: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
-    """The classes of a label map [T] and their masks at the network-input size of `image` [3, H, W]: bool [T, H, W]."""
-    labels = F.interpolate(labels[None, None].float(), image.shape[-2:], mode="nearest")[0, 0].long()
-    classes = labels.unique()
-    classes = classes[classes != ignore]
-    return classes, labels == classes[:, None, None]
-
-
-def true_mask_accuracy(segmenter: Segmenter, image: Tensor, labels: Tensor, data: DataSet) -> Tensor:
-    """CLIP alone on the ground-truth mask of every class present: int64 [2, 2], rows seen and unseen, right and all."""
-    classes, masks = true_masks(image, labels, data.ignore)
-    right = segmenter.region_logits(image, masks, mask_boxes(masks)[0]).argmax(1) == classes
-    seen = segmenter.seen[classes]
-    return torch.stack([torch.stack([(right & chosen).sum(), chosen.sum()]) for chosen in (seen, ~seen)])
 
 
 def report(result: dict, config: Config, out: Path) -> None:

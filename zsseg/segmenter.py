@@ -42,12 +42,6 @@ class Proposals:
     region: Tensor | None  # [Q, C] CLIP's class probabilities, 1 where invalid; None without the ensemble
     valid: Tensor  # [Q] bool: the mask has a pixel above the threshold
 
-    @classmethod
-    def nothing(cls, classes: int, regions: bool, device: torch.device) -> "Proposals":
-        """No query at all, with or without CLIP's opinion of it."""
-        empty, valid = torch.zeros(0, classes, device=device), torch.zeros(0, dtype=torch.bool, device=device)
-        return cls(torch.zeros(0, 8, 8, device=device), (32, 32), empty, empty if regions else None, valid)
-
 
 class Segmenter(nn.Module):
     """MaskFormer and a frozen CLIP over a vocabulary that `set_classes` fixes and may change at any time.
@@ -206,10 +200,16 @@ class Segmenter(nn.Module):
         """Where each proposal is above the threshold, at network-input size: bool [Q, H, W]."""
         return region_masks(proposals.logits, proposals.size, self.config.mask_threshold)[0] != 0
 
+    def variant_names(self, weights: list[float]) -> list[str]:
+        """What `variants` gives."""
+        if not self.proposing or self.clip is None:
+            return []  # nothing apart: a pixel's class is the head's and CLIP's at once; or there is the head alone
+        if not self.config.ensemble:
+            return ["head_only"]
+        return ["head_only", "clip_only", "clip_objectness", *(f"weight_{w:g}" for w in weights)]
+
     def variants(self, proposals: Proposals, weights: list[float]) -> dict[str, Tensor]:
         """Class scores [Q, C] of the method's parts and of other ensemble weights, from one pass."""
-        if not self.proposing:
-            return {}  # nothing apart: a pixel's class is the head's and CLIP's at once
         found = {"head_only": proposals.head}
         if proposals.region is not None:
             found["clip_only"] = self.ensemble(proposals, 0)

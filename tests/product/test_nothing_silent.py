@@ -23,9 +23,10 @@ from zsseg import checkpoint, run, shapes, weights
 from zsseg.config import load_config
 from zsseg.data import TestPictures, training_statistics, unique_names
 from zsseg.datasets import dataset, find_listing, find_pairs
+from zsseg.evaluate import evaluate
 from zsseg.files import decode, is_ours, refuse_foreign, replacing, result, set_aside, split_lines, walk
 from zsseg.label_statistics import label_statistics
-from zsseg.metrics import evaluate, summarize, table
+from zsseg.metrics import summarize, table
 from zsseg.pictures import Names, find_pictures, note_failed
 from zsseg.segmenter import build_segmenter, load_segmenter
 from zsseg.tokenizer import check_names
@@ -456,7 +457,7 @@ def test_scores_that_are_not_finite_give_no_labels(root, trained):
         if name.startswith("mask_embed"):
             tensor.fill_(3e38)
     torch.save(content, root / "large.pt")
-    fails_in_one_line(measure(root / "large.pt", root, "--out", root / "o"), "scores that are not finite", "2 of 2 pictures")
+    fails_in_one_line(measure(root / "large.pt", root, "--out", root / "o"), "scores that are not finite", "2 pictures")
     segment = ("eval.py", root / "large.pt", "--root", root, "--images", root / "a/images/val", "--classes", "cat")
     fails_in_one_line(command(*segment, "--out", root / "s", "--device", "cpu"), "not finite", "0.png")
     assert not (root / "o").exists() and not list((root / "s").iterdir())

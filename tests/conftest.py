@@ -61,7 +61,7 @@ def keys(name: str, entry: str | None = None) -> dict[str, list[int]]:
 
 
 def tiny_config(*overrides: str, task: str = "segment"):
-    """The embedded data set's configuration with a few steps and smaller still."""
+    """The synthetic data set's configuration with a few steps and smaller still."""
     sizes = ["train.steps=6", "train.batch_size=4", "data.workers=0", "log.every=1", "model.queries=8", "contrast.groups=2"]
     sizes += ["data.short_edges=[64]", "data.crop=64", "data.test_short_edge=64"]
     file = ROOT / "configs" / ("shapes.toml" if task == "segment" else "shapes_clip.toml")
@@ -86,7 +86,7 @@ def vocabulary() -> None:
 
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory) -> Path:
-    """A data root with a few pictures of the embedded data set and an untrained small CLIP."""
+    """A data root with a few pictures of the synthetic data set and an untrained small CLIP."""
     root = tmp_path_factory.mktemp("root")
     counts, shapes.SPLITS = shapes.SPLITS, {"clip": 60, "train": 10, "val": 3, "test": 4}
     try:

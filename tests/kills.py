@@ -323,7 +323,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--job", choices=CHOICES, nargs="+", default=CHOICES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--root", type=Path, help="a data root with the embedded data set (else a small one is made)")
+    parser.add_argument("--root", type=Path, help="a data root with the synthetic data set (else a small one is made)")
     parser.add_argument("--folder", type=int, metavar="PICTURES", help="only segment a folder of so many pictures")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is there: no thread pool may exist when lives are forked

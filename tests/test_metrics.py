@@ -67,7 +67,7 @@ def test_table_shows_the_parts_side_by_side():
     result |= {"head_only": result, "clip_true_masks": {"accuracy": 91.25, "regions": 12, "accuracy_seen": 93.0}}
     lines = table(result).splitlines()
     assert lines[0].split() == ["seen", "unseen", "hIoU", "mIoU", "pAcc"]
-    assert [line[:10] for line in lines[1:4]] == ["head alone", "ensemble  ", "CLIP on th"]
+    assert [line[:10] for line in lines[1:4]] == ["MaskFormer", "ensemble  ", "CLIP on th"]
     assert "91.2" in lines[3] and "d " in lines[-1]
 
 

@@ -52,7 +52,7 @@ class ModelConfig:
     class_hidden: int = 1024  # hidden width of the class-embedding MLP
     kernels: bool = True  # Triton kernels on CUDA; false: the plain PyTorch that they are tested against
     compile: str = "auto"  # auto (on CUDA: training, and evaluation of many images; on CPUs CLIP, for many) | on | off
-    bf16: str = "auto"  # auto (on CUDA; except in training on CPUs that multiply in bf16, CLIP alone) | on | off
+    bf16: str = "auto"  # auto (on CUDA; except in training on CPUs that multiply in bf16, CLIP only) | on | off
 
 
 @dataclass
@@ -65,7 +65,7 @@ class ClipConfig:
     prompts: str = ""  # checkpoint that holds the learned prompt
     prompt_prefix: int = 16  # learned tokens before the name
     ensemble: bool = True  # False: the segmenter's own class probabilities alone
-    ensemble_weight: float = 0.8  # w: seen classes head^w clip^(1-w), unseen the other way round; 0: CLIP alone
+    ensemble_weight: float = 0.8  # w: seen classes head^w clip^(1-w), unseen the other way round; 0: CLIP only
     mask_threshold: float = 0.5
     expand_ratio: float = 1.0
     regions: str = "crops"  # crops (the paper's) | pool | tokens: one pass over the image (zsseg/regions.py)
@@ -125,7 +125,7 @@ class ContrastConfig:
 
 @dataclass
 class EvalConfig:
-    compare: bool = False  # also measure head alone, CLIP alone, CLIP x objectness, and CLIP on the true masks
+    compare: bool = False  # also measure MaskFormer only, CLIP only, CLIP x objectness, and CLIP on the true masks
     weights: list[float] = field(default_factory=list)  # also measure the ensemble with these weights, in the same pass
     sizes: list[int] = field(default_factory=list)  # short edges whose score maps are averaged; [] = data.test_short_edge
     flip: bool = False  # average with the mirror image's score map

@@ -142,7 +142,7 @@ def true_masks(image: Tensor, labels: Tensor, ignore: int) -> tuple[Tensor, Tens
 
 
 def true_mask_accuracy(segmenter: Segmenter, image: Tensor, labels: Tensor, data: DataSet) -> Tensor:
-    """CLIP alone on the ground-truth mask of every class present: int64 [2, 2], rows seen and unseen, right and all."""
+    """CLIP only on the ground-truth mask of every class present: int64 [2, 2], rows seen and unseen, right and all."""
     classes, masks = true_masks(image, labels, data.ignore)
     right = segmenter.region_logits(image, masks, mask_boxes(masks)[0]).argmax(1) == classes
     seen = segmenter.seen[classes]

@@ -31,7 +31,7 @@ PROPOSER = {
 }
 CLIP = {
     "input": "P >= 1 crops of the picture, fp32 [P, 3, R, R], R = resolution: (RGB / 255 - mean) / std, 0 outside the mask",
-    "output": "class logits, fp32 [P, C]: 100 x cosine of crop and class name; their softmax is CLIP's opinion",
+    "output": "class logits, fp32 [P, C]: 100 x cosine of crop and class name; their softmax is CLIP's probabilities",
 }
 MASKS = [
     "Resize the picture (Pillow's bilinear filter): the shorter edge to short_edge, the longer one to at most longest_edge.",

@@ -85,12 +85,14 @@ def percent(value: float | None, width: int) -> str:
 
 def method(config: Config) -> str:
     """What the evaluation is, as it was configured."""
-    return {None: "head alone", 0: "CLIP alone"}.get(config.clip.ensemble_weight if config.clip.ensemble else None, "ensemble")
+    if not config.clip.ensemble:
+        return "MaskFormer only"
+    return "CLIP only" if config.clip.ensemble_weight == 0 else "ensemble"
 
 
 def rows(result: dict, name: str) -> tuple[tuple[str, ...], list[tuple[str, dict]]]:
     """The metrics that a table shows, and its rows (title, metrics): the method's parts, and last the evaluation itself."""
-    titles = {"head_only": "head alone", "clip_only": "CLIP alone", "clip_objectness": "CLIP x objectness"}
+    titles = {"head_only": "MaskFormer only", "clip_only": "CLIP only", "clip_objectness": "CLIP x objectness"}
     titles |= {k: f"ensemble, weight {k.removeprefix('weight_')}" for k in result if k.startswith("weight_")}
     split = "hIoU" in result
     keys = ("mIoU_seen", "mIoU_unseen", "hIoU", "mIoU", "pAcc") if split else ("mIoU", "mIoU_gt", "fwIoU", "mAcc", "pAcc")

@@ -186,7 +186,7 @@ class Segmenter(nn.Module):
     def ensemble(self, proposals: Proposals, weight: float | None = None) -> Tensor:
         """Class scores [Q, C] with ensemble weight w (the configuration's where None).
 
-        Seen classes head^w region^(1-w), unseen ones head^(1-w) region^w; w = 0 is CLIP alone, valid queries only.
+        Seen classes head^w region^(1-w), unseen ones head^(1-w) region^w; w = 0 is CLIP only, valid queries only.
         """
         w = self.config.ensemble_weight if weight is None else weight
         if proposals.region is None:
@@ -203,7 +203,7 @@ class Segmenter(nn.Module):
     def variant_names(self, weights: list[float]) -> list[str]:
         """What `variants` gives."""
         if not self.proposing or self.clip is None:
-            return []  # nothing apart: a pixel's class is the head's and CLIP's at once; or there is the head alone
+            return []  # nothing apart: a pixel's class is the head's and CLIP's at once; or there is no CLIP
         if not self.config.ensemble:
             return ["head_only"]
         return ["head_only", "clip_only", "clip_objectness", *(f"weight_{w:g}" for w in weights)]

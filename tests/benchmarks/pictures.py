@@ -2,7 +2,7 @@
 
 Reading and writing are measured on one core, without a network: a machine needs so many cores for each of them as its GPU
 segments pictures a second, divided by the number printed. The last lines are the whole job with the small model of the
-embedded data set (random weights), regions of one picture and of eight in a batch, from the same run.
+synthetic data set (random weights), regions of one picture and of eight in a batch, from the same run.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def host(folder: Path, size: tuple[int, int], count: int) -> None:
 
 
 def whole_job(folder: Path, count: int, repeats: int) -> None:
-    """Print the images a second of the embedded data set's model with groups of one picture and of eight."""
+    """Print the images a second of the synthetic data set's model with groups of one picture and of eight."""
     config = load_config(str(ROOT / "configs" / "shapes.toml"), ["data.workers=1"])
     torch.manual_seed(0)
     segmenter = Segmenter(config, build_small_clip(config.contrast).state_dict()).eval()
@@ -76,7 +76,7 @@ def whole_job(folder: Path, count: int, repeats: int) -> None:
                 segment_pictures(segmenter, config, Results(folder / "out", names, WORDS, ""), process, False)
             seconds[together].append(time.perf_counter() - started)
     one, eight = (count / median(s) for s in seconds.values())
-    print(f"embedded data set's model, {torch.get_num_threads()} threads: regions of one picture in a batch {one:.1f} "
+    print(f"synthetic data set's model, {torch.get_num_threads()} threads: regions of one picture in a batch {one:.1f} "
           f"images/s, of eight {eight:.1f} ({eight / one:.2f} times)")  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Make the README's pictures from a run on the embedded data set: `python -m tests.benchmarks.screens runs/shapes`.
+"""Make the README's pictures from a run on the synthetic data set: `python -m tests.benchmarks.screens runs/shapes`.
 
 overlay.png by `eval.py --images`, report.png from `eval.py --budget --report` in headless Chromium; to tests/screens/.
 """

@@ -1,4 +1,4 @@
-"""The paper's experiments on the embedded data set, over several seeds: mean +- standard deviation of seen, unseen and hIoU.
+"""The paper's experiments on the synthetic data set, over several seeds: mean +- standard deviation of seen, unseen and hIoU.
 
     python -m tests.benchmarks.table [--out runs/table] [--seeds 0 1 2] [--jobs 2] [--only base ...]
 
@@ -45,15 +45,16 @@ EVALS = {
 }
 # The table: (title, folder, part of metrics.json)
 ROWS = [
-    ("head alone", "base", "head_only"), ("CLIP alone", "base", "clip_only"), ("CLIP x objectness", "base", "clip_objectness"),
+    ("MaskFormer only", "base", "head_only"), ("CLIP only", "base", "clip_only"),
+    ("CLIP x objectness", "base", "clip_objectness"),
     ("ensemble, weight 0.7", "base", ""), ("ensemble, CLIP trained on plain crops only", "plain", ""),
-    ("CLIP alone, trained on plain crops only", "plain", "clip_only"),
+    ("CLIP only, trained on plain crops only", "plain", "clip_only"),
     ("ensemble, regions: prompt single", "single", ""), ("ensemble, regions: ViLD's prompts", "vild", ""),
     ("ensemble, regions: learned prompt", "learned", ""),
     ("ensemble, regions by pooling", "pool", ""), ("ensemble, regions by tokens", "tokens", ""),
-    ("CLIP alone, regions by pooling", "pool", "clip_only"), ("CLIP alone, regions by tokens", "tokens", "clip_only"),
+    ("CLIP only, regions by pooling", "pool", "clip_only"), ("CLIP only, regions by tokens", "tokens", "clip_only"),
     ("per-pixel, alone", "pixel_alone", ""), ("per-pixel, with dense CLIP", "pixel", ""),
-    ("self-training: ensemble", "self", ""), ("self-training: head alone", "self", "head_only"),
+    ("self-training: ensemble", "self", ""), ("self-training: MaskFormer only", "self", "head_only"),
 ]  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def trained(shapes_root, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run")
     result = command("train.py", *TINY, "--root", shapes_root, "--out", out, "--set", "train.eval_every=2")
     assert result.returncode == 0, result.stderr
-    assert "CLIP on the true masks" in result.stdout and "head alone" in result.stdout and "hIoU" in result.stdout
+    assert "CLIP on the true masks" in result.stdout and "MaskFormer only" in result.stdout and "hIoU" in result.stdout
     return out
 
 

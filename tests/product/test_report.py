@@ -170,7 +170,7 @@ def test_the_command_writes_the_same_page_with_two_processes(made, trained, shap
     one["facts"], two["facts"] = ([fact for fact in page["facts"] if fact[0] != "speed"] for page in (one, two))
     assert one == two and len(one["pictures"]) == 4 and one["paper"] is None
     metrics = json.loads((made / "metrics.json").read_text())
-    assert [name for name, _ in one["metrics"]["rows"]] == ["head alone", "CLIP alone", "CLIP x objectness", "ensemble"]
+    assert [name for name, _ in one["metrics"]["rows"]] == ["MaskFormer only", "CLIP only", "CLIP x objectness", "ensemble"]
     assert one["metrics"]["rows"][-1][1] == {k: metrics[k] for k in one["metrics"]["keys"]}
     assert one["per_class"] == [[v["IoU"], v["Acc"]] for v in metrics["per_class"].values()]
     assert one["true_masks"] == metrics["clip_true_masks"] and one["seen"] == dataset("shapes").seen
@@ -193,7 +193,7 @@ def test_the_paper_stands_beside_its_data_set_only(tmp_path):
     assert page["paper"]["differing"] == ["clip.ensemble_weight: 0.5 (0.7)"] and ["CLIP", "ViT-B/16"] in page["facts"]
     supervised = own("model.class_head=linear", "clip.ensemble=false", "data.train_on=all")
     page = written(shown(range(3), supervised), tmp_path)
-    assert page["paper"] is None and page["seen"] == [] and page["metrics"]["rows"][0][0] == "head alone"
+    assert page["paper"] is None and page["seen"] == [] and page["metrics"]["rows"][0][0] == "MaskFormer only"
     assert "mAcc" in page["metrics"]["keys"] and not {"CLIP", "prompt"} & {name for name, _ in page["facts"]}
 
 

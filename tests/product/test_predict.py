@@ -1,6 +1,8 @@
 """The Python interface: six lines, and what they give."""
 
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -94,3 +96,16 @@ def test_trained_classes_count_as_seen(model, shapes_root):
     segmenter = load(model, root=shapes_root, device="cpu")
     segmenter.set_classes(["Red Disc", "blue disc", "zebra"])  # blue disc is unseen in shapes
     assert segmenter.segmenter.seen.tolist() == [True, False, False]
+
+
+def test_the_readme_s_lines(model, shapes_root, tmp_path, monkeypatch):
+    [block] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (tmp_path / "runs/shapes").mkdir(parents=True)
+    (tmp_path / "runs/shapes/last.pt").symlink_to(model)
+    shutil.copytree(shapes_root, tmp_path / "datasets")
+    images = tmp_path / "datasets/shapes/images/test"
+    shutil.copy(next(images.iterdir()), images / "test00136.jpg")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(block, names)
+    assert names["labels"].shape == names["scores"].shape == (64, 64) and names["labels"].max() < 3

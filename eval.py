@@ -2,24 +2,25 @@
 
 Measure it:
     python eval.py runs/shapes/last.pt
-    python eval.py model_final.pth --config configs/voc_r50_single.toml --root datasets --save-predictions
+    python eval.py model_final.pth --config configs/voc_r50_single.toml --save-predictions
     python eval.py runs/shapes/last.pt --report              a page to look at: OUT/report.html
     torchrun --nproc-per-node=8 eval.py CHECKPOINT
 
-Segment images: files, folders, patterns, or - for a list on standard input. Each gets a label map (.png), an overlay with
-a legend (.overlay.jpg) and its classes with pixels, share and mean score (.json):
+Segment images: files, folders, patterns, or - for a list on standard input. Each gets a label map
+(.png), an overlay with a legend (.overlay.jpg) and its classes with pixels, share and mean score
+(.json):
     python eval.py CHECKPOINT --images photo.jpg --classes "cat, dog, grass"
     python eval.py CHECKPOINT --images photos/ more/*.png --classes words.txt --out segmented
-    torchrun --nproc-per-node=8 eval.py CHECKPOINT --images photos/ --classes words.txt --out segmented --resume
-Lines of words.txt: `cat`, with synonyms `sofa = couch, settee`, or `other: sky, wall` for what is predicted but shown as
-"other". Without --classes, the classes are the data set's.
+    torchrun --nproc-per-node=8 eval.py CHECKPOINT --images photos/ --classes words.txt --resume
+Lines of words.txt: `cat`, with synonyms `sofa = couch, settee`, or `other: sky, wall` for what is
+predicted but shown as "other". Without --classes, the classes are the data set's.
 
 Export programs that run without this one:
     python eval.py CHECKPOINT --export DIR --classes "cat, dog, grass"
 
-CHECKPOINT is one of train.py (its configuration is inside) or an original zsseg.baseline model_final.pth (give its
---config). Results go to --out (else eval/ or, of images, segmented/ beside the checkpoint), and never take the place of a
-file that this program did not write.
+CHECKPOINT is one of train.py (its configuration is inside) or an original zsseg.baseline
+model_final.pth (give its --config). Results go to --out (else eval/ or, of images, segmented/
+beside the checkpoint), and never take the place of a file that this program did not write.
 """
 
 import os
@@ -42,35 +43,69 @@ from zsseg.segmenter import Segmenter, load_segmenter
 from zsseg.words import Words, read_words, seen_classes, trained_names, words_of
 
 WORTH_COMPILING = 1000  # images a process: for fewer, compiling takes longer than it saves
-PATIENCE = timedelta(days=30)  # for processes whose share of many images takes longer than the others'
+PATIENCE = timedelta(
+    days=30
+)  # for processes whose share of many images takes longer than the others'
 
 
 def main(argv: list[str]) -> None:
     parser = run.parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=run.path_of)
     measuring = parser.add_argument_group("measuring")
-    measuring.add_argument("--save-predictions", action="store_true", help="write OUT/predictions/<stem>.png, class ids")
-    measuring.add_argument("--budget", action="store_true", help="what masks and classes cost: oracles, recall, confusions")
-    measuring.add_argument("--report", action="store_true", help="write OUT/report.html: metrics, confusions, curves, pictures")
-    measuring.add_argument("--reproduce", action="store_true", help="print the paper's numbers beside ours")
+    measuring.add_argument(
+        "--save-predictions",
+        action="store_true",
+        help="write OUT/predictions/<stem>.png, class ids",
+    )
+    measuring.add_argument(
+        "--budget",
+        action="store_true",
+        help="what masks and classes cost: oracles, recall, confusions",
+    )
+    measuring.add_argument(
+        "--report",
+        action="store_true",
+        help="write OUT/report.html: metrics, confusions, curves, pictures",
+    )
+    measuring.add_argument(
+        "--reproduce", action="store_true", help="print the paper's numbers beside ours"
+    )
     own = parser.add_argument_group("any pictures, any words")
-    own.add_argument("--images", metavar="PICTURE", nargs="+", help="files, folders, patterns, or - for a list")
-    own.add_argument("--classes", metavar="WORDS", help='what to look for: "cat, dog, grass; other: sky" or a text file')
-    own.add_argument("--resume", action="store_true", help="segment only the pictures that are not done yet")
-    own.add_argument("--export", metavar="DIR", type=run.path_of,
-                     help="write programs for these words that run without this project")
+    own.add_argument(
+        "--images", metavar="PICTURE", nargs="+", help="files, folders, patterns, or - for a list"
+    )
+    own.add_argument(
+        "--classes",
+        metavar="WORDS",
+        help='what to look for: "cat, dog, grass; other: sky" or a text file',
+    )
+    own.add_argument(
+        "--resume", action="store_true", help="segment only the pictures that are not done yet"
+    )
+    own.add_argument(
+        "--export",
+        metavar="DIR",
+        type=run.path_of,
+        help="write programs for these words that run without this project",
+    )
     args = parser.parse_args(argv)
     if args.classes is not None and not (args.images or args.export):
         raise run.UserError("--classes", "is for pictures of your own", "add --images or --export")
-    if (args.images or args.export) and (args.save_predictions or args.budget or args.report or args.reproduce):
-        raise run.UserError("--images and --export", "measure nothing", "leave the options for measuring out")
+    if (args.images or args.export) and (
+        args.save_predictions or args.budget or args.report or args.reproduce
+    ):
+        raise run.UserError(
+            "--images and --export", "measure nothing", "leave the options for measuring out"
+        )
     if args.images and args.export:
         raise run.UserError("--images and --export", "are two things", "give one after the other")
     if args.resume and not args.images:
         raise run.UserError("--resume", "is for pictures of your own", "add --images")
     content = checkpoint.load(args.checkpoint)
     if "config" not in content and not args.config:
-        raise run.UserError(f"checkpoint {args.checkpoint}", "holds no configuration", "give its --config")
+        raise run.UserError(
+            f"checkpoint {args.checkpoint}", "holds no configuration", "give its --config"
+        )
     config = load_config(args.config, args.set, content.get("config"))
     Switch.on = config.model.kernels
     if args.images:
@@ -100,7 +135,9 @@ def compile_for(pictures: int, segmenter: Segmenter, config: Config, process: ru
     many = config.model.compile == "on" or pictures >= WORTH_COMPILING * process.world
     if many and process.compiles(config.model.compile):
         segmenter.compile_parts()
-    elif many and config.model.compile == "auto" and segmenter.clip is not None and run.can_compile():
+    elif (
+        many and config.model.compile == "auto" and segmenter.clip is not None and run.can_compile()
+    ):
         segmenter.compile_tower()  # on a CPU all else is little beside it
 
 
@@ -108,12 +145,18 @@ def segment(args: Namespace, content: dict, config: Config) -> None:
     """Pictures of the user's own."""
     out, words = args.out or args.checkpoint.parent / "segmented", words_wanted(args, config)
     process = run.start(args.device, PATIENCE)
-    names = Names(process.agree(lambda: find_pictures(args.images, out)))  # before anything is downloaded
-    segmenter = load_segmenter(content, config, args.root, args.checkpoint).to(process.device).eval()
+    names = Names(
+        process.agree(lambda: find_pictures(args.images, out))
+    )  # before anything is downloaded
+    segmenter = (
+        load_segmenter(content, config, args.root, args.checkpoint).to(process.device).eval()
+    )
     compile_for(len(names), segmenter, config, process)
     set_words(segmenter, words, content, config)
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
-    results = Results(out, names, words, process.agree(lambda: made_with(segmenter, config, words, process)))
+    results = Results(
+        out, names, words, process.agree(lambda: made_with(segmenter, config, words, process))
+    )
     segment_pictures(segmenter, config, results, process, args.resume or again)
 
 
@@ -122,11 +165,18 @@ def measure(args: Namespace, content: dict, config: Config) -> None:
     pairs = find_pairs(config.data, args.root, config.data.split)  # before anything is downloaded
     process, out = run.start(args.device), args.out or args.checkpoint.parent / "eval"
     writes = ["metrics.json", "samples.png", *["report.html"] * args.report]
-    writes = [*["budget.json", "budget.png"] * args.budget, *writes * (not args.budget or args.report)]
+    writes = [
+        *["budget.json", "budget.png"] * args.budget,
+        *writes * (not args.budget or args.report),
+    ]
     process.agree(lambda: check_writable(out, writes))  # now, and not after hours
     if "config" not in content and config.model.bf16 == "auto" and process.device.type == "cpu":
-        config.model.bf16 = "off"  # what an original checkpoint gives is compared with the original's numbers
-    segmenter = load_segmenter(content, config, args.root, args.checkpoint).to(process.device).eval()
+        config.model.bf16 = (
+            "off"  # what an original checkpoint gives is compared with the original's numbers
+        )
+    segmenter = (
+        load_segmenter(content, config, args.root, args.checkpoint).to(process.device).eval()
+    )
     compile_for(len(pairs), segmenter, config, process)
     seen = seen_classes(dataset(config.data), content, config)
     if args.budget:
@@ -136,7 +186,17 @@ def measure(args: Namespace, content: dict, config: Config) -> None:
         if not args.report:
             return
     page = Report(config, process) if args.report else None
-    result = evaluate(segmenter, config, args.root, process, config.data.split, out, args.save_predictions, page, seen)
+    result = evaluate(
+        segmenter,
+        config,
+        args.root,
+        process,
+        config.data.split,
+        out,
+        args.save_predictions,
+        page,
+        seen,
+    )
     if page:
         page.gather()
     if process.is_main:

@@ -1,13 +1,13 @@
 """Prepare a data set below the data root, or verify it.
 
-    python prepare_data.py shapes        generates the synthetic data set and trains its small CLIP (minutes)
+    python prepare_data.py shapes        draws the synthetic data set and trains its small CLIP
     python prepare_data.py voc           downloads Pascal VOC 2012 and SBD, computes "trainaug"
-    python prepare_data.py voc --check   reads every file: counts, broken files by name, label histogram
+    python prepare_data.py voc --check   reads every file: counts, broken files, label histogram
     python prepare_data.py folder --config my.toml --check   the same for a data set of your own
 
-What lies below the root in its official layout is used as it is; else it is downloaded where that is allowed (to
-$ZSSEG_CACHE, else ~/.cache/zsseg) or one line says what to put where. Running it again changes nothing; killed half-way
-and run again it finishes.
+What lies below the root in its official layout is used as it is; else it is downloaded where that
+is allowed (to $ZSSEG_CACHE, else ~/.cache/zsseg) or one line says what to put where. Running it
+again changes nothing; killed half-way and run again it finishes.
 """
 
 import hashlib
@@ -18,7 +18,16 @@ import numpy as np
 from train import train
 from zsseg import checkpoint, convert, run, shapes
 from zsseg.config import DataConfig, load_config
-from zsseg.datasets import DATASETS, Absent, Archive, DataSet, Listing, dataset, find_listing, find_pairs
+from zsseg.datasets import (
+    DATASETS,
+    Absent,
+    Archive,
+    DataSet,
+    Listing,
+    dataset,
+    find_listing,
+    find_pairs,
+)
 from zsseg.download import check_file, fetch, unpack
 from zsseg.faults import load_last
 from zsseg.files import release, replacing
@@ -29,13 +38,29 @@ from zsseg.run import UserError, several
 
 def main(argv: list[str]) -> None:
     parser = run.Parser(__doc__)
-    parser.add_argument("dataset", choices=[*DATASETS, "folder"], help="ade20k_full and cityscapes want a registration")
-    parser.add_argument("--config", metavar="FILE", type=run.path_of, help="TOML file that describes data set folder")
+    parser.add_argument(
+        "dataset",
+        choices=[*DATASETS, "folder"],
+        help="ade20k_full and cityscapes want a registration",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=run.path_of,
+        help="TOML file that describes data set folder",
+    )
     parser.add_root()
     parser.add_argument("--workers", type=int, default=4, help="threads that read and convert (4)")
-    parser.add_argument("--train", action="store_true",
-                        help="get the training pictures, too, where only the test split is there")
-    parser.add_argument("--check", action="store_true", help="only verify: counts, unreadable files, label histogram")
+    parser.add_argument(
+        "--train",
+        action="store_true",
+        help="get the training pictures, too, where only the test split is there",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only verify: counts, unreadable files, label histogram",
+    )
     args = parser.parse_args(argv)
     config = load_config(args.config).data if args.config else DataConfig(name=args.dataset)
     if config.name != args.dataset or (args.dataset == "folder" and not args.config):
@@ -57,10 +82,14 @@ def prepare_shapes(root: Path, workers: int) -> None:
     if (folder / "clip.pt").exists():
         return
     last = folder / "clip" / "last.pt"
-    config = load_config(str(Path(__file__).parent / "configs" / "shapes_clip.toml"), [f"data.workers={workers}"])
+    config = load_config(
+        str(Path(__file__).parent / "configs" / "shapes_clip.toml"), [f"data.workers={workers}"]
+    )
     there = last.exists() or last.with_name("previous.pt").exists()
     try:
-        finished = train(config, root, last.parent, run.start("cpu"), load_last(last.parent) if there else {})
+        finished = train(
+            config, root, last.parent, run.start("cpu"), load_last(last.parent) if there else {}
+        )
     finally:
         release(last.parent)
     if not finished:
@@ -77,12 +106,19 @@ def prepare(name: str, root: Path, workers: int, train: bool) -> None:
     folder = data.folder(root)
     if name == "ade20k_full" and (folder / "images").is_dir():
         convert.ade20k_full(folder, workers, train)  # skips what is there
-    needed = ["train", "val"] if train or (data.lists and (folder / "train.txt").exists()) else ["val"]
+    needed = (
+        ["train", "val"] if train or (data.lists and (folder / "train.txt").exists()) else ["val"]
+    )
     if all(is_there(name, root, split) for split in needed):
         return
     if name == "voc":
         obtain(data.archives[0], name, root, folder)
-        places = (folder / "SBD", root / "SBD", root / "sbd", root / "benchmark_RELEASE" / "dataset")
+        places = (
+            folder / "SBD",
+            root / "SBD",
+            root / "sbd",
+            root / "benchmark_RELEASE" / "dataset",
+        )
         sbd = next((p for p in places if (p / "cls").is_dir()), places[0])
         if sbd == places[0]:
             obtain(data.archives[1], name, root, folder)
@@ -95,16 +131,27 @@ def prepare(name: str, root: Path, workers: int, train: bool) -> None:
     if name == "pcontext":
         convert.pascal_context(folder, workers)
     if not is_there(name, root, "val"):
-        raise UserError(f"data set {name}", f"{folder} is not complete", "move it away, or put in the official files")
+        raise UserError(
+            f"data set {name}",
+            f"{folder} is not complete",
+            "move it away, or put in the official files",
+        )
 
 
 def is_there(name: str, root: Path, split: str) -> bool:
-    """The split has files; where they are listed, most of them are there (--check names the others)."""
+    """The split has files; where they are listed, most of them are there (--check names the
+    others).
+    """
     try:
         pairs = find_pairs(name, root, split)
     except Absent:
         return False
-    files = {f for folder in {f.parent for pair in pairs for f in pair} if folder.is_dir() for f in folder.iterdir()}
+    files = {
+        f
+        for folder in {f.parent for pair in pairs for f in pair}
+        if folder.is_dir()
+        for f in folder.iterdir()
+    }
     return sum(picture in files and label in files for picture, label in pairs) > len(pairs) / 2
 
 
@@ -119,7 +166,11 @@ def obtain(archive: Archive, name: str, root: Path, folder: Path) -> None:
     elif archive.urls:
         fetch(archive.urls, file, archive.checksum, what, archive.bytes)
     elif not file.exists():
-        raise UserError(f"data set {name}", f"no {archive.file} in {root}, nothing in {folder}", dataset(name).register)
+        raise UserError(
+            f"data set {name}",
+            f"no {archive.file} in {root}, nothing in {folder}",
+            dataset(name).register,
+        )
     inside, outside = archive.take[0]
     if inside:
         unpack(file, archive.take, folder, what, verified=bool(archive.checksum))
@@ -151,10 +202,19 @@ def describe(data: DataSet, listing: Listing, split: str) -> str:
     if published := data.counts.get(split):
         text += f" (published: {published})"
         if len(pairs) == published and split in data.digests:
-            digest = hashlib.sha256("".join(sorted(f"{p.stem}\n" for p, _ in pairs)).encode()).hexdigest()
-            text += ", the published ids" if digest == data.digests[split] else ", but NOT the published ids"
+            digest = hashlib.sha256(
+                "".join(sorted(f"{p.stem}\n" for p, _ in pairs)).encode()
+            ).hexdigest()
+            text += (
+                ", the published ids"
+                if digest == data.digests[split]
+                else ", but NOT the published ids"
+            )
     if alone := len(listing.alone):
-        text += f"; {several(alone, 'file')} without a partner {'is' if alone == 1 else 'are'} left out (--check names them)"
+        text += (
+            f"; {several(alone, 'file')} without a partner {'is' if alone == 1 else 'are'} left "
+            f"out (--check names them)"
+        )
     return text
 
 
@@ -168,12 +228,16 @@ def summarize(config: DataConfig, root: Path, workers: int) -> None:
             if count := len(statistics.broken):
                 why = f"{count} broken label maps, the first: {statistics.broken[0]}"
                 raise UserError(f"data set {data.name}", why, "--check")
-            text += f"; {len(statistics.pictures_with(data.trained))} show a class that is trained on"
+            text += (
+                f"; {len(statistics.pictures_with(data.trained))} show a class that is trained on"
+            )
         print(text)
 
 
 def check(config: DataConfig, root: Path, workers: int) -> None:
-    """Read every file of every split and print what is wrong, all of it; broken and lonely files are then a UserError."""
+    """Read every file of every split and print what is wrong, all of it; broken and lonely files
+    are then a UserError.
+    """
     data, problems, contents = dataset(config), 0, {}
     for split in data.splits:
         try:
@@ -188,11 +252,21 @@ def check(config: DataConfig, root: Path, workers: int) -> None:
         problems += check_split(config, root, split, listing, workers, contents)
     if problems:
         have = "has" if problems == 1 else "have"
-        why = f"{several(problems, 'file is', 'files are')} broken or {have} no partner (listed above)"
+        why = (
+            f"{several(problems, 'file is', 'files are')} broken or {have} no partner (listed "
+            f"above)"
+        )
         raise UserError(f"data set {config.name}", why, "replace them")
 
 
-def check_split(config: DataConfig, root: Path, split: str, listing: Listing, workers: int, contents: dict[bytes, str]) -> int:
+def check_split(
+    config: DataConfig,
+    root: Path,
+    split: str,
+    listing: Listing,
+    workers: int,
+    contents: dict[bytes, str],
+) -> int:
     """Print what is in a split; the number of files that are broken or have no partner.
 
     `contents`: what the images of other splits hold, as digests.
@@ -200,8 +274,13 @@ def check_split(config: DataConfig, root: Path, split: str, listing: Listing, wo
     data = dataset(config)
     tables = data.lut(), data.lut(training=True)
     unseen = [data.values[data.names.index(n)] for n in data.unseen]
-    broken = [str(twin) for twin in listing.twins] + [f"{file} has no partner" for file in listing.alone]
-    hidden, survivors = [], []  # of each label map: pixels of unseen classes, and how many of them a target would show
+    broken = [str(twin) for twin in listing.twins] + [
+        f"{file} has no partner" for file in listing.alone
+    ]
+    hidden, survivors = (
+        [],
+        [],
+    )  # of each label map: pixels of unseen classes, and how many of them a target would show
     digests: dict[bytes, str] = {}
 
     def count(pair: tuple[Path, Path]) -> Count:
@@ -224,16 +303,29 @@ def check_split(config: DataConfig, root: Path, split: str, listing: Listing, wo
     for label, percent in zip([*data.names, "ignored"], share, strict=True):
         print(f"  {label[:40]:40}{percent:7.2f} %")
     if split == "train" and unseen:
-        print(f"  {len(hidden)} training targets: of {sum(hidden)} pixels of the {len(unseen)} unseen classes "
-              f"({', '.join(data.unseen)}), {sum(survivors)} survive")  # fmt: skip
-    empty = len(listing.pairs) - len(statistics.pictures_with(list(range(len(data.names))))) - len(statistics.broken)
+        print(
+            f"  {len(hidden)} training targets: of {sum(hidden)} pixels of the {len(unseen)} "
+            f"unseen classes "
+            f"({', '.join(data.unseen)}), {sum(survivors)} survive"
+        )
+    empty = (
+        len(listing.pairs)
+        - len(statistics.pictures_with(list(range(len(data.names)))))
+        - len(statistics.broken)
+    )
     twice = sorted(digests.keys() & contents.keys(), key=digests.get)
-    remarks = statistics.oddities(data, split) + listing.remarks + listing.left_out(split)[bool(listing.alone) :]
+    remarks = (
+        statistics.oddities(data, split)
+        + listing.remarks
+        + listing.left_out(split)[bool(listing.alone) :]
+    )
     if empty:
         remarks.append(f"{several(empty, 'label map shows', 'label maps show')} no class at all")
     if twice:
         example = f"{digests[twice[0]]} is {contents[twice[0]]}"
-        remarks.append(f"{several(len(twice), 'picture is', 'pictures are')} in another split, too: {example}")
+        remarks.append(
+            f"{several(len(twice), 'picture is', 'pictures are')} in another split, too: {example}"
+        )
     if listing.hidden:
         count = several(len({*listing.hidden}), "hidden file or folder", "hidden files and folders")
         remarks.append(f"{count} left out: {listing.hidden[0]}")

@@ -1,12 +1,14 @@
-"""Train a segmenter, a prompt, or the small CLIP of the synthetic data set, as a configuration file says.
+"""Train a segmenter, a prompt, or the small CLIP of the synthetic data set, as a configuration file
+says.
 
     python train.py --config configs/shapes.toml
     torchrun --nproc-per-node=8 train.py --config configs/voc_r50_single.toml --out runs/voc
     torchrun --nproc-per-node=8 train.py --out runs/voc --resume
 
-Writes last.pt (the one before it: previous.pt), best.pt, metrics.json, metrics.jsonl and samples.png to --out (else
-runs/<name of the config>). --resume goes on from last.pt with the configuration in it; on the CPU the weights come out the
-same bit for bit. SIGTERM, SIGUSR1, Ctrl-C or a closed terminal (SIGHUP): a checkpoint at the end of the step, exit code 0.
+Writes last.pt (the one before it: previous.pt), best.pt, metrics.json, metrics.jsonl and
+samples.png to --out (else runs/<name of the config>). --resume goes on from last.pt with the
+configuration in it; on the CPU the weights come out the same bit for bit. SIGTERM, SIGUSR1, Ctrl-C
+or a closed terminal (SIGHUP): a checkpoint at the end of the step, exit code 0.
 """
 
 import math
@@ -26,7 +28,16 @@ from zsseg.config import Config, load_config
 from zsseg.data import TrainPictures, collate, stream
 from zsseg.datasets import find_pairs, has_split, training_set
 from zsseg.evaluate import evaluate
-from zsseg.faults import BadSteps, Broken, Stop, is_fused, is_run, load_last, restore, running_statistics
+from zsseg.faults import (
+    BadSteps,
+    Broken,
+    Stop,
+    is_fused,
+    is_run,
+    load_last,
+    restore,
+    running_statistics,
+)
 from zsseg.files import hold, release, set_aside
 from zsseg.log import Log, Speed
 from zsseg.losses import normalizers, per_pixel_loss, segmentation_losses
@@ -39,18 +50,35 @@ from zsseg.shapes_clip import Contrast
 
 class Segment:
     """MaskFormer, or the one-stage baseline, on the seen classes of a data set, CLIP frozen."""
-    def __init__(self, config: Config, root: Path, out: Path, process: run.Process, saved: dict | None = None):
+
+    def __init__(
+        self, config: Config, root: Path, out: Path, process: run.Process, saved: dict | None = None
+    ):
         self.config, self.root, self.process = config, root, process
-        find_pairs(config.data, root, config.data.split)  # a missing split is noticed now, not at the end
-        if 0 < config.train.eval_every < config.train.steps and not has_split(config.data, root, "val"):
+        find_pairs(
+            config.data, root, config.data.split
+        )  # a missing split is noticed now, not at the end
+        if 0 < config.train.eval_every < config.train.steps and not has_split(
+            config.data, root, "val"
+        ):
             todo = "--set train.eval_every=0"
-            raise run.UserError("train.eval_every", f"needs a val split, and {config.data.name} has none", todo)
-        pseudo = pseudo_labels(config, root, out / "pseudo", process) if config.train.teacher else None
+            raise run.UserError(
+                "train.eval_every", f"needs a val split, and {config.data.name} has none", todo
+            )
+        pseudo = (
+            pseudo_labels(config, root, out / "pseudo", process) if config.train.teacher else None
+        )
         self.segmenter = build_segmenter(config, root, saved).to(process.device)
         self.segmenter.set_classes(training_set(config.data).training_names)
         self.text = self.segmenter.text
-        self.model, self.state, self.load = self.segmenter.maskformer, self.segmenter.learned_state, self.segmenter.load_learned
-        self.samples = process.in_turn(lambda: TrainPictures(config, root, pseudo))  # the first caches label statistics
+        self.model, self.state, self.load = (
+            self.segmenter.maskformer,
+            self.segmenter.learned_state,
+            self.segmenter.load_learned,
+        )
+        self.samples = process.in_turn(
+            lambda: TrainPictures(config, root, pseudo)
+        )  # the first caches label statistics
         self.collate, self.batch_size = collate, config.train.batch_size
         self.losses, self.compiled = segmentation_losses, False
 
@@ -70,12 +98,22 @@ class Segment:
                 logits = model(self.model.prepare(images), self.text)
             loss = per_pixel_loss(logits, targets.labels, self.samples.data.ignore)
             return loss, {"class": loss.detach()}
-        scales = normalizers(targets.counts, self.config.model.queries, train.no_object_weight, self.process)
-        with self.process.autocast(self.config.model.bf16, training=True):  # the network only: costs and losses need fp32
+        scales = normalizers(
+            targets.counts, self.config.model.queries, train.no_object_weight, self.process
+        )
+        with self.process.autocast(
+            self.config.model.bf16, training=True
+        ):  # the network only: costs and losses need fp32
             logits, masks = model(self.model.prepare(images), self.text)
-        losses = self.losses(logits, masks, targets.padded() if self.compiled else targets, scales, *weights)
-        layers = {f"{k}/layer_{i}": v.detach()[i] for k, v in losses.items() for i in range(len(v) - 1)}
-        return sum(v.sum() for v in losses.values()), {k: v[-1].detach() for k, v in losses.items()} | layers
+        losses = self.losses(
+            logits, masks, targets.padded() if self.compiled else targets, scales, *weights
+        )
+        layers = {
+            f"{k}/layer_{i}": v.detach()[i] for k, v in losses.items() for i in range(len(v) - 1)
+        }
+        return sum(v.sum() for v in losses.values()), {
+            k: v[-1].detach() for k, v in losses.items()
+        } | layers
 
     def evaluate(self, split: str, out: Path | None, look: Callable) -> dict:
         return evaluate(self.segmenter, self.config, self.root, self.process, split, out, look=look)
@@ -89,12 +127,18 @@ class Segment:
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW; no weight decay for norm layers and embeddings, a smaller rate for the backbone. SGD for prompts."""
+    """AdamW; no weight decay for norm layers and embeddings, a smaller rate for the backbone. SGD
+    for prompts.
+    """
     train = config.train
     if train.task == "prompts":
         groups = [{"params": [p for p in model.parameters() if p.requires_grad], "base": train.lr}]
-        optimizer = torch.optim.SGD(groups, train.lr, config.prompts.momentum, weight_decay=train.weight_decay, fused=True)
-        for parameter in groups[0]["params"]:  # else a first step that is skipped would leave it as the memory was
+        optimizer = torch.optim.SGD(
+            groups, train.lr, config.prompts.momentum, weight_decay=train.weight_decay, fused=True
+        )
+        for parameter in groups[0][
+            "params"
+        ]:  # else a first step that is skipped would leave it as the memory was
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     groups: dict[tuple, list] = {}
@@ -103,13 +147,20 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         for parameter in module.parameters(recurse=False):
             if parameter.requires_grad:
                 rate = train.lr * (train.backbone_lr if prefix.startswith("backbone") else 1)
-                groups.setdefault((rate, 0.0 if plain else train.weight_decay), []).append(parameter)
-    groups = [{"params": p, "lr": rate, "base": rate, "weight_decay": decay} for (rate, decay), p in groups.items()]
+                groups.setdefault((rate, 0.0 if plain else train.weight_decay), []).append(
+                    parameter
+                )
+    groups = [
+        {"params": p, "lr": rate, "base": rate, "weight_decay": decay}
+        for (rate, decay), p in groups.items()
+    ]
     return torch.optim.AdamW(groups, fused=True)
 
 
 def rate_factor(step: int, config: Config) -> float:
-    """What multiplies every learning rate: polynomial decay; for prompts a constant warm-up, then cosine decay."""
+    """What multiplies every learning rate: polynomial decay; for prompts a constant warm-up, then
+    cosine decay.
+    """
     done = step / config.train.steps
     if config.train.task != "prompts":
         return (1 - done) ** config.train.power
@@ -123,19 +174,28 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, config: Config, step: i
 
 
 def sample_numbers(start: int, steps: int, batch: int, process: run.Process) -> Iterator[int]:
-    """The sample numbers of this process from step `start` on: the global order does not depend on the world size."""
+    """The sample numbers of this process from step `start` on: the global order does not depend on
+    the world size.
+    """
     share = batch // process.world
     for step in range(start, steps):
         first = step * batch + process.rank * share
         yield from range(first, first + share)
 
 
-def train_step(task: Segment | Prompts | Contrast, model: nn.Module, optimizer: torch.optim.Optimizer, batch: object,
-               clip_grad: float) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:  # fmt: skip
-    """One step; the loss, its parts, the gradient norm and whether it was bad (1 or 0), left on the device.
+def train_step(
+    task: Segment | Prompts | Contrast,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: object,
+    clip_grad: float,
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    """One step; the loss, its parts, the gradient norm and whether it was bad (1 or 0), left on the
+    device.
 
-    In a bad step the loss or the gradient of some process is not finite: nothing changes in any of them, whatever the
-    optimizer is; for one that is not fused, the host waits for the device in every step. `clip_grad` 0: no limit.
+    In a bad step the loss or the gradient of some process is not finite: nothing changes in any of
+    them, whatever the optimizer is; for one that is not fused, the host waits for the device in
+    every step. `clip_grad` 0: no limit.
     """
     running = running_statistics(task.model)
     before = [buffer.clone() for buffer in running]
@@ -146,7 +206,9 @@ def train_step(task: Segment | Prompts | Contrast, model: nn.Module, optimizer: 
     finite = loss.detach().isfinite() & norm.isfinite()
     bad = task.process.sum(1 - finite.float()).clamp(max=1)
     if is_fused(optimizer):
-        optimizer.found_inf = bad  # it leaves everything as it is where this is 1, and the host need not wait
+        optimizer.found_inf = (
+            bad  # it leaves everything as it is where this is 1, and the host need not wait
+        )
         optimizer.step()
     elif not bad:
         optimizer.step()
@@ -163,25 +225,37 @@ def main(argv: list[str]) -> None:
         parser.error("--config is missing" + ", or --out of the run" * args.resume)
     out, process = args.out or Path("runs") / args.config.stem, run.start(args.device)
     there = any((out / name).exists() for name in ("last.pt", "previous.pt"))
-    again = process.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)  # by torchrun --max-restarts
+    again = process.any(
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    )  # by torchrun --max-restarts
     if args.resume and not there:
         raise run.UserError(f"output {out}", "holds no run", "leave --resume out to start one")
     saved = load_last(out) if args.resume or (again and there) else {}
     if not saved and there:
-        raise run.UserError(f"output {out}", "holds a run already", "add --resume, or give another --out")
+        raise run.UserError(
+            f"output {out}", "holds a run already", "add --resume, or give another --out"
+        )
     if saved and not is_run(saved):
-        raise run.UserError(f"checkpoint {out / 'last.pt'}", "is not one of a training run", "give another --out")
+        raise run.UserError(
+            f"checkpoint {out / 'last.pt'}", "is not one of a training run", "give another --out"
+        )
     if process.any(saved.get("step", 0) != process.first(saved.get("step", 0))):
         why = "the processes found checkpoints of different steps"
         raise run.UserError(f"output {out}", why, "put it where all machines see the same files")
     config = load_config(None if saved else args.config, args.set, saved.get("config"))
     if saved:
-        run.say(f"resuming {out} at step {saved['step']} of {config.train.steps}, with the configuration in it and --set")
+        run.say(
+            f"resuming {out} at step {saved['step']} of {config.train.steps}, with the "
+            f"configuration in it and --set"
+        )
         for key in ("train.init", "model.weights", "clip.prompts"):
             if any(item.replace(" ", "").startswith(f"{key}=") for item in args.set):
                 run.say(f"{key} is not read again: the weights are those of {out / 'last.pt'}")
         if saved.get("commit") != run.commit():
-            run.say(f"the program has changed since: {saved.get('commit') or 'unknown'} -> {run.commit() or 'unknown'}")
+            run.say(
+                f"the program has changed since: {saved.get('commit') or 'unknown'} -> "
+                f"{run.commit() or 'unknown'}"
+            )
     try:
         finished = train(config, args.root, out, process, saved)
     finally:
@@ -191,7 +265,8 @@ def main(argv: list[str]) -> None:
 
 
 def train(config: Config, root: Path, out: Path, process: run.Process, saved: dict) -> bool:
-    """Train as `config` says and evaluate, from the start or from `saved`, the content of a checkpoint.
+    """Train as `config` says and evaluate, from the start or from `saved`, the content of a
+    checkpoint.
 
     False where a signal stopped it on the way, after a checkpoint.
     """
@@ -207,30 +282,49 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
 
     task.model.train()
     if process.compiles(config.model.compile):
-        task.compile()  # before DDP wraps the model, and in place: names in the state dict stay as they are
+        # before DDP wraps the model, and in place: names in the state dict stay as they are
+        task.compile()
     model = DistributedDataParallel(task.model) if process.world > 1 else task.model
 
     start, steps = saved.get("step", 0), config.train.steps
     training = Training(task, optimizer, config, out, process, saved)
     training.validate(start)
     numbers = sample_numbers(start, steps, task.batch_size, process)
-    batches = stream(task.samples, numbers, task.batch_size // process.world, config.data.workers, task.collate, Broken(out))
-    bar = tqdm(range(start, steps), config.train.task, initial=start, total=steps, disable=None if process.is_main else True)
+    batches = stream(
+        task.samples,
+        numbers,
+        task.batch_size // process.world,
+        config.data.workers,
+        task.collate,
+        Broken(out),
+    )
+    bar = tqdm(
+        range(start, steps),
+        config.train.task,
+        initial=start,
+        total=steps,
+        disable=None if process.is_main else True,
+    )
     due = False  # a checkpoint
     with Stop(process) as stop:
         for step, batch in zip(bar, training.speed.timed(batches), strict=True):
-            torch.manual_seed(run.seed_of(config.train.seed, 4, step, process.rank))  # dropout: stateless, so resumable
+            torch.manual_seed(
+                run.seed_of(config.train.seed, 4, step, process.rank)
+            )  # dropout: stateless, so resumable
             set_learning_rates(optimizer, config, step)
 
             # Forward, losses, backward, update.
-            loss, parts, norm, bad = train_step(task, model, optimizer, batch, config.train.clip_grad)
+            loss, parts, norm, bad = train_step(
+                task, model, optimizer, batch, config.train.clip_grad
+            )
             training.bad_steps.add(step, bad)
             done, stopping = step + 1, stop.now()
 
             if done % config.log.every == 0 or done == steps:
                 training.log_step(done, loss, parts, norm, bar)
 
-            # A checkpoint that is due in a bad step waits for a good one: the weights may be the cause.
+            # A checkpoint that is due in a bad step waits for a good one: the weights may be the
+            # cause.
             due = due or done % config.train.checkpoint_every == 0
             last = done == steps or stopping
             if (due or last) and (not training.bad_steps.read() or last):
@@ -251,33 +345,79 @@ TASKS = {"segment": Segment, "prompts": Prompts, "clip": Contrast}
 
 class Training:
     """What goes on around the steps of a training: log, checkpoints, evaluations."""
-    def __init__(self, task: Segment | Prompts | Contrast, optimizer: torch.optim.Optimizer, config: Config, out: Path,
-                 process: run.Process, saved: dict):  # fmt: skip
-        self.task, self.optimizer, self.config, self.out, self.process = task, optimizer, config, out, process
+
+    def __init__(
+        self,
+        task: Segment | Prompts | Contrast,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        out: Path,
+        process: run.Process,
+        saved: dict,
+    ):
+        self.task, self.optimizer, self.config, self.out, self.process = (
+            task,
+            optimizer,
+            config,
+            out,
+            process,
+        )
         process.agree(lambda: hold(out))
-        if process.is_main and not saved:  # what an earlier run has left that came to no checkpoint, or what is not ours
-            set_aside(out, ("best.pt", "metrics.json", "metrics.jsonl", "samples.png", "broken.txt", "bad_batch.pt"))
+        if (
+            process.is_main and not saved
+        ):  # what an earlier run has left that came to no checkpoint, or what is not ours
+            set_aside(
+                out,
+                (
+                    "best.pt",
+                    "metrics.json",
+                    "metrics.jsonl",
+                    "samples.png",
+                    "broken.txt",
+                    "bad_batch.pt",
+                ),
+            )
         start = saved.get("step", 0)
         self.log = Log(out, process, config, start, saved.get("wandb"))
         self.speed = Speed(process, task.batch_size, start)
-        self.bad_steps = BadSteps(task, out, self.log, process, config.train.bad_steps, saved.get("skipped", 0))
+        self.bad_steps = BadSteps(
+            task, out, self.log, process, config.train.bad_steps, saved.get("skipped", 0)
+        )
         self.best = saved.get("best", [-math.inf])
 
     def save(self, name: str, step: int) -> None:
-        """All that a run needs to go on. Random numbers follow from (train.seed, step, rank), samples from their number."""
+        """All that a run needs to go on. Random numbers follow from (train.seed, step, rank),
+        samples from their number.
+        """
         if not self.process.is_main:
             return
-        states = {"model": self.task.state(), "optimizer": self.optimizer.state_dict(), "skipped": self.bad_steps.count}
+        states = {
+            "model": self.task.state(),
+            "optimizer": self.optimizer.state_dict(),
+            "skipped": self.bad_steps.count,
+        }
         previous = self.out / "previous.pt" if name == "last.pt" else None
-        checkpoint.save(self.out / name, previous, config=asdict(self.config), step=step, best=self.best,
-                        wandb=self.log.run_id, commit=run.commit(), **states)  # fmt: skip
+        checkpoint.save(
+            self.out / name,
+            previous,
+            config=asdict(self.config),
+            step=step,
+            best=self.best,
+            wandb=self.log.run_id,
+            commit=run.commit(),
+            **states,
+        )
 
-    def log_step(self, done: int, loss: Tensor, parts: dict[str, Tensor], norm: Tensor, bar: tqdm) -> None:
+    def log_step(
+        self, done: int, loss: Tensor, parts: dict[str, Tensor], norm: Tensor, bar: tqdm
+    ) -> None:
         """The numbers of the step that was the `done`th; here the host waits for the device."""
         config, process = self.config, self.process
         means = process.sum(torch.stack([loss, *parts.values()]).double()) / process.world
         values = dict(zip(["loss", *parts], means.tolist(), strict=True))
-        others = [group["lr"] for group in self.optimizer.param_groups if group["base"] != config.train.lr]
+        others = [
+            group["lr"] for group in self.optimizer.param_groups if group["base"] != config.train.lr
+        ]
         values |= {"grad_norm": float(norm), "lr": config.train.lr * rate_factor(done - 1, config)}
         values |= ({"lr_backbone": others[0]} if others else {}) | self.speed.read(done)
         self.log.write(done, **values)
@@ -285,11 +425,21 @@ class Training:
         text = f"loss {values['loss']:.3f}, {values['speed/images_per_second']:.1f} images/s"
         bar.set_postfix_str(text)
         steps = config.train.steps
-        if process.is_main and bar.disable and (done % (10 * config.log.every) == 0 or done == steps):
-            print(f"{config.train.task} step {done}/{steps} {text}, {run.clock(self.speed.left(steps))} left", flush=True)
+        if (
+            process.is_main
+            and bar.disable
+            and (done % (10 * config.log.every) == 0 or done == steps)
+        ):
+            print(
+                f"{config.train.task} step {done}/{steps} {text}, "
+                f"{run.clock(self.speed.left(steps))} left",
+                flush=True,
+            )
 
     def validate(self, step: int) -> None:
-        """The evaluation during training that is due after a step; a run that goes on from that step repeats it."""
+        """The evaluation during training that is due after a step; a run that goes on from that
+        step repeats it.
+        """
         every, steps = self.config.train.eval_every, self.config.train.steps
         if not every or step % every or not 0 < step < steps:
             return
@@ -300,7 +450,11 @@ class Training:
             except run.UserError as error:  # a broken image, say
                 self.save("last.pt", step)
                 what, why, todo = error.args
-                raise run.UserError(what, why, f"{todo}; the weights are in {self.out / 'last.pt'}, --resume goes on") from None
+                raise run.UserError(
+                    what,
+                    why,
+                    f"{todo}; the weights are in {self.out / 'last.pt'}, --resume goes on",
+                ) from None
         if result:
             self.log.evaluation(step, "val", result)
             score = self.task.score(result)
@@ -317,7 +471,9 @@ class Training:
             result = self.task.evaluate(split, self.out, self.log.look)
         except run.UserError as error:
             what, why, todo = error.args
-            raise run.UserError(what, why, f"{todo}; the weights are in {self.out / 'last.pt'}, for eval.py") from None
+            raise run.UserError(
+                what, why, f"{todo}; the weights are in {self.out / 'last.pt'}, for eval.py"
+            ) from None
         if result:
             self.log.evaluation(steps, split, result)
             if self.config.train.task == "prompts":
@@ -329,14 +485,24 @@ class Training:
         self.log.finish()
 
 
-def check_batch_size(task: Segment | Prompts | Contrast, config: Config, process: run.Process) -> None:
+def check_batch_size(
+    task: Segment | Prompts | Contrast, config: Config, process: run.Process
+) -> None:
     """UserError for a batch that cannot be shared, or leaves batch norm a single value."""
     if task.batch_size % process.world:
-        raise run.UserError("train.batch_size", f"{task.batch_size} cannot be shared by {process.world} processes", "change it")
-    single = task.batch_size == process.world and config.data.crop <= 32  # a deepest map of one pixel
+        raise run.UserError(
+            "train.batch_size",
+            f"{task.batch_size} cannot be shared by {process.world} processes",
+            "change it",
+        )
+    single = (
+        task.batch_size == process.world and config.data.crop <= 32
+    )  # a deepest map of one pixel
     if single and config.model.backbone == "small" and config.train.task == "segment":
         todo = "raise data.crop above 32, or train.batch_size"
-        raise run.UserError("train.batch_size", "leaves batch norm one value a channel to take the mean of", todo)
+        raise run.UserError(
+            "train.batch_size", "leaves batch norm one value a channel to take the mean of", todo
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Minimum-cost assignment of targets to queries (Hungarian matching), every layer and image at once, on the device.
+"""Minimum-cost assignment of targets to queries (Hungarian matching), every layer and image at
+once, on the device.
 
-Shortest augmenting paths (Jonker and Volgenant 1987; the form of Crouse 2016 that SciPy uses), one problem a program. Only the
-columns' dual prices are kept: the row's price is its assigned cost minus that column's price.
+Shortest augmenting paths (Jonker and Volgenant 1987; the form of Crouse 2016 that SciPy uses), one
+problem a program. Only the columns' dual prices are kept: the row's price is its assigned cost
+minus that column's price.
 """
 
 import torch
@@ -24,9 +26,12 @@ def kernel(
     counts,  # int32 [B]
     matched,  # out: int64 [L*B, T], filled with -1
     bad,  # out: int8 [L*B]
-    B, Q, T, limit,
+    B,
+    Q,
+    T,
+    limit,
     COLUMNS: tl.constexpr,
-):  # fmt: skip
+):
     problem = tl.program_id(0)
     count = tl.load(counts + problem % B)
     swapped = count > Q  # rows are the fewer: targets, or else queries
@@ -50,7 +55,9 @@ def kernel(
         sink = -1
         steps = 0
         while (sink < 0) & (steps <= rows):
-            c = tl.load(base + current * row_stride + column * column_stride, mask=inside, other=0.0)
+            c = tl.load(
+                base + current * row_stride + column * column_stride, mask=inside, other=0.0
+            )
             finite = tl.abs(c) < infinity  # false for NaN, too
             odd = tl.maximum(odd, tl.max(tl.where(finite, 0, 1), 0))
             c = tl.where(c == c, tl.minimum(tl.maximum(c, -limit), limit), limit)
@@ -70,8 +77,14 @@ def kernel(
             next_row = tl.max(tl.where(here, owner, -1), 0)
             sink = tl.where(next_row < 0, chosen, -1)
             current = tl.where(next_row < 0, current, next_row)
-            assigned = tl.load(base + current * row_stride + chosen * column_stride, mask=chosen < columns, other=0.0)
-            assigned = tl.where(assigned == assigned, tl.minimum(tl.maximum(assigned, -limit), limit), limit)
+            assigned = tl.load(
+                base + current * row_stride + chosen * column_stride,
+                mask=chosen < columns,
+                other=0.0,
+            )
+            assigned = tl.where(
+                assigned == assigned, tl.minimum(tl.maximum(assigned, -limit), limit), limit
+            )
             own = assigned - tl.sum(tl.where(here, price, 0.0), 0)
             steps += 1
         price = tl.where(scanned, price - (reached - shortest), price)
@@ -88,21 +101,29 @@ def kernel(
         row += 1
     out = matched + problem.to(tl.int64) * T
     taken = inside & (owner >= 0)
-    tl.store(out + tl.where(swapped, column, owner), tl.where(swapped, owner, column).to(tl.int64), mask=taken)
+    tl.store(
+        out + tl.where(swapped, column, owner),
+        tl.where(swapped, owner, column).to(tl.int64),
+        mask=taken,
+    )
     tl.store(bad + problem, odd.to(tl.int8))
 
 
 def launch(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """cost [L, B, Q <= 128, T <= 64], counts [B] -> (query of each target int64 [L, B, T], bool [L, B]: a cost was not finite).
+    """cost [L, B, Q <= 128, T <= 64], counts [B] -> (query of each target int64 [L, B, T], bool [L,
+    B]: a cost was not finite).
 
-    -1 where a target is padding (its number is at least the image's count) or has no query because there are too few.
+    -1 where a target is padding (its number is at least the image's count) or has no query because
+    there are too few.
     """
     L, B, Q, T = cost.shape
     matched = torch.full((L, B, T), -1, dtype=torch.int64, device=cost.device)
     bad = torch.zeros(L, B, dtype=torch.int8, device=cost.device)
     if cost.numel():
         cost, counts = contiguous(cost.float(), counts.to(cost.device, torch.int32))
-        kernel[(L * B,)](cost, counts, matched, bad, B, Q, T, LIMIT, COLUMNS=power_of_two(max(Q, T)), num_warps=1)
+        kernel[(L * B,)](
+            cost, counts, matched, bad, B, Q, T, LIMIT, COLUMNS=power_of_two(max(Q, T)), num_warps=1
+        )
     return matched, bad.bool()
 
 

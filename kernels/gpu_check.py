@@ -1,7 +1,8 @@
-"""Everything that a short time on a GPU should give, in at most 9 minutes: `python -m kernels.gpu_check [--out DIR]`.
+"""Everything that a short time on a GPU should give, in at most 9 minutes: `python -m
+kernels.gpu_check [--out DIR]`.
 
-The tests that need a GPU, the benchmark of the kernels, the end-to-end ladder; logs and tables go to --out as they
-come, so that a step which runs out of its time still leaves what it had.
+The tests that need a GPU, the benchmark of the kernels, the end-to-end ladder; logs and tables go
+to --out as they come, so that a step which runs out of its time still leaves what it had.
 """
 
 import argparse
@@ -15,16 +16,41 @@ from pathlib import Path
 
 # {log: (seconds at most, words)}
 STEPS = {
-    "tests.log": (120, ["-m", "pytest", "-q", "--tb=short", "-rf", "--maxfail=20", "tests/test_kernels.py",
-                        "tests/product/test_compile.py"]),
+    "tests.log": (
+        120,
+        [
+            "-m",
+            "pytest",
+            "-q",
+            "--tb=short",
+            "-rf",
+            "--maxfail=20",
+            "tests/test_kernels.py",
+            "tests/product/test_compile.py",
+        ],
+    ),
     "bench.log": (100, ["-m", "tests.benchmarks.kernels", "--csv", "{out}/bench.csv"]),
-    "ladder.log": (220, ["-m", "tests.benchmarks.ladder", "--train", "--rounds", "1", "--csv", "{out}/ladder.csv",
-                         "--plot", "{out}/ladder.svg"]),
-}  # fmt: skip
+    "ladder.log": (
+        220,
+        [
+            "-m",
+            "tests.benchmarks.ladder",
+            "--train",
+            "--rounds",
+            "1",
+            "--csv",
+            "{out}/ladder.csv",
+            "--plot",
+            "{out}/ladder.svg",
+        ],
+    ),
+}
 
 
 def stop(process: subprocess.Popen) -> None:
-    """Interrupt a step and all that it started, as Ctrl-C would, so that it reports what it has; kill what stays."""
+    """Interrupt a step and all that it started, as Ctrl-C would, so that it reports what it has;
+    kill what stays.
+    """
     os.killpg(process.pid, signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(10)
@@ -33,7 +59,9 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"))
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
@@ -41,8 +69,13 @@ def main() -> None:
     for log, (limit, words) in STEPS.items():
         words = [sys.executable, *(w.format(out=out) for w in words)]
         with open(out / log, "w") as file:
-            process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                       start_new_session=True)  # fmt: skip
+            process = subprocess.Popen(
+                words,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
             timer = threading.Timer(limit, stop, [process])
             timer.start()
             for line in process.stdout:

@@ -15,7 +15,10 @@ except ImportError:  # not on this platform: plain PyTorch serves
 
 
 class Switch:
-    """Whether CUDA tensors go to the kernels (`model.kernels`): decided once, when a command starts."""
+    """Whether CUDA tensors go to the kernels (`model.kernels`): decided once, when a command
+    starts.
+    """
+
     on = True
 
 

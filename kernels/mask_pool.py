@@ -1,7 +1,8 @@
-"""Mask pooling: the mean of dense features under each mask, soft or thresholded, forward and backward.
+"""Mask pooling: the mean of dense features under each mask, soft or thresholded, forward and
+backward.
 
-One product of mask weights with features, in which the weights (a sigmoid, or a comparison) are made on the fly from the
-logits, and their sum comes with it: no [Q, hw] weights in memory.
+One product of mask weights with features, in which the weights (a sigmoid, or a comparison) are
+made on the fly from the logits, and their sum comes with it: no [Q, hw] weights in memory.
 """
 
 import math
@@ -12,13 +13,24 @@ from torch import Tensor
 from kernels.jit import cdiv, contiguous, jit, tl
 
 SAFE = {"QUERIES": 32, "WIDTH": 64, "PIXELS": 32, "num_warps": 8}
-MASK_GRADIENT = {"QUERIES": 64, "WIDTH": 32, "PIXELS": 64, "num_warps": 8}  # 4 warps hold too much each
+MASK_GRADIENT = {
+    "QUERIES": 64,
+    "WIDTH": 32,
+    "PIXELS": 64,
+    "num_warps": 8,
+}  # 4 warps hold too much each
 FEATURE_GRADIENT = {"QUERIES": 32, "WIDTH": 64, "PIXELS": 64, "num_warps": 4}
 
 
 def logit(threshold: float) -> float:
     """Where the sigmoid is `threshold`."""
-    return math.inf if threshold >= 1 else -math.inf if threshold <= 0 else math.log(threshold / (1 - threshold))
+    return (
+        math.inf
+        if threshold >= 1
+        else -math.inf
+        if threshold <= 0
+        else math.log(threshold / (1 - threshold))
+    )
 
 
 @jit
@@ -37,9 +49,17 @@ def forward_kernel(
     masks,  # [B, Q, hw]
     sums,  # out: fp32 [S, B, Q, D]: of S parts of the pixels
     totals,  # out: fp32 [S, B, Q]: sum of the weights
-    B, Q, D, HW, part, level,
-    SOFT: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
+    B,
+    Q,
+    D,
+    HW,
+    part,
+    level,
+    SOFT: tl.constexpr,
+    QUERIES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
     width_tiles = tl.cdiv(D, WIDTH)
     query = (tl.program_id(0) // width_tiles) * QUERIES + tl.arange(0, QUERIES)
     d = (tl.program_id(0) % width_tiles) * WIDTH + tl.arange(0, WIDTH)
@@ -55,7 +75,9 @@ def forward_kernel(
         there = (query[:, None] < Q) & inside[None, :]
         x = tl.load(mask_rows + pixel[None, :], mask=there, other=0.0).to(tl.float32)
         w = tl.where(there, weight(x, level, SOFT), 0.0)
-        f = tl.load(feature_rows + pixel[:, None], mask=inside[:, None] & (d[None, :] < D), other=0.0)
+        f = tl.load(
+            feature_rows + pixel[:, None], mask=inside[:, None] & (d[None, :] < D), other=0.0
+        )
         if f.dtype == tl.float32:
             acc = tl.dot(w, f, acc, input_precision="tf32x3")
         else:
@@ -63,20 +85,27 @@ def forward_kernel(
         total += tl.sum(w, 1)
         first += PIXELS
     base = (split * B + image).to(tl.int64) * Q + query
-    tl.store(sums + base[:, None] * D + d[None, :], acc, mask=(query[:, None] < Q) & (d[None, :] < D))
+    tl.store(
+        sums + base[:, None] * D + d[None, :], acc, mask=(query[:, None] < Q) & (d[None, :] < D)
+    )
     first_tile = tl.where(tl.program_id(0) % width_tiles == 0, Q, 0)
     tl.store(totals + base, total, mask=query < first_tile)
 
 
 @jit
 def mask_gradient_kernel(
-    features, masks,  # as in forward_kernel
+    features,
+    masks,  # as in forward_kernel
     grad,  # fp32 [B, Q, D], of the pooled features, divided by the sum of the weights
     shift,  # fp32 [B, Q]: grad . pooled
     out,  # [B, Q, hw]
-    Q, D, HW,
-    QUERIES: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
+    Q,
+    D,
+    HW,
+    QUERIES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
     query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
     pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     image = tl.program_id(2).to(tl.int64)
@@ -101,11 +130,18 @@ def mask_gradient_kernel(
 
 @jit
 def feature_gradient_kernel(
-    masks, grad,  # as in mask_gradient_kernel
+    masks,
+    grad,  # as in mask_gradient_kernel
     out,  # [B, D, hw]
-    Q, D, HW, level,
-    SOFT: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
+    Q,
+    D,
+    HW,
+    level,
+    SOFT: tl.constexpr,
+    QUERIES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
     d = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     image = tl.program_id(2).to(tl.int64)
@@ -114,27 +150,37 @@ def feature_gradient_kernel(
     while first < Q:
         query = first + tl.arange(0, QUERIES)
         there = (query[:, None] < Q) & (pixel[None, :] < HW)
-        x = tl.load(masks + (image * Q + query[:, None]) * HW + pixel[None, :], mask=there, other=0.0).to(tl.float32)
+        x = tl.load(
+            masks + (image * Q + query[:, None]) * HW + pixel[None, :], mask=there, other=0.0
+        ).to(tl.float32)
         w = tl.where(there, weight(x, level, SOFT), 0.0)
         here = (query[None, :] < Q) & (d[:, None] < D)
         g = tl.load(grad + (image * Q + query[None, :]) * D + d[:, None], mask=here, other=0.0)
         acc = tl.dot(g, w, acc, input_precision="tf32x3")
         first += QUERIES
     there = (d[:, None] < D) & (pixel[None, :] < HW)
-    tl.store(out + (image * D + d[:, None]) * HW + pixel[None, :], acc.to(out.dtype.element_ty), mask=there)
+    tl.store(
+        out + (image * D + d[:, None]) * HW + pixel[None, :],
+        acc.to(out.dtype.element_ty),
+        mask=there,
+    )
 
 
 def launch_forward(features: Tensor, masks: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """features [B, D, h, w], mask logits [B, Q, h, w] -> the mean feature under each mask [B, Q, D], zero under an empty one,
-    in the features' type, and the sum of each mask's weights [B, Q].
+    """features [B, D, h, w], mask logits [B, Q, h, w] -> the mean feature under each mask [B, Q,
+    D], zero under an empty one, in the features' type, and the sum of each mask's weights [B, Q].
 
-    A weight is sigmoid(mask) or, with a `threshold` from 0 to 1, whether that is above it (negative: soft).
+    A weight is sigmoid(mask) or, with a `threshold` from 0 to 1, whether that is above it
+    (negative: soft).
     """
     B, D = features.shape[:2]
     Q, HW = masks.shape[1], masks.shape[2] * masks.shape[3]
     features, masks = contiguous(features, masks)
     parameters = dict(SAFE)
-    tiles, pixels = cdiv(Q, parameters["QUERIES"]) * cdiv(D, parameters["WIDTH"]), parameters["PIXELS"]
+    tiles, pixels = (
+        cdiv(Q, parameters["QUERIES"]) * cdiv(D, parameters["WIDTH"]),
+        parameters["PIXELS"],
+    )
     splits = max(min(cdiv(264, max(tiles * B, 1)), HW // (16 * pixels)), 1)
     part = cdiv(cdiv(HW, splits), pixels) * pixels
     splits = cdiv(HW, part)
@@ -142,31 +188,64 @@ def launch_forward(features: Tensor, masks: Tensor, threshold: float) -> tuple[T
     totals = features.new_zeros(splits, B, Q, dtype=torch.float32)
     if sums.numel():
         forward_kernel[(tiles, B, splits)](
-            features, masks, sums, totals, B, Q, D, HW, part, logit(max(threshold, 0.0)),
-            SOFT=threshold < 0, **parameters,
-        )  # fmt: skip
+            features,
+            masks,
+            sums,
+            totals,
+            B,
+            Q,
+            D,
+            HW,
+            part,
+            logit(max(threshold, 0.0)),
+            SOFT=threshold < 0,
+            **parameters,
+        )
     total = totals.sum(0)
     return (sums.sum(0) / total.where(total > 0, 1)[..., None]).to(features.dtype), total
 
 
-def launch_backward(grad: Tensor, pooled: Tensor, total: Tensor, features: Tensor, masks: Tensor,
-                    threshold: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+def launch_backward(
+    grad: Tensor, pooled: Tensor, total: Tensor, features: Tensor, masks: Tensor, threshold: float
+) -> tuple[Tensor, Tensor]:
     """Gradients of features and mask logits (zero where thresholded)."""
     B, D = features.shape[:2]
     Q, HW = masks.shape[1], masks.shape[2] * masks.shape[3]
     features, masks = contiguous(features, masks)
-    scaled = (grad.float() / total.where(total > 0, 1)[..., None] * (total > 0)[..., None]).contiguous()
+    scaled = (
+        grad.float() / total.where(total > 0, 1)[..., None] * (total > 0)[..., None]
+    ).contiguous()
     of_features, of_masks = (x.new_zeros(x.shape) for x in (features, masks))
     if not scaled.numel():
         return of_features, of_masks
-    feature_gradient_kernel[(cdiv(D, FEATURE_GRADIENT["WIDTH"]), cdiv(HW, FEATURE_GRADIENT["PIXELS"]), B)](
-        masks, scaled, of_features, Q, D, HW, logit(max(threshold, 0.0)), SOFT=threshold < 0, **FEATURE_GRADIENT,
-    )  # fmt: skip
+    feature_gradient_kernel[
+        (cdiv(D, FEATURE_GRADIENT["WIDTH"]), cdiv(HW, FEATURE_GRADIENT["PIXELS"]), B)
+    ](
+        masks,
+        scaled,
+        of_features,
+        Q,
+        D,
+        HW,
+        logit(max(threshold, 0.0)),
+        SOFT=threshold < 0,
+        **FEATURE_GRADIENT,
+    )
     if threshold < 0:
         shift = (scaled * pooled.float()).sum(-1)
-        mask_gradient_kernel[(cdiv(Q, MASK_GRADIENT["QUERIES"]), cdiv(HW, MASK_GRADIENT["PIXELS"]), B)](
-            features, masks, scaled, shift, of_masks, Q, D, HW, **MASK_GRADIENT,
-        )  # fmt: skip
+        mask_gradient_kernel[
+            (cdiv(Q, MASK_GRADIENT["QUERIES"]), cdiv(HW, MASK_GRADIENT["PIXELS"]), B)
+        ](
+            features,
+            masks,
+            scaled,
+            shift,
+            of_masks,
+            Q,
+            D,
+            HW,
+            **MASK_GRADIENT,
+        )
     return of_features, of_masks
 
 
@@ -177,8 +256,9 @@ def mask_pool_op(features: Tensor, masks: Tensor, threshold: float) -> tuple[Ten
 
 
 @torch.library.custom_op("zsseg::mask_pool_backward", mutates_args=(), device_types="cuda")
-def mask_pool_backward(grad: Tensor, pooled: Tensor, total: Tensor, features: Tensor, masks: Tensor,
-                       threshold: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+def mask_pool_backward(
+    grad: Tensor, pooled: Tensor, total: Tensor, features: Tensor, masks: Tensor, threshold: float
+) -> tuple[Tensor, Tensor]:
     """See `launch_backward`."""
     return launch_backward(grad, pooled, total, features, masks, threshold)
 
@@ -207,5 +287,7 @@ mask_pool_op.register_autograd(backward, setup_context=setup_context)
 
 
 def mask_pool(features: Tensor, masks: Tensor, threshold: float = -1.0) -> Tensor:
-    """features [B, D, h, w], mask logits [B, Q, h, w] -> mean features [B, Q, D]. See `launch_forward`."""
+    """features [B, D, h, w], mask logits [B, Q, h, w] -> mean features [B, Q, D]. See
+    `launch_forward`.
+    """
     return mask_pool_op(features, masks, threshold)[0]

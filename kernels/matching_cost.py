@@ -1,8 +1,10 @@
-"""Matching cost of every query for every target (MaskFormer, Cheng et al. 2021), all layers and images in one launch.
+"""Matching cost of every query for every target (MaskFormer, Cheng et al. 2021), all layers and
+images in one launch.
 
-`-p[class] + focal_weight * focal + dice_weight * dice`, from mask logits and label maps at stride 4. The kernel keeps no
-[Q, hw] intermediate in memory: a tile of logits becomes its focal terms in registers, and products with the 0/1 targets
-(compared on the fly from label map and class) accumulate over the pixels.
+`-p[class] + focal_weight * focal + dice_weight * dice`, from mask logits and label maps at stride
+4. The kernel keeps no [Q, hw] intermediate in memory: a tile of logits becomes its focal terms in
+registers, and products with the 0/1 targets (compared on the fly from label map and class)
+accumulate over the pixels.
 """
 
 import torch
@@ -21,9 +23,17 @@ def partial_kernel(
     focal,  # out: fp32 [S, B, L*Q, columns], the sums of S parts of the pixels
     overlap,  # out: the same for p . t; column T holds the sum of p
     area,  # out: fp32 [S, B, columns], the sum of t
-    B, Q, T, HW, rows, columns, part,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
+    B,
+    Q,
+    T,
+    HW,
+    rows,
+    columns,
+    part,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
     column_tiles = tl.cdiv(columns, COLUMNS)
     row_tile = tl.program_id(0) // column_tiles
     image, split = tl.program_id(1), tl.program_id(2)
@@ -41,7 +51,9 @@ def partial_kernel(
         there = (row[:, None] < rows) & inside[None, :]
         x = tl.load(masks + start[:, None] + pixel[None, :], mask=there, other=0.0).to(tl.float32)
         label = tl.load(labels + image.to(tl.int64) * HW + pixel, mask=inside, other=-2)
-        t = ((label[:, None] == wanted[None, :]) | (column[None, :] == T)).to(tl.float16)  # [PIXELS, COLUMNS], exact
+        t = ((label[:, None] == wanted[None, :]) | (column[None, :] == T)).to(
+            tl.float16
+        )  # [PIXELS, COLUMNS], exact
         e = tl.exp(-tl.abs(x))
         p = tl.where(x >= 0, 1.0, e) / (1.0 + e)
         q = tl.where(x >= 0, e, 1.0) / (1.0 + e)  # 1 - p without cancellation
@@ -51,7 +63,8 @@ def partial_kernel(
         p = tl.where(there, p, 0.0)
         negative = tl.where(there, negative, 0.0)
         other = 1.0 - t.to(tl.float32)
-        # The targets are exact in fp16, so two fp16 pieces of the other factor give fp32's accuracy on tensor cores.
+        # The targets are exact in fp16, so two fp16 pieces of the other factor give fp32's accuracy
+        # on tensor cores.
         focal_sum = split_dot(positive, t, focal_sum)
         focal_sum = split_dot(negative, other.to(tl.float16), focal_sum)
         overlap_sum = split_dot(p, t, overlap_sum)
@@ -62,7 +75,9 @@ def partial_kernel(
     out = (base * rows + row[:, None]) * columns + column[None, :]
     tl.store(focal + out, focal_sum, mask=there)
     tl.store(overlap + out, overlap_sum, mask=there)
-    tl.store(area + base * columns + column, area_sum, mask=column < tl.where(row_tile == 0, columns, 0))
+    tl.store(
+        area + base * columns + column, area_sum, mask=column < tl.where(row_tile == 0, columns, 0)
+    )
 
 
 @jit
@@ -76,11 +91,24 @@ def split_dot(a, b, total):
 def finish_kernel(
     logits,  # [L, B, Q, C], any float; C counts the no-object column
     classes,  # int32 [B, T]
-    focal, overlap, area,  # of partial_kernel
+    focal,
+    overlap,
+    area,  # of partial_kernel
     cost,  # out: fp32 [L, B, Q, T]
-    B, Q, T, C, HW, rows, columns, splits, focal_weight, dice_weight,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
-):  # fmt: skip
+    B,
+    Q,
+    T,
+    C,
+    HW,
+    rows,
+    columns,
+    splits,
+    focal_weight,
+    dice_weight,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     image = tl.program_id(1)
     column = tl.arange(0, COLUMNS)
@@ -101,20 +129,33 @@ def finish_kernel(
     dice = 1.0 - (2.0 * overlap_sum + 1.0) / (p_sum[:, None] + area_sum[None, :] + 1.0)
     index = ((row // Q) * B + image) * Q + row % Q
     kind = tl.arange(0, CLASSES)
-    z = tl.load(logits + index[:, None].to(tl.int64) * C + kind[None, :], mask=here[:, None] & (kind[None, :] < C),
-                other=-float("inf")).to(tl.float32)  # fmt: skip
+    z = tl.load(
+        logits + index[:, None].to(tl.int64) * C + kind[None, :],
+        mask=here[:, None] & (kind[None, :] < C),
+        other=-float("inf"),
+    ).to(tl.float32)
     top = tl.max(z, 1)
     total = tl.sum(tl.exp(z - top[:, None]), 1)
     wanted = tl.load(classes + image * T + column, mask=column < T, other=0)
     kept = here[:, None] & (column[None, :] < T)
-    chosen = tl.load(logits + index[:, None].to(tl.int64) * C + wanted[None, :], mask=kept, other=0.0).to(tl.float32)
+    chosen = tl.load(
+        logits + index[:, None].to(tl.int64) * C + wanted[None, :], mask=kept, other=0.0
+    ).to(tl.float32)
     probability = tl.exp(chosen - top[:, None]) / total[:, None]
     result = -probability + focal_weight * focal_sum / HW + dice_weight * dice
     tl.store(cost + index[:, None].to(tl.int64) * T + column[None, :], result, mask=kept)
 
 
-def launch(logits: Tensor, masks: Tensor, labels: Tensor, classes: Tensor, focal_weight: float, dice_weight: float) -> Tensor:
-    """logits [L, B, Q, C+1], masks [L, B, Q, h, w], labels [B, h, w], classes [B, T] -> fp32 [L, B, Q, T].
+def launch(
+    logits: Tensor,
+    masks: Tensor,
+    labels: Tensor,
+    classes: Tensor,
+    focal_weight: float,
+    dice_weight: float,
+) -> Tensor:
+    """logits [L, B, Q, C+1], masks [L, B, Q, h, w], labels [B, h, w], classes [B, T] -> fp32 [L, B,
+    Q, T].
 
     Columns beyond an image's number of targets mean nothing.
     """
@@ -127,7 +168,11 @@ def launch(logits: Tensor, masks: Tensor, labels: Tensor, classes: Tensor, focal
     columns = max(power_of_two(T + 1), 16)  # one more than targets: it sums p
     parameters = dict(SAFE)
     parameters["COLUMNS"] = min(columns, parameters["COLUMNS"])
-    row_tiles, column_tiles, pixels = cdiv(rows, parameters["ROWS"]), cdiv(columns, parameters["COLUMNS"]), parameters["PIXELS"]
+    row_tiles, column_tiles, pixels = (
+        cdiv(rows, parameters["ROWS"]),
+        cdiv(columns, parameters["COLUMNS"]),
+        parameters["PIXELS"],
+    )
     # Enough parts of the pixels to fill the device, each of at least 16 tiles.
     splits = max(min(cdiv(264, row_tiles * column_tiles * B), HW // (16 * pixels)), 1)
     part = cdiv(cdiv(HW, splits), pixels) * pixels
@@ -135,18 +180,55 @@ def launch(logits: Tensor, masks: Tensor, labels: Tensor, classes: Tensor, focal
     focal, overlap = (cost.new_empty(splits, B, rows, columns) for _ in range(2))
     area = cost.new_empty(splits, B, columns)
     partial_kernel[(row_tiles * column_tiles, B, splits)](
-        masks, labels, classes, focal, overlap, area, B, Q, T, HW, rows, columns, part, **parameters,
-    )  # fmt: skip
+        masks,
+        labels,
+        classes,
+        focal,
+        overlap,
+        area,
+        B,
+        Q,
+        T,
+        HW,
+        rows,
+        columns,
+        part,
+        **parameters,
+    )
     finish_kernel[(cdiv(rows, 16), B)](
-        logits, classes, focal, overlap, area, cost, B, Q, T, C, HW, rows, columns, splits, focal_weight, dice_weight,
-        ROWS=16, COLUMNS=columns, CLASSES=power_of_two(C), num_warps=4,
-    )  # fmt: skip
+        logits,
+        classes,
+        focal,
+        overlap,
+        area,
+        cost,
+        B,
+        Q,
+        T,
+        C,
+        HW,
+        rows,
+        columns,
+        splits,
+        focal_weight,
+        dice_weight,
+        ROWS=16,
+        COLUMNS=columns,
+        CLASSES=power_of_two(C),
+        num_warps=4,
+    )
     return cost
 
 
 @torch.library.custom_op("zsseg::matching_cost", mutates_args=(), device_types="cuda")
-def matching_cost(logits: Tensor, masks: Tensor, labels: Tensor, classes: Tensor, focal_weight: float,
-                  dice_weight: float) -> Tensor:  # fmt: skip
+def matching_cost(
+    logits: Tensor,
+    masks: Tensor,
+    labels: Tensor,
+    classes: Tensor,
+    focal_weight: float,
+    dice_weight: float,
+) -> Tensor:
     """See `launch`."""
     return launch(logits, masks, labels, classes, focal_weight, dice_weight)
 

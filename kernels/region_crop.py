@@ -1,8 +1,9 @@
-"""What CLIP sees of each region, straight from mask logits at stride 4 and the picture's bytes (Xu et al. 2021).
+"""What CLIP sees of each region, straight from mask logits at stride 4 and the picture's bytes (Xu
+et al. 2021).
 
-Two kernels: the first upsamples the logits bilinearly, compares them with the threshold, writes the mask as bytes and each row
-block's bounds; the second samples the masked, normalised image inside every box bicubically. The host learns nothing in
-between, so that there is no sync.
+Two kernels: the first upsamples the logits bilinearly, compares them with the threshold, writes the
+mask as bytes and each row block's bounds; the second samples the masked, normalised image inside
+every box bicubically. The host learns nothing in between, so that there is no sync.
 """
 
 import math
@@ -23,9 +24,15 @@ def mask_kernel(
     logits,  # [Q, h, w], any float
     masks,  # out: uint8 [Q, H, W]
     bounds,  # out: int32 [Q, blocks, 4]: x0, y0, x1, y1 of each row block; x1 = 0 where it is empty
-    h, w, H, W, blocks, level,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+    h,
+    w,
+    H,
+    W,
+    blocks,
+    level,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     query, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
     y = block * ROWS + tl.arange(0, ROWS)
     at_y = tl.maximum((y.to(tl.float32) + 0.5) * 0.25 - 0.5, 0.0)
@@ -44,7 +51,10 @@ def mask_kernel(
         b = tl.load(base + v0[:, None] * w + u1[None, :], mask=there, other=0.0).to(tl.float32)
         c = tl.load(base + v1[:, None] * w + u0[None, :], mask=there, other=0.0).to(tl.float32)
         d = tl.load(base + v1[:, None] * w + u1[None, :], mask=there, other=0.0).to(tl.float32)
-        upper, lower = a * (1.0 - fx)[None, :] + b * fx[None, :], c * (1.0 - fx)[None, :] + d * fx[None, :]
+        upper, lower = (
+            a * (1.0 - fx)[None, :] + b * fx[None, :],
+            c * (1.0 - fx)[None, :] + d * fx[None, :],
+        )
         inside = there & (upper * (1.0 - fy)[:, None] + lower * fy[:, None] > level)
         tl.store(masks + (query * H + y[:, None]) * W + x[None, :], inside.to(tl.uint8), mask=there)
         x0 = tl.minimum(x0, tl.min(tl.where(inside, x[None, :], W), 1))
@@ -78,11 +88,19 @@ def crop_kernel(
     masks,  # uint8 [Q, H, W]
     index,  # int32 [P]: the mask of each crop
     boxes,  # int32 [Q, 4]
-    r_scale, g_scale, b_scale, r_shift, g_shift, b_shift,  # the normalised image is byte * scale + shift
+    r_scale,
+    g_scale,
+    b_scale,
+    r_shift,
+    g_shift,
+    b_shift,  # the normalised image is byte * scale + shift
     crops,  # out: [P, 3, side, side]
-    H, W, side,
-    PIXELS: tl.constexpr, A: tl.constexpr,
-):  # fmt: skip
+    H,
+    W,
+    side,
+    PIXELS: tl.constexpr,
+    A: tl.constexpr,
+):
     pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     crop = tl.program_id(1).to(tl.int64)
     query = tl.load(index + crop).to(tl.int64)
@@ -104,9 +122,17 @@ def crop_kernel(
             inside = tl.load(masks + (query * H + y) * W + x, mask=there, other=0) != 0
             weight = tl.where(inside, wy * cubic(tx, j, A), 0.0)
             place = image + y * W + x
-            r += weight * (tl.load(place, mask=there & inside, other=0).to(tl.float32) * r_scale + r_shift)
-            g += weight * (tl.load(place + H * W, mask=there & inside, other=0).to(tl.float32) * g_scale + g_shift)
-            b += weight * (tl.load(place + 2 * H * W, mask=there & inside, other=0).to(tl.float32) * b_scale + b_shift)
+            r += weight * (
+                tl.load(place, mask=there & inside, other=0).to(tl.float32) * r_scale + r_shift
+            )
+            g += weight * (
+                tl.load(place + H * W, mask=there & inside, other=0).to(tl.float32) * g_scale
+                + g_shift
+            )
+            b += weight * (
+                tl.load(place + 2 * H * W, mask=there & inside, other=0).to(tl.float32) * b_scale
+                + b_shift
+            )
     out = crops + crop * 3 * side * side + pixel
     kind = crops.dtype.element_ty
     tl.store(out, r.to(kind), mask=there)
@@ -114,12 +140,21 @@ def crop_kernel(
     tl.store(out + 2 * side * side, b.to(kind), mask=there)
 
 
-def launch_masks(logits: Tensor, size: tuple[int, int], threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [Q, h, w] -> masks uint8 [Q, *size], 1 where the sigmoid of the upsampled logits is above threshold; tight boxes
-    int64 [Q, 4] as x0, y0, x1, y1 (ends excluded; of an empty mask the whole), and valid [Q]: the mask is not empty.
+def launch_masks(
+    logits: Tensor, size: tuple[int, int], threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [Q, h, w] -> masks uint8 [Q, *size], 1 where the sigmoid of the upsampled logits is
+    above threshold; tight boxes int64 [Q, 4] as x0, y0, x1, y1 (ends excluded; of an empty mask the
+    whole), and valid [Q]: the mask is not empty.
     """
     (Q, h, w), (H, W) = logits.shape, size
-    level = math.inf if threshold >= 1 else -math.inf if threshold <= 0 else math.log(threshold / (1 - threshold))
+    level = (
+        math.inf
+        if threshold >= 1
+        else -math.inf
+        if threshold <= 0
+        else math.log(threshold / (1 - threshold))
+    )
     parameters = dict(SAFE_MASKS)
     blocks = cdiv(H, parameters["ROWS"])
     masks = torch.empty(Q, H, W, dtype=torch.uint8, device=logits.device)
@@ -127,15 +162,27 @@ def launch_masks(logits: Tensor, size: tuple[int, int], threshold: float) -> tup
     if Q:
         (logits,) = contiguous(logits)
         mask_kernel[(blocks, Q)](logits, masks, bounds, h, w, H, W, blocks, level, **parameters)
-    (x0, y0), (x1, y1) = bounds[..., :2].amin(1).unbind(1), bounds[..., 2:].amax(1).unbind(1)  # [Q] each
+    (x0, y0), (x1, y1) = (
+        bounds[..., :2].amin(1).unbind(1),
+        bounds[..., 2:].amax(1).unbind(1),
+    )  # [Q] each
     valid = x1 > 0
     boxes = (x0.where(valid, 0), y0.where(valid, 0), x1.where(valid, W), y1.where(valid, H))
     return masks, torch.stack(boxes, 1).long(), valid
 
 
-def launch_crops(image: Tensor, masks: Tensor, index: Tensor, boxes: Tensor, mean: list[float], std: list[float], side: int,
-                 kind: torch.dtype) -> Tensor:  # fmt: skip
-    """Crops [P, 3, side, side] of the masks that `index` [P] names, 0 outside the mask: of (image / 255 - mean) / std, bicubic.
+def launch_crops(
+    image: Tensor,
+    masks: Tensor,
+    index: Tensor,
+    boxes: Tensor,
+    mean: list[float],
+    std: list[float],
+    side: int,
+    kind: torch.dtype,
+) -> Tensor:
+    """Crops [P, 3, side, side] of the masks that `index` [P] names, 0 outside the mask: of (image /
+    255 - mean) / std, bicubic.
 
     image uint8 [3, H, W], masks uint8 [Q, H, W], boxes [Q, 4] of all masks.
     """
@@ -147,13 +194,26 @@ def launch_crops(image: Tensor, masks: Tensor, index: Tensor, boxes: Tensor, mea
     image, masks, index, boxes = contiguous(image, masks, index.int(), boxes.int())
     parameters = dict(SAFE_CROPS)
     crop_kernel[(cdiv(side * side, parameters["PIXELS"]), len(index))](
-        image, masks, index, boxes, *scale, *shift, crops, H, W, side, A=CUBIC, **parameters,
-    )  # fmt: skip
+        image,
+        masks,
+        index,
+        boxes,
+        *scale,
+        *shift,
+        crops,
+        H,
+        W,
+        side,
+        A=CUBIC,
+        **parameters,
+    )
     return crops
 
 
 @torch.library.custom_op("zsseg::region_masks", mutates_args=(), device_types="cuda")
-def region_masks(logits: Tensor, size: list[int], threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+def region_masks(
+    logits: Tensor, size: list[int], threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `launch_masks`."""
     return launch_masks(logits, tuple(size), threshold)
 
@@ -166,8 +226,16 @@ def _(logits, size, threshold):
 
 
 @torch.library.custom_op("zsseg::region_crop", mutates_args=(), device_types="cuda")
-def region_crop(image: Tensor, masks: Tensor, index: Tensor, boxes: Tensor, mean: list[float], std: list[float], side: int,
-                kind: torch.dtype) -> Tensor:  # fmt: skip
+def region_crop(
+    image: Tensor,
+    masks: Tensor,
+    index: Tensor,
+    boxes: Tensor,
+    mean: list[float],
+    std: list[float],
+    side: int,
+    kind: torch.dtype,
+) -> Tensor:
     """See `launch_crops`."""
     return launch_crops(image, masks, index, boxes, mean, std, side, kind)
 

@@ -1,4 +1,6 @@
-"""Shared by all tests: the stand-in weights and pictures of the reference values, small data sets, the command line."""
+"""Shared by all tests: the stand-in weights and pictures of the reference values, small data sets,
+the command line.
+"""
 
 import functools
 import json
@@ -48,10 +50,22 @@ def golden(name: str) -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / name))
 
 
-def original_state(keys: dict[str, list[int]], arrays: dict[str, np.ndarray] = {}) -> dict[str, torch.Tensor]:  # noqa: B006
-    """An original checkpoint of stand-in weights: {name: shape} plus the arrays stored as `override/<name>`."""
-    state = {k: torch.as_tensor(recipe.make_tensor(k.split("clip_model.")[-1], shape)) for k, shape in keys.items()}
-    state |= {k.removeprefix("override/"): torch.from_numpy(v) for k, v in arrays.items() if k.startswith("override/")}
+def original_state(
+    keys: dict[str, list[int]],
+    arrays: dict[str, np.ndarray] = {},  # noqa: B006
+) -> dict[str, torch.Tensor]:
+    """An original checkpoint of stand-in weights: {name: shape} plus the arrays stored as
+    `override/<name>`.
+    """
+    state = {
+        k: torch.as_tensor(recipe.make_tensor(k.split("clip_model.")[-1], shape))
+        for k, shape in keys.items()
+    }
+    state |= {
+        k.removeprefix("override/"): torch.from_numpy(v)
+        for k, v in arrays.items()
+        if k.startswith("override/")
+    }
     return state
 
 
@@ -62,7 +76,14 @@ def keys(name: str, entry: str | None = None) -> dict[str, list[int]]:
 
 def tiny_config(*overrides: str, task: str = "segment"):
     """The synthetic data set's configuration with a few steps and smaller still."""
-    sizes = ["train.steps=6", "train.batch_size=4", "data.workers=0", "log.every=1", "model.queries=8", "contrast.groups=2"]
+    sizes = [
+        "train.steps=6",
+        "train.batch_size=4",
+        "data.workers=0",
+        "log.every=1",
+        "model.queries=8",
+        "contrast.groups=2",
+    ]
     sizes += ["data.short_edges=[64]", "data.crop=64", "data.test_short_edge=64"]
     file = ROOT / "configs" / ("shapes.toml" if task == "segment" else "shapes_clip.toml")
     return load_config(str(file), [*sizes, *overrides])
@@ -111,8 +132,14 @@ def small_clip():
     return build_clip(tiny_clip_state())
 
 
-def command(*arguments: object, env: dict[str, str] = {}, processes: int = 1) -> subprocess.CompletedProcess:  # noqa: B006
-    """Run `python SCRIPT ...` as a user would, from the repository; several processes as torchrun would start them."""
+def command(
+    *arguments: object,
+    env: dict[str, str] = {},  # noqa: B006
+    processes: int = 1,
+) -> subprocess.CompletedProcess:
+    """Run `python SCRIPT ...` as a user would, from the repository; several processes as torchrun
+    would start them.
+    """
     if processes > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -120,8 +147,12 @@ def command(*arguments: object, env: dict[str, str] = {}, processes: int = 1) ->
         env = env | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     with tempfile.TemporaryDirectory() as folder:
         files = {name: str(Path(folder) / name) for name in ("stdout", "stderr")}
-        request = {"words": [*map(str, arguments)], "folder": str(ROOT), "environment": dict(os.environ) | env,
-                   "processes": processes} | files  # fmt: skip
+        request = {
+            "words": [*map(str, arguments)],
+            "folder": str(ROOT),
+            "environment": dict(os.environ) | env,
+            "processes": processes,
+        } | files
         print(json.dumps(request), file=zygote().stdin, flush=True)
         code = int(zygote().stdout.readline())
         output = {name: Path(file).read_text() for name, file in files.items()}
@@ -130,9 +161,18 @@ def command(*arguments: object, env: dict[str, str] = {}, processes: int = 1) ->
 
 @functools.cache
 def zygote() -> subprocess.Popen:
-    words, path = [sys.executable, str(ROOT / "tests" / "zygote.py")], f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-                            env=os.environ | {"PYTHONPATH": path})  # fmt: skip
+    words, path = (
+        [sys.executable, str(ROOT / "tests" / "zygote.py")],
+        f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    )
+    return subprocess.Popen(
+        words,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+    )
 
 
 def fails_in_one_line(result: subprocess.CompletedProcess, *parts: str) -> None:

@@ -1,11 +1,13 @@
-"""Kill the commands at random moments, let them go on, and compare with a life that nobody disturbed.
+"""Kill the commands at random moments, let them go on, and compare with a life that nobody
+disturbed.
 
     python -m tests.kills --kills 100 [--job segment prompts clip prepare label pictures] [--seed 0]
     python -m tests.kills --folder 2000    a folder segmented by two processes that are killed twice, and once in one go
 
-Lives end by SIGKILL at a random moment, by SIGKILL while a checkpoint (or a picture) is being written, or by SIGTERM or
-SIGUSR1, after which training must have saved and left with code 0. A life that came to its end is compared, and another run
-begins. Every life is a fork of a process that has imported everything and computed nothing, so that it starts at once.
+Lives end by SIGKILL at a random moment, by SIGKILL while a checkpoint (or a picture) is being
+written, or by SIGTERM or SIGUSR1, after which training must have saved and left with code 0. A life
+that came to its end is compared, and another run begins. Every life is a fork of a process that has
+imported everything and computed nothing, so that it starts at once.
 """
 
 import argparse
@@ -25,14 +27,40 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 120  # seconds that a life may take
 COMMON = ["log.every=1", "data.workers=1", "train.checkpoint_every=3"]
-SMALL = [*COMMON, "data.crop=64", "data.short_edges=[64]", "data.test_short_edge=64", "train.batch_size=2"]
+SMALL = [
+    *COMMON,
+    "data.crop=64",
+    "data.short_edges=[64]",
+    "data.test_short_edge=64",
+    "train.batch_size=2",
+]
 JOBS = {  # name: (configuration, settings)
-    "segment": ("shapes", [*SMALL, "train.steps=30", "model.queries=8", "model.decoder_layers=1", "eval.compare=false",
-                           "train.eval_every=10", "log.every=2"]),
-    "prompts": ("voc_prompts", [*SMALL, "train.steps=30", "data.name=shapes", "data.split=test", "train.seeds=[0,1]",
-                                "clip.weights={root}/shapes/clip.pt", "clip.prompt_prefix=4"]),
+    "segment": (
+        "shapes",
+        [
+            *SMALL,
+            "train.steps=30",
+            "model.queries=8",
+            "model.decoder_layers=1",
+            "eval.compare=false",
+            "train.eval_every=10",
+            "log.every=2",
+        ],
+    ),
+    "prompts": (
+        "voc_prompts",
+        [
+            *SMALL,
+            "train.steps=30",
+            "data.name=shapes",
+            "data.split=test",
+            "train.seeds=[0,1]",
+            "clip.weights={root}/shapes/clip.pt",
+            "clip.prompt_prefix=4",
+        ],
+    ),
     "clip": ("shapes_clip", [*COMMON, "train.steps=15", "contrast.groups=2"]),
-}  # fmt: skip
+}
 
 
 CHOICES = [*JOBS, "prepare", "label", "pictures"]
@@ -41,6 +69,7 @@ CHOICES = [*JOBS, "prepare", "label", "pictures"]
 @dataclass
 class Lives:
     """How the lives of a job ended."""
+
     ends: Counter = field(default_factory=Counter)
     written: int = 0  # of those killed, how many left a file half written
     runs: int = 0  # that came to their end
@@ -97,7 +126,9 @@ def written(folder: Path, before: set[tuple[Path, int]]) -> bool:
 
 
 def life(action, folder: Path, log: Path, way: str, seconds: float) -> tuple[int, bool]:
-    """One life that ends by itself or `way`: after `seconds` or, "write", once a temporary file is there."""
+    """One life that ends by itself or `way`: after `seconds` or, "write", once a temporary file is
+    there.
+    """
     before = temporary(folder)  # what an earlier life left says nothing about this one
     child = fork(action, log)
     end = time.monotonic() + seconds
@@ -119,18 +150,31 @@ def life(action, folder: Path, log: Path, way: str, seconds: float) -> tuple[int
     return code, written(folder, before)
 
 
-def torment(action, folder: Path, log: Path, kills: int, rng: random.Random, seconds: float, ways: list[str],
-            first: int) -> Lives:  # fmt: skip
-    """Disturb at most `kills` lives until one ends by itself. `seconds`: how long an undisturbed one takes."""
+def torment(
+    action,
+    folder: Path,
+    log: Path,
+    kills: int,
+    rng: random.Random,
+    seconds: float,
+    ways: list[str],
+    first: int,
+) -> Lives:
+    """Disturb at most `kills` lives until one ends by itself. `seconds`: how long an undisturbed
+    one takes.
+    """
     lives = Lives()
     while lives.ends.total() < kills:
         way = ways[(first + lives.ends.total()) % len(ways)]
         code, half = life(action, folder, log, way, rng.uniform(0.02, 1) * seconds)
-        # A signal that comes before or after the training loop ends the process as ever: nothing is at stake there.
-        stopped = log.exists() and log.read_text().rstrip().endswith(("--resume goes on", "run it again to go on"))
-        assert code in (0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGUSR1) or (stopped and code == 1), (
-            f"{way}: exit code {code}\n{log.read_text()[-2000:]}"
+        # A signal that comes before or after the training loop ends the process as ever: nothing is
+        # at stake there.
+        stopped = log.exists() and log.read_text().rstrip().endswith(
+            ("--resume goes on", "run it again to go on")
         )
+        assert code in (0, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGUSR1) or (
+            stopped and code == 1
+        ), f"{way}: exit code {code}\n{log.read_text()[-2000:]}"
         if code == 0 and not stopped:
             return lives
         lives.ends[f"{way}, {'saved and left' if code >= 0 else 'dead'}"] += 1
@@ -140,12 +184,23 @@ def torment(action, folder: Path, log: Path, kills: int, rng: random.Random, sec
 
 
 def training(job: str, root: Path, out: Path):
-    """The command of a training job, as a user would type it after whatever became of the last one."""
+    """The command of a training job, as a user would type it after whatever became of the last
+    one.
+    """
     import train
     from zsseg import run
 
     name, settings = JOBS[job]
-    words = ["--config", str(ROOT / "configs" / f"{name}.toml"), "--root", str(root), "--out", str(out), "--device", "cpu"]
+    words = [
+        "--config",
+        str(ROOT / "configs" / f"{name}.toml"),
+        "--root",
+        str(root),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+    ]
     words += [x for setting in settings for x in ("--set", setting)]
 
     def action() -> None:
@@ -173,14 +228,25 @@ def preparing(root: Path):
 
 
 def labelling(root: Path, model: Path, out: Path, *more: str):
-    """Evaluation that saves a label map for every picture; with other options, pictures that are no data set's."""
+    """Evaluation that saves a label map for every picture; with other options, pictures that are no
+    data set's.
+    """
     import eval as evaluation
     from zsseg import pictures, run
 
     pictures.TOGETHER = 2  # of few pictures, groups that are done and groups that are not
 
     def action() -> None:
-        sys.argv = ["eval.py", str(model), "--root", str(root), "--out", str(out), "--device", "cpu"]
+        sys.argv = [
+            "eval.py",
+            str(model),
+            "--root",
+            str(root),
+            "--out",
+            str(out),
+            "--device",
+            "cpu",
+        ]
         sys.argv += more or ["--save-predictions"]
         run.command(evaluation.main)
 
@@ -188,7 +254,9 @@ def labelling(root: Path, model: Path, out: Path, *more: str):
 
 
 def same(a: object, b: object, path: str = "") -> None:
-    """Raises AssertionError where two checkpoints differ by a single bit; times and run ids are not in them."""
+    """Raises AssertionError where two checkpoints differ by a single bit; times and run ids are not
+    in them.
+    """
     import torch
 
     assert type(a) is type(b), path
@@ -216,19 +284,28 @@ def compare_runs(a: Path, b: Path) -> None:
         assert (a / name).exists() == (b / name).exists()
         if (a / name).exists():
             same(checkpoint.load(a / name), checkpoint.load(b / name), name)
-    logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (a, b)]
+    logs = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (a, b)
+    ]
     for log in logs:
         for line in log:
-            for key in [k for k in line if k.startswith("speed/") or k.endswith("images_per_second")]:
+            for key in [
+                k for k in line if k.startswith("speed/") or k.endswith("images_per_second")
+            ]:
                 del line[key]
     same(*logs, "metrics.jsonl")
 
 
 def compare_trees(a: Path, b: Path) -> None:
-    """Two folders hold the same files, weights to the bit and everything else to the byte, but for speeds."""
+    """Two folders hold the same files, weights to the bit and everything else to the byte, but for
+    speeds.
+    """
     from zsseg import checkpoint
 
-    names = lambda root: (f for f in root.rglob("*") if f.is_file() and f.name != "previous.pt")  # whenever that was saved
+    names = lambda root: (
+        f for f in root.rglob("*") if f.is_file() and f.name != "previous.pt"
+    )  # whenever that was saved
     files = [sorted(f.relative_to(root) for f in names(root)) for root in (a, b)]
     assert files[0] == files[1], set(files[0]) ^ set(files[1])
     for file in files[0]:
@@ -240,35 +317,58 @@ def compare_trees(a: Path, b: Path) -> None:
 
 
 def trial(job: str, kills: int, seed: int, root: Path, folder: Path) -> Lives:
-    """Disturb a job `kills` times, again from the start whenever it is done, and compare what it leaves each time with an
-    undisturbed one's. Raises AssertionError.
+    """Disturb a job `kills` times, again from the start whenever it is done, and compare what it
+    leaves each time with an undisturbed one's. Raises AssertionError.
     """
     straight, rng, lives = folder / "straight", random.Random(seed), Lives()
     model = folder / "model" / "last.pt"
-    images = ("--images", str(root / "shapes" / "images"), "--classes", "red disc, blue square; other: wall", "--resume")
-    make = {"prepare": preparing, "label": lambda out: labelling(root, model, out),
-            "pictures": lambda out: labelling(root, model, out, *images)}.get(
-        job, lambda out: training(job, root, out))  # fmt: skip
+    images = (
+        "--images",
+        str(root / "shapes" / "images"),
+        "--classes",
+        "red disc, blue square; other: wall",
+        "--resume",
+    )
+    make = {
+        "prepare": preparing,
+        "label": lambda out: labelling(root, model, out),
+        "pictures": lambda out: labelling(root, model, out, *images),
+    }.get(job, lambda out: training(job, root, out))
     if job in ("label", "pictures"):
         folder.mkdir()
-        assert wait(fork(training("segment", root, folder / "model"), folder / "model.log"), LIMIT) == 0
+        assert (
+            wait(fork(training("segment", root, folder / "model"), folder / "model.log"), LIMIT)
+            == 0
+        )
     ways = ["write", "SIGTERM", "random", "write", "SIGUSR1"]
     straight.mkdir(parents=True)
     started = time.monotonic()
-    assert wait(fork(make(straight), folder / "straight.log"), LIMIT) == 0, (folder / "straight.log").read_text()
+    assert wait(fork(make(straight), folder / "straight.log"), LIMIT) == 0, (
+        folder / "straight.log"
+    ).read_text()
     seconds = time.monotonic() - started
     while lives.ends.total() < kills:
         out = folder / f"disturbed{lives.runs}"
         out.mkdir()
-        more = torment(make(out), out, folder / f"{out.name}.log", kills - lives.ends.total(), rng, seconds, ways,
-                       lives.ends.total())  # fmt: skip
+        more = torment(
+            make(out),
+            out,
+            folder / f"{out.name}.log",
+            kills - lives.ends.total(),
+            rng,
+            seconds,
+            ways,
+            lives.ends.total(),
+        )
         (compare_runs if job in JOBS else compare_trees)(straight, out)
         lives = Lives(lives.ends + more.ends, lives.written + more.written, lives.runs + 1)
     return lives
 
 
 def folder_of_pictures(count: int, root: Path, folder: Path, rng: random.Random) -> str:
-    """Segment pictures in two processes that are killed twice, and in one that is not. Raises AssertionError."""
+    """Segment pictures in two processes that are killed twice, and in one that is not. Raises
+    AssertionError.
+    """
     import numpy as np
     from PIL import Image
 
@@ -281,16 +381,36 @@ def folder_of_pictures(count: int, root: Path, folder: Path, rng: random.Random)
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(shapes.draw("test", i)[0]).resize(size).save(file)
     (folder / "photos" / "broken.jpg").write_bytes(b"junk")
-    words = [str(ROOT / "eval.py"), str(folder / "model" / "last.pt"), "--root", str(root), "--device", "cpu", "--images",
-             str(folder / "photos"), "--classes", "red disc, blue square = azure box, wall; other: green cross"]  # fmt: skip
+    words = [
+        str(ROOT / "eval.py"),
+        str(folder / "model" / "last.pt"),
+        "--root",
+        str(root),
+        "--device",
+        "cpu",
+        "--images",
+        str(folder / "photos"),
+        "--classes",
+        "red disc, blue square = azure box, wall; other: green cross",
+    ]
     settings = ["--set", "data.workers=1", "--set", "data.test_short_edge=64"]
 
     def life(out: str, processes: int, enough: int) -> int:
         """Segment into folder/out until the end or until so many are done; how many then are."""
-        start = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={rng.randint(20000, 40000)}"]
+        start = [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc-per-node={processes}",
+            f"--master-port={rng.randint(20000, 40000)}",
+        ]
         place = ["--out", str(folder / out), "--resume"]
         with open(folder / f"{out}.log", "a") as log:
-            child = subprocess.Popen([sys.executable, *start, *words, *settings, *place], stdout=log, stderr=log, cwd=ROOT)
+            child = subprocess.Popen(
+                [sys.executable, *start, *words, *settings, *place],
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+            )
         done = lambda: sum(1 for _ in (folder / out).rglob("*.json"))
         while child.poll() is None and done() < enough:
             time.sleep(0.05)
@@ -309,7 +429,10 @@ def folder_of_pictures(count: int, root: Path, folder: Path, rng: random.Random)
     files = sum(1 for f in (folder / "disturbed").rglob("*") if f.is_file())
     assert files == 3 * count + 1, files
     first, second = kills
-    return f"{count} pictures: two processes, killed with {first} and {second} done, left the {files} files of one process"
+    return (
+        f"{count} pictures: two processes, killed with {first} and {second} done, left the "
+        f"{files} files of one process"
+    )
 
 
 def descendants(number: int) -> list[int]:
@@ -319,31 +442,49 @@ def descendants(number: int) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--job", choices=CHOICES, nargs="+", default=CHOICES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--root", type=Path, help="a data root with the synthetic data set (else a small one is made)")
-    parser.add_argument("--folder", type=int, metavar="PICTURES", help="only segment a folder of so many pictures")
+    parser.add_argument(
+        "--root",
+        type=Path,
+        help="a data root with the synthetic data set (else a small one is made)",
+    )
+    parser.add_argument(
+        "--folder", type=int, metavar="PICTURES", help="only segment a folder of so many pictures"
+    )
     args = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is there: no thread pool may exist when lives are forked
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # before torch is there: no thread pool may exist when lives are forked
+    )
     import train  # noqa: F401  what every life needs
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         root = args.root or folder / "root"
         if args.root is None:
-            assert wait(fork(preparing(root), folder / "prepare.log"), LIMIT) == 0, (folder / "prepare.log").read_text()
+            assert wait(fork(preparing(root), folder / "prepare.log"), LIMIT) == 0, (
+                folder / "prepare.log"
+            ).read_text()
         if args.folder:
             (folder / "folder").mkdir()
-            print(folder_of_pictures(args.folder, root, folder / "folder", random.Random(args.seed)))
+            print(
+                folder_of_pictures(args.folder, root, folder / "folder", random.Random(args.seed))
+            )
             return
         for job in args.job:
             started = time.monotonic()
             lives = trial(job, args.kills, args.seed, root, folder / job)
             ends = ", ".join(f"{n} x {end}" for end, n in sorted(lives.ends.items()))
-            print(f"{job}: {args.kills} lives cut short ({ends}; {lives.written} left a file half written), {lives.runs} runs "
-                  f"came to their end, all equal to the bit; {time.monotonic() - started:.0f} s", flush=True)  # fmt: skip
+            print(
+                f"{job}: {args.kills} lives cut short ({ends}; {lives.written} left a file half "
+                f"written), {lives.runs} runs "
+                f"came to their end, all equal to the bit; {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def test_every_key_of_the_original_is_used_or_dropped(name):
     region = {k for k in state if k.startswith("_region_clip_adapter.clip_model.")}
     parts, dropped = import_original({k: v for k, v in state.items() if k not in region}, name)
     assert len(state) - len(region) == len(dropped) + sum(len(p) for p in parts.values())
-    assert all(any(word in k for word in ("_signal", "pixel_", "empty_weight", "_region")) for k in dropped)
+    assert all(
+        any(word in k for word in ("_signal", "pixel_", "empty_weight", "_region")) for k in dropped
+    )
     maskformer = parts.get("maskformer", {})
     assert ("maskformer" in parts) == (name != "coco_prompt_learning")
     if "pixel_embed.weight" in maskformer:
@@ -50,11 +52,16 @@ def test_every_key_of_the_original_is_used_or_dropped(name):
         if part in parts:
             with torch.device("meta"):
                 load_strict(LearnedPrompt(parts[part]["prefix"].shape[1]), parts[part], name, "")
-    assert ("prompt" in parts) == ("learn" in name) and ("region_prompt" in parts) == ("separate" in name)
+    assert ("prompt" in parts) == ("learn" in name) and ("region_prompt" in parts) == (
+        "separate" in name
+    )
 
 
 def test_region_adapter_must_share_the_clip():
-    names = ["clip_adapter.clip_model.ln_final.weight", "_region_clip_adapter.clip_model.ln_final.weight"]
+    names = [
+        "clip_adapter.clip_model.ln_final.weight",
+        "_region_clip_adapter.clip_model.ln_final.weight",
+    ]
     parts, dropped = import_original({n: torch.ones(3) for n in names}, "file")
     assert list(parts) == ["clip"] and dropped == names[1:]
     with pytest.raises(UserError, match="two different CLIPs"):
@@ -62,7 +69,12 @@ def test_region_adapter_must_share_the_clip():
 
 
 def test_unknown_names_are_refused():
-    for name in ("backbone.stem.conv9.weight", "sem_seg_head.extra", "backbone.res2.0.conv4.weight", "x.backbone.stem"):
+    for name in (
+        "backbone.stem.conv9.weight",
+        "sem_seg_head.extra",
+        "backbone.res2.0.conv4.weight",
+        "x.backbone.stem",
+    ):
         with pytest.raises(KeyError):
             our_name(name)
     with pytest.raises(UserError, match=r"unknown entry sem_seg_head\.extra"):
@@ -73,7 +85,10 @@ def test_strict_loading_lists_what_does_not_fit():
     module = torch.nn.Linear(2, 3)
     state = {"weight": torch.zeros(3, 5), "extra": torch.zeros(1)}
     before = module.weight.clone()
-    with pytest.raises(UserError, match=r"bias is missing, extra is unknown, weight has shape \(3, 5\), not \(3, 2\)"):
+    with pytest.raises(
+        UserError,
+        match=r"bias is missing, extra is unknown, weight has shape \(3, 5\), not \(3, 2\)",
+    ):
         load_strict(module, state, "file", "hint")
     assert torch.equal(module.weight, before)
 
@@ -85,7 +100,9 @@ def test_frozen_batch_norm_equals_batch_norm_with_and_without_gradients():
     for buffer in (frozen.weight, frozen.bias, frozen.running_mean, frozen.running_var):
         buffer.uniform_(0.5, 2)
     x = torch.randn(2, 64, 5, 5)
-    wanted = torch.nn.functional.batch_norm(x, frozen.running_mean, frozen.running_var, frozen.weight, frozen.bias, eps=1e-5)
+    wanted = torch.nn.functional.batch_norm(
+        x, frozen.running_mean, frozen.running_var, frozen.weight, frozen.bias, eps=1e-5
+    )
     assert torch.equal(frozen(x), wanted)
     assert torch.allclose(frozen(x.clone().requires_grad_()), wanted, atol=1e-5)
     assert not list(frozen.parameters())
@@ -105,16 +122,27 @@ def to_detectron(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 
 def test_backbone_weights_from_torchvision_and_detectron2(tmp_path, capsys):
-    """Detectron2's converted files hold torchvision's classifier as `stem.fc` and may hold batch counters."""
+    """Detectron2's converted files hold torchvision's classifier as `stem.fc` and may hold batch
+    counters.
+    """
     torch.manual_seed(0)
     source = torchvision.models.resnet50(weights=None)
     state = {k: v for k, v in source.state_dict().items() if "num_batches" not in k}
     torch.save(source.state_dict(), tmp_path / "r50.pth")
     arrays = to_detectron(state) | {"stem.conv1.norm.num_batches_tracked": np.array(7)}
-    assert {"stem.fc.weight", "res2.0.conv1.norm.bias", "res5.0.shortcut.norm.weight"} <= arrays.keys()
+    assert {
+        "stem.fc.weight",
+        "res2.0.conv1.norm.bias",
+        "res5.0.shortcut.norm.weight",
+    } <= arrays.keys()
     with open(tmp_path / "R-50.pkl", "wb") as file:
-        pickle.dump({"model": arrays, "matching_heuristics": True, "__author__": "torchvision"}, file)
-    reports = {"r50.pth": (2 + 53, "bn1.num_batches_tracked, "), "R-50.pkl": (3, "stem.fc.weight, stem.fc.bias")}
+        pickle.dump(
+            {"model": arrays, "matching_heuristics": True, "__author__": "torchvision"}, file
+        )
+    reports = {
+        "r50.pth": (2 + 53, "bn1.num_batches_tracked, "),
+        "R-50.pkl": (3, "stem.fc.weight, stem.fc.bias"),
+    }
     for name in ("r50.pth", "R-50.pkl"):
         backbone = DeepResNet("R50")
         load_backbone(backbone, "R50", str(tmp_path / name))
@@ -135,7 +163,11 @@ def test_backbone_weights_from_torchvision_and_detectron2(tmp_path, capsys):
 
 def test_detectron_files_are_downloaded_by_name(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    state = {k: v for k, v in torchvision.models.resnet50(weights=None).state_dict().items() if "num_batches" not in k}
+    state = {
+        k: v
+        for k, v in torchvision.models.resnet50(weights=None).state_dict().items()
+        if "num_batches" not in k
+    }
     (tmp_path / "server").mkdir()
     with open(tmp_path / "server" / "R-50.pkl", "wb") as file:
         pickle.dump({"model": to_detectron(state)}, file)
@@ -144,30 +176,65 @@ def test_detectron_files_are_downloaded_by_name(tmp_path, monkeypatch):
     monkeypatch.setitem(DETECTRON_MODELS, "R-50.pkl", (tmp_path / "server" / "R-50.pkl").as_uri())
     backbone = DeepResNet("R50")
     load_backbone(backbone, "R50", "R-50.pkl")
-    assert torch.equal(backbone.conv1.weight, state["conv1.weight"]) and (tmp_path / "cache" / "R-50.pkl").exists()
+    assert (
+        torch.equal(backbone.conv1.weight, state["conv1.weight"])
+        and (tmp_path / "cache" / "R-50.pkl").exists()
+    )
 
 
-SUPERVISED = [w for s in ("data.train_on=all", "model.class_head=linear", "clip.ensemble=false") for w in ("--set", s)]
+SUPERVISED = [
+    w
+    for s in ("data.train_on=all", "model.class_head=linear", "clip.ensemble=false")
+    for w in ("--set", s)
+]
 
 
 def test_a_supervised_checkpoint_of_the_original(tmp_path, capsys):
     """MaskFormer's own head: a linear layer over classes and no object, no CLIP in the file."""
     config = tiny_config("model.class_head=linear", "data.train_on=all", "clip.ensemble=false")
     segmenter = Segmenter(config, None)
-    names = {k: v for k, v in LISTS["voc_r50_vild"].items() if "clip_adapter" not in k and "class_embed" not in k}
-    names |= {"sem_seg_head.predictor.class_embed.weight": [21, 256], "sem_seg_head.predictor.class_embed.bias": [21]}
+    names = {
+        k: v
+        for k, v in LISTS["voc_r50_vild"].items()
+        if "clip_adapter" not in k and "class_embed" not in k
+    }
+    names |= {
+        "sem_seg_head.predictor.class_embed.weight": [21, 256],
+        "sem_seg_head.predictor.class_embed.bias": [21],
+    }
     state = {k: torch.rand(shape) * 0.02 for k, shape in names.items()}
     torch.save({"model": state}, tmp_path / "model_final.pth")
     trees.voc(tmp_path)
     prepare_data.main(["voc", "--root", str(tmp_path)])
-    words = ["--config", str(ROOT / "configs/voc_r50_single.toml"), *SUPERVISED,
-             "--root", str(tmp_path), "--out", str(tmp_path / "out")]  # fmt: skip
-    evaluation.main([str(tmp_path / "model_final.pth"), *words, "--set", "data.test_short_edge=64", "--device", "cpu"])
+    words = [
+        "--config",
+        str(ROOT / "configs/voc_r50_single.toml"),
+        *SUPERVISED,
+        "--root",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    evaluation.main(
+        [
+            str(tmp_path / "model_final.pth"),
+            *words,
+            "--set",
+            "data.test_short_edge=64",
+            "--device",
+            "cpu",
+        ]
+    )
     loaded = len(names) - 1
-    assert f"model_final.pth: {loaded} tensors loaded, 1 dropped: criterion.empty_weight" in capsys.readouterr().out
+    assert (
+        f"model_final.pth: {loaded} tensors loaded, 1 dropped: criterion.empty_weight"
+        in capsys.readouterr().out
+    )
     result = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert result["images"] == 3 and "hIoU" in result and "clip_true_masks" not in result
-    assert segmenter.maskformer.class_embed.weight.shape == (25, 64) and list(segmenter.learned_state()) == ["maskformer"]
+    assert segmenter.maskformer.class_embed.weight.shape == (25, 64) and list(
+        segmenter.learned_state()
+    ) == ["maskformer"]
     with pytest.raises(UserError, match="for other classes"):
         segmenter.set_classes(["cat", "dog"])
 
@@ -191,6 +258,7 @@ def test_files_with_code_are_refused_and_not_run(tmp_path, monkeypatch, ending):
 
 class Raw:
     """Pickles as a call of one of NumPy's rebuilding functions with arguments of our choice."""
+
     def __init__(self, function, arguments: tuple, state: object = None):
         self.call = (function, arguments) if state is None else (function, arguments, state)
 
@@ -208,8 +276,12 @@ def hostile_pickles() -> dict[str, bytes]:
         "pointer": pickle.dumps({"w": Raw(multiarray.scalar, (pointer, b"A" * 8))}),
         "objects": pickle.dumps({"w": np.array([[], "x"], dtype=object)}),
         "structured": pickle.dumps({"w": np.zeros(3, [("a", "f4")])}),
-        "short": pickle.dumps({"w": Raw(multiarray._reconstruct, rebuilt, (1, (1000, 1000), float32, False, b"1234"))}),
-        "negative": pickle.dumps({"w": Raw(multiarray._reconstruct, rebuilt, (1, (-4,), float32, False, b"1" * 17))}),
+        "short": pickle.dumps(
+            {"w": Raw(multiarray._reconstruct, rebuilt, (1, (1000, 1000), float32, False, b"1234"))}
+        ),
+        "negative": pickle.dumps(
+            {"w": Raw(multiarray._reconstruct, rebuilt, (1, (-4,), float32, False, b"1" * 17))}
+        ),
         "html": b"<html>Not Found</html>",
         "text": b"Internal Server Error\n",
         "garbage": b"\x80\xff",
@@ -240,7 +312,10 @@ def test_arrays_of_every_protocol_are_read(protocol, tmp_path):
     with open(tmp_path / "a.pkl", "rb") as file:
         read = weights.ArrayUnpickler(file, encoding="latin1").load()["model"]
     for name, array in arrays.items():
-        assert np.array_equal(read[name].array, array) and read[name].array.dtype.kind == array.dtype.kind
+        assert (
+            np.array_equal(read[name].array, array)
+            and read[name].array.dtype.kind == array.dtype.kind
+        )
 
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04junk", b"<html>", b"", b"\x80\x02}q\x00."])
@@ -276,7 +351,9 @@ try:
 except checkpoint.UserError as error:
     print(error)
 """
-    result = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True
+    )
     assert "last.pt: cannot be written" in result.stdout, result.stderr
     assert len(checkpoint.load(tmp_path / "last.pt")["model"]["w"]) == 2
     assert [f.name for f in tmp_path.iterdir()] == ["last.pt"]
@@ -287,7 +364,9 @@ def test_saving_replaces_or_leaves_the_file(tmp_path):
     checkpoint.save(path, model={"w": torch.ones(2)}, step=1)
     with pytest.raises(AttributeError):
         checkpoint.save(path, model=lambda: None)  # cannot be pickled
-    assert checkpoint.load(path)["step"] == 1 and [f.name for f in path.parent.iterdir()] == ["last.pt"]
+    assert checkpoint.load(path)["step"] == 1 and [f.name for f in path.parent.iterdir()] == [
+        "last.pt"
+    ]
 
 
 @pytest.mark.parametrize("content", [{"model": 3}, [1, 2], {"state": {}}])

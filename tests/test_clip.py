@@ -16,14 +16,19 @@ def test_byte_vocabulary_needs_no_file(monkeypatch, tmp_path):
     tokenizer = Tokenizer(514, 12)
     a, z = ord("a") - ord("!"), ord("z") - ord("!")
     assert tokenizer(["az A"]).tolist() == [[512, a, z + 256, a + 256, 513, 0, 0, 0, 0, 0, 0, 0]]
-    assert tokenizer.encode("é")[0] < 256 <= tokenizer.encode("é")[1] < 512  # two bytes, the last one ends the word
+    assert (
+        tokenizer.encode("é")[0] < 256 <= tokenizer.encode("é")[1] < 512
+    )  # two bytes, the last one ends the word
     with pytest.raises(UserError, match=r"ZSSEG_VOCAB=.*absent: no such file"):
         Tokenizer(49408, 77)
 
 
 def test_every_byte_has_its_own_token():
     tokenizer = Tokenizer(514, 77)
-    assert sorted(tokenizer.index.values()) == list(range(512)) and len(set(tokenizer.symbol_of_byte.values())) == 256
+    assert (
+        sorted(tokenizer.index.values()) == list(range(512))
+        and len(set(tokenizer.symbol_of_byte.values())) == 256
+    )
 
 
 def test_a_text_that_does_not_fit_is_named():
@@ -81,15 +86,20 @@ def test_other_resolutions_interpolate_the_positions(small_clip):
 def test_towers_compile_without_a_graph_break():
     images = torch.randn(2, 3, 32, 32)
     torch.manual_seed(0)
-    for tower in (build_clip(tiny_clip_state()).visual, VisionTransformer(32, 8, 64, 2, 16).eval(),
-                  ModifiedResNet([1, 1, 1, 1], 8, 32, 16).eval()):  # fmt: skip
+    for tower in (
+        build_clip(tiny_clip_state()).visual,
+        VisionTransformer(32, 8, 64, 2, 16).eval(),
+        ModifiedResNet([1, 1, 1, 1], 8, 32, 16).eval(),
+    ):
         with torch.no_grad():
             compiled = torch.compile(tower, fullgraph=True, backend="eager")
             assert torch.allclose(compiled(images), tower(images), atol=1e-5)
 
 
 class Scripted(torch.nn.Module):
-    """Looks like a CLIP archive: nested modules, half precision, a shared storage, a method that must never run."""
+    """Looks like a CLIP archive: nested modules, half precision, a shared storage, a method that
+    must never run.
+    """
 
     def __init__(self, state: dict[str, torch.Tensor]):
         super().__init__()
@@ -140,13 +150,19 @@ def test_causal_mask_hides_what_follows_the_end(small_clip):
     changed = tokens.clone()
     changed[0, -1] = 7
     with torch.no_grad():
-        assert torch.allclose(small_clip.encode_text(tokens), small_clip.encode_text(changed), atol=1e-6)
+        assert torch.allclose(
+            small_clip.encode_text(tokens), small_clip.encode_text(changed), atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("size", [(32, 32), (37, 50)])
 def test_patches_are_a_convolution(size):
     images, weight = torch.randn(2, 3, *size), torch.randn(24, 3, 8, 8)
-    assert torch.allclose(C.patch_tokens(images, weight), torch.nn.functional.conv2d(images, weight, stride=8), atol=1e-4)
+    assert torch.allclose(
+        C.patch_tokens(images, weight),
+        torch.nn.functional.conv2d(images, weight, stride=8),
+        atol=1e-4,
+    )
 
 
 def test_the_last_block_for_the_first_tokens_alone():
@@ -154,12 +170,18 @@ def test_the_last_block_for_the_first_tokens_alone():
     transformer, x = C.Transformer(128, 3), torch.randn(2, 7, 128)
     for first, mask in ((1, None), (3, torch.full((7, 7), -torch.inf).triu(1))):
         alone = transformer(x, mask, first)
-        assert alone.shape == (2, first, 128) and torch.allclose(alone, transformer(x, mask)[:, :first], atol=1e-5)
+        assert alone.shape == (2, first, 128) and torch.allclose(
+            alone, transformer(x, mask)[:, :first], atol=1e-5
+        )
 
 
 def test_attention_is_pytorch_s():
     torch.manual_seed(0)
-    ours, theirs, x = C.Attention(128, 2), torch.nn.MultiheadAttention(128, 2, batch_first=True), torch.randn(2, 7, 128)
+    ours, theirs, x = (
+        C.Attention(128, 2),
+        torch.nn.MultiheadAttention(128, 2, batch_first=True),
+        torch.randn(2, 7, 128),
+    )
     assert [k for k, _ in ours.named_parameters()] == [k for k, _ in theirs.named_parameters()]
     theirs.load_state_dict(ours.state_dict())
     mask = torch.full((7, 7), -torch.inf).triu(1)
@@ -168,13 +190,21 @@ def test_attention_is_pytorch_s():
 
 
 def test_region_tokens_see_their_patches_alone(small_clip):
-    """A token over everything is the picture's own class token; pixels far from a region do not reach it in one block."""
+    """A token over everything is the picture's own class token; pixels far from a region do not
+    reach it in one block.
+    """
     visual = small_clip.visual
     torch.manual_seed(0)
     image, everything = torch.randn(1, 3, 48, 64), torch.ones(1, 48, 64)
     masks = torch.cat([everything, torch.zeros(2, 48, 64)])
     masks[1, :8, :8] = masks[2, :3, :3] = 1  # one patch; less than half of it
     tokens = visual.region_tokens(image, masks)
-    assert tokens.shape == (3, 64) and torch.isfinite(tokens).all() and torch.allclose(tokens[1], tokens[2], atol=1e-5)
-    assert torch.allclose(visual.region_tokens(image, masks[1:2])[0], tokens[1], atol=1e-5)  # whatever the other regions
+    assert (
+        tokens.shape == (3, 64)
+        and torch.isfinite(tokens).all()
+        and torch.allclose(tokens[1], tokens[2], atol=1e-5)
+    )
+    assert torch.allclose(
+        visual.region_tokens(image, masks[1:2])[0], tokens[1], atol=1e-5
+    )  # whatever the other regions
     assert visual.stride == 8 and not torch.allclose(tokens[0], tokens[1], atol=1e-2)

@@ -29,19 +29,30 @@ test_size.__test__ = TestPictures.__test__ = False  # pytest would take them for
 
 @pytest.mark.parametrize(
     ("size", "short", "longest", "wanted"),
-    [((640, 480), 512, 2048, (683, 512)), ((170, 230), 512, 2048, (512, 693)), ((230, 190), 512, 2048, (620, 512)),
-     ((1, 1), 512, 2048, (512, 512)), ((1000, 10), 512, 2048, (2048, 20)), ((10000, 1), 640, 2560, (2560, 1))],
-)  # fmt: skip
+    [
+        ((640, 480), 512, 2048, (683, 512)),
+        ((170, 230), 512, 2048, (512, 693)),
+        ((230, 190), 512, 2048, (620, 512)),
+        ((1, 1), 512, 2048, (512, 512)),
+        ((1000, 10), 512, 2048, (2048, 20)),
+        ((10000, 1), 640, 2560, (2560, 1)),
+    ],
+)
 def test_sizes_at_test_time(size, short, longest, wanted):
     assert test_size(*size, short, longest) == wanted
 
 
 def test_no_pixel_and_no_name_of_an_unseen_class_reaches_the_segmenter(shapes_root):
-    """Through everything that training reads: pictures of the data set do show unseen things, targets never do."""
+    """Through everything that training reads: pictures of the data set do show unseen things,
+    targets never do.
+    """
     data = DATASETS["shapes"]
     config = tiny_config()
     samples = TrainPictures(config, shapes_root)
-    assert set(samples.data.training_names).isdisjoint(data.unseen) and len(samples.data.training_names) == 19
+    assert (
+        set(samples.data.training_names).isdisjoint(data.unseen)
+        and len(samples.data.training_names) == 19
+    )
     unseen = [data.names.index(n) for n in data.unseen]
     hidden = 0
     for i, (image, label) in enumerate(samples.pairs):
@@ -50,9 +61,13 @@ def test_no_pixel_and_no_name_of_an_unseen_class_reaches_the_segmenter(shapes_ro
         hidden += np.isin(raw, unseen).sum()
         assert (mapped[np.isin(raw, unseen)] == data.ignore).all()
         kept = mapped != data.ignore
-        assert (np.array(data.training_names)[mapped[kept]] == np.array(data.names)[raw[kept]]).all()
+        assert (
+            np.array(data.training_names)[mapped[kept]] == np.array(data.names)[raw[kept]]
+        ).all()
         _, labels, classes = samples[i]
-        assert classes.max() < 19 and set(classes.tolist()) == set(labels.unique().tolist()) - {data.ignore}
+        assert classes.max() < 19 and set(classes.tolist()) == set(labels.unique().tolist()) - {
+            data.ignore
+        }
     assert hidden > 0
 
 
@@ -66,7 +81,9 @@ def test_a_sample_is_a_function_of_its_number(shapes_root):
     assert torch.equal(torch.get_rng_state(), state)
     for a, b in zip(first, (again[1], again[2], again[0]), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    for (image, targets), n in zip(stream(samples, [0, 25, 7, 8], 2, 2, collate), (0, 7), strict=True):
+    for (image, targets), n in zip(
+        stream(samples, [0, 25, 7, 8], 2, 2, collate), (0, 7), strict=True
+    ):
         assert torch.equal(image[0], samples[n][0]) and targets.counts[0] == len(samples[n][2])
     other = TrainPictures(tiny_config("train.seed=1"), shapes_root)
     assert any(not torch.equal(other[n][0], samples[n][0]) for n in range(4))
@@ -82,54 +99,85 @@ def test_every_picture_comes_once_an_epoch(shapes_root):
 def test_collate_pads_the_classes():
     item = lambda *c: (torch.zeros(3, 2, 2), torch.zeros(2, 2), torch.tensor(c, dtype=torch.int64))
     _, targets = collate([item(3, 5), item(), item(1)])
-    assert targets.classes.tolist() == [[3, 5], [0, 0], [1, 0]] and targets.counts.tolist() == [2, 0, 1]
+    assert targets.classes.tolist() == [[3, 5], [0, 0], [1, 0]] and targets.counts.tolist() == [
+        2,
+        0,
+        1,
+    ]
     assert collate([item()])[1].classes.shape == (1, 0)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (33, 200), (64, 64), (301, 77)])
 def test_augmentation_moves_picture_and_labels_together(size):
-    """A picture whose colour is its label keeps that property wherever no border was interpolated."""
+    """A picture whose colour is its label keeps that property wherever no border was
+    interpolated.
+    """
     labels = np.zeros(size, np.uint8)
     labels[size[0] // 2 :, size[1] // 3 :] = 7
     image = Image.fromarray(labels * 20).convert("RGB")
-    config = tiny_config("data.short_edges=[40, 90]", "data.crop=64", "data.color_jitter=false").data
+    config = tiny_config(
+        "data.short_edges=[40, 90]", "data.crop=64", "data.color_jitter=false"
+    ).data
     rng = np.random.default_rng(0)
     for _ in range(5):
         picture, mask = augment(image, labels, config, 255, rng)
-        assert picture.shape == (3, 64, 64) and mask.shape == (64, 64) and picture.dtype == mask.dtype == torch.uint8
+        assert (
+            picture.shape == (3, 64, 64)
+            and mask.shape == (64, 64)
+            and picture.dtype == mask.dtype == torch.uint8
+        )
         padding = mask == 255
         assert (picture[:, padding] == 128).all() and set(mask.unique().tolist()) <= {0, 7, 255}
-        assert not padding[0, 0] and (~padding).sum() == (~padding[0]).sum() * (~padding[:, 0]).sum()  # a corner rectangle
+        assert (
+            not padding[0, 0] and (~padding).sum() == (~padding[0]).sum() * (~padding[:, 0]).sum()
+        )  # a corner rectangle
         agree = (picture[0][~padding].int() - 20 * mask[~padding].int()).abs() < 10
         assert agree.float().mean() > 0.9
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 333), (97, 301), (1000, 20)])
 def test_the_crop_is_resized_as_a_part_of_the_whole(size):
-    """Resizing only what the crop shows gives the pixels of resizing it all, and nearest labels are Pillow's."""
+    """Resizing only what the crop shows gives the pixels of resizing it all, and nearest labels are
+    Pillow's.
+    """
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
     labels = rng.integers(0, 20, size, dtype=np.uint8)
-    config = tiny_config("data.short_edges=[40, 320, 700]", "data.crop=128", "data.color_jitter=false").data
+    config = tiny_config(
+        "data.short_edges=[40, 320, 700]", "data.crop=128", "data.color_jitter=false"
+    ).data
     for seed in range(8):
         picture, mask = augment(image, labels, config, 255, np.random.default_rng(seed))
         draws = np.random.default_rng(seed)
-        width, height = test_size(*image.size, int(draws.choice(config.short_edges)), config.max_size)
+        width, height = test_size(
+            *image.size, int(draws.choice(config.short_edges)), config.max_size
+        )
         h, w = min(height, 128), min(width, 128)
         top, left = int(draws.integers(height - h + 1)), int(draws.integers(width - w + 1))
         flipped = draws.random() < 0.5
-        for ours, theirs, method in ((picture.permute(1, 2, 0), image, "BILINEAR"), (mask, Image.fromarray(labels), "NEAREST")):
-            whole = np.array(theirs.resize((width, height), Image.Resampling[method]))[top : top + h, left : left + w]
+        for ours, theirs, method in (
+            (picture.permute(1, 2, 0), image, "BILINEAR"),
+            (mask, Image.fromarray(labels), "NEAREST"),
+        ):
+            whole = np.array(theirs.resize((width, height), Image.Resampling[method]))[
+                top : top + h, left : left + w
+            ]
             apart = (whole[:, ::-1] if flipped else whole).astype(int) - ours[:h, :w].numpy()
-            assert (apart != 0).mean() < (1e-3 if method == "BILINEAR" else 1e-9) and np.abs(apart).max() <= 1, (method, seed)
+            assert (apart != 0).mean() < (1e-3 if method == "BILINEAR" else 1e-9) and np.abs(
+                apart
+            ).max() <= 1, (method, seed)
 
 
 def test_jitter_is_ssd_s():
-    """A grey picture has neither saturation nor hue; a pure red one has no contrast or brightness left to hide them."""
+    """A grey picture has neither saturation nor hue; a pure red one has no contrast or brightness
+    left to hide them.
+    """
     rng = np.random.default_rng(0)
     grey = Image.new("RGB", (4, 4), (100, 100, 100))
     means = np.array([np.array(ssd_jitter(grey, rng)).mean() for _ in range(300)])
-    assert 34 - 1 <= means.min() < 45 and 170 < means.max() <= 198 + 1  # (100 - 32) / 2 and (100 + 32) * 1.5
+    assert (
+        34 - 1 <= means.min() < 45 and 170 < means.max() <= 198 + 1
+    )  # (100 - 32) / 2 and (100 + 32) * 1.5
     assert 0.17 < (means == 100).mean() < 0.33  # neither brightness nor contrast: a quarter
     red = Image.new("RGB", (2, 2), (200, 60, 60))
     pixels = np.array([np.array(ssd_jitter(red, rng))[0, 0] for _ in range(300)]).astype(float)
@@ -145,16 +193,28 @@ def test_jitter_is_ssd_s():
 
 def test_voc_and_coco_layouts(tmp_path):
     voc, coco = tmp_path / "VOC2012", tmp_path / "coco"
-    for folder in (voc / "JPEGImages", voc / "SegmentationClassAug", coco / "val2017", coco / "stuffthingmaps/val2017"):
+    for folder in (
+        voc / "JPEGImages",
+        voc / "SegmentationClassAug",
+        coco / "val2017",
+        coco / "stuffthingmaps/val2017",
+    ):
         folder.mkdir(parents=True)
-    picture, values = Image.new("RGB", (6, 4), (10, 20, 30)), np.array([[0, 1, 15, 16, 20, 255]] * 4, np.uint8)
+    picture, values = (
+        Image.new("RGB", (6, 4), (10, 20, 30)),
+        np.array([[0, 1, 15, 16, 20, 255]] * 4, np.uint8),
+    )
     picture.save(voc / "JPEGImages" / "a.jpg")
-    palette = Image.fromarray(values).convert("P")  # VOC's own masks have a palette; the index is what counts
+    palette = Image.fromarray(values).convert(
+        "P"
+    )  # VOC's own masks have a palette; the index is what counts
     palette.putdata(values.ravel().tolist())
     palette.save(voc / "SegmentationClassAug" / "a.png")
     (voc / "val.txt").write_text("a\n")
     picture.save(coco / "val2017" / "b.jpg")
-    Image.fromarray(np.array([[0, 10, 11, 12, 181, 255]] * 4, np.uint8)).save(coco / "stuffthingmaps/val2017/b.png")
+    Image.fromarray(np.array([[0, 10, 11, 12, 181, 255]] * 4, np.uint8)).save(
+        coco / "stuffthingmaps/val2017/b.png"
+    )
     config = tiny_config("data.name=voc").data
     [image], labels, stem = TestPictures(config, tmp_path, "val")[0]
     assert (stem, image.shape, image.is_contiguous()) == ("a", (3, 64, 96), True)
@@ -168,7 +228,9 @@ def test_voc_and_coco_layouts(tmp_path):
 
 def test_bad_files_are_named(tmp_path, shapes_root):
     lut = DATASETS["voc"].lut()
-    (tmp_path / "broken.jpg").write_bytes((shapes_root / "shapes/images/val/val00000.jpg").read_bytes()[:700])
+    (tmp_path / "broken.jpg").write_bytes(
+        (shapes_root / "shapes/images/val/val00000.jpg").read_bytes()[:700]
+    )
     with pytest.raises(UserError, match=r"broken\.jpg"):
         read_picture(tmp_path / "broken.jpg")
     with pytest.raises(UserError, match=r"absent\.png"):
@@ -191,7 +253,10 @@ def test_bad_files_are_named(tmp_path, shapes_root):
 
 def test_samples_survive_pickling(shapes_root):
     """Workers are started by pickling wherever processes are not forked."""
-    for samples in (TrainPictures(tiny_config(), shapes_root), TestPictures(tiny_config().data, shapes_root, "val")):
+    for samples in (
+        TrainPictures(tiny_config(), shapes_root),
+        TestPictures(tiny_config().data, shapes_root, "val"),
+    ):
         ours, again = samples[1][0], pickle.loads(pickle.dumps(samples))[1][0]
         assert torch.equal(torch.stack([*again]), torch.stack([*ours]))
     regions = RegionsWithCaptions(tiny_config(task="clip"), shapes_root)
@@ -205,14 +270,18 @@ def test_pictures_of_other_modes(tmp_path):
     Image.new("I;16", (3, 2), 300).save(tmp_path / "x.png")
     assert np.asarray(read_picture(tmp_path / "x.png")).tolist() == 2 * [3 * [3 * [300 // 257]]]
     Image.fromarray(np.full((2, 3), 0.5, np.float32)).save(tmp_path / "x.tif")
-    with pytest.raises(UserError, match=r"x\.tif: cannot be read \(its numbers are not those of a picture"):
+    with pytest.raises(
+        UserError, match=r"x\.tif: cannot be read \(its numbers are not those of a picture"
+    ):
         read_picture(tmp_path / "x.tif")
 
 
 def test_shapes_are_deterministic_and_their_splits_differ():
     for split in shapes.SPLITS:
         one, two = shapes.draw(split, 3), shapes.draw(split, 3)
-        assert np.array_equal(one[0], two[0]) and np.array_equal(one[1], two[1]) and one[2] == two[2]
+        assert (
+            np.array_equal(one[0], two[0]) and np.array_equal(one[1], two[1]) and one[2] == two[2]
+        )
     pictures = [shapes.draw(split, 0)[0].tobytes() for split in shapes.SPLITS]
     assert len(set(pictures)) == len(pictures)
 
@@ -245,7 +314,9 @@ def test_a_contrastive_sample_has_every_class_once(shapes_root):
     samples = RegionsWithCaptions(tiny_config(task="clip"), shapes_root)
     crops, captions = samples[5]
     names = [*shapes.THINGS, *shapes.WALLS]
-    assert crops.shape == (24, 3, 32, 32) and all(n in text for n, text in zip(names, captions, strict=True))
+    assert crops.shape == (24, 3, 32, 32) and all(
+        n in text for n, text in zip(names, captions, strict=True)
+    )
     again, same = samples[5]
     assert torch.equal(crops, again) and captions == same
 

@@ -1,4 +1,6 @@
-"""The six data sets from their official files: labels, lists, conversions, statistics, the check."""
+"""The six data sets from their official files: labels, lists, conversions, statistics, the
+check.
+"""
 
 import dataclasses
 import hashlib
@@ -31,7 +33,11 @@ NAMES = list(trees.BUILDERS)
 
 
 def files(root: Path) -> dict[str, tuple[bytes, int]]:
-    return {str(f.relative_to(root)): (f.read_bytes(), f.stat().st_mtime_ns) for f in root.rglob("*") if f.is_file()}
+    return {
+        str(f.relative_to(root)): (f.read_bytes(), f.stat().st_mtime_ns)
+        for f in root.rglob("*")
+        if f.is_file()
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -39,7 +45,10 @@ def test_official_files_become_class_ids(name, tmp_path, capsys):
     """Every pixel of the test split, odd sizes and modes included; a second run changes nothing."""
     expected = trees.BUILDERS[name](tmp_path)
     prepare_data.main([name, "--root", str(tmp_path)])
-    assert f"{name} val: {len(expected)} pictures (published: {DATASETS[name].counts['val']})" in capsys.readouterr().out
+    assert (
+        f"{name} val: {len(expected)} pictures (published: {DATASETS[name].counts['val']})"
+        in capsys.readouterr().out
+    )
     pictures = TestPictures(tiny_config(f"data.name={name}").data, tmp_path, "val")
     assert sorted(expected) == [pair[0].stem for pair in pictures.pairs]
     for i in range(len(pictures)):
@@ -60,21 +69,38 @@ def test_evaluation_on_each_data_set(name, tmp_path):
     prepare_data.main([name, "--root", str(tmp_path)])
     torch.manual_seed(0)
     clip = CLIP(VisionTransformer(32, 16, 64, 1, 16), 16, 160, 514, 64, 1)
-    settings = [f"data.name={name}", "data.split=val", "eval.compare=false", "clip.mask_threshold=0.3"]
+    settings = [
+        f"data.name={name}",
+        "data.split=val",
+        "eval.compare=false",
+        "clip.mask_threshold=0.3",
+    ]
     config = tiny_config(*settings, "clip.ensemble_weight=0.5")
     data = DATASETS[name]
-    result = evaluate(Segmenter(config, clip.state_dict()), config, tmp_path, PROCESS, "val", tmp_path / "out", True)
+    result = evaluate(
+        Segmenter(config, clip.state_dict()),
+        config,
+        tmp_path,
+        PROCESS,
+        "val",
+        tmp_path / "out",
+        True,
+    )
     hit, truth, predicted = (np.zeros(len(data.names)) for _ in range(3))
     for stem, labels in expected.items():
         saved = np.array(Image.open(tmp_path / "out" / "predictions" / f"{stem}.png"))
-        assert saved.shape == labels.shape and saved.dtype == (np.uint16 if name == "ade20k_full" else np.uint8)
+        assert saved.shape == labels.shape and saved.dtype == (
+            np.uint16 if name == "ade20k_full" else np.uint8
+        )
         known = labels != data.ignore
         for c in range(len(data.names)):
             hit[c] += ((labels == c) & (saved == c)).sum()
             truth[c] += (labels == c).sum()
             predicted[c] += ((saved == c) & known).sum()
     iou = 100 * hit / np.maximum(truth + predicted - hit, 1)
-    assert result["images"] == len(expected) and ("hIoU" in result) == (name in ("voc", "coco_stuff"))
+    assert result["images"] == len(expected) and ("hIoU" in result) == (
+        name in ("voc", "coco_stuff")
+    )
     assert result["mIoU"] == pytest.approx(iou[truth > 0].sum() / (truth + predicted > 0).sum())
     assert result["mIoU_gt"] == pytest.approx(iou[truth > 0].mean())
 
@@ -84,9 +110,17 @@ def test_trainaug_is_voc_and_sbd_without_val(tmp_path):
     prepare_data.main(["voc", "--root", str(tmp_path)])
     base = tmp_path / "VOCdevkit" / "VOC2012"
     train = (base / "train.txt").read_text().split()
-    assert train == ["2007_000032", "2007_000039", "2008_000002", "2008_000003"]  # 2007_000042 is VOC's val
+    assert train == [
+        "2007_000032",
+        "2007_000039",
+        "2008_000002",
+        "2008_000003",
+    ]  # 2007_000042 is VOC's val
     assert (base / "val.txt").read_text().split() == ["2007_000033", "2007_000042", "2007_000061"]
-    assert sorted(f.stem for f in (base / "SegmentationClassAug").iterdir()) == ["2008_000002", "2008_000003"]
+    assert sorted(f.stem for f in (base / "SegmentationClassAug").iterdir()) == [
+        "2008_000002",
+        "2008_000003",
+    ]
     pairs = {p.stem: label for p, label in find_pairs("voc", tmp_path, "train")}
     assert pairs["2007_000032"].parent.name == "SegmentationClass"  # VOC's own mask, not SBD's
     expected = trees.values_like(np.random.default_rng(55), list(range(21)), *trees.SIZES[1], 0)
@@ -97,13 +131,20 @@ def test_the_readme_layout_is_taken_as_it_is(tmp_path):
     folder = tmp_path / "VOC2012"
     trees.voc(tmp_path / "source")
     shutil.copytree(tmp_path / "source/VOCdevkit/VOC2012/JPEGImages", folder / "JPEGImages")
-    shutil.copytree(tmp_path / "source/VOCdevkit/VOC2012/SegmentationClass", folder / "SegmentationClassAug")
+    shutil.copytree(
+        tmp_path / "source/VOCdevkit/VOC2012/SegmentationClass", folder / "SegmentationClassAug"
+    )
     for split in ("train", "val"):
-        shutil.copy(tmp_path / f"source/VOCdevkit/VOC2012/ImageSets/Segmentation/{split}.txt", folder)
+        shutil.copy(
+            tmp_path / f"source/VOCdevkit/VOC2012/ImageSets/Segmentation/{split}.txt", folder
+        )
     before = files(tmp_path)
     prepare_data.main(["voc", "--root", str(tmp_path)])
     after = files(tmp_path)
-    assert after.keys() - before.keys() == {"VOC2012/.zsseg/train.npz"} and before.items() <= after.items()
+    assert (
+        after.keys() - before.keys() == {"VOC2012/.zsseg/train.npz"}
+        and before.items() <= after.items()
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -118,7 +159,10 @@ def test_a_test_split_alone_is_enough(name, tmp_path, capsys):
                 shutil.rmtree(folder)
     prepare_data.main([name, "--root", str(tmp_path)])
     text = capsys.readouterr().out
-    assert f"{name} train: none (only training needs it; --train fetches it)" in text and f"{name} val: " in text
+    assert (
+        f"{name} train: none (only training needs it; --train fetches it)" in text
+        and f"{name} val: " in text
+    )
     with pytest.raises(UserError, match=f"run prepare_data.py {name} --train"):
         find_pairs(name, tmp_path, "train")
 
@@ -131,7 +175,9 @@ def test_pictures_are_not_turned_and_not_misread(tmp_path):
         assert image.size == (40, 30) and image.mode == "RGB"
     grey = np.array(read_picture(tmp_path / "1.jpg"))
     assert (grey[..., 0] == grey[..., 1]).all()
-    plain, turned, cmyk = (np.array(read_picture(tmp_path / f"{k}.jpg")).astype(int) for k in (0, 3, 2))
+    plain, turned, cmyk = (
+        np.array(read_picture(tmp_path / f"{k}.jpg")).astype(int) for k in (0, 3, 2)
+    )
     assert np.array_equal(plain, turned)
     assert np.abs(plain - cmyk).mean() < 8 < np.abs(plain - (255 - plain)).mean()  # not inverted
 
@@ -159,7 +205,9 @@ def test_no_unseen_class_is_in_what_training_reads(name, tmp_path):
     assert found > 0
     everything = TrainPictures(tiny_config(f"data.name={name}", "data.train_on=all"), tmp_path)
     assert everything.lut.tolist() == data.lut().tolist()
-    assert len(everything.pairs) == len(samples.pairs) + (name == "voc")  # COCO's third picture has no class at all
+    assert len(everything.pairs) == len(samples.pairs) + (
+        name == "voc"
+    )  # COCO's third picture has no class at all
 
 
 def test_one_region_samples(tmp_path):
@@ -173,7 +221,12 @@ def test_one_region_samples(tmp_path):
     assert len(many.regions) > len(samples.regions)
     for n in range(3 * len(many.regions)):
         crop, category = many[n]
-        assert crop.shape == (3, 32, 32) and crop.dtype == torch.float32 and 0 <= category < 15 and crop.any()
+        assert (
+            crop.shape == (3, 32, 32)
+            and crop.dtype == torch.float32
+            and 0 <= category < 15
+            and crop.any()
+        )
     assert all(np.array_equal(a, b) for a, b in zip(many[3], many[3], strict=True))
 
 
@@ -186,7 +239,9 @@ def test_a_region_and_its_mask_move_together(tmp_path):
     labels[10, 20] = labels[370, 480] = 5
     labels[300, 200:210] = 5
     trees.save_map(labels, folder / "SegmentationClassAug" / "a.png")
-    Image.fromarray(labels * 30).convert("RGB").save(folder / "JPEGImages" / "a.jpg", quality=100, subsampling=0)
+    Image.fromarray(labels * 30).convert("RGB").save(
+        folder / "JPEGImages" / "a.jpg", quality=100, subsampling=0
+    )
     (folder / "train.txt").write_text("a")
     samples = Regions(tiny_config("data.name=voc"), tmp_path, 64)
     assert sorted(c for _, c in samples.regions) == [2, 4, 6]
@@ -199,7 +254,7 @@ def test_a_region_and_its_mask_move_together(tmp_path):
             assert ((red - 30 * (category + 1)).abs() < 40)[mask].float().mean() > 0.8
 
 
-# --- run lengths -------------------------------------------------------------------------------------------------
+# --- run lengths
 
 
 def test_run_lengths_known_text():
@@ -210,15 +265,22 @@ def test_run_lengths_known_text():
 
 @pytest.mark.parametrize(
     ("size", "counts"),
-    [([3, 5], [2**62] * 4 + [15]), ([2**20, 2**20], [2**40]), ([2, 2], [3]), ([2, 2], [5, -1]), ([2, 2], "\x01"),
-     ([2, 2], "zz"), ([2, 2], "é")],
-)  # fmt: skip
+    [
+        ([3, 5], [2**62] * 4 + [15]),
+        ([2**20, 2**20], [2**40]),
+        ([2, 2], [3]),
+        ([2, 2], [5, -1]),
+        ([2, 2], "\x01"),
+        ([2, 2], "zz"),
+        ([2, 2], "é"),
+    ],
+)
 def test_run_lengths_that_cannot_be(size, counts):
     with pytest.raises(ValueError, match=r"run length|run-length|ascii|sensible size"):
         decode_runs({"size": size, "counts": counts})
 
 
-# --- statistics --------------------------------------------------------------------------------------------------
+# --- statistics
 
 
 def test_statistics_count_and_are_counted_once(tmp_path, monkeypatch):
@@ -233,8 +295,11 @@ def test_statistics_count_and_are_counted_once(tmp_path, monkeypatch):
         assert statistics.category[rows].tolist() == classes.tolist()
         assert statistics.pixels[rows].tolist() == pixels.tolist()
         np.add.at(wanted, classes, pixels)
-        assert (i in statistics.pictures_with([int(classes[0])])) and (len(classes) > 1 or classes[0] != 171 or
-               i not in statistics.pictures_with(list(range(171))))  # fmt: skip
+        assert (i in statistics.pictures_with([int(classes[0])])) and (
+            len(classes) > 1
+            or classes[0] != 171
+            or i not in statistics.pictures_with(list(range(171)))
+        )
     assert statistics.histogram(171).tolist() == wanted.tolist()
 
     def forbidden(*args: object, **options: object):
@@ -275,7 +340,10 @@ def test_statistics_of_a_read_only_root(tmp_path, monkeypatch):
     monkeypatch.setattr(label_statistics_module, "replacing", refuse)
     for tries in (2, 0):
         tried.clear()
-        assert label_statistics("ade20k", tmp_path / "root", "val").histogram(150).sum() == 37 * 53 + 64 * 48 + 1
+        assert (
+            label_statistics("ade20k", tmp_path / "root", "val").histogram(150).sum()
+            == 37 * 53 + 64 * 48 + 1
+        )
         assert len(tried) == tries
     assert not (tmp_path / "root" / "ADEChallengeData2016" / ".zsseg").exists()
     assert len(list((tmp_path / "cache" / "statistics").iterdir())) == 1
@@ -285,8 +353,13 @@ def test_a_leak_in_one_table_is_noticed(tmp_path):
     data = DATASETS["voc"]
     Image.fromarray(np.array([[1, 16]], np.uint8)).save(tmp_path / "a.png")
     full, training = data.lut(), data.lut(training=True)
-    assert count_classes((tmp_path / "a.jpg", tmp_path / "a.png"), data, (full, training)).rows.tolist() == [[0, 1], [15, 1]]
-    for value, wrong in ((16, 3), (1, 1)):  # an unseen class let through; a seen class under another's number
+    assert count_classes(
+        (tmp_path / "a.jpg", tmp_path / "a.png"), data, (full, training)
+    ).rows.tolist() == [[0, 1], [15, 1]]
+    for value, wrong in (
+        (16, 3),
+        (1, 1),
+    ):  # an unseen class let through; a seen class under another's number
         table = training.copy()
         table[value] = wrong
         with pytest.raises(AssertionError, match=r"a\.png"):
@@ -302,4 +375,6 @@ def test_pictures_are_made_smaller_as_opencv_does(shape, digest):
     numbers = np.arange(np.prod(shape), dtype=np.uint64) * np.uint64(2654435761) >> np.uint64(7)
     height, width = (round(side / min(shape[:2]) * 512) for side in shape[:2])
     small = resize_bilinear((numbers % 256).astype(np.uint8).reshape(shape), height, width)
-    assert small.shape[:2] == (height, width) and hashlib.sha256(small.tobytes()).hexdigest().startswith(digest)
+    assert small.shape[:2] == (height, width) and hashlib.sha256(
+        small.tobytes()
+    ).hexdigest().startswith(digest)

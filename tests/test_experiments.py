@@ -1,4 +1,6 @@
-"""The paper's experiments: parts and weights from one pass, views, the one-stage baseline, self-training, the error budget."""
+"""The paper's experiments: parts and weights from one pass, views, the one-stage baseline,
+self-training, the error budget.
+"""
 
 import json
 import shutil
@@ -46,43 +48,66 @@ def random_segmenter(*settings: str) -> Segmenter:
 def test_a_sweep_equals_separate_evaluations(shapes_root):
     config = tiny_config("eval.weights=[0.2, 0.5]", "eval.compare=true")
     once = evaluate(random_segmenter(), config, shapes_root, PROCESS, "test")
-    for setting, name in (("clip.ensemble_weight=0.2", "weight_0.2"), ("clip.ensemble_weight=0.5", "weight_0.5"),
-                          ("clip.ensemble_weight=0.0", "clip_only"), ("clip.ensemble=false", "head_only")):  # fmt: skip
-        alone = evaluate(random_segmenter(setting), tiny_config(setting, "eval.compare=false"), shapes_root, PROCESS, "test")
+    for setting, name in (
+        ("clip.ensemble_weight=0.2", "weight_0.2"),
+        ("clip.ensemble_weight=0.5", "weight_0.5"),
+        ("clip.ensemble_weight=0.0", "clip_only"),
+        ("clip.ensemble=false", "head_only"),
+    ):
+        alone = evaluate(
+            random_segmenter(setting),
+            tiny_config(setting, "eval.compare=false"),
+            shapes_root,
+            PROCESS,
+            "test",
+        )
         assert {k: alone[k] for k in once[name]} == once[name], name
     segmenter = random_segmenter()
     segmenter.set_classes(["red disc", "blue square"], [0])
     proposals = segmenter.propose(torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8))
     objectness = segmenter.variants(proposals, [])["clip_objectness"]
-    assert torch.allclose(objectness, proposals.region * proposals.head.sum(1, keepdim=True) * proposals.valid[:, None])
+    assert torch.allclose(
+        objectness,
+        proposals.region * proposals.head.sum(1, keepdim=True) * proposals.valid[:, None],
+    )
 
 
 def test_predictions_do_not_depend_on_the_truth(trained, shapes_root, tmp_path):
-    """The score is only ever computed against true labels, and nothing of them reaches the prediction."""
+    """The score is only ever computed against true labels, and nothing of them reaches the
+    prediction.
+    """
     other = tmp_path / "root"
     shutil.copytree(shapes_root, other)
     for _, label in find_pairs("shapes", other, "test"):
         values = np.asarray(Image.open(label))
-        Image.fromarray(np.where(values == 255, 255, (values + 7) % 24).astype(np.uint8)).save(label)
+        Image.fromarray(np.where(values == 255, 255, (values + 7) % 24).astype(np.uint8)).save(
+            label
+        )
     for name, root in (("a", shapes_root), ("b", other)):
         words = ["--root", str(root), "--out", str(tmp_path / name), "--device", "cpu"]
         evaluation.main([str(trained), *words, "--save-predictions"])
     maps = [sorted((tmp_path / n / "predictions").iterdir()) for n in ("a", "b")]
-    assert len(maps[0]) == 4 and all(a.read_bytes() == b.read_bytes() for a, b in zip(*maps, strict=True))
+    assert len(maps[0]) == 4 and all(
+        a.read_bytes() == b.read_bytes() for a, b in zip(*maps, strict=True)
+    )
     scores = [json.loads((tmp_path / n / "metrics.json").read_text())["pAcc"] for n in ("a", "b")]
     assert scores[0] != scores[1]
 
 
-# --- views -------------------------------------------------------------------------------------------------------
+# --- views
 
 
-@pytest.mark.parametrize(("size", "side"), [((1, 1), 30), ((64, 64), 64), ((65, 130), 64), ((40, 200), 64), ((7, 9), 0)])
+@pytest.mark.parametrize(
+    ("size", "side"), [((1, 1), 30), ((64, 64), 64), ((65, 130), 64), ((40, 200), 64), ((7, 9), 0)]
+)
 def test_windows_cover_the_picture_and_overlap(size, side):
     boxes = list(views.windows(*size, side))
     count = np.zeros(size, int)
     for top, left, bottom, right in boxes:
         assert 0 <= top < bottom <= size[0] and 0 <= left < right <= size[1]
-        assert side == 0 or (bottom - top == min(side, size[0]) and right - left == min(side, size[1]))
+        assert side == 0 or (
+            bottom - top == min(side, size[0]) and right - left == min(side, size[1])
+        )
         count[top:bottom, left:right] += 1
     assert count.min() >= 1 and (len(boxes) == 1) == (side == 0 or max(size) <= side)
 
@@ -90,14 +115,18 @@ def test_windows_cover_the_picture_and_overlap(size, side):
 @pytest.mark.parametrize("ways", [{"clip.regions": w} for w in ("crops", "pool", "tokens")])
 def test_views_are_the_mean_of_score_maps(ways, monkeypatch):
     segmenter = random_segmenter(*(f"{k}={v}" for k, v in ways.items()), "clip.dense_edge=32")
-    segmenter.set_classes(["red disc", "blue square", "striped wall", "dotted wall", "green cross"], [0, 1])
+    segmenter.set_classes(
+        ["red disc", "blue square", "striped wall", "dotted wall", "green cross"], [0, 1]
+    )
     torch.manual_seed(1)
     images = [torch.randint(0, 256, (3, *s), dtype=torch.uint8) for s in ((64, 80), (96, 120))]
     size = (50, 61)
     found = views.segment_views(segmenter, images, size, True, 64)
     assert len(found) == 2 * (1 * 2 + 3 * 4) and {v.mirrored for v in found} == {False, True}
     assert all(segmenter.ensemble(v.proposals).shape == (8, 5) for v in found)
-    scores = [torch.rand(8, 5) ** 4 for _ in found]  # an untrained segmenter's favour one class everywhere
+    scores = [
+        torch.rand(8, 5) ** 4 for _ in found
+    ]  # an untrained segmenter's favour one class everywhere
     total, count = torch.zeros(5, *size), torch.zeros(size)
     for view, s in zip(found, scores, strict=True):
         top, left, bottom, right = view.box
@@ -111,9 +140,14 @@ def test_views_are_the_mean_of_score_maps(ways, monkeypatch):
         labels, top = views.label_map(segmenter, found, scores, size)
         assert torch.equal(labels, wanted) and torch.allclose(top, mean.amax(0), atol=1e-6)
     assert len(wanted.unique()) > 1
-    monkeypatch.setattr(views, "BUDGET", found[0].proposals.logits.nbytes)  # room for the first; the others wait in files
+    monkeypatch.setattr(
+        views, "BUDGET", found[0].proposals.logits.nbytes
+    )  # room for the first; the others wait in files
     waiting = views.segment_views(segmenter, images, size, True, 64)
-    assert all(torch.equal(a.proposals.logits, b.proposals.logits) for a, b in zip(found, waiting, strict=True))
+    assert all(
+        torch.equal(a.proposals.logits, b.proposals.logits)
+        for a, b in zip(found, waiting, strict=True)
+    )
     assert Path("/proc/self/maps").read_text().count("(deleted)") >= len(found) - 1
     [alone] = views.segment_views(segmenter, images[:1], size, False, 0)
     score = segmenter.ensemble(alone.proposals)
@@ -123,12 +157,22 @@ def test_views_are_the_mean_of_score_maps(ways, monkeypatch):
 
 def test_evaluation_with_views(trained, shapes_root, tmp_path):
     settings = ["eval.sizes=[64, 96]", "eval.flip=true", "eval.window=64"]
-    evaluation.main([str(trained), "--root", str(shapes_root), "--out", str(tmp_path), "--device", "cpu",
-                     *(x for s in settings for x in ("--set", s))])  # fmt: skip
+    evaluation.main(
+        [
+            str(trained),
+            "--root",
+            str(shapes_root),
+            "--out",
+            str(tmp_path),
+            "--device",
+            "cpu",
+            *(x for s in settings for x in ("--set", s)),
+        ]
+    )
     assert json.loads((tmp_path / "metrics.json").read_text())["images"] == 4
 
 
-# --- region classifiers ------------------------------------------------------------------------------------------
+# --- region classifiers
 
 
 def test_one_pass_classifiers_see_the_region():
@@ -140,10 +184,16 @@ def test_one_pass_classifiers_see_the_region():
         segmenter = random_segmenter(f"clip.regions={way}", "clip.dense_edge=64")
         segmenter.set_classes(["red disc", "blue square", "striped wall"], [0, 1])
         logits = segmenter.region_logits(image, masks, None)
-        assert logits.shape == (3, 3) and torch.isfinite(logits).all() and not torch.allclose(logits[0], logits[1], atol=1e-2)
+        assert (
+            logits.shape == (3, 3)
+            and torch.isfinite(logits).all()
+            and not torch.allclose(logits[0], logits[1], atol=1e-2)
+        )
         few = segmenter.region_logits(image, masks, None, torch.tensor([2, 0]))
         assert torch.allclose(few, logits[[2, 0]], atol=1e-3)
-        assert segmenter.region_logits(image, masks, None, torch.tensor([], dtype=torch.int64)).shape == (0, 3)
+        assert segmenter.region_logits(
+            image, masks, None, torch.tensor([], dtype=torch.int64)
+        ).shape == (0, 3)
         if way == "pool":
             from zsseg.regions import shrunk
 
@@ -153,12 +203,15 @@ def test_one_pass_classifiers_see_the_region():
                 assert torch.allclose(logits[i], wanted, atol=2e-2), i
 
 
-# --- the one-stage baseline --------------------------------------------------------------------------------------
+# --- the one-stage baseline
 
 
 def test_the_original_s_per_pixel_checkpoint_fits():
     with torch.device("meta"):
-        state = {k: torch.empty(shape) for k, shape in keys("upstream_keys.json", "coco_perpixel_r101c").items()}
+        state = {
+            k: torch.empty(shape)
+            for k, shape in keys("upstream_keys.json", "coco_perpixel_r101c").items()
+        }
         parts, _ = import_original(state, "perpixel")
         load_strict(PerPixel(ModelConfig("R101c"), 512), parts["maskformer"], "perpixel", "")
 
@@ -175,8 +228,16 @@ def test_per_pixel_forward_and_loss_are_the_definition():
     labels = torch.randint(0, 3, (2, 64, 64))
     labels[0, :30] = 255
     full = F.interpolate(logits, (64, 64), mode="bilinear").double().log_softmax(1)
-    terms = [-full[b, labels[b, y, x], y, x] for b in range(2) for y in range(64) for x in range(64) if labels[b, y, x] != 255]
-    assert float(per_pixel_loss(logits, labels, 255)) == pytest.approx(float(sum(terms) / len(terms)), rel=1e-4)
+    terms = [
+        -full[b, labels[b, y, x], y, x]
+        for b in range(2)
+        for y in range(64)
+        for x in range(64)
+        if labels[b, y, x] != 255
+    ]
+    assert float(per_pixel_loss(logits, labels, 255)) == pytest.approx(
+        float(sum(terms) / len(terms)), rel=1e-4
+    )
     assert float(per_pixel_loss(logits, torch.full_like(labels, 255), 255)) == 0
 
 
@@ -188,7 +249,9 @@ def test_per_pixel_label_map_is_the_argmax_of_its_logits():
     with torch.no_grad():
         logits = segmenter.maskformer(segmenter.maskformer.prepare(image[None]), segmenter.text)
     wanted = F.interpolate(logits.log_softmax(1), (64, 64), mode="bilinear")[0].argmax(0)
-    assert (segmenter(image, (64, 64)) == wanted).float().mean() > 0.999 and len(wanted.unique()) > 1
+    assert (segmenter(image, (64, 64)) == wanted).float().mean() > 0.999 and len(
+        wanted.unique()
+    ) > 1
     segmenter.config.ensemble = True
     for weight in (0.0, 0.3, 1.0):
         segmenter.config.ensemble_weight = weight
@@ -201,22 +264,38 @@ def test_per_pixel_trains_and_evaluates(shapes_root, tmp_path):
     config = tiny_config("model.proposals=false", "train.steps=2")
     train.train(config, shapes_root, tmp_path, PROCESS, {})
     assert "pixel_embed.weight" in checkpoint.load(tmp_path / "last.pt")["model"]["maskformer"]
-    evaluation.main([str(tmp_path / "last.pt"), "--root", str(shapes_root), "--out", str(tmp_path / "e"), "--device", "cpu"])
+    evaluation.main(
+        [
+            str(tmp_path / "last.pt"),
+            "--root",
+            str(shapes_root),
+            "--out",
+            str(tmp_path / "e"),
+            "--device",
+            "cpu",
+        ]
+    )
     ours, again = (json.loads((p / "metrics.json").read_text()) for p in (tmp_path, tmp_path / "e"))
     assert ours["hIoU"] == again["hIoU"]
 
 
-# --- self-training -----------------------------------------------------------------------------------------------
+# --- self-training
 
 
 def test_only_hidden_pixels_are_filled_in_and_only_with_unseen_classes():
     scores = torch.tensor([[9.0, 9, 9], [1, 5, 0], [2, 1, 0]])[..., None]  # [C = 3, 3, 1]
     known, unseen = torch.tensor([[0], [255], [255]]), torch.tensor([False, True, True])
     assert complete(known, scores, unseen, 0.0, 255).tolist() == [[0], [1], [1]]
-    assert complete(known, scores, unseen, 0.01, 255).tolist() == [[0], [1], [255]]  # the third: 1.2e-4
+    assert complete(known, scores, unseen, 0.01, 255).tolist() == [
+        [0],
+        [1],
+        [255],
+    ]  # the third: 1.2e-4
 
 
-def test_self_training_is_resumable_and_blind_to_hidden_labels(trained, shapes_root, tmp_path, capsys):
+def test_self_training_is_resumable_and_blind_to_hidden_labels(
+    trained, shapes_root, tmp_path, capsys
+):
     words = ["train.steps=2", "data.train_on=all", f"train.teacher={trained}"]
     train.train(tiny_config(*words), shapes_root, tmp_path / "run", PROCESS, {})
     assert "unlabelled" in capsys.readouterr().out
@@ -237,20 +316,26 @@ def test_self_training_is_resumable_and_blind_to_hidden_labels(trained, shapes_r
     (folder / first).unlink()
     (folder / "counts.json").unlink()
     (folder / second).write_bytes(b"kept")
-    with pytest.raises(UserError, match=f"{second} cannot be read|{second}: cannot be read"):  # counted at the end
+    with pytest.raises(
+        UserError, match=f"{second} cannot be read|{second}: cannot be read"
+    ):  # counted at the end
         pseudo_labels(tiny_config(*words), shapes_root, folder, PROCESS)
-    assert (folder / first).read_bytes() == maps[first] and (folder / second).read_bytes() == b"kept"
+    assert (folder / first).read_bytes() == maps[first] and (
+        folder / second
+    ).read_bytes() == b"kept"
     # Other unseen classes in the truth: the same pseudo labels.
     other = tmp_path / "root"
     shutil.copytree(shapes_root, other)
     for _, label in find_pairs("shapes", other, "train"):
         truth = np.asarray(Image.open(label))
-        Image.fromarray(np.where(np.isin(truth, unseen), unseen[0], truth).astype(np.uint8)).save(label)
+        Image.fromarray(np.where(np.isin(truth, unseen), unseen[0], truth).astype(np.uint8)).save(
+            label
+        )
     again = pseudo_labels(tiny_config(*words), other, tmp_path / "again", PROCESS)
     assert {f.name: f.read_bytes() for f in again.glob("*.png")} == maps
 
 
-# --- error budget ------------------------------------------------------------------------------------------------
+# --- error budget
 
 
 def test_overlaps_are_iou_over_known_pixels():
@@ -275,7 +360,10 @@ def test_the_budget_s_oracles(trained, shapes_root, tmp_path, capsys):
     assert result["clip_accuracy"] == pytest.approx(plain["clip_true_masks"]["accuracy"])
     report_budget(result, tmp_path)
     assert "true masks, predicted classes" in capsys.readouterr().out
-    assert json.loads((tmp_path / "budget.json").read_text()) == result and Image.open(tmp_path / "budget.png").width == 760
+    assert (
+        json.loads((tmp_path / "budget.json").read_text()) == result
+        and Image.open(tmp_path / "budget.png").width == 760
+    )
 
 
 def test_with_perfect_masks_only_classes_cost(shapes_root, monkeypatch):
@@ -293,17 +381,22 @@ def test_with_perfect_masks_only_classes_cost(shapes_root, monkeypatch):
 
     def perfect(image):
         proposals = propose(image)
-        small = F.interpolate(truth["labels"][None, None].float(), proposals.logits.shape[-2:], mode="nearest")[0]
+        small = F.interpolate(
+            truth["labels"][None, None].float(), proposals.logits.shape[-2:], mode="nearest"
+        )[0]
         proposals.logits = 40 * (small == torch.arange(24)[:, None, None]).float() - 20
         return proposals
 
     monkeypatch.setattr(module, "oracle_labels", remember)
     monkeypatch.setattr(segmenter, "propose", perfect)
     result = budget(segmenter, config, shapes_root, PROCESS, "test")
-    assert result["true_classes"]["mIoU_gt"] > 75 > result["as_is"]["mIoU_gt"] and result["average_best_overlap"] > 75
+    assert (
+        result["true_classes"]["mIoU_gt"] > 75 > result["as_is"]["mIoU_gt"]
+        and result["average_best_overlap"] > 75
+    )
 
 
-# --- the paper's numbers -----------------------------------------------------------------------------------------
+# --- the paper's numbers
 
 
 def test_every_published_row_has_its_configuration():
@@ -317,22 +410,51 @@ def test_every_published_row_has_its_configuration():
 
 
 def test_differing_settings_are_named():
-    config = load_config(ROOT / "configs" / "voc_r101c.toml", ["model.backbone=R50", "model.weights=imagenet",
-                                                              "clip.ensemble_weight=0.5", "data.workers=0"])  # fmt: skip
+    config = load_config(
+        ROOT / "configs" / "voc_r101c.toml",
+        [
+            "model.backbone=R50",
+            "model.weights=imagenet",
+            "clip.ensemble_weight=0.5",
+            "data.workers=0",
+        ],
+    )
     text = published.compare({"hIoU": 12.0}, config)
-    assert "model.backbone: R50 (R101c)" in text and "clip.ensemble_weight: 0.5 (0.7)" in text and "workers" not in text
-    config = load_config(str(ROOT / "configs" / "voc_r101c.toml"), ["clip.weights=RN50", "data.train_on=all"])
+    assert (
+        "model.backbone: R50 (R101c)" in text
+        and "clip.ensemble_weight: 0.5 (0.7)" in text
+        and "workers" not in text
+    )
+    config = load_config(
+        str(ROOT / "configs" / "voc_r101c.toml"), ["clip.weights=RN50", "data.train_on=all"]
+    )
     text = published.compare({"hIoU": 12.0}, config)
-    assert "clip.weights: RN50 (ViT-B/16)" in text and ("train.teacher: False" in text or "data.train_on: all" in text)
+    assert "clip.weights: RN50 (ViT-B/16)" in text and (
+        "train.teacher: False" in text or "data.train_on: all" in text
+    )
     assert "no result on shapes" in published.compare({}, tiny_config())
 
 
-@pytest.mark.parametrize("setting", ["clip.ensemble=true", "clip.ensemble=false", "model.proposals=false"])
+@pytest.mark.parametrize(
+    "setting", ["clip.ensemble=true", "clip.ensemble=false", "model.proposals=false"]
+)
 def test_a_process_without_pictures_sums_the_same_matrices(setting, shapes_root, monkeypatch):
-    """More processes than pictures: the ones without any must not wait for sums that the others do not make."""
-    config, sums = tiny_config(setting, "eval.compare=true", *(["eval.weights=[0.5]"] if "=true" in setting else [])), []
-    monkeypatch.setattr(Process, "sum", lambda self, tensor: sums[-1].append(tuple(tensor.shape)) or tensor)
+    """More processes than pictures: the ones without any must not wait for sums that the others do
+    not make.
+    """
+    config, sums = (
+        tiny_config(
+            setting, "eval.compare=true", *(["eval.weights=[0.5]"] if "=true" in setting else [])
+        ),
+        [],
+    )
+    monkeypatch.setattr(
+        Process, "sum", lambda self, tensor: sums[-1].append(tuple(tensor.shape)) or tensor
+    )
     for process in (Process(PROCESS.device, 0, 5), Process(PROCESS.device, 4, 5)):
         sums.append([])
         evaluate(random_segmenter(setting), config, shapes_root, process, "test")
-    assert sums[0] == sums[1] and len(sums[0]) == {"clip.ensemble=true": 9, "clip.ensemble=false": 6}.get(setting, 5)
+    assert sums[0] == sums[1] and len(sums[0]) == {
+        "clip.ensemble=true": 9,
+        "clip.ensemble=false": 6,
+    }.get(setting, 5)

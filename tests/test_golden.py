@@ -1,6 +1,8 @@
-"""Agreement with the original implementation: every file of golden/, at 1e-4 of the largest value unless said otherwise.
+"""Agreement with the original implementation: every file of golden/, at 1e-4 of the largest value
+unless said otherwise.
 
-The reference values are a CPU's, in fp32; other CPUs agree whatever their instruction set, a GPU without TF32 to 1e-3.
+The reference values are a CPU's, in fp32; other CPUs agree whatever their instruction set, a GPU
+without TF32 to 1e-3.
 """
 
 import json
@@ -13,7 +15,17 @@ import recipe
 import torch
 import torch.nn.functional as F
 import trees
-from conftest import GOLDEN, GPU, PROCESS, ROOT, command, golden, keys, original_state, relative_error
+from conftest import (
+    GOLDEN,
+    GPU,
+    PROCESS,
+    ROOT,
+    command,
+    golden,
+    keys,
+    original_state,
+    relative_error,
+)
 from PIL import Image
 
 import eval as evaluation
@@ -31,7 +43,9 @@ from zsseg.tokenizer import Tokenizer
 from zsseg.weights import import_original, our_name
 
 pytestmark = pytest.mark.usefixtures("vocabulary")
-on_cpu_and_gpu = pytest.mark.parametrize("process", [PROCESS, pytest.param(GPU, marks=pytest.mark.gpu)], ids=["cpu", "cuda"])
+on_cpu_and_gpu = pytest.mark.parametrize(
+    "process", [PROCESS, pytest.param(GPU, marks=pytest.mark.gpu)], ids=["cpu", "cuda"]
+)
 
 
 def tolerance(process: Process, on_cpu: float = 1e-4) -> float:
@@ -72,11 +86,18 @@ def test_clip(name, process):
     arrays, device, most = golden(f"clip_{name}.npz"), process.device, tolerance(process)
     clip = build_clip(original_state(keys(f"clip_{name}_keys.json"))).to(device)
     image = normalize(picture((224, 224), arrays["image_seed"])[None].to(device))
-    tokens = Tokenizer(49408, 77)(["a photo of a cat.", "a sculpture of a potted plant."]).to(device)
+    tokens = Tokenizer(49408, 77)(["a photo of a cat.", "a sculpture of a potted plant."]).to(
+        device
+    )
     with torch.no_grad():
         assert relative_error(clip.encode_image(image), arrays["image_features"]) < most
         assert relative_error(clip.encode_text(tokens), arrays["text_features"]) < most
-        assert relative_error(clip.encode_image(image, dense=True)[:, ::4, ::4], arrays["dense_features"]) < most
+        assert (
+            relative_error(
+                clip.encode_image(image, dense=True)[:, ::4, ::4], arrays["dense_features"]
+            )
+            < most
+        )
 
 
 @on_cpu_and_gpu
@@ -93,14 +114,20 @@ def test_learned_prompt(process):
 def inference() -> tuple[dict[str, np.ndarray], Segmenter]:
     """The reference values of a picture through the whole model, and that model."""
     arrays = golden("eval_voc_r50.npz")
-    segmenter = build(original_state(keys("keys_voc_r50_tinyclip.json"), arrays), "R50", ensemble_weight=0.7)
+    segmenter = build(
+        original_state(keys("keys_voc_r50_tinyclip.json"), arrays), "R50", ensemble_weight=0.7
+    )
     return arrays, segmenter
 
 
-def prepared(inference: tuple, process: Process) -> tuple[dict[str, np.ndarray], Segmenter, torch.Tensor]:
+def prepared(
+    inference: tuple, process: Process
+) -> tuple[dict[str, np.ndarray], Segmenter, torch.Tensor]:
     """The same on a device, with its classes, and the picture."""
     arrays, segmenter = inference
-    segmenter.to(process.device).set_classes([str(n) for n in arrays["class_names"]], list(range(15)))
+    segmenter.to(process.device).set_classes(
+        [str(n) for n in arrays["class_names"]], list(range(15))
+    )
     return arrays, segmenter, picture(arrays["image_size"], arrays["image_seed"]).to(process.device)
 
 
@@ -112,10 +139,15 @@ def stored_masks(arrays: dict[str, np.ndarray], process: Process) -> torch.Tenso
 
 @on_cpu_and_gpu
 def test_proposals(inference, process):
-    """Class embeddings, masks and text features; the binary masks differ in at most 1 pixel of 100,000."""
+    """Class embeddings, masks and text features; the binary masks differ in at most 1 pixel of
+    100,000.
+    """
     (arrays, segmenter, image), most = prepared(inference, process), tolerance(process)
     with torch.no_grad():
-        embeds, masks = (x[-1, 0] for x in segmenter.maskformer.propose(segmenter.maskformer.prepare(image[None])))
+        embeds, masks = (
+            x[-1, 0]
+            for x in segmenter.maskformer.propose(segmenter.maskformer.prepare(image[None]))
+        )
     assert relative_error(embeds, arrays["pred_logits"]) < most
     assert relative_error(masks[:12], arrays["pred_masks_first12"]) < most
     assert relative_error(masks.mean((1, 2)), arrays["pred_masks_mean"]) < most
@@ -131,7 +163,9 @@ def test_proposals(inference, process):
 
 @on_cpu_and_gpu
 def test_regions(inference, process):
-    """From the original's masks: crops and CLIP's logits, and from its logits score maps and the label map."""
+    """From the original's masks: crops and CLIP's logits, and from its logits score maps and the
+    label map.
+    """
     (arrays, segmenter, image), most = prepared(inference, process), tolerance(process)
     valid = torch.from_numpy(arrays["valid"]).to(process.device)
     masks = stored_masks(arrays, process)[valid]
@@ -140,46 +174,67 @@ def test_regions(inference, process):
     assert relative_error(crops.mean((2, 3)), arrays["region_mean"]) < most
     assert relative_error(crops.std((2, 3)), arrays["region_std"]) < most
     assert relative_error(crops[:2, :, ::4, ::4], arrays["region_first_stride4"]) < most
-    assert relative_error(segmenter.region_logits(image, masks, boxes), arrays["clip_logits"][:, :-1]) < most
+    assert (
+        relative_error(segmenter.region_logits(image, masks, boxes), arrays["clip_logits"][:, :-1])
+        < most
+    )
 
     proposals = segmenter.propose(image)
     proposals.valid, proposals.region = valid, torch.ones_like(proposals.region)
-    proposals.region[valid] = torch.from_numpy(arrays["clip_logits"][:, :-1]).to(process.device).softmax(-1)
+    proposals.region[valid] = (
+        torch.from_numpy(arrays["clip_logits"][:, :-1]).to(process.device).softmax(-1)
+    )
     size, classes = tuple(arrays["output_size"].tolist()), segmenter.ensemble(proposals)
     scores = segmenter.score_map(classes, proposals, size)
     assert relative_error(scores[:, ::4, ::4], arrays["sem_seg_stride4"]) < most
     labels, top = segmenter.label_map(classes, proposals, size)
     assert relative_error(top, scores.amax(0).cpu().numpy()) < most
-    assert (labels.cpu().numpy() == arrays["label_map"]).mean() >= (0.999 if process.device.type == "cpu" else 0.995)
+    assert (labels.cpu().numpy() == arrays["label_map"]).mean() >= (
+        0.999 if process.device.type == "cpu" else 0.995
+    )
 
 
 @on_cpu_and_gpu
 @pytest.mark.parametrize(
     ("file", "key_file", "backbone"),
-    [("train_voc_r50.npz", "keys_voc_r50_tinyclip.json", "R50"),
-     ("train_coco_r101c.npz", "keys_coco_r101c_tinyclip.json", "R101c")],
-)  # fmt: skip
+    [
+        ("train_voc_r50.npz", "keys_voc_r50_tinyclip.json", "R50"),
+        ("train_coco_r101c.npz", "keys_coco_r101c_tinyclip.json", "R101c"),
+    ],
+)
 def test_training_step(file, key_file, backbone, process):
     arrays, device, most = golden(file), process.device, tolerance(process)
     segmenter = build(original_state(keys(key_file), arrays), backbone).to(device)
     segmenter.set_classes([str(n) for n in arrays["class_names"]])
-    seed, size, present = int(arrays["image_seed"]), arrays["image_size"], arrays["classes"].tolist()
+    seed, size, present = (
+        int(arrays["image_seed"]),
+        arrays["image_size"],
+        arrays["classes"].tolist(),
+    )
     images = torch.stack([picture(size, seed + i) for i in range(2)]).to(device)
-    labels = [torch.from_numpy(recipe.make_labels(*size, present[: 4 - i], seed + i)) for i in range(2)]
+    labels = [
+        torch.from_numpy(recipe.make_labels(*size, present[: 4 - i], seed + i)) for i in range(2)
+    ]
     classes = torch.tensor([present, [*present[:3], 0]])
     targets = Targets(torch.stack(labels), classes, torch.tensor([4, 3])).to(device)
     model = segmenter.maskformer.train()
     logits, masks = model(model.prepare(images), segmenter.text)
 
-    matched, _ = assign(matching_cost(logits.detach(), masks.detach(), targets, 20, 1), targets.counts)
+    matched, _ = assign(
+        matching_cost(logits.detach(), masks.detach(), targets, 20, 1), targets.counts
+    )
     for call in range(6):  # 0 is the last layer, 1..5 are layers 0..4
         layer = call - 1 if call else 5
         for i in range(2):
             query, target = arrays[f"match/{call}/{i}/query"], arrays[f"match/{call}/{i}/target"]
             assert matched[layer, i, target].tolist() == query.tolist()
 
-    losses = segmentation_losses(logits, masks, targets, normalizers(targets.counts, 100, 0.1, process), 20.0, 1.0, 0.1)
-    reference = dict(zip(arrays["loss_names"].tolist(), arrays["loss_values"].tolist(), strict=True))
+    losses = segmentation_losses(
+        logits, masks, targets, normalizers(targets.counts, 100, 0.1, process), 20.0, 1.0, 0.1
+    )
+    reference = dict(
+        zip(arrays["loss_names"].tolist(), arrays["loss_values"].tolist(), strict=True)
+    )
     for ours, theirs in (("class", "loss_ce"), ("focal", "loss_mask"), ("dice", "loss_dice")):
         for layer in range(6):
             value = reference[theirs if layer == 5 else f"{theirs}_{layer}"]
@@ -189,7 +244,9 @@ def test_training_step(file, key_file, backbone, process):
 
     total.backward()
     parameters = dict(model.named_parameters())
-    for name, norm in zip(arrays["grad_names"].tolist(), arrays["grad_norms"].tolist(), strict=True):
+    for name, norm in zip(
+        arrays["grad_names"].tolist(), arrays["grad_norms"].tolist(), strict=True
+    ):
         ours = parameters[our_name(name, backbone == "R101c").removeprefix("maskformer.")]
         assert float(ours.grad.norm()) == pytest.approx(norm, rel=tolerance(process, 1e-3))
     if backbone == "R50":
@@ -200,19 +257,47 @@ def test_training_step(file, key_file, backbone, process):
 @pytest.mark.parametrize("bf16", ["off", pytest.param("auto", marks=pytest.mark.slow)])
 def test_end_to_end(tmp_path, bf16):
     arrays = {f"override/{k}": v for k, v in golden("e2e/voc_r50_single_override.npz").items()}
-    torch.save({"model": original_state(keys("e2e/voc_r50_single_keys.json"), arrays)}, tmp_path / "model_final.pth")
+    torch.save(
+        {"model": original_state(keys("e2e/voc_r50_single_keys.json"), arrays)},
+        tmp_path / "model_final.pth",
+    )
     shutil.copytree(GOLDEN / "e2e" / "VOC2012", tmp_path / "VOC2012")
     result = command("prepare_data.py", "voc", "--root", tmp_path)
     assert result.returncode == 0 and "voc val: 3 pictures" in result.stdout, result.stderr
-    result = command("eval.py", tmp_path / "model_final.pth", "--config", "configs/voc_r50_single.toml", "--root",
-                     tmp_path, "--out", tmp_path / "out", "--save-predictions", "--device", "cpu",
-                     "--set", "data.test_short_edge=160", "--set", f"model.bf16={bf16}")  # fmt: skip
+    result = command(
+        "eval.py",
+        tmp_path / "model_final.pth",
+        "--config",
+        "configs/voc_r50_single.toml",
+        "--root",
+        tmp_path,
+        "--out",
+        tmp_path / "out",
+        "--save-predictions",
+        "--device",
+        "cpu",
+        "--set",
+        "data.test_short_edge=160",
+        "--set",
+        f"model.bf16={bf16}",
+    )
     assert result.returncode == 0, result.stderr
     assert "fp32\n" in result.stdout  # "auto", too: its numbers are compared with the original's
     assert "tensors loaded, " in result.stdout and " dropped: " in result.stdout
-    data, names = dataset("voc"), {"mIoU": "mIoU", "fwIoU": "fwIoU", "mAcc": "mACC", "pAcc": "pACC", "mIoU_seen": "mIoU-base",
-                                   "pAcc_seen": "pAcc-base", "mIoU_unseen": "mIoU-unbase", "pAcc_unseen": "pAcc-unbase",
-                                   "hIoU": "hIoU-base"}  # fmt: skip
+    data, names = (
+        dataset("voc"),
+        {
+            "mIoU": "mIoU",
+            "fwIoU": "fwIoU",
+            "mAcc": "mACC",
+            "pAcc": "pACC",
+            "mIoU_seen": "mIoU-base",
+            "pAcc_seen": "pAcc-base",
+            "mIoU_unseen": "mIoU-unbase",
+            "pAcc_unseen": "pAcc-unbase",
+            "hIoU": "hIoU-base",
+        },
+    )
     matrix = torch.zeros(20, 20, dtype=torch.int64)
     for stem, reference in golden("e2e/voc_r50_single_predictions.npz").items():
         ours = np.array(Image.open(tmp_path / "out" / "predictions" / f"{stem}.png"))
@@ -229,21 +314,49 @@ def test_end_to_end(tmp_path, bf16):
     for name, values in same["per_class"].items():
         for our, their in (("IoU", "IoU"), ("Acc", "ACC")):
             reference = theirs[f"{their}-{name}"]
-            assert values[our] is None if reference is None else values[our] == pytest.approx(reference, abs=1e-9)
+            assert (
+                values[our] is None
+                if reference is None
+                else values[our] == pytest.approx(reference, abs=1e-9)
+            )
 
 
 def test_an_r101c_checkpoint_is_evaluated_on_another_data_set(tmp_path, capsys):
-    """From the original's file with the cross-data-set configuration; every key is loaded or named."""
+    """From the original's file with the cross-data-set configuration; every key is loaded or
+    named.
+    """
     names = keys("keys_coco_r101c_tinyclip.json")
     state = original_state(names)
     torch.save({"model": state}, tmp_path / "model_final.pth")
     expected = trees.pcontext(tmp_path)
     prepare_data.main(["pcontext", "--root", str(tmp_path)])
     capsys.readouterr()
-    words = ["--config", str(ROOT / "configs" / "pcontext.toml"), "--root", str(tmp_path), "--out", str(tmp_path / "out")]
-    evaluation.main([str(tmp_path / "model_final.pth"), *words, "--set", "data.test_short_edge=64", "--device", "cpu"])
+    words = [
+        "--config",
+        str(ROOT / "configs" / "pcontext.toml"),
+        "--root",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    evaluation.main(
+        [
+            str(tmp_path / "model_final.pth"),
+            *words,
+            "--set",
+            "data.test_short_edge=64",
+            "--device",
+            "cpu",
+        ]
+    )
     text = capsys.readouterr().out
-    loaded, dropped = map(int, re.search(r"model_final\.pth: (\d+) tensors loaded, (\d+) dropped: ", text).groups())
+    loaded, dropped = map(
+        int, re.search(r"model_final\.pth: (\d+) tensors loaded, (\d+) dropped: ", text).groups()
+    )
     assert loaded + dropped == len(names) and dropped <= 10
     result = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert result["images"] == len(expected) and "hIoU" not in result and len(result["per_class"]) == 59
+    assert (
+        result["images"] == len(expected)
+        and "hIoU" not in result
+        and len(result["per_class"]) == 59
+    )

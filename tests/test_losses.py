@@ -20,7 +20,10 @@ def case(labels: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tenso
     width = max(map(len, present))
     padded = [p + [0] * (width - len(p)) for p in present]
     classes = torch.tensor(padded, dtype=torch.int64).view(len(labels), width)
-    logits, masks = torch.randn(L, len(labels), Q, C + 1) * 3, torch.randn(L, len(labels), Q, SIDE // 4, SIDE // 4) * 4
+    logits, masks = (
+        torch.randn(L, len(labels), Q, C + 1) * 3,
+        torch.randn(L, len(labels), Q, SIDE // 4, SIDE // 4) * 4,
+    )
     return logits, masks, Targets(labels, classes, torch.tensor([len(p) for p in present]))
 
 
@@ -43,7 +46,9 @@ def literal_cost(logits, masks, labels, cls):
     truth = (labels[::4, ::4] == cls).double()
     x = masks.double()
     p = x.sigmoid()
-    focal = (0.25 * (1 - p) ** 2 * F.softplus(-x) * truth + 0.75 * p**2 * F.softplus(x) * (1 - truth)).mean()
+    focal = (
+        0.25 * (1 - p) ** 2 * F.softplus(-x) * truth + 0.75 * p**2 * F.softplus(x) * (1 - truth)
+    ).mean()
     dice = 1 - (2 * (p * truth).sum() + 1) / (p.sum() + truth.sum() + 1)
     return -logits.double().softmax(-1)[cls] + 20 * focal + dice
 
@@ -55,7 +60,12 @@ def test_matching_cost_is_the_formula():
         for b in range(B):
             for t in range(targets.counts[b]):
                 for q in range(Q):
-                    wanted = literal_cost(logits[layer, b, q], masks[layer, b, q], targets.labels[b], targets.classes[b, t])
+                    wanted = literal_cost(
+                        logits[layer, b, q],
+                        masks[layer, b, q],
+                        targets.labels[b],
+                        targets.classes[b, t],
+                    )
                     assert float(cost[layer, b, q, t]) == pytest.approx(float(wanted), rel=1e-5)
 
 
@@ -65,7 +75,9 @@ def test_padding_targets_change_nothing():
     logits, masks, targets = case(labels)
     together = matching_cost(logits, masks, targets, 20, 1)
     alone = Targets(labels[1:2], targets.classes[1:2, :1], targets.counts[1:2])
-    assert torch.allclose(together[:, 1:2, :, :1], matching_cost(logits[:, 1:2], masks[:, 1:2], alone, 20, 1))
+    assert torch.allclose(
+        together[:, 1:2, :, :1], matching_cost(logits[:, 1:2], masks[:, 1:2], alone, 20, 1)
+    )
 
 
 def test_assignment_is_minimal_and_marks_what_has_no_query():
@@ -98,19 +110,28 @@ def test_losses_are_the_formulas():
     for layer in range(L):
         focal = dice = nll = weight = 0.0
         for b in range(B):
-            of_query = {int(matched[layer, b, t]): int(targets.classes[b, t]) for t in range(targets.counts[b])}
+            of_query = {
+                int(matched[layer, b, t]): int(targets.classes[b, t])
+                for t in range(targets.counts[b])
+            }
             for q in range(Q):
                 w = 1.0 if q in of_query else 0.1
                 nll -= w * float(logits[layer, b, q].double().log_softmax(-1)[of_query.get(q, C)])
                 weight += w
             for q, cls in of_query.items():
-                x = F.interpolate(masks[layer, b, q][None, None], (SIDE, SIDE), mode="bilinear")[0, 0].double()
+                x = F.interpolate(masks[layer, b, q][None, None], (SIDE, SIDE), mode="bilinear")[
+                    0, 0
+                ].double()
                 truth, p = (targets.labels[b] == cls).double(), x.sigmoid()
                 pt = p * truth + (1 - p) * (1 - truth)
-                focal += float(-((0.25 * truth + 0.75 * (1 - truth)) * (1 - pt) ** 2 * pt.log()).mean())
+                focal += float(
+                    -((0.25 * truth + 0.75 * (1 - truth)) * (1 - pt) ** 2 * pt.log()).mean()
+                )
                 dice += float(1 - (2 * (p * truth).sum() + 1) / (p.sum() + truth.sum() + 1))
         assert float(losses["class"][layer]) == pytest.approx(nll / weight, rel=1e-5)
-        assert float(losses["focal"][layer]) == pytest.approx(20 * focal / 4, rel=1e-4)  # 4 targets in the batch
+        assert float(losses["focal"][layer]) == pytest.approx(
+            20 * focal / 4, rel=1e-4
+        )  # 4 targets in the batch
         assert float(losses["dice"][layer]) == pytest.approx(dice / 4, rel=1e-5)
 
 
@@ -128,7 +149,9 @@ def test_a_batch_without_targets_still_trains_every_output():
 def test_more_targets_than_queries():
     labels = torch.arange(4).repeat_interleave(SIDE // 4).expand(1, SIDE, SIDE).contiguous()
     logits, masks, targets = case(labels)
-    losses = segmentation_losses(logits[:, :, :2], masks[:, :, :2], targets, scales(targets, 2), 20.0, 1.0, 0.1)
+    losses = segmentation_losses(
+        logits[:, :, :2], masks[:, :, :2], targets, scales(targets, 2), 20.0, 1.0, 0.1
+    )
     assert all(torch.isfinite(v).all() for v in losses.values())
 
 
@@ -136,13 +159,17 @@ def test_losses_do_not_depend_on_the_order_of_queries():
     logits, masks, targets = case(mixed_labels())
     order = torch.randperm(Q)
     one = segmentation_losses(logits, masks, targets, scales(targets), 20.0, 1.0, 0.1)
-    two = segmentation_losses(logits[:, :, order], masks[:, :, order], targets, scales(targets), 20.0, 1.0, 0.1)
+    two = segmentation_losses(
+        logits[:, :, order], masks[:, :, order], targets, scales(targets), 20.0, 1.0, 0.1
+    )
     for name in one:
         assert torch.allclose(one[name], two[name], rtol=1e-5)
 
 
 def test_perfect_predictions_cost_next_to_nothing():
-    labels = mixed_labels()[1:2].repeat_interleave(4, 1).repeat_interleave(4, 2)  # edges on the stride-4 grid
+    labels = (
+        mixed_labels()[1:2].repeat_interleave(4, 1).repeat_interleave(4, 2)
+    )  # edges on the stride-4 grid
     truth = (labels[:, ::4, ::4] == 3).float()
     masks = torch.full((1, 1, Q, SIDE, SIDE), -30.0)
     masks[0, 0, 2] = 60 * truth[0] - 30
@@ -151,7 +178,9 @@ def test_perfect_predictions_cost_next_to_nothing():
     targets = Targets(labels, torch.tensor([[3]]), torch.tensor([1]))
     assert assign(matching_cost(logits, masks, targets, 20, 1), targets.counts)[0].item() == 2
     losses = segmentation_losses(logits, masks, targets, scales(targets), 20.0, 1.0, 0.1)
-    assert float(losses["class"]) < 1e-6 and float(losses["dice"]) < 0.2 and float(losses["focal"]) < 2
+    assert (
+        float(losses["class"]) < 1e-6 and float(losses["dice"]) < 0.2 and float(losses["focal"]) < 2
+    )
 
 
 def test_class_loss_counts_a_query_once():
@@ -159,7 +188,13 @@ def test_class_loss_counts_a_query_once():
     logits = torch.zeros(1, 1, 2, 3)
     logits[0, 0, 0, 1] = 50
     matched = torch.tensor([[[0, -1, -1]]])
-    loss = class_loss(logits, matched, torch.tensor([[1, 0, 0]]), 0.1, normalizers(torch.tensor([1]), 2, 0.1, PROCESS)[1])
+    loss = class_loss(
+        logits,
+        matched,
+        torch.tensor([[1, 0, 0]]),
+        0.1,
+        normalizers(torch.tensor([1]), 2, 0.1, PROCESS)[1],
+    )
     assert float(loss) == pytest.approx(0.1 * float(torch.tensor(3.0).log()) / 1.1, rel=1e-5)
 
 
@@ -174,4 +209,6 @@ def test_contrastive_loss_prefers_the_right_pairs():
     eye = torch.eye(4)[None]
     scale = torch.tensor(3.0)
     assert contrastive_loss(eye, eye, scale) < contrastive_loss(eye, eye.roll(1, 1), scale)
-    assert float(contrastive_loss(torch.ones(1, 4, 4), eye, scale)) == pytest.approx(float(torch.tensor(4.0).log()), rel=1e-5)
+    assert float(contrastive_loss(torch.ones(1, 4, 4), eye, scale)) == pytest.approx(
+        float(torch.tensor(4.0).log()), rel=1e-5
+    )

@@ -30,7 +30,9 @@ def test_confusion_and_iou_on_random_maps():
     ious = [literal_iou(labels, predicted, c) for c in range(4)]
     assert [v["IoU"] for v in result["per_class"].values()] == pytest.approx(ious)
     assert result["mIoU"] == pytest.approx(np.mean(ious))
-    assert (result["mIoU_seen"], result["mIoU_unseen"]) == pytest.approx((np.mean(ious[:2]), np.mean(ious[2:])))
+    assert (result["mIoU_seen"], result["mIoU_unseen"]) == pytest.approx(
+        (np.mean(ious[:2]), np.mean(ious[2:]))
+    )
     seen, unseen = np.mean(ious[:2]), np.mean(ious[2:])
     assert result["hIoU"] == pytest.approx(2 * seen * unseen / (seen + unseen))
     known = labels != 255
@@ -53,18 +55,26 @@ def test_a_class_predicted_but_absent_counts_in_the_originals_rule_only():
 def test_nothing_but_ignored_pixels():
     ignored = torch.full((3, 3), 255)
     result = summarize(confusion(ignored, torch.zeros(3, 3, dtype=torch.int64), 4, 255), SPLIT)
-    assert all(result[k] is None for k in ("mIoU", "mIoU_gt", "fwIoU", "hIoU", "pAcc", "pAcc_unseen"))
+    assert all(
+        result[k] is None for k in ("mIoU", "mIoU_gt", "fwIoU", "hIoU", "pAcc", "pAcc_unseen")
+    )
 
 
 def test_a_perfect_prediction_is_100():
     labels = torch.arange(4).repeat(5, 1)
     result = summarize(confusion(labels, labels, 4, 255), SPLIT)
-    assert all(result[k] == 100 for k in ("mIoU", "mIoU_gt", "fwIoU", "mAcc", "pAcc", "hIoU", "pAcc_unseen"))
+    assert all(
+        result[k] == 100
+        for k in ("mIoU", "mIoU_gt", "fwIoU", "mAcc", "pAcc", "hIoU", "pAcc_unseen")
+    )
 
 
 def test_table_shows_the_parts_side_by_side():
     result = summarize(torch.eye(4, dtype=torch.int64) * 7, SPLIT)
-    result |= {"head_only": result, "clip_true_masks": {"accuracy": 91.25, "regions": 12, "accuracy_seen": 93.0}}
+    result |= {
+        "head_only": result,
+        "clip_true_masks": {"accuracy": 91.25, "regions": 12, "accuracy_seen": 93.0},
+    }
     lines = table(result).splitlines()
     assert lines[0].split() == ["seen", "unseen", "hIoU", "mIoU", "pAcc"]
     assert [line[:10] for line in lines[1:4]] == ["MaskFormer", "ensemble  ", "CLIP on th"]
@@ -78,7 +88,10 @@ def test_label_maps_keep_every_id(tmp_path, classes, dtype):
     ids = torch.arange(classes).view(1, -1)
     save_label_map(ids, tmp_path / "map.png", classes)
     stored = np.array(Image.open(tmp_path / "map.png"))
-    assert stored.astype(np.int64).tolist() == ids.tolist() and stored.dtype.itemsize == np.dtype(dtype).itemsize
+    assert (
+        stored.astype(np.int64).tolist() == ids.tolist()
+        and stored.dtype.itemsize == np.dtype(dtype).itemsize
+    )
 
 
 def test_palette_colours_differ():
@@ -87,16 +100,29 @@ def test_palette_colours_differ():
 
 
 def test_the_table_of_data_sets_is_consistent():
-    sizes = {"shapes": (24, 5), "voc": (20, 5), "coco_stuff": (171, 15), "ade20k": (150, 0), "ade20k_full": (847, 0),
-             "pcontext": (59, 0), "cityscapes": (19, 0)}  # fmt: skip
+    sizes = {
+        "shapes": (24, 5),
+        "voc": (20, 5),
+        "coco_stuff": (171, 15),
+        "ade20k": (150, 0),
+        "ade20k_full": (847, 0),
+        "pcontext": (59, 0),
+        "cityscapes": (19, 0),
+    }
     assert DATASETS.keys() == sizes.keys()
     for name, data in DATASETS.items():
         assert (len(data.names), len(data.unseen)) == sizes[name]
-        assert len(set(data.names)) == len(data.names) == len(data.values) and set(data.unseen) <= set(data.names)
-        assert not data.unseen or sorted([*data.seen, *map(data.names.index, data.unseen)]) == list(range(len(data.names)))
+        assert len(set(data.names)) == len(data.names) == len(data.values) and set(
+            data.unseen
+        ) <= set(data.names)
+        assert not data.unseen or sorted([*data.seen, *map(data.names.index, data.unseen)]) == list(
+            range(len(data.names))
+        )
         assert [data.names[i] for i in data.trained] == data.training_names
         for i, value in enumerate(data.values):
             unseen = data.names[i] in data.unseen
             assert data.lut()[value] == i
-            assert data.lut(training=True)[value] == (data.ignore if unseen else data.training_names.index(data.names[i]))
+            assert data.lut(training=True)[value] == (
+                data.ignore if unseen else data.training_names.index(data.names[i])
+            )
         assert (np.delete(data.lut(), data.values) == data.ignore).all()

@@ -47,7 +47,9 @@ def test_crop_is_fill_normalise_resize(box):
     x0, y0, x1, y1 = box
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (C.MEAN, C.STD))
     filled = torch.where(mask, image / 255, mean)[:, y0:y1, x0:x1]
-    wanted = F.interpolate(((filled - mean) / std)[None], (32, 32), mode="bicubic", align_corners=False)
+    wanted = F.interpolate(
+        ((filled - mean) / std)[None], (32, 32), mode="bicubic", align_corners=False
+    )
     crop = region_crops(image, mask[None], torch.tensor([box]), 32)
     assert torch.allclose(crop, wanted, atol=1e-5)
 

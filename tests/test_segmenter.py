@@ -43,7 +43,9 @@ def test_ensemble_weights_seen_and_unseen_the_other_way_round(segmenter):
 def test_without_a_split_all_classes_count_as_unseen(segmenter):
     segmenter.set_classes(["red disc", "blue square"])
     head, region = torch.rand(8, 2), torch.rand(8, 2)
-    scores = segmenter.ensemble(Proposals(torch.rand(8, 8, 8), (30, 31), head, region, torch.ones(8).bool()), 0.8)
+    scores = segmenter.ensemble(
+        Proposals(torch.rand(8, 8, 8), (30, 31), head, region, torch.ones(8).bool()), 0.8
+    )
     assert torch.allclose(scores, head**0.2 * region**0.8)
 
 
@@ -81,7 +83,9 @@ def test_regions_may_have_a_prompt_of_their_own(segmenter):
     separate = Segmenter(config, tiny_clip_state()).eval()
     separate.maskformer.load_state_dict(segmenter.maskformer.state_dict())
     separate.set_classes(segmenter.names, [0, 1])
-    assert torch.equal(separate.text, segmenter.text) and not torch.allclose(separate.region_text, separate.text, atol=1e-3)
+    assert torch.equal(separate.text, segmenter.text) and not torch.allclose(
+        separate.region_text, separate.text, atol=1e-3
+    )
     ours, other = separate.propose(picture()), segmenter.propose(picture())
     assert torch.equal(ours.head, other.head) and not torch.equal(ours.region, other.region)
     parts = separate.learned_state()
@@ -93,7 +97,10 @@ def test_regions_may_have_a_prompt_of_their_own(segmenter):
         again.load_learned({"maskformer": parts["maskformer"]}, "test")
 
 
-@pytest.mark.parametrize(("names", "message"), [(["cat", " "], "class 1: has no name"), (["cat", "cat "], "stands twice")])
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [(["cat", " "], "class 1: has no name"), (["cat", "cat "], "stands twice")],
+)
 def test_names_are_checked(segmenter, names, message):
     with pytest.raises(UserError, match=message):
         segmenter.set_classes(names)
@@ -103,7 +110,9 @@ def test_on_a_cpu_bf16_is_for_clip_alone(segmenter):
     """The masks are those of fp32; CLIP's probabilities are near, in another precision."""
     image, dtypes = picture(), set()
     plain = segmenter.propose(image)
-    hook = segmenter.clip.visual.transformer.resblocks[0].mlp.c_fc.register_forward_hook(lambda m, x, y: dtypes.add(y.dtype))
+    hook = segmenter.clip.visual.transformer.resblocks[0].mlp.c_fc.register_forward_hook(
+        lambda m, x, y: dtypes.add(y.dtype)
+    )
     with Process(torch.device("cpu")).autocast("on"):
         rough = segmenter.propose(image)
     hook.remove()
@@ -112,17 +121,31 @@ def test_on_a_cpu_bf16_is_for_clip_alone(segmenter):
     assert 0 < (rough.region - plain.region).abs().max() < 0.05
 
 
-@pytest.mark.parametrize(("amx", "avx512", "kernels", "has"), [(True, False, "AVX512", True), (False, True, "AVX512", True),
-                                                               (False, False, "AVX512", False), (True, True, "AVX2", False),
-                                                               (True, True, "DEFAULT", False)])  # fmt: skip
-def test_bf16_is_on_by_itself_where_the_cpu_multiplies_in_it(monkeypatch, capsys, amx, avx512, kernels, has):
+@pytest.mark.parametrize(
+    ("amx", "avx512", "kernels", "has"),
+    [
+        (True, False, "AVX512", True),
+        (False, True, "AVX512", True),
+        (False, False, "AVX512", False),
+        (True, True, "AVX2", False),
+        (True, True, "DEFAULT", False),
+    ],
+)
+def test_bf16_is_on_by_itself_where_the_cpu_multiplies_in_it(
+    monkeypatch, capsys, amx, avx512, kernels, has
+):
     """And PyTorch may use it; in training only where it is asked for."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kernels)
     process = Process(torch.device("cpu"))
-    for setting, training, expected in (("auto", False, has), ("auto", True, False), ("on", False, True), ("on", True, True),
-                                        ("off", False, False)):  # fmt: skip
+    for setting, training, expected in (
+        ("auto", False, has),
+        ("auto", True, False),
+        ("on", False, True),
+        ("on", True, True),
+        ("off", False, False),
+    ):
         assert process.bf16(setting, training) == expected
         process.describe(setting, training)
         line = capsys.readouterr().out
@@ -131,12 +154,19 @@ def test_bf16_is_on_by_itself_where_the_cpu_multiplies_in_it(monkeypatch, capsys
 
 
 @pytest.mark.slow  # Inductor
-@pytest.mark.parametrize(("compiler", "pictures", "compiled"), [("", 1000, True), ("false", 1000, False), ("", 999, False)])
-def test_on_a_cpu_clip_is_compiled_for_many_pictures(segmenter, monkeypatch, capsys, compiler, pictures, compiled):
+@pytest.mark.parametrize(
+    ("compiler", "pictures", "compiled"),
+    [("", 1000, True), ("false", 1000, False), ("", 999, False)],
+)
+def test_on_a_cpu_clip_is_compiled_for_many_pictures(
+    segmenter, monkeypatch, capsys, compiler, pictures, compiled
+):
     """Where there is a C++ compiler; elsewhere the run goes on without, and says so."""
     run.can_compile.cache_clear()
     if compiler:
-        monkeypatch.setattr(torch, "compile", lambda f: lambda x: subprocess.run([compiler], check=True))
+        monkeypatch.setattr(
+            torch, "compile", lambda f: lambda x: subprocess.run([compiler], check=True)
+        )
     evaluation.compile_for(pictures, segmenter, tiny_config(), Process(torch.device("cpu")))
     assert segmenter.few_sizes == compiled and not segmenter.compiled
     assert (segmenter.clip.visual._compiled_call_impl is not None) == compiled

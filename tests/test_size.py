@@ -24,12 +24,21 @@ def imported(file: Path) -> set[Path]:
 
 def tokens(file: Path) -> int:
     """Of the code: without comments, docstrings and layout."""
-    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
-              tokenize.ENDMARKER}  # fmt: skip
+    layout = {
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENCODING,
+        tokenize.ENDMARKER,
+    }
     with open(file, "rb") as content:
         found = [token for token in tokenize.tokenize(content.readline) if token.type not in layout]
     kinds = ast.Module | ast.ClassDef | ast.FunctionDef
-    documentable = (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, kinds))
+    documentable = (
+        node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, kinds)
+    )
     return len(found) - sum(ast.get_docstring(node) is not None for node in documentable)
 
 

@@ -1,7 +1,8 @@
 """Small data sets in their official layouts, with awkward files among them, and archives of them.
 
-Every builder draws label values from a fixed seed and returns {picture stem: class ids [H, W]} of the test split, worked out
-value by value from the publishers' descriptions, not from the project's tables.
+Every builder draws label values from a fixed seed and returns {picture stem: class ids [H, W]} of
+the test split, worked out value by value from the publishers' descriptions, not from the project's
+tables.
 """
 
 import io
@@ -37,8 +38,12 @@ def picture(file: Path, height: int, width: int, kind: int, seed: int) -> None:
     image.save(file, **({"quality": 90} | options if file.suffix == ".jpg" else {}))
 
 
-def values_like(rng: np.random.Generator, allowed: list[int], height: int, width: int, kind: int) -> np.ndarray:
-    """A label map of blocks; kind 1 has a class of a single pixel, kind 2 holds nothing but the last allowed value."""
+def values_like(
+    rng: np.random.Generator, allowed: list[int], height: int, width: int, kind: int
+) -> np.ndarray:
+    """A label map of blocks; kind 1 has a class of a single pixel, kind 2 holds nothing but the
+    last allowed value.
+    """
     if kind == 2:
         return np.full((height, width), allowed[-1])
     small = rng.choice(allowed, (4, 4))
@@ -59,11 +64,18 @@ def save_map(values: np.ndarray, file: Path, palette: bool = False) -> None:
     image.save(file)
 
 
-def voc(root: Path, folder: str = "VOCdevkit/VOC2012", sbd: str = "benchmark_RELEASE/dataset") -> dict[str, np.ndarray]:
-    """VOC train 2, val 3; SBD annotates two others and, differently, one of train and one of val."""
+def voc(
+    root: Path, folder: str = "VOCdevkit/VOC2012", sbd: str = "benchmark_RELEASE/dataset"
+) -> dict[str, np.ndarray]:
+    """VOC train 2, val 3; SBD annotates two others and, differently, one of train and one of
+    val.
+    """
     rng, base, expected = np.random.default_rng(1), root / folder, {}
     allowed = [0, *range(1, 21), 255]
-    ids = {"train": ["2007_000032", "2007_000039"], "val": ["2007_000033", "2007_000042", "2007_000061"]}
+    ids = {
+        "train": ["2007_000032", "2007_000039"],
+        "val": ["2007_000033", "2007_000042", "2007_000061"],
+    }
     extra = {"train": ["2008_000002", "2007_000042"], "val": ["2008_000003", "2007_000032"]}
     for i, name in enumerate([*ids["train"], *ids["val"], "2008_000002", "2008_000003"]):
         height, width = SIZES[i % 4]
@@ -74,14 +86,22 @@ def voc(root: Path, folder: str = "VOCdevkit/VOC2012", sbd: str = "benchmark_REL
         if name in ids["val"]:
             expected[name] = np.where((values == 0) | (values == 255), IGNORE, values - 1)
         if name in extra["train"] + extra["val"]:
-            mask = values_like(np.random.default_rng(50 + i), list(range(21)), height, width, 0).astype(np.uint8)
+            mask = values_like(
+                np.random.default_rng(50 + i), list(range(21)), height, width, 0
+            ).astype(np.uint8)
             mask[:] = 17 if name == "2008_000003" else mask  # nothing but an unseen class
-            content = {"Segmentation": mask, "CategoriesPresent": np.unique(mask), "Boundaries": np.zeros((20, 1))}
+            content = {
+                "Segmentation": mask,
+                "CategoriesPresent": np.unique(mask),
+                "Boundaries": np.zeros((20, 1)),
+            }
             (root / sbd / "cls").mkdir(parents=True, exist_ok=True)
             savemat(root / sbd / "cls" / f"{name}.mat", {"GTcls": content}, do_compression=True)
     for split in ("train", "val"):
         (base / "ImageSets" / "Segmentation").mkdir(parents=True, exist_ok=True)
-        (base / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(ids[split]) + "\n")
+        (base / "ImageSets" / "Segmentation" / f"{split}.txt").write_text(
+            "\n".join(ids[split]) + "\n"
+        )
         (root / sbd / f"{split}.txt").write_text("\n".join(extra[split]) + "\n")
     return expected
 
@@ -106,7 +126,13 @@ def ade20k(root: Path) -> dict[str, np.ndarray]:
     for split, short in (("training", "train"), ("validation", "val")):
         for i in range(3):
             (height, width), name = SIZES[i], f"ADE_{short}_{i + 1:08}"
-            picture(root / "ADEChallengeData2016" / "images" / split / f"{name}.jpg", height, width, i + 1, i)
+            picture(
+                root / "ADEChallengeData2016" / "images" / split / f"{name}.jpg",
+                height,
+                width,
+                i + 1,
+                i,
+            )
             values = values_like(rng, list(range(150, -1, -1)), height, width, i)
             save_map(values, root / "ADEChallengeData2016" / "annotations" / split / f"{name}.png")
             if short == "val":
@@ -115,11 +141,16 @@ def ade20k(root: Path) -> dict[str, np.ndarray]:
 
 
 def ade20k_full(root: Path) -> dict[str, np.ndarray]:
-    """Also a picture of 600 x 700, which is made smaller, and one of class 255, which is no ignore value here."""
+    """Also a picture of 600 x 700, which is made smaller, and one of class 255, which is no ignore
+    value here.
+    """
     objects = DATASETS["ade20k_full"].objects
     ids_of = {o: i for i, o in enumerate(objects)}
     rng, expected = np.random.default_rng(4), {}
-    for short, split, scene in (("train", "training", "urban/street"), ("val", "validation", "home_or_hotel/bedroom")):
+    for short, split, scene in (
+        ("train", "training", "urban/street"),
+        ("val", "validation", "home_or_hotel/bedroom"),
+    ):
         for i, (height, width) in enumerate([(37, 53), (600, 700), (520, 300), (41, 41)]):
             name = f"ADE_{short}_{i + 1:08}"
             folder = root / "ADE20K_2021_17_01" / "images" / "ADE" / split / scene
@@ -127,12 +158,17 @@ def ade20k_full(root: Path) -> dict[str, np.ndarray]:
             values = values_like(rng, [0, 3157, 5, *objects], height, width, 0)
             if i == 3:
                 values[:] = objects[255]
-            colours = np.stack([values // 256 * 10 + 3, values % 256, rng.integers(0, 256, values.shape)], -1)
+            colours = np.stack(
+                [values // 256 * 10 + 3, values % 256, rng.integers(0, 256, values.shape)], -1
+            )
             Image.fromarray(colours.astype(np.uint8)).save(folder / f"{name}_seg.png")
             save_map(values % 2, folder / f"{name}_parts_1.png")
             save_map(values % 2, folder / name / "instance_000_ADE.png")
             if height == 600:  # the shorter side becomes 512: nearest by OpenCV's rule
-                rows, columns = np.arange(512) * 600 // 512, (np.arange(597) * (700 / 597)).astype(int)
+                rows, columns = (
+                    np.arange(512) * 600 // 512,
+                    (np.arange(597) * (700 / 597)).astype(int),
+                )
                 values = values[rows[:, None], columns]
             if short == "val":
                 expected[name] = np.vectorize(lambda v: ids_of.get(v, 65535))(values)
@@ -165,23 +201,97 @@ def encode_runs(mask: np.ndarray, compressed: bool) -> dict:
 
 
 def pcontext(root: Path, folder: str = "pcontext") -> dict[str, np.ndarray]:
-    listed = [2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85, 98, 104, 105, 113, 115, 144, 158, 159,
-              162, 187, 189, 207, 220, 232, 258, 259, 260, 284, 295, 296, 308, 324, 326, 347, 349, 354, 355, 360, 366, 368, 397,
-              415, 416, 420, 424, 427, 440, 445, 454, 458]  # fmt: skip
+    listed = [
+        2,
+        9,
+        18,
+        19,
+        22,
+        23,
+        25,
+        31,
+        33,
+        34,
+        44,
+        45,
+        46,
+        59,
+        65,
+        68,
+        72,
+        80,
+        85,
+        98,
+        104,
+        105,
+        113,
+        115,
+        144,
+        158,
+        159,
+        162,
+        187,
+        189,
+        207,
+        220,
+        232,
+        258,
+        259,
+        260,
+        284,
+        295,
+        296,
+        308,
+        324,
+        326,
+        347,
+        349,
+        354,
+        355,
+        360,
+        366,
+        368,
+        397,
+        415,
+        416,
+        420,
+        424,
+        427,
+        440,
+        445,
+        454,
+        458,
+    ]
     rng, expected, images, annotations = np.random.default_rng(5), {}, [], []
     for i, phase in enumerate(["train", "val", "val", "train", "val", "test"]):
         (height, width), name = SIZES[i % 4], f"2008_{i + 2:06}"
         picture(root / folder / "JPEGImages" / f"{name}.jpg", height, width, i % 4, i)
         key = int(name.replace("_", ""))
-        images.append({"image_id": key, "file_name": f"{name}.jpg", "height": height, "width": width, "phase": phase})
+        images.append(
+            {
+                "image_id": key,
+                "file_name": f"{name}.jpg",
+                "height": height,
+                "width": width,
+                "phase": phase,
+            }
+        )
         values = np.zeros((height, width), int)
         for j in range(0 if i == 4 else 3):  # the last picture of val has no annotation at all
             mask = rng.random((height, width)) < (0.5 if j < 2 else 0.2)
             category = int(rng.choice([*listed, 1, 459]))
-            annotations.append({"image_id": key, "category_id": category, "segmentation": encode_runs(mask, j % 2 == 0)})
+            annotations.append(
+                {
+                    "image_id": key,
+                    "category_id": category,
+                    "segmentation": encode_runs(mask, j % 2 == 0),
+                }
+            )
             values[mask] = category
         if phase == "val":
-            expected[name] = np.vectorize(lambda v: listed.index(v) if v in listed else IGNORE)(values)
+            expected[name] = np.vectorize(lambda v: listed.index(v) if v in listed else IGNORE)(
+                values
+            )
     rng.shuffle(images)
     content = {"images": images, "annos_segmentation": annotations, "categories": []}
     (root / folder / "trainval_merged.json").write_text(json.dumps(content))
@@ -189,18 +299,48 @@ def pcontext(root: Path, folder: str = "pcontext") -> dict[str, np.ndarray]:
 
 
 def cityscapes(root: Path) -> dict[str, np.ndarray]:
-    ids_of = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14,
-              28: 15, 31: 16, 32: 17, 33: 18}  # fmt: skip
+    ids_of = {
+        7: 0,
+        8: 1,
+        11: 2,
+        12: 3,
+        13: 4,
+        17: 5,
+        19: 6,
+        20: 7,
+        21: 8,
+        22: 9,
+        23: 10,
+        24: 11,
+        25: 12,
+        26: 13,
+        27: 14,
+        28: 15,
+        31: 16,
+        32: 17,
+        33: 18,
+    }
     rng, expected = np.random.default_rng(6), {}
     for split in ("train", "val"):
         for i, city in enumerate(["aachen", "ulm", "ulm"]):
             stem, (height, width) = f"{city}_{i:06}_000019", SIZES[i]
-            picture(root / "cityscapes" / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png", height, width, 0, i)
+            picture(
+                root / "cityscapes" / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png",
+                height,
+                width,
+                0,
+                i,
+            )
             values = values_like(rng, list(range(33, -1, -1)), height, width, i)
             for kind in ("labelIds", "instanceIds"):
-                save_map(values, root / "cityscapes" / "gtFine" / split / city / f"{stem}_gtFine_{kind}.png")
+                save_map(
+                    values,
+                    root / "cityscapes" / "gtFine" / split / city / f"{stem}_gtFine_{kind}.png",
+                )
             if split == "val":
-                expected[f"{stem}_leftImg8bit"] = np.vectorize(lambda v: ids_of.get(v, IGNORE))(values)
+                expected[f"{stem}_leftImg8bit"] = np.vectorize(lambda v: ids_of.get(v, IGNORE))(
+                    values
+                )
     return expected
 
 
@@ -210,7 +350,11 @@ BUILDERS = {f.__name__: f for f in (voc, coco_stuff, ade20k, ade20k_full, pconte
 def pack(folder: Path, archive: Path, *names: str) -> Path:
     """An archive of what lies in `folder` (or of some of it), of the kind that its ending says."""
     archive.parent.mkdir(parents=True, exist_ok=True)
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and (not names or f.relative_to(folder).parts[0] in names))
+    files = sorted(
+        f
+        for f in folder.rglob("*")
+        if f.is_file() and (not names or f.relative_to(folder).parts[0] in names)
+    )
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive, "w") as content:
             for file in files:

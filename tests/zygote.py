@@ -1,8 +1,10 @@
-"""A process that has imported the program and computed nothing: every command of the tests is a fork of it.
+"""A process that has imported the program and computed nothing: every command of the tests is a
+fork of it.
 
-Importing takes seconds, forking milliseconds; otherwise such a command is a process of its own, with its own environment,
-working directory, exit code and output. Requests are lines of JSON on stdin, the answer to each is its exit code (the largest
-of several processes, which get what torchrun would tell them).
+Importing takes seconds, forking milliseconds; otherwise such a command is a process of its own,
+with its own environment, working directory, exit code and output. Requests are lines of JSON on
+stdin, the answer to each is its exit code (the largest of several processes, which get what
+torchrun would tell them).
 """
 
 import json

@@ -1,4 +1,6 @@
-"""What limits the accuracy: the masks or the classes? Oracles that replace one of them by the truth."""
+"""What limits the accuracy: the masks or the classes? Oracles that replace one of them by the
+truth.
+"""
 
 import functools
 import json
@@ -31,19 +33,24 @@ OVERLAPS = (0.5, 0.7, 0.9)
 
 
 def overlaps(ours: Tensor, truth: Tensor, known: Tensor) -> Tensor:
-    """IoU of masks bool [Q, H, W] with true masks bool [T, H, W], over the pixels `known` bool [H, W]: fp32 [Q, T]."""
+    """IoU of masks bool [Q, H, W] with true masks bool [T, H, W], over the pixels `known` bool [H,
+    W]: fp32 [Q, T].
+    """
     ours, truth = (ours & known).flatten(1).float(), truth.flatten(1).float()
     both = ours @ truth.T
     return both / (ours.sum(1)[:, None] + truth.sum(1) - both).clamp(min=1)
 
 
-def oracle_labels(segmenter: Segmenter, image: Tensor, labels: Tensor, data: DataSet,
-                  autocast: Callable) -> tuple[dict[str, Tensor], Tensor, Tensor]:  # fmt: skip
-    """One image: a label map for every row of ROWS, each true mask's best overlap [T], and what CLIP says [2, T].
+def oracle_labels(
+    segmenter: Segmenter, image: Tensor, labels: Tensor, data: DataSet, autocast: Callable
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """One image: a label map for every row of ROWS, each true mask's best overlap [T], and what
+    CLIP says [2, T].
 
-    "true_classes": each true mask's proposal (best total overlap, one to one) gets its class, all others none.
-    "true_masks": the pixels of a true mask get the class that its proposal's head and CLIP, on the true mask, decide together.
-    Masks are those at network-input size: a class that vanishes there counts as wrong in both rows with true masks.
+    "true_classes": each true mask's proposal (best total overlap, one to one) gets its class, all
+    others none. "true_masks": the pixels of a true mask get the class that its proposal's head and
+    CLIP, on the true mask, decide together. Masks are those at network-input size: a class that
+    vanishes there counts as wrong in both rows with true masks.
     """
     with autocast():
         proposals, size = segmenter.propose(image), tuple(labels.shape)
@@ -51,11 +58,15 @@ def oracle_labels(segmenter: Segmenter, image: Tensor, labels: Tensor, data: Dat
     maps = {"as_is": segmenter.label_map(segmenter.ensemble(proposals), proposals, size)[0]}
     known = masks.any(0)
     overlap = overlaps(segmenter.binary_masks(proposals), masks, known)
-    query, target = (torch.from_numpy(x).to(image.device) for x in linear_sum_assignment(-overlap.cpu().numpy()))
+    query, target = (
+        torch.from_numpy(x).to(image.device) for x in linear_sum_assignment(-overlap.cpu().numpy())
+    )
     scores = torch.zeros_like(proposals.head)
     scores[query, classes[target]] = (overlap[query, target] > 0).float()
     maps["true_classes"] = segmenter.label_map(scores, proposals, size)[0]
-    head = proposals.head.new_ones(len(classes), len(data.names))  # a true mask without proposal: CLIP decides alone
+    head = proposals.head.new_ones(
+        len(classes), len(data.names)
+    )  # a true mask without proposal: CLIP decides alone
     touching = overlap[query, target] > 0
     head[target[touching]] = proposals.head[query[touching]]
     region = None
@@ -63,36 +74,63 @@ def oracle_labels(segmenter: Segmenter, image: Tensor, labels: Tensor, data: Dat
         with autocast():
             region = segmenter.region_logits(image, masks, mask_boxes(masks)[0]).softmax(-1)
     valid = torch.ones(len(classes), dtype=torch.bool, device=image.device)
-    both = Proposals(proposals.logits, proposals.size, head, region if segmenter.config.ensemble else None, valid)
+    both = Proposals(
+        proposals.logits, proposals.size, head, region if segmenter.config.ensemble else None, valid
+    )
     chosen = segmenter.ensemble(both).argmax(1)
     for row, decided in (("true_masks", chosen), ("both", classes)):
-        table = (torch.arange(max(data.ignore, len(data.names)) + 1, device=image.device) + 1) % len(data.names)
+        table = (
+            torch.arange(max(data.ignore, len(data.names)) + 1, device=image.device) + 1
+        ) % len(data.names)
         table[classes] = decided
         maps[row] = table[labels]
     named = region.argmax(1) if region is not None else chosen
-    return maps, overlap.amax(0) if len(overlap) else overlap.new_zeros(len(classes)), torch.stack([classes, named])
+    return (
+        maps,
+        overlap.amax(0) if len(overlap) else overlap.new_zeros(len(classes)),
+        torch.stack([classes, named]),
+    )
 
 
 @torch.inference_mode()
-def budget(segmenter: Segmenter, config: Config, root: Path, process: Process, split: str,
-           seen: list[int] | None = None) -> dict:  # fmt: skip
-    """The metrics of every row, the recall of the proposals, and CLIP's confusions on true masks, over a split.
+def budget(
+    segmenter: Segmenter,
+    config: Config,
+    root: Path,
+    process: Process,
+    split: str,
+    seen: list[int] | None = None,
+) -> dict:
+    """The metrics of every row, the recall of the proposals, and CLIP's confusions on true masks,
+    over a split.
 
-    `seen`: ids of the classes that count as seen in the ensemble; those that the set is trained on where None.
+    `seen`: ids of the classes that count as seen in the ensemble; those that the set is trained on
+    where None.
     """
     if not config.model.proposals:
-        raise UserError("--budget", "needs mask proposals", "give a checkpoint with model.proposals = true")
+        raise UserError(
+            "--budget", "needs mask proposals", "give a checkpoint with model.proposals = true"
+        )
     if config.eval.sizes or config.eval.flip or config.eval.window:
-        raise UserError("--budget", "measures one view of a picture", "leave eval.sizes, eval.flip and eval.window out")
+        raise UserError(
+            "--budget",
+            "measures one view of a picture",
+            "leave eval.sizes, eval.flip and eval.window out",
+        )
     data, pictures = dataset(config.data), TestPictures(config.data, root, split)
     C, device = len(data.names), process.device
     segmenter.set_classes(data.names, data.trained if seen is None else seen)
     segmenter.eval()
     matrices = {row: torch.zeros(C, C, dtype=torch.int64, device=device) for row in ROWS}
     named = torch.zeros(C, C, dtype=torch.int64, device=device)
-    best = torch.zeros(len(OVERLAPS) + 2, dtype=torch.float64, device=device)  # recalled at each, sum of overlaps, masks
+    best = torch.zeros(
+        len(OVERLAPS) + 2, dtype=torch.float64, device=device
+    )  # recalled at each, sum of overlaps, masks
     numbers = range(process.rank, len(pictures), process.world)
-    batches, name = stream(pictures, numbers, 1, config.data.workers), process.share_of(f"budget {split}")
+    batches, name = (
+        stream(pictures, numbers, 1, config.data.workers),
+        process.share_of(f"budget {split}"),
+    )
     batches = progress(batches, name, len(numbers), process.is_main)
     for [([image], labels, _)] in batches:
         image, labels = image.to(device), labels.to(device).long()
@@ -104,19 +142,30 @@ def budget(segmenter: Segmenter, config: Config, root: Path, process: Process, s
             matrices[row] += confusion(labels, labelled, C, data.ignore)
         named += confusion(*pairs, C, -1)
         recalled = [(overlap >= o).sum() for o in OVERLAPS]
-        best += torch.stack([*recalled, overlap.sum(), torch.tensor(len(overlap), device=device)]).double()
+        best += torch.stack(
+            [*recalled, overlap.sum(), torch.tensor(len(overlap), device=device)]
+        ).double()
     for tensor in (*matrices.values(), named, best):
         process.sum(tensor)
     *recalled, total, masks = best.tolist()
     wrong = named - named.diag().diag()
     top = wrong.flatten().topk(min(10, C * C))
     share = lambda part, all_of: 100 * part / all_of if all_of else None
-    return {"program": MARK} | {row: summarize(matrix, data) for row, matrix in matrices.items()} | {
-        "recall": {str(o): share(r, masks) for o, r in zip(OVERLAPS, recalled, strict=True)},
-        "average_best_overlap": share(total, masks), "masks": int(masks),
-        "clip_accuracy": share(int(named.diag().sum()), int(named.sum())),
-        "confusions": [[data.names[int(i) // C], data.names[int(i) % C], int(n)] for n, i in zip(*top, strict=True) if n],
-    }  # fmt: skip
+    return (
+        {"program": MARK}
+        | {row: summarize(matrix, data) for row, matrix in matrices.items()}
+        | {
+            "recall": {str(o): share(r, masks) for o, r in zip(OVERLAPS, recalled, strict=True)},
+            "average_best_overlap": share(total, masks),
+            "masks": int(masks),
+            "clip_accuracy": share(int(named.diag().sum()), int(named.sum())),
+            "confusions": [
+                [data.names[int(i) // C], data.names[int(i) % C], int(n)]
+                for n, i in zip(*top, strict=True)
+                if n
+            ],
+        }
+    )
 
 
 def report_budget(result: dict, out: Path) -> None:
@@ -127,23 +176,38 @@ def report_budget(result: dict, out: Path) -> None:
         file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     with written(out / "budget.png") as file:
         picture(result, keys).save(file, "PNG", pnginfo=PNG_MARK)
-    print("".join([f"{'':32}", *(f"{k.removeprefix('mIoU_'):>9}" for k in keys), f"{main + ' gains':>13}"]))
+    print(
+        "".join(
+            [f"{'':32}", *(f"{k.removeprefix('mIoU_'):>9}" for k in keys), f"{main + ' gains':>13}"]
+        )
+    )
     for row, title in ROWS.items():
         both = result[row][main], result["as_is"][main]
         gain = f"{'-':>13}" if None in both else f"{both[0] - both[1]:+13.1f}"
         print("".join([f"{title:32}", *(percent(result[row][k], 9) for k in keys), gain]))
-    recall = ", ".join(f"{percent(value, 0)} at {overlap}" for overlap, value in result["recall"].items())
+    recall = ", ".join(
+        f"{percent(value, 0)} at {overlap}" for overlap, value in result["recall"].items()
+    )
     overlap = percent(result["average_best_overlap"], 0)
     print(f"recall of {result['masks']} true masks: {recall}; average best overlap {overlap}")
-    print(f"CLIP on the true masks: {percent(result['clip_accuracy'], 0)}% right"
-          + "".join(f"\n  {n:5} x {truth} taken for {taken}" for truth, taken, n in result["confusions"]))  # fmt: skip
+    print(
+        f"CLIP on the true masks: {percent(result['clip_accuracy'], 0)}% right"
+        + "".join(
+            f"\n  {n:5} x {truth} taken for {taken}" for truth, taken, n in result["confusions"]
+        )
+    )
     print(f"-> {out / 'budget.json'}, {out / 'budget.png'}")
 
 
 def picture(result: dict, keys: list[str]) -> Image.Image:
     """Bars of the metrics of every row, and of the proposals' recall."""
-    bars = {title: [(k.removeprefix("mIoU_"), result[row][k]) for k in keys] for row, title in ROWS.items()}
-    bars["recall of the true masks"] = [(f"IoU {o}", value) for o, value in result["recall"].items()]
+    bars = {
+        title: [(k.removeprefix("mIoU_"), result[row][k]) for k in keys]
+        for row, title in ROWS.items()
+    }
+    bars["recall of the true masks"] = [
+        (f"IoU {o}", value) for o, value in result["recall"].items()
+    ]
     colours = ("#4477aa", "#ee6677", "#228833", "#bbbbbb")
     canvas = Image.new("RGB", (760, 20 + 96 * len(bars)), "white")
     draw = ImageDraw.Draw(canvas)

@@ -1,4 +1,6 @@
-"""Checkpoints: written whole, read without being executed, loaded strictly. Other people's weights are in `weights.py`."""
+"""Checkpoints: written whole, read without being executed, loaded strictly. Other people's weights
+are in `weights.py`.
+"""
 
 import pickle
 import re
@@ -19,7 +21,9 @@ WRAPPERS = ("module.", "_orig_mod.")
 
 
 def save(path: Path, previous: Path | None = None, **content: object) -> None:
-    """Write a checkpoint so that `path` is always whole: the old one (kept as `previous`, where given) or the new one."""
+    """Write a checkpoint so that `path` is always whole: the old one (kept as `previous`, where
+    given) or the new one.
+    """
     with replacing(path, previous) as temporary:
         try:
             torch.save(content, temporary)
@@ -28,10 +32,14 @@ def save(path: Path, previous: Path | None = None, **content: object) -> None:
 
 
 def load(path: str | Path, what: str = "checkpoint") -> dict:
-    """A checkpoint of ours ({"config", "step", "model", ...}) or the original's ({"model": ...}), on the CPU."""
+    """A checkpoint of ours ({"config", "step", "model", ...}) or the original's ({"model": ...}),
+    on the CPU.
+    """
     content = read_torch(Path(path), f"{what} {path}")
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise UserError(f"{what} {path}", "holds no model", "give a checkpoint of train.py or a model_final.pth")
+        raise UserError(
+            f"{what} {path}", "holds no model", "give a checkpoint of train.py or a model_final.pth"
+        )
     return content
 
 
@@ -42,10 +50,14 @@ class Unusable(UserError):
 def read_torch(path: Path, what: str) -> object:
     if path.is_dir():
         there = (path / "last.pt").is_file()
-        raise Unusable(what, "is a folder", f"did you mean {path / 'last.pt'}?" if there else "give a file")
+        raise Unusable(
+            what, "is a folder", f"did you mean {path / 'last.pt'}?" if there else "give a file"
+        )
     if not path.is_file():
         folder = path.parent.is_dir() or path.parent.name == ""
-        raise Unusable(what, "no such file", nearest_file(path if folder else path.parent, "check the path"))
+        raise Unusable(
+            what, "no such file", nearest_file(path if folder else path.parent, "check the path")
+        )
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -56,32 +68,50 @@ def read_torch(path: Path, what: str) -> object:
         raise UserError(what, f"cannot be read ({error})", "check the disk") from None
     except MemoryError:
         raise
-    except Exception as error:  # torch raises many kinds, with advice to load such a file all the same
-        if found := re.search(r"[Uu]nsupported (?:global|class|operand|type)\S*(?: GLOBAL)? ?([\w.]+\.\w+)", str(error)):
+    except (
+        Exception
+    ) as error:  # torch raises many kinds, with advice to load such a file all the same
+        if found := re.search(
+            r"[Uu]nsupported (?:global|class|operand|type)\S*(?: GLOBAL)? ?([\w.]+\.\w+)",
+            str(error),
+        ):
             why = f"cannot be read as tensors (it holds a {found[1]}, which would have to be run)"
-            raise Unusable(what, why, "where it was written, save tensors and plain values alone") from None
+            raise Unusable(
+                what, why, "where it was written, save tensors and plain values alone"
+            ) from None
         if found := re.search(r"an array of [^;\n]{1,60}", str(error)):
-            raise Unusable(what, f"cannot be read as tensors (it holds {found[0]})", "save it as numbers") from None
-        raise Unusable(what, "cannot be read as tensors (broken, or more than tensors)", "check the file") from None
+            raise Unusable(
+                what, f"cannot be read as tensors (it holds {found[0]})", "save it as numbers"
+            ) from None
+        raise Unusable(
+            what, "cannot be read as tensors (broken, or more than tensors)", "check the file"
+        ) from None
 
 
 def refuse_compressed(entries: list[zipfile.ZipInfo]) -> None:
-    """torch compresses neither tensors nor what describes them; a small file could fill the memory."""
+    """torch compresses neither tensors nor what describes them; a small file could fill the
+    memory.
+    """
     for entry in entries:
         if entry.compress_type != zipfile.ZIP_STORED and "/code/" not in entry.filename:
             raise pickle.UnpicklingError(f"{entry.filename} is compressed")
 
 
 def load_strict(module: nn.Module, state: State, what: str, hint: str) -> None:
-    """`load_state_dict` whose complaint is one line: the first few missing, unknown and mis-shaped names.
+    """`load_state_dict` whose complaint is one line: the first few missing, unknown and mis-shaped
+    names.
 
     Raises UserError also for weights that are not finite, which would give labels all the same.
     """
     own = module.state_dict()
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(tensor, Tensor) for tensor in state.values()
+    ):
         raise UserError(what, "holds something else where a state dict should be", hint)
     state = unwrapped(state, what)
-    problems = [f"{k} is missing" for k in own if k not in state] + [f"{k} is unknown" for k in state if k not in own]
+    problems = [f"{k} is missing" for k in own if k not in state] + [
+        f"{k} is unknown" for k in state if k not in own
+    ]
     for k in own.keys() & state.keys():
         if state[k].shape != own[k].shape:
             problems.append(f"{k} has shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}")
@@ -93,13 +123,18 @@ def load_strict(module: nn.Module, state: State, what: str, hint: str) -> None:
 
 
 def unwrapped(state: State, what: str) -> State:
-    """A state dict without what DataParallel ("module."), torch.compile ("_orig_mod.") or a trainer put before every name."""
+    """A state dict without what DataParallel ("module."), torch.compile ("_orig_mod.") or a trainer
+    put before every name.
+    """
     prefix = ""
     while all(name.startswith(WRAPPERS) for name in state) and state:
         first = next(wrapper for wrapper in WRAPPERS if next(iter(state)).startswith(wrapper))
         if not all(name.startswith(first) for name in state):
             break
-        state, prefix = {name.removeprefix(first): tensor for name, tensor in state.items()}, prefix + first
+        state, prefix = (
+            {name.removeprefix(first): tensor for name, tensor in state.items()},
+            prefix + first,
+        )
     if prefix:
         run.say(f"{what}: {prefix!r} is taken off all names")
     return state
@@ -107,7 +142,11 @@ def unwrapped(state: State, what: str) -> State:
 
 def check_finite(state: State, what: str) -> None:
     """UserError for weights with NaN or infinity in them."""
-    known = {k: tensor for k, tensor in state.items() if tensor.is_floating_point() and not tensor.is_meta}
+    known = {
+        k: tensor
+        for k, tensor in state.items()
+        if tensor.is_floating_point() and not tensor.is_meta
+    }
     broken = [k for k, tensor in known.items() if not tensor.isfinite().all()]
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
@@ -116,13 +155,21 @@ def check_finite(state: State, what: str) -> None:
 
 
 def say_loaded(what: str, loaded: int, dropped: list[str]) -> None:
-    """One line: how many tensors were used, and every name that was not (many of one module as `module.*`)."""
-    modules = Counter(name.rpartition(".")[0].split(".resblocks")[0].split(".layer")[0] for name in dropped)
+    """One line: how many tensors were used, and every name that was not (many of one module as
+    `module.*`).
+    """
+    modules = Counter(
+        name.rpartition(".")[0].split(".resblocks")[0].split(".layer")[0] for name in dropped
+    )
     names = []
     for name in dropped:
         module = name.rpartition(".")[0].split(".resblocks")[0].split(".layer")[0]
         names.append(name if modules[module] < 4 else f"{module}.* ({modules[module]})")
-    run.say(f"{what}: {loaded} tensors loaded, {len(dropped)} dropped" + ": " * bool(names) + ", ".join(dict.fromkeys(names)))
+    run.say(
+        f"{what}: {loaded} tensors loaded, {len(dropped)} dropped"
+        + ": " * bool(names)
+        + ", ".join(dict.fromkeys(names))
+    )
 
 
 def encode_latin1(text: str, encoding: str) -> bytes:
@@ -136,6 +183,7 @@ def no_bytes() -> bytes:
 
 class Kind:
     """A pickled NumPy dtype, as text: nothing of NumPy's own reads what the file says."""
+
     def __init__(self, text: str, *_: object):
         if not re.fullmatch(r"[fiu][1248]|b1", str(text)):
             raise pickle.UnpicklingError(f"an array of kind {text!r}")
@@ -149,15 +197,23 @@ class Kind:
 
 class PickledArray:
     """A pickled NumPy array: shape, kind and bytes, checked against each other."""
+
     def __init__(self, *_: object):
         self.array = np.zeros(0)
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, kind, columns_first, data = state
-        self.fill(data.encode("latin1") if isinstance(data, str) else data, kind, shape, "F" if columns_first else "C")
+        self.fill(
+            data.encode("latin1") if isinstance(data, str) else data,
+            kind,
+            shape,
+            "F" if columns_first else "C",
+        )
 
     def fill(self, data: bytes, kind: Kind, shape: tuple[int, ...], order: str) -> "PickledArray":
-        array = np.frombuffer(bytes(data), np.dtype(kind.order + kind.text)) if data else np.zeros(0)  # it refuses nothing
+        array = (
+            np.frombuffer(bytes(data), np.dtype(kind.order + kind.text)) if data else np.zeros(0)
+        )  # it refuses nothing
         self.array = array.reshape(shape, order=order).astype(kind.text)
         return self
 
@@ -176,14 +232,23 @@ def rebuild_array(data: bytes, kind: Kind, shape: tuple[int, ...], order: str) -
 
 # NumPy's arrays and numbers in checkpoints, under the names that its versions gave them.
 NUMPY = [PickledArray, PickledNumber, Kind, (PickledArray, "numpy.ndarray"), (Kind, "numpy.dtype")]
-NUMPY += [(encode_latin1, "_codecs.encode"), (no_bytes, "builtins.bytes"), (no_bytes, "__builtin__.bytes")]
+NUMPY += [
+    (encode_latin1, "_codecs.encode"),
+    (no_bytes, "builtins.bytes"),
+    (no_bytes, "__builtin__.bytes"),
+]
 for package in ("numpy.core", "numpy._core"):
-    NUMPY += [(PickledArray, f"{package}.multiarray._reconstruct"), (rebuild_scalar, f"{package}.multiarray.scalar"),
-              (rebuild_array, f"{package}.numeric._frombuffer")]  # fmt: skip
+    NUMPY += [
+        (PickledArray, f"{package}.multiarray._reconstruct"),
+        (rebuild_scalar, f"{package}.multiarray.scalar"),
+        (rebuild_array, f"{package}.numeric._frombuffer"),
+    ]
 
 
 def without_arrays(content: object) -> object:
-    """A checkpoint's content with tensors in the place of NumPy's arrays, and plain numbers in that of its numbers."""
+    """A checkpoint's content with tensors in the place of NumPy's arrays, and plain numbers in that
+    of its numbers.
+    """
     if isinstance(content, PickledNumber):
         return content.array.item()
     if isinstance(content, PickledArray):

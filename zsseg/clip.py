@@ -1,4 +1,5 @@
-"""CLIP (Radford et al. 2021): ViT and ResNet image towers, text tower; sizes are read off the state dict.
+"""CLIP (Radford et al. 2021): ViT and ResNet image towers, text tower; sizes are read off the state
+dict.
 
 Parameter names are OpenAI's, so its weights load strictly and without a map.
 """
@@ -23,7 +24,10 @@ class QuickGELU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with one product for queries, keys and values; parameters as in `nn.MultiheadAttention`."""
+    """Self-attention with one product for queries, keys and values; parameters as in
+    `nn.MultiheadAttention`.
+    """
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -37,16 +41,22 @@ class Attention(nn.Module):
         return f"heads={self.heads}"
 
     def forward(self, x: Tensor, mask: Tensor | None, first: int = 0) -> Tensor:
-        """[N, length, width] -> the same, or the output of the `first` tokens alone [N, first, width]."""
+        """[N, length, width] -> the same, or the output of the `first` tokens alone [N, first,
+        width].
+        """
         if first:
             width = x.shape[-1]
             q = F.linear(x[:, :first], self.in_proj_weight[:width], self.in_proj_bias[:width])
             k, v = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, -1)
         else:
             q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # [N, heads, length, width/heads]
+        q, k, v = (
+            y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v)
+        )  # [N, heads, length, width/heads]
         mask = None if mask is None else mask[: first or None].to(q.dtype)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.out_proj(
+            F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        )
 
 
 ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's; that of most OpenCLIP models
@@ -58,7 +68,11 @@ class Block(nn.Module):
         self.attn = Attention(width, heads or max(width // 64, 1))
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         gelu = ACTIVATIONS[activation]()
-        layers = [("c_fc", nn.Linear(width, 4 * width)), ("gelu", gelu), ("c_proj", nn.Linear(4 * width, width))]
+        layers = [
+            ("c_fc", nn.Linear(width, 4 * width)),
+            ("gelu", gelu),
+            ("c_proj", nn.Linear(4 * width, width)),
+        ]
         self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor, mask: Tensor | None, first: int = 0) -> Tensor:
@@ -68,10 +82,12 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Pre-norm blocks on [N, length, width]; `mask` [length, length] is added to the attention logits.
+    """Pre-norm blocks on [N, length, width]; `mask` [length, length] is added to the attention
+    logits.
 
     Where only the `first` tokens are wanted, the last block computes no others: [N, first, width].
     """
+
     def __init__(self, width: int, layers: int, heads: int = 0, activation: str = "quickgelu"):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
@@ -83,15 +99,17 @@ class Transformer(nn.Module):
 
 
 def cosine_logits(features: Tensor, text: Tensor) -> Tensor:
-    """100 x cosine: features [..., D], normalised text features [C, D] -> [..., C], in fp32 under autocast, too: the steps of
-    bf16 would be 0.1 wide and more.
+    """100 x cosine: features [..., D], normalised text features [C, D] -> [..., C], in fp32 under
+    autocast, too: the steps of bf16 would be 0.1 wide and more.
     """
     with torch.autocast(text.device.type, enabled=False):
         return 100 * F.normalize(features.float(), dim=-1) @ text.float().T
 
 
 def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
-    """Position embeddings [1+n*n, D] -> [1+height*width, D]: bicubic on the grid, the class token as it is."""
+    """Position embeddings [1+n*n, D] -> [1+height*width, D]: bicubic on the grid, the class token
+    as it is.
+    """
     side = math.isqrt(len(positions) - 1)
     if (side, side) == (height, width):
         return positions
@@ -101,12 +119,26 @@ def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
 
 
 class VisionTransformer(nn.Module):
-    """ViT image tower. `stem` gives the widths of a convolutional stem (the small CLIP); without it, plain patches."""
-    def __init__(self, resolution: int, patch: int, width: int, layers: int, embed: int, stem: list[int] = (),
-                 heads: int = 0, activation: str = "quickgelu"):  # fmt: skip
+    """ViT image tower. `stem` gives the widths of a convolutional stem (the small CLIP); without
+    it, plain patches.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        patch: int,
+        width: int,
+        layers: int,
+        embed: int,
+        stem: list[int] = (),
+        heads: int = 0,
+        activation: str = "quickgelu",
+    ):
         super().__init__()
         self.resolution = resolution
-        self.conv1 = conv_stem(stem, width) if stem else nn.Conv2d(3, width, patch, patch, bias=False)
+        self.conv1 = (
+            conv_stem(stem, width) if stem else nn.Conv2d(3, width, patch, patch, bias=False)
+        )
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         tokens = (resolution // patch) ** 2 + 1
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
@@ -117,14 +149,23 @@ class VisionTransformer(nn.Module):
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The tokens that enter the transformer [N, 1 + H/p * W/p, width], and (H/p, W/p)."""
         plain = isinstance(self.conv1, nn.Conv2d)
-        x = patch_tokens(images, self.conv1.weight) if plain else self.conv1(images)  # [N, width, H/p, W/p]
+        x = (
+            patch_tokens(images, self.conv1.weight) if plain else self.conv1(images)
+        )  # [N, width, H/p, W/p]
         height, width = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2).float()  # [N, H/p * W/p, width]; tokens stay fp32 between the blocks under autocast
+        x = (
+            x.flatten(2).transpose(1, 2).float()
+        )  # [N, H/p * W/p, width]; tokens stay fp32 between the blocks under autocast
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
-        return self.ln_pre(x + resize_positions(self.positional_embedding, height, width)), (height, width)
+        return self.ln_pre(x + resize_positions(self.positional_embedding, height, width)), (
+            height,
+            width,
+        )
 
     def forward(self, images: Tensor, dense: bool = False) -> Tensor:
-        """Normalised images [N, 3, H, W] -> [N, D], or with `dense` one feature a patch [N, H/p, W/p, D]."""
+        """Normalised images [N, 3, H, W] -> [N, D], or with `dense` one feature a patch [N, H/p,
+        W/p, D].
+        """
         x, grid = self.embed(images)
         x = self.transformer(x, first=0 if dense else 1)
         if not dense:
@@ -132,7 +173,8 @@ class VisionTransformer(nn.Module):
         return (self.ln_post(x[:, 1:]) @ self.proj).unflatten(1, grid)
 
     def values(self, images: Tensor) -> Tensor:
-        """Normalised images [N, 3, H, W] -> features of the patches [N, H/p, W/p, D], from the last block's values alone.
+        """Normalised images [N, 3, H, W] -> features of the patches [N, H/p, W/p, D], from the last
+        block's values alone.
 
         Without the last attention a patch keeps its own meaning (MaskCLIP, Zhou et al. 2022).
         """
@@ -141,15 +183,23 @@ class VisionTransformer(nn.Module):
         for block in blocks:
             x = block(x, None)
         width, attn = x.shape[-1], last.attn
-        x = attn.out_proj(F.linear(last.ln_1(x[:, 1:]), attn.in_proj_weight[2 * width :], attn.in_proj_bias[2 * width :]))
+        x = attn.out_proj(
+            F.linear(
+                last.ln_1(x[:, 1:]),
+                attn.in_proj_weight[2 * width :],
+                attn.in_proj_bias[2 * width :],
+            )
+        )
         return (self.ln_post(x) @ self.proj).unflatten(1, grid)
 
     def region_tokens(self, image: Tensor, masks: Tensor) -> Tensor:
-        """Image [1, 3, H, W], masks [P, h, w] in 0..1 -> one feature a region [P, D], from a single pass.
+        """Image [1, 3, H, W], masks [P, h, w] in 0..1 -> one feature a region [P, D], from a single
+        pass.
 
-        Each region has a class token of its own, which attends to itself and to the patches that are mostly under its mask
-        (at least the one with the largest share). Patches attend to what they were trained on: one another and the usual
-        class token. So what the patches become does not depend on the regions.
+        Each region has a class token of its own, which attends to itself and to the patches that
+        are mostly under its mask (at least the one with the largest share). Patches attend to what
+        they were trained on: one another and the usual class token. So what the patches become does
+        not depend on the regions.
         """
         x, grid = self.embed(image)
         P, N = len(masks), x.shape[1]
@@ -171,13 +221,17 @@ class VisionTransformer(nn.Module):
 
 
 def patch_tokens(images: Tensor, weight: Tensor) -> Tensor:
-    """Non-overlapping patches of images [N, 3, H, W] times weight [width, 3, p, p] -> [N, width, H/p, W/p].
+    """Non-overlapping patches of images [N, 3, H, W] times weight [width, 3, p, p] -> [N, width,
+    H/p, W/p].
 
-    A convolution whose stride is its width, as one matrix product: what tensor cores, and CPUs, do best.
+    A convolution whose stride is its width, as one matrix product: what tensor cores, and CPUs, do
+    best.
     """
     p = weight.shape[-1]
     h, w = images.shape[-2] // p, images.shape[-1] // p
-    x = images[..., : h * p, : w * p].reshape(-1, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)  # [N, h, w, 3, p, p]
+    x = (
+        images[..., : h * p, : w * p].reshape(-1, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)
+    )  # [N, h, w, 3, p, p]
     return F.linear(x.reshape(-1, h, w, 3 * p * p), weight.flatten(1)).permute(0, 3, 1, 2)
 
 
@@ -185,33 +239,46 @@ def conv_stem(widths: list[int], out: int) -> nn.Sequential:
     """Stride-2 3x3 convolutions; the last one makes the tokens."""
     layers, channels = [], 3
     for width in widths:
-        layers += [nn.Conv2d(channels, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        layers += [
+            nn.Conv2d(channels, width, 3, 2, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        ]
         channels = width
     return nn.Sequential(*layers, nn.Conv2d(channels, out, 3, 2, 1))
 
 
 class Bottleneck(nn.Module):
     """ResNet block whose stride is an average pool, in the main path and in the shortcut."""
+
     def __init__(self, channels: int, planes: int, stride: int):
         super().__init__()
         out = 4 * planes
         self.conv1, self.bn1 = nn.Conv2d(channels, planes, 1, bias=False), nn.BatchNorm2d(planes)
-        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = (
+            nn.Conv2d(planes, planes, 3, padding=1, bias=False),
+            nn.BatchNorm2d(planes),
+        )
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3, self.bn3 = nn.Conv2d(planes, out, 1, bias=False), nn.BatchNorm2d(out)
         self.downsample = None
         if stride > 1 or channels != out:
             pool, conv = nn.AvgPool2d(stride), nn.Conv2d(channels, out, 1, bias=False)
-            self.downsample = nn.Sequential(OrderedDict([("-1", pool), ("0", conv), ("1", nn.BatchNorm2d(out))]))
+            self.downsample = nn.Sequential(
+                OrderedDict([("-1", pool), ("0", conv), ("1", nn.BatchNorm2d(out))])
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.pool(F.relu(self.bn2(self.conv2(y))))
-        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
+        return F.relu(
+            self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x))
+        )
 
 
 class AttentionPool(nn.Module):
     """Attention over the grid and its mean; the mean's output is the image feature."""
+
     def __init__(self, side: int, width: int, heads: int, embed: int):
         super().__init__()
         self.heads = heads
@@ -226,15 +293,20 @@ class AttentionPool(nn.Module):
         x = x + resize_positions(self.positional_embedding, height, width).to(x.dtype)
         query = x[:, 1:] if dense else x[:, :1]
         q, k, v = (
-            proj(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [N, heads, length, width/heads]
+            proj(y)
+            .unflatten(-1, (self.heads, -1))
+            .transpose(1, 2)  # [N, heads, length, width/heads]
             for proj, y in ((self.q_proj, query), (self.k_proj, x), (self.v_proj, x))
         )
-        out = self.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # [N, length, D]
+        out = self.c_proj(
+            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        )  # [N, length, D]
         return out.unflatten(1, (height, width)) if dense else out[:, 0]
 
 
 class ModifiedResNet(nn.Module):
     """CLIP's ResNet: three-convolution stem, anti-aliased strides, attention pool."""
+
     stride = 32
 
     def __init__(self, layers: list[int], width: int, resolution: int, embed: int, heads: int = 0):
@@ -243,11 +315,17 @@ class ModifiedResNet(nn.Module):
         half = width // 2
         self.conv1, self.bn1 = nn.Conv2d(3, half, 3, 2, 1, bias=False), nn.BatchNorm2d(half)
         self.conv2, self.bn2 = nn.Conv2d(half, half, 3, padding=1, bias=False), nn.BatchNorm2d(half)
-        self.conv3, self.bn3 = nn.Conv2d(half, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = (
+            nn.Conv2d(half, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
         channels = width
         for i, depth in enumerate(layers):
             planes = width * 2**i
-            blocks = [Bottleneck(channels if j == 0 else 4 * planes, planes, 1 if i == 0 or j else 2) for j in range(depth)]
+            blocks = [
+                Bottleneck(channels if j == 0 else 4 * planes, planes, 1 if i == 0 or j else 2)
+                for j in range(depth)
+            ]
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             channels = 4 * planes
         self.attnpool = AttentionPool(resolution // 32, channels, heads or channels // 64, embed)
@@ -262,9 +340,20 @@ class ModifiedResNet(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Two towers and a temperature. Image and text features have the same width D; callers normalise them."""
-    def __init__(self, visual: nn.Module, embed: int, context: int, vocab_size: int, width: int, layers: int,
-                 activation: str = "quickgelu"):  # fmt: skip
+    """Two towers and a temperature. Image and text features have the same width D; callers
+    normalise them.
+    """
+
+    def __init__(
+        self,
+        visual: nn.Module,
+        embed: int,
+        context: int,
+        vocab_size: int,
+        width: int,
+        layers: int,
+        activation: str = "quickgelu",
+    ):
         super().__init__()
         self.visual = visual
         self.most_crops = 0  # that memory had room for at once, where it ended; 0: not met
@@ -274,7 +363,9 @@ class CLIP(nn.Module):
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.register_buffer("causal_mask", torch.full((context, context), -math.inf).triu(1), persistent=False)
+        self.register_buffer(
+            "causal_mask", torch.full((context, context), -math.inf).triu(1), persistent=False
+        )
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     @property
@@ -300,40 +391,71 @@ class CLIP(nn.Module):
 
 
 def build_clip(state: dict[str, Tensor], activation: str = "quickgelu", heads: int = 0) -> CLIP:
-    """The model whose weights `state` holds (OpenAI names; any float dtype), in fp32, frozen, in eval mode.
+    """The model whose weights `state` holds (OpenAI names; any float dtype), in fp32, frozen, in
+    eval mode.
 
-    What the weights do not tell: the MLPs' `activation`, and the `heads` of the image tower's attention (0: width / 64).
-    Raises UserError when `state` is not a whole CLIP, or its width cannot be shared by so many heads.
+    What the weights do not tell: the MLPs' `activation`, and the `heads` of the image tower's
+    attention (0: width / 64). Raises UserError when `state` is not a whole CLIP, or its width
+    cannot be shared by so many heads.
     """
     try:
-        state = {k: v for k, v in state.items() if k not in ("input_resolution", "context_length", "vocab_size")}
+        state = {
+            k: v
+            for k, v in state.items()
+            if k not in ("input_resolution", "context_length", "vocab_size")
+        }
         embed = state["text_projection"].shape[1]
         vocab_size, width = state["token_embedding.weight"].shape
-        text = (embed, len(state["positional_embedding"]), vocab_size, width, depth(state, "transformer.resblocks"))
+        text = (
+            embed,
+            len(state["positional_embedding"]),
+            vocab_size,
+            width,
+            depth(state, "transformer.resblocks"),
+        )
         clip = CLIP(build_visual(state, embed, activation, heads), *text, activation)
-        clip.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+        clip.load_state_dict(
+            {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+        )
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError("CLIP weights", f"are not a CLIP state dict ({str(error)[:200]})", "check clip.weights") from None
+        raise UserError(
+            "CLIP weights", f"are not a CLIP state dict ({str(error)[:200]})", "check clip.weights"
+        ) from None
     return clip.eval().requires_grad_(False)
 
 
 def build_visual(state: dict[str, Tensor], embed: int, activation: str, heads: int) -> nn.Module:
     """The image tower of a CLIP whose weights `state` holds."""
-    widths = [len(state[k]) for k in ("visual.class_embedding", "visual.attnpool.q_proj.weight") if k in state]
+    widths = [
+        len(state[k])
+        for k in ("visual.class_embedding", "visual.attnpool.q_proj.weight")
+        if k in state
+    ]
     if heads and widths and widths[0] % heads:
-        raise UserError("clip.heads", f"is {heads}, and the image tower's width {widths[0]}", "give a divisor of that, or 0")
+        raise UserError(
+            "clip.heads",
+            f"is {heads}, and the image tower's width {widths[0]}",
+            "give a divisor of that, or 0",
+        )
     if "visual.proj" not in state:
         layers = [depth(state, f"visual.layer{i}") for i in (1, 2, 3, 4)]
         side = math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1)
-        return ModifiedResNet(layers, len(state["visual.layer1.0.conv1.weight"]), 32 * side, embed, heads)
-    width, layers = len(state["visual.class_embedding"]), depth(state, "visual.transformer.resblocks")
+        return ModifiedResNet(
+            layers, len(state["visual.layer1.0.conv1.weight"]), 32 * side, embed, heads
+        )
+    width, layers = (
+        len(state["visual.class_embedding"]),
+        depth(state, "visual.transformer.resblocks"),
+    )
     side = math.isqrt(len(state["visual.positional_embedding"]) - 1)
     if "visual.conv1.weight" in state:
         patch = state["visual.conv1.weight"].shape[-1]
         return VisionTransformer(side * patch, patch, width, layers, embed, (), heads, activation)
     convs = [v for k, v in state.items() if k.startswith("visual.conv1.") and v.ndim == 4]
     patch = 2 ** len(convs)
-    return VisionTransformer(side * patch, patch, width, layers, embed, [len(w) for w in convs[:-1]], heads, activation)
+    return VisionTransformer(
+        side * patch, patch, width, layers, embed, [len(w) for w in convs[:-1]], heads, activation
+    )
 
 
 def depth(state: dict[str, Tensor], prefix: str) -> int:

@@ -1,4 +1,5 @@
-"""Every option of the program with its default, read from a TOML file and `--set section.key=value`.
+"""Every option of the program with its default, read from a TOML file and `--set
+section.key=value`.
 
 A field exists here or it is an error: an unknown key or a wrong type names the nearest known key.
 Numbers are those of the paper's COCO-Stuff setting unless a file in `configs/` says otherwise.
@@ -17,18 +18,26 @@ from zsseg.run import UserError, nearest, nearest_file, path_of
 
 @dataclass
 class DataConfig:
-    name: str = "shapes"  # shapes | voc | coco_stuff | ade20k | ade20k_full | pcontext | cityscapes | folder (your own)
+    # shapes | voc | coco_stuff | ade20k | ade20k_full | pcontext | cityscapes | folder (your own)
+    name: str = "shapes"
     # Of "folder" only, below the data root:
     folder: str = ""  # where it lies
-    pictures: str = ""  # e.g. "images/{split}/{id}.jpg"; without {split}, <split>.txt lists the ids; ".*" is any ending
+    # e.g. "images/{split}/{id}.jpg"; without {split}, <split>.txt lists the ids; ".*" is any ending
+    pictures: str = ""
     labels: str = ""  # e.g. "masks/{split}/{id}.png": one channel of 8 or 16 bits
     classes: list[str] = field(default_factory=list)  # names
     unseen: list[str] = field(default_factory=list)  # those that training hides
-    values: list[int] = field(default_factory=list)  # the label value of each class, all others are ignored; []: 0, 1, 2, ...
-    exif_turn: bool = False  # turn images as their camera says, which labelling tools do and COCO's labels do not
+    values: list[int] = field(
+        default_factory=list
+    )  # the label value of each class, all others are ignored; []: 0, 1, 2, ...
+    exif_turn: bool = (
+        False  # turn images as their camera says, which labelling tools do and COCO's labels do not
+    )
     split: str = "val"  # the split that train.py (at its end) and eval.py measure on
     train_on: str = "seen"  # seen | all: the classes that training targets show
-    short_edges: list[int] = field(default_factory=lambda: list(range(320, 961, 64)))  # drawn at training
+    short_edges: list[int] = field(
+        default_factory=lambda: list(range(320, 961, 64))
+    )  # drawn at training
     max_size: int = 2560  # longest edge after resizing, at training and at test
     crop: int = 640  # side of the square training crop
     color_jitter: bool = True
@@ -38,8 +47,11 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    backbone: str = "R101c"  # R50 | R101c | small (a few layers with batch norm, trained from scratch)
-    weights: str = ""  # initial backbone: "" (random), a file (torchvision .pth, detectron2 .pkl) or "imagenet"
+    backbone: str = (
+        "R101c"  # R50 | R101c | small (a few layers with batch norm, trained from scratch)
+    )
+    # initial backbone: "" (random), a file (torchvision .pth, detectron2 .pkl) or "imagenet"
+    weights: str = ""
     small_widths: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
     queries: int = 100
     hidden: int = 256  # width of pixel decoder, transformer and mask embedding
@@ -48,38 +60,52 @@ class ModelConfig:
     decoder_layers: int = 6
     dropout: float = 0.1
     proposals: bool = True  # false: the one-stage baseline, a class for every pixel
-    class_head: str = "text"  # text (any words) | linear (fully supervised MaskFormer: the data set's classes, no CLIP)
+    # text (any words) | linear (fully supervised MaskFormer: the data set's classes, no CLIP)
+    class_head: str = "text"
     class_hidden: int = 1024  # hidden width of the class-embedding MLP
-    kernels: bool = True  # Triton kernels on CUDA; false: the plain PyTorch that they are tested against
-    compile: str = "auto"  # auto (on CUDA: training, and evaluation of many images; on CPUs CLIP, for many) | on | off
-    bf16: str = "auto"  # auto (on CUDA; except in training on CPUs that multiply in bf16, CLIP only) | on | off
+    kernels: bool = (
+        True  # Triton kernels on CUDA; false: the plain PyTorch that they are tested against
+    )
+    # auto (on CUDA: training, and evaluation of many images; on CPUs CLIP, for many) | on | off
+    compile: str = "auto"
+    # auto (on CUDA; except in training on CPUs that multiply in bf16, CLIP only) | on | off
+    bf16: str = "auto"
 
 
 @dataclass
 class ClipConfig:
     weights: str = "ViT-B/16"  # an OpenAI model name or a state-dict file; {root} is the data root
-    activation: str = "auto"  # auto (OpenAI's files are known; "quickgelu" for others, which is said) | quickgelu | gelu
-    heads: int = 0  # of the image tower's attention; 0: width / 64. Nothing in a file tells (ViT-H/14 has 16 of 80)
+    # auto (OpenAI's files are known; "quickgelu" for others, which is said) | quickgelu | gelu
+    activation: str = "auto"
+    # of the image tower's attention; 0: width / 64. Nothing in a file tells (ViT-H/14 has 16 of 80)
+    heads: int = 0
     prompt: str | list[str] = "single"  # single | imagenet | vild | learned | a list of templates
     region_prompt: str | list[str] = ""  # a prompt of its own for the regions ("" = the same)
     prompts: str = ""  # checkpoint that holds the learned prompt
     prompt_prefix: int = 16  # learned tokens before the name
     ensemble: bool = True  # False: the segmenter's own class probabilities alone
-    ensemble_weight: float = 0.8  # w: seen classes head^w clip^(1-w), unseen the other way round; 0: CLIP only
+    ensemble_weight: float = (
+        0.8  # w: seen classes head^w clip^(1-w), unseen the other way round; 0: CLIP only
+    )
     mask_threshold: float = 0.5
     expand_ratio: float = 1.0
-    regions: str = "crops"  # crops (the paper's) | pool | tokens: one pass over the image (zsseg/regions.py)
+    regions: str = (
+        "crops"  # crops (the paper's) | pool | tokens: one pass over the image (zsseg/regions.py)
+    )
     dense_edge: int = 224  # of the picture's shorter side in that pass
     chunk: int = 0  # region crops in one pass through CLIP; 0: what suits the device
 
 
 @dataclass
 class TrainConfig:
-    task: str = "segment"  # segment | prompts (learning CLIP's prompt) | clip (contrastive, for the synthetic data set)
+    # segment | prompts (learning CLIP's prompt) | clip (contrastive, for the synthetic data set)
+    task: str = "segment"
     steps: int = 60_000
     batch_size: int = 32  # over all processes
     seed: int = 0
-    seeds: list[int] = field(default_factory=list)  # prompts: these are learned side by side, and the best one is kept
+    seeds: list[int] = field(
+        default_factory=list
+    )  # prompts: these are learned side by side, and the best one is kept
     lr: float = 1e-4
     weight_decay: float = 1e-4
     backbone_lr: float = 0.1  # multiplies lr for the backbone
@@ -88,21 +114,30 @@ class TrainConfig:
     focal_weight: float = 20.0
     dice_weight: float = 1.0
     no_object_weight: float = 0.1
-    init: str = ""  # a segmenter's checkpoint, ours or the original's, whose weights training starts from (fine-tuning)
-    teacher: str = ""  # self-training: a checkpoint whose predictions label what the training labels hide
-    # Pixels whose best unseen class is less probable than this stay unlabelled; a softmax over scores from 0 to about 1, so
+    # a segmenter's checkpoint, ours or the original's, whose weights training starts from
+    # (fine-tuning)
+    init: str = ""
+    teacher: str = (
+        ""  # self-training: a checkpoint whose predictions label what the training labels hide
+    )
+    # Pixels whose best unseen class is less probable than this stay unlabelled; a softmax over
+    # scores from 0 to about 1, so
     # that for C classes probabilities lie between 1/C and 3/C, roughly.
     reject: float = 0.0
     checkpoint_every: int = 5000
     eval_every: int = 5000  # on the way, on val (best.pt is the best of these); 0: only at the end
-    bad_steps: int = 20  # steps in a row whose loss or gradient is not finite (they change nothing) before the run stops
+    # steps in a row whose loss or gradient is not finite (they change nothing) before the run stops
+    bad_steps: int = 20
 
 
 @dataclass
 class PromptsConfig:
     """Learning a prompt: SGD with a cosine schedule, on crops of single regions."""
+
     samples_per_class: int = 32  # at most; drawn with train.seed
-    held_out: int = 16  # more of each class, at most a fifth of its regions, on which the seeds are compared
+    held_out: int = (
+        16  # more of each class, at most a fifth of its regions, on which the seeds are compared
+    )
     momentum: float = 0.9
     warmup_steps: int = 100
     warmup_factor: float = 0.005  # of the rate, constant
@@ -110,7 +145,10 @@ class PromptsConfig:
 
 @dataclass
 class ContrastConfig:
-    """The small CLIP of the synthetic data set: sizes of a model that is built rather than loaded."""
+    """The small CLIP of the synthetic data set: sizes of a model that is built rather than
+    loaded.
+    """
+
     embed: int = 64
     resolution: int = 32
     stem: list[int] = field(default_factory=lambda: [24, 48])
@@ -125,11 +163,18 @@ class ContrastConfig:
 
 @dataclass
 class EvalConfig:
-    compare: bool = False  # also measure MaskFormer only, CLIP only, CLIP x objectness, and CLIP on the true masks
-    weights: list[float] = field(default_factory=list)  # also measure the ensemble with these weights, in the same pass
-    sizes: list[int] = field(default_factory=list)  # short edges whose score maps are averaged; [] = data.test_short_edge
+    # also measure MaskFormer only, CLIP only, CLIP x objectness, and CLIP on the true masks
+    compare: bool = False
+    weights: list[float] = field(
+        default_factory=list
+    )  # also measure the ensemble with these weights, in the same pass
+    sizes: list[int] = field(
+        default_factory=list
+    )  # short edges whose score maps are averaged; [] = data.test_short_edge
     flip: bool = False  # average with the mirror image's score map
-    window: int = 0  # side of sliding windows that overlap by 2/3, in pixels of the network input; 0: none
+    window: int = (
+        0  # side of sliding windows that overlap by 2/3, in pixels of the network input; 0: none
+    )
 
 
 @dataclass
@@ -163,22 +208,68 @@ CHOICES = {
     "train.task": ("segment", "prompts", "clip"),
     "log.wandb": ("online", "offline", "disabled"),
 }
-POSITIVE = ("train.steps", "train.batch_size", "train.lr", "train.checkpoint_every", "train.bad_steps", "log.every",
-            "data.crop", "data.max_size", "data.test_short_edge", "model.queries", "model.heads", "model.feedforward",
-            "model.decoder_layers", "model.class_hidden", "clip.expand_ratio", "clip.dense_edge", "prompts.samples_per_class")
-PATHS = ("data.folder", "data.labels", "data.pictures", "model.weights", "clip.weights", "clip.prompts", "train.init",
-         "train.teacher")
-UNIT = ("clip.ensemble_weight", "clip.mask_threshold", "model.dropout", "prompts.momentum", "prompts.warmup_factor",
-        "contrast.masked_share", "train.reject")
-COUNTS = ("clip.chunk", "clip.heads", "clip.prompt_prefix", "data.workers", "train.eval_every",
-          "train.seed", "eval.window", "train.weight_decay", "train.power", "train.clip_grad",
-          "prompts.warmup_steps", "prompts.held_out")
+POSITIVE = (
+    "train.steps",
+    "train.batch_size",
+    "train.lr",
+    "train.checkpoint_every",
+    "train.bad_steps",
+    "log.every",
+    "data.crop",
+    "data.max_size",
+    "data.test_short_edge",
+    "model.queries",
+    "model.heads",
+    "model.feedforward",
+    "model.decoder_layers",
+    "model.class_hidden",
+    "clip.expand_ratio",
+    "clip.dense_edge",
+    "prompts.samples_per_class",
+)
+PATHS = (
+    "data.folder",
+    "data.labels",
+    "data.pictures",
+    "model.weights",
+    "clip.weights",
+    "clip.prompts",
+    "train.init",
+    "train.teacher",
+)
+UNIT = (
+    "clip.ensemble_weight",
+    "clip.mask_threshold",
+    "model.dropout",
+    "prompts.momentum",
+    "prompts.warmup_factor",
+    "contrast.masked_share",
+    "train.reject",
+)
+COUNTS = (
+    "clip.chunk",
+    "clip.heads",
+    "clip.prompt_prefix",
+    "data.workers",
+    "train.eval_every",
+    "train.seed",
+    "eval.window",
+    "train.weight_decay",
+    "train.power",
+    "train.clip_grad",
+    "prompts.warmup_steps",
+    "prompts.held_out",
+)
 
 
-def load_config(file: str | None = None, overrides: list[str] = (), base: dict | None = None) -> Config:
-    """The configuration of a run: `base` (a checkpoint's), then the TOML `file`, then `section.key=value` overrides.
+def load_config(
+    file: str | None = None, overrides: list[str] = (), base: dict | None = None
+) -> Config:
+    """The configuration of a run: `base` (a checkpoint's), then the TOML `file`, then
+    `section.key=value` overrides.
 
-    Raises UserError for a missing or broken file, an unknown key, a wrong type or an impossible value.
+    Raises UserError for a missing or broken file, an unknown key, a wrong type or an impossible
+    value.
     """
     config = Config()
     update(config, base or {}, "checkpoint's configuration")
@@ -187,31 +278,74 @@ def load_config(file: str | None = None, overrides: list[str] = (), base: dict |
     for item in overrides:
         key, sign, text = item.partition("=")
         if not sign or key.count(".") != 1:
-            raise UserError(f"--set {item}", "is not of the form section.key=value", "write e.g. train.steps=100")
+            raise UserError(
+                f"--set {item}",
+                "is not of the form section.key=value",
+                "write e.g. train.steps=100",
+            )
         section, name = key.strip().split(".")
         update(config, {section: {name: text.strip()}}, "--set", text_values=True)
     values = {f"{s}.{k}": v for s, part in asdict(config).items() for k, v in part.items()}
     for name, allowed in CHOICES.items():
         if values[name] not in allowed:
-            raise UserError(name, f"is {values[name]!r}", nearest(values[name], allowed, f"choose one of {', '.join(allowed)}"))
+            raise UserError(
+                name,
+                f"is {values[name]!r}",
+                nearest(values[name], allowed, f"choose one of {', '.join(allowed)}"),
+            )
     for name in (*POSITIVE, *UNIT, *COUNTS):
-        if not values[name] >= 0 or (name in POSITIVE and not values[name]) or (name in UNIT and values[name] > 1):
-            allowed = "above 0" if name in POSITIVE else "from 0 to 1" if name in UNIT else "of 0 or more"
+        if (
+            not values[name] >= 0
+            or (name in POSITIVE and not values[name])
+            or (name in UNIT and values[name] > 1)
+        ):
+            allowed = (
+                "above 0" if name in POSITIVE else "from 0 to 1" if name in UNIT else "of 0 or more"
+            )
             raise UserError(name, f"is {values[name]}", f"give a number {allowed}")
     rules = {
-        "model.hidden": (config.model.hidden > 0 and config.model.hidden % 32 == 0, "give a multiple of 32"),
-        "model.heads": (config.model.hidden % config.model.heads == 0, "give a divisor of model.hidden"),
-        "model.small_widths": (len(config.model.small_widths) == 4 and min(config.model.small_widths) > 0, "give four widths"),
+        "model.hidden": (
+            config.model.hidden > 0 and config.model.hidden % 32 == 0,
+            "give a multiple of 32",
+        ),
+        "model.heads": (
+            config.model.hidden % config.model.heads == 0,
+            "give a divisor of model.hidden",
+        ),
+        "model.small_widths": (
+            len(config.model.small_widths) == 4 and min(config.model.small_widths) > 0,
+            "give four widths",
+        ),
         "data.short_edges": (min(config.data.short_edges, default=0) > 0, "give sizes above 0"),
         "eval.sizes": (min(config.eval.sizes, default=1) > 0, "give sizes above 0"),
-        "eval.weights": (all(0 <= w <= 1 and config.clip.ensemble and config.model.proposals for w in config.eval.weights),
-                         "give numbers from 0 to 1; they want clip.ensemble and model.proposals"),
-        "data.train_on": (config.data.train_on == "all" or config.model.class_head == "text", "a linear head needs \"all\""),
-        "train.seeds": (config.train.task == "prompts" or not config.train.seeds, "only task prompts learns several at once"),
-        "model.proposals": (config.model.proposals or config.model.class_head == "text", "pixels want class_head = \"text\""),
-        "clip.ensemble": (not config.clip.ensemble or config.model.class_head == "text", "a linear head needs false"),
+        "eval.weights": (
+            all(
+                0 <= w <= 1 and config.clip.ensemble and config.model.proposals
+                for w in config.eval.weights
+            ),
+            "give numbers from 0 to 1; they want clip.ensemble and model.proposals",
+        ),
+        "data.train_on": (
+            config.data.train_on == "all" or config.model.class_head == "text",
+            'a linear head needs "all"',
+        ),
+        "train.seeds": (
+            config.train.task == "prompts" or not config.train.seeds,
+            "only task prompts learns several at once",
+        ),
+        "model.proposals": (
+            config.model.proposals or config.model.class_head == "text",
+            'pixels want class_head = "text"',
+        ),
+        "clip.ensemble": (
+            not config.clip.ensemble or config.model.class_head == "text",
+            "a linear head needs false",
+        ),
         "clip.prompt": (config.clip.prompt != [], "give at least one template"),
-        "train.init": (not config.train.init or config.train.task == "segment", "only task segment starts from a segmenter"),
+        "train.init": (
+            not config.train.init or config.train.task == "segment",
+            "only task segment starts from a segmenter",
+        ),
     }
     for name, (right, todo) in rules.items():
         if not right:
@@ -224,8 +358,13 @@ def load_config(file: str | None = None, overrides: list[str] = (), base: dict |
 
 
 def read_toml(file: str | Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:
-    """(name, its tables) of a file and of the one that its `base` names, a file beside it, which comes first."""
-    other, todo = Path("configs") / f"{Path(file).stem}.toml", nearest_file(file, "give the path of a TOML file")
+    """(name, its tables) of a file and of the one that its `base` names, a file beside it, which
+    comes first.
+    """
+    other, todo = (
+        Path("configs") / f"{Path(file).stem}.toml",
+        nearest_file(file, "give the path of a TOML file"),
+    )
     todo = f"did you mean {other}?" if other.is_file() and other != Path(file) else todo
     text = read_text(file, f"config {file}", todo)
     try:
@@ -237,12 +376,18 @@ def read_toml(file: str | Path, above: tuple[Path, ...] = ()) -> list[tuple[str,
         return [(str(file), values)]
     path = Path(file).with_name(f"{base}.toml")
     if not isinstance(base, str) or path in (*above, Path(file)):
-        raise UserError(f"config {file}: base", f"is {base!r}", "name another file beside this one, without .toml")
+        raise UserError(
+            f"config {file}: base",
+            f"is {base!r}",
+            "name another file beside this one, without .toml",
+        )
     return [*read_toml(path, (*above, Path(file))), (str(file), values)]
 
 
 def update(config: Config, values: dict, source: str, text_values: bool = False) -> None:
-    """Set known fields of `config` from {section: {key: value}}; with `text_values`, values are parsed from text."""
+    """Set known fields of `config` from {section: {key: value}}; with `text_values`, values are
+    parsed from text.
+    """
     sections = asdict(config)
     if not isinstance(values, dict):
         raise UserError(source, "is not a table of sections", "give a checkpoint of train.py")
@@ -250,7 +395,11 @@ def update(config: Config, values: dict, source: str, text_values: bool = False)
         if section not in sections:
             raise unknown(source, section, list(sections))
         if not isinstance(fields, dict):
-            raise UserError(f"{source}: {section}", "is a section, not a value", f"write [{section}] with keys below it")
+            raise UserError(
+                f"{source}: {section}",
+                "is a section, not a value",
+                f"write [{section}] with keys below it",
+            )
         part = getattr(config, section)
         kinds = typing.get_type_hints(type(part))
         for key, value in fields.items():
@@ -262,12 +411,18 @@ def update(config: Config, values: dict, source: str, text_values: bool = False)
             if type(value) is int and kinds[key] is float:
                 value = float(value)
             if not matches(value, kinds[key]):
-                raise UserError(f"{source}: {name}", f"is {value!r}, not {describe(kinds[key])}", "correct its type")
+                raise UserError(
+                    f"{source}: {name}",
+                    f"is {value!r}, not {describe(kinds[key])}",
+                    "correct its type",
+                )
             setattr(part, key, value)
 
 
 def parse(text: str, kind: object) -> object:
-    """A command-line value: TOML where that gives the field's type, else the text itself (so strings need no quotes)."""
+    """A command-line value: TOML where that gives the field's type, else the text itself (so
+    strings need no quotes).
+    """
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -1,7 +1,8 @@
-"""Label files that cannot be read in place: SBD's .mat, Context's run lengths in JSON, the colours of ADE20K-847.
+"""Label files that cannot be read in place: SBD's .mat, Context's run lengths in JSON, the colours
+of ADE20K-847.
 
-Every output file is written under a temporary name first and left alone when it is there, so that a conversion which was
-killed goes on where it was.
+Every output file is written under a temporary name first and left alone when it is there, so that a
+conversion which was killed goes on where it was.
 """
 
 import json
@@ -38,10 +39,11 @@ def write_ids(file: Path, ids: list[str]) -> None:
 
 
 def voc_trainaug(folder: Path, sbd: Path, workers: int) -> None:
-    """Write `SegmentationClassAug/`, `train.txt` and, last, `val.txt` from VOC's own files and SBD's.
+    """Write `SegmentationClassAug/`, `train.txt` and, last, `val.txt` from VOC's own files and
+    SBD's.
 
-    train = (VOC train + SBD train + SBD val) - VOC val, 10,582 pictures. An image that VOC segmented keeps VOC's mask
-    (with its void borders); SBD's are for the others, and never for val.
+    train = (VOC train + SBD train + SBD val) - VOC val, 10,582 pictures. An image that VOC
+    segmented keeps VOC's mask (with its void borders); SBD's are for the others, and never for val.
     """
     lists = [folder / f"{split}.txt" for split in ("train", "val")]
     if all(file.exists() for file in lists):  # somebody's own: only masks are missing
@@ -68,7 +70,11 @@ def read_sbd(file: Path) -> np.ndarray:
     try:
         values = loadmat(file, variable_names=["GTcls"])["GTcls"][0]["Segmentation"][0]
     except Exception as error:  # SciPy raises many kinds for a broken file
-        raise UserError(f"SBD file {file}", f"cannot be read ({error or type(error).__name__})", "replace the file") from None
+        raise UserError(
+            f"SBD file {file}",
+            f"cannot be read ({error or type(error).__name__})",
+            "replace the file",
+        ) from None
     if values.ndim != 2 or values.dtype != np.uint8:
         raise UserError(f"SBD file {file}", "holds no 8-bit class mask", "replace the file")
     return values
@@ -82,9 +88,9 @@ def save(values: np.ndarray, file: Path, kind: str = "PNG", **options: object) -
 def decode_runs(segmentation: dict) -> np.ndarray:
     """COCO's run-length mask, {"size": [h, w], "counts": list or compressed text} -> bool [h, w].
 
-    The runs go down the columns, background first. Compressed: 5 bits a character from 48 on, low bits first, the 6th
-    says that more follow, two's complement; from the third on, differences to the run before the last.
-    Raises ValueError where they do not add up to the picture.
+    The runs go down the columns, background first. Compressed: 5 bits a character from 48 on, low
+    bits first, the 6th says that more follow, two's complement; from the third on, differences to
+    the run before the last. Raises ValueError where they do not add up to the picture.
     """
     height, width = segmentation["size"]
     if not 0 < height * width <= LARGEST:
@@ -104,17 +110,26 @@ def decode_runs(segmentation: dict) -> np.ndarray:
                 value = shift = 0
         counts = runs
     counts = np.array(counts, np.int64)
-    if counts.ndim != 1 or (counts < 0).any() or (counts > height * width).any() or counts.sum() != height * width:
+    if (
+        counts.ndim != 1
+        or (counts < 0).any()
+        or (counts > height * width).any()
+        or counts.sum() != height * width
+    ):
         raise ValueError("run lengths that do not add up to the picture")
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
 
 def pascal_context(folder: Path, workers: int) -> None:
-    """`trainval_merged.json` -> `labels/<id>.png`, 16-bit category ids painted in the file's order, and, last, the lists."""
+    """`trainval_merged.json` -> `labels/<id>.png`, 16-bit category ids painted in the file's order,
+    and, last, the lists.
+    """
     file = folder / "trainval_merged.json"
     try:
         content = json.loads(file.read_bytes())
-        images = {int(i["image_id"]): i for i in content["images"] if i["phase"] in ("train", "val")}
+        images = {
+            int(i["image_id"]): i for i in content["images"] if i["phase"] in ("train", "val")
+        }
         if "val" not in {image["phase"] for image in images.values()}:
             raise ValueError("no picture of phase val")
         annotations = defaultdict(list)
@@ -124,7 +139,9 @@ def pascal_context(folder: Path, workers: int) -> None:
         if not all(re.fullmatch(r"[\w-]{1,100}", stem) for stem in stems.values()):
             raise ValueError("file names that are none")
     except Exception as error:  # any JSON may be in it
-        raise UserError(f"annotations {file}", f"cannot be read ({error!r:.200})", "replace the file") from None
+        raise UserError(
+            f"annotations {file}", f"cannot be read ({error!r:.200})", "replace the file"
+        ) from None
     del content
 
     def convert(key: int) -> None:
@@ -145,14 +162,19 @@ def pascal_context(folder: Path, workers: int) -> None:
 
     list(parallel(convert, sorted(images), workers, "convert Context"))
     for split in ("train", "val"):
-        write_ids(folder / f"{split}.txt", sorted(stems[k] for k, image in images.items() if image["phase"] == split))
+        write_ids(
+            folder / f"{split}.txt",
+            sorted(stems[k] for k, image in images.items() if image["phase"] == split),
+        )
 
 
 def ade20k_full(folder: Path, workers: int, train: bool = False) -> None:
-    """`images/ADE/**/<id>.jpg` and `<id>_seg.png` -> `images_detectron2/` and `annotations_detectron2/`, as MaskFormer does.
+    """`images/ADE/**/<id>.jpg` and `<id>_seg.png` -> `images_detectron2/` and
+    `annotations_detectron2/`, as MaskFormer does.
 
-    Where both sides are longer than 512 the shorter one becomes 512: images bilinearly, label maps by nearest. The split
-    that a file belongs to stands in its name; `train`: convert the training images, too.
+    Where both sides are longer than 512 the shorter one becomes 512: images bilinearly, label maps
+    by nearest. The split that a file belongs to stands in its name; `train`: convert the training
+    images, too.
     """
     data = dataset("ade20k_full")
     table = np.full(65536, data.ignore, np.uint16)
@@ -167,19 +189,27 @@ def ade20k_full(folder: Path, workers: int, train: bool = False) -> None:
             return
         colours = np.array(read_picture(segmentation, None, "label map"))
         if colours.ndim != 3 or colours.dtype != np.uint8:
-            raise UserError(f"label map {segmentation}", "is not a colour picture", "replace the file")
+            raise UserError(
+                f"label map {segmentation}", "is not a colour picture", "replace the file"
+            )
         image = read_picture(jpeg, None)
         image = image if image.mode in ("L", "RGB") else image.convert("RGB")
         red, green = colours[..., 0].astype(np.int64), colours[..., 1]
         values = table[red // 10 * 256 + green]
         if image.size != values.shape[::-1]:
-            why = f"is {values.shape[1]} x {values.shape[0]}, its picture {image.width} x {image.height}"
+            why = (
+                f"is {values.shape[1]} x {values.shape[0]}, its picture {image.width} x "
+                f"{image.height}"
+            )
             raise UserError(f"label map {segmentation}", why, "make the two the same size")
         if min(image.size) > 512:
             height, width = (round(side / min(image.size) * 512) for side in values.shape)
             image = Image.fromarray(resize_bilinear(np.array(image), height, width))
             H, W = values.shape
-            rows, columns = (np.floor(np.arange(n) * (1 / (n / m))).astype(int) for n, m in ((height, H), (width, W)))
+            rows, columns = (
+                np.floor(np.arange(n) * (1 / (n / m))).astype(int)
+                for n, m in ((height, H), (width, W))
+            )
             values = values[rows[:, None], columns]
         if not picture.exists():
             save(np.array(image), picture, "JPEG")
@@ -190,17 +220,22 @@ def ade20k_full(folder: Path, workers: int, train: bool = False) -> None:
 
     jpegs = []
     for parent, below, files in os.walk(folder / "images"):
-        names = {f.removesuffix(".jpg") for f in files if f.endswith(".jpg") and not f.startswith(".")}
+        names = {
+            f.removesuffix(".jpg") for f in files if f.endswith(".jpg") and not f.startswith(".")
+        }
         jpegs += [Path(parent) / f"{n}.jpg" for n in sorted(names) if train or is_val(n)]
         below[:] = sorted(set(below) - names)  # a folder of the picture's name holds its instances
     list(parallel(convert, jpegs, workers, "convert ADE20K"))
 
 
 def resize_bilinear(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [H, W] or [H, W, 3] -> the same at height x width, bit for bit as OpenCV's INTER_LINEAR.
+    """uint8 [H, W] or [H, W, 3] -> the same at height x width, bit for bit as OpenCV's
+    INTER_LINEAR.
 
-    No anti-aliasing; weights in steps of 1/2048, and the vertical sum in 16-bit pieces as its vector code does.
+    No anti-aliasing; weights in steps of 1/2048, and the vertical sum in 16-bit pieces as its
+    vector code does.
     """
+
     def taps(size: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         position = ((np.arange(new) + 0.5) * (1 / (new / size)) - 0.5).astype(np.float32)
         first = np.floor(position).astype(int)
@@ -211,7 +246,11 @@ def resize_bilinear(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
     pixels = pixels.astype(np.int32).reshape(*pixels.shape[:2], -1)  # [H, W, channels]
     left, right, (a0, a1) = taps(pixels.shape[1], width)
-    rows = pixels[:, left] * a0[:, None] + pixels[:, right] * a1[:, None]  # [H, width, channels], times 2048
+    rows = (
+        pixels[:, left] * a0[:, None] + pixels[:, right] * a1[:, None]
+    )  # [H, width, channels], times 2048
     upper, lower, (b0, b1) = taps(pixels.shape[0], height)
-    total = ((rows[upper] >> 4) * b0[:, None, None] >> 16) + ((rows[lower] >> 4) * b1[:, None, None] >> 16)
+    total = ((rows[upper] >> 4) * b0[:, None, None] >> 16) + (
+        (rows[lower] >> 4) * b1[:, None, None] >> 16
+    )
     return (total + 2 >> 2).astype(np.uint8).squeeze()

@@ -1,6 +1,7 @@
 """What the networks read: test-time images and the endless training streams.
 
-A sample of a training stream is a function of (seed, sample number) alone, so resuming needs one integer.
+A sample of a training stream is a function of (seed, sample number) alone, so resuming needs one
+integer.
 """
 
 import atexit
@@ -35,7 +36,9 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def test_size(width: int, height: int, short: int, longest: int) -> tuple[int, int]:
-    """(width, height) after bringing the short edge to `short`, the long one to at most `longest` (detectron2's rule)."""
+    """(width, height) after bringing the short edge to `short`, the long one to at most `longest`
+    (detectron2's rule).
+    """
     scale = short / min(width, height)
     w, h = (short, scale * height) if width <= height else (scale * width, short)
     if max(w, h) > longest:
@@ -44,12 +47,18 @@ def test_size(width: int, height: int, short: int, longest: int) -> tuple[int, i
 
 
 class TestPictures(Dataset):
-    """Item i: (image uint8 [3, h, w] at each network-input size, class ids uint8 or int32 [H, W] at its own size, name).
+    """Item i: (image uint8 [3, h, w] at each network-input size, class ids uint8 or int32 [H, W] at
+    its own size, name).
 
     There is one size, with shorter edge `data.test_short_edge`, unless `edges` gives others.
     """
+
     def __init__(self, config: DataConfig, root: Path, split: str, edges: list[int] = ()):
-        self.config, self.lut, self.edges = config, dataset(config).lut(), edges or [config.test_short_edge]
+        self.config, self.lut, self.edges = (
+            config,
+            dataset(config).lut(),
+            edges or [config.test_short_edge],
+        )
         self.pairs = find_pairs(config, root, split)
         self.names = unique_names([picture for picture, _ in self.pairs])
 
@@ -61,11 +70,17 @@ class TestPictures(Dataset):
         image = read_picture(image_file, turn=self.config.exif_turn)
         labels = torch.from_numpy(read_labels(label_file, self.lut, image.size))
         sizes = [test_size(*image.size, edge, self.config.max_size) for edge in self.edges]
-        return [to_tensor(image.resize(size, Image.Resampling.BILINEAR)) for size in sizes], labels, self.names[i]
+        return (
+            [to_tensor(image.resize(size, Image.Resampling.BILINEAR)) for size in sizes],
+            labels,
+            self.names[i],
+        )
 
 
 def unique_names(files: list[Path]) -> list[str]:
-    """A name for every file that no other one has: its stem or, where one is not unique, its path below their folder."""
+    """A name for every file that no other one has: its stem or, where one is not unique, its path
+    below their folder.
+    """
     files = [Path(os.path.abspath(file)) for file in files]
     names = [file.stem for file in files]
     if len(set(names)) < len(set(files)):
@@ -76,16 +91,25 @@ def unique_names(files: list[Path]) -> list[str]:
     return names
 
 
-def augment(image: Image.Image, labels: np.ndarray, config: DataConfig, ignore: int, rng: np.random.Generator):
-    """The augmentation of training: RGB image and class ids [H, W] -> uint8 [3, S, S] and ids [S, S], S = config.crop.
+def augment(
+    image: Image.Image,
+    labels: np.ndarray,
+    config: DataConfig,
+    ignore: int,
+    rng: np.random.Generator,
+):
+    """The augmentation of training: RGB image and class ids [H, W] -> uint8 [3, S, S] and ids [S,
+    S], S = config.crop.
 
-    Shortest edge, random crop (as much as there is), colour jitter, flip, padding at the right and bottom.
+    Shortest edge, random crop (as much as there is), colour jitter, flip, padding at the right and
+    bottom.
     """
     S, (W, H) = config.crop, image.size
     width, height = test_size(W, H, int(rng.choice(config.short_edges)), config.max_size)
     h, w = min(height, S), min(width, S)
     top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-    # Only what the crop shows is resized; Pillow's filter still reads the image around it, so the pixels are the same.
+    # Only what the crop shows is resized; Pillow's filter still reads the image around it, so the
+    # pixels are the same.
     box = (left * W / width, top * H / height, (left + w) * W / width, (top + h) * H / height)
     image = image.resize((w, h), Image.Resampling.BILINEAR, box)
     rows = np.minimum((np.arange(top, top + h) + 0.5) * H / height, H - 1).astype(int)  # nearest
@@ -100,13 +124,17 @@ def augment(image: Image.Image, labels: np.ndarray, config: DataConfig, ignore: 
 
 
 def ssd_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """SSD's colour jitter: brightness, contrast, saturation, hue, each with p = 0.5; contrast before or after by coin."""
+    """SSD's colour jitter: brightness, contrast, saturation, hue, each with p = 0.5; contrast
+    before or after by coin.
+    """
     brightness, contrast, saturation, hue, first = rng.random(5) < 0.5
     u = rng.uniform(-1, 1, 4)
     values, full = np.arange(256.0), 3 * [range(256)]
 
     def by_table(image: Image.Image, *channels: np.ndarray) -> Image.Image:
-        return image.point(np.concatenate([np.clip(c, 0, 255) for c in channels]).astype(np.uint8).tolist())
+        return image.point(
+            np.concatenate([np.clip(c, 0, 255) for c in channels]).astype(np.uint8).tolist()
+        )
 
     if brightness:
         image = by_table(image, *3 * [values + 32 * u[0]])
@@ -124,7 +152,8 @@ def ssd_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 def training_statistics(config: DataConfig, root: Path) -> LabelStatistics:
     """Which classes the training images show.
 
-    What may be a mistake in the labels is said; label maps that cannot be read are named, and left out.
+    What may be a mistake in the labels is said; label maps that cannot be read are named, and left
+    out.
     """
     statistics = label_statistics(config, root, "train", config.workers)
     for line in statistics.oddities(training_set(config), "train"):
@@ -140,9 +169,11 @@ def training_statistics(config: DataConfig, root: Path) -> LabelStatistics:
 class TrainPictures(Dataset):
     """Sample n of an endless stream: the images in a fresh order every epoch, augmented.
 
-    Item: (image uint8 [3, S, S], ids among the training classes [S, S], classes present int64 [T]). An image that
-    shows no class that is trained on is left out. `pseudo` is a folder of label maps to train on instead of the data set's.
+    Item: (image uint8 [3, S, S], ids among the training classes [S, S], classes present int64 [T]).
+    An image that shows no class that is trained on is left out. `pseudo` is a folder of label maps
+    to train on instead of the data set's.
     """
+
     def __init__(self, config: Config, root: Path, pseudo: Path | None = None):
         self.data, self.seed = training_set(config.data), config.train.seed
         pairs, self.lut = find_pairs(config.data, root, "train"), self.data.lut(training=True)
@@ -150,18 +181,27 @@ class TrainPictures(Dataset):
             statistics = training_statistics(config.data, root)
             self.pairs = [pairs[i] for i in statistics.pictures_with(self.data.trained)]
             if without := len(pairs) - len(self.pairs) - len(statistics.broken):
-                left_out(f"{several(without, 'training picture')} without a class that is trained on")
+                left_out(
+                    f"{several(without, 'training picture')} without a class that is trained on"
+                )
         else:  # class ids of all classes, by `zsseg.selftrain`
             self.pairs = [(picture, pseudo / f"{i:06}.png") for i, (picture, _) in enumerate(pairs)]
             self.lut = identity(self.data)
         if not self.pairs:
-            raise UserError(f"data set {config.data.name}", "no training picture shows a class that is trained on", "check it")
+            raise UserError(
+                f"data set {config.data.name}",
+                "no training picture shows a class that is trained on",
+                "check it",
+            )
         self.config = config.data
         self.epoch, self.shuffled = -1, np.empty(0)
 
     def order(self, epoch: int) -> np.ndarray:
         if epoch != self.epoch:
-            self.epoch, self.shuffled = epoch, np.random.default_rng(seed_of(self.seed, 1, epoch)).permutation(len(self.pairs))
+            self.epoch, self.shuffled = (
+                epoch,
+                np.random.default_rng(seed_of(self.seed, 1, epoch)).permutation(len(self.pairs)),
+            )
         return self.shuffled
 
     def __getitem__(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,12 +237,14 @@ def collate(samples: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Targe
 
 class Sample(NamedTuple):
     """A sample, or what became of it: a worker process would turn a UserError into a traceback."""
+
     value: object  # None where there is none
     errors: list[UserError]
 
 
 class Guarded(Dataset):
     """Samples as `Sample`; with `replace`, the next whole one takes the place of a broken one."""
+
     def __init__(self, samples: Dataset, replace: bool = False):
         self.samples, self.tries = samples, REPLACEMENTS + 1 if replace else 1
 
@@ -224,27 +266,43 @@ def guarded(collate_fn: Callable, samples: list[Sample]) -> tuple[object, list[U
 
 @atexit.register
 def end_workers() -> None:
-    """Workers leave signals to the main process, so that at its end, above all after an error, they must be killed: what
-    multiprocessing has registered to do then, after this, would wait for them forever.
+    """Workers leave signals to the main process, so that at its end, above all after an error, they
+    must be killed: what multiprocessing has registered to do then, after this, would wait for them
+    forever.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch would complain of their death
     for child in multiprocessing.active_children():
         child.kill()
 
 
-def stream(samples: Dataset, numbers: Iterable[int], batch_size: int, workers: int, collate_fn: Callable = list,
-           broken: Callable[[UserError], None] | None = None) -> Iterator:  # fmt: skip
+def stream(
+    samples: Dataset,
+    numbers: Iterable[int],
+    batch_size: int,
+    workers: int,
+    collate_fn: Callable = list,
+    broken: Callable[[UserError], None] | None = None,
+) -> Iterator:
     """Batches of the samples with these numbers, in order.
 
-    A broken sample raises its UserError. With `broken`, that gets the error, and the next sample of the (endless) stream is
-    taken instead: still a function of the number alone. Too many broken ones in a row are an error all the same.
+    A broken sample raises its UserError. With `broken`, that gets the error, and the next sample of
+    the (endless) stream is taken instead: still a function of the number alone. Too many broken
+    ones in a row are an error all the same.
     """
     workers = min(workers, os.cpu_count() or 1)
-    loader = DataLoader(Guarded(samples, broken is not None), batch_size, sampler=numbers,
-                        num_workers=workers, collate_fn=functools.partial(guarded, collate_fn),
-                        prefetch_factor=(2 if broken else 1) if workers else None,  # images to be measured may be huge
-                        pin_memory=torch.cuda.is_available())  # fmt: skip
-    # What a scheduler sends to a whole job is the main process's to answer, which still needs the batches: workers start with
+    loader = DataLoader(
+        Guarded(samples, broken is not None),
+        batch_size,
+        sampler=numbers,
+        num_workers=workers,
+        collate_fn=functools.partial(guarded, collate_fn),
+        prefetch_factor=(2 if broken else 1)
+        if workers
+        else None,  # images to be measured may be huge
+        pin_memory=torch.cuda.is_available(),
+    )
+    # What a scheduler sends to a whole job is the main process's to answer, which still needs the
+    # batches: workers start with
     # these signals blocked, and stay so.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     iterator = iter(loader)

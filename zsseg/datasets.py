@@ -1,7 +1,7 @@
 """The data sets: one table of what differs between them, and their files.
 
-Official label files are read as they are; a look-up table turns their values into class ids when they are read. What the
-segmenter must not see becomes the ignore value right there.
+Official label files are read as they are; a look-up table turns their values into class ids when
+they are read. What the segmenter must not see becomes the ignore value right there.
 """
 
 import os
@@ -27,10 +27,17 @@ class Absent(UserError):
 
 @dataclass(frozen=True)
 class Archive:
-    """An official file: where it is downloaded, how it is recognised, which of its folders go where."""
+    """An official file: where it is downloaded, how it is recognised, which of its folders go
+    where.
+    """
+
     file: str
-    take: list[tuple[str, str]]  # (folder or file in the archive, its place below the data set's folder)
-    urls: list[str] = field(default_factory=list)  # the first that answers; none: registration is needed
+    take: list[
+        tuple[str, str]
+    ]  # (folder or file in the archive, its place below the data set's folder)
+    urls: list[str] = field(
+        default_factory=list
+    )  # the first that answers; none: registration is needed
     bytes: int = 0  # 0: not published
     checksum: str = ""  # "sha256:..." or "sha1:..."; "": not published
 
@@ -38,6 +45,7 @@ class Archive:
 @dataclass(frozen=True)
 class DataSet:
     """One row of the table, `datasets.toml`. Class ids run from 0; `ignore` is no class."""
+
     name: str
     names: list[str]
     folders: list[str]  # below the data root; the first that exists is used
@@ -50,7 +58,9 @@ class DataSet:
     bits: int = 8  # of a label value; 16-bit data sets may hold 8-bit files
     ignore: int = 255
     counts: dict[str, int] = field(default_factory=dict)  # images of each split, as published
-    digests: dict[str, str] = field(default_factory=dict)  # SHA-256 of a split's sorted ids, one a line
+    digests: dict[str, str] = field(
+        default_factory=dict
+    )  # SHA-256 of a split's sorted ids, one a line
     objects: list[int] = field(default_factory=list)  # ADE20K-847: object index of each class
     archives: list[Archive] = field(default_factory=list)
     register: str = ""  # what to do where nothing may be downloaded
@@ -62,7 +72,9 @@ class DataSet:
 
     @property
     def trained(self) -> list[int]:
-        """Ids of the classes that are trained on: the seen ones, or all where there is no such split."""
+        """Ids of the classes that are trained on: the seen ones, or all where there is no such
+        split.
+        """
         return self.seen or list(range(len(self.names)))
 
     @property
@@ -70,7 +82,9 @@ class DataSet:
         return [self.names[i] for i in self.trained]
 
     def lut(self, training: bool = False) -> np.ndarray:
-        """Label value -> class id [2**bits]; in training -> index among the seen classes, unseen ones -> `ignore`."""
+        """Label value -> class id [2**bits]; in training -> index among the seen classes, unseen
+        ones -> `ignore`.
+        """
         table = np.full(2**self.bits, self.ignore, np.uint8 if self.ignore < 256 else np.int32)
         ids = self.trained if training else range(len(self.names))
         table[[self.values[i] for i in ids]] = np.arange(len(ids))
@@ -78,10 +92,15 @@ class DataSet:
 
     def folder(self, root: Path) -> Path:
         """The first of `folders` that holds anything."""
-        return next((root / f for f in self.folders if any((root / f).glob("[!.]*"))), root / self.folders[0])
+        return next(
+            (root / f for f in self.folders if any((root / f).glob("[!.]*"))),
+            root / self.folders[0],
+        )
 
     def listing(self, folder: Path, split: str) -> "Listing":
-        """The files of a split, as listed or found. Raises OSError without a list, UserError for one that names no ids."""
+        """The files of a split, as listed or found. Raises OSError without a list, UserError for
+        one that names no ids.
+        """
         return self.listed(folder, split) if self.lists else self.found(folder, split)
 
     def listed(self, folder: Path, split: str) -> "Listing":
@@ -94,12 +113,18 @@ class DataSet:
                 name = lines[number] = line.strip()
                 picture = folder / self.pictures.format(id=name)
             words = name.split()
-            columns = len(words) > 1 and (re.fullmatch(r"[-+]?[\d.]+", words[-1]) or any("/" in word for word in words))
+            columns = len(words) > 1 and (
+                re.fullmatch(r"[-+]?[\d.]+", words[-1]) or any("/" in word for word in words)
+            )
             columns = columns or "," in name or name[0] in "#\"'`[{" or name[-1] in "\"'`]}"
             files = any(os.path.splitext(word)[1].lower() in known for word in words)
             if not picture.exists() and (columns or files or "\\" in name or name.startswith("/")):
                 wants = f"wants ids, one a line, not {name[:100]!r}"
-                raise UserError(f"list {folder / split}.txt", wants, f"an id is what stands for {{id}} in {self.pictures}")
+                raise UserError(
+                    f"list {folder / split}.txt",
+                    wants,
+                    f"an id is what stands for {{id}} in {self.pictures}",
+                )
             labels = [folder / pattern.format(id=name) for pattern in self.labels]
             pairs.append((picture, next((p for p in labels if p.exists()), labels[0])))
         twice = sum(count - 1 for count in Counter(lines).values())
@@ -107,11 +132,14 @@ class DataSet:
         return Listing(pairs, remarks=[remark] if twice else [])
 
     def found(self, folder: Path, split: str) -> "Listing":
-        """Files below the folder whose paths fit the patterns; an image and a label map of one id are a pair."""
+        """Files below the folder whose paths fit the patterns; an image and a label map of one id
+        are a pair.
+        """
         hidden, others = [], []
         pictures = self.fitting(folder, split, self.pictures, hidden, others)
         labels = self.fitting(folder, split, self.labels[0], hidden, [])
-        # A file that fits both patterns is what it has a partner for: a.png and a_mask.png are an image and its label map.
+        # A file that fits both patterns is what it has a partner for: a.png and a_mask.png are an
+        # image and its label map.
         files_of = [Counter(part.values()) for part in (pictures, labels)]
         for file in pictures.keys() & labels.keys():
             is_labels = files_of[0][labels[file]] > (pictures[file] == labels[file])
@@ -124,15 +152,21 @@ class DataSet:
         for part, files in zip(by_id, (pictures, labels), strict=True):
             for file, name in files.items():
                 if name in part:
-                    twins.append(UserError(f"file {file}", f"has the id of {part[name]}", "keep one"))
+                    twins.append(
+                        UserError(f"file {file}", f"has the id of {part[name]}", "keep one")
+                    )
                 part.setdefault(name, Path(file))
         pairs = [(by_id[0][i], by_id[1][i]) for i in sorted(by_id[0].keys() & by_id[1].keys())]
         alone = {by_id[0].get(i, by_id[1].get(i)) for i in by_id[0].keys() ^ by_id[1].keys()}
         strangers = [file for file in others if file not in labels] if self.name == "folder" else []
         return Listing(pairs, sorted(alone), twins, strangers, hidden, (len(pictures), len(labels)))
 
-    def fitting(self, folder: Path, split: str, pattern: str, hidden: list[str], others: list[str]) -> dict[str, str]:
-        """{file: id} of those that fit a pattern; images by their ending that do not are put into `others`."""
+    def fitting(
+        self, folder: Path, split: str, pattern: str, hidden: list[str], others: list[str]
+    ) -> dict[str, str]:
+        """{file: id} of those that fit a pattern; images by their ending that do not are put into
+        `others`.
+        """
         before, after = pattern.replace("{split}", self.splits.get(split, split)).split("{id}")
         known, found, base = picture_endings(), {}, folder / before
         for file in walk(base, hidden=hidden) if base.is_dir() else ():
@@ -150,20 +184,31 @@ class DataSet:
 @dataclass
 class Listing:
     """The files of a split."""
+
     pairs: list[tuple[Path, Path]]  # (image, label map), sorted by id as listed or found
-    alone: list[Path] = field(default_factory=list)  # on one side only; a listed file that is not there is an error
+    alone: list[Path] = field(
+        default_factory=list
+    )  # on one side only; a listed file that is not there is an error
     twins: list[UserError] = field(default_factory=list)  # two files of one id
-    others: list[str] = field(default_factory=list)  # that look like images and fit no pattern (one's own data)
+    others: list[str] = field(
+        default_factory=list
+    )  # that look like images and fit no pattern (one's own data)
     hidden: list[str] = field(default_factory=list)
     counts: tuple[int, int] = (0, 0)  # images, label maps
     remarks: list[str] = field(default_factory=list)
 
     def left_out(self, split: str) -> list[str]:
         """What is not used of the files that are there, a line each."""
-        lines = [f"{several(len(self.alone), 'file')} without a partner in {split}"] if self.alone else []
+        lines = (
+            [f"{several(len(self.alone), 'file')} without a partner in {split}"]
+            if self.alone
+            else []
+        )
         if self.others:
             what = several(len(self.others), "file that fits", "files that fit")
-            lines.append(f"{what} neither data.pictures nor data.labels in {split} ({endings(self.others)})")
+            lines.append(
+                f"{what} neither data.pictures nor data.labels in {split} ({endings(self.others)})"
+            )
         return lines
 
 
@@ -172,7 +217,10 @@ def endings(files: Iterable[str]) -> str:
     counts = Counter(os.path.splitext(file)[1].lower() for file in files)
     order = sorted(counts, key=lambda ending: (-counts[ending], ending == "", ending))
     more = f" and {len(order) - 5} more kinds" if len(order) > 5 else ""
-    return ", ".join(f"{counts[ending]} {ending or 'without an ending'}" for ending in order[:5]) + more
+    return (
+        ", ".join(f"{counts[ending]} {ending or 'without an ending'}" for ending in order[:5])
+        + more
+    )
 
 
 def read_table(file: Path) -> dict[str, DataSet]:
@@ -187,13 +235,17 @@ DATASETS = read_table(Path(__file__).parent / "datasets.toml")
 
 
 def dataset(wanted: str | DataConfig) -> DataSet:
-    """A row of the table, by its name or as a configuration wants it, which may also describe a data set of its own."""
+    """A row of the table, by its name or as a configuration wants it, which may also describe a
+    data set of its own.
+    """
     name = wanted if isinstance(wanted, str) else wanted.name
     if name == "folder" and isinstance(wanted, DataConfig):
         return own_dataset(wanted)
     if name not in DATASETS:
         known = [*DATASETS, "folder"]
-        raise UserError("data.name", f"is {name!r}", nearest(name, known, f"choose one of {', '.join(known)}"))
+        raise UserError(
+            "data.name", f"is {name!r}", nearest(name, known, f"choose one of {', '.join(known)}")
+        )
     return DATASETS[name]
 
 
@@ -211,26 +263,51 @@ def own_dataset(config: DataConfig) -> DataSet:
     check_names(config.classes)
     lists = "{split}" not in config.pictures
     rules = {
-        "data.pictures": (config.pictures.count("{id}") == 1 and not (lists and config.pictures.endswith(".*"))
-                          and config.pictures.split("{id}")[0][-1:] in ("", "/"),
-                          'write e.g. "images/{split}/{id}.jpg"'),
-        "data.labels": (config.labels.count("{id}") == 1 and lists == ("{split}" not in config.labels)
-                        and config.labels.split("{id}")[0][-1:] in ("", "/") and config.labels != config.pictures
-                        and not (lists and config.labels.endswith(".*")),
-                        'write e.g. "masks/{split}/{id}.png", with {split} as in data.pictures, which are other files'),
+        "data.pictures": (
+            config.pictures.count("{id}") == 1
+            and not (lists and config.pictures.endswith(".*"))
+            and config.pictures.split("{id}")[0][-1:] in ("", "/"),
+            'write e.g. "images/{split}/{id}.jpg"',
+        ),
+        "data.labels": (
+            config.labels.count("{id}") == 1
+            and lists == ("{split}" not in config.labels)
+            and config.labels.split("{id}")[0][-1:] in ("", "/")
+            and config.labels != config.pictures
+            and not (lists and config.labels.endswith(".*")),
+            'write e.g. "masks/{split}/{id}.png", with {split} as in data.pictures',
+        ),
         "data.classes": (len(config.classes) > 0, "name every class"),
-        "data.unseen": (len(config.unseen) < len(config.classes), "give some of data.classes, not all"),
-        "data.values": (len(values) == len(config.classes) and all(0 <= value < 2**16 for value in values),
-                        f"give each of the {len(config.classes)} classes a value of its own, from 0 to 65535"),
-    }  # fmt: skip
+        "data.unseen": (
+            len(config.unseen) < len(config.classes),
+            "give some of data.classes, not all",
+        ),
+        "data.values": (
+            len(values) == len(config.classes) and all(0 <= value < 2**16 for value in values),
+            f"give each of the {len(config.classes)} classes a value of its own, from 0 to 65535",
+        ),
+    }
     for name, (right, todo) in rules.items():
         if not right:
             given = getattr(config, name.removeprefix("data."))
-            raise UserError(name, f"is {given}" if given else "is missing (data.name is folder)", todo)
+            raise UserError(
+                name, f"is {given}" if given else "is missing (data.name is folder)", todo
+            )
     splits = {split: split for split in ("train", "val", "test", config.split)}
     ignore = 255 if len(config.classes) <= 255 else 65535
-    return DataSet("folder", config.classes, [config.folder or "."], config.pictures, [config.labels], splits, values,
-                   config.unseen, lists, 16, ignore)  # fmt: skip
+    return DataSet(
+        "folder",
+        config.classes,
+        [config.folder or "."],
+        config.pictures,
+        [config.labels],
+        splits,
+        values,
+        config.unseen,
+        lists,
+        16,
+        ignore,
+    )
 
 
 def training_set(config: DataConfig) -> DataSet:
@@ -243,24 +320,37 @@ def find_listing(wanted: str | DataConfig, root: Path, split: str) -> Listing:
     """The files of a split; UserError where there are none."""
     data = dataset(wanted)
     if split not in data.splits:
-        raise Absent("data.split", f"is {split!r}", f"{data.name} has {', '.join(data.splits)}: --set data.split=...")
+        raise Absent(
+            "data.split",
+            f"is {split!r}",
+            f"{data.name} has {', '.join(data.splits)}: --set data.split=...",
+        )
     folder = data.folder(root)
     try:
         listing = data.listing(folder, split)
     except FileNotFoundError:
         listing = Listing([])
     except OSError as error:
-        raise UserError(f"list {folder / split}.txt", f"cannot be read ({error})", "replace the file") from None
+        raise UserError(
+            f"list {folder / split}.txt", f"cannot be read ({error})", "replace the file"
+        ) from None
     if not listing.pairs and data.name == "folder":
         raise nothing_found(data, folder, split, listing)
     if not listing.pairs:
-        command = f"run prepare_data.py {data.name}" + " --train" * (split == "train" and data.name != "shapes")
-        raise Absent(f"data set {data.name}", f"no {split!r} pictures in {folder}", f"{command}, or give --root")
+        command = f"run prepare_data.py {data.name}" + " --train" * (
+            split == "train" and data.name != "shapes"
+        )
+        raise Absent(
+            f"data set {data.name}",
+            f"no {split!r} pictures in {folder}",
+            f"{command}, or give --root",
+        )
     return listing
 
 
 def find_pairs(wanted: str | DataConfig, root: Path, split: str) -> list[tuple[Path, Path]]:
-    """The (image, label map) files of a split. The command says at its end which files it has left out.
+    """The (image, label map) files of a split. The command says at its end which files it has left
+    out.
 
     UserError where there are none, or where two have the same id.
     """
@@ -277,13 +367,25 @@ def find_pairs(wanted: str | DataConfig, root: Path, split: str) -> list[tuple[P
 def nothing_found(data: DataSet, folder: Path, split: str, listing: Listing) -> UserError:
     """What is wrong with a data set of the user's own of which a split has no pair of files."""
     if not folder.is_dir():
-        return UserError("data.folder", f"no such folder {folder}", nearest_file(folder, "correct it, or give --root"))
+        return UserError(
+            "data.folder",
+            f"no such folder {folder}",
+            nearest_file(folder, "correct it, or give --root"),
+        )
     if data.lists:
-        return Absent(f"list {folder / split}.txt", f"names no {split!r} picture, or is not there", "write one id a line")
+        return Absent(
+            f"list {folder / split}.txt",
+            f"names no {split!r} picture, or is not there",
+            "write one id a line",
+        )
     counts, pattern = listing.counts, (data.pictures, data.labels[0])
     key, i = ("data.labels", 1) if counts[0] and not counts[1] else ("data.pictures", 0)
     if all(counts):
-        return UserError("data.labels", f"no {split!r} label map has the id of a picture", "see data.pictures and data.labels")
+        return UserError(
+            "data.labels",
+            f"no {split!r} label map has the id of a picture",
+            "see data.pictures and data.labels",
+        )
     place = folder / pattern[i].replace("{split}", split).replace("{id}", "*")
     kind = UserError if any(counts) else Absent
     return kind(key, f"no {split!r} file is {place}", "correct it, or data.folder, or give --root")

@@ -1,4 +1,6 @@
-"""Downloads that go on where they were cut, and archives that are unpacked without trusting them."""
+"""Downloads that go on where they were cut, and archives that are unpacked without trusting
+them.
+"""
 
 import contextlib
 import fcntl
@@ -27,10 +29,12 @@ RATIO = 50  # an archive that unpacks to more than this many times its size is a
 
 
 def fetch(urls: list[str], path: Path, checksum: str, what: str, size: int = 0) -> Path:
-    """Download the first of `urls` that answers to `path` unless it is there, and check it either way.
+    """Download the first of `urls` that answers to `path` unless it is there, and check it either
+    way.
 
-    What has arrived stays in `<path>.part`, and the next try or the next run goes on from there. `checksum` is
-    "sha256:<hex>" or the like, or "" where none is known; `size` in bytes, 0 where not known. Raises UserError.
+    What has arrived stays in `<path>.part`, and the next try or the next run goes on from there.
+    `checksum` is "sha256:<hex>" or the like, or "" where none is known; `size` in bytes, 0 where
+    not known. Raises UserError.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -47,11 +51,15 @@ def fetch(urls: list[str], path: Path, checksum: str, what: str, size: int = 0) 
                     if i + 1 == len(urls):
                         kept = f"; {part.stat().st_size} bytes are kept" if part.exists() else ""
                         todo = f"run it again to go on, or put the file at {path}"
-                        raise UserError(what, f"cannot download {url} ({error}{kept})", todo) from None
+                        raise UserError(
+                            what, f"cannot download {url} ({error}{kept})", todo
+                        ) from None
             check_file(part, checksum, what, size)
             part.replace(path)
     except OSError as error:
-        raise UserError(what, f"cannot write {path} ({error})", "check the folder and the disk") from None
+        raise UserError(
+            what, f"cannot write {path} ({error})", "check the folder and the disk"
+        ) from None
     return path
 
 
@@ -68,7 +76,9 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def check_file(file: Path, checksum: str, what: str, size: int = 0, delete: bool = True) -> None:
-    """UserError where a file is not what was published; with `delete`, the file is removed first."""
+    """UserError where a file is not what was published; with `delete`, the file is removed
+    first.
+    """
     problem = ""
     if size and file.stat().st_size != size:
         problem = f"has {file.stat().st_size} bytes instead of {size}"
@@ -80,12 +90,16 @@ def check_file(file: Path, checksum: str, what: str, size: int = 0, delete: bool
     if problem:
         if delete:
             file.unlink()
-        todo = "it was deleted: run it again" if delete else f"replace {file}, or unpack it yourself"
+        todo = (
+            "it was deleted: run it again" if delete else f"replace {file}, or unpack it yourself"
+        )
         raise UserError(what, f"the file {problem}", todo)
 
 
 def transfer(url: str, part: Path, what: str, size: int) -> None:
-    """Append the rest of `url` to `part`, trying again while bytes arrive. Raises OSError and HTTPException."""
+    """Append the rest of `url` to `part`, trying again while bytes arrive. Raises OSError and
+    HTTPException.
+    """
     failures = 0
     while True:
         had = part.stat().st_size if part.exists() else 0
@@ -111,13 +125,22 @@ def transfer(url: str, part: Path, what: str, size: int) -> None:
 
 def append(url: str, part: Path, had: int, what: str) -> bool:
     """One request for the bytes from `had` on; True when the server sent all that it announced."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={had}-", "User-Agent": "zsseg"} if had else {})
+    request = urllib.request.Request(
+        url, headers={"Range": f"bytes={had}-", "User-Agent": "zsseg"} if had else {}
+    )
     with urllib.request.urlopen(request, timeout=60) as answer:
         resumed = had > 0 and answer.status == 206
         announced = answer.headers.get("Content-Length")
         start = had if resumed else 0
         total = start + int(announced) if announced else None
-        bar = tqdm(desc=what, total=total, initial=start, unit="B", unit_scale=True, disable=not sys.stderr.isatty())
+        bar = tqdm(
+            desc=what,
+            total=total,
+            initial=start,
+            unit="B",
+            unit_scale=True,
+            disable=not sys.stderr.isatty(),
+        )
         if bar.disable:
             print(f"{what}: {url}" + (f", going on at byte {had}" if resumed else ""), flush=True)
         with bar, open(part, "ab" if resumed else "wb", buffering=0) as file:
@@ -125,19 +148,28 @@ def append(url: str, part: Path, had: int, what: str) -> bool:
                 try:
                     file.write(block)
                 except OSError as error:  # no fault of the network: trying again would not help
-                    raise UserError(what, f"cannot write {part} ({error.strerror})", "check the disk") from None
+                    raise UserError(
+                        what, f"cannot write {part} ({error.strerror})", "check the disk"
+                    ) from None
                 bar.update(len(block))
         return total is None or part.stat().st_size == total
 
 
-def unpack(archive: Path, take: list[tuple[str, str]], folder: Path, what: str, verified: bool = False) -> None:
-    """Unpack parts of a .zip or .tar(.gz): each (path in the archive, path below `folder`) that is not there yet.
+def unpack(
+    archive: Path, take: list[tuple[str, str]], folder: Path, what: str, verified: bool = False
+) -> None:
+    """Unpack parts of a .zip or .tar(.gz): each (path in the archive, path below `folder`) that is
+    not there yet.
 
-    Files appear under their final names only when all have been written. An archive that is broken, that lacks a part,
-    or that holds a name which leads outside is a UserError that names it, and nothing is unpacked. `verified`: its checksum
-    was right.
+    Files appear under their final names only when all have been written. An archive that is broken,
+    that lacks a part, or that holds a name which leads outside is a UserError that names it, and
+    nothing is unpacked. `verified`: its checksum was right.
     """
-    wanted = [(PurePosixPath(inside), folder / outside) for inside, outside in take if not (folder / outside).exists()]
+    wanted = [
+        (PurePosixPath(inside), folder / outside)
+        for inside, outside in take
+        if not (folder / outside).exists()
+    ]
     if not wanted:
         return
     staging = folder / ".unpacking"
@@ -147,7 +179,13 @@ def unpack(archive: Path, take: list[tuple[str, str]], folder: Path, what: str, 
         shutil.rmtree(staging, ignore_errors=True)  # what a kill left
         for name, size, open_member in members(archive, verified):
             path = PurePosixPath(name)
-            if path.is_absolute() or not path.parts or ".." in path.parts or "\\" in name or ":" in path.parts[0]:
+            if (
+                path.is_absolute()
+                or not path.parts
+                or ".." in path.parts
+                or "\\" in name
+                or ":" in path.parts[0]
+            ):
                 raise ValueError(f"{name!r} leads outside")
             limit -= size
             if limit < 0:
@@ -167,9 +205,15 @@ def unpack(archive: Path, take: list[tuple[str, str]], folder: Path, what: str, 
             target.parent.mkdir(parents=True, exist_ok=True)
             (staging / str(i)).rename(target)
     except OSError as error:  # gzip.BadGzipFile is one, too
-        raise UserError(what, f"archive {archive} cannot be unpacked to {folder} ({error})", "check disk and file") from None
+        raise UserError(
+            what,
+            f"archive {archive} cannot be unpacked to {folder} ({error})",
+            "check disk and file",
+        ) from None
     except Exception as error:  # broken archives raise many kinds
-        raise UserError(what, f"archive {archive} cannot be unpacked ({error})", "delete it to fetch it again") from None
+        raise UserError(
+            what, f"archive {archive} cannot be unpacked ({error})", "delete it to fetch it again"
+        ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         if new_folder:
@@ -178,7 +222,9 @@ def unpack(archive: Path, take: list[tuple[str, str]], folder: Path, what: str, 
 
 
 def members(archive: Path, verified: bool) -> Iterator[tuple[str, int, object]]:
-    """(name, size, function that opens it; None for a link or a device) of everything but folders in an archive."""
+    """(name, size, function that opens it; None for a link or a device) of everything but folders
+    in an archive.
+    """
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive) as content:
             for info in content.infolist():
@@ -190,10 +236,16 @@ def members(archive: Path, verified: bool) -> Iterator[tuple[str, int, object]]:
     with opener(archive, "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as content:
         for info in content:
             if not info.isdir():
-                yield info.name, info.size, (lambda info=info: whole(content, info)) if info.isfile() else None
+                yield (
+                    info.name,
+                    info.size,
+                    (lambda info=info: whole(content, info)) if info.isfile() else None,
+                )
         while compressed and stream.read(BLOCK):
             pass  # to the end, where the checksum is
-        if not compressed and not verified:  # a tar cut between two files would pass for a whole one
+        if (
+            not compressed and not verified
+        ):  # a tar cut between two files would pass for a whole one
             stream.seek(-512, 2)
             if stream.read(512).strip(b"\0"):
                 raise EOFError("it was cut")

@@ -18,10 +18,19 @@ def palette(count: int) -> np.ndarray:
     return np.concatenate([(255 * rgb).astype(np.uint8), np.zeros((1, 3), np.uint8)])
 
 
-def column(image: Tensor, labels: Tensor, predicted: Tensor, classes: int, height: int = 160) -> np.ndarray:
-    """Picture, truth (`classes` where ignored) and prediction below one another, each `height` pixels high."""
-    colours, width = palette(classes), min(max(round(height * image.shape[2] / image.shape[1]), 1), 4 * height)
-    small = lambda array: np.array(Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST))
+def column(
+    image: Tensor, labels: Tensor, predicted: Tensor, classes: int, height: int = 160
+) -> np.ndarray:
+    """Picture, truth (`classes` where ignored) and prediction below one another, each `height`
+    pixels high.
+    """
+    colours, width = (
+        palette(classes),
+        min(max(round(height * image.shape[2] / image.shape[1]), 1), 4 * height),
+    )
+    small = lambda array: np.array(
+        Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST)
+    )
     kind = np.uint8 if classes <= 255 else np.int32
     maps = [colours[small(m.numpy().astype(kind))] for m in (labels, predicted)]
     return np.concatenate([small(image.permute(1, 2, 0).numpy()), *maps])
@@ -32,27 +41,49 @@ def label_type(classes: int) -> type:
     return np.uint8 if classes <= 255 else np.uint16
 
 
-def save_label_map(predicted: Tensor | np.ndarray, path: Path, classes: int, colours: np.ndarray | None = None) -> None:
-    """Class ids as a PNG of 8 bits, 16 above 255 classes; those of 8 bits with a palette where there are `colours`."""
-    picture = Image.fromarray(np.asarray(predicted.cpu() if isinstance(predicted, Tensor) else predicted, label_type(classes)))
+def save_label_map(
+    predicted: Tensor | np.ndarray, path: Path, classes: int, colours: np.ndarray | None = None
+) -> None:
+    """Class ids as a PNG of 8 bits, 16 above 255 classes; those of 8 bits with a palette where
+    there are `colours`.
+    """
+    picture = Image.fromarray(
+        np.asarray(
+            predicted.cpu() if isinstance(predicted, Tensor) else predicted, label_type(classes)
+        )
+    )
     if colours is not None and picture.mode == "L":
         picture.putpalette(colours.tobytes())
     with result(path) as temporary:
         picture.save(temporary, "PNG", pnginfo=PNG_MARK)
 
 
-def overlay(image: np.ndarray, labels: np.ndarray, colours: np.ndarray, legend: list[tuple[int, str]]) -> Image.Image:
-    """The image uint8 [H, W, 3] in grey, tinted and outlined by its label map [H, W], and on its right a legend.
+def overlay(
+    image: np.ndarray, labels: np.ndarray, colours: np.ndarray, legend: list[tuple[int, str]]
+) -> Image.Image:
+    """The image uint8 [H, W, 3] in grey, tinted and outlined by its label map [H, W], and on its
+    right a legend.
 
     `legend`: (class id, text) from the top to as far down as there is room; `colours` uint8 [C, 3].
     """
     H, W = labels.shape
     size = max(H // 36, 14)
     font = ImageFont.load_default(size)
-    grey = np.asarray(Image.fromarray(image).convert("L"))[..., None]  # or its colours would mix with those of the legend
+    grey = np.asarray(Image.fromarray(image).convert("L"))[
+        ..., None
+    ]  # or its colours would mix with those of the legend
     tinted = (0.5 * grey + 0.5 * colours[labels]).astype(np.uint8)
-    edge, across, down = np.zeros_like(labels, bool), labels[:, 1:] != labels[:, :-1], labels[1:] != labels[:-1]
-    for part, different in ((edge[:, 1:], across), (edge[:, :-1], across), (edge[1:], down), (edge[:-1], down)):
+    edge, across, down = (
+        np.zeros_like(labels, bool),
+        labels[:, 1:] != labels[:, :-1],
+        labels[1:] != labels[:-1],
+    )
+    for part, different in (
+        (edge[:, 1:], across),
+        (edge[:, :-1], across),
+        (edge[1:], down),
+        (edge[:-1], down),
+    ):
         part |= different
     tinted[edge] = 255
     row = 2 * size

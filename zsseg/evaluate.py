@@ -28,19 +28,31 @@ SAMPLES = 8  # images in samples.png
 
 
 @torch.inference_mode()
-def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process, split: str, out: Path | None = None,
-             save_predictions: bool = False, look: Callable | None = None, seen: list[int] | None = None) -> dict:  # fmt: skip
-    """Metrics of a split, its images shared among the processes; with `out`, written to metrics.json there, with a grid of
-    images (rank 0).
+def evaluate(
+    segmenter: Segmenter,
+    config: Config,
+    root: Path,
+    process: Process,
+    split: str,
+    out: Path | None = None,
+    save_predictions: bool = False,
+    look: Callable | None = None,
+    seen: list[int] | None = None,
+) -> dict:
+    """Metrics of a split, its images shared among the processes; with `out`, written to
+    metrics.json there, with a grid of images (rank 0).
 
-    `seen`: ids of the classes that count as seen in the ensemble; those that the set is trained on where None.
-    `look(number, name, image, labels, predicted, matrix)` is shown every image of this process: its number in the split,
-    uint8 [3, h, w] at network-input size, class ids int64 [H, W] true (with `ignore`) and predicted, pixel counts [C, C].
+    `seen`: ids of the classes that count as seen in the ensemble; those that the set is trained on
+    where None. `look(number, name, image, labels, predicted, matrix)` is shown every image of this
+    process: its number in the split, uint8 [3, h, w] at network-input size, class ids int64 [H, W]
+    true (with `ignore`) and predicted, pixel counts [C, C].
     """
     data, wanted, device = dataset(config.data), config.eval, process.device
     images = TestPictures(config.data, root, split, wanted.sizes)
     if save_predictions:  # now, not in the middle
-        process.agree(lambda: refuse_foreign(*(out / "predictions" / f"{name}.png" for name in images.names)))
+        process.agree(
+            lambda: refuse_foreign(*(out / "predictions" / f"{name}.png" for name in images.names))
+        )
     segmenter.set_classes(data.names, data.trained if seen is None else seen)
     segmenter.eval()
 
@@ -49,7 +61,9 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
     counts = Counts.zeros(["", *parts], C, device)
     numbers = range(process.rank, len(images), process.world)
     batches = stream(images, numbers, 1, config.data.workers)
-    batches = progress(batches, process.share_of(f"evaluate {split}"), len(numbers), process.is_main)
+    batches = progress(
+        batches, process.share_of(f"evaluate {split}"), len(numbers), process.is_main
+    )
     samples, started = [], time.perf_counter()
     for number, [(inputs, labels, name)] in zip(numbers, batches, strict=True):
         inputs, labels = [image.to(device) for image in inputs], labels.to(device).long()
@@ -70,17 +84,37 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
         if save_predictions:
             save_label_map(predicted, out / "predictions" / f"{name}.png", C)
         if process.is_main and len(samples) < SAMPLES:
-            samples.append(column(inputs[0].cpu(), labels.where(labels != data.ignore, C).cpu(), predicted.cpu(), C))
+            samples.append(
+                column(
+                    inputs[0].cpu(),
+                    labels.where(labels != data.ignore, C).cpu(),
+                    predicted.cpu(),
+                    C,
+                )
+            )
 
-        variants = [segmenter.variants(view.proposals, wanted.weights) for view in views] if parts else []
+        variants = (
+            [segmenter.variants(view.proposals, wanted.weights) for view in views] if parts else []
+        )
         for part in parts:
-            predicted, _ = label_map(segmenter, views, [variant[part] for variant in variants], size)
+            predicted, _ = label_map(
+                segmenter, views, [variant[part] for variant in variants], size
+            )
             counts.matrices[part] += confusion(labels, predicted, C, data.ignore)
 
     seconds = torch.tensor(time.perf_counter() - started, device=device, dtype=torch.float64)
-    for tensor in (*counts.matrices.values(), counts.regions, seconds, counts.ignored, counts.broken):
+    for tensor in (
+        *counts.matrices.values(),
+        counts.regions,
+        seconds,
+        counts.ignored,
+        counts.broken,
+    ):
         process.sum(tensor)
-    result = counts.metrics(data) | {"images": len(images), "images_per_second": len(images) * process.world / float(seconds)}
+    result = counts.metrics(data) | {
+        "images": len(images),
+        "images_per_second": len(images) * process.world / float(seconds),
+    }
     result |= {name: summarize(matrix, data) for name, matrix in counts.matrices.items() if name}
     if wanted.compare and parts:
         result["clip_true_masks"] = accuracies(counts.regions, data)
@@ -92,7 +126,11 @@ def evaluate(segmenter: Segmenter, config: Config, root: Path, process: Process,
 @dataclass
 class Counts:
     """What an evaluation counts, on the device."""
-    matrices: dict[str, Tensor]  # pixels int64 [C, C]: "" of the evaluation itself, and of the method's parts and other weights
+
+    matrices: dict[
+        str, Tensor
+        # pixels int64 [C, C]: "" of the evaluation itself, and of parts and other weights
+    ]
     regions: Tensor  # int64 [2, 2]: seen, unseen x right, all
     ignored: Tensor  # pixels
     broken: Tensor  # images with scores that are not finite
@@ -108,16 +146,23 @@ class Counts:
             why = f"gives scores that are not finite in {several(int(self.broken), 'picture')}"
             raise UserError("the model", why, "check its weights, or set model.bf16=off")
         pixels = int(self.matrices[""].sum()) + int(self.ignored)
-        return summarize(self.matrices[""], data) | {"ignored": 100 * int(self.ignored) / max(pixels, 1)}
+        return summarize(self.matrices[""], data) | {
+            "ignored": 100 * int(self.ignored) / max(pixels, 1)
+        }
 
 
 def accuracies(regions: Tensor, data: DataSet) -> dict:
-    """CLIP's accuracy on ground-truth masks in percent, from what `true_mask_accuracy` counts; null where there is none."""
+    """CLIP's accuracy on ground-truth masks in percent, from what `true_mask_accuracy` counts; null
+    where there is none.
+    """
     right, total = regions.T.tolist()
     share = lambda part, all_of: 100 * part / all_of if all_of else None
     found = {"accuracy": share(sum(right), sum(total)), "regions": sum(total)}
     if data.seen:
-        found |= {"accuracy_seen": share(right[0], total[0]), "accuracy_unseen": share(right[1], total[1])}
+        found |= {
+            "accuracy_seen": share(right[0], total[0]),
+            "accuracy_unseen": share(right[1], total[1]),
+        }
     return found
 
 
@@ -125,7 +170,9 @@ def write(result: dict, samples: list[np.ndarray], config: Config, out: Path) ->
     """OUT/metrics.json and OUT/samples.png."""
     try:
         with written(out / "metrics.json") as file:
-            file.write_text(json.dumps({"program": MARK} | result, indent=1, allow_nan=False) + "\n")
+            file.write_text(
+                json.dumps({"program": MARK} | result, indent=1, allow_nan=False) + "\n"
+            )
     except UserError:  # the numbers have cost more than a file
         print(table(result, method(config), dataset(config.data).unseen))
         raise
@@ -134,16 +181,26 @@ def write(result: dict, samples: list[np.ndarray], config: Config, out: Path) ->
 
 
 def true_masks(image: Tensor, labels: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
-    """The classes of a label map [T] and their masks at the network-input size of `image` [3, H, W]: bool [T, H, W]."""
-    labels = F.interpolate(labels[None, None].float(), image.shape[-2:], mode="nearest")[0, 0].long()
+    """The classes of a label map [T] and their masks at the network-input size of `image` [3, H,
+    W]: bool [T, H, W].
+    """
+    labels = F.interpolate(labels[None, None].float(), image.shape[-2:], mode="nearest")[
+        0, 0
+    ].long()
     classes = labels.unique()
     classes = classes[classes != ignore]
     return classes, labels == classes[:, None, None]
 
 
-def true_mask_accuracy(segmenter: Segmenter, image: Tensor, labels: Tensor, data: DataSet) -> Tensor:
-    """CLIP only on the ground-truth mask of every class present: int64 [2, 2], rows seen and unseen, right and all."""
+def true_mask_accuracy(
+    segmenter: Segmenter, image: Tensor, labels: Tensor, data: DataSet
+) -> Tensor:
+    """CLIP only on the ground-truth mask of every class present: int64 [2, 2], rows seen and
+    unseen, right and all.
+    """
     classes, masks = true_masks(image, labels, data.ignore)
     right = segmenter.region_logits(image, masks, mask_boxes(masks)[0]).argmax(1) == classes
     seen = segmenter.seen[classes]
-    return torch.stack([torch.stack([(right & chosen).sum(), chosen.sum()]) for chosen in (seen, ~seen)])
+    return torch.stack(
+        [torch.stack([(right & chosen).sum(), chosen.sum()]) for chosen in (seen, ~seen)]
+    )

@@ -1,7 +1,9 @@
-"""Segment an image with the exported programs beside this file (written by zsseg): python example.py photo.jpg
+"""Segment an image with the exported programs beside this file (written by zsseg): python
+example.py photo.jpg
 
-Needs PyTorch, numpy and Pillow alone. Prints the classes found and their shares of the image, and writes labels.png,
-class ids (numbers of `shown_names` in settings.json), to the current folder, where it replaces what it wrote itself alone.
+Needs PyTorch, numpy and Pillow alone. Prints the classes found and their shares of the image, and
+writes labels.png, class ids (numbers of `shown_names` in settings.json), to the current folder,
+where it replaces what it wrote itself alone.
 """
 
 import json
@@ -31,12 +33,16 @@ def span(hit: Tensor, ratio: float) -> slice:
 
 
 def open_picture(file: str) -> Image.Image:
-    """As a viewer shows it: turned as the camera says, transparent parts on white, 8 bits a channel."""
+    """As a viewer shows it: turned as the camera says, transparent parts on white, 8 bits a
+    channel.
+    """
     picture = ImageOps.exif_transpose(Image.open(file))
     if picture.mode.startswith("I"):
         picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
     if picture.has_transparency_data:
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+        picture = Image.alpha_composite(
+            Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")
+        )
     return picture.convert("RGB")
 
 
@@ -45,13 +51,25 @@ def segment(picture: Image.Image, s: dict, proposer: Callable, clip: Callable | 
     """RGB image -> class ids int64 [height, width]; s: settings.json."""
     (W, H), short, longest = picture.size, s["short_edge"], s["longest_edge"]
     w, h = (short, short / W * H) if W <= H else (short / H * W, short)
-    w, h = (max(int((side if max(w, h) <= longest else side * longest / max(w, h)) + 0.5), 1) for side in (w, h))
-    image = torch.from_numpy(np.array(picture.resize((w, h), Image.Resampling.BILINEAR))).permute(2, 0, 1).float()
+    w, h = (
+        max(int((side if max(w, h) <= longest else side * longest / max(w, h)) + 0.5), 1)
+        for side in (w, h)
+    )
+    image = (
+        torch.from_numpy(np.array(picture.resize((w, h), Image.Resampling.BILINEAR)))
+        .permute(2, 0, 1)
+        .float()
+    )
     scores, logits = proposer(image[None])  # [Q, C], [Q, h/4, w/4]
     padded = [4 * side for side in logits.shape[1:]]
-    masks = F.interpolate(logits[None], padded, mode="bilinear", align_corners=False)[0, :, :h, :w].sigmoid()
+    masks = F.interpolate(logits[None], padded, mode="bilinear", align_corners=False)[
+        0, :, :h, :w
+    ].sigmoid()
     if clip:
-        R, mean, std = s["clip"]["resolution"], *(torch.tensor(s["clip"][k]).view(3, 1, 1) for k in ("mean", "std"))
+        R, mean, std = (
+            s["clip"]["resolution"],
+            *(torch.tensor(s["clip"][k]).view(3, 1, 1) for k in ("mean", "std")),
+        )
         regions, normal, crops = masks > s["mask_threshold"], (image / 255 - mean) / std, []
         valid = regions.flatten(1).any(1)
         for region in regions[valid]:
@@ -60,14 +78,18 @@ def segment(picture: Image.Image, s: dict, proposer: Callable, clip: Callable | 
             crops.append(F.interpolate(crop, (R, R), mode="bicubic", align_corners=False))
         opinion, w = torch.ones_like(scores), s["ensemble_weight"]
         if crops:
-            opinion[valid] = torch.cat([clip(part) for part in torch.cat(crops).split(PART)]).softmax(-1)
+            opinion[valid] = torch.cat(
+                [clip(part) for part in torch.cat(crops).split(PART)]
+            ).softmax(-1)
         power = torch.full((len(s["names"]),), 1 - w)
         power[s["seen"]] = w
         scores = scores**power * opinion ** (1 - power) if w else opinion * valid[:, None]
     best, labels = torch.full((H, W), -1.0), torch.zeros(H, W, dtype=torch.int64)
     for first in range(0, len(s["names"]), PART):
         part = torch.einsum("qc,qhw->chw", scores[:, first : first + PART], masks)
-        value, index = F.interpolate(part[None], (H, W), mode="bilinear", align_corners=False)[0].max(0)
+        value, index = F.interpolate(part[None], (H, W), mode="bilinear", align_corners=False)[
+            0
+        ].max(0)
         best, labels = torch.maximum(best, value), labels.where(value <= best, first + index)
     return labels.clamp(max=len(s["shown_names"]) - 1)  # background words come last
 
@@ -90,18 +112,30 @@ if __name__ == "__main__":
         error("command line: one picture is wanted; python example.py photo.jpg")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
-    settings, out, mark = json.loads((HERE / "settings.json").read_text("utf-8")), Path("labels.png"), PngInfo()
+    settings, out, mark = (
+        json.loads((HERE / "settings.json").read_text("utf-8")),
+        Path("labels.png"),
+        PngInfo(),
+    )
     if out.exists() and not is_ours(out, settings["program"]):
-        error("labels.png: is there, and not one that this program wrote; move it, or go to another folder")
+        error(
+            "labels.png: is there, and not one that this program wrote; move it, or go to another "
+            "folder"
+        )
     try:
         photo = open_picture(sys.argv[1])
     except (OSError, ValueError, SyntaxError) as problem:
         error(f"picture {sys.argv[1]}: cannot be read ({problem}); give another one")
-    load = lambda name: torch.export.load(HERE / name).module(check_guards=False)  # or the smallest images are refused
+    load = lambda name: torch.export.load(HERE / name).module(
+        check_guards=False
+    )  # or the smallest images are refused
     proposer, clip = load("proposer.pt2"), load("clip.pt2") if settings["clip"] else None
     found = segment(photo, settings, proposer, clip)
     mark.add_text("Software", settings["program"])
     kind = np.uint8 if len(settings["shown_names"]) <= 255 else np.uint16
     Image.fromarray(found.numpy().astype(kind)).save(out, pnginfo=mark)
-    for count, i in sorted(zip(*(x.tolist() for x in found.unique(return_counts=True)[::-1]), strict=True), reverse=True):
+    for count, i in sorted(
+        zip(*(x.tolist() for x in found.unique(return_counts=True)[::-1]), strict=True),
+        reverse=True,
+    ):
         print(f"{count / found.numel():6.1%} {settings['shown_names'][i]}")

@@ -1,4 +1,6 @@
-"""What must not waste a run: broken checkpoints, a signal to stop, steps whose numbers went wrong, broken pictures."""
+"""What must not waste a run: broken checkpoints, a signal to stop, steps whose numbers went wrong,
+broken pictures.
+"""
 
 import contextlib
 import os
@@ -16,26 +18,38 @@ from zsseg.files import decode, split_lines
 from zsseg.log import Log
 from zsseg.run import SIGNALS, Process, UserError, left_out, say
 
-LATE = 2  # steps after which a step's flag is read: the device has long passed it, so that the host need not wait
+# steps after which a step's flag is read: the device has long passed it, so that the host need not
+# wait
+LATE = 2
 
 
 def is_run(content: dict) -> bool:
     """Whether a checkpoint holds what a training run goes on from, of the right kinds."""
     kinds = {"config": dict, "optimizer": dict, "step": int, "skipped": int, "best": list}
-    return all(type(({"skipped": 0} | content).get(k)) is kind for k, kind in kinds.items()) and content["step"] >= 0
+    return (
+        all(type(({"skipped": 0} | content).get(k)) is kind for k, kind in kinds.items())
+        and content["step"] >= 0
+    )
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer is one of PyTorch's fused ones, which read `found_inf` and trust the shapes of their state."""
+    """Whether an optimizer is one of PyTorch's fused ones, which read `found_inf` and trust the
+    shapes of their state.
+    """
     return all(group.get("fused") for group in optimizer.param_groups)
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict, what: str) -> None:
-    """Load an optimizer's state; base rates, weight decay and the like stay as the configuration says.
+    """Load an optimizer's state; base rates, weight decay and the like stay as the configuration
+    says.
 
-    Raises UserError where it does not fit the parameters: the fused optimizers would read and write beyond them.
+    Raises UserError where it does not fit the parameters: the fused optimizers would read and write
+    beyond them.
     """
-    ours = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    ours = [
+        {k: v for k, v in group.items() if k not in ("params", "lr")}
+        for group in optimizer.param_groups
+    ]
     try:
         optimizer.load_state_dict(state)
         for group, kept in zip(optimizer.param_groups, ours, strict=True):
@@ -43,10 +57,23 @@ def restore(optimizer: torch.optim.Optimizer, state: dict, what: str) -> None:
             for parameter in group["params"] if is_fused(optimizer) else ():
                 for name, tensor in optimizer.state.get(parameter, {}).items():
                     shape = () if name == "step" else parameter.shape
-                    if tensor.shape != shape or tensor.dtype != parameter.dtype or not tensor.is_contiguous():
-                        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}")
-        names = {frozenset(entry) for entry in optimizer.state.values()} if is_fused(optimizer) else set()
-        if names - {frozenset(("step", "exp_avg", "exp_avg_sq")), frozenset(("momentum_buffer",))} or len(names) > 1:
+                    if (
+                        tensor.shape != shape
+                        or tensor.dtype != parameter.dtype
+                        or not tensor.is_contiguous()
+                    ):
+                        raise ValueError(
+                            f"{name} has shape {tuple(tensor.shape)}, not {tuple(shape)}"
+                        )
+        names = (
+            {frozenset(entry) for entry in optimizer.state.values()}
+            if is_fused(optimizer)
+            else set()
+        )
+        if (
+            names - {frozenset(("step", "exp_avg", "exp_avg_sq")), frozenset(("momentum_buffer",))}
+            or len(names) > 1
+        ):
             raise ValueError("its entries are not those of one optimizer")
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(what, f"cannot resume ({error})", "undo the last --set") from None
@@ -61,17 +88,20 @@ def load_last(folder: Path) -> dict:
             raise
         content = checkpoint.load(folder / "previous.pt")
         if os.environ.get("RANK", "0") == "0" and (folder / "last.pt").exists():
-            (folder / "last.pt").rename(folder / "broken.pt")  # or the next checkpoint would make it the previous one
+            (folder / "last.pt").rename(
+                folder / "broken.pt"
+            )  # or the next checkpoint would make it the previous one
         say(f"{error}: going on from previous.pt, step {content.get('step')}")
         return content
 
 
 class Stop:
-    """Inside `with`, SIGTERM, SIGUSR1, Ctrl-C and SIGHUP (a terminal that is closed; not where nohup has it ignored) ask for a
-    stop at the end of the step instead of killing the process.
+    """Inside `with`, SIGTERM, SIGUSR1, Ctrl-C and SIGHUP (a terminal that is closed; not where
+    nohup has it ignored) ask for a stop at the end of the step instead of killing the process.
 
     A second Ctrl-C does not wait for that.
     """
+
     def __init__(self, process: Process):
         self.process, self.asked, self.before = process, set(), {}
 
@@ -96,23 +126,33 @@ class Stop:
 
 def running_statistics(model: nn.Module) -> list[Tensor]:
     """The buffers that a forward pass in training changes."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None]
+    norms = [
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is not None
+    ]
     return [b for m in norms for b in (m.running_mean, m.running_var, m.num_batches_tracked)]
 
 
 class BadSteps:
-    """Counts the steps whose loss, matching cost or gradient was not finite, names their images, and gives up in time.
+    """Counts the steps whose loss, matching cost or gradient was not finite, names their images,
+    and gives up in time.
 
-    Such a step changed nothing (`train.train_step`). The first one's batch, all of it, is kept in OUT/bad_batch.pt: samples
-    follow from their numbers, so it is read once more for that.
+    Such a step changed nothing (`train.train_step`). The first one's batch, all of it, is kept in
+    OUT/bad_batch.pt: samples follow from their numbers, so it is read once more for that.
     """
-    def __init__(self, task: object, out: Path, log: Log, process: Process, allowed: int, count: int = 0):
+
+    def __init__(
+        self, task: object, out: Path, log: Log, process: Process, allowed: int, count: int = 0
+    ):
         self.task, self.out, self.log, self.process, self.allowed = task, out, log, process, allowed
         self.count, self.in_a_row = count, 0
         self.waiting: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def add(self, step: int, bad: Tensor) -> None:
-        """The flag (1 or 0, on the device, equal in all processes) of the step that started from `step`."""
+        """The flag (1 or 0, on the device, equal in all processes) of the step that started from
+        `step`.
+        """
         event, flag = None, bad.to("cpu", non_blocking=True)
         if bad.is_cuda:
             event = torch.cuda.Event()
@@ -121,7 +161,9 @@ class BadSteps:
         self.read(LATE)
 
     def read(self, late: int = 0) -> bool:
-        """Look at all flags but the last `late`. Raises UserError after too many in a row; whether the last one was bad."""
+        """Look at all flags but the last `late`. Raises UserError after too many in a row; whether
+        the last one was bad.
+        """
         while len(self.waiting) > late:
             step, flag, event = self.waiting.popleft()
             if event is not None:
@@ -135,7 +177,10 @@ class BadSteps:
         self.count += 1
         numbers = range(step * self.task.batch_size, (step + 1) * self.task.batch_size)
         names = [self.task.samples.source(n) for n in numbers]
-        say(f"step {step + 1} was skipped, its loss or gradient is not finite ({self.count} so far): {', '.join(names)}")
+        say(
+            f"step {step + 1} was skipped, its loss or gradient is not finite ({self.count} so "
+            f"far): {', '.join(names)}"
+        )
         self.log.write(step + 1, skipped=self.count, pictures=names)
         file = self.out / "bad_batch.pt"
         if self.process.is_main and not file.exists():
@@ -144,12 +189,20 @@ class BadSteps:
             batch = [x if isinstance(x, Tensor | tuple) else vars(x) for x in batch]
             checkpoint.save(file, step=step, samples=list(numbers), pictures=names, batch=batch)
         if self.in_a_row >= self.allowed:
-            why = f"loss or gradient not finite in {self.in_a_row} steps in a row, the last one step {step + 1}"
-            raise UserError("training", why, f"look at {file}, lower train.lr; --resume goes on from the checkpoint")
+            why = (
+                f"loss or gradient not finite in {self.in_a_row} steps in a row, the last one "
+                f"step {step + 1}"
+            )
+            raise UserError(
+                "training",
+                why,
+                f"look at {file}, lower train.lr; --resume goes on from the checkpoint",
+            )
 
 
 class Broken:
     """Says once a run, by name, which training files are broken; OUT/broken.txt lists them."""
+
     def __init__(self, out: Path):
         self.file, self.known = out / "broken.txt", set()
 

@@ -1,4 +1,6 @@
-"""Files: text that users write, folders that they keep, and results that never take the place of a file of theirs."""
+"""Files: text that users write, folders that they keep, and results that never take the place of a
+file of theirs.
+"""
 
 import codecs
 import contextlib
@@ -13,7 +15,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from zsseg.run import UserError, say
 
-MARK = "written by zsseg"  # stands in every result, so that the next run knows that it may replace the file
+# stands in every result, so that the next run knows that it may replace the file
+MARK = "written by zsseg"
 EDGE = 4096  # bytes at either end of a file in which it is looked for
 PNG_MARK = PngInfo()
 PNG_MARK.add_text("Software", MARK)
@@ -22,7 +25,8 @@ PNG_MARK.add_text("Software", MARK)
 def decode(content: bytes) -> str:
     """Text as editors and shells save it: UTF-8 with or without a byte-order mark, UTF-16 with one.
 
-    Bytes that are no UTF-8 become surrogates, as in Python's file names; what must be text refuses them, see `read_text`.
+    Bytes that are no UTF-8 become surrogates, as in Python's file names; what must be text refuses
+    them, see `read_text`.
     """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return content.decode("utf-16", "surrogatepass")
@@ -30,7 +34,8 @@ def decode(content: bytes) -> str:
 
 
 def split_lines(text: str) -> list[str]:
-    """Lines end at a newline, with or without a carriage return, and at nothing else: a name may hold any other sign.
+    """Lines end at a newline, with or without a carriage return, and at nothing else: a name may
+    hold any other sign.
 
     Where there is no newline at all, carriage returns end lines, as old editors write them.
     """
@@ -40,7 +45,9 @@ def split_lines(text: str) -> list[str]:
 
 
 def read_text(file: str | Path, what: str, todo: str) -> str:
-    """A text file of the user's; UserError(what, ..., todo) where it cannot be read or is not text."""
+    """A text file of the user's; UserError(what, ..., todo) where it cannot be read or is not
+    text.
+    """
     try:
         text = decode(Path(file).read_bytes())
         text.encode("utf-8")
@@ -54,11 +61,13 @@ def read_text(file: str | Path, what: str, todo: str) -> str:
 
 
 def walk(folder: str | Path, skip: str = "", hidden: list[str] | None = None) -> Iterator[str]:
-    """The files below a folder in the order of their names, links followed but for those that lead back up.
+    """The files below a folder in the order of their names, links followed but for those that lead
+    back up.
 
-    What begins with a dot, file or folder, is skipped and put into `hidden`; the folder whose real path is `skip` is just
-    skipped. UserError for a folder that cannot be read.
+    What begins with a dot, file or folder, is skipped and put into `hidden`; the folder whose real
+    path is `skip` is just skipped. UserError for a folder that cannot be read.
     """
+
     def below(parent: str, above: tuple[str, ...]) -> Iterator[str]:
         real = os.path.realpath(parent)
         if real in above or real == skip:
@@ -68,7 +77,9 @@ def walk(folder: str | Path, skip: str = "", hidden: list[str] | None = None) ->
                 entries = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             why = f"cannot be read ({error.strerror})"
-            raise UserError(f"folder {parent}", why, "check its rights, or give a list (--images -)") from None
+            raise UserError(
+                f"folder {parent}", why, "check its rights, or give a list (--images -)"
+            ) from None
         for entry in entries:
             if entry.name.startswith("."):
                 hidden is not None and hidden.append(entry.path)
@@ -95,21 +106,33 @@ def refuse_foreign(*paths: Path) -> None:
     """UserError for the first path at which there is something that this program did not write."""
     for path in paths:
         if os.path.lexists(path) and not is_ours(path):
-            raise UserError(f"file {path}", "is there, and not one that this program wrote", "give another folder, or move it")
+            raise UserError(
+                f"file {path}",
+                "is there, and not one that this program wrote",
+                "give another folder, or move it",
+            )
 
 
 HELD: dict[Path, IO] = {}  # locks, which end with the process
 
 
 def hold(folder: Path) -> None:
-    """Keep other runs out of a folder until `release`, or this process ends. UserError where one is writing there."""
+    """Keep other runs out of a folder until `release`, or this process ends. UserError where one is
+    writing there.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")  # noqa: SIM115
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited: workers that outlive their parent hold nothing
+        fcntl.lockf(
+            file, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # not inherited: workers that outlive their parent hold nothing
         HELD[folder] = file
     except (BlockingIOError, PermissionError):
-        raise UserError(f"output {folder}", "another run is writing there, or it is read-only", "give another --out") from None
+        raise UserError(
+            f"output {folder}",
+            "another run is writing there, or it is read-only",
+            "give another --out",
+        ) from None
     except OSError:  # a file system without locks
         pass
 
@@ -121,9 +144,14 @@ def release(folder: Path) -> None:
 
 
 def check_writable(folder: Path, names: list[str]) -> None:
-    """UserError where results of these names cannot be written to a folder, or would replace what is not ours."""
+    """UserError where results of these names cannot be written to a folder, or would replace what
+    is not ours.
+    """
     refuse_foreign(*(folder / name for name in names))
-    there, probe = folder.exists(), folder / ".writable"  # one name: what a kill leaves, the next try removes
+    there, probe = (
+        folder.exists(),
+        folder / ".writable",
+    )  # one name: what a kill leaves, the next try removes
     with replacing(probe) as file:
         file.touch()
     probe.unlink(missing_ok=True)
@@ -140,7 +168,9 @@ def result(path: Path) -> Iterator[Path]:
 
 
 def set_aside(folder: Path, names: tuple[str, ...]) -> None:
-    """Give files of these names another one, so that a run may begin in their folder, and say so."""
+    """Give files of these names another one, so that a run may begin in their folder, and say
+    so.
+    """
     for path in (folder / name for name in names):
         if path.exists() and path.stat().st_size:
             numbered = (path.with_stem(f"{path.stem}.{i}") for i in range(1, 1_000_000))
@@ -151,10 +181,11 @@ def set_aside(folder: Path, names: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the name only when the block ends without an error and is on the disk.
+    """Yield a temporary path beside `path`; it takes the name only when the block ends without an
+    error and is on the disk.
 
-    With `previous`, the file that is there takes that name. Raises UserError where the file system refuses. Several processes
-    may write one path at once: each has a temporary file of its own.
+    With `previous`, the file that is there takes that name. Raises UserError where the file system
+    refuses. Several processes may write one path at once: each has a temporary file of its own.
     """
     temporary, lock = None, None
     try:
@@ -179,7 +210,9 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
                 os.fsync(folder)
             os.close(folder)
     except OSError as error:
-        raise UserError(f"file {path}", f"cannot be written ({error.strerror})", "check the folder and the disk") from None
+        raise UserError(
+            f"file {path}", f"cannot be written ({error.strerror})", "check the folder and the disk"
+        ) from None
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
@@ -191,7 +224,8 @@ def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
 def temporary_for(path: Path) -> tuple[Path, int]:
     """A temporary file beside `path` that is this process's alone, and the lock on it.
 
-    The name is always the same, so that the next try replaces what a kill has left; while another process holds it, a new one.
+    The name is always the same, so that the next try replaces what a kill has left; while another
+    process holds it, a new one.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     lock = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)

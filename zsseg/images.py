@@ -13,17 +13,54 @@ from PIL import Image, ImageOps
 
 from zsseg.run import UserError
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_image` has limits of its own
+warnings.simplefilter(
+    "ignore", Image.DecompressionBombWarning
+)  # `open_image` has limits of its own
 ORIENTATION = 0x0112  # the EXIF entry that says how the camera was held
 # Of images that Pillow does not read, or not without more packages.
 PICTURE_LIKE = frozenset(
     f".{ending}"
-    for ending in ("heic", "heif", "hif", "avif", "jxl", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2", "raf", "pef", "srw",
-                   "raw", "psd", "svg", "exr", "hdr", "webp", "jp2", "eps", "xcf", "mpo")
+    for ending in (
+        "heic",
+        "heif",
+        "hif",
+        "avif",
+        "jxl",
+        "dng",
+        "cr2",
+        "cr3",
+        "nef",
+        "arw",
+        "orf",
+        "rw2",
+        "raf",
+        "pef",
+        "srw",
+        "raw",
+        "psd",
+        "svg",
+        "exr",
+        "hdr",
+        "webp",
+        "jp2",
+        "eps",
+        "xcf",
+        "mpo",
+    )
 )
-LABEL_FORMATS = ("PNG", "TIFF", "BMP", "DIB", "GIF", "PPM")  # whose samples come through Pillow, or can be had back
+LABEL_FORMATS = (
+    "PNG",
+    "TIFF",
+    "BMP",
+    "DIB",
+    "GIF",
+    "PPM",
+)  # whose samples come through Pillow, or can be had back
 FIRST_PAGE = "the picture has more than one page or frame; the first is read"
-TURNED = "the camera turned the picture (EXIF), which is not applied; labels drawn on the turned one want data.exif_turn = true"
+TURNED = (
+    "the camera turned the picture (EXIF), which is not applied; labels drawn on the turned one "
+    "want data.exif_turn = true"
+)
 GREY = "the palette is grey but not in order; what counts are its indices, not its greys"
 
 
@@ -32,19 +69,31 @@ def picture_endings() -> set[str]:
     """Of the files that Pillow reads as images, without those that need another program."""
     Image.init()
     others = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
-    return {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in others}
+    return {
+        ending
+        for ending, kind in Image.EXTENSION.items()
+        if kind in Image.OPEN and kind not in others
+    }
 
 
 @contextlib.contextmanager
 def open_image(file: Path, what: str, limited: bool = True) -> Iterator[Image.Image]:
-    """An image file that is open and not decoded yet; what goes wrong while it is read is a UserError that names it."""
+    """An image file that is open and not decoded yet; what goes wrong while it is read is a
+    UserError that names it.
+    """
     try:
         with contextlib.ExitStack() as stack:
             image = stack.enter_context(Image.open(file))
-            if image.format == "TIFF" and orientation(image) != 1:  # mapped from the file, Pillow would turn it wrongly
+            if (
+                image.format == "TIFF" and orientation(image) != 1
+            ):  # mapped from the file, Pillow would turn it wrongly
                 image = stack.enter_context(Image.open(io.BytesIO(Path(file).read_bytes())))
-            if limited and image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow itself refuses twice as many
-                raise ValueError(f"{image.width} x {image.height} is more than {Image.MAX_IMAGE_PIXELS} pixels")
+            if (
+                limited and image.width * image.height > Image.MAX_IMAGE_PIXELS
+            ):  # Pillow itself refuses twice as many
+                raise ValueError(
+                    f"{image.width} x {image.height} is more than {Image.MAX_IMAGE_PIXELS} pixels"
+                )
             if image.format == "EPS":
                 raise ValueError("PostScript is a program, and is not run")
             yield image
@@ -67,20 +116,29 @@ def as_stored(image: Image.Image, turned: int) -> Image.Image:
 
 
 def remarks_on(file: Path) -> tuple[bool, int]:
-    """Whether a viewer would turn or mirror an image, and how many pages or frames it has beside the first, which is the one
-    that is read (a telephone's previews do not count); nothing where it cannot be read.
+    """Whether a viewer would turn or mirror an image, and how many pages or frames it has beside
+    the first, which is the one that is read (a telephone's previews do not count); nothing where it
+    cannot be read.
     """
     with contextlib.suppress(UserError), open_image(file, "picture", limited=False) as image:
-        return orientation(image) != 1, getattr(image, "n_frames", 1) - 1 if image.format != "MPO" else 0
+        return orientation(image) != 1, getattr(
+            image, "n_frames", 1
+        ) - 1 if image.format != "MPO" else 0
     return False, 0
 
 
-def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture", shown: bool = False,
-                 turn: bool = False) -> Image.Image:  # fmt: skip
-    """An image, whole and in `mode`: transparent parts on white, 16 bits brought to 8. None: as it is in the file.
+def read_picture(
+    file: Path,
+    mode: str | None = "RGB",
+    what: str = "picture",
+    shown: bool = False,
+    turn: bool = False,
+) -> Image.Image:
+    """An image, whole and in `mode`: transparent parts on white, 16 bits brought to 8. None: as it
+    is in the file.
 
-    `turn`: as its camera says. `shown`: that too, and of up to twice as many pixels. A missing or broken file is a
-    UserError that names it.
+    `turn`: as its camera says. `shown`: that too, and of up to twice as many pixels. A missing or
+    broken file is a UserError that names it.
     """
     with open_image(file, what, limited=not shown) as image:
         turned = orientation(image)
@@ -90,13 +148,17 @@ def read_picture(file: Path, mode: str | None = "RGB", what: str = "picture", sh
         if mode is None:
             return image
         if turn or shown:
-            with contextlib.suppress(Exception):  # where the camera's notes are broken, nothing is turned
+            with contextlib.suppress(
+                Exception
+            ):  # where the camera's notes are broken, nothing is turned
                 image = ImageOps.exif_transpose(image)
         return as_rgb(image, mode)
 
 
 def as_rgb(image: Image.Image, mode: str = "RGB") -> Image.Image:
-    """An image in `mode`, 16 bits brought to 8, transparent parts on white; ValueError for one of fractions."""
+    """An image in `mode`, 16 bits brought to 8, transparent parts on white; ValueError for one of
+    fractions.
+    """
     if image.mode.startswith("I"):
         values = np.asarray(image).clip(0, 65535)
         image = Image.fromarray((values // 257).astype(np.uint8))
@@ -109,22 +171,30 @@ def as_rgb(image: Image.Image, mode: str = "RGB") -> Image.Image:
 
 
 def read_samples(file: Path) -> tuple[np.ndarray, str]:
-    """The numbers in a label map as the file holds them [H, W] (or [H, W, channels]), and a remark where they may surprise.
+    """The numbers in a label map as the file holds them [H, W] (or [H, W, channels]), and a remark
+    where they may surprise.
 
-    Pillow decodes images: it stretches samples of fewer than 8 bits to 0..255, inverts TIFFs whose white is 0, and scales
-    PGMs to their largest value. All of that is undone here; what cannot be undone, as JPEG's losses, is a UserError.
+    Pillow decodes images: it stretches samples of fewer than 8 bits to 0..255, inverts TIFFs whose
+    white is 0, and scales PGMs to their largest value. All of that is undone here; what cannot be
+    undone, as JPEG's losses, is a UserError.
     """
     what = f"label map {file}"
     with open_image(file, "label map") as image:
         pages = getattr(image, "n_frames", 1)
-        turned = orientation(image) if image.format == "TIFF" else 1  # it would decode a PNG, and Pillow turns TIFFs alone
+        turned = (
+            orientation(image) if image.format == "TIFF" else 1
+        )  # it would decode a PNG, and Pillow turns TIFFs alone
         if image.format not in LABEL_FORMATS or "jpeg" in str(image.info.get("compression")):
             kind = image.format if image.format not in LABEL_FORMATS else "compressed as JPEG"
             raise UserError(what, f"is {kind}, which changes values", "write PNG")
         if pages > 1:
             raise UserError(what, f"holds {pages} pages", "write one label map a file")
         if image.format in ("BMP", "DIB") and image.mode == "1" and bits_of_bmp(file) != 1:
-            raise UserError(what, "is a BMP of two greys in more than one bit, which Pillow misreads", "write PNG")
+            raise UserError(
+                what,
+                "is a BMP of two greys in more than one bit, which Pillow misreads",
+                "write PNG",
+            )
         decoder, arguments = image.tile[0][0], image.tile[0][3]
         arguments = arguments if isinstance(arguments, tuple) else (arguments,)
         image.load()
@@ -152,27 +222,54 @@ def bits_of_bmp(file: Path) -> int:
         return int.from_bytes(content.read(30)[28:], "little")
 
 
-def check_values(values: np.ndarray, file: Path, bits: int, size: tuple[int, int] | None = None) -> np.ndarray:
-    """`read_samples`' numbers as label values [H, W], uint8 or uint16. `size`: the picture's (width, height)."""
+def check_values(
+    values: np.ndarray, file: Path, bits: int, size: tuple[int, int] | None = None
+) -> np.ndarray:
+    """`read_samples`' numbers as label values [H, W], uint8 or uint16. `size`: the picture's
+    (width, height).
+    """
     if values.dtype.kind == "u" and values.itemsize == 2:
         values = values.astype(np.uint16)  # whichever byte came first in the file
-    if bits == 16 and values.dtype == np.int32 and values.size and 0 <= values.min() <= values.max() < 65536:
+    if (
+        bits == 16
+        and values.dtype == np.int32
+        and values.size
+        and 0 <= values.min() <= values.max() < 65536
+    ):
         values = values.astype(np.uint16)  # how Pillow opens some 16-bit files
-    if values.ndim != 2 or values.dtype not in ((np.uint8,) if bits == 8 else (np.uint8, np.uint16)):
-        found = f"has {values.shape[2]} channels" if values.ndim == 3 else f"holds values of type {values.dtype}"
-        raise UserError(f"label map {file}", found, f"write one channel of {'8' if bits == 8 else '8 or 16'} bits")
+    if values.ndim != 2 or values.dtype not in (
+        (np.uint8,) if bits == 8 else (np.uint8, np.uint16)
+    ):
+        found = (
+            f"has {values.shape[2]} channels"
+            if values.ndim == 3
+            else f"holds values of type {values.dtype}"
+        )
+        raise UserError(
+            f"label map {file}",
+            found,
+            f"write one channel of {'8' if bits == 8 else '8 or 16'} bits",
+        )
     if size and values.shape[::-1] != size:
         sizes = f"is {values.shape[1]} x {values.shape[0]}, its picture {size[0]} x {size[1]}"
-        turned = ", or set data.exif_turn if its camera turned the picture" if values.shape == size else ""
+        turned = (
+            ", or set data.exif_turn if its camera turned the picture"
+            if values.shape == size
+            else ""
+        )
         raise UserError(f"label map {file}", sizes, f"make the two the same size{turned}")
     return values
 
 
 def read_values(file: Path, bits: int, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The label values [H, W] of a map, uint8 or uint16. `size`: its picture's (width, height). Raises UserError."""
+    """The label values [H, W] of a map, uint8 or uint16. `size`: its picture's (width, height).
+    Raises UserError.
+    """
     return check_values(read_samples(file)[0], file, bits, size)
 
 
 def read_labels(file: Path, lut: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A label map through `lut`: [H, W] of the table's type; `size` is its picture's (width, height)."""
+    """A label map through `lut`: [H, W] of the table's type; `size` is its picture's (width,
+    height).
+    """
     return lut[read_values(file, 8 if len(lut) == 256 else 16, size)]

@@ -1,4 +1,6 @@
-"""What is in the label maps of a split: its classes by pixels, kept beside the data, and what may be a mistake in it."""
+"""What is in the label maps of a split: its classes by pixels, kept beside the data, and what may
+be a mistake in it.
+"""
 
 import hashlib
 import os
@@ -21,7 +23,10 @@ from zsseg.run import UserError, cache_dir, parallel, several
 
 @dataclass
 class LabelStatistics:
-    """Which classes are in which image of a split, by pixels. Row C of the classes is the ignore value."""
+    """Which classes are in which image of a split, by pixels. Row C of the classes is the ignore
+    value.
+    """
+
     image: np.ndarray  # int32, one entry for each class of each image
     category: np.ndarray  # int32, 0..C
     pixels: np.ndarray  # int64
@@ -41,22 +46,37 @@ class LabelStatistics:
         return np.unique(self.image[np.isin(self.category, categories)])
 
     def oddities(self, data: DataSet, split: str) -> list[str]:
-        """What may be a mistake, a line each: classes without a pixel, values of no class, files that are read unexpectedly."""
+        """What may be a mistake, a line each: classes without a pixel, values of no class, files
+        that are read unexpectedly.
+        """
         lines, pixels = [], self.histogram(len(data.names))
         used = data.trained if split == "train" else range(len(data.names))
         without = [data.names[i] for i in used if not pixels[i]]
         if without:
             names = ", ".join(without[:20]) + f" and {len(without) - 20} more" * (len(without) > 20)
-            lines.append(f"no pixel in {split} of {several(len(without), 'class', 'classes')} of {len(used)}: {names}")
+            lines.append(
+                f"no pixel in {split} of {several(len(without), 'class', 'classes')} of "
+                f"{len(used)}: {names}"
+            )
         known, total = {*data.values}, max(int(self.value_pixels.sum()), 1)
-        others = [(int(v), 100 * int(n) / total) for v, n in zip(self.values, self.value_pixels, strict=True) if v not in known]
+        others = [
+            (int(v), 100 * int(n) / total)
+            for v, n in zip(self.values, self.value_pixels, strict=True)
+            if v not in known
+        ]
         usual = not [v for v, share in others if v != 255 or share > 5]
-        if others and (without or not usual) and data.name == "folder":  # the others' values are known to be right
-            shares = ", ".join(f"{v} ({share:.2g} %)" for v, share in others[:20]) + " ..." * (len(others) > 20)
+        if (
+            others and (without or not usual) and data.name == "folder"
+        ):  # the others' values are known to be right
+            shares = ", ".join(f"{v} ({share:.2g} %)" for v, share in others[:20]) + " ..." * (
+                len(others) > 20
+            )
             lines.append(f"ignored label values, of no class: {shares}{self.meant(data)}")
         for what, count in Counter(self.remarks[:, 0].tolist()).items():
             names = self.remarks[self.remarks[:, 0] == what, 1].tolist()
-            lines.append(f"{what} ({several(count, 'file')}: {', '.join(names[:3])}{' ...' * (count > 3)})")
+            lines.append(
+                f"{what} ({several(count, 'file')}: {', '.join(names[:3])}{' ...' * (count > 3)})"
+            )
         return lines
 
     def meant(self, data: DataSet) -> str:
@@ -71,17 +91,24 @@ class LabelStatistics:
 
 class Count(NamedTuple):
     """What is in one label map."""
+
     rows: np.ndarray  # (class, pixels), int64 [n, 2]
     values: np.ndarray  # (value, pixels), int64 [m, 2]
     remarks: list[tuple[str, str]] = ()  # (what is odd, file)
 
 
-def count_classes(pair: tuple[Path, Path], data: DataSet, tables: tuple, size: tuple | None = None,
-                  turn: bool = False) -> Count:  # fmt: skip
-    """The classes of a (image, label map) pair; `tables` are the data set's for evaluation and training.
+def count_classes(
+    pair: tuple[Path, Path],
+    data: DataSet,
+    tables: tuple,
+    size: tuple | None = None,
+    turn: bool = False,
+) -> Count:
+    """The classes of a (image, label map) pair; `tables` are the data set's for evaluation and
+    training.
 
-    `turn`: images are turned as their camera says. Raises AssertionError where the training table would let an unseen class
-    through, UserError for a bad label map.
+    `turn`: images are turned as their camera says. Raises AssertionError where the training table
+    would let an unseen class through, UserError for a bad label map.
     """
     full, training = tables
     picture, file = pair
@@ -91,7 +118,9 @@ def count_classes(pair: tuple[Path, Path], data: DataSet, tables: tuple, size: t
     ids, trained = full[there].astype(np.int64), training[there]
     kept = trained != data.ignore
     hidden = [data.values[data.names.index(n)] for n in data.unseen]
-    if np.isin(there[kept], hidden).any() or not np.array_equal(np.array(data.trained)[trained[kept]], ids[kept]):
+    if np.isin(there[kept], hidden).any() or not np.array_equal(
+        np.array(data.trained)[trained[kept]], ids[kept]
+    ):
         raise AssertionError(f"{file}: a pixel of an unseen class survived")
     ids[ids == data.ignore] = len(data.names)
     classes, index = np.unique(ids, return_inverse=True)
@@ -126,26 +155,40 @@ def count_split(pairs: list, count: Callable, workers: int, name: str) -> LabelS
         pixels[c.values[:, 0]] += c.values[:, 1]
     there = pixels.nonzero()[0]
     remarks = np.array([remark for c in counts for remark in c.remarks], str).reshape(-1, 2)
-    return LabelStatistics(image, rows[:, 0].astype(np.int32), rows[:, 1], np.array(sorted(broken), str),
-                           there.astype(np.int32), pixels[there], remarks)  # fmt: skip
+    return LabelStatistics(
+        image,
+        rows[:, 0].astype(np.int32),
+        rows[:, 1],
+        np.array(sorted(broken), str),
+        there.astype(np.int32),
+        pixels[there],
+        remarks,
+    )
 
 
-def label_statistics(wanted: str | DataConfig, root: Path, split: str, workers: int = 4) -> LabelStatistics:
-    """The statistics of a split: from the cache while files, tables and this program are the same, else counted now.
+def label_statistics(
+    wanted: str | DataConfig, root: Path, split: str, workers: int = 4
+) -> LabelStatistics:
+    """The statistics of a split: from the cache while files, tables and this program are the same,
+    else counted now.
 
     The cache lies beside the data, below $ZSSEG_CACHE where that cannot be written.
     """
     data, pairs = dataset(wanted), find_pairs(wanted, root, split)
     tables, folder = (data.lut(), data.lut(training=True)), data.folder(root)
     turn = isinstance(wanted, DataConfig) and wanted.exif_turn
-    version = files_version(folder, pairs, b"".join(table.tobytes() for table in tables) + bytes([turn]))
+    version = files_version(
+        folder, pairs, b"".join(table.tobytes() for table in tables) + bytes([turn])
+    )
     caches = folder / ".zsseg" / f"{split}.npz", cache_dir() / "statistics" / f"{version}.npz"
     for cache in caches:
         if cached := read_statistics(cache, version):
             return cached
     count = lambda pair: count_classes(pair, data, tables, turn=turn)
     statistics = count_split(pairs, count, workers, f"count {data.name} {split}")
-    for cache in caches if not len(statistics.broken) else ():  # what is broken today may be mended tomorrow
+    for cache in (
+        caches if not len(statistics.broken) else ()
+    ):  # what is broken today may be mended tomorrow
         try:
             with replacing(cache) as temporary, open(temporary, "wb") as file:
                 np.savez(file, version=version, **vars(statistics))
@@ -156,13 +199,18 @@ def label_statistics(wanted: str | DataConfig, root: Path, split: str, workers: 
 
 
 def files_version(folder: Path, pairs: list[tuple[Path, Path]], settings: bytes) -> str:
-    """A digest of settings, of every file's name, size and times of change, and of the code that reads them."""
+    """A digest of settings, of every file's name, size and times of change, and of the code that
+    reads them.
+    """
     digest = hashlib.sha256(settings)
     for code in (__file__, images.__file__):
         digest.update(Path(code).read_bytes())
     for file in (file for pair in pairs for file in pair):
         stat = file.stat() if file.exists() else None
-        line = f"{os.path.relpath(file, folder)} {stat and (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)}\n"
+        line = (
+            f"{os.path.relpath(file, folder)} "
+            f"{stat and (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)}\n"
+        )
         digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
 

@@ -1,4 +1,5 @@
-"""Set-prediction training (MaskFormer, Cheng et al. 2021): class, focal and dice loss; per-pixel and contrastive losses.
+"""Set-prediction training (MaskFormer, Cheng et al. 2021): class, focal and dice loss; per-pixel
+and contrastive losses.
 
 Everything here is plain PyTorch; CUDA tensors go to a kernel that computes the same.
 """
@@ -18,8 +19,9 @@ ALPHA = 0.25  # of the focal loss (Lin et al. 2017), with gamma 2
 def normalizers(counts: Tensor, queries: int, no_object_weight: float, process: Process) -> Tensor:
     """What the losses are divided by, [2]: the number of masks, and the queries' class weights.
 
-    Both are means over the processes of the global batch, so that processes that average gradients equal one large
-    process. They follow from the counts alone, so that no loss has to wait for other processes.
+    Both are means over the processes of the global batch, so that processes that average gradients
+    equal one large process. They follow from the counts alone, so that no loss has to wait for
+    other processes.
     """
     matched = counts.clamp(max=queries)
     local = torch.stack([counts.sum(), (matched + no_object_weight * (queries - matched)).sum()])
@@ -27,18 +29,30 @@ def normalizers(counts: Tensor, queries: int, no_object_weight: float, process: 
     return torch.stack([masks.clamp(min=1), weights.clamp(min=1e-6)])
 
 
-def class_loss(logits: Tensor, matched: Tensor, classes: Tensor, no_object_weight: float, total: Tensor) -> Tensor:
-    """Weighted cross-entropy of each layer [L], divided by `total`: unmatched queries are the no-object class."""
+def class_loss(
+    logits: Tensor, matched: Tensor, classes: Tensor, no_object_weight: float, total: Tensor
+) -> Tensor:
+    """Weighted cross-entropy of each layer [L], divided by `total`: unmatched queries are the
+    no-object class.
+    """
     L, B, Q, C = logits.shape
-    truth = torch.full((L, B, Q + 1), C - 1, device=logits.device)  # the extra query takes what has no match
+    truth = torch.full(
+        (L, B, Q + 1), C - 1, device=logits.device
+    )  # the extra query takes what has no match
     truth = truth.scatter(2, matched.where(matched >= 0, Q), classes.expand(L, -1, -1))[..., :Q]
     weight = torch.where(truth == C - 1, no_object_weight, 1.0).flatten()
-    losses = weight * F.cross_entropy(logits.float().flatten(0, 2), truth.flatten(), reduction="none")
+    losses = weight * F.cross_entropy(
+        logits.float().flatten(0, 2), truth.flatten(), reduction="none"
+    )
     return losses.view(L, B, Q).sum((1, 2)) / total
 
 
-def mask_losses(masks: Tensor, matched: Tensor, targets: Targets, num_masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Focal and dice loss [L] each of the matched pairs, at the label map's size, summed and divided by `num_masks`."""
+def mask_losses(
+    masks: Tensor, matched: Tensor, targets: Targets, num_masks: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Focal and dice loss [L] each of the matched pairs, at the label map's size, summed and
+    divided by `num_masks`.
+    """
     if use_triton(masks) and mask_loss.fits(masks, targets.labels):
         focal, dice = mask_loss.mask_loss(masks, matched, targets.labels, targets.classes)
     else:
@@ -46,9 +60,12 @@ def mask_losses(masks: Tensor, matched: Tensor, targets: Targets, num_masks: Ten
     return focal.sum((1, 2)) / num_masks, dice.sum((1, 2)) / num_masks
 
 
-def focal_and_dice(masks: Tensor, matched: Tensor, labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """mask logits [L, B, Q, h, w], matched [L, B, T] (query of each target or -1), labels [B, H, W], classes [B, T]
-    -> focal and dice loss of each pair [L, B, T], 0 where there is no match. fp32, or fp64 where the masks are.
+def focal_and_dice(
+    masks: Tensor, matched: Tensor, labels: Tensor, classes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """mask logits [L, B, Q, h, w], matched [L, B, T] (query of each target or -1), labels [B, H,
+    W], classes [B, T] -> focal and dice loss of each pair [L, B, T], 0 where there is no match.
+    fp32, or fp64 where the masks are.
     """
     L, (B, T), (h, w) = len(masks), classes.shape, masks.shape[-2:]
     dtype = torch.promote_types(masks.dtype, torch.float32)
@@ -59,7 +76,9 @@ def focal_and_dice(masks: Tensor, matched: Tensor, labels: Tensor, classes: Tens
     for layer_masks, query in zip(masks, matched, strict=True):
         index = query.clamp(min=0)[..., None, None].expand(-1, -1, h, w)
         x = layer_masks.gather(1, index).to(dtype)  # [B, T, h, w]
-        x = F.interpolate(x, labels.shape[-2:], mode="bilinear", align_corners=False)  # [B, T, H, W]
+        x = F.interpolate(
+            x, labels.shape[-2:], mode="bilinear", align_corners=False
+        )  # [B, T, H, W]
         p = x.sigmoid()
 
         cross_entropy = F.binary_cross_entropy_with_logits(x, t, reduction="none")
@@ -71,18 +90,30 @@ def focal_and_dice(masks: Tensor, matched: Tensor, labels: Tensor, classes: Tens
     return torch.stack(focal), torch.stack(dice)
 
 
-def segmentation_losses(logits: Tensor, masks: Tensor, targets: Targets, scales: Tensor, focal_weight: float,
-                        dice_weight: float, no_object_weight: float) -> dict[str, Tensor]:  # fmt: skip
-    """The weighted loss terms of every decoder layer: {"class": [L], "focal": [L], "dice": [L]}; their sum is the loss.
+def segmentation_losses(
+    logits: Tensor,
+    masks: Tensor,
+    targets: Targets,
+    scales: Tensor,
+    focal_weight: float,
+    dice_weight: float,
+    no_object_weight: float,
+) -> dict[str, Tensor]:
+    """The weighted loss terms of every decoder layer: {"class": [L], "focal": [L], "dice": [L]};
+    their sum is the loss.
 
-    logits [L, B, Q, C+1], masks [L, B, Q, h, w], `scales` [2] from `normalizers`. A batch without targets still gives every
-    output a gradient. A matching cost that is not finite makes the loss NaN. Nothing is read by the host, so that
-    torch.compile takes it whole and a GPU never waits.
+    logits [L, B, Q, C+1], masks [L, B, Q, h, w], `scales` [2] from `normalizers`. A batch without
+    targets still gives every output a gradient. A matching cost that is not finite makes the loss
+    NaN. Nothing is read by the host, so that torch.compile takes it whole and a GPU never waits.
     """
     num_masks, weights = scales
-    masks = masks.contiguous()  # once for all operators: the network's product leaves [B, L, Q, h, w] in memory
+    masks = (
+        masks.contiguous()
+    )  # once for all operators: the network's product leaves [B, L, Q, h, w] in memory
     with torch.no_grad():
-        matched, bad = assign(matching_cost(logits, masks, targets, focal_weight, dice_weight), targets.counts)
+        matched, bad = assign(
+            matching_cost(logits, masks, targets, focal_weight, dice_weight), targets.counts
+        )
     focal, dice = mask_losses(masks, matched, targets, num_masks)
     unused = torch.where(bad.any(1), torch.nan, 0.0) * masks.float().mean((1, 2, 3, 4))
     return {
@@ -93,7 +124,8 @@ def segmentation_losses(logits: Tensor, masks: Tensor, targets: Targets, scales:
 
 
 def per_pixel_loss(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
-    """Cross-entropy at the label maps' size: logits [B, C, h, w], labels [B, H, W] -> the mean over the pixels that count.
+    """Cross-entropy at the label maps' size: logits [B, C, h, w], labels [B, H, W] -> the mean over
+    the pixels that count.
 
     0 where none does.
     """

@@ -1,6 +1,8 @@
-"""MaskFormer with zero-shot classification (Cheng et al. 2021): image -> masks and class embeddings.
+"""MaskFormer with zero-shot classification (Cheng et al. 2021): image -> masks and class
+embeddings.
 
-Backbone (R50, R101c or a small one) -> FPN pixel decoder -> transformer decoder over learned queries -> heads.
+Backbone (R50, R101c or a small one) -> FPN pixel decoder -> transformer decoder over learned
+queries -> heads.
 """
 
 import math
@@ -28,6 +30,7 @@ def conv_norm(channels: int, out: int, kernel: int) -> nn.Sequential:
 
 class PixelDecoder(nn.Module):
     """FPN: res2..res5 -> mask features [B, hidden, h, w] at stride 4."""
+
     def __init__(self, channels: list[int], hidden: int):
         super().__init__()
         self.top = conv_norm(channels[-1], hidden, 3)
@@ -37,14 +40,18 @@ class PixelDecoder(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Tensor:
         y = F.relu(self.top(features[-1]))
-        for x, lateral, output in zip(features[-2::-1], self.lateral[::-1], self.output[::-1], strict=True):
+        for x, lateral, output in zip(
+            features[-2::-1], self.lateral[::-1], self.output[::-1], strict=True
+        ):
             x = lateral(x)
             y = F.relu(output(x + F.interpolate(y, x.shape[-2:], mode="nearest")))
         return self.mask_features(y)
 
 
 def sine_positions(height: int, width: int, hidden: int, device: torch.device) -> Tensor:
-    """Normalised sine position encoding [height*width, hidden], y before x (DETR; temperature 10000, scale 2 pi)."""
+    """Normalised sine position encoding [height*width, hidden], y before x (DETR; temperature
+    10000, scale 2 pi).
+    """
     axis = hidden // 2
     frequency = 10000 ** (2 * (torch.arange(axis, device=device, dtype=torch.float32) // 2) / axis)
 
@@ -60,6 +67,7 @@ def sine_positions(height: int, width: int, hidden: int, device: torch.device) -
 
 class DecoderLayer(nn.Module):
     """Post-norm decoder layer; positions are added to queries and keys, never to values."""
+
     def __init__(self, hidden: int, heads: int, feedforward: int, dropout: float):
         super().__init__()
         self.self_attn = nn.MultiheadAttention(hidden, heads, dropout)
@@ -69,7 +77,9 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, query_pos: Tensor, memory: Tensor, keys: Tensor) -> Tensor:
-        """x [Q, B, hidden], query_pos [Q, B, hidden], memory and keys (memory + positions) [h*w, B, hidden] -> like x."""
+        """x [Q, B, hidden], query_pos [Q, B, hidden], memory and keys (memory + positions) [h*w, B,
+        hidden] -> like x.
+        """
         q = x + query_pos
         x = self.norm1(x + self.dropout(self.self_attn(q, q, x, need_weights=False)[0]))
         y = self.cross_attn(x + query_pos, keys, memory, need_weights=False)[0]
@@ -80,12 +90,17 @@ class DecoderLayer(nn.Module):
 
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers with relu between them."""
-    layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU(inplace=True))]
+    layers = [
+        layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU(inplace=True))
+    ]
     return nn.Sequential(*layers[:-1])
 
 
 class MaskFormer(nn.Module):
-    """Everything of the segmenter that learns. `embed` is CLIP's feature width D, or with a linear class head C + 1."""
+    """Everything of the segmenter that learns. `embed` is CLIP's feature width D, or with a linear
+    class head C + 1.
+    """
+
     def __init__(self, config: ModelConfig, embed: int):
         super().__init__()
         hidden = config.hidden
@@ -103,7 +118,9 @@ class MaskFormer(nn.Module):
             nn.init.zeros_(conv.bias)
         self.query_embed = nn.Embedding(config.queries, hidden)
         self.mask_embed = mlp(hidden, hidden, hidden, hidden)
-        if config.class_head == "linear":  # fully supervised MaskFormer: the embeddings are the logits
+        if (
+            config.class_head == "linear"
+        ):  # fully supervised MaskFormer: the embeddings are the logits
             self.class_embed, self.non_object = nn.Linear(hidden, embed), None
         else:
             self.class_embed = mlp(hidden, config.class_hidden, embed)
@@ -113,17 +130,23 @@ class MaskFormer(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
 
     def prepare(self, images: Tensor) -> Tensor:
-        """RGB in 0..255 [B, 3, H, W], any dtype and size -> normalised, zero-padded to multiples of 32, fp32."""
+        """RGB in 0..255 [B, 3, H, W], any dtype and size -> normalised, zero-padded to multiples of
+        32, fp32.
+        """
         x = (images - self.pixel_mean) / self.pixel_std
         x = F.pad(x, (0, -x.shape[-1] % DIVISOR, 0, -x.shape[-2] % DIVISOR))
         # As tensor cores read it.
-        return x.contiguous(memory_format=torch.channels_last) if torch.is_autocast_enabled("cuda") and x.is_cuda else x
+        return (
+            x.contiguous(memory_format=torch.channels_last)
+            if torch.is_autocast_enabled("cuda") and x.is_cuda
+            else x
+        )
 
     def propose(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Proposals of `prepare`d images [B, 3, H, W].
 
-        Returns class embeddings [L, B, Q, D] and mask logits [L, B, Q, h, w] at stride 4; in eval mode of the last layer
-        only (L = 1).
+        Returns class embeddings [L, B, Q, D] and mask logits [L, B, Q, h, w] at stride 4; in eval
+        mode of the last layer only (L = 1).
         """
         features = self.backbone(images)
         mask_features = self.pixel_decoder(features)  # [B, hidden, h, w]
@@ -137,15 +160,21 @@ class MaskFormer(nn.Module):
         for layer in self.layers:
             y = layer(y, query_pos, memory, keys)
             outputs.append(y)
-        y = self.norm(torch.stack(outputs if self.training else outputs[-1:])).transpose(1, 2)  # [L, B, Q, hidden]
+        y = self.norm(torch.stack(outputs if self.training else outputs[-1:])).transpose(
+            1, 2
+        )  # [L, B, Q, hidden]
         masks = torch.einsum("lbqc,bchw->lbqhw", self.mask_embed(y), mask_features)
         return self.class_embed(y), masks
 
     def classify(self, embeds: Tensor, text: Tensor | None) -> Tensor:
-        """Class embeddings [..., D], text features [C, D] -> logits [..., C+1], the last column no object; fp32."""
+        """Class embeddings [..., D], text features [C, D] -> logits [..., C+1], the last column no
+        object; fp32.
+        """
         if self.non_object is None:
             return embeds.float()
-        return cosine_logits(embeds, torch.cat([text.float(), F.normalize(self.non_object.float(), dim=-1)]))
+        return cosine_logits(
+            embeds, torch.cat([text.float(), F.normalize(self.non_object.float(), dim=-1)])
+        )
 
     def forward(self, images: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
         """`prepare`d images [B, 3, H, W] and text features [C, D], what torch.compile and DDP wrap.
@@ -157,7 +186,10 @@ class MaskFormer(nn.Module):
 
 
 class PerPixel(nn.Module):
-    """The one-stage baseline (Xu et al. 2021): backbone and pixel decoder, then one embedding of CLIP's width D a pixel."""
+    """The one-stage baseline (Xu et al. 2021): backbone and pixel decoder, then one embedding of
+    CLIP's width D a pixel.
+    """
+
     def __init__(self, config: ModelConfig, embed: int):
         super().__init__()
         self.backbone = build_backbone(config)
@@ -171,6 +203,8 @@ class PerPixel(nn.Module):
     prepare = MaskFormer.prepare
 
     def forward(self, images: Tensor, text: Tensor) -> Tensor:
-        """`prepare`d images [B, 3, H, W], text features [C, D] -> class logits, 100 x cosine, fp32 [B, C, h, w]."""
+        """`prepare`d images [B, 3, H, W], text features [C, D] -> class logits, 100 x cosine, fp32
+        [B, C, h, w].
+        """
         x = self.pixel_embed(self.pixel_decoder(self.backbone(images)))
         return cosine_logits(x.movedim(1, -1), text).movedim(-1, 1)

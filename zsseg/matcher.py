@@ -1,4 +1,5 @@
-"""Matching of queries and targets (MaskFormer, Cheng et al. 2021, section 3.2): cost, and assignment of minimum cost.
+"""Matching of queries and targets (MaskFormer, Cheng et al. 2021, section 3.2): cost, and
+assignment of minimum cost.
 
 Everything here is plain PyTorch and SciPy; CUDA tensors go to kernels that compute the same.
 """
@@ -19,46 +20,69 @@ LIMIT = 1e6  # costs that are not finite count as this much
 
 @dataclass
 class Targets:
-    """What is in each image, padded to the largest count T; the mask of a target is `labels == class`."""
+    """What is in each image, padded to the largest count T; the mask of a target is `labels ==
+    class`.
+    """
+
     labels: Tensor  # [B, H, W], class ids and the ignore value
     classes: Tensor  # [B, T] int64, padded with 0
     counts: Tensor  # [B] int64
 
     def to(self, device: torch.device) -> "Targets":
-        return Targets(*(t.to(device, non_blocking=True) for t in (self.labels, self.classes, self.counts)))
+        return Targets(
+            *(t.to(device, non_blocking=True) for t in (self.labels, self.classes, self.counts))
+        )
 
     def pin_memory(self) -> "Targets":
         return Targets(*(t.pin_memory() for t in (self.labels, self.classes, self.counts)))
 
     def padded(self) -> "Targets":
-        """T raised to 15, 31, 63 or more: a compiled program serves one T, and the matching kernel a power of two less one."""
+        """T raised to 15, 31, 63 or more: a compiled program serves one T, and the matching kernel
+        a power of two less one.
+        """
         T = self.classes.shape[1]
-        wide = T if T == 64 else max(2 ** T.bit_length() - 1, 15)  # 64 is what the assignment kernel still takes
+        wide = (
+            T if T == 64 else max(2 ** T.bit_length() - 1, 15)
+        )  # 64 is what the assignment kernel still takes
         return Targets(self.labels, F.pad(self.classes, (0, wide - T)), self.counts)
 
 
-def matching_cost(class_logits: Tensor, mask_logits: Tensor, targets: Targets, focal_weight: float,
-                  dice_weight: float) -> Tensor:  # fmt: skip
+def matching_cost(
+    class_logits: Tensor,
+    mask_logits: Tensor,
+    targets: Targets,
+    focal_weight: float,
+    dice_weight: float,
+) -> Tensor:
     """Cost of every query for every target, all layers and images at once:
 
         -p[class] + focal_weight * focal(mask, target) + dice_weight * dice(mask, target)
 
-    class_logits [L, B, Q, C+1], mask_logits [L, B, Q, h, w] -> [L, B, Q, T], fp32, or fp64 where the masks are; columns beyond
-    an image's count mean nothing. Label maps are brought to h x w by nearest sampling. No gradient is needed.
+    class_logits [L, B, Q, C+1], mask_logits [L, B, Q, h, w] -> [L, B, Q, T], fp32, or fp64 where
+    the masks are; columns beyond an image's count mean nothing. Label maps are brought to h x w by
+    nearest sampling. No gradient is needed.
     """
     L, _, Q, h, w = mask_logits.shape
-    labels = F.interpolate(targets.labels[:, None].float(), (h, w), mode="nearest")[:, 0].int()  # [B, h, w]
+    labels = F.interpolate(targets.labels[:, None].float(), (h, w), mode="nearest")[
+        :, 0
+    ].int()  # [B, h, w]
     if use_triton(mask_logits):
-        return matching_cost_kernel.matching_cost(class_logits, mask_logits, labels, targets.classes, focal_weight, dice_weight)
+        return matching_cost_kernel.matching_cost(
+            class_logits, mask_logits, labels, targets.classes, focal_weight, dice_weight
+        )
     dtype = torch.promote_types(mask_logits.dtype, torch.float32)
-    target = (labels[:, None] == targets.classes[:, :, None, None]).flatten(2).to(dtype)  # [B, T, hw]
+    target = (
+        (labels[:, None] == targets.classes[:, :, None, None]).flatten(2).to(dtype)
+    )  # [B, T, hw]
     x = mask_logits.to(dtype).flatten(3)  # [L, B, Q, hw]
     p = x.sigmoid()
 
     # Focal loss (alpha 0.25, gamma 2) where the target is 1, and where it is 0.
     positive = 0.25 * (1 - p) ** 2 * F.softplus(-x)
     negative = 0.75 * p**2 * F.softplus(x)
-    focal = torch.einsum("lbqn,btn->lbqt", positive, target) + torch.einsum("lbqn,btn->lbqt", negative, 1 - target)
+    focal = torch.einsum("lbqn,btn->lbqt", positive, target) + torch.einsum(
+        "lbqn,btn->lbqt", negative, 1 - target
+    )
 
     overlap = torch.einsum("lbqn,btn->lbqt", p, target)
     dice = 1 - (2 * overlap + 1) / (p.sum(-1)[..., None] + target.sum(-1)[:, None] + 1)
@@ -69,17 +93,20 @@ def matching_cost(class_logits: Tensor, mask_logits: Tensor, targets: Targets, f
 
 
 def assign(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimum-cost assignment per layer and image: cost [L, B, Q, T], counts [B] -> the query of each target, int64 [L, B, T].
+    """Minimum-cost assignment per layer and image: cost [L, B, Q, T], counts [B] -> the query of
+    each target, int64 [L, B, T].
 
-    -1 where a target is padding, or is left without a query because there are fewer queries than targets. Costs that are
-    not finite count as a million; bool [L, B] says where there were any.
+    -1 where a target is padding, or is left without a query because there are fewer queries than
+    targets. Costs that are not finite count as a million; bool [L, B] says where there were any.
     """
     if use_triton(cost) and assignment.fits(cost):
         return assignment.assignment(cost, counts)
     return hungarian(cost, counts)
 
 
-@torch.library.custom_op("zsseg::hungarian", mutates_args=())  # an operator, so that torch.compile takes it as one
+@torch.library.custom_op(
+    "zsseg::hungarian", mutates_args=()
+)  # an operator, so that torch.compile takes it as one
 def hungarian(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """`assign` by SciPy, on the host."""
     L, B, _, T = cost.shape
@@ -90,7 +117,9 @@ def hungarian(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         for image, count in enumerate(counts.tolist()):
             problem = costs[layer, image, :, :count]
             bad[layer, image] = not problem.isfinite().all()
-            query, target = linear_sum_assignment(problem.nan_to_num(LIMIT, LIMIT, -LIMIT).clamp(-LIMIT, LIMIT).numpy())
+            query, target = linear_sum_assignment(
+                problem.nan_to_num(LIMIT, LIMIT, -LIMIT).clamp(-LIMIT, LIMIT).numpy()
+            )
             matched[layer, image, torch.from_numpy(target)] = torch.from_numpy(query)
     return matched.to(cost.device), bad.to(cost.device)
 

@@ -1,7 +1,8 @@
 """Any images: a label map, an overlay and counts for each of a list that may be a million long.
 
-The list is the same in every process, and cut into groups whose regions share CLIP's batches. A group is segmented as a whole
-or not at all, so that what comes out does not depend on how many processes there are or how often they were killed.
+The list is the same in every process, and cut into groups whose regions share CLIP's batches. A
+group is segmented as a whole or not at all, so that what comes out does not depend on how many
+processes there are or how often they were killed.
 """
 
 import contextlib
@@ -45,10 +46,12 @@ WAITING = 16  # images segmented and not yet written, at most
 
 
 class Names:
-    """The images to segment and the name of each one's results: its path below the folder that all of them are in.
+    """The images to segment and the name of each one's results: its path below the folder that all
+    of them are in.
 
     Endings are left out where the name stays unique without.
     """
+
     def __init__(self, found: list[str]):
         self.base, *self.files = found
         plain = [os.path.splitext(file)[0] for file in self.files]
@@ -64,24 +67,40 @@ class Names:
         name = (self.files[i] if name in self.shared else name)[len(self.base) :].lstrip(os.sep)
         folder, last = os.path.split(os.fsencode(name))
         if len(last) > LONGEST:
-            last = last[: LONGEST - 17].decode(errors="ignore").encode() + b"-" + hashlib.sha256(last).hexdigest()[:16].encode()
+            last = (
+                last[: LONGEST - 17].decode(errors="ignore").encode()
+                + b"-"
+                + hashlib.sha256(last).hexdigest()[:16].encode()
+            )
         return os.fsdecode(os.path.join(folder, last))
 
 
 def find_pictures(given: list[str], out: Path) -> list[str]:
     """The images that `--images` means, sorted, after the folder that all of them are in.
 
-    Files, folders (all below them that Pillow reads), patterns, `-` for a list on standard input. The command says at its end
-    what in the folders was left out. Raises UserError where something is not there.
+    Files, folders (all below them that Pillow reads), patterns, `-` for a list on standard input.
+    The command says at its end what in the folders was left out. Raises UserError where something
+    is not there.
     """
-    files, bases, known, results = set(), [], picture_endings(), os.path.join(os.path.realpath(out), "")
+    files, bases, known, results = (
+        set(),
+        [],
+        picture_endings(),
+        os.path.join(os.path.realpath(out), ""),
+    )
     for word in given:
         path = os.fspath(path_of(word))
         if word == "-":
             if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-                raise UserError("--images -", "cannot be read again after a restart", "give folders or patterns")
+                raise UserError(
+                    "--images -", "cannot be read again after a restart", "give folders or patterns"
+                )
             lines = decode(sys.stdin.buffer.read() if sys.stdin else b"")
-            found = [line for line in (lines.split("\0") if "\0" in lines else split_lines(lines)) if line.strip()]
+            found = [
+                line
+                for line in (lines.split("\0") if "\0" in lines else split_lines(lines))
+                if line.strip()
+            ]
         elif os.path.isdir(path):
             hidden: list[str] = []
             there = list(walk(path, results.rstrip(os.sep), hidden))
@@ -93,21 +112,36 @@ def find_pictures(given: list[str], out: Path) -> list[str]:
         elif glob.has_magic(path):
             matches = glob.glob(path, recursive=True)
             links = {file: os.path.realpath(file) for file in matches if os.path.isfile(file)}
-            files_in = sorted((file for file in links if not links[file].startswith(results)), key=len, reverse=True)
+            files_in = sorted(
+                (file for file in links if not links[file].startswith(results)),
+                key=len,
+                reverse=True,
+            )
             found = list({links[file]: file for file in files_in}.values())  # links may loop
             if "**" not in path and (folders := sum(map(os.path.isdir, matches))):
                 left_out(f"{several(folders, 'folder')} that {word} names (** looks into folders)")
             if twice := len(files_in) - len(found):
                 left_out(f"{several(twice, 'link')} to pictures that {word} names already")
         else:
-            raise UserError(f"--images {word}", "no such file or folder",
-                            nearest_file(path, "give pictures, folders, patterns or -"))
+            raise UserError(
+                f"--images {word}",
+                "no such file or folder",
+                nearest_file(path, "give pictures, folders, patterns or -"),
+            )
         asked = {*map(os.path.dirname, found), *([path] if word != "-" else [])}
-        if any(os.path.join(os.path.realpath(f), "").startswith(results) for f in asked):  # label maps might replace images
-            raise UserError(f"--images {word}", f"lies in {out}, where results go", "give another --out")
+        if any(
+            os.path.join(os.path.realpath(f), "").startswith(results) for f in asked
+        ):  # label maps might replace images
+            raise UserError(
+                f"--images {word}", f"lies in {out}, where results go", "give another --out"
+            )
         if not found:
             why = "holds no picture" if os.path.isdir(path) else "names no picture"
-            raise UserError(f"--images {word}", why, "give pictures that Pillow reads (.jpg, .png, .webp, .tif, ...)")
+            raise UserError(
+                f"--images {word}",
+                why,
+                "give pictures that Pillow reads (.jpg, .png, .webp, .tif, ...)",
+            )
         found = [os.path.abspath(file) for file in found]
         files.update(found)
         if not os.path.isdir(path):
@@ -116,23 +150,44 @@ def find_pictures(given: list[str], out: Path) -> list[str]:
 
 
 def say_what_is_not_taken(others: list[str], hidden: list[str], out: Path, folder: str) -> None:
-    """Have the command say what in a folder is left out: files of other kinds, hidden ones, images among the results."""
+    """Have the command say what in a folder is left out: files of other kinds, hidden ones, images
+    among the results.
+    """
     if others:
-        left_out(f"{several(len(others), 'file')} that Pillow does not read as pictures ({endings(others)})")
+        left_out(
+            f"{several(len(others), 'file')} that Pillow does not read as pictures "
+            f"({endings(others)})"
+        )
     if hidden:
         left_out(several(len(hidden), "hidden file or folder", "hidden files and folders"))
-    if os.path.realpath(out).startswith(os.path.join(os.path.realpath(folder), "")) and out.is_dir():
+    if (
+        os.path.realpath(out).startswith(os.path.join(os.path.realpath(folder), ""))
+        and out.is_dir()
+    ):
         files = set(walk(out))
-        made = {file.removesuffix(".json") for file in files if file.endswith(".json")}  # results have one beside them
-        stem = lambda file: file.removesuffix(".overlay.jpg") if file.endswith(".overlay.jpg") else os.path.splitext(file)[0]
-        foreign = [f for f in files if os.path.splitext(f)[1].lower() in picture_endings() and stem(f) not in made]
+        made = {
+            file.removesuffix(".json") for file in files if file.endswith(".json")
+        }  # results have one beside them
+        stem = lambda file: (
+            file.removesuffix(".overlay.jpg")
+            if file.endswith(".overlay.jpg")
+            else os.path.splitext(file)[0]
+        )
+        foreign = [
+            f
+            for f in files
+            if os.path.splitext(f)[1].lower() in picture_endings() and stem(f) not in made
+        ]
         if foreign:
             left_out(f"{several(len(foreign), 'picture')} in {out}, where results go")
 
 
 @dataclass
 class Picture:
-    """What a picture's label map and overlay are made of; only the error where it cannot be read."""
+    """What a picture's label map and overlay are made of; only the error where it cannot be
+    read.
+    """
+
     number: int
     images: list[Tensor]  # uint8 [3, h, w] at each network-input size
     shown: Tensor | None  # uint8 [3, h, w] of the overlay
@@ -147,6 +202,7 @@ class Picture:
 
 class Pictures(Dataset):
     """Pictures as a viewer would show them, at the network's sizes."""
+
     def __init__(self, files: list[str], config: Config):
         self.files, self.config = files, config
 
@@ -154,26 +210,42 @@ class Pictures(Dataset):
         try:
             version = version_of(self.files[i])
             image = read_picture(self.files[i], shown=True)
-        except Exception as error:  # whatever a decoder makes of a file must not end a run of a million
+        except (
+            Exception
+        ) as error:  # whatever a decoder makes of a file must not end a run of a million
             why = error.args[1] if isinstance(error, UserError) else repr(error)
-            return Picture(i, [], None, (0, 0), [], error=why if os.path.exists(self.files[i]) else "no such file")
+            return Picture(
+                i,
+                [],
+                None,
+                (0, 0),
+                [],
+                error=why if os.path.exists(self.files[i]) else "no such file",
+            )
         data, edges = self.config.data, self.config.eval.sizes or [self.config.data.test_short_edge]
         resized = lambda size: to_tensor(image.resize(size, Image.Resampling.BILINEAR))
         longest = max(image.size)
         scale = min(max(longest, EDGES[0]), EDGES[1]) / longest
         shown = tuple(max(round(scale * side), 1) for side in image.size)
         images = [resized(test_size(*image.size, edge, data.max_size)) for edge in edges]
-        return Picture(i, images, resized(shown), image.size[::-1], version, remarks_on(Path(self.files[i]))[1])
+        return Picture(
+            i, images, resized(shown), image.size[::-1], version, remarks_on(Path(self.files[i]))[1]
+        )
 
 
 def version_of(file: str) -> list[int]:
-    """A file's size in bytes and when it was changed, in ns: another image, or a new one of that name, has others."""
+    """A file's size in bytes and when it was changed, in ns: another image, or a new one of that
+    name, has others.
+    """
     stat = os.stat(file)
     return [stat.st_size, stat.st_mtime_ns]
 
 
 class Results:
-    """Writes what was found in an image: OUT/<name>.png, .overlay.jpg and, last, .json. Safe to call from threads."""
+    """Writes what was found in an image: OUT/<name>.png, .overlay.jpg and, last, .json. Safe to
+    call from threads.
+    """
+
     def __init__(self, out: Path, names: Names, words: Words, made_with: str):
         self.out, self.names, self.words, self.made_with = out, names, words, made_with
         C = len(words.shown_names)
@@ -185,12 +257,16 @@ class Results:
         return self.out / (self.names[number] + ending)
 
     def refuse_foreign(self, numbers: list[int]) -> None:
-        """UserError where a result would take the place of a file that this program did not write, or of another picture's."""
+        """UserError where a result would take the place of a file that this program did not write,
+        or of another picture's.
+        """
         if not any(self.out.iterdir()):
             return
         read_failed(self.out)
         for number in numbers:
-            refuse_foreign(*(self.file(number, ending) for ending in (".png", ".overlay.jpg", ".json")))
+            refuse_foreign(
+                *(self.file(number, ending) for ending in (".png", ".overlay.jpg", ".json"))
+            )
             other, picture = self.picture(number), self.names.files[number]
             if other not in ("", picture) and os.path.exists(other):  # else it was moved
                 why = f"is the result of another picture, {other}, not of {picture}"
@@ -204,12 +280,18 @@ class Results:
             return ""
 
     def counts(self, number: int) -> dict[int, int] | None:
-        """The pixels of each class in an image that is done as it is, with these words and settings; else None."""
+        """The pixels of each class in an image that is done as it is, with these words and
+        settings; else None.
+        """
         try:
             content = json.loads(self.file(number, ".json").read_text("utf-8"))
-            if content["picture"] != self.names.files[number] and os.path.exists(content["picture"]):  # else it was moved
+            if content["picture"] != self.names.files[number] and os.path.exists(
+                content["picture"]
+            ):  # else it was moved
                 return None
-            if content["made_with"] != self.made_with or content["version"] != version_of(self.names.files[number]):
+            if content["made_with"] != self.made_with or content["version"] != version_of(
+                self.names.files[number]
+            ):
                 return None
             if not all(self.file(number, ending).exists() for ending in (".png", ".overlay.jpg")):
                 return None
@@ -217,37 +299,76 @@ class Results:
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
-    def write(self, picture: Picture, labels: np.ndarray, pixels: list[int], scores: list[float]) -> None:
-        """labels uint8 or uint16 [H, W]; pixels and the sum of scores of each class that is shown."""
+    def write(
+        self, picture: Picture, labels: np.ndarray, pixels: list[int], scores: list[float]
+    ) -> None:
+        """labels uint8 or uint16 [H, W]; pixels and the sum of scores of each class that is
+        shown.
+        """
         shown, total = self.words.shown_names, labels.size
         order = sorted((i for i, n in enumerate(pixels) if n), key=lambda i: -pixels[i])
         save_label_map(labels, self.file(picture.number, ".png"), len(shown), self.colours)
         image = picture.shown.permute(1, 2, 0).numpy()
-        small = np.asarray(Image.fromarray(labels).resize(image.shape[1::-1], Image.Resampling.NEAREST))
+        small = np.asarray(
+            Image.fromarray(labels).resize(image.shape[1::-1], Image.Resampling.NEAREST)
+        )
         legend = [(i, f"{shown[i]}  {100 * pixels[i] / total:.1f}%") for i in order]
         with result(self.file(picture.number, ".overlay.jpg")) as file:
             overlay(image, small, self.colours, legend).save(file, "JPEG", quality=90, comment=MARK)
-        classes = [{"id": i, "name": shown[i], "pixels": pixels[i], "share": round(pixels[i] / total, 6),
-                    "score": round(scores[i] / pixels[i], 4)} for i in order]  # fmt: skip
-        content = {"program": MARK, "picture": self.names.files[picture.number], "height": labels.shape[0],
-                   "width": labels.shape[1], "version": picture.version}  # fmt: skip
+        classes = [
+            {
+                "id": i,
+                "name": shown[i],
+                "pixels": pixels[i],
+                "share": round(pixels[i] / total, 6),
+                "score": round(scores[i] / pixels[i], 4),
+            }
+            for i in order
+        ]
+        content = {
+            "program": MARK,
+            "picture": self.names.files[picture.number],
+            "height": labels.shape[0],
+            "width": labels.shape[1],
+            "version": picture.version,
+        }
         with result(self.file(picture.number, ".json")) as file:
-            text = json.dumps(content | {"classes": classes, "made_with": self.made_with}, indent=1, allow_nan=False)
+            text = json.dumps(
+                content | {"classes": classes, "made_with": self.made_with},
+                indent=1,
+                allow_nan=False,
+            )
             file.write_text(text + "\n")
 
 
 def made_with(segmenter: Segmenter, config: Config, words: Words, process: Process) -> str:
     """A digest of all that results depend on, the images apart; `segmenter` has its vocabulary."""
-    clip, model, data = asdict(config.clip), asdict(config.model), (config.data.test_short_edge, config.data.max_size)
+    clip, model, data = (
+        asdict(config.clip),
+        asdict(config.model),
+        (config.data.test_short_edge, config.data.max_size),
+    )
     del clip["chunk"], model["compile"], model["kernels"]  # a matter of memory and time
     del clip["weights"], clip["prompts"], model["weights"]  # what was read from there is below
     model["bf16"] = process.bf16(config.model.bf16)
     # Of the vocabulary file, what it makes of these words.
-    tokens = [] if segmenter.clip is None else [segmenter.tokenizer.encode(name) for name in words.names]
-    settings = [clip, model, asdict(config.eval), data, asdict(words), segmenter.seen.tolist(), tokens]
+    tokens = (
+        [] if segmenter.clip is None else [segmenter.tokenizer.encode(name) for name in words.names]
+    )
+    settings = [
+        clip,
+        model,
+        asdict(config.eval),
+        data,
+        asdict(words),
+        segmenter.seen.tolist(),
+        tokens,
+    ]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in segmenter.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()[:16]
 
 
@@ -262,23 +383,32 @@ def group_size(segmenter: Segmenter, config: Config, device: torch.device) -> in
 
 
 @torch.inference_mode()
-def segment_pictures(segmenter: Segmenter, config: Config, results: Results, process: Process, resume: bool) -> None:
-    """Segment all images, each once, shared among the processes; with `resume` those that are not done yet.
+def segment_pictures(
+    segmenter: Segmenter, config: Config, results: Results, process: Process, resume: bool
+) -> None:
+    """Segment all images, each once, shared among the processes; with `resume` those that are not
+    done yet.
 
-    `segmenter` has its vocabulary. At the end, OUT/failed.txt lists images that cannot be read, which are a UserError unless
-    torchrun would start again for it.
+    `segmenter` has its vocabulary. At the end, OUT/failed.txt lists images that cannot be read,
+    which are a UserError unless torchrun would start again for it.
     """
     names, words, out, device = results.names, results.words, results.out, process.device
     C, size, failed = len(words.shown_names), group_size(segmenter, config, device), []
     totals = np.zeros((C, 2), np.int64)  # pixels, images that show the class
-    tally = torch.zeros(4, dtype=torch.int64)  # segmented, done before, failed, pages beside the first of an image
+    tally = torch.zeros(
+        4, dtype=torch.int64
+    )  # segmented, done before, failed, pages beside the first of an image
     groups = [range(i, min(i + size, len(names))) for i in range(0, len(names), size)]
     missing, threads = torch.zeros(len(groups), dtype=torch.uint8), max(config.data.workers, 1)
     share_out(out, process)
-    process.agree_all(lambda: results.refuse_foreign(range(process.rank, len(names), process.world)))
+    process.agree_all(
+        lambda: results.refuse_foreign(range(process.rank, len(names), process.world))
+    )
     with ThreadPoolExecutor(threads) as pool:
         share = range(process.rank, len(groups), process.world)
-        for g in progress(share, process.share_of("look for results"), len(share), process.is_main and resume):
+        for g in progress(
+            share, process.share_of("look for results"), len(share), process.is_main and resume
+        ):
             before = list(pool.map(results.counts, groups[g])) if resume else [None]
             if None in before:
                 missing[g] = 1
@@ -287,27 +417,36 @@ def segment_pictures(segmenter: Segmenter, config: Config, results: Results, pro
             for found in before:
                 for i, pixels in found.items():
                     totals[i] += pixels, 1
-    mine = process.sum(missing).nonzero()[process.rank :: process.world, 0].tolist()  # what is left is shared anew
+    mine = (
+        process.sum(missing).nonzero()[process.rank :: process.world, 0].tolist()
+    )  # what is left is shared anew
     numbers = [i for g in mine for i in groups[g]]
     started, writing = time.perf_counter(), deque()
     batches = stream(Pictures(names.files, config), numbers, size, config.data.workers)
     with ThreadPoolExecutor(threads) as pool:
         segmented = segment_groups(segmenter, config, batches, process, words, names)
-        for picture, labels, pixels, scores in progress(segmented, process.share_of("segment"), len(numbers), process.is_main):
+        for picture, labels, pixels, scores in progress(
+            segmented, process.share_of("segment"), len(numbers), process.is_main
+        ):
             tally[2 if picture.error else 0] += 1
             tally[3] += picture.pages
             if picture.error:
                 failed.append(f"{names.files[picture.number]}: {picture.error}")
                 continue
             totals += np.stack([pixels, pixels > 0], 1)
-            writing.append(pool.submit(results.write, picture, labels, pixels.tolist(), scores.tolist()))
+            writing.append(
+                pool.submit(results.write, picture, labels, pixels.tolist(), scores.tolist())
+            )
             while len(writing) > WAITING:
                 writing.popleft().result()
         for future in writing:
             future.result()
     for tensor in (torch.from_numpy(totals), tally):  # which share their memory
         process.sum(tensor)
-    seconds, failed = time.perf_counter() - started, process.gather(failed)  # when the last process is done
+    seconds, failed = (
+        time.perf_counter() - started,
+        process.gather(failed),
+    )  # when the last process is done
     if process.is_main:
         note_failed(out, names, failed)
         report(totals, tally.tolist(), words, out, seconds, failed)
@@ -318,7 +457,9 @@ def share_out(out: Path, process: Process) -> None:
     locks = []
 
     def fill() -> str:
-        """Write a file of this run's own, since others may use the folder, too; remove those that a kill has left."""
+        """Write a file of this run's own, since others may use the folder, too; remove those that a
+        kill has left.
+        """
         try:
             out.mkdir(parents=True, exist_ok=True)
             for left in out.glob(".shared-*"):
@@ -330,7 +471,11 @@ def share_out(out: Path, process: Process) -> None:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(locks[0], fcntl.LOCK_EX)
         except OSError as error:
-            raise UserError(f"output {out}", f"cannot be written ({error.strerror})", "check the folder and the disk") from None
+            raise UserError(
+                f"output {out}",
+                f"cannot be written ({error.strerror})",
+                "check the folder and the disk",
+            ) from None
         return token
 
     token = out / process.agree(fill)
@@ -340,28 +485,42 @@ def share_out(out: Path, process: Process) -> None:
         token.unlink(missing_ok=True)
         locks[0].close()
     if process.any(not shared):
-        raise UserError(f"output {out}", "is not one folder for all processes", "put it where all machines see the same files")
+        raise UserError(
+            f"output {out}",
+            "is not one folder for all processes",
+            "put it where all machines see the same files",
+        )
 
 
 def read_failed(out: Path) -> list[str]:
-    """The lines of OUT/failed.txt, "picture: reason"; UserError for one that this program did not write."""
+    """The lines of OUT/failed.txt, "picture: reason"; UserError for one that this program did not
+    write.
+    """
     file = out / "failed.txt"
     if not file.exists():
         return []
     lines = split_lines(decode(file.read_bytes()))
     if not lines or not all(line.startswith("/") and ": " in line for line in lines):
-        raise UserError(f"file {file}", "is there, and not one that this program wrote", "give another --out, or move it")
+        raise UserError(
+            f"file {file}",
+            "is there, and not one that this program wrote",
+            "give another --out, or move it",
+        )
     return lines
 
 
 def note_failed(out: Path, names: Names, failed: list[str]) -> None:
-    """Bring OUT/failed.txt up to date: a line for every image that could not be read, those of other runs are kept."""
+    """Bring OUT/failed.txt up to date: a line for every image that could not be read, those of
+    other runs are kept.
+    """
     file, mine = out / "failed.txt", {name.replace("\n", "\\n") for name in names.files}
     failed = [line.replace("\n", "\\n") for line in failed]
     with locked(out):
         lines = read_failed(out)
         others = [(line, line.partition(": ")[0]) for line in lines]
-        lines = {line for line, picture in others if picture not in mine and os.path.exists(picture)} | set(failed)
+        lines = {
+            line for line, picture in others if picture not in mine and os.path.exists(picture)
+        } | set(failed)
         if not lines:
             file.unlink(missing_ok=True)
             return
@@ -370,21 +529,36 @@ def note_failed(out: Path, names: Names, failed: list[str]) -> None:
             temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
-def segment_groups(segmenter: Segmenter, config: Config, batches: Iterator, process: Process, words: Words,
-                   names: Names) -> Iterator:  # fmt: skip
-    """For every image (it, labels uint8 or uint16 [H, W], pixels [C] and sum of scores [C] of the shown classes)."""
+def segment_groups(
+    segmenter: Segmenter,
+    config: Config,
+    batches: Iterator,
+    process: Process,
+    words: Words,
+    names: Names,
+) -> Iterator:
+    """For every image (it, labels uint8 or uint16 [H, W], pixels [C] and sum of scores [C] of the
+    shown classes).
+    """
     C, wanted = len(words.shown_names), config.eval
     alone = bool(wanted.sizes or wanted.flip or wanted.window)
     for group in batches:
         whole_ones = [picture for picture in group if not picture.error]
-        images = [[image.to(process.device, non_blocking=True) for image in p.images] for p in whole_ones]
+        images = [
+            [image.to(process.device, non_blocking=True) for image in p.images] for p in whole_ones
+        ]
         with process.autocast(config.model.bf16):
             if alone:
-                views = [segment_views(segmenter, i, p.size, wanted.flip, wanted.window)
-                         for i, p in zip(images, whole_ones, strict=True)]  # fmt: skip
+                views = [
+                    segment_views(segmenter, i, p.size, wanted.flip, wanted.window)
+                    for i, p in zip(images, whole_ones, strict=True)
+                ]
             else:
                 proposals = segmenter.propose_together([i[0] for i in images])
-                views = [[whole(p, picture.size)] for p, picture in zip(proposals, whole_ones, strict=True)]
+                views = [
+                    [whole(p, picture.size)]
+                    for p, picture in zip(proposals, whole_ones, strict=True)
+                ]
         found = iter(views)
         for picture in group:
             if picture.error:
@@ -394,31 +568,52 @@ def segment_groups(segmenter: Segmenter, config: Config, batches: Iterator, proc
             scores = [segmenter.ensemble(v.proposals) for v in parts]
             if not all_finite(parts, scores):
                 todo = "check the checkpoint, or set model.bf16=off"
-                raise UserError("the model", f"gives scores that are not finite for {names.files[picture.number]}", todo)
+                raise UserError(
+                    "the model",
+                    f"gives scores that are not finite for {names.files[picture.number]}",
+                    todo,
+                )
             labels, top = label_map(segmenter, parts, scores, picture.size)
-            labels = labels.clamp(max=C - 1) if words.shown < len(words.names) else labels  # background words come last
+            labels = (
+                labels.clamp(max=C - 1) if words.shown < len(words.names) else labels
+            )  # background words come last
             pixels = torch.bincount(labels.flatten(), minlength=C)
             scores = torch.bincount(labels.flatten(), top.flatten().double(), minlength=C)
             kind = torch.uint8 if label_type(C) is np.uint8 else torch.int32
-            yield picture, labels.to(kind).cpu().numpy().astype(label_type(C)), pixels.cpu().numpy(), scores.cpu()
+            yield (
+                picture,
+                labels.to(kind).cpu().numpy().astype(label_type(C)),
+                pixels.cpu().numpy(),
+                scores.cpu(),
+            )
 
 
-def report(totals: np.ndarray, tally: list[int], words: Words, out: Path, seconds: float, failed: list[str]) -> None:
-    """Print how much of the images each class covers. Images that could not be read are a UserError unless torchrun would
-    start again for it.
+def report(
+    totals: np.ndarray, tally: list[int], words: Words, out: Path, seconds: float, failed: list[str]
+) -> None:
+    """Print how much of the images each class covers. Images that could not be read are a UserError
+    unless torchrun would start again for it.
     """
     segmented, before, broken, pages = tally
     if pages:
-        left_out(f"{several(pages, 'page or frame', 'pages or frames')} of pictures that have more than one")
+        left_out(
+            f"{several(pages, 'page or frame', 'pages or frames')} of pictures that have more "
+            f"than one"
+        )
     pixels = max(int(totals[:, 0].sum()), 1)
-    rows = sorted((row for row in zip(totals.tolist(), words.shown_names, strict=True) if row[0][0]), reverse=True)
+    rows = sorted(
+        (row for row in zip(totals.tolist(), words.shown_names, strict=True) if row[0][0]),
+        reverse=True,
+    )
     if rows:
         print(f"{'class':32}{'share':>8}{'pictures':>10}")
     for (share, pictures), name in rows[:30]:
         print(f"{name[:31]:32}{100 * share / pixels:7.1f}%{pictures:10}")
     if len(rows) > 30:
         print(f"and {len(rows) - 30} more")
-    absent = [name for name, pixels in zip(words.shown_names, totals[:, 0], strict=True) if not pixels]
+    absent = [
+        name for name, pixels in zip(words.shown_names, totals[:, 0], strict=True) if not pixels
+    ]
     if rows and absent:
         print("not found:", ", ".join(absent) if len(absent) <= 20 else f"{len(absent)} classes")
     done = f", {before} done before" if before else ""

@@ -20,16 +20,25 @@ from zsseg.clip import CLIP
 from zsseg.run import UserError, cache_dir, say
 from zsseg.tokenizer import Tokenizer
 
-TEMPLATES = tomllib.loads((Path(__file__).parent / "prompts.toml").read_text("utf-8"))  # single, vild, imagenet
+TEMPLATES = tomllib.loads(
+    (Path(__file__).parent / "prompts.toml").read_text("utf-8")
+)  # single, vild, imagenet
 
 
 class FixedPrompt(nn.Module):
-    """Templates with `{}` for the name: encode, normalise, average over the templates, normalise."""
+    """Templates with `{}` for the name: encode, normalise, average over the templates,
+    normalise.
+    """
+
     def __init__(self, templates: list[str]):
         super().__init__()
         for template in templates:
             if "{}" not in template:
-                raise UserError(f"prompt {template!r}", "has no {} for the class name", "write e.g. 'a photo of a {}.'")
+                raise UserError(
+                    f"prompt {template!r}",
+                    "has no {} for the class name",
+                    "write e.g. 'a photo of a {}.'",
+                )
         self.templates = templates
 
     def forward(self, clip: CLIP, tokenizer: Tokenizer, names: list[str]) -> Tensor:
@@ -43,17 +52,26 @@ class FixedPrompt(nn.Module):
 
 class LearnedPrompt(nn.Module):
     """`[start] prefix name . [end]` with learned token embeddings (CoOp, Zhou et al. 2021)."""
+
     def __init__(self, width: int, prefix: int = 16):
         super().__init__()
         self.prefix = nn.Parameter(0.02 * torch.randn(prefix, width))
 
     def layout(self, tokenizer: Tokenizer, names: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids [C, context] with zeros where the prompt goes, and the position of the end token [C], on the CPU."""
+        """Token ids [C, context] with zeros where the prompt goes, and the position of the end
+        token [C], on the CPU.
+        """
         tokens = torch.zeros(len(names), tokenizer.context, dtype=torch.int64)
         ends = []
         for row, name in zip(tokens, names, strict=True):
             ids = tokenizer.encode(name)
-            ids = [tokenizer.start, *[0] * len(self.prefix), *ids, *tokenizer.encode("."), tokenizer.end]
+            ids = [
+                tokenizer.start,
+                *[0] * len(self.prefix),
+                *ids,
+                *tokenizer.encode("."),
+                tokenizer.end,
+            ]
             if len(ids) > tokenizer.context:
                 why = f"needs {len(ids)} tokens with its prompt, CLIP reads {tokenizer.context}"
                 raise UserError(f"class name {name!r}", why, "shorten it")
@@ -64,7 +82,9 @@ class LearnedPrompt(nn.Module):
     def embed(self, clip: CLIP, tokens: Tensor) -> Tensor:
         """What enters the text tower for the tokens of a `layout`: [C, context, width]."""
         x = clip.token_embedding(tokens)
-        return torch.cat([x[:, :1], self.prefix.expand(len(x), -1, -1), x[:, 1 + len(self.prefix) :]], 1)
+        return torch.cat(
+            [x[:, :1], self.prefix.expand(len(x), -1, -1), x[:, 1 + len(self.prefix) :]], 1
+        )
 
     def forward(self, clip: CLIP, tokenizer: Tokenizer, names: list[str]) -> Tensor:
         """Names -> normalised features [C, D]; differentiable in the prompt."""
@@ -73,11 +93,17 @@ class LearnedPrompt(nn.Module):
 
 
 def build_prompt(spec: str | list[str], width: int, prefix: int = 16) -> nn.Module:
-    """The prompt that `clip.prompt` names; `width` is the text tower's. Raises UserError for an unknown name."""
+    """The prompt that `clip.prompt` names; `width` is the text tower's. Raises UserError for an
+    unknown name.
+    """
     if spec == "learned":
         return LearnedPrompt(width, prefix)
     if isinstance(spec, str) and spec not in TEMPLATES:
-        raise UserError("clip.prompt", f"is {spec!r}", f"choose {', '.join(TEMPLATES)} or learned, or give a list of templates")
+        raise UserError(
+            "clip.prompt",
+            f"is {spec!r}",
+            f"choose {', '.join(TEMPLATES)} or learned, or give a list of templates",
+        )
     return FixedPrompt(TEMPLATES[spec] if isinstance(spec, str) else spec)
 
 
@@ -85,10 +111,24 @@ def build_prompt(spec: str | list[str], width: int, prefix: int = 16) -> nn.Modu
 def text_features(clip: CLIP, tokenizer: Tokenizer, prompt: nn.Module, names: list[str]) -> Tensor:
     """`prompt`'s features [C, D], kept in the cache under a digest of all that they depend on."""
     device = clip.text_projection.device
-    tokens = [tokenizer.encode(text) for text in (*names, *getattr(prompt, "templates", ()))]  # of this vocabulary file
-    words = [getattr(prompt, "templates", None), names, tokens, tokenizer.context, device.type, torch.__version__, str(clip)]
+    tokens = [
+        tokenizer.encode(text) for text in (*names, *getattr(prompt, "templates", ()))
+    ]  # of this vocabulary file
+    words = [
+        getattr(prompt, "templates", None),
+        names,
+        tokens,
+        tokenizer.context,
+        device.type,
+        torch.__version__,
+        str(clip),
+    ]
     digest = hashlib.sha256(json.dumps(words).encode())
-    for code in (__file__, clip_module.__file__, tokenizer_module.__file__):  # another program may compute other features
+    for code in (
+        __file__,
+        clip_module.__file__,
+        tokenizer_module.__file__,
+    ):  # another program may compute other features
         digest.update(Path(code).read_bytes())
     for part in (clip, prompt):
         for name, tensor in part.state_dict().items():
@@ -98,7 +138,10 @@ def text_features(clip: CLIP, tokenizer: Tokenizer, prompt: nn.Module, names: li
     file = cache_dir() / "text" / f"{digest.hexdigest()}.pt"
     with contextlib.suppress(UserError):  # not there, or damaged: computed again
         features = read_torch(file, "text features")
-        if isinstance(features, Tensor) and features.shape == (len(names), clip.text_projection.shape[1]):
+        if isinstance(features, Tensor) and features.shape == (
+            len(names),
+            clip.text_projection.shape[1],
+        ):
             return features.to(device)
     features = prompt(clip, tokenizer, names)
     content = io.BytesIO()

@@ -15,15 +15,21 @@ STRIDE = 4  # from mask logits to the padded network input
 
 
 def mask_probabilities(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Mask logits [Q, h, w] at stride 4 -> probabilities at network-input size, before padding: [Q, *size], fp32 or fp64."""
+    """Mask logits [Q, h, w] at stride 4 -> probabilities at network-input size, before padding: [Q,
+    *size], fp32 or fp64.
+    """
     padded = (STRIDE * logits.shape[1], STRIDE * logits.shape[2])
     logits = logits[None].to(torch.promote_types(logits.dtype, torch.float32))
-    return F.interpolate(logits, padded, mode="bilinear", align_corners=False)[0, :, : size[0], : size[1]].sigmoid()
+    return F.interpolate(logits, padded, mode="bilinear", align_corners=False)[
+        0, :, : size[0], : size[1]
+    ].sigmoid()
 
 
-def region_masks(logits: Tensor, size: tuple[int, int], threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mask logits [Q, h, w] -> where the probability is above the threshold, 0 or 1, uint8 [Q, *size]; boxes and valid as
-    `mask_boxes` gives them.
+def region_masks(
+    logits: Tensor, size: tuple[int, int], threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask logits [Q, h, w] -> where the probability is above the threshold, 0 or 1, uint8 [Q,
+    *size]; boxes and valid as `mask_boxes` gives them.
     """
     if use_triton(logits):
         return kernel.region_masks(logits, list(size), threshold)
@@ -32,9 +38,11 @@ def region_masks(logits: Tensor, size: tuple[int, int], threshold: float) -> tup
 
 
 def mask_boxes(masks: Tensor, expand_ratio: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Tight boxes of binary masks [Q, H, W] -> int64 [Q, 4] as x0, y0, x1, y1 (ends excluded), and valid [Q] bool.
+    """Tight boxes of binary masks [Q, H, W] -> int64 [Q, 4] as x0, y0, x1, y1 (ends excluded), and
+    valid [Q] bool.
 
-    Boxes are scaled by `expand_ratio` about their centre and clipped; an empty mask gets the whole image and valid = False.
+    Boxes are scaled by `expand_ratio` about their centre and clipped; an empty mask gets the whole
+    image and valid = False.
     """
     H, W = masks.shape[-2:]
     ends = []
@@ -47,7 +55,9 @@ def mask_boxes(masks: Tensor, expand_ratio: float = 1.0) -> tuple[Tensor, Tensor
 
 
 def expand_boxes(boxes: Tensor, ratio: float, size: tuple[int, int]) -> Tensor:
-    """Boxes [Q, 4] scaled about their centre, clipped to an image of `size` (height, width), at least a pixel wide."""
+    """Boxes [Q, 4] scaled about their centre, clipped to an image of `size` (height, width), at
+    least a pixel wide.
+    """
     if ratio == 1:
         return boxes
     first, last = boxes[:, :2], boxes[:, 2:]
@@ -59,33 +69,46 @@ def expand_boxes(boxes: Tensor, ratio: float, size: tuple[int, int]) -> Tensor:
 
 def normalize(pictures: Tensor) -> Tensor:
     """RGB in 0..255 [..., 3, H, W] as CLIP wants it, fp32."""
-    mean, std = (torch.tensor(v, device=pictures.device).view(3, 1, 1) for v in (clip_module.MEAN, clip_module.STD))
+    mean, std = (
+        torch.tensor(v, device=pictures.device).view(3, 1, 1)
+        for v in (clip_module.MEAN, clip_module.STD)
+    )
     return (pictures / 255 - mean) / std
 
 
-def region_crops(image: Tensor, masks: Tensor, boxes: Tensor, resolution: int, index: Tensor | None = None) -> Tensor:
-    """What CLIP sees of each region: image [3, H, W] in 0..255, masks [Q, H, W], boxes [Q, 4] -> [P, 3, R, R].
+def region_crops(
+    image: Tensor, masks: Tensor, boxes: Tensor, resolution: int, index: Tensor | None = None
+) -> Tensor:
+    """What CLIP sees of each region: image [3, H, W] in 0..255, masks [Q, H, W], boxes [Q, 4] ->
+    [P, 3, R, R].
 
-    The image inside the mask and CLIP's mean colour outside, normalised, cropped to the box, resized to R x R with
-    bicubic interpolation (a = -0.75, half-pixel centres, no anti-aliasing). Filling with the mean before normalising
-    is 0 after it. `index` [P] chooses among the masks; without it, P = Q. bf16 under autocast, else fp32.
+    The image inside the mask and CLIP's mean colour outside, normalised, cropped to the box,
+    resized to R x R with bicubic interpolation (a = -0.75, half-pixel centres, no anti-aliasing).
+    Filling with the mean before normalising is 0 after it. `index` [P] chooses among the masks;
+    without it, P = Q. bf16 under autocast, else fp32.
     """
     index = torch.arange(len(masks), device=masks.device) if index is None else index
     dtype = torch.bfloat16 if torch.is_autocast_enabled(image.device.type) else torch.float32
     if use_triton(image) and image.dtype == torch.uint8:
         mean, std = list(clip_module.MEAN), list(clip_module.STD)
-        return kernel.region_crop(image, masks.to(torch.uint8), index, boxes, mean, std, resolution, dtype)
+        return kernel.region_crop(
+            image, masks.to(torch.uint8), index, boxes, mean, std, resolution, dtype
+        )
     image = normalize(image)
     crops = image.new_empty(len(index), 3, resolution, resolution)
-    for crop, mask, (x0, y0, x1, y1) in zip(crops, masks[index] != 0, boxes[index].tolist(), strict=True):
+    for crop, mask, (x0, y0, x1, y1) in zip(
+        crops, masks[index] != 0, boxes[index].tolist(), strict=True
+    ):
         region = image[:, y0:y1, x0:x1] * mask[y0:y1, x0:x1]
-        crop[:] = F.interpolate(region[None], (resolution, resolution), mode="bicubic", align_corners=False)[0]
+        crop[:] = F.interpolate(
+            region[None], (resolution, resolution), mode="bicubic", align_corners=False
+        )[0]
     return crops.to(dtype)
 
 
 def shrunk(clip: CLIP, image: Tensor, edge: int) -> Tensor:
-    """An image [3, H, W] in 0..255 as a pass over the whole of it wants it: normalised [1, 3, H', W'], the shorter edge about
-    `edge`, both a multiple of CLIP's stride.
+    """An image [3, H, W] in 0..255 as a pass over the whole of it wants it: normalised [1, 3, H',
+    W'], the shorter edge about `edge`, both a multiple of CLIP's stride.
     """
     scale, step = edge / min(image.shape[-2:]), clip.visual.stride
     size = [max(round(scale * s / step), 1) * step for s in image.shape[-2:]]
@@ -93,17 +116,22 @@ def shrunk(clip: CLIP, image: Tensor, edge: int) -> Tensor:
 
 
 def dense_logits(clip: CLIP, image: Tensor, text: Tensor, edge: int) -> Tensor:
-    """100 x cosine of every patch's feature: image [3, H, W] in 0..255, text features [C, D] -> fp32 [C, h', w']."""
+    """100 x cosine of every patch's feature: image [3, H, W] in 0..255, text features [C, D] ->
+    fp32 [C, h', w'].
+    """
     dense = clip.encode_image(shrunk(clip, image, edge), dense=True)[0]  # [h', w', D]
     return cosine_logits(dense, text).permute(2, 0, 1)
 
 
-def classify_in_one_pass(clip: CLIP, image: Tensor, masks: Tensor, text: Tensor, way: str, edge: int) -> Tensor:
-    """CLIP's logits of regions from a single pass over the image: image [3, H, W] in 0..255, masks [P, H, W] in 0..1,
-    text features [C, D] -> fp32 [P, C].
+def classify_in_one_pass(
+    clip: CLIP, image: Tensor, masks: Tensor, text: Tensor, way: str, edge: int
+) -> Tensor:
+    """CLIP's logits of regions from a single pass over the image: image [3, H, W] in 0..255, masks
+    [P, H, W] in 0..1, text features [C, D] -> fp32 [P, C].
 
-    The picture's shorter edge is brought to about `edge` pixels. "pool": the mean of the dense features under each mask.
-    "tokens": a class token for each region (`VisionTransformer.region_tokens`).
+    The picture's shorter edge is brought to about `edge` pixels. "pool": the mean of the dense
+    features under each mask. "tokens": a class token for each region
+    (`VisionTransformer.region_tokens`).
     """
     if not len(masks):
         return text.new_zeros(0, len(text))
@@ -111,14 +139,22 @@ def classify_in_one_pass(clip: CLIP, image: Tensor, masks: Tensor, text: Tensor,
     if way == "tokens":
         features = clip.visual.region_tokens(picture, masks.float())
     else:
-        dense = clip.visual.values(picture) if hasattr(clip.visual, "values") else clip.encode_image(picture, dense=True)
+        dense = (
+            clip.visual.values(picture)
+            if hasattr(clip.visual, "values")
+            else clip.encode_image(picture, dense=True)
+        )
         dense = dense.permute(0, 3, 1, 2).float()  # [1, D, h, w]
         share = F.adaptive_avg_pool2d(masks.float()[None], dense.shape[-2:])  # [1, P, h, w]
-        share = share / share.amax((2, 3), keepdim=True).clamp(min=1e-12)  # or others outweigh a region of few pixels
+        share = share / share.amax((2, 3), keepdim=True).clamp(
+            min=1e-12
+        )  # or others outweigh a region of few pixels
         if use_triton(dense):
             features = mask_pool(dense.contiguous(), share.logit(1e-6))[0]
         else:
-            features = share[0].flatten(1) @ dense[0].flatten(1).T  # [P, D]: the mean, but for its length
+            features = (
+                share[0].flatten(1) @ dense[0].flatten(1).T
+            )  # [P, D]: the mean, but for its length
     return cosine_logits(features, text)
 
 
@@ -127,18 +163,22 @@ def crops_at_once(resolution: int, device: torch.device, chunk: int = 0) -> int:
     return chunk or max((100 if device.type == "cuda" else 8) * 224**2 // resolution**2, 1)
 
 
-def classify_crops(clip: CLIP, crops: Tensor, text: Tensor, chunk: int = 0, few_sizes: bool = False) -> Tensor:
+def classify_crops(
+    clip: CLIP, crops: Tensor, text: Tensor, chunk: int = 0, few_sizes: bool = False
+) -> Tensor:
     """CLIP's logits, 100 x cosine: crops [P, 3, R, R], text features [C, D] -> fp32 [P, C].
 
-    `chunk` crops go through CLIP at once; 0: what suits the device. With `few_sizes`, for a compiled CLIP,
-    the last chunk is filled up to a whole, a half, a quarter or an eighth of `chunk`.
-    Where memory ends, chunks are halved for good.
+    `chunk` crops go through CLIP at once; 0: what suits the device. With `few_sizes`, for a
+    compiled CLIP, the last chunk is filled up to a whole, a half, a quarter or an eighth of
+    `chunk`. Where memory ends, chunks are halved for good.
     """
     if not len(crops):
         return text.new_zeros(0, len(text))
     chunk = crops_at_once(crops.shape[-1], crops.device, chunk)
     chunk = min(chunk, clip.most_crops or chunk)
-    chunk = min(chunk, 128) if few_sizes else chunk  # the largest program need not serve more crops than there are queries
+    chunk = (
+        min(chunk, 128) if few_sizes else chunk
+    )  # the largest program need not serve more crops than there are queries
     features, done = [], 0
     while done < len(crops):
         part = crops[done : done + chunk]

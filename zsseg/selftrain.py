@@ -1,4 +1,6 @@
-"""Self-training (Xu et al. 2021): label maps for the training images in which a teacher fills in what training hides."""
+"""Self-training (Xu et al. 2021): label maps for the training images in which a teacher fills in
+what training hides.
+"""
 
 import hashlib
 import json
@@ -22,10 +24,11 @@ from zsseg.segmenter import load_segmenter
 
 
 def complete(known: Tensor, scores: Tensor, unseen: Tensor, reject: float, ignore: int) -> Tensor:
-    """Labels [H, W] of seen classes or `ignore`, score maps [C, H, W] -> the same with ignored pixels filled in.
+    """Labels [H, W] of seen classes or `ignore`, score maps [C, H, W] -> the same with ignored
+    pixels filled in.
 
-    A filled-in pixel takes the unseen class (`unseen` [C] bool) with the largest probability, the softmax of the scores over
-    all classes; where that is less than `reject` it stays ignored.
+    A filled-in pixel takes the unseen class (`unseen` [C] bool) with the largest probability, the
+    softmax of the scores over all classes; where that is less than `reject` it stays ignored.
     """
     probability, label = (scores.softmax(0) * unseen[:, None, None]).max(0)
     filled = torch.where(probability >= reject, label, ignore)
@@ -34,24 +37,32 @@ def complete(known: Tensor, scores: Tensor, unseen: Tensor, reject: float, ignor
 
 @torch.inference_mode()
 def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) -> Path:
-    """Write a label map (class ids) for every training image that has none in `folder` yet; returns the folder.
+    """Write a label map (class ids) for every training image that has none in `folder` yet; returns
+    the folder.
 
     A run that was stopped here has no last.pt yet: the same command, without --resume, goes on.
 
-    Seen pixels keep their label; no pixel of an unseen class is read. `folder`/counts.json says how many pixels each class has.
+    Seen pixels keep their label; no pixel of an unseen class is read. `folder`/counts.json says how
+    many pixels each class has.
     """
     data, pairs = dataset(config.data), find_pairs(config.data, root, "train")
     made = folder / "made_with.json"
     wanted = process.agree(lambda: origin(config, root, pairs, process))
     if (made.exists() or any(folder.glob("*.png"))) and not same_origin(made, wanted):
         why = "were made by another teacher, with other settings or from other pictures"
-        raise UserError(f"pseudo labels in {folder}", why, "delete the folder, or give another --out")
+        raise UserError(
+            f"pseudo labels in {folder}", why, "delete the folder, or give another --out"
+        )
     missing = [i for i in range(len(pairs)) if not (folder / f"{i:06}.png").exists()]
     process.wait()  # all have looked before any writes
     if (folder / "counts.json").exists() and not missing:
         return folder
     if not data.unseen or config.data.train_on != "all":
-        raise UserError("train.teacher", "fills in unseen classes", 'use a data set with a split and data.train_on = "all"')
+        raise UserError(
+            "train.teacher",
+            "fills in unseen classes",
+            'use a data set with a split and data.train_on = "all"',
+        )
     content = checkpoint.load(config.train.teacher, "train.teacher")
     if process.is_main:
         with replacing(made) as file:
@@ -67,13 +78,18 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
     kept[: len(data.trained)] = data.trained
     pictures.lut = np.where(hidden == data.ignore, data.ignore, kept[hidden]).astype(hidden.dtype)
     numbers = missing[process.rank :: process.world]
-    batches, name = stream(pictures, numbers, 1, config.data.workers), process.share_of("pseudo labels")
+    batches, name = (
+        stream(pictures, numbers, 1, config.data.workers),
+        process.share_of("pseudo labels"),
+    )
     batches = progress(batches, name, len(numbers), process.is_main)
     for i, [([image], known, _)] in zip(numbers, batches, strict=True):
         with process.autocast(theirs.model.bf16):
             proposals = teacher.propose(image.to(process.device))
         scores = teacher.score_map(teacher.ensemble(proposals), proposals, tuple(known.shape))
-        labels = complete(known.to(process.device), scores, unseen, config.train.reject, data.ignore)
+        labels = complete(
+            known.to(process.device), scores, unseen, config.train.reject, data.ignore
+        )
         save_label_map(labels, folder / f"{i:06}.png", len(data.names))
     process.wait()
     if process.is_main:
@@ -81,17 +97,28 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
     return folder
 
 
-def origin(config: Config, root: Path, pairs: list[tuple[Path, Path]], process: Process) -> dict[str, object]:
-    """What pseudo labels depend on: the teacher's content, the settings that shape its predictions, images and label maps.
+def origin(
+    config: Config, root: Path, pairs: list[tuple[Path, Path]], process: Process
+) -> dict[str, object]:
+    """What pseudo labels depend on: the teacher's content, the settings that shape its predictions,
+    images and label maps.
 
-    The teacher is "", without further files, where it is gone: the labels that it made may still be used.
+    The teacher is "", without further files, where it is gone: the labels that it made may still be
+    used.
     """
     teacher = ""
     if Path(config.train.teacher).is_file():
         with open(config.train.teacher, "rb") as file:
             teacher = hashlib.file_digest(file, "sha256").hexdigest()
     data, clip = asdict(config.data), asdict(config.clip)
-    for key in ("workers", "short_edges", "crop", "color_jitter", "split", "train_on"):  # of training, or of evaluation
+    for key in (
+        "workers",
+        "short_edges",
+        "crop",
+        "color_jitter",
+        "split",
+        "train_on",
+    ):  # of training, or of evaluation
         del data[key]
     del clip["chunk"]
     version = files_version(dataset(config.data).folder(root), pairs, b"")
@@ -102,8 +129,15 @@ def origin(config: Config, root: Path, pairs: list[tuple[Path, Path]], process: 
         if name and Path(name).is_file():
             with open(name, "rb") as file:
                 others[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"teacher": teacher, "reject": config.train.reject, "bf16": process.bf16(config.model.bf16), "files": version,
-            "data": data, "clip": clip, "others": others}  # fmt: skip
+    return {
+        "teacher": teacher,
+        "reject": config.train.reject,
+        "bf16": process.bf16(config.model.bf16),
+        "files": version,
+        "data": data,
+        "clip": clip,
+        "others": others,
+    }
 
 
 def same_origin(made: Path, wanted: dict[str, object]) -> bool:
@@ -118,10 +152,14 @@ def same_origin(made: Path, wanted: dict[str, object]) -> bool:
 def count(folder: Path, pictures: int, data: DataSet, workers: int) -> None:
     """Say and write how many pixels every class has. Raises UserError for a broken map."""
     total, bits = np.zeros(65536, np.int64), 8 if len(data.names) <= 255 else 16
-    pixels = lambda i: np.bincount(read_values(folder / f"{i:06}.png", bits).ravel(), minlength=2**bits)
+    pixels = lambda i: np.bincount(
+        read_values(folder / f"{i:06}.png", bits).ravel(), minlength=2**bits
+    )
     for found in parallel(pixels, range(pictures), workers, "count pseudo labels"):
         total[: len(found)] += found
-    counts = {name: int(total[i]) for i, name in enumerate(data.names)} | {"unlabelled": int(total[data.ignore])}
+    counts = {name: int(total[i]) for i, name in enumerate(data.names)} | {
+        "unlabelled": int(total[data.ignore])
+    }
     for name in [*data.unseen, "unlabelled"]:
         say(f"pseudo labels: {100 * counts[name] / total.sum():6.2f}% {name}")
     with replacing(folder / "counts.json") as file:

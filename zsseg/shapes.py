@@ -1,7 +1,9 @@
-"""The synthetic data set: 64 x 64 images of coloured shapes before textured walls, generated from fixed seeds.
+"""The synthetic data set: 64 x 64 images of coloured shapes before textured walls, generated from
+fixed seeds.
 
-Five colour x shape combinations are unseen: the segmenter gets neither their masks nor their names, while every colour
-and every shape is seen in other combinations. The small CLIP is trained on images of its own (split "clip").
+Five colour x shape combinations are unseen: the segmenter gets neither their masks nor their names,
+while every colour and every shape is seen in other combinations. The small CLIP is trained on
+images of its own (split "clip").
 """
 
 import json
@@ -14,12 +16,32 @@ from zsseg.datasets import DATASETS
 from zsseg.files import MARK, PNG_MARK, result
 from zsseg.run import progress, seed_of
 
-COLOURS, SHAPES = ("red", "green", "blue", "yellow", "purple"), ("disc", "square", "triangle", "cross")
+COLOURS, SHAPES = (
+    ("red", "green", "blue", "yellow", "purple"),
+    ("disc", "square", "triangle", "cross"),
+)
 THINGS, WALLS = DATASETS["shapes"].names[:20], DATASETS["shapes"].names[20:]
 SIDE = 64
-SPLITS = {"clip": 1200, "train": 1200, "val": 200, "test": 300}  # images; a split's seed is its position here
-RGB = dict(zip(COLOURS, [(205, 50, 45), (60, 165, 70), (50, 85, 205), (225, 200, 50), (140, 60, 165)], strict=True))
-CAPTIONS = ("a photo of a {}.", "a picture of a {}.", "a sculpture of a {}.", "there is a {} here.", "a {}.")
+SPLITS = {
+    "clip": 1200,
+    "train": 1200,
+    "val": 200,
+    "test": 300,
+}  # images; a split's seed is its position here
+RGB = dict(
+    zip(
+        COLOURS,
+        [(205, 50, 45), (60, 165, 70), (50, 85, 205), (225, 200, 50), (140, 60, 165)],
+        strict=True,
+    )
+)
+CAPTIONS = (
+    "a photo of a {}.",
+    "a picture of a {}.",
+    "a sculpture of a {}.",
+    "there is a {} here.",
+    "a {}.",
+)
 VISIBLE = 0.5  # a thing of which less than this share is visible is drawn again
 
 
@@ -43,10 +65,15 @@ def wall(kind: str, rng: np.random.Generator) -> np.ndarray:
     elif kind == "checked wall":
         pattern = np.sin(np.pi * x / period) * np.sin(np.pi * y / period) > 0
     elif kind == "dotted wall":
-        pattern = (x % period - period / 2) ** 2 + (y % period - period / 2) ** 2 < (0.32 * period) ** 2
+        pattern = (x % period - period / 2) ** 2 + (y % period - period / 2) ** 2 < (
+            0.32 * period
+        ) ** 2
     else:
         pattern = rng.random((SIDE // 2, SIDE // 2)).repeat(2, 0).repeat(2, 1) < 0.3
-    dark, light = rng.uniform(70, 110) + rng.uniform(-15, 15, 3), rng.uniform(140, 180) + rng.uniform(-15, 15, 3)
+    dark, light = (
+        rng.uniform(70, 110) + rng.uniform(-15, 15, 3),
+        rng.uniform(140, 180) + rng.uniform(-15, 15, 3),
+    )
     return np.where(pattern[..., None], dark, light)
 
 
@@ -56,7 +83,10 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]
     y, x = np.mgrid[:SIDE, :SIDE]
     while True:
         kind = int(rng.integers(len(WALLS)))
-        picture, labels = wall(WALLS[kind], rng), np.full((SIDE, SIDE), len(THINGS) + kind, np.uint8)
+        picture, labels = (
+            wall(WALLS[kind], rng),
+            np.full((SIDE, SIDE), len(THINGS) + kind, np.uint8),
+        )
         things = rng.choice(len(THINGS), int(rng.integers(2, 5)), replace=False)
         area = {}
         for thing in things:
@@ -73,7 +103,9 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]
             break
     picture = np.clip(picture + rng.normal(0, 5, picture.shape), 0, 255).astype(np.uint8)
     names = [*THINGS, *WALLS]
-    captions = {int(k): CAPTIONS[rng.integers(len(CAPTIONS))].format(names[k]) for k in np.unique(labels)}
+    captions = {
+        int(k): CAPTIONS[rng.integers(len(CAPTIONS))].format(names[k]) for k in np.unique(labels)
+    }
     return picture, labels, captions
 
 

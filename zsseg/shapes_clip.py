@@ -23,11 +23,18 @@ from zsseg.tokenizer import Tokenizer
 
 class Contrast:
     """The small CLIP of the synthetic data set, from regions and captions of all classes."""
-    def __init__(self, config: Config, root: Path, out: Path, process: run.Process, saved: dict | None = None):
+
+    def __init__(
+        self, config: Config, root: Path, out: Path, process: run.Process, saved: dict | None = None
+    ):
         self.config, self.process = config, process
         self.model = build_small_clip(config.contrast).to(process.device)
         self.tokenizer = Tokenizer(self.model.token_embedding.num_embeddings, self.model.context)
-        self.samples, self.collate, self.batch_size = RegionsWithCaptions(config, root), list, config.contrast.groups
+        self.samples, self.collate, self.batch_size = (
+            RegionsWithCaptions(config, root),
+            list,
+            config.contrast.groups,
+        )
 
     def compile(self) -> None:
         self.model.compile(fullgraph=True)
@@ -35,12 +42,16 @@ class Contrast:
     def loss(self, model: nn.Module, batch: list) -> tuple[Tensor, dict[str, Tensor]]:
         crops, captions = zip(*batch, strict=True)
         G, N = len(crops), len(crops[0])
-        tokens = self.tokenizer([text for group in captions for text in group]).to(self.process.device)
+        tokens = self.tokenizer([text for group in captions for text in group]).to(
+            self.process.device
+        )
         with self.process.autocast(self.config.model.bf16, training=True):
             image, text = model(torch.cat(crops).to(self.process.device), tokens)  # [G*N, D] each
         image, text = image.float().view(G, N, -1), text.float().view(G, N, -1)
         loss = contrastive_loss(image, text, self.model.logit_scale)
-        right = (image @ F.normalize(text, dim=-1).mT).argmax(-1) == torch.arange(N, device=image.device)
+        right = (image @ F.normalize(text, dim=-1).mT).argmax(-1) == torch.arange(
+            N, device=image.device
+        )
         return loss, {"accuracy": 100 * right.float().mean()}
 
     def state(self) -> dict:
@@ -56,15 +67,32 @@ class Contrast:
 def build_small_clip(config: ContrastConfig) -> CLIP:
     """A CLIP with a convolutional stem (plain patches learn too slowly) and the 514 byte tokens."""
     patch = 2 ** (len(config.stem) + 1)
-    sizes = (config.resolution, patch, config.vision_width, config.vision_layers, config.embed, config.stem)
-    return CLIP(VisionTransformer(*sizes), config.embed, config.context, 514, config.text_width, config.text_layers)
+    sizes = (
+        config.resolution,
+        patch,
+        config.vision_width,
+        config.vision_layers,
+        config.embed,
+        config.stem,
+    )
+    return CLIP(
+        VisionTransformer(*sizes),
+        config.embed,
+        config.context,
+        514,
+        config.text_width,
+        config.text_layers,
+    )
 
 
 class RegionsWithCaptions(Dataset):
-    """Sample n: one region of every class (so no two of them match each other's caption), for contrastive training.
+    """Sample n: one region of every class (so no two of them match each other's caption), for
+    contrastive training.
 
-    Item: (crops fp32 [N, 3, R, R], captions, a list of N). Some of the regions are masked crops, the others plain boxes.
+    Item: (crops fp32 [N, 3, R, R], captions, a list of N). Some of the regions are masked crops,
+    the others plain boxes.
     """
+
     def __init__(self, config: Config, root: Path):
         self.seed, self.resolution = config.train.seed, config.contrast.resolution
         self.masked_share = config.contrast.masked_share
@@ -72,10 +100,15 @@ class RegionsWithCaptions(Dataset):
         pairs = find_pairs(config.data, root, "clip")
         self.images = [to_tensor(read_picture(image)) for image, _ in pairs]
         sizes = [(image.shape[2], image.shape[1]) for image in self.images]
-        self.labels = [torch.from_numpy(read_labels(p[1], data.lut(), s)) for p, s in zip(pairs, sizes, strict=True)]
+        self.labels = [
+            torch.from_numpy(read_labels(p[1], data.lut(), s))
+            for p, s in zip(pairs, sizes, strict=True)
+        ]
         captions = json.loads((data.folder(root) / "captions.json").read_text("utf-8"))
         self.captions = [{int(k): v for k, v in captions[label.stem].items()} for _, label in pairs]
-        self.where = [[i for i, c in enumerate(self.captions) if k in c] for k in range(len(data.names))]
+        self.where = [
+            [i for i, c in enumerate(self.captions) if k in c] for k in range(len(data.names))
+        ]
 
     def __getitem__(self, n: int) -> tuple[Tensor, list[str]]:
         rng = np.random.default_rng(seed_of(self.seed, 3, n))
@@ -95,7 +128,9 @@ class RegionsWithCaptions(Dataset):
 
 
 def rough_mask(mask: Tensor, rng: np.random.Generator) -> Tensor:
-    """A mask [H, W] as a segmenter might propose it: blurred, cut at a random level, never empty."""
+    """A mask [H, W] as a segmenter might propose it: blurred, cut at a random level, never
+    empty.
+    """
     height, width = mask.shape
     coarse = F.avg_pool2d(mask[None, None].float(), int(rng.choice([1, 2, 4])))
     smooth = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)[0, 0]
@@ -103,7 +138,11 @@ def rough_mask(mask: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE of groups whose N pairs are all distinct: image, text [G, N, D] -> scalar."""
-    logits = scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).mT  # [G, N, N]
+    """Symmetric InfoNCE of groups whose N pairs are all distinct: image, text [G, N, D] ->
+    scalar.
+    """
+    logits = (
+        scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).mT
+    )  # [G, N, N]
     truth = torch.arange(logits.shape[-1], device=logits.device).expand(len(logits), -1)
     return (F.cross_entropy(logits.mT, truth) + F.cross_entropy(logits, truth)) / 2

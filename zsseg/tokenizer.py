@@ -21,33 +21,53 @@ VOCABULARY = (
 
 
 def byte_symbols() -> dict[int, str]:
-    """The printable character that stands for each byte, in vocabulary order; values that print badly come last."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    """The printable character that stands for each byte, in vocabulary order; values that print
+    badly come last.
+    """
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def read_merges(count: int) -> list[tuple[str, str]]:
-    """The first `count` merges of OpenAI's vocabulary file ($ZSSEG_VOCAB, else the cache, else downloaded)."""
+    """The first `count` merges of OpenAI's vocabulary file ($ZSSEG_VOCAB, else the cache, else
+    downloaded).
+    """
     given = os.environ.get("ZSSEG_VOCAB")
     path = path_of(given) if given else cache_dir() / "bpe_simple_vocab_16e6.txt.gz"
     if given and not path.is_file():
-        raise UserError(f"ZSSEG_VOCAB={given}", "no such file", "unset it or name bpe_simple_vocab_16e6.txt.gz")
+        raise UserError(
+            f"ZSSEG_VOCAB={given}", "no such file", "unset it or name bpe_simple_vocab_16e6.txt.gz"
+        )
     if not given:
         fetch([VOCABULARY[0]], path, VOCABULARY[1], "BPE vocabulary")
     try:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"BPE vocabulary {path}", f"cannot be read ({error})", "delete it to download it again") from None
+        raise UserError(
+            f"BPE vocabulary {path}", f"cannot be read ({error})", "delete it to download it again"
+        ) from None
     merges = [tuple(line.split()) for line in lines[1 : count + 1]]  # the first line is a version
     if len(merges) < count or any(len(m) != 2 for m in merges):
-        raise UserError(f"BPE vocabulary {path}", f"holds fewer than {count} merges", "delete it to download it again")
+        raise UserError(
+            f"BPE vocabulary {path}",
+            f"holds fewer than {count} merges",
+            "delete it to download it again",
+        )
     return merges
 
 
 def clean(text: str) -> str:
-    """Text as CLIP reads it: broken encodings and HTML's entities mended, one space between words, lower case."""
-    if not (text.isascii() and text.isprintable() and "&" not in text):  # else there is nothing to mend
+    """Text as CLIP reads it: broken encodings and HTML's entities mended, one space between words,
+    lower case.
+    """
+    if not (
+        text.isascii() and text.isprintable() and "&" not in text
+    ):  # else there is nothing to mend
         import ftfy
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -55,20 +75,29 @@ def clean(text: str) -> str:
 
 
 def check_names(names: list[str], what: str = "class name") -> list[str]:
-    """Class names without surrounding white space; UserError where one is missing, or two are one to CLIP."""
+    """Class names without surrounding white space; UserError where one is missing, or two are one
+    to CLIP.
+    """
     names, before = [name.strip() for name in names], {}
     for i, name in enumerate(names):
         if not (read := clean(name)):
             raise UserError(f"class {i}", "has no name", "give every class a name")
         if read in before:
-            same = "stands twice" if before[read] == name else f"is the same to CLIP as {before[read]!r}"
+            same = (
+                "stands twice"
+                if before[read] == name
+                else f"is the same to CLIP as {before[read]!r}"
+            )
             raise UserError(f"{what} {name!r}", same, "give every class a name of its own")
         before[read] = name
     return names
 
 
 class Tokenizer:
-    """Lower-case byte-pair encoding. The vocabulary size says how many merges there are (none for 514)."""
+    """Lower-case byte-pair encoding. The vocabulary size says how many merges there are (none for
+    514).
+    """
+
     def __init__(self, vocab_size: int, context: int):
         self.context = context
         self.symbol_of_byte = byte_symbols()
@@ -85,7 +114,9 @@ class Tokenizer:
         import regex  # \p classes, which `re` lacks
 
         text = clean(text)
-        pattern = r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+        pattern = (
+            r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+        )
         ids = []
         for word in regex.findall(pattern, text, regex.IGNORECASE):
             if word in ("<|startoftext|>", "<|endoftext|>"):

@@ -1,8 +1,10 @@
-"""Test-time augmentation: several sizes, mirror images and sliding windows of one image, and the mean of their score maps.
+"""Test-time augmentation: several sizes, mirror images and sliding windows of one image, and the
+mean of their score maps.
 
-Of every view only the proposals are kept (masks at stride 4 and class scores: 10 MB for 100 queries on 640 x 640), those
-beyond `BUDGET` in a temporary file. Score maps, the large part, are summed a few classes at a time with a running maximum:
-they never take more than `BUDGET`, however many classes and views there are.
+Of every view only the proposals are kept (masks at stride 4 and class scores: 10 MB for 100 queries
+on 640 x 640), those beyond `BUDGET` in a temporary file. Score maps, the large part, are summed a
+few classes at a time with a running maximum: they never take more than `BUDGET`, however many
+classes and views there are.
 """
 
 import tempfile
@@ -21,13 +23,18 @@ BUDGET = 2**28  # bytes that a tile of score maps may take, and the masks of all
 @dataclass
 class View:
     """A part of an image that was segmented by itself."""
+
     proposals: Proposals
-    box: tuple[int, int, int, int]  # where it lies in the image at its own size: top, left, bottom, right
+    box: tuple[
+        int, int, int, int
+    ]  # where it lies in the image at its own size: top, left, bottom, right
     mirrored: bool
 
 
 def windows(height: int, width: int, side: int) -> Iterator[tuple[int, int, int, int]]:
-    """Squares of `side` that overlap by two thirds and cover an image: top, left, bottom, right. All of it for side 0."""
+    """Squares of `side` that overlap by two thirds and cover an image: top, left, bottom, right.
+    All of it for side 0.
+    """
     step = -(-side // 3)
 
     def starts(length: int) -> list[int]:
@@ -36,7 +43,12 @@ def windows(height: int, width: int, side: int) -> Iterator[tuple[int, int, int,
 
     for top in starts(height):
         for left in starts(width):
-            yield top, left, min(top + side, height) if side else height, min(left + side, width) if side else width
+            yield (
+                top,
+                left,
+                min(top + side, height) if side else height,
+                min(left + side, width) if side else width,
+            )
 
 
 def whole(proposals: Proposals, size: tuple[int, int]) -> View:
@@ -45,19 +57,30 @@ def whole(proposals: Proposals, size: tuple[int, int]) -> View:
 
 
 def all_finite(views: list[View], scores: list[Tensor]) -> Tensor:
-    """Whether a picture's masks and class scores are numbers, a bool on the device: argmax would make labels of NaN, too."""
+    """Whether a picture's masks and class scores are numbers, a bool on the device: argmax would
+    make labels of NaN, too.
+    """
     found = [view.proposals.logits for view in views] + scores
     return torch.stack([tensor.isfinite().all().to(scores[0].device) for tensor in found]).all()
 
 
-def segment_views(segmenter: Segmenter, images: list[Tensor], size: tuple[int, int], flip: bool, window: int) -> list[View]:
-    """The views of an image whose own (height, width) is `size`, given at one or more network-input sizes [3, H, W]."""
+def segment_views(
+    segmenter: Segmenter, images: list[Tensor], size: tuple[int, int], flip: bool, window: int
+) -> list[View]:
+    """The views of an image whose own (height, width) is `size`, given at one or more network-input
+    sizes [3, H, W].
+    """
     views, held = [], 0
     for image in images:
         H, W = image.shape[-2:]
         for top, left, bottom, right in windows(H, W, window):
             part = image[:, top:bottom, left:right]
-            box = (top * size[0] // H, left * size[1] // W, -(-bottom * size[0] // H), -(-right * size[1] // W))
+            box = (
+                top * size[0] // H,
+                left * size[1] // W,
+                -(-bottom * size[0] // H),
+                -(-right * size[1] // W),
+            )
             for mirrored in (False, True)[: 1 + flip]:
                 proposals = segmenter.propose(part.flip(-1) if mirrored else part)
                 held += proposals.logits.nbytes
@@ -68,7 +91,9 @@ def segment_views(segmenter: Segmenter, images: list[Tensor], size: tuple[int, i
 
 
 def parked(tensor: Tensor) -> Tensor:
-    """The same numbers on the CPU, in a file that is gone with them: the system takes the memory back when it must."""
+    """The same numbers on the CPU, in a file that is gone with them: the system takes the memory
+    back when it must.
+    """
     with tempfile.TemporaryFile() as file:
         array = np.memmap(file, np.float32, "w+", shape=tuple(tensor.shape))
     array[:] = tensor.cpu().numpy()
@@ -80,9 +105,11 @@ def fetched(proposals: Proposals, device: torch.device) -> Proposals:
 
 
 @torch.inference_mode()
-def label_map(segmenter: Segmenter, views: list[View], scores: list[Tensor],
-              size: tuple[int, int]) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The class with the largest mean score over the views at every pixel, int64 `size`, and that score.
+def label_map(
+    segmenter: Segmenter, views: list[View], scores: list[Tensor], size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """The class with the largest mean score over the views at every pixel, int64 `size`, and that
+    score.
 
     `scores` [Q, C] are those of every view.
     """
@@ -93,9 +120,13 @@ def label_map(segmenter: Segmenter, views: list[View], scores: list[Tensor],
     covering = torch.zeros(size, device=device)
     for top, left, bottom, right in (view.box for view in views):
         covering[top:bottom, left:right] += 1
-    best, labels = torch.full(size, -1.0, device=device), torch.zeros(size, dtype=torch.int64, device=device)
+    best, labels = (
+        torch.full(size, -1.0, device=device),
+        torch.zeros(size, dtype=torch.int64, device=device),
+    )
     for first in range(0, C, tile):
-        # As many views cover a pixel for one class as for another, so that the sum decides as the mean would.
+        # As many views cover a pixel for one class as for another, so that the sum decides as the
+        # mean would.
         total = torch.zeros(min(tile, C - first), *size, device=device)
         for view, classes in zip(views, scores, strict=True):
             top, left, bottom, right = view.box

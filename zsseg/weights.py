@@ -1,6 +1,7 @@
 """Other people's weights: the original's `model_final.pth`, CLIP's, ImageNet backbones.
 
-No file is ever executed: `weights_only=True`, TorchScript archives read for their tensors, a restricted unpickler.
+No file is ever executed: `weights_only=True`, TorchScript archives read for their tensors, a
+restricted unpickler.
 """
 
 import hashlib
@@ -34,8 +35,10 @@ HEAD = r"sem_seg_head\.predictor\."
 LAYER = HEAD + r"transformer\.decoder\.layers\.(?P<i>\d+)\."
 LEAF = r"(?P<leaf>\w+)"
 ADAPTER = r"(?P<region>(?:_region_)?)clip_adapter\."
-# (pattern of the original's name, our name); {x} is a named group, {x-1} and {2x} a number made from one. Parts:
-# "maskformer", "clip" and "prompt", and the last two once more with "region_" for a separate region adapter.
+# (pattern of the original's name, our name); {x} is a named group, {x-1} and {2x} a number made
+# from one. Parts:
+# "maskformer", "clip" and "prompt", and the last two once more with "region_" for a separate region
+# adapter.
 NAMES = [
     (r"backbone\.stem\.conv1\.(?P<leaf>weight)", "maskformer.backbone.conv1.{leaf}"),
     (r"backbone\.stem\.conv1\.norm\." + LEAF, "maskformer.backbone.bn1.{leaf}"),
@@ -54,8 +57,14 @@ NAMES = [
     (LAYER + r"multihead_attn\.(?P<rest>.+)", "maskformer.layers.{i}.cross_attn.{rest}"),
     (HEAD + r"transformer\.decoder\.norm\." + LEAF, "maskformer.norm.{leaf}"),
     (HEAD + r"(?P<rest>(?:query_embed|input_proj)\.\w+)", "maskformer.{rest}"),
-    (HEAD + r"(?P<mlp>class_embed|mask_embed)\.layers\.(?P<i>\d)\." + LEAF, "maskformer.{mlp}.{2i}.{leaf}"),
-    (HEAD + r"class_embed\." + LEAF, "maskformer.class_embed.{leaf}"),  # fully supervised MaskFormer
+    (
+        HEAD + r"(?P<mlp>class_embed|mask_embed)\.layers\.(?P<i>\d)\." + LEAF,
+        "maskformer.{mlp}.{2i}.{leaf}",
+    ),
+    (
+        HEAD + r"class_embed\." + LEAF,
+        "maskformer.class_embed.{leaf}",
+    ),  # fully supervised MaskFormer
     (HEAD + r"(?P<leaf>weight|bias)", "maskformer.pixel_embed.{leaf}"),  # the per-pixel baseline
     (r"clip_adapter\.non_object_embedding", "maskformer.non_object"),
     (ADAPTER + r"clip_model\.(?P<rest>.+)", "{region}clip.{rest}"),
@@ -63,16 +72,27 @@ NAMES = [
 ]
 DEEP_STEM = [  # R101c: conv1 is a sequence of convolution, norm, relu, and so on
     (rf"backbone\.stem\.conv{i}\.{norm}" + LEAF, f"maskformer.backbone.{ours}.{{leaf}}")
-    for (i, norm), ours in {(1, ""): "conv1.0", (1, r"norm\."): "conv1.1", (2, ""): "conv1.3", (2, r"norm\."): "conv1.4",
-                            (3, ""): "conv1.6", (3, r"norm\."): "bn1"}.items()
-]  # fmt: skip
-# Constants of the original's modules that ours hold or compute themselves, and the unused column of the region adapter.
-DROPPED = (r"criterion\.empty_weight|_region_clip_adapter\.non_object_embedding|(?:_region_)?clip_adapter\."
-           r"(?:pixel_(?:mean|std)|prompt_learner\.(?:start|dot|end|pad)_signal)")  # fmt: skip
+    for (i, norm), ours in {
+        (1, ""): "conv1.0",
+        (1, r"norm\."): "conv1.1",
+        (2, ""): "conv1.3",
+        (2, r"norm\."): "conv1.4",
+        (3, ""): "conv1.6",
+        (3, r"norm\."): "bn1",
+    }.items()
+]
+# Constants of the original's modules that ours hold or compute themselves, and the unused column of
+# the region adapter.
+DROPPED = (
+    r"criterion\.empty_weight|_region_clip_adapter\.non_object_embedding|(?:_region_)?clip_adapter\."
+    r"(?:pixel_(?:mean|std)|prompt_learner\.(?:start|dot|end|pad)_signal)"
+)
 
 
 def our_name(name: str, deep_stem: bool = False) -> str | None:
-    """Our name for a parameter of the original, None where it is dropped. Raises KeyError for an unknown name."""
+    """Our name for a parameter of the original, None where it is dropped. Raises KeyError for an
+    unknown name.
+    """
     if re.fullmatch(DROPPED, name):
         return None
     for pattern, ours in (DEEP_STEM if deep_stem else []) + NAMES:
@@ -87,11 +107,14 @@ def our_name(name: str, deep_stem: bool = False) -> str | None:
     raise KeyError(name)
 
 
-def import_original(state: State, what: str, unknown: list[str] | None = None) -> tuple[dict[str, State], list[str]]:
+def import_original(
+    state: State, what: str, unknown: list[str] | None = None
+) -> tuple[dict[str, State], list[str]]:
     """The original's state dict -> ({part: state dict of ours}, names that were dropped).
 
-    Parts: "maskformer", "clip", "prompt" and, for a separate region adapter, "region_prompt" (its CLIP must be the
-    same, since it is frozen). A name that is not in the map is put into `unknown`, or a UserError without that list.
+    Parts: "maskformer", "clip", "prompt" and, for a separate region adapter, "region_prompt" (its
+    CLIP must be the same, since it is frozen). A name that is not in the map is put into `unknown`,
+    or a UserError without that list.
     """
     parts, dropped = {}, []
     state = unwrapped(state, what)
@@ -101,7 +124,9 @@ def import_original(state: State, what: str, unknown: list[str] | None = None) -
             ours = our_name(name, deep_stem)
         except KeyError:
             if unknown is None:
-                raise UserError(what, f"has an unknown entry {name}", "give a checkpoint of zsseg.baseline") from None
+                raise UserError(
+                    what, f"has an unknown entry {name}", "give a checkpoint of zsseg.baseline"
+                ) from None
             unknown.append(name)
             continue
         if ours is None:
@@ -118,8 +143,11 @@ def import_original(state: State, what: str, unknown: list[str] | None = None) -
 
 class ArrayUnpickler(pickle.Unpickler):
     """Reads NumPy arrays and plain containers (detectron2's .pkl) and refuses everything else."""
+
     def find_class(self, module: str, name: str) -> object:
-        known = {entry[1]: entry[0] for entry in NUMPY if isinstance(entry, tuple)} | {"collections.OrderedDict": OrderedDict}
+        known = {entry[1]: entry[0] for entry in NUMPY if isinstance(entry, tuple)} | {
+            "collections.OrderedDict": OrderedDict
+        }
         if f"{module}.{name}" in known:
             return known[f"{module}.{name}"]
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
@@ -136,24 +164,44 @@ OPENAI_MODELS = {  # name: (SHA-256 of the file, its name)
 }
 
 
-# How the SHA-256 of files begins whose activation is known, beside OpenAI's: OpenCLIP's releases, MetaCLIP.
+# How the SHA-256 of files begins whose activation is known, beside OpenAI's: OpenCLIP's releases,
+# MetaCLIP.
 KNOWN_ACTIVATIONS = {
     "gelu": ("55e67d44", "00efa78f", "8fb26589", "699c4b84", "3d133497", "69988bb6", "af8dbd0c"),
-    "quickgelu": ("d867053b", "46683a32", "8a00ab3c", "f000538c", "455df137", "3e04b30e",
-                  "68dfb599", "512ea0fb", "3c686425", "885b7ec1", *(digest[:8] for digest, _ in OPENAI_MODELS.values())),
-}  # fmt: skip
+    "quickgelu": (
+        "d867053b",
+        "46683a32",
+        "8a00ab3c",
+        "f000538c",
+        "455df137",
+        "3e04b30e",
+        "68dfb599",
+        "512ea0fb",
+        "3c686425",
+        "885b7ec1",
+        *(digest[:8] for digest, _ in OPENAI_MODELS.values()),
+    ),
+}
 
 
 def load_clip_state(weights: str, root: Path) -> State:
-    """CLIP's state dict from an OpenAI name (downloaded to the cache), an OpenAI archive or a state-dict file."""
+    """CLIP's state dict from an OpenAI name (downloaded to the cache), an OpenAI archive or a
+    state-dict file.
+    """
     what, path = clip_file(weights, root)
     if is_torchscript(path):
         state = read_torchscript(path, what)
     else:
         state = read_torch(path, what)
         for key in ("model", "state_dict"):  # ours, OpenCLIP's trainer's
-            state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            state = (
+                state[key]
+                if isinstance(state, dict) and isinstance(state.get(key), dict)
+                else state
+            )
+    if not isinstance(state, dict) or not all(
+        isinstance(tensor, Tensor) for tensor in state.values()
+    ):
         raise UserError(what, "is not a state dict", "give a CLIP of OpenAI's")
     state = unwrapped(state, what)
     dropped = [k for k in state if k in ("input_resolution", "context_length", "vocab_size")]
@@ -172,22 +220,36 @@ def clip_file(weights: str, root: Path) -> tuple[str, Path]:
         return what, fetch([url], cache_dir() / file, f"sha256:{digest}", what)
     path = path_of(weights.replace("{root}", str(root)))
     if not path.is_file():
-        todo = nearest(weights, OPENAI_MODELS, nearest_file(path, f"give a file or one of {', '.join(OPENAI_MODELS)}"))
-        todo = "give the --root where it lies, or run prepare_data.py shapes" if "{root}" in weights else todo
+        todo = nearest(
+            weights,
+            OPENAI_MODELS,
+            nearest_file(path, f"give a file or one of {', '.join(OPENAI_MODELS)}"),
+        )
+        todo = (
+            "give the --root where it lies, or run prepare_data.py shapes"
+            if "{root}" in weights
+            else todo
+        )
         raise UserError(what, "no such file", todo)
     return what, path
 
 
-def find_shape(config: ClipConfig, state: State, root: Path, changed: bool = False) -> tuple[str, int]:
-    """What a CLIP's weights do not tell: its activation, "quickgelu" or "gelu", and its image tower's heads (0: width / 64).
+def find_shape(
+    config: ClipConfig, state: State, root: Path, changed: bool = False
+) -> tuple[str, int]:
+    """What a CLIP's weights do not tell: its activation, "quickgelu" or "gelu", and its image
+    tower's heads (0: width / 64).
 
-    As configured or, for "auto", as its file is known to want. `changed`: what is configured is another CLIP's, and counts only
-    where the file is not known; what such a file is taken for is said.
+    As configured or, for "auto", as its file is known to want. `changed`: what is configured is
+    another CLIP's, and counts only where the file is not known; what such a file is taken for is
+    said.
     """
     if config.activation != "auto" and not changed:
         return config.activation, config.heads
     heads = 0 if changed else config.heads
-    if config.weights in OPENAI_MODELS or "visual.conv1.0.weight" in state:  # the last is our own small CLIP
+    if (
+        config.weights in OPENAI_MODELS or "visual.conv1.0.weight" in state
+    ):  # the last is our own small CLIP
         return "quickgelu", heads
     what, path = clip_file(config.weights, root)
     with open(path, "rb") as file:
@@ -197,8 +259,11 @@ def find_shape(config: ClipConfig, state: State, root: Path, changed: bool = Fal
             return activation, heads
     taken = config.activation.replace("auto", "quickgelu")
     number = f" and {config.heads} heads" if config.heads else ""
-    say(f"{what}: not a known file; taken for one with {taken}{number} (quickgelu is OpenAI's, LAION's mostly want"
-        " clip.activation=gelu)")  # fmt: skip
+    say(
+        f"{what}: not a known file; taken for one with {taken}{number} (quickgelu is OpenAI's, "
+        f"LAION's mostly want"
+        " clip.activation=gelu)"
+    )
     return taken, config.heads
 
 
@@ -214,7 +279,10 @@ STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "LongSt
 
 
 class ScriptUnpickler(pickle.Unpickler):
-    """Reads the object tree of a TorchScript archive: modules become plain attribute holders, nothing is called."""
+    """Reads the object tree of a TorchScript archive: modules become plain attribute holders,
+    nothing is called.
+    """
+
     class Module:
         def __setstate__(self, state: dict) -> None:
             self.__dict__.update(state)
@@ -237,7 +305,9 @@ class ScriptUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
 
     @staticmethod
-    def tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: object) -> Tensor:
+    def tensor(
+        storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: object
+    ) -> Tensor:
         if math.prod(size) > len(storage):
             raise pickle.UnpicklingError(f"a tensor of shape {size} from {len(storage)} numbers")
         return torch.as_strided(storage, size, stride, offset).clone()
@@ -262,8 +332,12 @@ def read_torchscript(path: Path, what: str) -> State:
     try:
         with zipfile.ZipFile(path) as archive:
             refuse_compressed([entry for entry in archive.infolist() if "/data" in entry.filename])
-            prefix = next(n for n in archive.namelist() if n.endswith("/constants.pkl"))[: -len("constants.pkl")]
+            prefix = next(n for n in archive.namelist() if n.endswith("/constants.pkl"))[
+                : -len("constants.pkl")
+            ]
             collect(ScriptUnpickler(archive, prefix).load(), "")
     except Exception as error:  # a broken archive raises anything
-        raise UserError(what, f"{path} cannot be read ({error!r:.200})", "delete it to download it again") from None
+        raise UserError(
+            what, f"{path} cannot be read ({error!r:.200})", "delete it to download it again"
+        ) from None
     return state

@@ -1,9 +1,10 @@
-"""How fast labels are counted and training crops are made, on pictures of VOC's size made on the spot.
+"""How fast labels are counted and training crops are made, on pictures of VOC's size made on the
+spot.
 
     python -m tests.benchmarks.data [--masks 10000] [--crops 400] [--workers N]
 
-Baselines from the same run: counting with numpy.unique one file at a time; the whole picture resized and then cropped,
-colours jittered in floating point by torchvision's operators.
+Baselines from the same run: counting with numpy.unique one file at a time; the whole picture
+resized and then cropped, colours jittered in floating point by torchvision's operators.
 """
 
 import argparse
@@ -28,32 +29,46 @@ SIZE = (500, 375)  # VOC's usual picture
 
 
 def make_voc(root: Path, pictures: int, masks: int) -> None:
-    """`pictures` different pictures and label maps of VOC's size and about its bytes a file, linked `masks` times."""
+    """`pictures` different pictures and label maps of VOC's size and about its bytes a file, linked
+    `masks` times.
+    """
     folder = root / "VOC2012"
     for name in ("JPEGImages", "SegmentationClassAug"):
         (folder / name).mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(masks):
-        jpeg, png = folder / "JPEGImages" / f"{i:06}.jpg", folder / "SegmentationClassAug" / f"{i:06}.png"
+        jpeg, png = (
+            folder / "JPEGImages" / f"{i:06}.jpg",
+            folder / "SegmentationClassAug" / f"{i:06}.png",
+        )
         if i >= pictures:
             for file in (jpeg, png):
                 os.link(file.with_stem(f"{i % pictures:06}"), file)
             continue
-        noise = Image.fromarray(rng.integers(0, 256, (SIZE[1] // 5, SIZE[0] // 5, 3), dtype=np.uint8))
-        noise.resize(SIZE, Image.Resampling.BICUBIC).filter(ImageFilter.DETAIL).save(jpeg, quality=94)
+        noise = Image.fromarray(
+            rng.integers(0, 256, (SIZE[1] // 5, SIZE[0] // 5, 3), dtype=np.uint8)
+        )
+        noise.resize(SIZE, Image.Resampling.BICUBIC).filter(ImageFilter.DETAIL).save(
+            jpeg, quality=94
+        )
         blobs = rng.choice([0, 0, 0, 15, 7, 255, rng.integers(1, 21)], (8, 10)).astype(np.uint8)
-        Image.fromarray(blobs).resize(SIZE, Image.Resampling.NEAREST).filter(ImageFilter.MedianFilter(9)).save(png)
+        Image.fromarray(blobs).resize(SIZE, Image.Resampling.NEAREST).filter(
+            ImageFilter.MedianFilter(9)
+        ).save(png)
     (folder / "train.txt").write_text("\n".join(f"{i:06}" for i in range(masks)))
 
 
 class WholePictures(TrainPictures):
     """The same augmentation without its two short cuts."""
+
     def __getitem__(self, n: int):
         rng, (image_file, label_file) = np.random.default_rng(n), self.pairs[n % len(self.pairs)]
         image = read_picture(image_file)
         labels = read_labels(label_file, self.lut, image.size)
         S = self.config.crop
-        width, height = test_size(*image.size, int(rng.choice(self.config.short_edges)), self.config.max_size)
+        width, height = test_size(
+            *image.size, int(rng.choice(self.config.short_edges)), self.config.max_size
+        )
         image = image.resize((width, height), Image.Resampling.BILINEAR)
         mask = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
         h, w = min(height, S), min(width, S)
@@ -86,7 +101,9 @@ def crops_per_second(samples: TrainPictures, crops: int, workers: int, repeats: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--masks", type=int, default=10_000)
     parser.add_argument("--crops", type=int, default=400)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -95,7 +112,10 @@ def main() -> None:
         root = Path(folder)
         make_voc(root, min(200, args.masks), args.masks)
         jpegs = [f.stat().st_size for f in (root / "VOC2012" / "JPEGImages").iterdir()]
-        print(f"pictures of {SIZE[0]} x {SIZE[1]}, {sum(jpegs) / len(jpegs) / 1000:.0f} kB each (VOC's: under 117)")
+        print(
+            f"pictures of {SIZE[0]} x {SIZE[1]}, {sum(jpegs) / len(jpegs) / 1000:.0f} kB each "
+            f"(VOC's: under 117)"
+        )
         labels = sorted((root / "VOC2012" / "SegmentationClassAug").iterdir())
         lut = dataset("voc").lut()
         few, started = labels[: max(args.masks // 10, 1)], time.perf_counter()
@@ -107,13 +127,22 @@ def main() -> None:
         counted = time.perf_counter() - started
         started = time.perf_counter()
         label_statistics("voc", root, "train", args.workers)
-        print(f"label statistics, {len(labels)} masks: numpy.unique {plain:.1f} s (from a tenth), ours {counted:.1f} s, "
-              f"from the cache {time.perf_counter() - started:.2f} s")  # fmt: skip
+        print(
+            f"label statistics, {len(labels)} masks: numpy.unique {plain:.1f} s (from a tenth), "
+            f"ours {counted:.1f} s, "
+            f"from the cache {time.perf_counter() - started:.2f} s"
+        )
         config = load_config(str(Path(__file__).parents[2] / "configs" / "voc_r50_single.toml"))
-        for name, samples in (("whole pictures, float jitter", WholePictures), ("ours", TrainPictures)):
+        for name, samples in (
+            ("whole pictures, float jitter", WholePictures),
+            ("ours", TrainPictures),
+        ):
             rate = crops_per_second(samples(config, root), args.crops, args.workers)
-            print(f"training crops of {config.data.crop}, {name}: {rate:.1f} a second with {args.workers} workers, "
-                  f"{rate / args.workers:.1f} each")  # fmt: skip
+            print(
+                f"training crops of {config.data.crop}, {name}: {rate:.1f} a second with "
+                f"{args.workers} workers, "
+                f"{rate / args.workers:.1f} each"
+            )
 
 
 if __name__ == "__main__":

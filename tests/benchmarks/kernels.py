@@ -1,8 +1,10 @@
-"""Time every kernel against its plain version and torch.compile of that: `python -m tests.benchmarks.kernels [--csv FILE]`.
+"""Time every kernel against its plain version and torch.compile of that: `python -m
+tests.benchmarks.kernels [--csv FILE]`.
 
-Median and 20% / 80% quantiles, effective GB/s of the bytes that must move and their share of this GPU's copy bandwidth, peak
-memory; first the copy bandwidth and the bf16 matrix rate. On a CPU (`--device cpu`) the sizes are small and both are plain
-PyTorch: that only shows that the benchmark runs.
+Median and 20% / 80% quantiles, effective GB/s of the bytes that must move and their share of this
+GPU's copy bandwidth, peak memory; first the copy bandwidth and the bf16 matrix rate. On a CPU
+(`--device cpu`) the sizes are small and both are plain PyTorch: that only shows that the benchmark
+runs.
 """
 
 import argparse
@@ -30,12 +32,28 @@ from zsseg import matcher, regions
 from zsseg.losses import focal_and_dice
 from zsseg.segmenter import best_class
 
-FIELDS = ("kernel", "provider", "median_ms", "low_ms", "high_ms", "GB_per_s", "percent_of_copy", "peak_MiB", "device", "torch",
-          "triton", "commit")  # fmt: skip
+FIELDS = (
+    "kernel",
+    "provider",
+    "median_ms",
+    "low_ms",
+    "high_ms",
+    "GB_per_s",
+    "percent_of_copy",
+    "peak_MiB",
+    "device",
+    "torch",
+    "triton",
+    "commit",
+)
 
 
-def measure(function: Callable[[], object], device: str, duration: int = 200) -> tuple[list[float], float]:
-    """Milliseconds (20%, median, 80%) of about `duration` ms of runs, and the peak of memory beyond the inputs in MiB."""
+def measure(
+    function: Callable[[], object], device: str, duration: int = 200
+) -> tuple[list[float], float]:
+    """Milliseconds (20%, median, 80%) of about `duration` ms of runs, and the peak of memory beyond
+    the inputs in MiB.
+    """
     if device == "cpu":
         function()
         times = []
@@ -55,25 +73,34 @@ def measure(function: Callable[[], object], device: str, duration: int = 200) ->
     return do_bench(function, warmup=25, rep=duration, quantiles=[0.2, 0.5, 0.8]), peak
 
 
-def backward(losses: Callable[..., tuple[Tensor, ...] | Tensor], *inputs: Tensor) -> Callable[[], object]:
+def backward(
+    losses: Callable[..., tuple[Tensor, ...] | Tensor], *inputs: Tensor
+) -> Callable[[], object]:
     """Forward and gradients of the sum of what `losses` gives."""
     inputs = [x.detach().requires_grad_() for x in inputs]
 
     def run() -> tuple[Tensor, ...]:
         out = losses(*inputs)
-        return torch.autograd.grad(sum(x.float().sum() for x in (out if isinstance(out, tuple) else (out,))), inputs)
+        return torch.autograd.grad(
+            sum(x.float().sum() for x in (out if isinstance(out, tuple) else (out,))), inputs
+        )
 
     return run
 
 
 def cases(device: str) -> dict[str, tuple[Callable, Callable, int]]:
-    """{kernel: (plain, ours, bytes that must be read or written)}, at the sizes of training and inference."""
+    """{kernel: (plain, ours, bytes that must be read or written)}, at the sizes of training and
+    inference.
+    """
     torch.manual_seed(0)
     small = device == "cpu"
     L, B, Q, C, T = (2, 1, 10, 12, 4) if small else (6, 4, 100, 172, 40)
     h = w = 16 if small else 160
     kind = torch.float32 if small else torch.bfloat16
-    logits, masks = torch.randn(L, B, Q, C, device=device), torch.randn(L, B, Q, h, w, device=device, dtype=kind)
+    logits, masks = (
+        torch.randn(L, B, Q, C, device=device),
+        torch.randn(L, B, Q, h, w, device=device, dtype=kind),
+    )
     labels = torch.randint(0, T, (B, 4 * h, 4 * w), device=device, dtype=torch.uint8)
     classes = torch.stack([torch.randperm(T) for _ in range(B)]).to(device)
     coarse = labels[:, ::4, ::4].int().contiguous()
@@ -111,22 +138,47 @@ def cases(device: str) -> dict[str, tuple[Callable, Callable, int]]:
 
     def pooled(features: Tensor, masks: Tensor) -> Tensor:
         weights = masks.float().sigmoid().flatten(2)  # [B, Q, hw]
-        return torch.einsum("bqn,bdn->bqd", weights, features.float().flatten(2)) / weights.sum(-1, keepdim=True)
+        return torch.einsum("bqn,bdn->bqd", weights, features.float().flatten(2)) / weights.sum(
+            -1, keepdim=True
+        )
 
     return {
-        "matching_cost": (plain_cost, ours(lambda: matching_cost(logits, masks, coarse, classes, 20.0, 1.0), plain_cost),
-                          read(masks, logits)),
-        "assignment": (lambda: matcher.hungarian(cost, counts),
-                       ours(lambda: assignment(cost, counts), lambda: matcher.hungarian(cost, counts)), read(cost)),
-        "mask_loss, both ways": (gradient(focal_and_dice), gradient(ours(mask_loss, focal_and_dice)),
-                                 2 * L * B * T * h * w * masks.element_size() + 2 * read(labels)),
-        "region_crop": (plain_crops, ours(lambda: region_crop(image, foregrounds, index, boxes, *sizes), plain_crops),
-                        read(foregrounds) + Q * 3 * side**2 * masks.element_size()),
-        "region_masks": (plain_masks, ours(lambda: region_masks(single, cut, 0.5), plain_masks), read(single, foregrounds)),
-        "semantic_map": (plain_map, ours(lambda: semantic_map(single, scores, cut, cut, False), plain_map),
-                         read(single, scores) + 4 * cut[0] * cut[1]),
-        "mask_pool, both ways": (pool(pooled), pool(ours(mask_pool, pooled)), 3 * read(features, masks[0])),
-    }  # fmt: skip
+        "matching_cost": (
+            plain_cost,
+            ours(lambda: matching_cost(logits, masks, coarse, classes, 20.0, 1.0), plain_cost),
+            read(masks, logits),
+        ),
+        "assignment": (
+            lambda: matcher.hungarian(cost, counts),
+            ours(lambda: assignment(cost, counts), lambda: matcher.hungarian(cost, counts)),
+            read(cost),
+        ),
+        "mask_loss, both ways": (
+            gradient(focal_and_dice),
+            gradient(ours(mask_loss, focal_and_dice)),
+            2 * L * B * T * h * w * masks.element_size() + 2 * read(labels),
+        ),
+        "region_crop": (
+            plain_crops,
+            ours(lambda: region_crop(image, foregrounds, index, boxes, *sizes), plain_crops),
+            read(foregrounds) + Q * 3 * side**2 * masks.element_size(),
+        ),
+        "region_masks": (
+            plain_masks,
+            ours(lambda: region_masks(single, cut, 0.5), plain_masks),
+            read(single, foregrounds),
+        ),
+        "semantic_map": (
+            plain_map,
+            ours(lambda: semantic_map(single, scores, cut, cut, False), plain_map),
+            read(single, scores) + 4 * cut[0] * cut[1],
+        ),
+        "mask_pool, both ways": (
+            pool(pooled),
+            pool(ours(mask_pool, pooled)),
+            3 * read(features, masks[0]),
+        ),
+    }
 
 
 @contextlib.contextmanager
@@ -146,9 +198,16 @@ def machine(device: str) -> dict[str, str]:
         except PackageNotFoundError:
             return ""
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    return {"device": name, "torch": torch.__version__, "triton": package("triton"), "commit": commit}
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "triton": package("triton"),
+        "commit": commit,
+    }
 
 
 def bounds(device: str) -> tuple[float, float]:
@@ -163,10 +222,16 @@ def bounds(device: str) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--csv", help="write the rows there, too")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the plain versions out")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave torch.compile of the plain versions out"
+    )
     args = parser.parse_args()
     copy, product = bounds(args.device)
     print(f"copy {copy:.0f} GB/s, bf16 product {product:.1f} TFLOP/s")
@@ -192,11 +257,23 @@ def run(args: argparse.Namespace, copy: float, about: dict[str, str], file: Text
                 continue
             speed = moved / median / 1e6
             share = 100 * speed / copy
-            print(f"{kernel:22}{provider:15}{median:10.3f} ms  [{low:.3f} {high:.3f}] {speed:8.0f} GB/s {share:5.1f}%"
-                  f" {peak:8.0f} MiB", flush=True)  # fmt: skip
+            print(
+                f"{kernel:22}{provider:15}{median:10.3f} ms  [{low:.3f} {high:.3f}] {speed:8.0f} "
+                f"GB/s {share:5.1f}%"
+                f" {peak:8.0f} MiB",
+                flush=True,
+            )
             if file:
                 numbers = (f"{x:.4f}" for x in (median, low, high))
-                row = [kernel, provider, *numbers, f"{speed:.1f}", f"{share:.1f}", f"{peak:.0f}", *about.values()]
+                row = [
+                    kernel,
+                    provider,
+                    *numbers,
+                    f"{speed:.1f}",
+                    f"{share:.1f}",
+                    f"{peak:.0f}",
+                    *about.values(),
+                ]
                 csv.writer(file).writerow(row)
                 file.flush()
 

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.ladder [--rounds 3] [--csv FILE] [--plot FILE.svg] [--train] [--regions] [--device cuda]
 
-Inference: a picture of soft colours, R101c, ViT-B/16, 100 live regions, random weights, from the decoded picture to the label
-map at its own size. With --train, a training step of R50 as well; with --regions, the one-pass region classifiers. Every row
-runs in a process of its own, in turn for every round; medians are printed, with the share of pixels whose label is that of the
-first row.
+Inference: a picture of soft colours, R101c, ViT-B/16, 100 live regions, random weights, from the
+decoded picture to the label map at its own size. With --train, a training step of R50 as well; with
+--regions, the one-pass region classifiers. Every row runs in a process of its own, in turn for
+every round; medians are printed, with the share of pixels whose label is that of the first row.
 """
 
 import argparse
@@ -40,25 +40,38 @@ WHAT = {
     "pool": "one pass of CLIP, dense features pooled under the masks",
     "tokens": "one pass of CLIP, a class token for each region",
 }
-ELSEWHERE = {"cpu": ("kernels", "compile"), "cuda": ("chunks", "isa")}  # left out on these, unless asked for
+ELSEWHERE = {
+    "cpu": ("kernels", "compile"),
+    "cuda": ("chunks", "isa"),
+}  # left out on these, unless asked for
 HELD = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
 def plain_attention(self, x, mask, first=0):
     """`nn.MultiheadAttention`, with PyTorch's own fast path for inference."""
     if not hasattr(self, "plain"):
-        layer = torch.nn.MultiheadAttention(x.shape[-1], self.heads, batch_first=True, device="meta").eval()
-        layer.in_proj_weight, layer.in_proj_bias, layer.out_proj = self.in_proj_weight, self.in_proj_bias, self.out_proj
+        layer = torch.nn.MultiheadAttention(
+            x.shape[-1], self.heads, batch_first=True, device="meta"
+        ).eval()
+        layer.in_proj_weight, layer.in_proj_bias, layer.out_proj = (
+            self.in_proj_weight,
+            self.in_proj_bias,
+            self.out_proj,
+        )
         self.__dict__["plain"] = layer.requires_grad_(False)
     return self.plain(x, x, x, need_weights=False, attn_mask=mask)[0]
 
 
 @torch.inference_mode()
 def vary(segmenter, image: torch.Tensor) -> None:
-    """Random weights give all queries one mask and all regions one class: take what is common out, and make masks decided."""
+    """Random weights give all queries one mask and all regions one class: take what is common out,
+    and make masks decided.
+    """
     model, generator = segmenter.maskformer, torch.Generator().manual_seed(2)
     seen = []
-    hook = model.pixel_decoder.mask_features.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    hook = model.pixel_decoder.mask_features.register_forward_hook(
+        lambda module, inputs, output: seen.append(output)
+    )
     embeds, _ = model.propose(model.prepare(image[None]))
     model.pixel_decoder.mask_features.bias.copy_(-seen[0].mean((0, 2, 3)))
     scale = 10 / model.propose(model.prepare(image[None]))[1].std()
@@ -72,8 +85,13 @@ def vary(segmenter, image: torch.Tensor) -> None:
 
     def directions(x: torch.Tensor) -> torch.Tensor:
         """Random words [C, D] among the directions in which x [N, D] varies."""
-        words = torch.randn(len(segmenter.text), len(x), generator=generator).to(x.device) @ (x - x.mean(0))
-        return F.normalize(words - words @ F.normalize(x.mean(0), dim=0)[:, None] * F.normalize(x.mean(0), dim=0), dim=-1)
+        words = torch.randn(len(segmenter.text), len(x), generator=generator).to(x.device) @ (
+            x - x.mean(0)
+        )
+        return F.normalize(
+            words - words @ F.normalize(x.mean(0), dim=0)[:, None] * F.normalize(x.mean(0), dim=0),
+            dim=-1,
+        )
 
     segmenter.text, segmenter.region_text = directions(embeds[-1, 0]), directions(features)
 
@@ -88,15 +106,28 @@ def inference(done: set[str], args: argparse.Namespace) -> dict:
     cuda = process.device.type == "cuda"
     torch.manual_seed(0)
     model = clip.CLIP(clip.VisionTransformer(224, 16, 768, 12, 512), 512, 77, 514, 512, 12)
-    settings = [f"model.kernels={str('kernels' in done).lower()}", f"model.bf16={'on' if 'bf16' in done else 'off'}"]
-    config = load_config(None, [*settings, f"clip.chunk={0 if 'chunks' in done else 10_000}",
-                                f"clip.regions={way if part == 'regions' else 'crops'}"])  # fmt: skip
+    settings = [
+        f"model.kernels={str('kernels' in done).lower()}",
+        f"model.bf16={'on' if 'bf16' in done else 'off'}",
+    ]
+    config = load_config(
+        None,
+        [
+            *settings,
+            f"clip.chunk={0 if 'chunks' in done else 10_000}",
+            f"clip.regions={way if part == 'regions' else 'crops'}",
+        ],
+    )
     segmenter = Segmenter(config, model.state_dict()).to(process.device).eval()
-    segmenter.set_classes([f"thing {i}" for i in range(args.words)], list(range(args.words * 3 // 4)))
+    segmenter.set_classes(
+        [f"thing {i}" for i in range(args.words)], list(range(args.words * 3 // 4))
+    )
     generator = torch.Generator().manual_seed(1)
     sizes = ((args.height, args.width), (args.width, args.height))[: 2 if cuda else 1]
     coarse = torch.rand(1, 3, 6, 6, generator=generator)
-    images = [(255 * F.interpolate(coarse, size, mode="bilinear")[0]).to(torch.uint8) for size in sizes]
+    images = [
+        (255 * F.interpolate(coarse, size, mode="bilinear")[0]).to(torch.uint8) for size in sizes
+    ]
     vary(segmenter, images[0].to(process.device))
     if "compile" in done:
         (segmenter.compile_parts if cuda else segmenter.compile_tower)()
@@ -133,7 +164,9 @@ def inference(done: set[str], args: argparse.Namespace) -> dict:
         crops = torch.randn(100, 3, 224, 224, device=process.device)
         with torch.inference_mode(), process.autocast(config.model.bf16):
             (_, milliseconds, _), _ = measure(lambda: segmenter.clip.encode_image(crops), "cuda")
-        found["tower"] = (3.27e3 if "towers" in done else 3.51e3) / milliseconds  # TFLOP/s: 35.1 GFLOP a crop, or 32.7
+        found["tower"] = (
+            3.27e3 if "towers" in done else 3.51e3
+        ) / milliseconds  # TFLOP/s: 35.1 GFLOP a crop, or 32.7
     return found
 
 
@@ -150,14 +183,22 @@ def training(done: set[str], args: argparse.Namespace) -> dict:
     cuda = process.device.type == "cuda"
     torch.manual_seed(0)
     B, side, classes = (16, 512, 15) if cuda else (2, 128, 15)
-    config = load_config(None, ["model.backbone=R50", f"model.kernels={str('kernels' in done).lower()}",
-                                f"model.bf16={'on' if 'bf16' in done else 'off'}", f"train.batch_size={B}"])  # fmt: skip
+    config = load_config(
+        None,
+        [
+            "model.backbone=R50",
+            f"model.kernels={str('kernels' in done).lower()}",
+            f"model.bf16={'on' if 'bf16' in done else 'off'}",
+            f"train.batch_size={B}",
+        ],
+    )
     from kernels.jit import Switch
 
     Switch.on = config.model.kernels
 
     class Step(train.Segment):
         """The real step on made-up pictures."""
+
         def __init__(self):
             self.config, self.process, self.losses = config, process, segmentation_losses
             self.model = MaskFormer(config.model, 512).to(process.device).train()
@@ -196,19 +237,27 @@ def training(done: set[str], args: argparse.Namespace) -> dict:
 
 def peak(cuda: bool) -> float:
     """MiB: of the GPU's memory, or of the process."""
-    return torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return (
+        torch.cuda.max_memory_allocated() / 2**20
+        if cuda
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    )
 
 
 def plot(rows: list[dict], file: Path) -> None:
     """Bars of pictures a second, as SVG."""
     top, height = max(float(r["per_second"]) for r in rows), 26
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="900" height="{height * len(rows) + 40}" font-family="sans-serif" '
-             f'font-size="12"><text x="8" y="18">pictures a second, {rows[0]["device"]}</text>']  # fmt: skip
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="900" height="{height * len(rows) + 40}" font-family="sans-serif" '
+        f'font-size="12"><text x="8" y="18">pictures a second, {rows[0]["device"]}</text>'
+    ]
     for i, row in enumerate(rows):
         y, length = 30 + height * i, 330 * float(row["per_second"]) / top
-        lines.append(f'<text x="8" y="{y + 14}">{row["part"]}: {WHAT[row["row"]][:70]}</text>'
-                     f'<rect x="500" y="{y}" height="20" width="{length:.1f}" fill="#4477aa"/>'
-                     f'<text x="{505 + length:.1f}" y="{y + 14}">{row["per_second"]}</text>')
+        lines.append(
+            f'<text x="8" y="{y + 14}">{row["part"]}: {WHAT[row["row"]][:70]}</text>'
+            f'<rect x="500" y="{y}" height="20" width="{length:.1f}" fill="#4477aa"/>'
+            f'<text x="{505 + length:.1f}" y="{y + 14}">{row["per_second"]}</text>'
+        )
     file.write_text("\n".join([*lines, "</svg>"]) + "\n")
 
 
@@ -221,8 +270,12 @@ def child(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--train", action="store_true", help="a training step, too")
     parser.add_argument("--regions", action="store_true", help="the region classifiers, too")
@@ -235,7 +288,11 @@ def main() -> None:
     parser.add_argument("--maps", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     cuda = args.device == "cuda"
-    for name, value in (("height", 640 if cuda else 480), ("width", 853 if cuda else 640), ("words", 171 if cuda else 20)):
+    for name, value in (
+        ("height", 640 if cuda else 480),
+        ("width", 853 if cuda else 640),
+        ("words", 171 if cuda else 20),
+    ):
         setattr(args, name, getattr(args, name) or value)
     if args.row:
         child(args)
@@ -248,36 +305,81 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(args.rounds):
             for row in rows:
-                words = [sys.executable, "-m", "tests.benchmarks.ladder", "--row", row, "--maps", f"{folder}/{row}.pt"]
-                words += [x for n in ("device", "height", "width", "words") for x in (f"--{n}", str(getattr(args, n)))]
-                held = args.device == "cpu" and row.removeprefix("inference:") in INFERENCE[: INFERENCE.index("isa")]
+                words = [
+                    sys.executable,
+                    "-m",
+                    "tests.benchmarks.ladder",
+                    "--row",
+                    row,
+                    "--maps",
+                    f"{folder}/{row}.pt",
+                ]
+                words += [
+                    x
+                    for n in ("device", "height", "width", "words")
+                    for x in (f"--{n}", str(getattr(args, n)))
+                ]
+                held = (
+                    args.device == "cpu"
+                    and row.removeprefix("inference:") in INFERENCE[: INFERENCE.index("isa")]
+                )
                 environment = os.environ | (HELD if held else {})
-                result = subprocess.run(words, capture_output=True, text=True, timeout=600, env=environment)
+                result = subprocess.run(
+                    words, capture_output=True, text=True, timeout=600, env=environment
+                )
                 if result.returncode:
-                    print(f"{row} failed: {(result.stderr.strip().splitlines() or [result.returncode])[-1]}", file=sys.stderr)
+                    print(
+                        f"{row} failed: "
+                        f"{(result.stderr.strip().splitlines() or [result.returncode])[-1]}",
+                        file=sys.stderr,
+                    )
                     continue
                 found[row].append(json.loads(result.stdout.splitlines()[-1]))
-                print(f"round {number + 1}, {row}: {statistics.median(found[row][-1]['seconds']):.4f} s", flush=True)
-                table = [summary(r, found, Path(folder)) | {"matrix_TFLOP_per_s": rate} | about for r in rows if found[r]]
-                write(table, args.csv, args.plot)  # after every row: there may be no time for the next
+                print(
+                    f"round {number + 1}, {row}: "
+                    f"{statistics.median(found[row][-1]['seconds']):.4f} s",
+                    flush=True,
+                )
+                table = [
+                    summary(r, found, Path(folder)) | {"matrix_TFLOP_per_s": rate} | about
+                    for r in rows
+                    if found[r]
+                ]
+                write(
+                    table, args.csv, args.plot
+                )  # after every row: there may be no time for the next
     for row in table:
-        print(f"{row['part']:10}{WHAT[row['row']]:76}{row['seconds']:>9} s {row['times_faster']:>6}x"
-              f"  equal {row['equal_labels_percent']:>7}%  {row['peak_MiB']:>6} MiB")  # fmt: skip
+        print(
+            f"{row['part']:10}{WHAT[row['row']]:76}{row['seconds']:>9} s {row['times_faster']:>6}x"
+            f"  equal {row['equal_labels_percent']:>7}%  {row['peak_MiB']:>6} MiB"
+        )
 
 
 def summary(row: str, found: dict[str, list[dict]], folder: Path) -> dict[str, object]:
     """Medians of a row over the rounds, beside the first row of its part."""
     part, name = row.split(":")
     first = next(r for r in found if found[r] and r.startswith(part))
-    seconds, base = (statistics.median(s for f in found[r] for s in f["seconds"]) for r in (row, first))
+    seconds, base = (
+        statistics.median(s for f in found[r] for s in f["seconds"]) for r in (row, first)
+    )
     last, equal = found[row][-1], ""
     if part != "training":
-        maps = zip(torch.load(folder / f"{row}.pt"), torch.load(folder / f"{first}.pt"), strict=True)
+        maps = zip(
+            torch.load(folder / f"{row}.pt"), torch.load(folder / f"{first}.pt"), strict=True
+        )
         equal = f"{100 * statistics.mean(float((a == b).double().mean()) for a, b in maps):.3f}"
-    return {"part": part, "row": name, "seconds": f"{seconds:.4f}", "per_second": f"{1 / seconds:.3f}",
-            "times_faster": f"{base / seconds:.2f}", "equal_labels_percent": equal, "labels": last.get("labels", ""),
-            "peak_MiB": f"{max(f['memory'] for f in found[row]):.0f}", "regions": last["regions"],
-            "tower_TFLOP_per_s": last.get("tower", "")}  # fmt: skip
+    return {
+        "part": part,
+        "row": name,
+        "seconds": f"{seconds:.4f}",
+        "per_second": f"{1 / seconds:.3f}",
+        "times_faster": f"{base / seconds:.2f}",
+        "equal_labels_percent": equal,
+        "labels": last.get("labels", ""),
+        "peak_MiB": f"{max(f['memory'] for f in found[row]):.0f}",
+        "regions": last["regions"],
+        "tower_TFLOP_per_s": last.get("tower", ""),
+    }
 
 
 def write(table: list[dict], file: Path | None, picture: Path | None) -> None:

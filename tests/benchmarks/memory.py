@@ -1,9 +1,11 @@
-"""Peak memory and time of `eval.py` on one picture, from a single pixel to 8192 x 8192, with the 847 words of ADE20K.
+"""Peak memory and time of `eval.py` on one picture, from a single pixel to 8192 x 8192, with the
+847 words of ADE20K.
 
     python -m tests.benchmarks.memory [--sizes 1x1 640x480 ...] [--device cpu] [--limit 8]
 
-R101c and a ViT-B/16 with random weights, 100 queries; every size is a process of its own, pictures are written as JPEG and
-label maps as 16-bit TIFF. With --limit (GiB), a peak above it is an error. The peak is that of the host.
+R101c and a ViT-B/16 with random weights, 100 queries; every size is a process of its own, pictures
+are written as JPEG and label maps as 16-bit TIFF. With --limit (GiB), a peak above it is an error.
+The peak is that of the host.
 """
 
 import argparse
@@ -23,13 +25,17 @@ SIZES = ("1x1", "3x8192", "8192x3", "640x480", "2048x1024", "8192x8192")
 
 
 def write_model(folder: Path) -> None:
-    """A segmenter and a CLIP with random weights; bytes as tokens, so that no vocabulary is needed."""
+    """A segmenter and a CLIP with random weights; bytes as tokens, so that no vocabulary is
+    needed.
+    """
     from zsseg import checkpoint, clip
     from zsseg.config import load_config
     from zsseg.segmenter import Segmenter
 
     torch.manual_seed(0)
-    state = clip.CLIP(clip.VisionTransformer(224, 16, 768, 12, 512), 512, 160, 514, 64, 1).state_dict()
+    state = clip.CLIP(
+        clip.VisionTransformer(224, 16, 768, 12, 512), 512, 160, 514, 64, 1
+    ).state_dict()
     torch.save(state, folder / "clip.pt")
     settings = [f"clip.weights={folder / 'clip.pt'}", "clip.prompt=single", "data.workers=0"]
     config = load_config("configs/ade20k_full.toml", settings)
@@ -42,14 +48,21 @@ def write_picture(root: Path, width: int, height: int) -> None:
     rng = np.random.default_rng(0)
     for kind in ("images_detectron2", "annotations_detectron2"):
         (root / "ADE20K_2021_17_01" / kind / "validation").mkdir(parents=True)
-    picture, labels = (root / "ADE20K_2021_17_01" / f"{kind}_detectron2" / "validation" for kind in ("images", "annotations"))
+    picture, labels = (
+        root / "ADE20K_2021_17_01" / f"{kind}_detectron2" / "validation"
+        for kind in ("images", "annotations")
+    )
     Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(picture / "one.jpg")
     rows = (np.arange(height) * 847 // height).astype(np.uint16)
-    Image.fromarray(np.repeat(rows[:, None], width, 1)).save(labels / "one.tif", compression="tiff_adobe_deflate")
+    Image.fromarray(np.repeat(rows[:, None], width, 1)).save(
+        labels / "one.tif", compression="tiff_adobe_deflate"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="WxH")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--limit", type=float, help="GiB that no size may exceed")
@@ -61,9 +74,19 @@ def main() -> None:
         for size in args.sizes:
             root = folder / size
             write_picture(root, *map(int, size.split("x")))
-            words = ["eval.py", str(folder / "last.pt"), "--root", str(root), "--out", str(root / "out"), "--save-predictions"]
+            words = [
+                "eval.py",
+                str(folder / "last.pt"),
+                "--root",
+                str(root),
+                "--out",
+                str(root / "out"),
+                "--save-predictions",
+            ]
             started = time.perf_counter()
-            child = subprocess.Popen([sys.executable, *words, "--device", args.device], stdout=subprocess.DEVNULL)
+            child = subprocess.Popen(
+                [sys.executable, *words, "--device", args.device], stdout=subprocess.DEVNULL
+            )
             _, status, usage = os.wait4(child.pid, 0)
             if status:
                 raise SystemExit(f"{size}: eval.py failed")

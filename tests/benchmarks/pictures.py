@@ -1,8 +1,10 @@
-"""How fast pictures come in and results go out, and what sharing CLIP's batches brings: `python -m tests.benchmarks.pictures`.
+"""How fast pictures come in and results go out, and what sharing CLIP's batches brings: `python -m
+tests.benchmarks.pictures`.
 
-Reading and writing are measured on one core, without a network: a machine needs so many cores for each of them as its GPU
-segments pictures a second, divided by the number printed. The last lines are the whole job with the small model of the
-synthetic data set (random weights), regions of one picture and of eight in a batch, from the same run.
+Reading and writing are measured on one core, without a network: a machine needs so many cores for
+each of them as its GPU segments pictures a second, divided by the number printed. The last lines
+are the whole job with the small model of the synthetic data set (random weights), regions of one
+picture and of eight in a batch, from the same run.
 """
 
 import argparse
@@ -40,7 +42,9 @@ def times(action, items: range) -> float:
 
 
 def host(folder: Path, size: tuple[int, int], count: int) -> None:
-    """Print the pictures a second of reading and of writing, for photos of a size (width, height)."""
+    """Print the pictures a second of reading and of writing, for photos of a size (width,
+    height).
+    """
     photos = folder / f"{size[0]}"
     photos.mkdir()
     for i in range(count):
@@ -53,11 +57,16 @@ def host(folder: Path, size: tuple[int, int], count: int) -> None:
     whole = [samples[i] for i in range(count)]
     read = times(lambda i: samples[i], range(count))
     write = times(lambda i: results.write(whole[i], labels, pixels, pixels), range(count))
-    print(f"{size[0]} x {size[1]}, a core: reads {1 / read:.1f} pictures/s, writes {1 / write:.1f} (label map, overlay, JSON)")
+    print(
+        f"{size[0]} x {size[1]}, a core: reads {1 / read:.1f} pictures/s, writes {1 / write:.1f} "
+        f"(label map, overlay, JSON)"
+    )
 
 
 def whole_job(folder: Path, count: int, repeats: int) -> None:
-    """Print the images a second of the synthetic data set's model with groups of one picture and of eight."""
+    """Print the images a second of the synthetic data set's model with groups of one picture and of
+    eight.
+    """
     config = load_config(str(ROOT / "configs" / "shapes.toml"), ["data.workers=1"])
     torch.manual_seed(0)
     segmenter = Segmenter(config, build_small_clip(config.contrast).state_dict()).eval()
@@ -73,15 +82,22 @@ def whole_job(folder: Path, count: int, repeats: int) -> None:
             pictures.TOGETHER = together
             started = time.perf_counter()
             with contextlib.redirect_stdout(io.StringIO()):
-                segment_pictures(segmenter, config, Results(folder / "out", names, WORDS, ""), process, False)
+                segment_pictures(
+                    segmenter, config, Results(folder / "out", names, WORDS, ""), process, False
+                )
             seconds[together].append(time.perf_counter() - started)
     one, eight = (count / median(s) for s in seconds.values())
-    print(f"synthetic data set's model, {torch.get_num_threads()} threads: regions of one picture in a batch {one:.1f} "
-          f"images/s, of eight {eight:.1f} ({eight / one:.2f} times)")  # fmt: skip
+    print(
+        f"synthetic data set's model, {torch.get_num_threads()} threads: regions of one picture "
+        f"in a batch {one:.1f} "
+        f"images/s, of eight {eight:.1f} ({eight / one:.2f} times)"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=10, help="photos of each size")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

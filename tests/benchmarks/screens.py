@@ -1,6 +1,8 @@
-"""Make the README's pictures from a run on the synthetic data set: `python -m tests.benchmarks.screens runs/shapes`.
+"""Make the README's pictures from a run on the synthetic data set: `python -m
+tests.benchmarks.screens runs/shapes`.
 
-overlay.png by `eval.py --images`, report.png from `eval.py --budget --report` in headless Chromium; to tests/screens/.
+overlay.png by `eval.py --images`, report.png from `eval.py --budget --report` in headless Chromium;
+to tests/screens/.
 """
 
 import argparse
@@ -24,7 +26,9 @@ def save(picture: Image.Image, name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     parser.add_argument("--root", type=Path, default=Path("datasets"))
     args = parser.parse_args()
@@ -40,12 +44,19 @@ def main() -> None:
         evaluation.main([*common, "--budget", "--report"])
         with Browser() as browser:
             browser.open(Path(out) / "report.html", 1000)
-            top = int(browser.value("[...document.querySelectorAll('h2')].at(-1).getBoundingClientRect().top + scrollY"))
+            top = int(
+                browser.value(
+                    "[...document.querySelectorAll('h2')].at(-1).getBoundingClientRect().top + "
+                    "scrollY"
+                )
+            )
             browser.screenshot(Path(out) / "page.png")
         page = Image.open(Path(out) / "page.png").convert("RGB")
         parts = Image.new("RGB", (2 * page.width, 1500), "white")  # the head and the pictures
         for i, start in enumerate((0, top)):
-            parts.paste(page.crop((0, start, page.width, start + parts.height)), (i * page.width, 0))
+            parts.paste(
+                page.crop((0, start, page.width, start + parts.height)), (i * page.width, 0)
+            )
         save(parts.resize((page.width, parts.height // 2), Image.Resampling.LANCZOS), "report.png")
 
 

@@ -1,4 +1,5 @@
-"""torch.compile takes each part whole and once; the training step never makes the host wait for a GPU.
+"""torch.compile takes each part whole and once; the training step never makes the host wait for a
+GPU.
 
 AOTAutograd stands in for Inductor, which follows the same path and needs minutes more.
 """
@@ -33,7 +34,9 @@ def forget():
 def aot_eager(monkeypatch):
     """AOTAutograd in place of Inductor."""
     inductor = torch.compile  # Module.compile goes through it
-    monkeypatch.setattr(torch, "compile", lambda f, **options: inductor(f, backend="aot_eager", **options))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: inductor(f, backend="aot_eager", **options)
+    )
 
 
 def graphs() -> int:
@@ -44,7 +47,12 @@ def graphs() -> int:
 @pytest.mark.slow
 def test_one_program_serves_pictures_of_all_sizes(segmenter, aot_eager):
     """And CLIP's tower needs one for each of four numbers of crops."""
-    sizes = ((480, 480), (448, 640), (640, 449), (512, 500))  # a CPU's convolutions distinguish maps smaller than these
+    sizes = (
+        (480, 480),
+        (448, 640),
+        (640, 449),
+        (512, 500),
+    )  # a CPU's convolutions distinguish maps smaller than these
     pictures = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
     segmenter.config.chunk = 16
     wanted = [segmenter(picture, (90, 70)) for picture in pictures]
@@ -73,7 +81,11 @@ def loss_case(T: int, counts: list[int], device: str = "cpu") -> tuple:
     logits = torch.randn(2, len(counts), 20, 32, device=device, requires_grad=True)
     masks = torch.randn(2, len(counts), 20, 8, 8, device=device, requires_grad=True)
     labels = torch.randint(0, max(T, 1), (len(counts), 32, 32), dtype=torch.uint8, device=device)
-    targets = Targets(labels, torch.arange(T, device=device).expand(len(counts), T), torch.tensor(counts, device=device))
+    targets = Targets(
+        labels,
+        torch.arange(T, device=device).expand(len(counts), T),
+        torch.tensor(counts, device=device),
+    )
     return logits, masks, targets, normalizers(targets.counts, 20, 0.1, PROCESS), 20.0, 1.0, 0.1
 
 
@@ -85,7 +97,9 @@ def test_one_program_serves_all_numbers_of_targets(device, aot_eager):
         results = []
         for function in (segmentation_losses, compiled):
             logits, masks, targets, *rest = loss_case(T, counts, device)
-            losses = function(logits, masks, targets.padded() if function is compiled else targets, *rest)
+            losses = function(
+                logits, masks, targets.padded() if function is compiled else targets, *rest
+            )
             sum(v.sum() for v in losses.values()).backward()
             results.append([*(v.detach() for v in losses.values()), logits.grad, masks.grad])
         for ours, wanted in zip(*results, strict=True):
@@ -126,9 +140,14 @@ def test_compiled_before_ddp_keeps_names_and_gradients(tmp_path, aot_eager):
     model = MaskFormer(tiny_config("model.dropout=0.0", "model.feedforward=1024").model, 16)
     images, text = torch.randn(2, 3, 64, 64), F.normalize(torch.randn(3, 16), dim=-1)
     names, gradients = list(model.state_dict()), []
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
     try:
-        for wrap in (lambda m: m, lambda m: m.compile(fullgraph=True) or DistributedDataParallel(m, bucket_cap_mb=1)):
+        for wrap in (
+            lambda m: m,
+            lambda m: m.compile(fullgraph=True) or DistributedDataParallel(m, bucket_cap_mb=1),
+        ):
             logits, masks = wrap(model)(images, text)
             model.zero_grad()
             (logits.square().mean() + masks.square().mean()).backward()
@@ -142,18 +161,23 @@ def test_compiled_before_ddp_keeps_names_and_gradients(tmp_path, aot_eager):
 
 class Transfers(TorchDispatchMode):
     """Counts copies between host and device, either way."""
+
     count = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         result = function(*arguments, **(options or {}))
-        if function._schema.name in ("aten::_to_copy", "aten::copy_") and isinstance(result, torch.Tensor):
+        if function._schema.name in ("aten::_to_copy", "aten::copy_") and isinstance(
+            result, torch.Tensor
+        ):
             source = arguments[1] if function._schema.name == "aten::copy_" else arguments[0]
             self.count += source.device.type != result.device.type
         return result
 
 
 def test_the_losses_read_nothing_back(shapes_root):
-    """On CUDA tensors without values, so that no GPU is needed: whoever asks for one (`item`, `nonzero`) fails."""
+    """On CUDA tensors without values, so that no GPU is needed: whoever asks for one (`item`,
+    `nonzero`) fails.
+    """
     task, _ = segment_task(shapes_root, PROCESS.device)
     images, targets = task.collate([task.samples[n] for n in range(4)])
     transfers = Transfers()
@@ -162,15 +186,24 @@ def test_the_losses_read_nothing_back(shapes_root):
             for tensors in (part._parameters, part._buffers):
                 for name, tensor in [(k, v) for k, v in tensors.items() if v is not None]:
                     empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
-                    tensors[name] = torch.nn.Parameter(empty) if tensors is part._parameters else empty
-        task.text, task.process = torch.empty(task.text.shape, device="cuda"), run.Process(torch.device("cuda"))
-        images, *targets = map(mode.from_tensor, (images, targets.labels, targets.classes, targets.counts))
+                    tensors[name] = (
+                        torch.nn.Parameter(empty) if tensors is part._parameters else empty
+                    )
+        task.text, task.process = (
+            torch.empty(task.text.shape, device="cuda"),
+            run.Process(torch.device("cuda")),
+        )
+        images, *targets = map(
+            mode.from_tensor, (images, targets.labels, targets.classes, targets.counts)
+        )
         with transfers:
             loss, parts = task.loss(task.model, (images, Targets(*targets)))
         assert loss.is_cuda and loss.requires_grad and all(v.is_cuda for v in parts.values())
         with pytest.raises(DataDependentOutputException):
             loss.item()
-    assert transfers.count == 4  # pictures, labels, classes, counts: from pinned memory, and no others
+    assert (
+        transfers.count == 4
+    )  # pictures, labels, classes, counts: from pinned memory, and no others
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -194,9 +227,28 @@ def test_a_training_step_never_waits_for_the_gpu(shapes_root, compiled):
 @pytest.mark.parametrize("task", ["clip", "prompts"])
 def test_the_other_tasks_compile_whole(task, shapes_root, tmp_path, aot_eager):
     file = {"clip": "configs/shapes_clip.toml", "prompts": "configs/voc_prompts.toml"}[task]
-    words = ["data.name=shapes", "clip.weights={root}/shapes/clip.pt", "train.steps=2", "train.batch_size=4", "data.workers=0",
-             "contrast.groups=2", "prompts.samples_per_class=3", "model.compile=on"]  # fmt: skip
-    train.main(["--config", file, "--root", str(shapes_root), "--out", str(tmp_path), "--device", "cpu",
-                *(x for word in words for x in ("--set", word))])  # fmt: skip
+    words = [
+        "data.name=shapes",
+        "clip.weights={root}/shapes/clip.pt",
+        "train.steps=2",
+        "train.batch_size=4",
+        "data.workers=0",
+        "contrast.groups=2",
+        "prompts.samples_per_class=3",
+        "model.compile=on",
+    ]
+    train.main(
+        [
+            "--config",
+            file,
+            "--root",
+            str(shapes_root),
+            "--out",
+            str(tmp_path),
+            "--device",
+            "cpu",
+            *(x for word in words for x in ("--set", word)),
+        ]
+    )
     assert "_orig_mod" not in str(checkpoint.load(tmp_path / "last.pt")["model"].keys())
     assert graphs() == {"clip": 1, "prompts": 3}[task]  # of which 2 for texts: seeds, one

@@ -1,4 +1,6 @@
-"""Downloads from a server on this machine that cuts, lies and stops; archives that are broken or hostile; kills."""
+"""Downloads from a server on this machine that cuts, lies and stops; archives that are broken or
+hostile; kills.
+"""
 
 import dataclasses
 import hashlib
@@ -27,7 +29,10 @@ DATA = random.Random(0).randbytes(300_000)
 
 
 class Server:
-    """Serves `files`; `cuts` bytes after which each of the next answers ends; `ranges` False: always the whole file."""
+    """Serves `files`; `cuts` bytes after which each of the next answers ends; `ranges` False:
+    always the whole file.
+    """
+
     def __init__(self):
         self.files, self.cuts, self.ranges, self.asked, self.status = {}, [], True, [], 200
         outer = self
@@ -79,7 +84,9 @@ def checksum(content: bytes, method: str = "sha256") -> str:
 
 def test_a_cut_transfer_goes_on_where_it_was(server, tmp_path):
     server.cuts = [70_000, 0, 100_000]
-    path = fetch([server.url("data.bin")], tmp_path / "d" / "data.bin", checksum(DATA), "data", len(DATA))
+    path = fetch(
+        [server.url("data.bin")], tmp_path / "d" / "data.bin", checksum(DATA), "data", len(DATA)
+    )
     assert path.read_bytes() == DATA and [f.name for f in path.parent.iterdir()] == ["data.bin"]
     assert [r for _, r in server.asked] == [None, "bytes=70000-", "bytes=70000-", "bytes=170000-"]
     fetch([server.url("data.bin")], path, checksum(DATA), "data")  # it is there: nothing is asked
@@ -90,26 +97,45 @@ def test_a_cut_transfer_goes_on_where_it_was(server, tmp_path):
 
 def test_the_next_run_goes_on_too(server, tmp_path):
     server.cuts = [70_000] + 20 * [0]
-    with pytest.raises(UserError, match=r"cannot download .* cut; 70000 bytes are kept\); run it again to go on"):
+    with pytest.raises(
+        UserError, match=r"cannot download .* cut; 70000 bytes are kept\); run it again to go on"
+    ):
         fetch([server.url("data.bin")], tmp_path / "data.bin", checksum(DATA), "data")
     assert [f.name for f in tmp_path.iterdir()] == ["data.bin.part"]
     server.cuts, server.asked = [], []
-    assert fetch([server.url("data.bin")], tmp_path / "data.bin", checksum(DATA), "data").read_bytes() == DATA
+    assert (
+        fetch([server.url("data.bin")], tmp_path / "data.bin", checksum(DATA), "data").read_bytes()
+        == DATA
+    )
     assert server.asked == [("/data.bin", "bytes=70000-")]
 
 
 def test_a_server_without_ranges(server, tmp_path):
     server.ranges, server.cuts = False, [70_000, 200_000]
-    assert fetch([server.url("data.bin")], tmp_path / "data.bin", checksum(DATA), "data").read_bytes() == DATA
+    assert (
+        fetch([server.url("data.bin")], tmp_path / "data.bin", checksum(DATA), "data").read_bytes()
+        == DATA
+    )
 
 
 def test_a_part_that_is_whole_already(server, tmp_path):
     (tmp_path / "data.bin.part").write_bytes(DATA)
-    assert fetch([server.url("data.bin")], tmp_path / "data.bin", checksum(DATA, "sha1"), "data").read_bytes() == DATA
+    assert (
+        fetch(
+            [server.url("data.bin")], tmp_path / "data.bin", checksum(DATA, "sha1"), "data"
+        ).read_bytes()
+        == DATA
+    )
 
 
-@pytest.mark.parametrize(("digest", "size", "why"), [("sha256:" + "0" * 64, 0, "instead of 0000"), ("sha1:12", 0, "sha1"),
-                                                     ("", 299_999, "300000 bytes instead of 299999")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("digest", "size", "why"),
+    [
+        ("sha256:" + "0" * 64, 0, "instead of 0000"),
+        ("sha1:12", 0, "sha1"),
+        ("", 299_999, "300000 bytes instead of 299999"),
+    ],
+)
 def test_a_wrong_file_is_not_kept(server, tmp_path, digest, size, why):
     with pytest.raises(UserError, match=why):
         fetch([server.url("data.bin")], tmp_path / "data.bin", digest, "data", size)
@@ -134,7 +160,7 @@ def test_a_folder_that_cannot_be_written(server, tmp_path):
         fetch([server.url("data.bin")], tmp_path / "file" / "data.bin", "", "data")
 
 
-# --- archives ----------------------------------------------------------------------------------------------------
+# --- archives
 
 
 @pytest.mark.parametrize("ending", [".zip", ".tar", ".tgz"])
@@ -150,8 +176,14 @@ def test_unpacking_takes_what_is_missing(tmp_path, ending):
     (folder / ".unpacking" / "0").mkdir(parents=True)
     (folder / ".unpacking" / "0" / "left by a kill").write_text("")
     unpack(archive, take, folder, "data")
-    found = {f.relative_to(folder).as_posix(): f.read_text() for f in folder.rglob("*") if f.is_file()}
-    wanted = {"A/1.txt": "top/a/1.txt", "A/deep/2.txt": "top/a/deep/2.txt", "deep/B/3.txt": "top/b/3.txt"}
+    found = {
+        f.relative_to(folder).as_posix(): f.read_text() for f in folder.rglob("*") if f.is_file()
+    }
+    wanted = {
+        "A/1.txt": "top/a/1.txt",
+        "A/deep/2.txt": "top/a/deep/2.txt",
+        "deep/B/3.txt": "top/b/3.txt",
+    }
     assert found == wanted | {"list.txt": "mine"}
     assert not (folder / ".unpacking").exists()
     with pytest.raises(UserError, match="holds no top/c"):
@@ -161,10 +193,17 @@ def test_unpacking_takes_what_is_missing(tmp_path, ending):
 
 @pytest.mark.parametrize(
     ("ending", "name", "link"),
-    [(".zip", "../outside.txt", False), (".zip", "{root}/outside.txt", False), (".tar", "../outside.txt", False),
-     (".tar", "{root}/outside.txt", False), (".tar", "good/link", True), (".zip", "good/../../outside.txt", False),
-     (".zip", "good\\..\\outside.txt", False), (".zip", "C:/outside.txt", False)],
-)  # fmt: skip
+    [
+        (".zip", "../outside.txt", False),
+        (".zip", "{root}/outside.txt", False),
+        (".tar", "../outside.txt", False),
+        (".tar", "{root}/outside.txt", False),
+        (".tar", "good/link", True),
+        (".zip", "good/../../outside.txt", False),
+        (".zip", "good\\..\\outside.txt", False),
+        (".zip", "C:/outside.txt", False),
+    ],
+)
 def test_names_that_lead_outside_are_refused(tmp_path, ending, name, link):
     archive = trees.hostile(tmp_path / f"x{ending}", name.format(root=tmp_path), link)
     with pytest.raises(UserError, match=r"leads outside|is a link") as error:
@@ -189,7 +228,9 @@ def test_cut_archives_leave_nothing(tmp_path, ending):
     archive = trees.pack(source, tmp_path / f"x{ending}")
     whole = archive.read_bytes()
     ends = [0, 10, 512, 1024, len(whole) // 2, len(whole) - 12_000, len(whole) - 12_288]
-    ends += [whole.find(b"top/3.bin")] if ending == ".tar" else [len(whole) - 1]  # between two files; in the checksum
+    ends += (
+        [whole.find(b"top/3.bin")] if ending == ".tar" else [len(whole) - 1]
+    )  # between two files; in the checksum
     for end in ends:
         archive.write_bytes(whole[:end])
         with pytest.raises(UserError, match=f"x{ending} cannot be unpacked"):
@@ -206,14 +247,21 @@ def test_a_bomb_is_not_unpacked(tmp_path):
     assert not list((tmp_path / "out").rglob("*"))
 
 
-# --- whole data sets ---------------------------------------------------------------------------------------------
+# --- whole data sets
 
 PACKED = {  # the archives of each data set and which top-level folders of its tree they hold
     "voc": {"VOCtrainval_11-May-2012.tar": "VOCdevkit", "benchmark.tgz": "benchmark_RELEASE"},
-    "coco_stuff": {"train2017.zip": "coco", "val2017.zip": "coco", "stuffthingmaps_trainval2017.zip": "coco/stuffthingmaps"},
+    "coco_stuff": {
+        "train2017.zip": "coco",
+        "val2017.zip": "coco",
+        "stuffthingmaps_trainval2017.zip": "coco/stuffthingmaps",
+    },
     "ade20k": {"ADEChallengeData2016.zip": ""},
     "pcontext": {"VOCtrainval_03-May-2010.tar": "VOCdevkit"},
-    "cityscapes": {"leftImg8bit_trainvaltest.zip": "cityscapes", "gtFine_trainvaltest.zip": "cityscapes"},
+    "cityscapes": {
+        "leftImg8bit_trainvaltest.zip": "cityscapes",
+        "gtFine_trainvaltest.zip": "cityscapes",
+    },
 }
 
 
@@ -227,10 +275,15 @@ def archives_of(name: str, folder: Path, source: Path) -> dict[str, bytes]:
     for archive, below in PACKED[name].items():
         base, only = source, [below] if below else []
         if name in ("coco_stuff", "cityscapes"):
-            base, only = source / below, [] if "stuff" in below else [archive.split("_")[0].removesuffix(".zip")]
+            base, only = (
+                source / below,
+                [] if "stuff" in below else [archive.split("_")[0].removesuffix(".zip")],
+            )
         packed[archive] = trees.pack(base, folder / archive, *only).read_bytes()
     if name == "pcontext":
-        packed["trainval_merged.json"] = (source / "VOCdevkit/VOC2010/trainval_merged.json").read_bytes()
+        packed["trainval_merged.json"] = (
+            source / "VOCdevkit/VOC2010/trainval_merged.json"
+        ).read_bytes()
     return packed
 
 
@@ -240,14 +293,24 @@ def redirected(name: str, packed: dict[str, bytes], url, keep_url: bool = True) 
     for archive in DATASETS[name].archives:
         content = packed[archive.file]
         urls = [url(archive.file)] if archive.urls and keep_url else []
-        rows.append(Archive(archive.file, archive.take, urls, archive.bytes and len(content),
-                            archive.checksum and checksum(content, archive.checksum.split(":")[0])))  # fmt: skip
+        rows.append(
+            Archive(
+                archive.file,
+                archive.take,
+                urls,
+                archive.bytes and len(content),
+                archive.checksum and checksum(content, archive.checksum.split(":")[0]),
+            )
+        )
     return dataclasses.replace(DATASETS[name], archives=rows)
 
 
 def content(root: Path) -> dict[str, bytes]:
-    return {f.relative_to(root).as_posix(): f.read_bytes() for f in root.rglob("*")
-            if f.is_file() and ".zsseg" not in f.parts}  # the statistics know when files were changed  # fmt: skip
+    return {
+        f.relative_to(root).as_posix(): f.read_bytes()
+        for f in root.rglob("*")
+        if f.is_file() and ".zsseg" not in f.parts
+    }  # the statistics know when files were changed
 
 
 @pytest.mark.parametrize("name", ["voc", "coco_stuff", "ade20k", "pcontext"])
@@ -262,26 +325,45 @@ def test_a_data_set_is_downloaded_whole(name, server, tmp_path, monkeypatch, cap
     official = tmp_path / "official"
     trees.BUILDERS[name](official)
     prepare_data.main([name, "--root", str(official)])
-    pairs, wanted = (prepare_data.find_pairs(name, root, "val") for root in (tmp_path / "root", official))
+    pairs, wanted = (
+        prepare_data.find_pairs(name, root, "val") for root in (tmp_path / "root", official)
+    )
     assert [[p.name for p in pair] for pair in pairs] == [[p.name for p in pair] for pair in wanted]
-    assert all(a.read_bytes() == b.read_bytes() for x, y in zip(pairs, wanted, strict=True) for a, b in zip(x, y, strict=True))
+    assert all(
+        a.read_bytes() == b.read_bytes()
+        for x, y in zip(pairs, wanted, strict=True)
+        for a, b in zip(x, y, strict=True)
+    )
     before, asked = content(tmp_path / "root"), len(server.asked)
     prepare_data.main([name, "--root", str(tmp_path / "root")])
     assert content(tmp_path / "root") == before and len(server.asked) == asked
 
 
 def test_archives_that_the_user_brought(tmp_path, monkeypatch, capsys):
-    """Cityscapes cannot be downloaded; its archives are unpacked from the data root, if they are the right ones."""
+    """Cityscapes cannot be downloaded; its archives are unpacked from the data root, if they are
+    the right ones.
+    """
     packed = archives_of("cityscapes", tmp_path / "root", tmp_path / "source")
-    monkeypatch.setitem(DATASETS, "cityscapes", redirected("cityscapes", packed, None, keep_url=False))
+    monkeypatch.setitem(
+        DATASETS, "cityscapes", redirected("cityscapes", packed, None, keep_url=False)
+    )
     prepare_data.main(["cityscapes", "--root", str(tmp_path / "root")])
     assert "cityscapes val: 3 pictures" in capsys.readouterr().out
     monkeypatch.undo()
     root = tmp_path / "wrong"
     root.mkdir()
     (root / "leftImg8bit_trainvaltest.zip").write_bytes(packed["leftImg8bit_trainvaltest.zip"])
-    fails(capsys, monkeypatch, prepare_data.main, ["cityscapes", "--root", root], "leftImg8bit_trainvaltest.zip", "sha1")
-    assert [f.name for f in root.iterdir()] == ["leftImg8bit_trainvaltest.zip"]  # the user's file is not deleted
+    fails(
+        capsys,
+        monkeypatch,
+        prepare_data.main,
+        ["cityscapes", "--root", root],
+        "leftImg8bit_trainvaltest.zip",
+        "sha1",
+    )
+    assert [f.name for f in root.iterdir()] == [
+        "leftImg8bit_trainvaltest.zip"
+    ]  # the user's file is not deleted
 
 
 @pytest.mark.parametrize("harm", ["gone", "cut", "truncated", "hostile", "wrong"])
@@ -306,17 +388,26 @@ def test_what_goes_wrong_is_one_line(harm, server, tmp_path, monkeypatch, capsys
         "truncated": ["cannot be unpacked", "delete it"],
         "hostile": ["leads outside"],
     }[harm]
-    fails(capsys, monkeypatch, prepare_data.main, ["ade20k", "--root", tmp_path / "root"], file, *parts)
+    fails(
+        capsys,
+        monkeypatch,
+        prepare_data.main,
+        ["ade20k", "--root", tmp_path / "root"],
+        file,
+        *parts,
+    )
     assert not content(tmp_path / "root") and not (tmp_path / "owned").exists()
 
 
-# --- kills -------------------------------------------------------------------------------------------------------
+# --- kills
 
 
 def run_and_kill(arguments: list[str], moment: str) -> int:
-    """prepare_data in a forked process that kills itself (SIGKILL) at its first step of a kind; returns how it ended.
+    """prepare_data in a forked process that kills itself (SIGKILL) at its first step of a kind;
+    returns how it ended.
 
-    "after": a file or folder has just got its final name; "before": it is about to; "within": half of a picture is written.
+    "after": a file or folder has just got its final name; "before": it is about to; "within": half
+    of a picture is written.
     """
     child = os.fork()
     if child:
@@ -332,9 +423,13 @@ def run_and_kill(arguments: list[str], moment: str) -> int:
                 if moment == "within" and when == "within":
                     path = Path(args[1])
                     os.truncate(path, path.stat().st_size // 2)
-                if moment in ("after", "within") and when == {"after": "before", "within": "within"}[moment]:
+                if (
+                    moment in ("after", "within")
+                    and when == {"after": "before", "within": "within"}[moment]
+                ):
                     os.kill(os.getpid(), signal.SIGKILL)
                 return result
+
             return call
 
         os.replace, Path.rename = dying(os.replace, "before"), dying(Path.rename, "before")
@@ -378,7 +473,12 @@ def test_processes_that_want_the_same_file_wait_for_one_another(server, tmp_path
         children.append(os.fork())
         if not children[-1]:
             try:
-                fetch([server.url("data.bin")], tmp_path / "cache" / "data.bin", checksum(DATA), "data")
+                fetch(
+                    [server.url("data.bin")],
+                    tmp_path / "cache" / "data.bin",
+                    checksum(DATA),
+                    "data",
+                )
                 os._exit(0)
             except BaseException:
                 os._exit(1)

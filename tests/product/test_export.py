@@ -31,7 +31,8 @@ from zsseg.words import read_words, words_of
 
 TINY = ("model.decoder_layers=1", "data.test_short_edge=96", "data.max_size=128")
 SIZES = ((97, 131), (64, 96), (1, 1), (40, 16))
-# What the process does that has nothing but the exported folders: the programs on saved inputs, then example.py as it is.
+# What the process does that has nothing but the exported folders: the programs on saved inputs,
+# then example.py as it is.
 ELSEWHERE = """
 import json, os, runpy, sys, torch
 os.chdir("whole")
@@ -64,7 +65,9 @@ def with_visual(visual: nn.Module) -> dict[str, Tensor]:
 
 
 def build(config: Config, clip: dict[str, Tensor] | None) -> Segmenter:
-    """An untrained segmenter that is decided about masks and classes: without what all queries, and all crops, share."""
+    """An untrained segmenter that is decided about masks and classes: without what all queries, and
+    all crops, share.
+    """
     torch.manual_seed(0)
     segmenter, data = Segmenter(config, clip).eval(), dataset("shapes")
     segmenter.set_classes(data.names, data.seen)
@@ -76,11 +79,16 @@ def build(config: Config, clip: dict[str, Tensor] | None) -> Segmenter:
     segmenter.propose(image)
     hook.remove()
     with torch.no_grad():
-        for head, scale in ((segmenter.maskformer.mask_embed, 40), (segmenter.maskformer.class_embed, 1)):
+        for head, scale in (
+            (segmenter.maskformer.mask_embed, 40),
+            (segmenter.maskformer.class_embed, 1),
+        ):
             head[-1].bias -= head(queries[0]).mean((0, 1, 2))
             head[-1].weight *= scale
             head[-1].bias *= scale
-        crops = region_crops(image, *segmenter.propose_masks(image)[1], segmenter.clip.visual.resolution)
+        crops = region_crops(
+            image, *segmenter.propose_masks(image)[1], segmenter.clip.visual.resolution
+        )
         usual = F.normalize(segmenter.clip.encode_image(crops).mean(0), dim=0)
         text, regions = torch.randn(2, *segmenter.text.shape)
         segmenter.text = F.normalize(text, dim=-1)
@@ -111,16 +119,32 @@ def exported(tmp_path_factory) -> Path:
     Image.fromarray(shapes.draw("test", 5)[0]).resize((150, 70)).save(root / "whole" / "photo.jpg")
     photo = Image.open(root / "whole" / "photo.jpg")
     image = to_tensor(photo.resize(network_size(150, 70, 96, 128), Image.Resampling.BILINEAR))
-    settings = ("clip.mask_threshold=0.998", "clip.expand_ratio=1.3", "clip.region_prompt=single", "model.bf16=off")
+    settings = (
+        "clip.mask_threshold=0.998",
+        "clip.expand_ratio=1.3",
+        "clip.region_prompt=single",
+        "model.bf16=off",
+    )
     config, variants = tiny_config(*TINY, *settings), []
     segmenter = build(config, tiny_clip_state())
-    for changes in ({"clip": None}, {"ensemble_weight": 0.0, "mask_threshold": 0.9991, "expand_ratio": 1.0},
-                    {"ensemble_weight": 0.4, "mask_threshold": 0.999}, {}):  # fmt: skip
-        segmenter.config = replace(config.clip, **({"ensemble": False} if "clip" in changes else changes))
+    for changes in (
+        {"clip": None},
+        {"ensemble_weight": 0.0, "mask_threshold": 0.9991, "expand_ratio": 1.0},
+        {"ensemble_weight": 0.4, "mask_threshold": 0.999},
+        {},
+    ):
+        segmenter.config = replace(
+            config.clip, **({"ensemble": False} if "clip" in changes else changes)
+        )
         variants.append((changes, segmenter(image, (70, 150))))
     torch.save(variants, root / "variants.pt")
     cases = {"proposer": of_proposer(segmenter), "clip": of_clip(segmenter)}
-    write(Tower(segmenter, True), [crops for crops, _ in cases["clip"]][::-1], {0: Dim.DYNAMIC}, root / "rough.pt2")
+    write(
+        Tower(segmenter, True),
+        [crops for crops, _ in cases["clip"]][::-1],
+        {0: Dim.DYNAMIC},
+        root / "rough.pt2",
+    )
     segmenter.compile_parts()  # as for many pictures: export is not to see it
     export(segmenter, config, words_of(dataset("shapes")), root / "whole")
 
@@ -131,7 +155,12 @@ def exported(tmp_path_factory) -> Path:
 
     segmenter = build(tiny_config(*TINY), with_visual(ModifiedResNet([1, 1, 1, 1], 16, 64, 64)))
     cases["resnet"] = of_clip(segmenter)
-    write(Tower(segmenter, False), [crops for crops, _ in cases["resnet"]][::-1], {0: Dim.DYNAMIC}, root / "resnet.pt2")
+    write(
+        Tower(segmenter, False),
+        [crops for crops, _ in cases["resnet"]][::-1],
+        {0: Dim.DYNAMIC},
+        root / "resnet.pt2",
+    )
     torch.save(cases, root / "programs.pt")
     return root
 
@@ -139,8 +168,13 @@ def exported(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_programs_and_the_example_run_without_the_project(exported):
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    result = subprocess.run([sys.executable, "-I", "-c", ELSEWHERE], cwd=exported, env=environment,
-                            capture_output=True, text=True)  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", ELSEWHERE],
+        cwd=exported,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr
     *lines, last = result.stdout.splitlines()
     differences, modules = json.loads(last)
@@ -162,7 +196,10 @@ def test_files_and_settings(exported):
     data = dataset("shapes")
     for name, with_clip in (("whole", True), ("supervised", False)):
         settings = json.loads((exported / name / "settings.json").read_text())
-        assert settings["names"] == settings["shown_names"] == data.names and settings["seen"] == data.seen
+        assert (
+            settings["names"] == settings["shown_names"] == data.names
+            and settings["seen"] == data.seen
+        )
         assert (settings["short_edge"], settings["longest_edge"]) == (96, 128)
         assert ("ensemble_weight" in settings) == bool(settings["clip"]) == with_clip
         assert (exported / name / "clip.pt2").exists() == with_clip
@@ -171,8 +208,10 @@ def test_files_and_settings(exported):
     assert str(ROOT).encode() not in (exported / "whole" / "proposer.pt2").read_bytes()
 
 
-@pytest.mark.parametrize(("setting", "part"), [("clip.regions=pool", "clip.regions: is pool"),
-                                               ("model.proposals=false", "per-pixel")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("setting", "part"),
+    [("clip.regions=pool", "clip.regions: is pool"), ("model.proposals=false", "per-pixel")],
+)
 def test_what_cannot_be_exported(tmp_path, setting, part):
     config = tiny_config(setting)
     segmenter = Segmenter(config, tiny_clip_state()).eval()

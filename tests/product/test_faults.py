@@ -1,4 +1,6 @@
-"""Nothing wastes a run: kills, numbers that are not finite, broken files, processes that die, a lack of memory."""
+"""Nothing wastes a run: kills, numbers that are not finite, broken files, processes that die, a
+lack of memory.
+"""
 
 import itertools
 import json
@@ -39,21 +41,46 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_kills_cost_nothing(shapes_root):
-    """Every training task, the preparation of data, and labelling; `python -m tests.kills` does it a hundred times each."""
-    words = [sys.executable, "-m", "tests.kills", "--kills", "3", "--root", str(shapes_root), "--job"]
-    drivers = [subprocess.Popen([*words, *jobs], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-               for jobs in (("segment", "prompts"), ("clip", "prepare", "label"))]  # fmt: skip
+    """Every training task, the preparation of data, and labelling; `python -m tests.kills` does it
+    a hundred times each.
+    """
+    words = [
+        sys.executable,
+        "-m",
+        "tests.kills",
+        "--kills",
+        "3",
+        "--root",
+        str(shapes_root),
+        "--job",
+    ]
+    drivers = [
+        subprocess.Popen(
+            [*words, *jobs], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for jobs in (("segment", "prompts"), ("clip", "prepare", "label"))
+    ]
     for driver, count in zip(drivers, (2, 3), strict=True):
         output, errors = driver.communicate(timeout=250)
         assert driver.returncode == 0, errors
-        assert output.count("all equal to the bit") == output.count("1 x write, dead") == count, output
+        assert output.count("all equal to the bit") == output.count("1 x write, dead") == count, (
+            output
+        )
 
 
 def test_a_broken_last_checkpoint_costs_one_interval(shapes_root, tmp_path, capsys):
     config = tiny_config("train.steps=4", "train.checkpoint_every=1", "eval.compare=false")
     train.train(config, shapes_root, tmp_path, PROCESS, {})
     wanted = weights(tmp_path)
-    words = ["--config", str(ROOT / "configs/shapes.toml"), "--root", str(shapes_root), "--out", str(tmp_path), "--resume"]
+    words = [
+        "--config",
+        str(ROOT / "configs/shapes.toml"),
+        "--root",
+        str(shapes_root),
+        "--out",
+        str(tmp_path),
+        "--resume",
+    ]
     whole = (tmp_path / "last.pt").read_bytes()
     for content in (whole[: len(whole) // 2], b"", None):
         (tmp_path / "last.pt").unlink()
@@ -97,7 +124,12 @@ def test_a_bad_step_changes_nothing(how, shapes_root, tmp_path, monkeypatch):
         batch = task.collate([task.samples[n] for n in range(4 * step, 4 * step + 4)])
         bad = train.train_step(task, task.model, optimizer, batch, 0.01)[-1]
         assert bad == (step == 1)
-        states.append([*task.model.state_dict().values(), *(t for s in optimizer.state.values() for t in s.values())])
+        states.append(
+            [
+                *task.model.state_dict().values(),
+                *(t for s in optimizer.state.values() for t in s.values()),
+            ]
+        )
         states[-1] = [t.clone() for t in states[-1]]
     first, second, third = states
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -107,6 +139,7 @@ def test_a_bad_step_changes_nothing(how, shapes_root, tmp_path, monkeypatch):
 
 class Lion(torch.optim.Optimizer):
     """An optimizer of somebody's own, which knows nothing of bad steps."""
+
     def __init__(self, parameters):
         super().__init__(parameters, {"lr": 1e-3})
 
@@ -121,9 +154,13 @@ class Lion(torch.optim.Optimizer):
                 momentum.lerp_(p.grad, 0.01)
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad, Lion])
+@pytest.mark.parametrize(
+    "kind", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad, Lion]
+)
 def test_any_optimizer_may_be_put_in(kind, shapes_root, tmp_path, monkeypatch):
-    """A bad step changes nothing, whether or not the optimizer reads `found_inf`; its state is saved and resumed."""
+    """A bad step changes nothing, whether or not the optimizer reads `found_inf`; its state is
+    saved and resumed.
+    """
     spoil(monkeypatch, {1}, "gradient")
     torch.manual_seed(0)
     task = train.Segment(tiny_config(), shapes_root, tmp_path, PROCESS)
@@ -142,7 +179,12 @@ def test_any_optimizer_may_be_put_in(kind, shapes_root, tmp_path, monkeypatch):
 
 
 def tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    return [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    return [
+        t
+        for state in optimizer.state.values()
+        for t in state.values()
+        if isinstance(t, torch.Tensor)
+    ]
 
 
 def test_bad_steps_are_counted_named_and_kept(shapes_root, tmp_path, monkeypatch, capsys):
@@ -150,26 +192,59 @@ def test_bad_steps_are_counted_named_and_kept(shapes_root, tmp_path, monkeypatch
     config = tiny_config("train.steps=6", "train.checkpoint_every=2", "eval.compare=false")
     train.train(config, shapes_root, tmp_path, PROCESS, {})
     said = [line for line in capsys.readouterr().out.splitlines() if "was skipped" in line]
-    assert len(said) == 2 and "step 2 was skipped" in said[0] and "2 so far" in said[1] and ".jpg" in said[0]
+    assert (
+        len(said) == 2
+        and "step 2 was skipped" in said[0]
+        and "2 so far" in said[1]
+        and ".jpg" in said[0]
+    )
     skipped = [line for line in lines(tmp_path) if "skipped" in line]
-    assert [(line["step"], line["skipped"], len(line["pictures"])) for line in skipped] == [(2, 1, 4), (5, 2, 4)]
+    assert [(line["step"], line["skipped"], len(line["pictures"])) for line in skipped] == [
+        (2, 1, 4),
+        (5, 2, 4),
+    ]
     kept = torch.load(tmp_path / "bad_batch.pt", weights_only=True)
-    assert kept["step"] == 1 and kept["samples"] == [4, 5, 6, 7] and kept["pictures"] == skipped[0]["pictures"]
-    assert kept["batch"][0].shape == (4, 3, 64, 64) and kept["batch"][1]["labels"].shape == (4, 64, 64)
+    assert (
+        kept["step"] == 1
+        and kept["samples"] == [4, 5, 6, 7]
+        and kept["pictures"] == skipped[0]["pictures"]
+    )
+    assert kept["batch"][0].shape == (4, 3, 64, 64) and kept["batch"][1]["labels"].shape == (
+        4,
+        64,
+        64,
+    )
     assert checkpoint.load(tmp_path / "last.pt")["skipped"] == 2
 
 
 def test_too_many_bad_steps_stop_the_run(shapes_root, tmp_path, monkeypatch):
     """The checkpoint from before is kept, and goes on once the cause is gone."""
     spoil(monkeypatch, set(range(3, 100)), "gradient")
-    config = tiny_config("train.steps=12", "train.checkpoint_every=1", "train.bad_steps=4", "eval.compare=false")
-    with pytest.raises(train.run.UserError, match=r"not finite in 4 steps in a row, the last one step 7; .*--resume"):
+    config = tiny_config(
+        "train.steps=12", "train.checkpoint_every=1", "train.bad_steps=4", "eval.compare=false"
+    )
+    with pytest.raises(
+        train.run.UserError,
+        match=r"not finite in 4 steps in a row, the last one step 7; .*--resume",
+    ):
         train.train(config, shapes_root, tmp_path, PROCESS, {})
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 3
-    assert all(np.isfinite(v) for line in lines(tmp_path) for v in line.values() if isinstance(v, float))
+    assert all(
+        np.isfinite(v) for line in lines(tmp_path) for v in line.values() if isinstance(v, float)
+    )
     monkeypatch.undo()
     monkeypatch.chdir(ROOT)
-    train.main(["--config", "configs/shapes.toml", "--root", str(shapes_root), "--out", str(tmp_path), "--resume"])
+    train.main(
+        [
+            "--config",
+            "configs/shapes.toml",
+            "--root",
+            str(shapes_root),
+            "--out",
+            str(tmp_path),
+            "--resume",
+        ]
+    )
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 12
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, 13))
 
@@ -177,7 +252,9 @@ def test_too_many_bad_steps_stop_the_run(shapes_root, tmp_path, monkeypatch):
 def test_a_checkpoint_that_was_due_in_a_bad_step_is_made_up_for(shapes_root, tmp_path, monkeypatch):
     spoil(monkeypatch, {3, 4}, "loss")
     steps, real = [], checkpoint.save
-    keep = lambda path, *rest, **content: real(path, *rest, **content) or steps.append((path.name, content["step"]))
+    keep = lambda path, *rest, **content: (
+        real(path, *rest, **content) or steps.append((path.name, content["step"]))
+    )
     monkeypatch.setattr(checkpoint, "save", keep)
     config = tiny_config("train.steps=9", "train.checkpoint_every=4", "eval.compare=false")
     train.train(config, shapes_root, tmp_path, PROCESS, {})
@@ -197,11 +274,24 @@ train.train_step = fail
 train.run.command(train.main)
 """)
     started = time.monotonic()
-    result = command(script, *PAIR[:4], "--set", "data.workers=2", "--root", shapes_root, "--out", tmp_path / "run")
-    assert result.returncode == 1 and "ZeroDivisionError" in result.stderr and time.monotonic() - started < 60
+    result = command(
+        script,
+        *PAIR[:4],
+        "--set",
+        "data.workers=2",
+        "--root",
+        shapes_root,
+        "--out",
+        tmp_path / "run",
+    )
+    assert (
+        result.returncode == 1
+        and "ZeroDivisionError" in result.stderr
+        and time.monotonic() - started < 60
+    )
 
 
-# --- broken training files ---------------------------------------------------------------------------------------
+# --- broken training files
 
 
 @pytest.fixture
@@ -222,11 +312,17 @@ def test_a_broken_training_file_is_named_once_and_replaced(broken_root, tmp_path
         train.train(config, broken_root, out, PROCESS, {})
         results.append(weights(out))
         text = capfd.readouterr().out
-        for event, file in (("the next sample takes its place", "train00003.jpg"), ("left out: ", "train00006.png")):
+        for event, file in (
+            ("the next sample takes its place", "train00003.jpg"),
+            ("left out: ", "train00006.png"),
+        ):
             assert [file in line for line in text.splitlines() if event in line] == [True]
         assert "train00003.jpg" in (out / "broken.txt").read_text()
     assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())
-    shutil.copyfile(broken_root / "shapes/labels/train/train00005.png", broken_root / "shapes/labels/train/train00006.png")
+    shutil.copyfile(
+        broken_root / "shapes/labels/train/train00005.png",
+        broken_root / "shapes/labels/train/train00006.png",
+    )
     assert not len(label_statistics("shapes", broken_root, "train").broken)  # mended: counted again
     (broken_root / "shapes" / "labels" / "train" / "train00006.png").write_bytes(b"")
     statistics = label_statistics("shapes", broken_root, "train")
@@ -238,18 +334,38 @@ def test_only_broken_training_pictures(broken_root, tmp_path, capsys):
         file.write_bytes(b"junk")
     with pytest.raises(train.run.UserError, match="cannot be read"):
         train.train(tiny_config(), broken_root, tmp_path / "out", PROCESS, {})
-    assert len((tmp_path / "out" / "broken.txt").read_text().splitlines()) == 9  # every one of those that are drawn
+    assert (
+        len((tmp_path / "out" / "broken.txt").read_text().splitlines()) == 9
+    )  # every one of those that are drawn
 
 
-# --- many processes ----------------------------------------------------------------------------------------------
+# --- many processes
 
 FOLDER = tempfile.TemporaryDirectory()
 R50 = Path(FOLDER.name) / "r50.pth"
-PAIR = ["--config", "configs/shapes.toml", "--device", "cpu"]  # R50 has no batch statistics, which are per process
-for setting in ("train.batch_size=4", "train.steps=20", "train.checkpoint_every=20", "log.every=1", "data.workers=0",
-                "data.crop=64", "data.short_edges=[64]", "data.test_short_edge=64", "model.queries=8", "model.dropout=0",
-                "model.decoder_layers=1", "model.backbone=R50", f"model.weights={R50}",
-                "train.lr=3e-6", "eval.compare=false"):  # fmt: skip
+PAIR = [
+    "--config",
+    "configs/shapes.toml",
+    "--device",
+    "cpu",
+]  # R50 has no batch statistics, which are per process
+for setting in (
+    "train.batch_size=4",
+    "train.steps=20",
+    "train.checkpoint_every=20",
+    "log.every=1",
+    "data.workers=0",
+    "data.crop=64",
+    "data.short_edges=[64]",
+    "data.test_short_edge=64",
+    "model.queries=8",
+    "model.dropout=0",
+    "model.decoder_layers=1",
+    "model.backbone=R50",
+    f"model.weights={R50}",
+    "train.lr=3e-6",
+    "eval.compare=false",
+):
     PAIR += ["--set", setting]
 
 
@@ -258,7 +374,9 @@ def pair(shapes_root, tmp_path_factory) -> Path:
     """Twenty steps of the same run by one process and by two."""
     out = tmp_path_factory.mktemp("pair")
     torch.manual_seed(0)
-    calm = torchvision.models.resnet50()  # untrained and without batch statistics, residuals would grow from block to block
+    calm = (
+        torchvision.models.resnet50()
+    )  # untrained and without batch statistics, residuals would grow from block to block
     for name, norm in calm.named_modules():
         if name.endswith("bn3"):
             norm.weight.data.fill_(0.2)
@@ -278,7 +396,9 @@ def test_two_processes_train_as_one(pair, shapes_root):
         for key in ("loss", "class", "focal", "dice"):
             assert b[key] == pytest.approx(a[key], rel=1e-5), (a["step"], key)
     torch.manual_seed(train.run.seed_of(0, 0))
-    start = train.Segment(train.load_config(str(ROOT / PAIR[1]), PAIR[5::2]), shapes_root, pair, PROCESS).model.state_dict()
+    start = train.Segment(
+        train.load_config(str(ROOT / PAIR[1]), PAIR[5::2]), shapes_root, pair, PROCESS
+    ).model.state_dict()
     one, two = weights(pair / "1"), weights(pair / "2")
     moved = max(float((v - start[k]).abs().max()) for k, v in one.items())
     apart = max(float((v - two[k]).abs().max()) for k, v in one.items())
@@ -296,23 +416,34 @@ def at_step(out: Path, step: int, run: subprocess.Popen) -> None:
     """Wait until a run has logged a step."""
     end = time.monotonic() + 120
     while time.monotonic() < end and run.poll() is None:
-        if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count('"loss"') >= step:
+        if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count(
+            '"loss"'
+        ) >= step:
             return
         time.sleep(0.01)
     raise AssertionError(run.communicate())
 
 
-def start_two(shapes_root: Path, out: Path, *options: str, settings: tuple[str, ...] = ()) -> subprocess.Popen:
+def start_two(
+    shapes_root: Path, out: Path, *options: str, settings: tuple[str, ...] = ()
+) -> subprocess.Popen:
     words = [*TORCHRUN, *options, "train.py", *PAIR, "--root", str(shapes_root), "--out", str(out)]
     words += [x for setting in settings for x in ("--set", setting)]
-    return subprocess.Popen(words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    return subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.mark.slow
 def test_a_dead_process_restarts_the_run_or_ends_it(pair, shapes_root, tmp_path, monkeypatch):
-    """With --max-restarts the run goes on from its checkpoint; when no restart is left, torchrun ends it with a message. One
-    process may then finish what two began: the global batches stay the same.
+    """With --max-restarts the run goes on from its checkpoint; when no restart is left, torchrun
+    ends it with a message. One process may then finish what two began: the global batches stay the
+    same.
     """
     out = tmp_path / "run"
     run = start_two(shapes_root, out, "--max-restarts=1", settings=("train.checkpoint_every=6",))
@@ -322,13 +453,22 @@ def test_a_dead_process_restarts_the_run_or_ends_it(pair, shapes_root, tmp_path,
     started = time.monotonic()
     os.kill(workers_of(run)[0], signal.SIGKILL)
     output, errors = run.communicate(timeout=60)
-    assert run.returncode == 1 and "resuming" in output and "Signal 9" in errors and time.monotonic() - started < 40
+    assert (
+        run.returncode == 1
+        and "resuming" in output
+        and "Signal 9" in errors
+        and time.monotonic() - started < 40
+    )
     monkeypatch.chdir(ROOT)
     train.main([*PAIR[:4], "--root", str(shapes_root), "--out", str(out), "--resume"])
     two, again = (lines(folder)[:20] for folder in (pair / "2", out))
     assert [line["step"] for line in again] == list(range(1, 21))
-    assert [line["loss"] for line in again[:12]] == [line["loss"] for line in two[:12]]  # to the bit: two processes, too
-    assert all(b["loss"] == pytest.approx(a["loss"], rel=1e-5) for a, b in zip(two, again, strict=True))
+    assert [line["loss"] for line in again[:12]] == [
+        line["loss"] for line in two[:12]
+    ]  # to the bit: two processes, too
+    assert all(
+        b["loss"] == pytest.approx(a["loss"], rel=1e-5) for a, b in zip(two, again, strict=True)
+    )
 
 
 @pytest.mark.parametrize("patient", [True, False])
@@ -353,8 +493,8 @@ def test_ctrl_c_saves_and_a_second_one_leaves(shapes_root, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_processes_stop_together_and_need_no_targets(shapes_root, tmp_path):
-    """Most crops show no class that is trained on: batches of a process, or of all, are without targets. Then a signal to one
-    process makes both save and leave with 0.
+    """Most crops show no class that is trained on: batches of a process, or of all, are without
+    targets. Then a signal to one process makes both save and leave with 0.
     """
     root = tmp_path / "root"
     shutil.copytree(shapes_root, root)
@@ -362,22 +502,37 @@ def test_processes_stop_together_and_need_no_targets(shapes_root, tmp_path):
         labels = np.full((64, 64), 255, np.uint8)
         labels[0, 0] = 0
         Image.fromarray(labels).save(file)
-    run = start_two(root, tmp_path / "run", settings=("data.crop=32", "train.steps=5000", "train.checkpoint_every=5000",
-                                                           "model.backbone=small", "model.weights="))  # fmt: skip
+    run = start_two(
+        root,
+        tmp_path / "run",
+        settings=(
+            "data.crop=32",
+            "train.steps=5000",
+            "train.checkpoint_every=5000",
+            "model.backbone=small",
+            "model.weights=",
+        ),
+    )
     at_step(tmp_path / "run", 4, run)
     os.kill(workers_of(run)[1], signal.SIGUSR1)
     output, errors = run.communicate(timeout=60)
     assert run.returncode == 0 and "stopped as asked" in output, errors
     logged = lines(tmp_path / "run")
-    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == logged[-1]["step"] == len(logged)
-    assert all(np.isfinite(line["loss"]) for line in logged) and any(line["dice"] == 0 for line in logged)
+    assert (
+        checkpoint.load(tmp_path / "run" / "last.pt")["step"] == logged[-1]["step"] == len(logged)
+    )
+    assert all(np.isfinite(line["loss"]) for line in logged) and any(
+        line["dice"] == 0 for line in logged
+    )
 
 
-# --- memory ------------------------------------------------------------------------------------------------------
+# --- memory
 
 
 def test_chunks_shrink_where_memory_ends(small_clip, monkeypatch, capsys):
-    """A limit of four crops at once, as a full device would set it; then nothing is tried that failed before."""
+    """A limit of four crops at once, as a full device would set it; then nothing is tried that
+    failed before.
+    """
     crops = torch.randn(21, 3, 32, 32)
     text = normalize(torch.randn(5, 64), dim=-1)
     wanted, real, sizes = classify_crops(small_clip, crops, text, 16), CLIP.encode_image, []
@@ -391,8 +546,13 @@ def test_chunks_shrink_where_memory_ends(small_clip, monkeypatch, capsys):
     monkeypatch.setattr(CLIP, "encode_image", limited)
     for _ in range(2):
         assert torch.allclose(classify_crops(small_clip, crops, text, 16), wanted, atol=1e-4)
-    assert sizes == [16, 8, *2 * [4, 4, 4, 4, 4, 1]] and capsys.readouterr().out.count("out of memory") == 2
-    monkeypatch.setattr(CLIP, "encode_image", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("always")))
+    assert (
+        sizes == [16, 8, *2 * [4, 4, 4, 4, 4, 1]]
+        and capsys.readouterr().out.count("out of memory") == 2
+    )
+    monkeypatch.setattr(
+        CLIP, "encode_image", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("always"))
+    )
     with pytest.raises(torch.OutOfMemoryError):
         classify_crops(small_clip, crops, text, 16)
 
@@ -408,4 +568,6 @@ def test_label_maps_in_pieces_are_the_same(monkeypatch):
     labels[:3] = 255
     matrix = metrics.confusion(labels, found, 11, 255)
     monkeypatch.setattr(metrics, "PIXELS", 100)
-    assert torch.equal(metrics.confusion(labels, found, 11, 255), matrix) and matrix.sum() == 58 * 37
+    assert (
+        torch.equal(metrics.confusion(labels, found, 11, 255), matrix) and matrix.sum() == 58 * 37
+    )

@@ -1,4 +1,6 @@
-"""A data set of one's own: the README's walk-through with pictures made on the spot, layouts, impossible descriptions."""
+"""A data set of one's own: the README's walk-through with pictures made on the spot, layouts,
+impossible descriptions.
+"""
 
 import json
 import re
@@ -18,10 +20,21 @@ from zsseg.data import TestPictures, TrainPictures
 from zsseg.datasets import dataset, find_pairs, has_split
 from zsseg.label_statistics import label_statistics
 
-SMALL = ["model.backbone=small", "model.weights=", "model.queries=8", "model.hidden=32", "model.decoder_layers=1",
-         "train.steps=4", "train.batch_size=2", "data.workers=0", "data.crop=64", "data.short_edges=[64]",
-         "data.test_short_edge=64",
-         "clip.weights={root}/clip.pt", "clip.prompt=['a {}.']"]  # fmt: skip
+SMALL = [
+    "model.backbone=small",
+    "model.weights=",
+    "model.queries=8",
+    "model.hidden=32",
+    "model.decoder_layers=1",
+    "train.steps=4",
+    "train.batch_size=2",
+    "data.workers=0",
+    "data.crop=64",
+    "data.short_edges=[64]",
+    "data.test_short_edge=64",
+    "clip.weights={root}/clip.pt",
+    "clip.prompt=['a {}.']",
+]
 
 
 def walk_through() -> str:
@@ -32,11 +45,16 @@ def walk_through() -> str:
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """The pictures that the walk-through describes: patches of animals, some pixels of values that it does not name."""
+    """The pictures that the walk-through describes: patches of animals, some pixels of values that
+    it does not name.
+    """
     rng = np.random.default_rng(0)
     for split, count in (("train", 5), ("val", 3)):
         for i in range(count):
-            image, labels = rng.integers(0, 256, (40, 60, 3), np.uint8), np.full((40, 60), 3, np.uint8)
+            image, labels = (
+                rng.integers(0, 256, (40, 60, 3), np.uint8),
+                np.full((40, 60), 3, np.uint8),
+            )
             labels[5:20, 5:20], labels[5:20, 30:50], labels[:2] = 1 + i % 2, 4, 9
             for kind, array, ending in (("images", image, "jpg"), ("masks", labels, "png")):
                 file = tmp_path / "animals" / kind / split / f"{i}.{ending}"
@@ -53,16 +71,41 @@ def test_the_walk_through(root):
     words = ["--root", root]
     checked = command("prepare_data.py", "folder", "--config", root / "my.toml", *words, "--check")
     assert checked.returncode == 0, checked.stderr
-    assert "folder train: 5 pictures" in checked.stdout and "folder val: 3 pictures" in checked.stdout
+    assert (
+        "folder train: 5 pictures" in checked.stdout and "folder val: 3 pictures" in checked.stdout
+    )
     assert "ignored label values, of no class: 9" in checked.stdout
     assert "of 1500 pixels of the 1 unseen classes (zebra), 0 survive" in checked.stdout
-    trained = command("train.py", "--config", root / "my.toml", *words, *settings, "--out", root / "run", "--device", "cpu")
+    trained = command(
+        "train.py",
+        "--config",
+        root / "my.toml",
+        *words,
+        *settings,
+        "--out",
+        root / "run",
+        "--device",
+        "cpu",
+    )
     assert trained.returncode == 0, trained.stderr
-    measured = command("eval.py", root / "run" / "last.pt", *words, "--device", "cpu", "--save-predictions", "--report")
+    measured = command(
+        "eval.py",
+        root / "run" / "last.pt",
+        *words,
+        "--device",
+        "cpu",
+        "--save-predictions",
+        "--report",
+    )
     assert measured.returncode == 0, measured.stderr
     result = json.loads((root / "run" / "eval" / "metrics.json").read_text())
-    assert list(result["per_class"]) == ["cat", "dog", "grass", "zebra"] and {"mIoU_seen", "mIoU_unseen"} <= result.keys()
-    assert all(np.array(Image.open(f)).max() < 4 for f in (root / "run" / "eval" / "predictions").iterdir())
+    assert (
+        list(result["per_class"]) == ["cat", "dog", "grass", "zebra"]
+        and {"mIoU_seen", "mIoU_unseen"} <= result.keys()
+    )
+    assert all(
+        np.array(Image.open(f)).max() < 4 for f in (root / "run" / "eval" / "predictions").iterdir()
+    )
     config = load_config(None, [], checkpoint.load(root / "run" / "last.pt")["config"])
     shown = {int(c) for n in range(20) for c in TrainPictures(config, root)[n][2]}
     assert shown == {0, 1, 2}  # cat, dog, grass
@@ -72,37 +115,71 @@ def test_the_walk_through(root):
 
 def described(*settings: str) -> DataConfig:
     layout = ["data.pictures={split}/{id}.jpg", "data.labels={split}/{id}.png"]
-    return load_config(None, ["data.name=folder", "data.classes=['cat','dog']", *layout, *settings]).data
+    return load_config(
+        None, ["data.name=folder", "data.classes=['cat','dog']", *layout, *settings]
+    ).data
 
 
 def test_layouts(tmp_path):
     """Any ending, sub-folders, lists instead of folders, 16 bits."""
-    for name in ("val/a.jpg", "val/deep/b.PNG", "val/c.webp", "val/.hidden.jpg", "masks/val/a.png", "masks/val/deep/b.png"):
+    for name in (
+        "val/a.jpg",
+        "val/deep/b.PNG",
+        "val/c.webp",
+        "val/.hidden.jpg",
+        "masks/val/a.png",
+        "masks/val/deep/b.png",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB" if name.startswith("val") else "L", (4, 4)).save(tmp_path / name)
     Image.fromarray(np.full((4, 4), 700, np.uint16)).save(tmp_path / "masks" / "val" / "c.png")
-    config = described("data.pictures={split}/{id}.*", "data.labels=masks/{split}/{id}.png", "data.values=[700,0]")
+    config = described(
+        "data.pictures={split}/{id}.*", "data.labels=masks/{split}/{id}.png", "data.values=[700,0]"
+    )
     assert [p.name for p, _ in find_pairs(config, tmp_path, "val")] == ["a.jpg", "c.webp", "b.PNG"]
     labels = [TestPictures(config, tmp_path, "val")[i][1].unique().tolist() for i in range(3)]
     assert labels == [[1], [0], [1]]
     (tmp_path / "test.txt").write_text("a\n")
-    lists = described("data.pictures=val/{id}.jpg", "data.labels=masks/val/{id}.png", "data.split=test")
-    assert find_pairs(lists, tmp_path, "test") == [(tmp_path / "val" / "a.jpg", tmp_path / "masks" / "val" / "a.png")]
-    assert find_pairs(described("data.folder=" + str(tmp_path / "val"), "data.pictures={id}.jpg", "data.labels={id}.png",
-                                "data.split=../test"), tmp_path, "../test")[0][0] == tmp_path / "val" / "a.jpg"  # fmt: skip
+    lists = described(
+        "data.pictures=val/{id}.jpg", "data.labels=masks/val/{id}.png", "data.split=test"
+    )
+    assert find_pairs(lists, tmp_path, "test") == [
+        (tmp_path / "val" / "a.jpg", tmp_path / "masks" / "val" / "a.png")
+    ]
+    assert (
+        find_pairs(
+            described(
+                "data.folder=" + str(tmp_path / "val"),
+                "data.pictures={id}.jpg",
+                "data.labels={id}.png",
+                "data.split=../test",
+            ),
+            tmp_path,
+            "../test",
+        )[0][0]
+        == tmp_path / "val" / "a.jpg"
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "parts"),
-    [(["data.classes=[]"], ["data.classes: is missing"]), (["data.classes=['a','a']"], ["data.classes: 'a' stands twice"]),
-     (["data.unseen=['dgo']"], ["data.unseen: 'dgo' is none", "did you mean dog?"]),
-     (["data.unseen=['cow']"], ["give some of data.classes"]), (["data.unseen=['cat','dog']"], ["data.unseen", "not all"]),
-     (["data.values=[1]"], ["data.values", "each of the 2"]), (["data.values=[1,1]"], ["data.values: 1 stands twice"]),
-     (["data.values=[1,70000]"], ["65535"]), (["data.pictures="], ["data.pictures: is missing"]),
-     (["data.pictures=images"], ["data.pictures", "{id}"]), (["data.pictures=p_{id}.jpg"], ["data.pictures"]),
-     (["data.labels=masks/{id}.png"], ["data.labels", "{split}"]), (["data.split=nope"], ["'nope'", "data.pictures"]),
-     (["data.folder=absent"], ["data.folder: no such folder"])],
-)  # fmt: skip
+    [
+        (["data.classes=[]"], ["data.classes: is missing"]),
+        (["data.classes=['a','a']"], ["data.classes: 'a' stands twice"]),
+        (["data.unseen=['dgo']"], ["data.unseen: 'dgo' is none", "did you mean dog?"]),
+        (["data.unseen=['cow']"], ["give some of data.classes"]),
+        (["data.unseen=['cat','dog']"], ["data.unseen", "not all"]),
+        (["data.values=[1]"], ["data.values", "each of the 2"]),
+        (["data.values=[1,1]"], ["data.values: 1 stands twice"]),
+        (["data.values=[1,70000]"], ["65535"]),
+        (["data.pictures="], ["data.pictures: is missing"]),
+        (["data.pictures=images"], ["data.pictures", "{id}"]),
+        (["data.pictures=p_{id}.jpg"], ["data.pictures"]),
+        (["data.labels=masks/{id}.png"], ["data.labels", "{split}"]),
+        (["data.split=nope"], ["'nope'", "data.pictures"]),
+        (["data.folder=absent"], ["data.folder: no such folder"]),
+    ],
+)
 def test_descriptions_that_cannot_be(settings, parts, tmp_path):
     with pytest.raises(run.UserError) as error:
         find_pairs(config := described(*settings), tmp_path, config.split)
@@ -114,12 +191,27 @@ def test_paths_that_lead_nowhere_are_named(tmp_path):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
     image = f"data.pictures: no 'val' file is {tmp_path}/image/val/*.jpg"
-    for setting, part in (("data.pictures=image/{split}/{id}.jpg", image),
-                          ("data.labels=mask/{split}/{id}.png", f"data.labels: no 'val' file is {tmp_path}/mask/val/*.png"),
-                          ("data.labels=others/{split}/{id}.png", "data.labels: no 'val' label map has the id of a picture")):
+    for setting, part in (
+        ("data.pictures=image/{split}/{id}.jpg", image),
+        (
+            "data.labels=mask/{split}/{id}.png",
+            f"data.labels: no 'val' file is {tmp_path}/mask/val/*.png",
+        ),
+        (
+            "data.labels=others/{split}/{id}.png",
+            "data.labels: no 'val' label map has the id of a picture",
+        ),
+    ):
         with pytest.raises(run.UserError, match=re.escape(part)):
-            find_pairs(described("data.pictures=images/{split}/{id}.jpg", "data.labels=masks/{split}/{id}.png", setting),
-                       tmp_path, "val")  # fmt: skip
+            find_pairs(
+                described(
+                    "data.pictures=images/{split}/{id}.jpg",
+                    "data.labels=masks/{split}/{id}.png",
+                    setting,
+                ),
+                tmp_path,
+                "val",
+            )
     whole = described("data.pictures=images/{split}/{id}.jpg", "data.labels=masks/{split}/{id}.png")
     assert len(find_pairs(whole, tmp_path, "val")) == 1
     (tmp_path / "images/val/a.JPG").touch()
@@ -127,7 +219,13 @@ def test_paths_that_lead_nowhere_are_named(tmp_path):
     assert not has_split(whole, tmp_path, "train")
     for look in (find_pairs, has_split):  # a split that is broken is not absent
         with pytest.raises(run.UserError, match="has the id of"):
-            look(described("data.pictures=images/{split}/{id}.*", "data.labels=masks/{split}/{id}.png"), tmp_path, "val")
+            look(
+                described(
+                    "data.pictures=images/{split}/{id}.*", "data.labels=masks/{split}/{id}.png"
+                ),
+                tmp_path,
+                "val",
+            )
 
 
 def test_label_maps_may_lie_elsewhere(tmp_path):
@@ -136,15 +234,20 @@ def test_label_maps_may_lie_elsewhere(tmp_path):
     Image.new("RGB", (5, 4)).save(tmp_path / "photos" / "IMG 1.jpg")
     Image.new("L", (5, 4)).save(tmp_path / "IMG 1.png")
     (tmp_path / "photos" / "val.txt").write_text("\nIMG 1\r\n\n")
-    config = described("data.folder=photos", "data.pictures={id}.jpg", f"data.labels={tmp_path}/{{id}}.png")
+    config = described(
+        "data.folder=photos", "data.pictures={id}.jpg", f"data.labels={tmp_path}/{{id}}.png"
+    )
     assert label_statistics(config, tmp_path, "val").histogram(2).tolist() == [20, 0, 0]
 
 
 def test_prepare_data_wants_the_description(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["prepare_data.py"])
     (tmp_path / "voc.toml").write_text('[data]\nname = "voc"\n')
-    for words, part in ((["folder"], "--config: is missing"), (["vocc"], "did you mean voc?"),
-                        (["folder", "--config", str(tmp_path / "voc.toml")], "describes voc")):  # fmt: skip
+    for words, part in (
+        (["folder"], "--config: is missing"),
+        (["vocc"], "did you mean voc?"),
+        (["folder", "--config", str(tmp_path / "voc.toml")], "describes voc"),
+    ):
         with pytest.raises(run.UserError, match=re.escape(part)):
             prepare_data.main(words)
 

@@ -1,4 +1,6 @@
-"""Whatever comes in: tokenizer, options, run lengths, label maps and regions against plain definitions."""
+"""Whatever comes in: tokenizer, options, run lengths, label maps and regions against plain
+definitions.
+"""
 
 import html
 import io
@@ -28,20 +30,43 @@ from zsseg.tokenizer import Tokenizer
 settings.register_profile("zsseg", max_examples=200, deadline=None, derandomize=True, database=None)
 settings.load_profile("zsseg")
 
-# --- tokenizer ---------------------------------------------------------------------------------------------------
+# --- tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=("Cs", "Cn", "Co")), max_size=30)
-ODD = ["don't", "WE'LL", "caf\u00e9", "&amp;lt;", "red  disc", "42nd", "x-ray!!'s", "\u2019", "\u00c3\u00a9", "\n"]
+ODD = [
+    "don't",
+    "WE'LL",
+    "caf\u00e9",
+    "&amp;lt;",
+    "red  disc",
+    "42nd",
+    "x-ray!!'s",
+    "\u2019",
+    "\u00c3\u00a9",
+    "\n",
+]
 WORDS = st.lists(st.sampled_from(ODD), max_size=5).map(" ".join)
 
 
 def plain_words(text: str) -> list[str]:
-    """Contractions, runs of letters, single digits, runs of anything else but space; character by character."""
-    kind = lambda c: "space" if c.isspace() else {"L": "letter", "N": "number"}.get(unicodedata.category(c)[0], "other")
+    """Contractions, runs of letters, single digits, runs of anything else but space; character by
+    character.
+    """
+    kind = lambda c: (
+        "space"
+        if c.isspace()
+        else {"L": "letter", "N": "number"}.get(unicodedata.category(c)[0], "other")
+    )
     words, i = [], 0
     while i < len(text):
-        ending = next((text[i + 1 : i + 1 + len(e)] for e in ("s", "t", "re", "ve", "m", "ll", "d")
-                       if text[i] == "'" and text[i + 1 : i + 1 + len(e)].casefold() == e), None)  # fmt: skip
+        ending = next(
+            (
+                text[i + 1 : i + 1 + len(e)]
+                for e in ("s", "t", "re", "ve", "m", "ll", "d")
+                if text[i] == "'" and text[i + 1 : i + 1 + len(e)].casefold() == e
+            ),
+            None,
+        )
         end = i + 1
         if ending is not None:
             end += len(ending)
@@ -55,11 +80,18 @@ def plain_words(text: str) -> list[str]:
 
 
 def plain_merges(tokenizer: Tokenizer, word: str) -> list[int]:
-    """Every merge that could apply, in the order of the list: a part is always older than what it becomes part of."""
+    """Every merge that could apply, in the order of the list: a part is always older than what it
+    becomes part of.
+    """
     parts = [tokenizer.symbol_of_byte[b] for b in word.encode()]
     parts[-1] += "</w>"
     spans = ["".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
-    pairs = {(a, b) for whole in spans for cut in range(1, len(whole)) for a, b in [(whole[:cut], whole[cut:])]}
+    pairs = {
+        (a, b)
+        for whole in spans
+        for cut in range(1, len(whole))
+        for a, b in [(whole[:cut], whole[cut:])]
+    }
     for pair in sorted(pairs & tokenizer.rank.keys(), key=tokenizer.rank.get):
         i = 0
         while i + 1 < len(parts):
@@ -77,7 +109,9 @@ def tokenizer(vocabulary) -> Tokenizer:
 @given(TEXT | WORDS)
 def test_tokens_are_those_of_the_definition(tokenizer, text):
     clean = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
-    assert tokenizer.encode(text) == [i for word in plain_words(clean) for i in plain_merges(tokenizer, word)]
+    assert tokenizer.encode(text) == [
+        i for word in plain_words(clean) for i in plain_merges(tokenizer, word)
+    ]
 
 
 @given(st.lists(TEXT, min_size=1, max_size=3), st.integers(3, 40))
@@ -93,11 +127,14 @@ def test_rows_of_tokens_have_a_start_an_end_and_zeros(texts, context):
         assert row[1:end] == tokenizer.encode(text)
 
 
-# --- options -----------------------------------------------------------------------------------------------------
+# --- options
 
 FIELDS = [f"{section}.{key}" for section, keys in asdict(Config()).items() for key in keys]
-VALUES = st.recursive(st.integers(-5, 2**40) | st.floats() | st.booleans() | st.text(string.printable, max_size=8),
-                      lambda inner: st.lists(inner, max_size=3), max_leaves=4)  # fmt: skip
+VALUES = st.recursive(
+    st.integers(-5, 2**40) | st.floats() | st.booleans() | st.text(string.printable, max_size=8),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=4,
+)
 
 
 def is_right_or_named(overrides: list[str]) -> None:
@@ -108,12 +145,19 @@ def is_right_or_named(overrides: list[str]) -> None:
         return
     assert load_config(None, base=asdict(config)) == config
     hints = {section: type(getattr(config, section)).__annotations__ for section in asdict(config)}
-    assert all(matches(v, hints[s][k]) for s, part in asdict(config).items() for k, v in part.items())
+    assert all(
+        matches(v, hints[s][k]) for s, part in asdict(config).items() for k, v in part.items()
+    )
 
 
 @given(st.lists(st.tuples(st.sampled_from(FIELDS), VALUES), max_size=3))
 def test_a_value_is_taken_or_refused_in_a_line(settings):
-    is_right_or_named([f"{name}={str(value).lower() if isinstance(value, bool) else value!r}" for name, value in settings])
+    is_right_or_named(
+        [
+            f"{name}={str(value).lower() if isinstance(value, bool) else value!r}"
+            for name, value in settings
+        ]
+    )
 
 
 @given(st.lists(st.text(string.printable, max_size=30), max_size=2))
@@ -121,8 +165,12 @@ def test_any_override_is_taken_or_refused_in_a_line(texts):
     is_right_or_named(texts)
 
 
-@given(st.text(string.printable, max_size=60) | st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3).map(
-    lambda d: "\n".join(f"{k} = {v!r}" for k, v in d.items())))  # fmt: skip
+@given(
+    st.text(string.printable, max_size=60)
+    | st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=3).map(
+        lambda d: "\n".join(f"{k} = {v!r}" for k, v in d.items())
+    )
+)
 def test_any_file_is_taken_or_refused_in_a_line(tmp_path_factory, text):
     file = tmp_path_factory.getbasetemp() / "fuzz.toml"
     file.write_text(text, encoding="utf-8", newline="")
@@ -132,16 +180,25 @@ def test_any_file_is_taken_or_refused_in_a_line(tmp_path_factory, text):
         assert "\n" not in str(error)
 
 
-# --- labels ------------------------------------------------------------------------------------------------------
+# --- labels
 
 
-@given(st.integers(1, 30), st.integers(1, 30), st.integers(0, 2**32), st.sampled_from([0, 0.05, 0.5, 1]), st.booleans())
+@given(
+    st.integers(1, 30),
+    st.integers(1, 30),
+    st.integers(0, 2**32),
+    st.sampled_from([0, 0.05, 0.5, 1]),
+    st.booleans(),
+)
 def test_run_lengths_come_back(height, width, seed, density, compressed):
     mask = np.random.default_rng(seed).random((height, width)) < density
     assert np.array_equal(decode_runs(trees.encode_runs(mask, compressed)), mask)
 
 
-@given(st.lists(st.integers(-2, 40), min_size=2, max_size=2), st.text(max_size=12) | st.lists(st.integers(-1, 50), max_size=6))
+@given(
+    st.lists(st.integers(-2, 40), min_size=2, max_size=2),
+    st.text(max_size=12) | st.lists(st.integers(-1, 50), max_size=6),
+)
 def test_run_lengths_are_a_mask_or_a_value_error(size, counts):
     try:
         mask = decode_runs({"size": size, "counts": counts})
@@ -150,10 +207,21 @@ def test_run_lengths_are_a_mask_or_a_value_error(size, counts):
     assert mask.shape == tuple(size) and mask.dtype == bool
 
 
-@given(st.sampled_from(["1", "L", "P", "I;16", "I", "F", "LA", "RGB", "RGBA", "CMYK"]), st.integers(1, 9), st.integers(1, 9),
-       st.sampled_from(["PNG", "TIFF", "BMP"]), st.sampled_from([8, 16]), st.integers(0, 400), st.booleans())  # fmt: skip
-def test_any_label_map_is_values_or_named(tmp_path_factory, mode, width, height, kind, bits, cut, whole):
-    """Any mode, whole or cut anywhere: single-channel values of at most `bits` bits, or one line with the file's name."""
+@given(
+    st.sampled_from(["1", "L", "P", "I;16", "I", "F", "LA", "RGB", "RGBA", "CMYK"]),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.sampled_from(["PNG", "TIFF", "BMP"]),
+    st.sampled_from([8, 16]),
+    st.integers(0, 400),
+    st.booleans(),
+)
+def test_any_label_map_is_values_or_named(
+    tmp_path_factory, mode, width, height, kind, bits, cut, whole
+):
+    """Any mode, whole or cut anywhere: single-channel values of at most `bits` bits, or one line
+    with the file's name.
+    """
     file, content = tmp_path_factory.getbasetemp() / f"fuzz.{kind.lower()}", io.BytesIO()
     try:
         Image.new(mode, (width, height), 1).save(content, kind)
@@ -167,14 +235,18 @@ def test_any_label_map_is_values_or_named(tmp_path_factory, mode, width, height,
             assert file.name in str(error) and "\n" not in str(error)
             continue
         assert values.shape[:2] == (height, width)
-        assert values.dtype in ((np.uint8,) if bits == 8 or values.ndim == 3 else (np.uint8, np.uint16))
+        assert values.dtype in (
+            (np.uint8,) if bits == 8 or values.ndim == 3 else (np.uint8, np.uint16)
+        )
 
 
-# --- regions -----------------------------------------------------------------------------------------------------
+# --- regions
 
 
 def slow_cubic(line: list[float], size: int) -> list[float]:
-    """A line of values resampled to `size` by cubic convolution (Keys 1981, a = -0.75), edges repeated."""
+    """A line of values resampled to `size` by cubic convolution (Keys 1981, a = -0.75), edges
+    repeated.
+    """
     a, result = -0.75, []
 
     def weight(x: float) -> float:
@@ -190,7 +262,13 @@ def slow_cubic(line: list[float], size: int) -> list[float]:
     return result
 
 
-@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32), st.sampled_from([0.05, 0.5, 1]), st.integers(1, 6))
+@given(
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(0, 2**32),
+    st.sampled_from([0.05, 0.5, 1]),
+    st.integers(1, 6),
+)
 def test_boxes_and_crops_are_the_slow_loops(height, width, seed, density, side):
     rng = np.random.default_rng(seed)
     picture, mask = rng.integers(0, 256, (3, height, width)), rng.random((height, width)) < density

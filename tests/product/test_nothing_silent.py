@@ -1,4 +1,6 @@
-"""What users of such systems report: files overwritten, data dropped, numbers of nothing, all without a word."""
+"""What users of such systems report: files overwritten, data dropped, numbers of nothing, all
+without a word.
+"""
 
 import json
 import math
@@ -24,7 +26,16 @@ from zsseg.config import load_config
 from zsseg.data import TestPictures, training_statistics, unique_names
 from zsseg.datasets import dataset, find_listing, find_pairs
 from zsseg.evaluate import evaluate
-from zsseg.files import decode, is_ours, refuse_foreign, replacing, result, set_aside, split_lines, walk
+from zsseg.files import (
+    decode,
+    is_ours,
+    refuse_foreign,
+    replacing,
+    result,
+    set_aside,
+    split_lines,
+    walk,
+)
 from zsseg.label_statistics import label_statistics
 from zsseg.metrics import summarize, table
 from zsseg.pictures import Names, find_pictures, note_failed
@@ -60,7 +71,10 @@ eval_every = 0
 
 def save_pair(root: Path, split: str, name: str, labels: np.ndarray, **options: object) -> None:
     shades = np.array([80, 40, 90])
-    for kind, array in (("images", (labels[..., None] % 3 * shades + 30).astype(np.uint8)), ("masks", labels)):
+    for kind, array in (
+        ("images", (labels[..., None] % 3 * shades + 30).astype(np.uint8)),
+        ("masks", labels),
+    ):
         file = root / "a" / kind / split / f"{name}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(array).save(file, **(options if kind == "images" else {}))
@@ -74,7 +88,9 @@ def blocks() -> np.ndarray:
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """Four pictures to train on and two to measure, with labels 0, 1, 2 in blocks, and a small CLIP."""
+    """Four pictures to train on and two to measure, with labels 0, 1, 2 in blocks, and a small
+    CLIP.
+    """
     for split, count in (("train", 4), ("val", 2)):
         for i in range(count):
             save_pair(tmp_path, split, str(i), blocks())
@@ -91,39 +107,75 @@ def trained(tmp_path_factory) -> Path:
         save_pair(folder, split, "0", blocks())
     torch.save(tiny_clip_state(), folder / "clip.pt")
     (folder / "a.toml").write_text(CONFIG)
-    done = command("train.py", "--config", folder / "a.toml", "--root", folder, "--out", folder / "run", "--device", "cpu")
+    done = command(
+        "train.py",
+        "--config",
+        folder / "a.toml",
+        "--root",
+        folder,
+        "--out",
+        folder / "run",
+        "--device",
+        "cpu",
+    )
     assert done.returncode == 0, done.stderr
     return folder / "run" / "last.pt"
 
 
 def train(root: Path, *more: object):
-    return command("train.py", "--config", root / "a.toml", "--root", root, "--out", root / "r", "--device", "cpu", *more)
+    return command(
+        "train.py",
+        "--config",
+        root / "a.toml",
+        "--root",
+        root,
+        "--out",
+        root / "r",
+        "--device",
+        "cpu",
+        *more,
+    )
 
 
 def measure(model: Path, root: Path, *more: object):
-    return command("eval.py", model, "--config", root / "a.toml", "--root", root, "--device", "cpu", *more)
+    return command(
+        "eval.py", model, "--config", root / "a.toml", "--root", root, "--device", "cpu", *more
+    )
 
 
 def check(root: Path, *more: object):
-    return command("prepare_data.py", "folder", "--config", root / "a.toml", "--root", root, "--check", *more)
+    return command(
+        "prepare_data.py", "folder", "--config", root / "a.toml", "--root", root, "--check", *more
+    )
 
 
 def described(*settings: str):
     return load_config(None, ["data.name=folder", "data.classes=['cat','dog']", *settings]).data
 
 
-# --- output never takes the place of what this program did not write -----------------------------------------------
+# --- output never takes the place of what this program did not write
+# -----------------------------------------------
 
 
 def test_label_maps_never_replace_pictures(root, trained):
-    """Beside the checkpoint lies a folder images/ of the user's, as it often does, and the current folder is asked for."""
+    """Beside the checkpoint lies a folder images/ of the user's, as it often does, and the current
+    folder is asked for.
+    """
     work = root / "work"
     (work / "images").mkdir(parents=True)
     shutil.copy(trained, work / "last.pt")
     shutil.copy(root / "a/images/val/0.png", work / "images" / "x.png")
     before = (work / "images" / "x.png").read_bytes()
     segment = lambda *more: command(
-        "eval.py", work / "last.pt", "--root", root, "--classes", "cat, dog", "--device", "cpu", *more
+        "eval.py",
+        work / "last.pt",
+        "--root",
+        root,
+        "--classes",
+        "cat, dog",
+        "--device",
+        "cpu",
+        *more,
     )
     assert segment("--images", work / "images").returncode == 0
     assert segment("--images", work).returncode == 0  # again, and over its own results
@@ -132,19 +184,40 @@ def test_label_maps_never_replace_pictures(root, trained):
         "segmented/images/x.json",
         "segmented/x.json",
     ]
-    for ending, content in ((".png", before), (".json", b'{"my": "notes"}'), (".overlay.jpg", b"mine")):
+    for ending, content in (
+        (".png", before),
+        (".json", b'{"my": "notes"}'),
+        (".overlay.jpg", b"mine"),
+    ):
         out = root / f"out{ending}"
         out.mkdir()
         (out / f"x{ending}").write_bytes(content)
-        fails_in_one_line(segment("--images", work / "images", "--out", out), f"x{ending}", "not one that this program wrote")
+        fails_in_one_line(
+            segment("--images", work / "images", "--out", out),
+            f"x{ending}",
+            "not one that this program wrote",
+        )
         assert (out / f"x{ending}").read_bytes() == content and len(list(out.iterdir())) == 1
 
 
 def test_a_result_that_somebody_corrected_is_no_result(root, trained):
-    segment = ("eval.py", trained, "--root", root, "--classes", "cat", "--device", "cpu", "--images", root / "a/images/val")
+    segment = (
+        "eval.py",
+        trained,
+        "--root",
+        root,
+        "--classes",
+        "cat",
+        "--device",
+        "cpu",
+        "--images",
+        root / "a/images/val",
+    )
     segment = (*segment, "--out", root / "o")
     assert command(*segment).returncode == 0
-    Image.open(root / "o" / "0.png").transpose(Image.Transpose.ROTATE_180).save(root / "o" / "0.png")
+    Image.open(root / "o" / "0.png").transpose(Image.Transpose.ROTATE_180).save(
+        root / "o" / "0.png"
+    )
     before = (root / "o" / "0.png").read_bytes()
     fails_in_one_line(command(*segment), "0.png", "not one that this program wrote")
     assert (root / "o" / "0.png").read_bytes() == before
@@ -159,10 +232,14 @@ def test_measuring_replaces_its_own_files_alone(root, trained):
         options = ["--report"] * (name == "report.html") + ["--save-predictions"] * ("/" in name)
         result = measure(trained, root, "--out", out, *options)
         fails_in_one_line(result, name)
-        assert "evaluate val" not in result.stdout and (out / name).read_text() == "mine"  # before it has taken its time
+        assert (
+            "evaluate val" not in result.stdout and (out / name).read_text() == "mine"
+        )  # before it has taken its time
         (out / name).unlink()
     for _ in range(2):
-        assert measure(trained, root, "--out", out, "--save-predictions", "--report").returncode == 0
+        assert (
+            measure(trained, root, "--out", out, "--save-predictions", "--report").returncode == 0
+        )
     assert all(is_ours(file) for file in out.rglob("*") if file.is_file())
 
 
@@ -180,7 +257,9 @@ def test_a_run_sets_aside_what_is_there(root):
         (root / "r" / name).write_text("mine")
     (root / "r" / "best.1.pt").write_text("mine, too")
     done = train(root)
-    assert done.returncode == 0 and "best.pt was there already; it is kept as best.2.pt" in done.stdout
+    assert (
+        done.returncode == 0 and "best.pt was there already; it is kept as best.2.pt" in done.stdout
+    )
     assert {f.name for f in (root / "r").iterdir() if f.read_bytes().startswith(b"mine")} == {
         "metrics.1.jsonl",
         "best.1.pt",
@@ -205,7 +284,12 @@ def test_writers_of_one_file_do_not_meet(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert not errors and os.listdir(tmp_path) == ["x"] and len(set(file.read_text())) == 1 and file.stat().st_size == 1000
+    assert (
+        not errors
+        and os.listdir(tmp_path) == ["x"]
+        and len(set(file.read_text())) == 1
+        and file.stat().st_size == 1000
+    )
     (tmp_path / ".x.tmp").write_text("a kill has left this")
     with replacing(file) as temporary:
         temporary.write_text("new")
@@ -248,7 +332,10 @@ def test_predictions_of_equal_names(root, trained):
         save_pair(root, split, "one/7", blocks())
         save_pair(root, split, "two/7", blocks()[::-1].copy())
     assert measure(trained, root, "--out", root / "o", "--save-predictions").returncode == 0
-    assert sorted(p.relative_to(root / "o/predictions").as_posix() for p in (root / "o/predictions").rglob("*.png")) == [
+    assert sorted(
+        p.relative_to(root / "o/predictions").as_posix()
+        for p in (root / "o/predictions").rglob("*.png")
+    ) == [
         "one/7.png",
         "two/7.png",
     ]
@@ -269,36 +356,52 @@ def test_unique_names(files, names):
     assert unique_names([Path(f) for f in files]) == names
 
 
-# --- one list with two meanings ------------------------------------------------------------------------------------
+# --- one list with two meanings
 
 
 def test_classes_that_were_trained_on_are_seen(root, trained):
-    """Own data without `unseen`: all of them. Only of another set that has no split is none seen."""
+    """Own data without `unseen`: all of them. Only of another set that has no split is none
+    seen.
+    """
     content, config = checkpoint.load(trained), load_config(root / "a.toml")
     own = dataset(config.data)
     assert own.seen == [] and seen_classes(own, content, config) == [0, 1, 2]
     assert seen_classes(dataset("ade20k"), content, config) == []
     assert seen_classes(dataset("voc"), content, config) == dataset("voc").seen
-    assert seen_classes(own, {"model": {}}, config) == []  # the original's checkpoints were not trained on it
+    assert (
+        seen_classes(own, {"model": {}}, config) == []
+    )  # the original's checkpoints were not trained on it
     held = load_config(root / "a.toml", ["data.unseen=['grass']"])
-    assert seen_classes(dataset(held.data), content | {"config": {"data": vars(held.data)}}, held) == [0, 1]
+    assert seen_classes(
+        dataset(held.data), content | {"config": {"data": vars(held.data)}}, held
+    ) == [0, 1]
 
 
 def test_the_weight_of_the_ensemble_of_own_data(root, trained):
-    """Measuring takes head^w CLIP^(1-w) for all classes: what w' = 1 - w gives where all are taken for unseen."""
+    """Measuring takes head^w CLIP^(1-w) for all classes: what w' = 1 - w gives where all are taken
+    for unseen.
+    """
     numbers = {}
-    for name, more in (("seen", ["clip.ensemble_weight=0.7"]), ("unseen", ["clip.ensemble_weight=0.3"])):
+    for name, more in (
+        ("seen", ["clip.ensemble_weight=0.7"]),
+        ("unseen", ["clip.ensemble_weight=0.3"]),
+    ):
         config = load_config(root / "a.toml", more)
         segmenter = build_segmenter(config, root, checkpoint.load(trained)["model"]).eval()
-        result = evaluate(segmenter, config, root, PROCESS, "val", seen=None if name == "seen" else [])
+        result = evaluate(
+            segmenter, config, root, PROCESS, "val", seen=None if name == "seen" else []
+        )
         numbers[name] = (result["mIoU"], result["per_class"])
         assert segmenter.seen.tolist() == [name == "seen"] * 3
     assert numbers["seen"] == numbers["unseen"]
-    assert measure(trained, root, "--out", root / "o", "--set", "clip.ensemble_weight=0.7").returncode == 0
+    assert (
+        measure(trained, root, "--out", root / "o", "--set", "clip.ensemble_weight=0.7").returncode
+        == 0
+    )
     assert json.loads((root / "o" / "metrics.json").read_text())["per_class"] == numbers["seen"][1]
 
 
-# --- whatever is dropped is counted and said -----------------------------------------------------------------------
+# --- whatever is dropped is counted and said
 
 
 @pytest.mark.parametrize(
@@ -306,10 +409,20 @@ def test_the_weight_of_the_ensemble_of_own_data(root, trained):
     [
         (
             np.where(blocks() > 0, 255, 0),
-            ["no pixel in train of 1 class of 2: dog", "255 (", "did you mean data.values = [0, 255]?"],
+            [
+                "no pixel in train of 1 class of 2: dog",
+                "255 (",
+                "did you mean data.values = [0, 255]?",
+            ],
         ),
-        (blocks() + 1, ["no pixel in train of 1 class of 2: cat", "did you mean data.values = [1, 2]?"]),
-        (np.minimum(blocks(), 1) + 40 * (blocks() == 2), ["ignored label values, of no class: 41 (17 %)"]),
+        (
+            blocks() + 1,
+            ["no pixel in train of 1 class of 2: cat", "did you mean data.values = [1, 2]?"],
+        ),
+        (
+            np.minimum(blocks(), 1) + 40 * (blocks() == 2),
+            ["ignored label values, of no class: 41 (17 %)"],
+        ),
         (np.where(blocks() == 2, 255, blocks()), ["ignored label values, of no class: 255 (17 %)"]),
     ],
 )
@@ -344,7 +457,9 @@ def test_measuring_says_what_does_not_count(root, trained):
     assert "not measured, without a pixel of ground truth: 1 of 3 classes: grass" in done.stdout
     assert "16.7% of the pixels have no class and do not count" in done.stdout
     assert done.stdout.splitlines()[-1] == "left out: 1 file without a partner in val"
-    assert json.loads((root / "o" / "metrics.json").read_text())["ignored"] == pytest.approx(100 / 6)
+    assert json.loads((root / "o" / "metrics.json").read_text())["ignored"] == pytest.approx(
+        100 / 6
+    )
 
 
 def test_training_says_what_it_leaves_out(root):
@@ -371,24 +486,46 @@ def test_files_of_a_folder_that_are_no_pictures_are_counted(root, trained):
     shutil.copy(root / "a/images/val/0.png", folder / "a.png")
     for name in ("b.heic", "c.HEIC", "d.dng", "IMG_7", ".e.png"):
         (folder / name).write_bytes(b"x")
-    done = command("eval.py", trained, "--root", root, "--images", folder, "--classes", "cat, dog", "--device", "cpu")
+    done = command(
+        "eval.py",
+        trained,
+        "--root",
+        root,
+        "--images",
+        folder,
+        "--classes",
+        "cat, dog",
+        "--device",
+        "cpu",
+    )
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
-    assert "4 files that Pillow does not read as pictures (2 .heic, 1 .dng, 1 without an ending)" in last
+    assert (
+        "4 files that Pillow does not read as pictures (2 .heic, 1 .dng, 1 without an ending)"
+        in last
+    )
     assert "2 hidden files and folders" in last and "not found: " in done.stdout
 
 
 def test_pictures_among_the_results_are_counted(root, capsys):
     (root / "p" / "segmented").mkdir(parents=True)
-    for name in ("a.png", "segmented/b.png", "segmented/c.png", "segmented/c.json", "segmented/c.overlay.jpg"):
+    for name in (
+        "a.png",
+        "segmented/b.png",
+        "segmented/c.png",
+        "segmented/c.json",
+        "segmented/c.overlay.jpg",
+    ):
         shutil.copy(root / "a/images/val/0.png", root / "p" / name)
     run.LEFT_OUT.clear()
     assert len(find_pictures([str(root / "p")], root / "p" / "segmented")) == 2
     run.say_left_out()
-    assert capsys.readouterr().out == f"left out: 1 picture in {root}/p/segmented, where results go\n"
+    assert (
+        capsys.readouterr().out == f"left out: 1 picture in {root}/p/segmented, where results go\n"
+    )
 
 
-# --- nothing to measure is no zero ---------------------------------------------------------------------------------
+# --- nothing to measure is no zero
 
 
 def test_metrics_of_nothing_are_null():
@@ -406,11 +543,15 @@ def test_metrics_of_nothing_are_null():
     )
     empty = summarize(torch.zeros(3, 3, dtype=torch.int64), data)
     assert all(empty[k] is None for k in empty if k != "per_class")
-    half = torch.tensor([[8, 0, 2], [0, 10, 0], [0, 0, 0]])  # no ground truth of c, though it is predicted
+    half = torch.tensor(
+        [[8, 0, 2], [0, 10, 0], [0, 0, 0]]
+    )  # no ground truth of c, though it is predicted
     found = summarize(half, data)
     assert found["mIoU_unseen"] is None and found["hIoU"] is None and found["pAcc_unseen"] is None
     assert found["mIoU_seen"] == pytest.approx(90) and found["mIoU_gt"] == pytest.approx(90)
-    assert found["mIoU"] == pytest.approx((80 + 100) / 3)  # METHOD: divided by those with ground truth or predictions
+    assert found["mIoU"] == pytest.approx(
+        (80 + 100) / 3
+    )  # METHOD: divided by those with ground truth or predictions
     missed = summarize(torch.tensor([[10, 0, 0], [0, 10, 0], [5, 0, 0]]), data)
     assert missed["mIoU_unseen"] == 0 and missed["hIoU"] == 0  # measured, and all wrong
     for metrics in (empty, found):
@@ -432,10 +573,16 @@ def test_the_best_of_a_run_without_unseen_ground_truth(root):
     done = train(root, "--set", "train.eval_every=1", "--set", "data.unseen=['grass']")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (root / "r" / "metrics.jsonl").read_text().splitlines()]
-    scores = {line["step"]: line["val/mIoU"] for line in lines if "val/mIoU" in line and line["step"] < 4}
-    assert all(line["val/hIoU"] is None for line in lines if "val/hIoU" in line) and len(scores) == 3
+    scores = {
+        line["step"]: line["val/mIoU"] for line in lines if "val/mIoU" in line and line["step"] < 4
+    }
+    assert (
+        all(line["val/hIoU"] is None for line in lines if "val/hIoU" in line) and len(scores) == 3
+    )
     best = max(scores.values())
-    assert checkpoint.load(root / "r" / "best.pt")["step"] == next(step for step in scores if scores[step] == best)
+    assert checkpoint.load(root / "r" / "best.pt")["step"] == next(
+        step for step in scores if scores[step] == best
+    )
 
 
 def test_weights_that_are_not_finite_are_named(root, trained):
@@ -457,48 +604,120 @@ def test_scores_that_are_not_finite_give_no_labels(root, trained):
         if name.startswith("mask_embed"):
             tensor.fill_(3e38)
     torch.save(content, root / "large.pt")
-    fails_in_one_line(measure(root / "large.pt", root, "--out", root / "o"), "scores that are not finite", "2 pictures")
-    segment = ("eval.py", root / "large.pt", "--root", root, "--images", root / "a/images/val", "--classes", "cat")
-    fails_in_one_line(command(*segment, "--out", root / "s", "--device", "cpu"), "not finite", "0.png")
+    fails_in_one_line(
+        measure(root / "large.pt", root, "--out", root / "o"),
+        "scores that are not finite",
+        "2 pictures",
+    )
+    segment = (
+        "eval.py",
+        root / "large.pt",
+        "--root",
+        root,
+        "--images",
+        root / "a/images/val",
+        "--classes",
+        "cat",
+    )
+    fails_in_one_line(
+        command(*segment, "--out", root / "s", "--device", "cpu"), "not finite", "0.png"
+    )
     assert not (root / "o").exists() and not list((root / "s").iterdir())
 
 
-# --- results before printing ---------------------------------------------------------------------------------------
+# --- results before printing
 
 
 def real(*words: object, **options: object) -> subprocess.CompletedProcess:
     """A command as a process of its own, whose streams are what is tested."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=200, **options)
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        **options,
+    )
 
 
 @pytest.mark.slow
 def test_letters_that_the_terminal_does_not_know(root, trained):
     (root / "a.toml").write_text(CONFIG.replace("grass", "猫"), encoding="utf-8")
     latin = os.environ | {"PYTHONIOENCODING": "latin-1"}
-    words = ("eval.py", trained, "--config", root / "a.toml", "--root", root, "--out", root / "o", "--device", "cpu")
+    words = (
+        "eval.py",
+        trained,
+        "--config",
+        root / "a.toml",
+        "--root",
+        root,
+        "--out",
+        root / "o",
+        "--device",
+        "cpu",
+    )
     done = real(*words, env=latin)
     assert done.returncode == 0, done.stderr
-    assert "\\u732b" in done.stdout and "猫" in json.loads((root / "o" / "metrics.json").read_text())["per_class"]
-    done = real("prepare_data.py", "folder", "--config", root / "a.toml", "--root", root, "--check", env=latin)
+    assert (
+        "\\u732b" in done.stdout
+        and "猫" in json.loads((root / "o" / "metrics.json").read_text())["per_class"]
+    )
+    done = real(
+        "prepare_data.py",
+        "folder",
+        "--config",
+        root / "a.toml",
+        "--root",
+        root,
+        "--check",
+        env=latin,
+    )
     assert done.returncode == 0 and "\\u732b" in done.stdout
 
 
 @pytest.mark.slow
 def test_nobody_reads_what_a_run_prints(root):
-    words = [sys.executable, "train.py", "--config", root / "a.toml", "--root", root, "--out", root / "r", "--device", "cpu"]
-    words = [*map(str, words), "--set", "train.steps=60", "--set", "train.checkpoint_every=1000", "--set", "log.every=1"]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    words = [
+        sys.executable,
+        "train.py",
+        "--config",
+        root / "a.toml",
+        "--root",
+        root,
+        "--out",
+        root / "r",
+        "--device",
+        "cpu",
+    ]
+    words = [
+        *map(str, words),
+        "--set",
+        "train.steps=60",
+        "--set",
+        "train.checkpoint_every=1000",
+        "--set",
+        "log.every=1",
+    ]
+    with subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         process.stdout.readline()
         process.stdout.close()
         process.stderr.close()
         assert process.wait(timeout=200) == 0
-    assert checkpoint.load(root / "r" / "last.pt")["step"] == 60 and (root / "r" / "metrics.json").exists()
+    assert (
+        checkpoint.load(root / "r" / "last.pt")["step"] == 60
+        and (root / "r" / "metrics.json").exists()
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&- <&-", "> /dev/full"])
 def test_streams_that_are_closed_or_full(streams, root, trained):
-    words = f"{sys.executable} eval.py {trained} --config {root}/a.toml --root {root} --out {root}/o --device cpu {streams}"
+    words = (
+        f"{sys.executable} eval.py {trained} --config {root}/a.toml --root {root} --out {root}/o "
+        f"--device cpu {streams}"
+    )
     assert subprocess.run(["sh", "-c", words], cwd=ROOT, timeout=200).returncode == 0
     assert json.loads((root / "o" / "metrics.json").read_text())["images"] == 2
 
@@ -508,7 +727,18 @@ def test_streams_that_are_closed_or_full(streams, root, trained):
 def test_a_terminal_that_is_closed(ignored, root):
     """SIGHUP asks for a checkpoint, as SIGTERM does; under nohup it is nobody's concern."""
     steps = 40 if ignored else 100_000
-    words = [sys.executable, "train.py", "--config", root / "a.toml", "--root", root, "--out", root / "r", "--device", "cpu"]
+    words = [
+        sys.executable,
+        "train.py",
+        "--config",
+        root / "a.toml",
+        "--root",
+        root,
+        "--out",
+        root / "r",
+        "--device",
+        "cpu",
+    ]
     words = [
         *map(str, words),
         "--set",
@@ -519,7 +749,9 @@ def test_a_terminal_that_is_closed(ignored, root):
         "log.every=1",
     ]
     start = (lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignored else None
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=start) as process:
+    with subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=start
+    ) as process:
         file, until = root / "r" / "metrics.jsonl", time.time() + 120
         while not (file.exists() and file.stat().st_size) and time.time() < until:
             time.sleep(0.1)
@@ -536,7 +768,7 @@ def test_a_broken_picture_in_an_evaluation_on_the_way_costs_no_step(root):
     assert checkpoint.load(root / "r" / "last.pt")["step"] == 2
 
 
-# --- one rule, one place -------------------------------------------------------------------------------------------
+# --- one rule, one place
 
 
 def test_hidden_folders_hold_no_data(root):
@@ -544,9 +776,16 @@ def test_hidden_folders_hold_no_data(root):
         for split in ("train", "val"):
             (root / "a" / kind / split / ".ipynb_checkpoints").mkdir()
             if kind == "images" or split == "val":  # also on one side only
-                shutil.copy(root / f"a/{kind}/{split}/0.png", root / f"a/{kind}/{split}/.ipynb_checkpoints/0-checkpoint.png")
+                shutil.copy(
+                    root / f"a/{kind}/{split}/0.png",
+                    root / f"a/{kind}/{split}/.ipynb_checkpoints/0-checkpoint.png",
+                )
     done = check(root)
-    assert done.returncode == 0 and "val: 2 pictures\n" in done.stdout and "train: 4 pictures\n" in done.stdout
+    assert (
+        done.returncode == 0
+        and "val: 2 pictures\n" in done.stdout
+        and "train: 4 pictures\n" in done.stdout
+    )
     assert "hidden files and folders left out: " in done.stdout
 
 
@@ -571,7 +810,12 @@ def test_the_walk_ends_and_finds_each_file_by_each_of_its_names(tmp_path):
             ["7/img.png", "7/label.png", "8/img.png", "8/label.png"],
             2,
         ),  # labelme
-        ("{split}/{id}.png", "{split}/{id}_mask.png", ["a.png", "a_mask.png", "b.png", "b_mask.png"], 2),
+        (
+            "{split}/{id}.png",
+            "{split}/{id}_mask.png",
+            ["a.png", "a_mask.png", "b.png", "b_mask.png"],
+            2,
+        ),
         ("{split}/{id}_img.png", "{split}/{id}.png", ["a_img.png", "a.png"], 1),
         ("{split}/{id}.*", "{split}/{id}.png", ["a.jpg", "a.png", "b.webp", "b.png"], 2),
         ("{split}/{id}/rgb/0.png", "{split}/{id}/gt/0.png", ["x/y/rgb/0.png", "x/y/gt/0.png"], 1),
@@ -581,8 +825,12 @@ def test_layouts_that_the_rules_accept_are_found(pictures, labels, files, ids, t
     for file in files:
         (tmp_path / "val" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "val" / file).touch()
-    listing = find_listing(described(f"data.pictures={pictures}", f"data.labels={labels}"), tmp_path, "val")
-    assert len(listing.pairs) == ids and not listing.alone and not listing.twins and not listing.others
+    listing = find_listing(
+        described(f"data.pictures={pictures}", f"data.labels={labels}"), tmp_path, "val"
+    )
+    assert (
+        len(listing.pairs) == ids and not listing.alone and not listing.twins and not listing.others
+    )
     assert all(picture != label for picture, label in listing.pairs)
 
 
@@ -590,20 +838,34 @@ def test_a_label_map_without_a_picture_is_alone_once(tmp_path):
     for file in ("a.png", "a_mask.png", "b_mask.png", "c.png", "d.tif"):
         (tmp_path / "val" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "val" / file).touch()
-    listing = find_listing(described("data.pictures={split}/{id}.png", "data.labels={split}/{id}_mask.png"), tmp_path, "val")
+    listing = find_listing(
+        described("data.pictures={split}/{id}.png", "data.labels={split}/{id}_mask.png"),
+        tmp_path,
+        "val",
+    )
     assert [p.name for p, _ in listing.pairs] == ["a.png"]
-    assert sorted(f.name for f in listing.alone) == ["b_mask.png", "c.png"] and [Path(f).name for f in listing.others] == [
-        "d.tif"
-    ]
+    assert sorted(f.name for f in listing.alone) == ["b_mask.png", "c.png"] and [
+        Path(f).name for f in listing.others
+    ] == ["d.tif"]
 
 
 def test_pictures_are_not_their_own_labels(tmp_path):
     with pytest.raises(run.UserError, match=r"data\.labels"):
-        find_pairs(described("data.pictures={split}/{id}.png", "data.labels={split}/{id}.png"), tmp_path, "val")
+        find_pairs(
+            described("data.pictures={split}/{id}.png", "data.labels={split}/{id}.png"),
+            tmp_path,
+            "val",
+        )
 
 
 @pytest.mark.parametrize(
-    "names", [["cat", "Cat"], ["hot dog", "hot  dog"], ["tv &amp; radio", "TV & radio"], ["caf\u00e9", "CAF\u00c9"]]
+    "names",
+    [
+        ["cat", "Cat"],
+        ["hot dog", "hot  dog"],
+        ["tv &amp; radio", "TV & radio"],
+        ["caf\u00e9", "CAF\u00c9"],
+    ],
 )
 def test_names_that_are_one_to_clip(names, root):
     pytest.importorskip("ftfy")
@@ -625,21 +887,27 @@ def test_a_list_of_two_columns_wants_ids(root, tmp_path):
             (tmp_path / "VOC2012" / f"{split}.txt").write_text(f"{line}\n")
         offline = {"ZSSEG_CACHE": str(tmp_path / "cache")}
         fails_in_one_line(
-            command("prepare_data.py", "voc", "--root", tmp_path, env=offline), ".txt: wants ids, one a line", "{id}"
+            command("prepare_data.py", "voc", "--root", tmp_path, env=offline),
+            ".txt: wants ids, one a line",
+            "{id}",
         )
         assert not (tmp_path / "cache").exists()  # nothing was asked of the network
     for split in ("train", "val"):
         (tmp_path / "VOC2012" / f"{split}.txt").write_bytes(b"\xef\xbb\xbfx\r\nx\r\n")
     assert len(find_pairs("voc", tmp_path, "val")) == 2
-    assert find_listing("voc", tmp_path, "val").remarks == ["1 line of val.txt stand there twice, and count twice"]
+    assert find_listing("voc", tmp_path, "val").remarks == [
+        "1 line of val.txt stand there twice, and count twice"
+    ]
 
 
-# --- text that users write -----------------------------------------------------------------------------------------
+# --- text that users write
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_text_as_editors_save_it(encoding, root, monkeypatch):
-    (root / "b.toml").write_bytes(CONFIG.replace("\n", "\r\n").replace("grass", "猫").encode(encoding))
+    (root / "b.toml").write_bytes(
+        CONFIG.replace("\n", "\r\n").replace("grass", "猫").encode(encoding)
+    )
     assert load_config(root / "b.toml").data.classes == ["cat", "dog", "猫"]
     (root / "words").write_bytes("cat\r\nsofa = couch\r\n".encode(encoding))
     assert read_words(str(root / "words")).names == ["cat", "sofa"]
@@ -650,7 +918,13 @@ def test_text_as_editors_save_it(encoding, root, monkeypatch):
         type(
             "Input",
             (),
-            {"buffer": type("B", (), {"read": staticmethod(lambda: "\r\n".join(map(str, files)).encode(encoding))})},
+            {
+                "buffer": type(
+                    "B",
+                    (),
+                    {"read": staticmethod(lambda: "\r\n".join(map(str, files)).encode(encoding))},
+                )
+            },
         ),
     )
     assert find_pictures(["-"], root / "out")[1:] == [*map(str, files)]
@@ -659,7 +933,9 @@ def test_text_as_editors_save_it(encoding, root, monkeypatch):
 def test_lines_end_at_newlines_alone():
     """A name may hold what str.splitlines takes for an end, and bytes that are no UTF-8."""
     names = ["a\x0bb", "a\x1cb", "a\u2028b", "a\x85b", " a ", "a\rb", os.fsdecode(b"\xff")]
-    assert split_lines(decode("\r\n".join(names).encode("utf-8", "surrogateescape") + b"\n")) == names
+    assert (
+        split_lines(decode("\r\n".join(names).encode("utf-8", "surrogateescape") + b"\n")) == names
+    )
     assert split_lines("") == [] and split_lines("a\n\nb") == ["a", "", "b"]
 
 
@@ -668,9 +944,14 @@ def test_a_file_name_with_a_line_separator(root, trained):
     name = "a\u2028b\x0bc.png"
     shutil.copy(root / "a/images/val/0.png", root / name)
     (root / "list.txt").write_text(f"{root}/{name}\n", encoding="utf-8")
-    words = f"{sys.executable} eval.py {trained} --root {root} --images - --classes cat --out {root}/o --device cpu"
+    words = (
+        f"{sys.executable} eval.py {trained} --root {root} --images - --classes cat --out "
+        f"{root}/o --device cpu"
+    )
     words += f" < {root}/list.txt"
-    done = subprocess.run(["sh", "-c", words], cwd=ROOT, timeout=200, capture_output=True, text=True)
+    done = subprocess.run(
+        ["sh", "-c", words], cwd=ROOT, timeout=200, capture_output=True, text=True
+    )
     assert done.returncode == 0 and (root / "o" / name).exists(), done.stderr
 
 
@@ -707,7 +988,9 @@ def test_home_is_a_tilde(root, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(root))
     done = command("eval.py", "--help")
     assert done.returncode == 0
-    done = command("prepare_data.py", "folder", "--config=~/a.toml", "--root=~", env={"HOME": str(root)})
+    done = command(
+        "prepare_data.py", "folder", "--config=~/a.toml", "--root=~", env={"HOME": str(root)}
+    )
     assert done.returncode == 0 and "val: 2 pictures" in done.stdout, done.stderr
     config = load_config(root / "a.toml", ["data.folder=~/a", "clip.weights=~/clip.pt"])
     assert config.data.folder == f"{root}/a" and config.clip.weights == f"{root}/clip.pt"
@@ -722,13 +1005,17 @@ def test_nobody_has_a_home(monkeypatch, capsys):
 
     monkeypatch.setattr(Path, "home", homeless)
     folder = run.cache_dir()
-    assert folder == run.cache_dir() and str(os.getuid()) in folder.name and not folder.is_relative_to(ROOT)
+    assert (
+        folder == run.cache_dir()
+        and str(os.getuid()) in folder.name
+        and not folder.is_relative_to(ROOT)
+    )
     assert capsys.readouterr().out.count("no home folder") == 1
     assert run.path_of("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
     run.home_cache.cache_clear()
 
 
-# --- checkpoints of others -----------------------------------------------------------------------------------------
+# --- checkpoints of others
 
 
 def test_checkpoints_with_numbers_and_arrays_of_numpy(tmp_path):
@@ -742,7 +1029,10 @@ def test_checkpoints_with_numbers_and_arrays_of_numpy(tmp_path):
     torch.save(content, tmp_path / "np.pt")
     found = checkpoint.load(tmp_path / "np.pt")
     assert found["score"] == 0.5 and found["step"] == 7 and found["list"] == [2.0, (1,)]
-    assert torch.equal(found["array"], torch.arange(6.0).reshape(2, 3)) and found["model"]["w"].dtype == torch.float64
+    assert (
+        torch.equal(found["array"], torch.arange(6.0).reshape(2, 3))
+        and found["model"]["w"].dtype == torch.float64
+    )
     assert found["model"]["flags"].tolist() == [True, False]
 
 
@@ -763,26 +1053,52 @@ def test_wrapped_state_dicts_are_unwrapped(prefix, root, trained, capsys):
     assert measure(root / "wrapped.pt", root, "--out", root / "o").returncode == 0
     clip = {prefix + k: v for k, v in torch.load(root / "clip.pt").items()}
     torch.save({"epoch": 3, "state_dict": clip}, root / "trainer.pt")  # as OpenCLIP's trainer saves
-    assert weights.load_clip_state(str(root / "trainer.pt"), root).keys() == torch.load(root / "clip.pt").keys()
+    assert (
+        weights.load_clip_state(str(root / "trainer.pt"), root).keys()
+        == torch.load(root / "clip.pt").keys()
+    )
 
 
 def test_training_starts_from_a_segmenter(root, trained):
     """All that fits is loaded, whatever the classes are: the head compares with texts."""
     (root / "b.toml").write_text(CONFIG.replace('"cat", "dog", "grass"', '"sheep", "road", "tree"'))
-    words = ("train.py", "--config", root / "b.toml", "--root", root, "--device", "cpu", "--set", f"train.init={trained}")
-    done = command(*words, "--out", root / "r", "--set", "train.lr=1e-30", "--set", "train.weight_decay=0")
+    words = (
+        "train.py",
+        "--config",
+        root / "b.toml",
+        "--root",
+        root,
+        "--device",
+        "cpu",
+        "--set",
+        f"train.init={trained}",
+    )
+    done = command(
+        *words, "--out", root / "r", "--set", "train.lr=1e-30", "--set", "train.weight_decay=0"
+    )
     assert done.returncode == 0, done.stderr
-    before, after = (checkpoint.load(file)["model"]["maskformer"] for file in (trained, root / "r" / "last.pt"))
+    before, after = (
+        checkpoint.load(file)["model"]["maskformer"] for file in (trained, root / "r" / "last.pt")
+    )
     assert f"train.init {trained}: {len(before)} tensors loaded, 0 dropped" in done.stdout
-    same = [torch.equal(before[k], after[k]) for k in before if "running" not in k and "num_batches" not in k]
+    same = [
+        torch.equal(before[k], after[k])
+        for k in before
+        if "running" not in k and "num_batches" not in k
+    ]
     assert all(same) and len(same) > 50
     done = command(*words, "--out", root / "wider", "--set", "model.queries=9")
     assert done.returncode == 0 and "start afresh: " in done.stdout and "query" in done.stdout
     fails_in_one_line(
-        command(*words, "--out", root / "x", "--set", "train.init=nowhere.pt"), "train.init nowhere.pt", "no such file"
+        command(*words, "--out", root / "x", "--set", "train.init=nowhere.pt"),
+        "train.init nowhere.pt",
+        "no such file",
     )
     torch.save({"model": {"maskformer": {"x": torch.zeros(1)}}, "config": {}}, root / "other.pt")
-    fails_in_one_line(command(*words, "--out", root / "x", "--set", f"train.init={root}/other.pt"), "holds no weight that fits")
+    fails_in_one_line(
+        command(*words, "--out", root / "x", "--set", f"train.init={root}/other.pt"),
+        "holds no weight that fits",
+    )
 
 
 def test_clips_that_are_not_openai_s(root, monkeypatch, capsys):
@@ -790,7 +1106,15 @@ def test_clips_that_are_not_openai_s(root, monkeypatch, capsys):
     from zsseg.clip import CLIP, VisionTransformer, build_clip
 
     torch.manual_seed(0)
-    made = CLIP(VisionTransformer(32, 16, 160, 2, 64, heads=2, activation="gelu"), 64, 40, 514, 64, 1, "gelu").eval()
+    made = CLIP(
+        VisionTransformer(32, 16, 160, 2, 64, heads=2, activation="gelu"),
+        64,
+        40,
+        514,
+        64,
+        1,
+        "gelu",
+    ).eval()
     state, image = made.state_dict(), torch.randn(2, 3, 32, 32)
     torch.save(state, root / "laion.pt")
     with torch.no_grad():
@@ -813,7 +1137,9 @@ def test_clips_that_are_not_openai_s(root, monkeypatch, capsys):
     ]
     words += ["--set", "clip.heads=2"]
     done = command(*words, "--out", root / "r1")
-    assert done.returncode == 0 and "taken for one with quickgelu and 2 heads" in done.stdout, done.stderr
+    assert done.returncode == 0 and "taken for one with quickgelu and 2 heads" in done.stdout, (
+        done.stderr
+    )
     done = command(*words, "--set", "clip.activation=gelu", "--out", root / "r2")
     assert done.returncode == 0 and "taken for" not in done.stdout
     recorded = checkpoint.load(root / "r2" / "last.pt")["config"]["clip"]
@@ -833,7 +1159,10 @@ def test_text_features_depend_on_activation_heads_and_vocabulary(root, monkeypat
 
     state, prompt = tiny_clip_state(), FixedPrompt(["a {}."])
     tokenizer = Tokenizer(514, 40)
-    found = [text_features(build_clip(state, activation), tokenizer, prompt, ["cat"]) for activation in ("quickgelu", "gelu")]
+    found = [
+        text_features(build_clip(state, activation), tokenizer, prompt, ["cat"])
+        for activation in ("quickgelu", "gelu")
+    ]
     assert not torch.equal(*found)
     plain = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda text: plain(text[::-1]))  # another vocabulary
@@ -841,7 +1170,9 @@ def test_text_features_depend_on_activation_heads_and_vocabulary(root, monkeypat
 
 
 def test_label_statistics_follow_every_change(root):
-    """A label map that is replaced by one of the same size and an older date, as `cp -p` and archives do."""
+    """A label map that is replaced by one of the same size and an older date, as `cp -p` and
+    archives do.
+    """
     config = load_config(root / "a.toml").data
     before = label_statistics(config, root, "train").histogram(3)
     file = root / "a/masks/train/0.png"
@@ -860,7 +1191,18 @@ def test_pseudo_labels_follow_pictures_and_settings(root, trained):
     settings = ["--set", "data.unseen=['grass']"]
     assert train(root, *settings).returncode == 0
     words = [*settings, "--set", "data.train_on=all", "--set", f"train.teacher={root}/r/last.pt"]
-    own = ("train.py", "--config", root / "a.toml", "--root", root, "--out", root / "self", "--device", "cpu", *words)
+    own = (
+        "train.py",
+        "--config",
+        root / "a.toml",
+        "--root",
+        root,
+        "--out",
+        root / "self",
+        "--device",
+        "cpu",
+        *words,
+    )
     assert command(*own).returncode == 0
     (root / "self" / "last.pt").unlink()
     (root / "self" / "best.pt").unlink()
@@ -871,7 +1213,7 @@ def test_pseudo_labels_follow_pictures_and_settings(root, trained):
     fails_in_one_line(command(*own), "pseudo labels", "other pictures")
 
 
-# --- a folder with ten mistakes ------------------------------------------------------------------------------------
+# --- a folder with ten mistakes
 
 
 def test_turned_pictures_are_named(root):
@@ -900,12 +1242,16 @@ def test_ten_mistakes_at_once_are_all_named(root):
     for i in range(4):
         save_pair(root, "train", str(i), np.minimum(blocks(), 1))
     (a / "images/train/4.png").write_bytes(b"")  # 1: an empty picture
-    (a / "masks/train/5.png").write_bytes((a / "masks/train/5.png").read_bytes()[:60])  # 2: a cut label map
+    (a / "masks/train/5.png").write_bytes(
+        (a / "masks/train/5.png").read_bytes()[:60]
+    )  # 2: a cut label map
     Image.new("L", (10, 10)).save(a / "masks/train/6.png")  # 3: of another size
     Image.new("RGB", (60, 48)).save(a / "masks/train/7.png")  # 4: in colours
     (a / "masks/train/8.png").unlink()  # 5: a picture without labels
     (a / "images/train/9.png").unlink()  # 6: labels without a picture
-    Image.fromarray(np.where(blocks() > 0, 200, 0).astype(np.uint8)).save(a / "masks/train/10.png")  # 7: a value of no class
+    Image.fromarray(np.where(blocks() > 0, 200, 0).astype(np.uint8)).save(
+        a / "masks/train/10.png"
+    )  # 7: a value of no class
     # 8: no pixel of "grass" in train, by the above
     exif = Image.Exif()
     exif[0x0112] = 3
@@ -915,7 +1261,9 @@ def test_ten_mistakes_at_once_are_all_named(root):
     picture = Image.fromarray(np.minimum(blocks(), 1))
     picture.putpalette([0, 0, 0, 255, 255, 255])
     picture.save(a / "masks/train/3.png")  # 12: greys that are no indices
-    Image.fromarray(blocks()).convert("L").save(a / "masks/train/2.png", "JPEG")  # 13: losses, under a wrong name
+    Image.fromarray(blocks()).convert("L").save(
+        a / "masks/train/2.png", "JPEG"
+    )  # 13: losses, under a wrong name
     save_pair(root, "train", "1", np.full((48, 60), 255, np.uint8))  # 14: no class at all
     (a / "images/train/.thumbs").mkdir()  # 15
     done = check(root)
@@ -947,7 +1295,9 @@ def test_the_check_goes_on_after_what_ends_other_commands(root, capsys):
     text = CONFIG.replace("images/{split}/{id}.png", "images/{split}/{id}.*")
     (root / "a.toml").write_text(text)
     with pytest.raises(run.UserError, match="2 files are broken"):
-        prepare_data.main(["folder", "--config", str(root / "a.toml"), "--root", str(root), "--check"])
+        prepare_data.main(
+            ["folder", "--config", str(root / "a.toml"), "--root", str(root), "--check"]
+        )
     text = capsys.readouterr().out
     assert "has the id of" in text and "val: 2 pictures" in text and "no 'train' file is" in text
 
@@ -958,22 +1308,38 @@ def test_batch_norm_wants_more_than_one_value(root):
     assert tiny_config().train.batch_size > 1
 
 
-# --- what a second reading found -----------------------------------------------------------------------------------
+# --- what a second reading found
 
 
 def test_results_of_another_picture_are_not_replaced(root, trained):
-    """Two folders whose pictures have the same names, as cameras give them; equal sizes and dates do not make them equal."""
+    """Two folders whose pictures have the same names, as cameras give them; equal sizes and dates
+    do not make them equal.
+    """
     for folder in ("cam1", "cam2"):
         (root / folder).mkdir()
         shutil.copy(root / "a/images/val/0.png", root / folder / "0001.png")
         os.utime(root / folder / "0001.png", ns=(10**18, 10**18))
     segment = lambda *more: command(
-        "eval.py", trained, "--root", root, "--classes", "cat", "--out", root / "o", "--device", "cpu", *more
+        "eval.py",
+        trained,
+        "--root",
+        root,
+        "--classes",
+        "cat",
+        "--out",
+        root / "o",
+        "--device",
+        "cpu",
+        *more,
     )
     assert segment("--images", root / "cam1").returncode == 0
     before = (root / "o" / "0001.json").read_bytes()
     for more in ([], ["--resume"]):
-        fails_in_one_line(segment("--images", root / "cam2", *more), "the result of another picture", "cam1/0001.png")
+        fails_in_one_line(
+            segment("--images", root / "cam2", *more),
+            "the result of another picture",
+            "cam1/0001.png",
+        )
     assert (root / "o" / "0001.json").read_bytes() == before
 
 
@@ -993,7 +1359,14 @@ def test_label_maps_of_others_are_no_pseudo_labels(root):
     assert train(root, "--set", "data.unseen=['grass']").returncode == 0
     (root / "self" / "pseudo").mkdir(parents=True)
     shutil.copy(root / "a/masks/train/0.png", root / "self" / "pseudo" / "000000.png")
-    words = ["--set", "data.unseen=['grass']", "--set", "data.train_on=all", "--set", f"train.teacher={root}/r/last.pt"]
+    words = [
+        "--set",
+        "data.unseen=['grass']",
+        "--set",
+        "data.train_on=all",
+        "--set",
+        f"train.teacher={root}/r/last.pt",
+    ]
     fails_in_one_line(train(root, "--out", root / "self", *words), "pseudo labels")
 
 
@@ -1023,10 +1396,24 @@ def test_frames_and_pages_are_counted(root, trained):
     (root / "p").mkdir()
     pages[0].save(root / "p" / "x.tif", save_all=True, append_images=pages[1:])
     pages[0].save(root / "a/images/val/0.png", save_all=True, append_images=pages[1:2])
-    done = command("eval.py", trained, "--root", root, "--images", root / "p", "--classes", "cat", "--device", "cpu")
+    done = command(
+        "eval.py",
+        trained,
+        "--root",
+        root,
+        "--images",
+        root / "p",
+        "--classes",
+        "cat",
+        "--device",
+        "cpu",
+    )
     assert done.returncode == 0 and "left out: 2 pages or frames of pictures" in done.stdout
     Image.fromarray(np.zeros((20, 30), np.uint8)).save(root / "a/masks/val/0.png")
-    assert "the picture has more than one page or frame; the first is read (1 file" in check(root).stdout
+    assert (
+        "the picture has more than one page or frame; the first is read (1 file"
+        in check(root).stdout
+    )
 
 
 def test_nothing_measured_makes_no_best(root):
@@ -1038,9 +1425,30 @@ def test_nothing_measured_makes_no_best(root):
 
 def test_two_runs_do_not_share_a_folder(root):
     """The second ends in a line; when the first is gone, however it ended, its folder is free."""
-    words = [sys.executable, "train.py", "--config", root / "a.toml", "--root", root, "--out", root / "r", "--device", "cpu"]
-    words = [*map(str, words), "--set", "train.steps=100000", "--set", "log.every=1", "--set", "data.workers=1"]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    words = [
+        sys.executable,
+        "train.py",
+        "--config",
+        root / "a.toml",
+        "--root",
+        root,
+        "--out",
+        root / "r",
+        "--device",
+        "cpu",
+    ]
+    words = [
+        *map(str, words),
+        "--set",
+        "train.steps=100000",
+        "--set",
+        "log.every=1",
+        "--set",
+        "data.workers=1",
+    ]
+    with subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
         file, until = root / "r" / "metrics.jsonl", time.time() + 120
         while not (file.exists() and file.stat().st_size) and time.time() < until:
             time.sleep(0.1)
@@ -1080,7 +1488,9 @@ def test_an_original_with_further_entries_starts_a_training(root, trained):
     torch.save({"model": original}, root / "model_final.pth")
     done = train(root, "--set", f"train.init={root}/model_final.pth")
     assert done.returncode == 0, done.stderr
-    assert "1 tensors loaded, 1 dropped: extra.thing" in done.stdout and "start afresh" in done.stdout
+    assert (
+        "1 tensors loaded, 1 dropped: extra.thing" in done.stdout and "start afresh" in done.stdout
+    )
 
 
 def test_seen_classes_are_compared_by_their_names(root, trained):
@@ -1091,9 +1501,16 @@ def test_seen_classes_are_compared_by_their_names(root, trained):
 
 @pytest.mark.parametrize(
     ("text", "names"),
-    [("cat\rdog\rgrass", ["cat", "dog", "grass"]), ("cat\tdog", None), ("cat; dog", None), ("0: cat\n1: dog", None),
-     ("cat # a comment", None), ("1 = cat", None), ("3d printer\n2 of spades", ["3d printer", "2 of spades"])],
-)  # fmt: skip
+    [
+        ("cat\rdog\rgrass", ["cat", "dog", "grass"]),
+        ("cat\tdog", None),
+        ("cat; dog", None),
+        ("0: cat\n1: dog", None),
+        ("cat # a comment", None),
+        ("1 = cat", None),
+        ("3d printer\n2 of spades", ["3d printer", "2 of spades"]),
+    ],
+)
 def test_word_files_of_other_kinds(text, names, tmp_path):
     (tmp_path / "words.txt").write_bytes(text.encode())
     if names:

@@ -1,4 +1,6 @@
-"""Any pictures, any words: finding pictures, what is written, resuming, several processes, mistakes."""
+"""Any pictures, any words: finding pictures, what is written, resuming, several processes,
+mistakes.
+"""
 
 import io
 import json
@@ -31,7 +33,9 @@ from zsseg.segmenter import Segmenter
 
 @pytest.fixture(scope="module")
 def model(shapes_root, tmp_path_factory) -> Path:
-    """A segmenter after two steps: good for nothing, but it proposes different things in different pictures."""
+    """A segmenter after two steps: good for nothing, but it proposes different things in different
+    pictures.
+    """
     out = tmp_path_factory.mktemp("model")
     settings = ["--set", "train.steps=2", "--set", "eval.compare=false"]
     result = command("train.py", *TINY, *settings, "--root", shapes_root, "--out", out)
@@ -63,14 +67,32 @@ WHOLE = ["a.jpg", "a.png", "deep16", "more/deep/ünïcode", "more/one pixel", "m
 
 
 def arguments(model: Path, root: Path, out: Path, *more: object) -> list[str]:
-    return [*map(str, (model, "--root", root, "--out", out, "--device", "cpu", "--set", "data.workers=0", *more))]
+    return [
+        *map(
+            str,
+            (
+                model,
+                "--root",
+                root,
+                "--out",
+                out,
+                "--device",
+                "cpu",
+                "--set",
+                "data.workers=0",
+                *more,
+            ),
+        )
+    ]
 
 
 def results(out: Path) -> dict[str, bytes]:
-    return {f.relative_to(out).as_posix(): f.read_bytes() for f in sorted(out.rglob("*")) if f.is_file()}
+    return {
+        f.relative_to(out).as_posix(): f.read_bytes() for f in sorted(out.rglob("*")) if f.is_file()
+    }
 
 
-# --- finding pictures --------------------------------------------------------------------------------------------
+# --- finding pictures
 
 
 def test_names_are_unique_and_short(photos, tmp_path):
@@ -83,7 +105,10 @@ def test_names_are_unique_and_short(photos, tmp_path):
 
 def test_files_patterns_and_lists(photos, tmp_path, monkeypatch):
     found = lambda *given: find_pictures([*map(str, given)], tmp_path / "out")
-    assert found(photos / "notes.txt") == [str(photos), str(photos / "notes.txt")]  # who names a file means it
+    assert found(photos / "notes.txt") == [
+        str(photos),
+        str(photos / "notes.txt"),
+    ]  # who names a file means it
     assert found(photos / "a.*") == [str(photos), str(photos / "a.jpg"), str(photos / "a.png")]
     assert len(found(photos / "**" / "*.gif")) == 2
     assert found(photos / "a.jpg", photos / "more" / "not.png", photos / "a.jpg")[0] == str(photos)
@@ -94,16 +119,29 @@ def test_files_patterns_and_lists(photos, tmp_path, monkeypatch):
     inside = photos / "more" / "out"
     (inside / "x").mkdir(parents=True)
     shutil.copy(photos / "a.png", inside / "x" / "a.png")
-    assert len(find_pictures([str(photos)], inside)) == 9 and len(found(photos)) == 10  # not its own results
+    assert (
+        len(find_pictures([str(photos)], inside)) == 9 and len(found(photos)) == 10
+    )  # not its own results
 
 
 def test_results_never_take_the_place_of_pictures(photos, tmp_path, monkeypatch):
-    """What lies where results go is none of the pictures of a pattern, and an error where it is asked for."""
+    """What lies where results go is none of the pictures of a pattern, and an error where it is
+    asked for.
+    """
     monkeypatch.chdir(photos)
     (photos / "more" / "out" / "x").mkdir(parents=True)
     shutil.copy("a.png", "more/out/x/a.overlay.png")
-    assert find_pictures(["**/*.png"], Path("more/out")) == find_pictures(["**/*.png"], Path("elsewhere"))[:-1]
-    for given, out in (("a.jpg", "."), (".", "."), ("more", "more"), ("more/out/x", "more"), ("more/out/x/*.png", "more/out")):
+    assert (
+        find_pictures(["**/*.png"], Path("more/out"))
+        == find_pictures(["**/*.png"], Path("elsewhere"))[:-1]
+    )
+    for given, out in (
+        ("a.jpg", "."),
+        (".", "."),
+        ("more", "more"),
+        ("more/out/x", "more"),
+        ("more/out/x/*.png", "more/out"),
+    ):
         with pytest.raises(UserError, match=r"where results go|holds no picture"):
             find_pictures([given], Path(out))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a.jpg")))
@@ -130,7 +168,10 @@ def test_a_folder_that_cannot_be_read_is_an_error(photos, tmp_path, monkeypatch)
 @pytest.mark.parametrize("given", ["phot", "*.xyz", "empty"])
 def test_where_there_are_no_pictures(given, photos, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"did you mean .*photos\?" if given == "phot" else "(holds|names) no picture"):
+    with pytest.raises(
+        UserError,
+        match=r"did you mean .*photos\?" if given == "phot" else "(holds|names) no picture",
+    ):
         find_pictures([str(tmp_path / given)], tmp_path / "out")
 
 
@@ -150,10 +191,14 @@ def test_pictures_are_read_as_they_are_shown(tmp_path):
     with pytest.raises(UserError, match="more than"):
         read_picture(tmp_path / "large.png")
     Image.fromarray(np.array([[0, 65535, 32896]], np.uint16)).save(tmp_path / "deep.png")
-    assert np.asarray(read_picture(tmp_path / "deep.png", shown=True))[0, :, 0].tolist() == [0, 255, 128]
+    assert np.asarray(read_picture(tmp_path / "deep.png", shown=True))[0, :, 0].tolist() == [
+        0,
+        255,
+        128,
+    ]
 
 
-# --- segmenting --------------------------------------------------------------------------------------------------
+# --- segmenting
 
 
 def test_every_picture_gets_its_files(model, shapes_root, photos, tmp_path, monkeypatch, capsys):
@@ -169,8 +214,15 @@ def test_every_picture_gets_its_files(model, shapes_root, photos, tmp_path, monk
     failing = arguments(model, shapes_root, out, "--images", photos, "--classes", words)
     fails(capsys, monkeypatch, evaluation.main, failing, "2 of 8 failed", "cut.jpg", "failed.txt")
     failed = (out / "failed.txt").read_text().splitlines()
-    assert len(failed) == 2 and "cut.jpg: cannot be read" in failed[0] and "not.png: cannot be read" in failed[1]
-    assert set(results(out)) == {"failed.txt", *(n + e for n in WHOLE for e in (".png", ".overlay.jpg", ".json"))}
+    assert (
+        len(failed) == 2
+        and "cut.jpg: cannot be read" in failed[0]
+        and "not.png: cannot be read" in failed[1]
+    )
+    assert set(results(out)) == {
+        "failed.txt",
+        *(n + e for n in WHOLE for e in (".png", ".overlay.jpg", ".json")),
+    }
     for name in WHOLE:
         content = json.loads((out / f"{name}.json").read_text())
         labels = np.array(picture := Image.open(out / f"{name}.png"))
@@ -179,16 +231,29 @@ def test_every_picture_gets_its_files(model, shapes_root, photos, tmp_path, monk
         assert picture.getpalette()[:9] == [value for colour in colours for value in colour]
         assert labels.shape == read_picture(Path(content["picture"]), shown=True).size[::-1]
         ids, pixels = np.unique(labels, return_counts=True)
-        assert {c["id"]: c["pixels"] for c in content["classes"]} == dict(zip(ids.tolist(), pixels.tolist(), strict=True))
-        assert {c["name"] for c in content["classes"]} <= {"red disc", "couch", "other"} and ids.max() <= 2
+        assert {c["id"]: c["pixels"] for c in content["classes"]} == dict(
+            zip(ids.tolist(), pixels.tolist(), strict=True)
+        )
+        assert {c["name"] for c in content["classes"]} <= {
+            "red disc",
+            "couch",
+            "other",
+        } and ids.max() <= 2
         assert sum(c["share"] for c in content["classes"]) == pytest.approx(1)
         scale = max(480 / max(labels.shape), 1)
-        small = Image.fromarray(labels).resize([max(round(scale * n), 1) for n in labels.shape[::-1]], Image.Resampling.NEAREST)
+        small = Image.fromarray(labels).resize(
+            [max(round(scale * n), 1) for n in labels.shape[::-1]], Image.Resampling.NEAREST
+        )
         shape, coloured, legend = legends[np.asarray(small).tobytes()]
         assert shape == (*small.size[::-1], 3) and coloured == colours
-        assert legend == [(c["id"], f"{c['name']}  {100 * c['pixels'] / labels.size:.1f}%") for c in content["classes"]]
+        assert legend == [
+            (c["id"], f"{c['name']}  {100 * c['pixels'] / labels.size:.1f}%")
+            for c in content["classes"]
+        ]
         assert Image.open(out / f"{name}.overlay.jpg").size > small.size
-        assert [c["pixels"] for c in content["classes"]] == sorted((c["pixels"] for c in content["classes"]), reverse=True)
+        assert [c["pixels"] for c in content["classes"]] == sorted(
+            (c["pixels"] for c in content["classes"]), reverse=True
+        )
     mended = photos / "cut.jpg"
     shutil.copy(photos / "a.jpg", mended)
     (photos / "more" / "not.png").unlink()
@@ -196,22 +261,33 @@ def test_every_picture_gets_its_files(model, shapes_root, photos, tmp_path, monk
     evaluation.main([*failing, "--resume"])
     assert (out / "cut.json").exists()
     after = results(out)
-    assert "failed.txt" not in after and before.items() - after.items() == {("failed.txt", before["failed.txt"])}
+    assert "failed.txt" not in after and before.items() - after.items() == {
+        ("failed.txt", before["failed.txt"])
+    }
 
 
 def test_the_data_set_s_pictures_come_out_as_in_evaluation(model, shapes_root, tmp_path):
     """Although their regions share CLIP's batches; also with views."""
-    for name, settings in (("plain", []), ("views", ["--set", "eval.flip=true", "--set", "eval.sizes=[64,96]"])):
+    for name, settings in (
+        ("plain", []),
+        ("views", ["--set", "eval.flip=true", "--set", "eval.sizes=[64,96]"]),
+    ):
         folder = tmp_path / name
-        evaluation.main(arguments(model, shapes_root, folder / "a", "--save-predictions", *settings))
+        evaluation.main(
+            arguments(model, shapes_root, folder / "a", "--save-predictions", *settings)
+        )
         images = shapes_root / "shapes" / "images" / "test"
         evaluation.main(arguments(model, shapes_root, folder / "b", "--images", images, *settings))
         for file in (folder / "a" / "predictions").iterdir():
-            assert np.array_equal(np.array(Image.open(file)), np.array(Image.open(folder / "b" / file.name))), file.name
+            assert np.array_equal(
+                np.array(Image.open(file)), np.array(Image.open(folder / "b" / file.name))
+            ), file.name
 
 
 def test_scores_are_those_of_the_label_map(model, shapes_root, photos, tmp_path, monkeypatch):
-    """The mean over a class's pixels of the score of the class that each was given; of "other", all background words'."""
+    """The mean over a class's pixels of the score of the class that each was given; of "other", all
+    background words'.
+    """
     data, given, fix = dataset("shapes"), [], Segmenter.set_classes
     text = f"{data.names[0]}, disc = round thing; other: {', '.join(data.names[1:])}"
     monkeypatch.setattr(Segmenter, "set_classes", lambda *words: given.append(words) or fix(*words))
@@ -220,22 +296,34 @@ def test_scores_are_those_of_the_label_map(model, shapes_root, photos, tmp_path,
         if name.startswith(("mask_embed", "class_embed")) and weights.ndim == 2:
             weights.copy_(torch.randn(weights.shape, generator=random))  # queries that differ
     checkpoint.save(tmp_path / "wild.pt", **content)
-    wild = arguments(tmp_path / "wild.pt", shapes_root, tmp_path / "out", "--set", "clip.ensemble=false")
+    wild = arguments(
+        tmp_path / "wild.pt", shapes_root, tmp_path / "out", "--set", "clip.ensemble=false"
+    )
     evaluation.main([*wild, "--images", str(photos / "a.jpg"), "--classes", text])
     [(segmenter, *words)] = given
-    assert words[0] == [data.names[0], "disc", *data.names[1:]] and words[2] == {"disc": ["round thing"]}
-    assert words[1] == [i for i, name in enumerate(words[0]) if name != "disc" and name not in data.unseen]
-    image = read_picture(photos / "a.jpg").resize(network_size(70, 50, 64, 128), Image.Resampling.BILINEAR)
+    assert words[0] == [data.names[0], "disc", *data.names[1:]] and words[2] == {
+        "disc": ["round thing"]
+    }
+    assert words[1] == [
+        i for i, name in enumerate(words[0]) if name != "disc" and name not in data.unseen
+    ]
+    image = read_picture(photos / "a.jpg").resize(
+        network_size(70, 50, 64, 128), Image.Resampling.BILINEAR
+    )
     proposals = segmenter.propose(to_tensor(image))
     labels, top = segmenter.label_map(segmenter.ensemble(proposals), proposals, (50, 70))
     found = json.loads((tmp_path / "out" / "a.json").read_text())["classes"]
     assert {c["id"] for c in found} == set(labels.clamp(max=2).unique().tolist()) and len(found) > 1
     for c in found:
-        assert c["score"] == pytest.approx(float(top[labels.clamp(max=2) == c["id"]].mean()), abs=1e-4)
+        assert c["score"] == pytest.approx(
+            float(top[labels.clamp(max=2) == c["id"]].mean()), abs=1e-4
+        )
 
 
 def test_resuming_segments_what_is_missing(model, shapes_root, tmp_path, capsys, monkeypatch):
-    """Results of other words, settings, weights or pictures do not count as done; and what is made again is the same."""
+    """Results of other words, settings, weights or pictures do not count as done; and what is made
+    again is the same.
+    """
     monkeypatch.setattr(pictures, "TOGETHER", 2)
     out, images = tmp_path / "out", tmp_path / "images"
     shutil.copytree(shapes_root / "shapes" / "images" / "train", images)
@@ -277,30 +365,49 @@ def test_resuming_segments_what_is_missing(model, shapes_root, tmp_path, capsys,
     assert segmented(*last) == 0
     os.replace(moved / "train00007.jpg", moved / "train00001.jpg")  # an older file, another picture
     assert segmented(*last) == 2
-    assert json.loads((out / "train00001.json").read_text())["picture"] == str(moved / "train00001.jpg")
+    assert json.loads((out / "train00001.json").read_text())["picture"] == str(
+        moved / "train00001.jpg"
+    )
 
 
 def summary(text: str, out: Path) -> None:
-    """The table at the end must be what the JSONs say, done before or not, the largest share first."""
+    """The table at the end must be what the JSONs say, done before or not, the largest share
+    first.
+    """
     rows = re.findall(r"^(\S.*?) +(\d+\.\d)% +(\d+)$", text, re.M)
     classes = [c for file in out.glob("*.json") for c in json.loads(file.read_text())["classes"]]
     total, names = sum(c["pixels"] for c in classes), {c["name"] for c in classes}
-    wanted = {name: (f"{100 * sum(c['pixels'] for c in classes if c['name'] == name) / total:.1f}",
-                     str(sum(c["name"] == name for c in classes))) for name in names}  # fmt: skip
+    wanted = {
+        name: (
+            f"{100 * sum(c['pixels'] for c in classes if c['name'] == name) / total:.1f}",
+            str(sum(c["name"] == name for c in classes)),
+        )
+        for name in names
+    }
     assert {name: rest for name, *rest in rows} == {name: [*rest] for name, rest in wanted.items()}
-    assert [float(share) for _, share, _ in rows] == sorted((float(share) for _, share, _ in rows), reverse=True)
-    count, seconds, rate = re.search(r"^(\d+) pictures in (\S+) s, (\S+) images/s", text, re.M).groups()
-    assert float(rate) == pytest.approx(int(count) / float(seconds), abs=0.06 * float(rate) / float(seconds))
+    assert [float(share) for _, share, _ in rows] == sorted(
+        (float(share) for _, share, _ in rows), reverse=True
+    )
+    count, seconds, rate = re.search(
+        r"^(\d+) pictures in (\S+) s, (\S+) images/s", text, re.M
+    ).groups()
+    assert float(rate) == pytest.approx(
+        int(count) / float(seconds), abs=0.06 * float(rate) / float(seconds)
+    )
 
 
 def test_many_words_are_sixteen_bits(model, shapes_root, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("\n".join(f"thing {i}" for i in range(300)))
     picture = shapes_root / "shapes" / "images" / "test" / "test00001.jpg"
-    evaluation.main(arguments(model, shapes_root, tmp_path / "out", "--images", picture, "--classes", words))
+    evaluation.main(
+        arguments(model, shapes_root, tmp_path / "out", "--images", picture, "--classes", words)
+    )
     labels = np.array(Image.open(tmp_path / "out" / "test00001.png"))
     content = json.loads((tmp_path / "out" / "test00001.json").read_text())
-    assert labels.dtype == np.uint16 and {c["id"] for c in content["classes"]} == set(np.unique(labels).tolist())
+    assert labels.dtype == np.uint16 and {c["id"] for c in content["classes"]} == set(
+        np.unique(labels).tolist()
+    )
     assert all(c["name"] == f"thing {c['id']}" for c in content["classes"])
 
 
@@ -308,18 +415,38 @@ def test_overlays_have_room_for_what_there_is_room_for():
     image, colours = np.zeros((60, 40, 3), np.uint8), palette(50)[:-1]
     labels = np.zeros((60, 40), np.uint8)
     labels[20:40] = 7
-    canvas = np.array(overlay(image, labels, colours, [(i, f"a class with a long name {i}") for i in range(50)]))
+    canvas = np.array(
+        overlay(image, labels, colours, [(i, f"a class with a long name {i}") for i in range(50)])
+    )
     assert canvas.shape[0] <= 90 and canvas.shape[1] > 150
-    assert (canvas[30, 20] == (0.5 * colours[7]).astype(np.uint8)).all() and (canvas[20, 5] == 255).all()
+    assert (canvas[30, 20] == (0.5 * colours[7]).astype(np.uint8)).all() and (
+        canvas[20, 5] == 255
+    ).all()
 
 
 def test_two_processes_leave_what_one_leaves(model, shapes_root, photos, tmp_path):
     """Each picture a group of its own; and three find what the two have left over."""
     outs = []
-    shutil.copy(photos / "a.jpg", photos / ("猫" * 80 + ".jpg"))  # longer than its results' names may be
-    run = lambda out, processes, *more: command("eval.py", *arguments(model, shapes_root, out, "--images", photos, "--classes",
-                                                "red disc, wall", "--set", "clip.chunk=8", *more), processes=processes,
-                                                env={"OMP_NUM_THREADS": "1"} | env)  # fmt: skip
+    shutil.copy(
+        photos / "a.jpg", photos / ("猫" * 80 + ".jpg")
+    )  # longer than its results' names may be
+    run = lambda out, processes, *more: command(
+        "eval.py",
+        *arguments(
+            model,
+            shapes_root,
+            out,
+            "--images",
+            photos,
+            "--classes",
+            "red disc, wall",
+            "--set",
+            "clip.chunk=8",
+            *more,
+        ),
+        processes=processes,
+        env={"OMP_NUM_THREADS": "1"} | env,
+    )
     env = {}
     for processes in (1, 2):
         result = run(tmp_path / str(processes), processes)
@@ -332,15 +459,26 @@ def test_two_processes_leave_what_one_leaves(model, shapes_root, photos, tmp_pat
         file.unlink()
     env = {"TORCHELASTIC_MAX_RESTARTS": "3"}  # by which an error would start it all over again
     result = run(tmp_path / "2", 3, "--resume")
-    assert result.returncode == 0 and "error: pictures: 2 of 9 failed" in result.stderr, result.stderr
-    assert "segment, the first of 3 processes 3/3" in result.stdout and "2 done before" in result.stdout
+    assert result.returncode == 0 and "error: pictures: 2 of 9 failed" in result.stderr, (
+        result.stderr
+    )
+    assert (
+        "segment, the first of 3 processes 3/3" in result.stdout
+        and "2 done before" in result.stdout
+    )
     assert results(tmp_path / "2") == outs[0]
 
 
 @pytest.mark.slow
-def test_exported_programs_find_what_images_finds(model, shapes_root, photos, tmp_path, monkeypatch, capsys):
-    """`--export` with words of the user's own, background words among them, on pictures of odd kinds."""
-    Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 60, 4), np.uint8)).save(photos / "clear.png")
+def test_exported_programs_find_what_images_finds(
+    model, shapes_root, photos, tmp_path, monkeypatch, capsys
+):
+    """`--export` with words of the user's own, background words among them, on pictures of odd
+    kinds.
+    """
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 60, 4), np.uint8)).save(
+        photos / "clear.png"
+    )
     files = [photos / "clear.png", photos / "deep16.png"]
     words = ["--classes", "red disc, blue square = azure box; other: striped wall, checked wall"]
     out, programs, found = tmp_path / "out", tmp_path / "programs", set()
@@ -355,7 +493,9 @@ def test_exported_programs_find_what_images_finds(model, shapes_root, photos, tm
         content = json.loads((out / f"{names[i]}.json").read_text())
         lines = capsys.readouterr().out.splitlines()
         assert [line.split(None, 1)[1] for line in lines] == [c["name"] for c in content["classes"]]
-        assert np.array_equal(np.array(Image.open("labels.png")), np.array(Image.open(out / f"{names[i]}.png"))), file
+        assert np.array_equal(
+            np.array(Image.open("labels.png")), np.array(Image.open(out / f"{names[i]}.png"))
+        ), file
         found |= {c["name"] for c in content["classes"]}
     assert "other" in found
 
@@ -374,16 +514,24 @@ def test_mistakes(model, shapes_root, photos, tmp_path, capsys, monkeypatch):
     ]
     for more, part in mistakes:
         fails(capsys, monkeypatch, evaluation.main, arguments(model, shapes_root, out, *more), part)
-    result = command("eval.py", *arguments(model, shapes_root, out, "--images", tmp_path / "photo"), processes=2)
+    result = command(
+        "eval.py", *arguments(model, shapes_root, out, "--images", tmp_path / "photo"), processes=2
+    )
     fails_in_one_line(result, "no such file or folder")
     assert not out.exists()
 
 
-def test_a_supervised_model_knows_its_own_classes_only(shapes_root, photos, tmp_path, capsys, monkeypatch):
+def test_a_supervised_model_knows_its_own_classes_only(
+    shapes_root, photos, tmp_path, capsys, monkeypatch
+):
     config = tiny_config("model.class_head=linear", "data.train_on=all", "clip.ensemble=false")
     segmenter = Segmenter(config, tiny_clip_state())
     checkpoint.save(tmp_path / "linear.pt", model=segmenter.learned_state(), config=asdict(config))
-    run = arguments(tmp_path / "linear.pt", shapes_root, tmp_path / "out", "--images", photos / "a.jpg")
+    run = arguments(
+        tmp_path / "linear.pt", shapes_root, tmp_path / "out", "--images", photos / "a.jpg"
+    )
     fails(capsys, monkeypatch, evaluation.main, [*run, "--classes", "cat, dog"], "model.class_head")
     evaluation.main(run)
-    assert {c["name"] for c in json.loads((tmp_path / "out" / "a.json").read_text())["classes"]} <= {*dataset("shapes").names}
+    assert {
+        c["name"] for c in json.loads((tmp_path / "out" / "a.json").read_text())["classes"]
+    } <= {*dataset("shapes").names}

@@ -30,23 +30,39 @@ def model(shapes_root, tmp_path_factory):
         )
         for w in ("--set", s)
     ]
-    words = ("train.py", "--config", ROOT / "configs/shapes.toml", "--root", shapes_root, "--out", out, "--device", "cpu")
+    words = (
+        "train.py",
+        "--config",
+        ROOT / "configs/shapes.toml",
+        "--root",
+        shapes_root,
+        "--out",
+        out,
+        "--device",
+        "cpu",
+    )
     done = command(*words, *settings)
     assert done.returncode == 0, done.stderr
     return out / "last.pt"
 
 
 def test_six_lines(model, shapes_root, tmp_path):
-    """The label map of `--images`, from a file, an array and a Pillow image, and the score of each pixel's class."""
+    """The label map of `--images`, from a file, an array and a Pillow image, and the score of each
+    pixel's class.
+    """
     file = next((shapes_root / "shapes/images/test").iterdir())
     names = ["red disc", "blue square", "sky"]
     segmenter = load(model, root=shapes_root, device="cpu")
     assert len(segmenter.names) == 24  # the data set's
     segmenter.set_classes(names, {"sky": ["striped wall"]})
     labels, scores = segmenter(file, return_scores=True)
-    assert labels.dtype == np.uint8 and labels.shape == scores.shape == (64, 64) and (scores > 0).all()
+    assert (
+        labels.dtype == np.uint8 and labels.shape == scores.shape == (64, 64) and (scores > 0).all()
+    )
     image = Image.open(file)
-    assert all(np.array_equal(segmenter(other), labels) for other in (str(file), image, np.array(image)))
+    assert all(
+        np.array_equal(segmenter(other), labels) for other in (str(file), image, np.array(image))
+    )
     words = "red disc, blue square, sky = striped wall"
     done = command(
         "eval.py",
@@ -64,13 +80,18 @@ def test_six_lines(model, shapes_root, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert np.array_equal(np.array(Image.open(tmp_path / "o" / f"{file.stem}.png")), labels)
-    found = {c["id"]: c["score"] for c in json.loads((tmp_path / "o" / f"{file.stem}.json").read_text())["classes"]}
+    found = {
+        c["id"]: c["score"]
+        for c in json.loads((tmp_path / "o" / f"{file.stem}.json").read_text())["classes"]
+    }
     for category, score in found.items():
         assert scores[labels == category].mean() == pytest.approx(score, abs=1e-4)
 
 
 def test_images_of_other_sizes_and_modes(model, shapes_root):
-    segmenter = load(model, root=shapes_root, device="cpu", settings=["eval.flip=true", "clip.ensemble=false"])
+    segmenter = load(
+        model, root=shapes_root, device="cpu", settings=["eval.flip=true", "clip.ensemble=false"]
+    )
     segmenter.set_classes([f"thing {i}" for i in range(300)])
     assert segmenter(np.zeros((1, 1, 3), np.uint8)).dtype == np.uint16
     assert segmenter(np.zeros((31, 50), np.uint8)).shape == (31, 50)
@@ -79,7 +100,12 @@ def test_images_of_other_sizes_and_modes(model, shapes_root):
 
 def test_what_is_no_image_is_said(model, shapes_root):
     segmenter = load(model, root=shapes_root, device="cpu")
-    for image in (np.zeros((3, 4, 5), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), "nowhere.jpg"):
+    for image in (
+        np.zeros((3, 4, 5), np.uint8),
+        np.zeros((4, 4, 3)),
+        np.zeros((0, 4, 3), np.uint8),
+        "nowhere.jpg",
+    ):
         with pytest.raises(run.UserError):
             segmenter(image)
     with pytest.raises(run.UserError, match="no such file"):

@@ -11,14 +11,30 @@ from zsseg.words import read_words, trained_names
 
 @pytest.mark.parametrize(
     ("text", "names", "synonyms", "shown"),
-    [("cat, dog,grass", ["cat", "dog", "grass"], {}, 3),
-     ("cat, sofa = couch = settee, dog,", ["cat", "sofa", "dog"], {"sofa": ["couch", "settee"]}, 3),
-     ("cat; Other: sky, wall ; dog", ["cat", "dog", "sky", "wall"], {}, 2),
-     ("other", ["other"], {}, 1),
-     ("file:cat\r\ndog\n\n# a comment = none\n  hot   dog  \n", ["cat", "dog", "hot dog"], {}, 3),
-     ("file:cat, dog\nsofa = couch, settee\nother: sky, wall", ["cat", "dog", "sofa", "sky", "wall"],
-      {"sofa": ["couch", "settee"]}, 3)],
-)  # fmt: skip
+    [
+        ("cat, dog,grass", ["cat", "dog", "grass"], {}, 3),
+        (
+            "cat, sofa = couch = settee, dog,",
+            ["cat", "sofa", "dog"],
+            {"sofa": ["couch", "settee"]},
+            3,
+        ),
+        ("cat; Other: sky, wall ; dog", ["cat", "dog", "sky", "wall"], {}, 2),
+        ("other", ["other"], {}, 1),
+        (
+            "file:cat\r\ndog\n\n# a comment = none\n  hot   dog  \n",
+            ["cat", "dog", "hot dog"],
+            {},
+            3,
+        ),
+        (
+            "file:cat, dog\nsofa = couch, settee\nother: sky, wall",
+            ["cat", "dog", "sofa", "sky", "wall"],
+            {"sofa": ["couch", "settee"]},
+            3,
+        ),
+    ],
+)
 def test_word_lists(text, names, synonyms, shown, tmp_path):
     if text.startswith("file:"):
         (tmp_path / "words").write_text("\ufeff" + text.removeprefix("file:"), encoding="utf-8")
@@ -30,12 +46,19 @@ def test_word_lists(text, names, synonyms, shown, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [("", "holds no word"), (" ,; = ", "holds no word"), ("other: sky", "holds no word"),
-     ("cat, Cat", "'Cat': stands twice"), ("sofa = couch; couch", "stands twice"), ("cat; other: cat", "stands twice"),
-     ("other; other: sky", "'other': stands twice"), ("absent.txt", "No such file"),
-     ("cat, dog, other: sky", "'other: sky': stands within a list"),
-     (", ".join(map(str, range(70_000))), "room for 65535")],
-)  # fmt: skip
+    [
+        ("", "holds no word"),
+        (" ,; = ", "holds no word"),
+        ("other: sky", "holds no word"),
+        ("cat, Cat", "'Cat': stands twice"),
+        ("sofa = couch; couch", "stands twice"),
+        ("cat; other: cat", "stands twice"),
+        ("other; other: sky", "'other': stands twice"),
+        ("absent.txt", "No such file"),
+        ("cat, dog, other: sky", "'other: sky': stands within a list"),
+        (", ".join(map(str, range(70_000))), "room for 65535"),
+    ],
+)
 def test_word_lists_that_cannot_be(text, part):
     with pytest.raises(UserError, match=part):
         read_words(text)
@@ -50,11 +73,19 @@ def test_a_line_of_synonyms_has_one_name(line, tmp_path):
 
 def test_words_that_were_trained_on_are_seen():
     voc = dataset("voc")
-    words = read_words("Dining Table; couch = sofa; tv; grass = potted-plant; Aeroplane; other: motor_bike")
-    assert words.among([voc.names[i] for i in voc.seen]) == [0, 4, 5]  # sofa and pottedplant are unseen
+    words = read_words(
+        "Dining Table; couch = sofa; tv; grass = potted-plant; Aeroplane; other: motor_bike"
+    )
+    assert words.among([voc.names[i] for i in voc.seen]) == [
+        0,
+        4,
+        5,
+    ]  # sofa and pottedplant are unseen
     ade = load_config(None, ["data.name=ade20k"])
     assert trained_names({}, ade) == []  # the original's checkpoints are only measured there
-    assert read_words("wall, brick").among(trained_names({"config": {"data": {"name": "ade20k"}}}, ade)) == [0]  # no split: all
+    assert read_words("wall, brick").among(
+        trained_names({"config": {"data": {"name": "ade20k"}}}, ade)
+    ) == [0]  # no split: all
 
 
 def test_synonyms_are_averaged(segmenter):
@@ -62,4 +93,6 @@ def test_synonyms_are_averaged(segmenter):
     each = segmenter.text
     segmenter.set_classes(["sofa", "cat"], [], {"sofa": ["couch", "settee"]})
     wanted = torch.nn.functional.normalize(torch.stack([each[:3].mean(0), each[3]]), dim=-1)
-    assert torch.allclose(segmenter.text, wanted, atol=1e-6) and torch.equal(segmenter.region_text, segmenter.text)
+    assert torch.allclose(segmenter.text, wanted, atol=1e-6) and torch.equal(
+        segmenter.region_text, segmenter.text
+    )

@@ -31,19 +31,29 @@ ARROWS = [  # the points of each, from box to box
 
 
 def main() -> None:
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1080 320" font-family="sans-serif" font-size="14">',
-             '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">',
-             '<path d="M0 0L8 4L0 8z" fill="#555"/></marker></defs><rect width="1080" height="320" fill="#fff"/>']  # fmt: skip
+    parts = [
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1080 320" font-family="sans-serif" font-size="14">',
+        '<defs><marker id="a" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">',
+        '<path d="M0 0L8 4L0 8z" fill="#555"/></marker></defs><rect width="1080" height="320" fill="#fff"/>',
+    ]
     for points in ARROWS:
         line = " ".join(f"{x},{y}" for x, y in points)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="#555" stroke-width="1.5" marker-end="url(#a)"/>')
+        parts.append(
+            f'<polyline points="{line}" fill="none" stroke="#555" stroke-width="1.5" marker-end="url(#a)"/>'
+        )
     for x, y, width, height, colour, lines in BOXES:
-        parts.append(f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{colour}" stroke="#888"/>')
+        parts.append(
+            f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="8" fill="{colour}" stroke="#888"/>'
+        )
         for i, line in enumerate(lines):
             weight = ' font-weight="bold"' if i == 0 else ""
             middle = y + height / 2 + 5 + 18 * (i - (len(lines) - 1) / 2)
-            parts.append(f'<text x="{x + width / 2}" y="{middle:g}" text-anchor="middle"{weight}>{line}</text>')
-    Path(__file__).with_name("method.svg").write_text("\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8")
+            parts.append(
+                f'<text x="{x + width / 2}" y="{middle:g}" text-anchor="middle"{weight}>{line}</text>'
+            )
+    Path(__file__).with_name("method.svg").write_text(
+        "\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

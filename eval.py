@@ -49,6 +49,28 @@ PATIENCE = timedelta(
 
 
 def main(argv: list[str]) -> None:
+    args = parse(argv)
+    content = checkpoint.load(args.checkpoint)
+    if "config" not in content and not args.config:
+        raise run.UserError(
+            f"checkpoint {args.checkpoint}", "holds no configuration", "give its --config"
+        )
+    config = load_config(args.config, args.set, content.get("config"))
+    Switch.on = config.model.kernels
+    if args.images:
+        segment(args, content, config)
+    elif args.export:
+        if run.start("cpu").is_main:
+            words = words_wanted(args, config)
+            segmenter = load_segmenter(content, config, args.root, args.checkpoint).eval()
+            set_words(segmenter, words, content, config)
+            export(segmenter, config, words, args.export)
+    else:
+        measure(args, content, config)
+
+
+def parse(argv: list[str]) -> Namespace:
+    """The command line; UserError for options that do not go together."""
     parser = run.parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=run.path_of)
     measuring = parser.add_argument_group("measuring")
@@ -101,23 +123,7 @@ def main(argv: list[str]) -> None:
         raise run.UserError("--images and --export", "are two things", "give one after the other")
     if args.resume and not args.images:
         raise run.UserError("--resume", "is for pictures of your own", "add --images")
-    content = checkpoint.load(args.checkpoint)
-    if "config" not in content and not args.config:
-        raise run.UserError(
-            f"checkpoint {args.checkpoint}", "holds no configuration", "give its --config"
-        )
-    config = load_config(args.config, args.set, content.get("config"))
-    Switch.on = config.model.kernels
-    if args.images:
-        segment(args, content, config)
-    elif args.export:
-        if run.start("cpu").is_main:
-            words = words_wanted(args, config)
-            segmenter = load_segmenter(content, config, args.root, args.checkpoint).eval()
-            set_words(segmenter, words, content, config)
-            export(segmenter, config, words, args.export)
-    else:
-        measure(args, content, config)
+    return args
 
 
 def words_wanted(args: Namespace, config: Config) -> Words:

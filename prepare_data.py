@@ -32,7 +32,13 @@ from zsseg.download import check_file, fetch, unpack
 from zsseg.faults import load_last
 from zsseg.files import release, replacing
 from zsseg.images import read_labels, read_picture, read_values
-from zsseg.label_statistics import Count, count_classes, count_split, label_statistics
+from zsseg.label_statistics import (
+    Count,
+    LabelStatistics,
+    count_classes,
+    count_split,
+    label_statistics,
+)
 from zsseg.run import UserError, several
 
 
@@ -308,6 +314,24 @@ def check_split(
             f"unseen classes "
             f"({', '.join(data.unseen)}), {sum(survivors)} survive"
         )
+    remarks = remarks_on(data, split, listing, statistics, digests, contents)
+    contents |= digests
+    for line in remarks:
+        print(f"  look at: {line}")
+    for line in sorted(broken):
+        print(f"  broken: {line}")
+    return len(broken)
+
+
+def remarks_on(
+    data: DataSet,
+    split: str,
+    listing: Listing,
+    statistics: LabelStatistics,
+    digests: dict[bytes, str],
+    contents: dict[bytes, str],
+) -> list[str]:
+    """What may be a mistake in a split, a line each; `digests`: its images' contents."""
     empty = (
         len(listing.pairs)
         - len(statistics.pictures_with(list(range(len(data.names)))))
@@ -329,12 +353,7 @@ def check_split(
     if listing.hidden:
         count = several(len({*listing.hidden}), "hidden file or folder", "hidden files and folders")
         remarks.append(f"{count} left out: {listing.hidden[0]}")
-    contents |= digests
-    for line in remarks:
-        print(f"  look at: {line}")
-    for line in sorted(broken):
-        print(f"  broken: {line}")
-    return len(broken)
+    return remarks
 
 
 if __name__ == "__main__":

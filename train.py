@@ -271,21 +271,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     False where a signal stopped it on the way, after a checkpoint.
     """
     Switch.on = config.model.kernels
-    torch.manual_seed(run.seed_of(config.train.seed, 0))
-    task = TASKS[config.train.task](config, root, out, process, saved.get("model"))
-    check_batch_size(task, config, process)
-    optimizer = build_optimizer(task.model, config)
-    if saved:
-        task.load(saved["model"], f"checkpoint {out / 'last.pt'}")
-        restore(optimizer, saved["optimizer"], f"checkpoint {out / 'last.pt'}")
-    process.describe(config.model.bf16, training=True)
-
-    task.model.train()
-    if process.compiles(config.model.compile):
-        # before DDP wraps the model, and in place: names in the state dict stay as they are
-        task.compile()
-    model = DistributedDataParallel(task.model) if process.world > 1 else task.model
-
+    task, optimizer, model = set_up(config, root, out, process, saved)
     start, steps = saved.get("step", 0), config.train.steps
     training = Training(task, optimizer, config, out, process, saved)
     training.validate(start)
@@ -338,6 +324,25 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
             training.validate(done)
     training.finish()
     return True
+
+
+def set_up(config: Config, root: Path, out: Path, process: run.Process, saved: dict) -> tuple:
+    """The task, its optimizer, and the model as it is called: compiled, wrapped in DDP."""
+    torch.manual_seed(run.seed_of(config.train.seed, 0))
+    task = TASKS[config.train.task](config, root, out, process, saved.get("model"))
+    check_batch_size(task, config, process)
+    optimizer = build_optimizer(task.model, config)
+    if saved:
+        task.load(saved["model"], f"checkpoint {out / 'last.pt'}")
+        restore(optimizer, saved["optimizer"], f"checkpoint {out / 'last.pt'}")
+    process.describe(config.model.bf16, training=True)
+
+    task.model.train()
+    if process.compiles(config.model.compile):
+        # before DDP wraps the model, and in place: names in the state dict stay as they are
+        task.compile()
+    model = DistributedDataParallel(task.model) if process.world > 1 else task.model
+    return task, optimizer, model
 
 
 TASKS = {"segment": Segment, "prompts": Prompts, "clip": Contrast}

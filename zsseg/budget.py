@@ -147,6 +147,14 @@ def budget(
         ).double()
     for tensor in (*matrices.values(), named, best):
         process.sum(tensor)
+    return in_percent(matrices, named, best, data)
+
+
+def in_percent(
+    matrices: dict[str, Tensor], named: Tensor, best: Tensor, data: DataSet
+) -> dict[str, object]:
+    """The result of `budget` from what it counted; null where there is nothing to measure."""
+    C = len(data.names)
     *recalled, total, masks = best.tolist()
     wrong = named - named.diag().diag()
     top = wrong.flatten().topk(min(10, C * C))

@@ -285,6 +285,17 @@ def load_config(
             )
         section, name = key.strip().split(".")
         update(config, {section: {name: text.strip()}}, "--set", text_values=True)
+    check_values(config)
+    for name in PATHS:
+        section, key = name.split(".")
+        part = getattr(config, section)
+        if getattr(part, key).startswith("~"):
+            setattr(part, key, str(path_of(getattr(part, key))))
+    return config
+
+
+def check_values(config: Config) -> None:
+    """UserError for a value that cannot be."""
     values = {f"{s}.{k}": v for s, part in asdict(config).items() for k, v in part.items()}
     for name, allowed in CHOICES.items():
         if values[name] not in allowed:
@@ -303,7 +314,14 @@ def load_config(
                 "above 0" if name in POSITIVE else "from 0 to 1" if name in UNIT else "of 0 or more"
             )
             raise UserError(name, f"is {values[name]}", f"give a number {allowed}")
-    rules = {
+    for name, (right, todo) in rules(config).items():
+        if not right:
+            raise UserError(name, f"is {values[name]}", todo)
+
+
+def rules(config: Config) -> dict[str, tuple[bool, str]]:
+    """What values must be together: {key: (whether it is right, what to do)}."""
+    return {
         "model.hidden": (
             config.model.hidden > 0 and config.model.hidden % 32 == 0,
             "give a multiple of 32",
@@ -347,14 +365,6 @@ def load_config(
             "only task segment starts from a segmenter",
         ),
     }
-    for name, (right, todo) in rules.items():
-        if not right:
-            raise UserError(name, f"is {values[name]}", todo)
-    for name in PATHS:
-        section, key = name.split(".")
-        if values[name].startswith("~"):
-            setattr(getattr(config, section), key, str(path_of(values[name])))
-    return config
 
 
 def read_toml(file: str | Path, above: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:

@@ -178,15 +178,7 @@ def unpack(
         limit = RATIO * archive.stat().st_size + BLOCK
         shutil.rmtree(staging, ignore_errors=True)  # what a kill left
         for name, size, open_member in members(archive, verified):
-            path = PurePosixPath(name)
-            if (
-                path.is_absolute()
-                or not path.parts
-                or ".." in path.parts
-                or "\\" in name
-                or ":" in path.parts[0]
-            ):
-                raise ValueError(f"{name!r} leads outside")
+            path = inside_path(name)
             limit -= size
             if limit < 0:
                 raise ValueError(f"unpacks to more than {RATIO} times its size")
@@ -219,6 +211,15 @@ def unpack(
         if new_folder:
             with contextlib.suppress(OSError):  # it stays if something is in it
                 folder.rmdir()
+
+
+def inside_path(name: str) -> PurePosixPath:
+    """A name in an archive; ValueError for one that leads outside."""
+    path = PurePosixPath(name)
+    odd = not path.parts or path.is_absolute() or "\\" in name
+    if odd or ".." in path.parts or ":" in path.parts[0]:
+        raise ValueError(f"{name!r} leads outside")
+    return path
 
 
 def members(archive: Path, verified: bool) -> Iterator[tuple[str, int, object]]:

@@ -22,9 +22,12 @@ from zsseg.metrics import confusion, method, summarize, table
 from zsseg.regions import mask_boxes
 from zsseg.run import Process, UserError, progress, several
 from zsseg.segmenter import Segmenter
-from zsseg.views import all_finite, label_map, segment_views
+from zsseg.views import View, all_finite, label_map, segment_views
 
 SAMPLES = 8  # images in samples.png
+# What is called with an image's number in the split, its name, uint8 [3, h, w] at network-input
+# size, class ids int64 [H, W] true (with `ignore`) and predicted, pixel counts [C, C].
+Look = Callable[[int, str, Tensor, Tensor, Tensor, Tensor], None]
 
 
 @torch.inference_mode()
@@ -36,34 +39,28 @@ def evaluate(
     split: str,
     out: Path | None = None,
     save_predictions: bool = False,
-    look: Callable | None = None,
+    look: Look | None = None,
     seen: list[int] | None = None,
 ) -> dict:
     """Metrics of a split, its images shared among the processes; with `out`, written to
     metrics.json there, with a grid of images (rank 0).
 
     `seen`: ids of the classes that count as seen in the ensemble; those that the set is trained on
-    where None. `look(number, name, image, labels, predicted, matrix)` is shown every image of this
-    process: its number in the split, uint8 [3, h, w] at network-input size, class ids int64 [H, W]
-    true (with `ignore`) and predicted, pixel counts [C, C].
+    where None. `look` is shown every image of this process, see `Look`.
     """
     data, wanted, device = dataset(config.data), config.eval, process.device
     images = TestPictures(config.data, root, split, wanted.sizes)
     if save_predictions:  # now, not in the middle
-        process.agree(
-            lambda: refuse_foreign(*(out / "predictions" / f"{name}.png" for name in images.names))
-        )
-    segmenter.set_classes(data.names, data.trained if seen is None else seen)
-    segmenter.eval()
+        files = [out / "predictions" / f"{name}.png" for name in images.names]
+        process.agree(lambda: refuse_foreign(*files))
+    segmenter.eval().set_classes(data.names, data.trained if seen is None else seen)
 
     C = len(data.names)
     parts = segmenter.variant_names(wanted.weights) if wanted.compare or wanted.weights else []
     counts = Counts.zeros(["", *parts], C, device)
     numbers = range(process.rank, len(images), process.world)
-    batches = stream(images, numbers, 1, config.data.workers)
-    batches = progress(
-        batches, process.share_of(f"evaluate {split}"), len(numbers), process.is_main
-    )
+    batches, title = stream(images, numbers, 1, config.data.workers), f"evaluate {split}"
+    batches = progress(batches, process.share_of(title), len(numbers), process.is_main)
     samples, started = [], time.perf_counter()
     for number, [(inputs, labels, name)] in zip(numbers, batches, strict=True):
         inputs, labels = [image.to(device) for image in inputs], labels.to(device).long()
@@ -84,43 +81,33 @@ def evaluate(
         if save_predictions:
             save_label_map(predicted, out / "predictions" / f"{name}.png", C)
         if process.is_main and len(samples) < SAMPLES:
-            samples.append(
-                column(
-                    inputs[0].cpu(),
-                    labels.where(labels != data.ignore, C).cpu(),
-                    predicted.cpu(),
-                    C,
-                )
-            )
+            known = labels.where(labels != data.ignore, C)
+            samples.append(column(inputs[0].cpu(), known.cpu(), predicted.cpu(), C))
+        count_variants(segmenter, views, labels, wanted.weights, counts, data.ignore)
 
-        variants = (
-            [segmenter.variants(view.proposals, wanted.weights) for view in views] if parts else []
-        )
-        for part in parts:
-            predicted, _ = label_map(
-                segmenter, views, [variant[part] for variant in variants], size
-            )
-            counts.matrices[part] += confusion(labels, predicted, C, data.ignore)
-
-    seconds = torch.tensor(time.perf_counter() - started, device=device, dtype=torch.float64)
-    for tensor in (
-        *counts.matrices.values(),
-        counts.regions,
-        seconds,
-        counts.ignored,
-        counts.broken,
-    ):
-        process.sum(tensor)
-    result = counts.metrics(data) | {
-        "images": len(images),
-        "images_per_second": len(images) * process.world / float(seconds),
-    }
-    result |= {name: summarize(matrix, data) for name, matrix in counts.matrices.items() if name}
-    if wanted.compare and parts:
-        result["clip_true_masks"] = accuracies(counts.regions, data)
+    rate = len(images) * process.world / counts.reduce(process, started)
+    result = counts.metrics(data, regions=wanted.compare and bool(parts))
+    result |= {"images": len(images), "images_per_second": rate}
     if out is not None and process.is_main:
         write(result, samples, config, out)
     return result
+
+
+def count_variants(
+    segmenter: Segmenter,
+    views: list[View],
+    labels: Tensor,
+    weights: list[float],
+    counts: "Counts",
+    ignore: int,
+) -> None:
+    """Count an image's pixels as the method's parts and other weights label them, too."""
+    parts = [name for name in counts.matrices if name]
+    variants = [segmenter.variants(view.proposals, weights) for view in views if parts]
+    for part in parts:
+        scores = [variant[part] for variant in variants]
+        predicted, _ = label_map(segmenter, views, scores, tuple(labels.shape))
+        counts.matrices[part] += confusion(labels, predicted, scores[0].shape[1], ignore)
 
 
 @dataclass
@@ -140,15 +127,29 @@ class Counts:
         zeros = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=device)
         return cls({name: zeros(classes, classes) for name in names}, zeros(2, 2), zeros(), zeros())
 
-    def metrics(self, data: DataSet) -> dict:
-        """Of the evaluation itself; UserError where the model gave no numbers."""
+    def reduce(self, process: Process, started: float) -> float:
+        """Sum over the processes; the seconds that they took together since `started`."""
+        seconds = torch.tensor(time.perf_counter() - started, device=process.device).double()
+        for tensor in (*self.matrices.values(), self.regions, seconds, self.ignored, self.broken):
+            process.sum(tensor)
+        return float(seconds)
+
+    def metrics(self, data: DataSet, regions: bool) -> dict:
+        """All of them, with `regions` CLIP's accuracy, too; UserError where the model gave no
+        numbers.
+        """
         if self.broken:
             why = f"gives scores that are not finite in {several(int(self.broken), 'picture')}"
             raise UserError("the model", why, "check its weights, or set model.bf16=off")
         pixels = int(self.matrices[""].sum()) + int(self.ignored)
-        return summarize(self.matrices[""], data) | {
-            "ignored": 100 * int(self.ignored) / max(pixels, 1)
-        }
+        result = summarize(self.matrices[""], data)
+        result["ignored"] = 100 * int(self.ignored) / max(pixels, 1)
+        for name, matrix in self.matrices.items():
+            if name:
+                result[name] = summarize(matrix, data)
+        if regions:
+            result["clip_true_masks"] = accuracies(self.regions, data)
+        return result
 
 
 def accuracies(regions: Tensor, data: DataSet) -> dict:

@@ -118,11 +118,8 @@ def export(segmenter: Segmenter, config: Config, words: Words, out: Path) -> Non
     with_clip = segmenter.clip is not None and config.clip.ensemble
     bf16 = Process(torch.device("cpu")).bf16(config.model.bf16)
     if not segmenter.proposing:
-        raise UserError(
-            "--export",
-            "is for mask proposals, not the per-pixel baseline",
-            "give another checkpoint",
-        )
+        why = "is for mask proposals, not the per-pixel baseline"
+        raise UserError("--export", why, "give another checkpoint")
     if with_clip and config.clip.regions != "crops":
         raise UserError(
             "clip.regions",

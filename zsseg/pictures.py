@@ -82,12 +82,8 @@ def find_pictures(given: list[str], out: Path) -> list[str]:
     The command says at its end what in the folders was left out. Raises UserError where something
     is not there.
     """
-    files, bases, known, results = (
-        set(),
-        [],
-        picture_endings(),
-        os.path.join(os.path.realpath(out), ""),
-    )
+    files, bases, known = set(), [], picture_endings()
+    results = os.path.join(os.path.realpath(out), "")
     for word in given:
         path = os.fspath(path_of(word))
         if word == "-":
@@ -95,12 +91,7 @@ def find_pictures(given: list[str], out: Path) -> list[str]:
                 raise UserError(
                     "--images -", "cannot be read again after a restart", "give folders or patterns"
                 )
-            lines = decode(sys.stdin.buffer.read() if sys.stdin else b"")
-            found = [
-                line
-                for line in (lines.split("\0") if "\0" in lines else split_lines(lines))
-                if line.strip()
-            ]
+            found = listed()
         elif os.path.isdir(path):
             hidden: list[str] = []
             there = list(walk(path, results.rstrip(os.sep), hidden))
@@ -110,18 +101,7 @@ def find_pictures(given: list[str], out: Path) -> list[str]:
         elif os.path.isfile(path):
             found = [path]
         elif glob.has_magic(path):
-            matches = glob.glob(path, recursive=True)
-            links = {file: os.path.realpath(file) for file in matches if os.path.isfile(file)}
-            files_in = sorted(
-                (file for file in links if not links[file].startswith(results)),
-                key=len,
-                reverse=True,
-            )
-            found = list({links[file]: file for file in files_in}.values())  # links may loop
-            if "**" not in path and (folders := sum(map(os.path.isdir, matches))):
-                left_out(f"{several(folders, 'folder')} that {word} names (** looks into folders)")
-            if twice := len(files_in) - len(found):
-                left_out(f"{several(twice, 'link')} to pictures that {word} names already")
+            found = matching(path, results, word)
         else:
             raise UserError(
                 f"--images {word}",
@@ -147,6 +127,30 @@ def find_pictures(given: list[str], out: Path) -> list[str]:
         if not os.path.isdir(path):
             bases += {os.path.dirname(file) for file in found}
     return [os.path.commonpath(bases), *sorted(files)]
+
+
+def listed() -> list[str]:
+    """The names on standard input, separated by newlines or, if there are any, by zeros."""
+    text = decode(sys.stdin.buffer.read() if sys.stdin else b"")
+    lines = text.split("\0") if "\0" in text else split_lines(text)
+    return [line for line in lines if line.strip()]
+
+
+def matching(pattern: str, results: str, word: str) -> list[str]:
+    """The files that match a pattern, each once, without those below the folder `results`."""
+    matches = glob.glob(pattern, recursive=True)
+    links = {file: os.path.realpath(file) for file in matches if os.path.isfile(file)}
+    files_in = sorted(
+        (file for file in links if not links[file].startswith(results)),
+        key=len,
+        reverse=True,
+    )
+    found = list({links[file]: file for file in files_in}.values())  # links may loop
+    if "**" not in pattern and (folders := sum(map(os.path.isdir, matches))):
+        left_out(f"{several(folders, 'folder')} that {word} names (** looks into folders)")
+    if twice := len(files_in) - len(found):
+        left_out(f"{several(twice, 'link')} to pictures that {word} names already")
+    return found
 
 
 def say_what_is_not_taken(others: list[str], hidden: list[str], out: Path, folder: str) -> None:
@@ -395,35 +399,24 @@ def segment_pictures(
     names, words, out, device = results.names, results.words, results.out, process.device
     C, size, failed = len(words.shown_names), group_size(segmenter, config, device), []
     totals = np.zeros((C, 2), np.int64)  # pixels, images that show the class
-    tally = torch.zeros(
-        4, dtype=torch.int64
-    )  # segmented, done before, failed, pages beside the first of an image
+    # Segmented, done before, failed, pages beside the first of an image.
+    tally = torch.zeros(4, dtype=torch.int64)
     groups = [range(i, min(i + size, len(names))) for i in range(0, len(names), size)]
-    missing, threads = torch.zeros(len(groups), dtype=torch.uint8), max(config.data.workers, 1)
+    missing = torch.zeros(len(groups), dtype=torch.uint8)
     share_out(out, process)
     process.agree_all(
         lambda: results.refuse_foreign(range(process.rank, len(names), process.world))
     )
-    with ThreadPoolExecutor(threads) as pool:
-        share = range(process.rank, len(groups), process.world)
-        for g in progress(
-            share, process.share_of("look for results"), len(share), process.is_main and resume
-        ):
-            before = list(pool.map(results.counts, groups[g])) if resume else [None]
-            if None in before:
-                missing[g] = 1
-                continue
-            tally[1] += len(groups[g])
-            for found in before:
-                for i, pixels in found.items():
-                    totals[i] += pixels, 1
-    mine = (
-        process.sum(missing).nonzero()[process.rank :: process.world, 0].tolist()
-    )  # what is left is shared anew
+    if resume:
+        look_for_results(results, groups, missing, totals, tally, process)
+    else:
+        missing[process.rank :: process.world] = 1
+    left = process.sum(missing).nonzero()[:, 0]  # what is left is shared anew
+    mine = left[process.rank :: process.world].tolist()
     numbers = [i for g in mine for i in groups[g]]
     started, writing = time.perf_counter(), deque()
     batches = stream(Pictures(names.files, config), numbers, size, config.data.workers)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(max(config.data.workers, 1)) as pool:
         segmented = segment_groups(segmenter, config, batches, process, words, names)
         for picture, labels, pixels, scores in progress(
             segmented, process.share_of("segment"), len(numbers), process.is_main
@@ -443,13 +436,33 @@ def segment_pictures(
             future.result()
     for tensor in (torch.from_numpy(totals), tally):  # which share their memory
         process.sum(tensor)
-    seconds, failed = (
-        time.perf_counter() - started,
-        process.gather(failed),
-    )  # when the last process is done
+    seconds = time.perf_counter() - started
+    failed = process.gather(failed)
     if process.is_main:
         note_failed(out, names, failed)
         report(totals, tally.tolist(), words, out, seconds, failed)
+
+
+def look_for_results(
+    results: Results,
+    groups: list[range],
+    missing: Tensor,
+    totals: np.ndarray,
+    tally: Tensor,
+    process: Process,
+) -> None:
+    """Add what is done already to `totals` and `tally`; `missing` is 1 for groups that are not."""
+    share = range(process.rank, len(groups), process.world)
+    with ThreadPoolExecutor() as pool:
+        for g in progress(share, process.share_of("look for results"), len(share), process.is_main):
+            before = list(pool.map(results.counts, groups[g]))
+            if None in before:
+                missing[g] = 1
+                continue
+            tally[1] += len(groups[g])
+            for found in before:
+                for i, pixels in found.items():
+                    totals[i] += pixels, 1
 
 
 def share_out(out: Path, process: Process) -> None:

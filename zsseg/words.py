@@ -128,6 +128,13 @@ def read_words(text: str) -> Words:
             classes += [names for entry in line.split(",") if (names := split(entry, "="))]
     if not classes:
         raise UserError("--classes", "holds no word", "write e.g. --classes 'cat, dog, grass'")
+    check_words(classes, background)
+    names = [words[0] for words in classes] + background
+    return Words(names, {words[0]: words[1:] for words in classes if words[1:]}, len(classes))
+
+
+def check_words(classes: list[list[str]], background: list[str]) -> None:
+    """UserError for a word that stands twice, or looks as if something else was meant."""
     known = {OTHER} if background else set()
     for word in (w for words in [*classes, background] for w in words):
         if word.casefold().startswith(f"{OTHER}:"):
@@ -155,8 +162,6 @@ def read_words(text: str) -> Words:
         raise UserError(
             "--classes", f"holds {len(classes)} classes", "label maps have room for 65535"
         )
-    names = [words[0] for words in classes] + background
-    return Words(names, {words[0]: words[1:] for words in classes if words[1:]}, len(classes))
 
 
 def words_of(data: DataSet) -> Words:

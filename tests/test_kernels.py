@@ -478,6 +478,7 @@ def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
 SPILLED = 32  # bytes a thread at most
 
 
+@pytest.mark.slow
 def test_no_kernel_loses_its_speed_to_spills():
     """For sm_80 and sm_90, without a GPU; shared memory within the architecture's.
 

@@ -273,6 +273,7 @@ def test_the_check_counts_what_it_hides(tmp_path, capsys):
     assert ", 0 survive" in text
 
 
+@pytest.mark.slow
 def test_the_command_itself(tmp_path):
     from conftest import command
 

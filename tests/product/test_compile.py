@@ -117,6 +117,7 @@ def segment_task(root, device: torch.device, *overrides: str) -> tuple:
     return task, train.build_optimizer(task.model, task.config)
 
 
+@pytest.mark.slow
 def test_the_compiled_step_is_the_eager_step(shapes_root, aot_eager):
     weights = []
     for setting in ("off", "on"):

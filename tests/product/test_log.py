@@ -143,6 +143,7 @@ def lives(out: Path) -> list[Path]:
     return sorted((out / "wandb").glob("offline-run-*"))
 
 
+@pytest.mark.slow
 def test_a_run_without_a_network_is_logged_offline(offline):
     out, said, _ = offline
     [line] = [line for line in said.splitlines() if line.startswith("wandb: ")]
@@ -486,6 +487,7 @@ def test_a_network_that_never_answers(shapes_root, tmp_path):
     assert [row["_step"] for row in history(lives(tmp_path / "run")[0])] == [1]
 
 
+@pytest.mark.slow
 def test_without_a_login_a_run_is_logged_offline(shapes_root, tmp_path):
     pytest.importorskip("wandb")
     words = [
@@ -507,6 +509,7 @@ def test_without_a_login_a_run_is_logged_offline(shapes_root, tmp_path):
     assert checkpoint.load(tmp_path / "run" / "last.pt")["wandb"] in lives(tmp_path / "run")[0].name
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_wandb_where_that_breaks(shapes_root, tmp_path):
     """Its service is killed."""
     pytest.importorskip("wandb")

@@ -878,6 +878,7 @@ def test_names_that_are_one_to_clip(names, root):
         read_words(", ".join(names).replace("&amp;", "&"))
 
 
+@pytest.mark.slow
 def test_a_list_of_two_columns_wants_ids(root, tmp_path):
     for file in ("JPEGImages/x.jpg", "SegmentationClassAug/x.png"):
         (tmp_path / "VOC2012" / file).parent.mkdir(parents=True, exist_ok=True)
@@ -1311,6 +1312,7 @@ def test_batch_norm_wants_more_than_one_value(root):
 # --- what a second reading found
 
 
+@pytest.mark.slow
 def test_results_of_another_picture_are_not_replaced(root, trained):
     """Two folders whose pictures have the same names, as cameras give them; equal sizes and dates
     do not make them equal.
@@ -1423,6 +1425,7 @@ def test_nothing_measured_makes_no_best(root):
     assert checkpoint.load(root / "r" / "best.pt")["step"] == 4
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(root):
     """The second ends in a line; when the first is gone, however it ended, its folder is free."""
     words = [

@@ -424,6 +424,7 @@ def test_overlays_have_room_for_what_there_is_room_for():
     ).all()
 
 
+@pytest.mark.slow
 def test_two_processes_leave_what_one_leaves(model, shapes_root, photos, tmp_path):
     """Each picture a group of its own; and three find what the two have left over."""
     outs = []

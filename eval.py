@@ -43,9 +43,8 @@ from zsseg.segmenter import Segmenter, load_segmenter
 from zsseg.words import Words, read_words, seen_classes, trained_names, words_of
 
 WORTH_COMPILING = 1000  # images a process: for fewer, compiling takes longer than it saves
-PATIENCE = timedelta(
-    days=30
-)  # for processes whose share of many images takes longer than the others'
+# For processes whose share of many images takes longer than the others'.
+PATIENCE = timedelta(days=30)
 
 
 def main(argv: list[str]) -> None:
@@ -151,9 +150,8 @@ def segment(args: Namespace, content: dict, config: Config) -> None:
     """Pictures of the user's own."""
     out, words = args.out or args.checkpoint.parent / "segmented", words_wanted(args, config)
     process = run.start(args.device, PATIENCE)
-    names = Names(
-        process.agree(lambda: find_pictures(args.images, out))
-    )  # before anything is downloaded
+    # Before anything is downloaded.
+    names = Names(process.agree(lambda: find_pictures(args.images, out)))
     segmenter = (
         load_segmenter(content, config, args.root, args.checkpoint).to(process.device).eval()
     )

@@ -283,10 +283,8 @@ def check_split(
     broken = [str(twin) for twin in listing.twins] + [
         f"{file} has no partner" for file in listing.alone
     ]
-    hidden, survivors = (
-        [],
-        [],
-    )  # of each label map: pixels of unseen classes, and how many of them a target would show
+    # Of each label map: pixels of unseen classes, and how many of them a target would show.
+    hidden, survivors = ([], [])
     digests: dict[bytes, str] = {}
 
     def count(pair: tuple[Path, Path]) -> Count:

@@ -55,9 +55,8 @@ class Segment:
         self, config: Config, root: Path, out: Path, process: run.Process, saved: dict | None = None
     ):
         self.config, self.root, self.process = config, root, process
-        find_pairs(
-            config.data, root, config.data.split
-        )  # a missing split is noticed now, not at the end
+        # A missing split is noticed now, not at the end.
+        find_pairs(config.data, root, config.data.split)
         if 0 < config.train.eval_every < config.train.steps and not has_split(
             config.data, root, "val"
         ):
@@ -76,9 +75,8 @@ class Segment:
             self.segmenter.learned_state,
             self.segmenter.load_learned,
         )
-        self.samples = process.in_turn(
-            lambda: TrainPictures(config, root, pseudo)
-        )  # the first caches label statistics
+        # The first caches label statistics.
+        self.samples = process.in_turn(lambda: TrainPictures(config, root, pseudo))
         self.collate, self.batch_size = collate, config.train.batch_size
         self.losses, self.compiled = segmentation_losses, False
 
@@ -101,9 +99,8 @@ class Segment:
         scales = normalizers(
             targets.counts, self.config.model.queries, train.no_object_weight, self.process
         )
-        with self.process.autocast(
-            self.config.model.bf16, training=True
-        ):  # the network only: costs and losses need fp32
+        # The network only: costs and losses need fp32.
+        with self.process.autocast(self.config.model.bf16, training=True):
             logits, masks = model(self.model.prepare(images), self.text)
         losses = self.losses(
             logits, masks, targets.padded() if self.compiled else targets, scales, *weights
@@ -136,9 +133,8 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         optimizer = torch.optim.SGD(
             groups, train.lr, config.prompts.momentum, weight_decay=train.weight_decay, fused=True
         )
-        for parameter in groups[0][
-            "params"
-        ]:  # else a first step that is skipped would leave it as the memory was
+        # Without this, a first step that is skipped would leave it as the memory was.
+        for parameter in groups[0]["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     groups: dict[tuple, list] = {}
@@ -225,9 +221,8 @@ def main(argv: list[str]) -> None:
         parser.error("--config is missing" + ", or --out of the run" * args.resume)
     out, process = args.out or Path("runs") / args.config.stem, run.start(args.device)
     there = any((out / name).exists() for name in ("last.pt", "previous.pt"))
-    again = process.any(
-        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    )  # by torchrun --max-restarts
+    # By torchrun --max-restarts.
+    again = process.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
     if args.resume and not there:
         raise run.UserError(f"output {out}", "holds no run", "leave --resume out to start one")
     saved = load_last(out) if args.resume or (again and there) else {}
@@ -294,9 +289,8 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     due = False  # a checkpoint
     with Stop(process) as stop:
         for step, batch in zip(bar, training.speed.timed(batches), strict=True):
-            torch.manual_seed(
-                run.seed_of(config.train.seed, 4, step, process.rank)
-            )  # dropout: stateless, so resumable
+            # Dropout: stateless, so resumable.
+            torch.manual_seed(run.seed_of(config.train.seed, 4, step, process.rank))
             set_learning_rates(optimizer, config, step)
 
             # Forward, losses, backward, update.
@@ -368,9 +362,8 @@ class Training:
             process,
         )
         process.agree(lambda: hold(out))
-        if (
-            process.is_main and not saved
-        ):  # what an earlier run has left that came to no checkpoint, or what is not ours
+        # What an earlier run has left that came to no checkpoint, or what is not ours.
+        if process.is_main and not saved:
             set_aside(
                 out,
                 (
@@ -500,9 +493,8 @@ def check_batch_size(
             f"{task.batch_size} cannot be shared by {process.world} processes",
             "change it",
         )
-    single = (
-        task.batch_size == process.world and config.data.crop <= 32
-    )  # a deepest map of one pixel
+    # A deepest map of one pixel.
+    single = task.batch_size == process.world and config.data.crop <= 32
     if single and config.model.backbone == "small" and config.train.task == "segment":
         todo = "raise data.crop above 32, or train.batch_size"
         raise run.UserError(

@@ -62,10 +62,8 @@ def forward_kernel(
         source = masks + ((pair // T).to(tl.int64) * Q + query) * h * w
         cell = tile * CELLS + tl.arange(0, CELLS)
         there = cell < (h + 1) * (w + 1)
-        i, j = (
-            cell // (w + 1) - 1,
-            cell % (w + 1) - 1,
-        )  # the corner above and to the left; -1 at the border
+        # The corner above and to the left; -1 at the border.
+        i, j = (cell // (w + 1) - 1, cell % (w + 1) - 1)
         y0, y1 = tl.maximum(i, 0), tl.minimum(i + 1, h - 1)
         x0, x1 = tl.maximum(j, 0), tl.minimum(j + 1, w - 1)
         a, b, c, d = corner_values(source, y0, y1, x0, x1, w, there)
@@ -191,9 +189,8 @@ def combine_kernel(
         there = pixel < h * w
         y, x = pixel // w, pixel % w
         cells = (h + 1) * (w + 1)
-        base = (
-            corners + pair.to(tl.int64) * 4 * cells + y * (w + 1) + x
-        )  # the cell above and to the left
+        # The cell above and to the left.
+        base = corners + pair.to(tl.int64) * 4 * cells + y * (w + 1) + x
         total = tl.load(base + 3 * cells, mask=there, other=0.0)
         total += tl.load(base + 2 * cells + 1, mask=there, other=0.0)
         total += tl.load(base + cells + w + 1, mask=there, other=0.0)

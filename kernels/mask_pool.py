@@ -13,12 +13,8 @@ from torch import Tensor
 from kernels.jit import cdiv, contiguous, jit, tl
 
 SAFE = {"QUERIES": 32, "WIDTH": 64, "PIXELS": 32, "num_warps": 8}
-MASK_GRADIENT = {
-    "QUERIES": 64,
-    "WIDTH": 32,
-    "PIXELS": 64,
-    "num_warps": 8,
-}  # 4 warps hold too much each
+# 4 warps hold too much each.
+MASK_GRADIENT = {"QUERIES": 64, "WIDTH": 32, "PIXELS": 64, "num_warps": 8}
 FEATURE_GRADIENT = {"QUERIES": 32, "WIDTH": 64, "PIXELS": 64, "num_warps": 4}
 
 
@@ -235,17 +231,7 @@ def launch_backward(
         shift = (scaled * pooled.float()).sum(-1)
         mask_gradient_kernel[
             (cdiv(Q, MASK_GRADIENT["QUERIES"]), cdiv(HW, MASK_GRADIENT["PIXELS"]), B)
-        ](
-            features,
-            masks,
-            scaled,
-            shift,
-            of_masks,
-            Q,
-            D,
-            HW,
-            **MASK_GRADIENT,
-        )
+        ](features, masks, scaled, shift, of_masks, Q, D, HW, **MASK_GRADIENT)
     return of_features, of_masks
 
 

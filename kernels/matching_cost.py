@@ -51,9 +51,8 @@ def partial_kernel(
         there = (row[:, None] < rows) & inside[None, :]
         x = tl.load(masks + start[:, None] + pixel[None, :], mask=there, other=0.0).to(tl.float32)
         label = tl.load(labels + image.to(tl.int64) * HW + pixel, mask=inside, other=-2)
-        t = ((label[:, None] == wanted[None, :]) | (column[None, :] == T)).to(
-            tl.float16
-        )  # [PIXELS, COLUMNS], exact
+        # [PIXELS, COLUMNS], exact
+        t = ((label[:, None] == wanted[None, :]) | (column[None, :] == T)).to(tl.float16)
         e = tl.exp(-tl.abs(x))
         p = tl.where(x >= 0, 1.0, e) / (1.0 + e)
         q = tl.where(x >= 0, e, 1.0) / (1.0 + e)  # 1 - p without cancellation
@@ -180,20 +179,7 @@ def launch(
     focal, overlap = (cost.new_empty(splits, B, rows, columns) for _ in range(2))
     area = cost.new_empty(splits, B, columns)
     partial_kernel[(row_tiles * column_tiles, B, splits)](
-        masks,
-        labels,
-        classes,
-        focal,
-        overlap,
-        area,
-        B,
-        Q,
-        T,
-        HW,
-        rows,
-        columns,
-        part,
-        **parameters,
+        masks, labels, classes, focal, overlap, area, B, Q, T, HW, rows, columns, part, **parameters
     )
     finish_kernel[(cdiv(rows, 16), B)](
         logits,

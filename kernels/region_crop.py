@@ -162,10 +162,8 @@ def launch_masks(
     if Q:
         (logits,) = contiguous(logits)
         mask_kernel[(blocks, Q)](logits, masks, bounds, h, w, H, W, blocks, level, **parameters)
-    (x0, y0), (x1, y1) = (
-        bounds[..., :2].amin(1).unbind(1),
-        bounds[..., 2:].amax(1).unbind(1),
-    )  # [Q] each
+    # [Q] each
+    (x0, y0), (x1, y1) = (bounds[..., :2].amin(1).unbind(1), bounds[..., 2:].amax(1).unbind(1))
     valid = x1 > 0
     boxes = (x0.where(valid, 0), y0.where(valid, 0), x1.where(valid, W), y1.where(valid, H))
     return masks, torch.stack(boxes, 1).long(), valid
@@ -194,18 +192,7 @@ def launch_crops(
     image, masks, index, boxes = contiguous(image, masks, index.int(), boxes.int())
     parameters = dict(SAFE_CROPS)
     crop_kernel[(cdiv(side * side, parameters["PIXELS"]), len(index))](
-        image,
-        masks,
-        index,
-        boxes,
-        *scale,
-        *shift,
-        crops,
-        H,
-        W,
-        side,
-        A=CUBIC,
-        **parameters,
+        image, masks, index, boxes, *scale, *shift, crops, H, W, side, A=CUBIC, **parameters
     )
     return crops
 

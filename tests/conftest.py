@@ -108,14 +108,14 @@ def vocabulary() -> None:
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory) -> Path:
     """A data root with a few pictures of the synthetic data set and an untrained small CLIP."""
-    root = tmp_path_factory.mktemp("root")
+    folder = tmp_path_factory.mktemp("root")
     counts, shapes.SPLITS = shapes.SPLITS, {"clip": 60, "train": 10, "val": 3, "test": 4}
     try:
-        shapes.generate(root / "shapes")
+        shapes.generate(folder / "shapes")
     finally:
         shapes.SPLITS = counts
-    torch.save(tiny_clip_state(), root / "shapes" / "clip.pt")
-    return root
+    torch.save(tiny_clip_state(), folder / "shapes" / "clip.pt")
+    return folder
 
 
 @pytest.fixture
@@ -182,3 +182,6 @@ def fails_in_one_line(result: subprocess.CompletedProcess, *parts: str) -> None:
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
     for part in parts:
         assert part in lines[0]
+
+
+from own_data import root, trained  # noqa: E402, F401  fixtures, which want what is above

@@ -303,9 +303,8 @@ def compare_trees(a: Path, b: Path) -> None:
     """
     from zsseg import checkpoint
 
-    names = lambda root: (
-        f for f in root.rglob("*") if f.is_file() and f.name != "previous.pt"
-    )  # whenever that was saved
+    # Whenever that was saved.
+    names = lambda root: (f for f in root.rglob("*") if f.is_file() and f.name != "previous.pt")
     files = [sorted(f.relative_to(root) for f in names(root)) for root in (a, b)]
     assert files[0] == files[1], set(files[0]) ^ set(files[1])
     for file in files[0]:

@@ -16,9 +16,8 @@ def test_byte_vocabulary_needs_no_file(monkeypatch, tmp_path):
     tokenizer = Tokenizer(514, 12)
     a, z = ord("a") - ord("!"), ord("z") - ord("!")
     assert tokenizer(["az A"]).tolist() == [[512, a, z + 256, a + 256, 513, 0, 0, 0, 0, 0, 0, 0]]
-    assert (
-        tokenizer.encode("é")[0] < 256 <= tokenizer.encode("é")[1] < 512
-    )  # two bytes, the last one ends the word
+    # Two bytes, the last one ends the word.
+    assert tokenizer.encode("é")[0] < 256 <= tokenizer.encode("é")[1] < 512
     with pytest.raises(UserError, match=r"ZSSEG_VOCAB=.*absent: no such file"):
         Tokenizer(49408, 77)
 
@@ -204,7 +203,6 @@ def test_region_tokens_see_their_patches_alone(small_clip):
         and torch.isfinite(tokens).all()
         and torch.allclose(tokens[1], tokens[2], atol=1e-5)
     )
-    assert torch.allclose(
-        visual.region_tokens(image, masks[1:2])[0], tokens[1], atol=1e-5
-    )  # whatever the other regions
+    # Whatever the other regions.
+    assert torch.allclose(visual.region_tokens(image, masks[1:2])[0], tokens[1], atol=1e-5)
     assert visual.stride == 8 and not torch.allclose(tokens[0], tokens[1], atol=1e-2)

@@ -10,15 +10,7 @@ from conftest import tiny_config
 from PIL import Image
 
 from zsseg import shapes
-from zsseg.data import (
-    TestPictures,
-    TrainPictures,
-    augment,
-    collate,
-    ssd_jitter,
-    stream,
-    test_size,
-)
+from zsseg.data import TestPictures, TrainPictures, augment, collate, ssd_jitter, stream, test_size
 from zsseg.datasets import DATASETS, find_pairs
 from zsseg.images import read_labels, read_picture
 from zsseg.run import UserError
@@ -128,9 +120,10 @@ def test_augmentation_moves_picture_and_labels_together(size):
         )
         padding = mask == 255
         assert (picture[:, padding] == 128).all() and set(mask.unique().tolist()) <= {0, 7, 255}
+        # A corner rectangle.
         assert (
             not padding[0, 0] and (~padding).sum() == (~padding[0]).sum() * (~padding[:, 0]).sum()
-        )  # a corner rectangle
+        )
         agree = (picture[0][~padding].int() - 20 * mask[~padding].int()).abs() < 10
         assert agree.float().mean() > 0.9
 
@@ -175,9 +168,8 @@ def test_jitter_is_ssd_s():
     rng = np.random.default_rng(0)
     grey = Image.new("RGB", (4, 4), (100, 100, 100))
     means = np.array([np.array(ssd_jitter(grey, rng)).mean() for _ in range(300)])
-    assert (
-        34 - 1 <= means.min() < 45 and 170 < means.max() <= 198 + 1
-    )  # (100 - 32) / 2 and (100 + 32) * 1.5
+    # (100 - 32) / 2 and (100 + 32) * 1.5.
+    assert 34 - 1 <= means.min() < 45 and 170 < means.max() <= 198 + 1
     assert 0.17 < (means == 100).mean() < 0.33  # neither brightness nor contrast: a quarter
     red = Image.new("RGB", (2, 2), (200, 60, 60))
     pixels = np.array([np.array(ssd_jitter(red, rng))[0, 0] for _ in range(300)]).astype(float)
@@ -205,9 +197,8 @@ def test_voc_and_coco_layouts(tmp_path):
         np.array([[0, 1, 15, 16, 20, 255]] * 4, np.uint8),
     )
     picture.save(voc / "JPEGImages" / "a.jpg")
-    palette = Image.fromarray(values).convert(
-        "P"
-    )  # VOC's own masks have a palette; the index is what counts
+    # VOC's own masks have a palette; the index is what counts.
+    palette = Image.fromarray(values).convert("P")
     palette.putdata(values.ravel().tolist())
     palette.save(voc / "SegmentationClassAug" / "a.png")
     (voc / "val.txt").write_text("a\n")

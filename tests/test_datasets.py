@@ -110,12 +110,8 @@ def test_trainaug_is_voc_and_sbd_without_val(tmp_path):
     prepare_data.main(["voc", "--root", str(tmp_path)])
     base = tmp_path / "VOCdevkit" / "VOC2012"
     train = (base / "train.txt").read_text().split()
-    assert train == [
-        "2007_000032",
-        "2007_000039",
-        "2008_000002",
-        "2008_000003",
-    ]  # 2007_000042 is VOC's val
+    # 2007_000042 is VOC's val.
+    assert train == ["2007_000032", "2007_000039", "2008_000002", "2008_000003"]
     assert (base / "val.txt").read_text().split() == ["2007_000033", "2007_000042", "2007_000061"]
     assert sorted(f.stem for f in (base / "SegmentationClassAug").iterdir()) == [
         "2008_000002",
@@ -205,9 +201,8 @@ def test_no_unseen_class_is_in_what_training_reads(name, tmp_path):
     assert found > 0
     everything = TrainPictures(tiny_config(f"data.name={name}", "data.train_on=all"), tmp_path)
     assert everything.lut.tolist() == data.lut().tolist()
-    assert len(everything.pairs) == len(samples.pairs) + (
-        name == "voc"
-    )  # COCO's third picture has no class at all
+    # COCO's third picture has no class at all.
+    assert len(everything.pairs) == len(samples.pairs) + (name == "voc")
 
 
 def test_one_region_samples(tmp_path):
@@ -356,10 +351,8 @@ def test_a_leak_in_one_table_is_noticed(tmp_path):
     assert count_classes(
         (tmp_path / "a.jpg", tmp_path / "a.png"), data, (full, training)
     ).rows.tolist() == [[0, 1], [15, 1]]
-    for value, wrong in (
-        (16, 3),
-        (1, 1),
-    ):  # an unseen class let through; a seen class under another's number
+    # An unseen class let through; a seen class under another's number.
+    for value, wrong in ((16, 3), (1, 1)):
         table = training.copy()
         table[value] = wrong
         with pytest.raises(AssertionError, match=r"a\.png"):

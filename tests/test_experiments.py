@@ -124,9 +124,8 @@ def test_views_are_the_mean_of_score_maps(ways, monkeypatch):
     found = views.segment_views(segmenter, images, size, True, 64)
     assert len(found) == 2 * (1 * 2 + 3 * 4) and {v.mirrored for v in found} == {False, True}
     assert all(segmenter.ensemble(v.proposals).shape == (8, 5) for v in found)
-    scores = [
-        torch.rand(8, 5) ** 4 for _ in found
-    ]  # an untrained segmenter's favour one class everywhere
+    # An untrained segmenter's favour one class everywhere.
+    scores = [torch.rand(8, 5) ** 4 for _ in found]
     total, count = torch.zeros(5, *size), torch.zeros(size)
     for view, s in zip(found, scores, strict=True):
         top, left, bottom, right = view.box
@@ -140,9 +139,8 @@ def test_views_are_the_mean_of_score_maps(ways, monkeypatch):
         labels, top = views.label_map(segmenter, found, scores, size)
         assert torch.equal(labels, wanted) and torch.allclose(top, mean.amax(0), atol=1e-6)
     assert len(wanted.unique()) > 1
-    monkeypatch.setattr(
-        views, "BUDGET", found[0].proposals.logits.nbytes
-    )  # room for the first; the others wait in files
+    # Room for the first; the others wait in files.
+    monkeypatch.setattr(views, "BUDGET", found[0].proposals.logits.nbytes)
     waiting = views.segment_views(segmenter, images, size, True, 64)
     assert all(
         torch.equal(a.proposals.logits, b.proposals.logits)
@@ -286,11 +284,8 @@ def test_only_hidden_pixels_are_filled_in_and_only_with_unseen_classes():
     scores = torch.tensor([[9.0, 9, 9], [1, 5, 0], [2, 1, 0]])[..., None]  # [C = 3, 3, 1]
     known, unseen = torch.tensor([[0], [255], [255]]), torch.tensor([False, True, True])
     assert complete(known, scores, unseen, 0.0, 255).tolist() == [[0], [1], [1]]
-    assert complete(known, scores, unseen, 0.01, 255).tolist() == [
-        [0],
-        [1],
-        [255],
-    ]  # the third: 1.2e-4
+    # The third: 1.2e-4.
+    assert complete(known, scores, unseen, 0.01, 255).tolist() == [[0], [1], [255]]
 
 
 def test_self_training_is_resumable_and_blind_to_hidden_labels(
@@ -316,9 +311,8 @@ def test_self_training_is_resumable_and_blind_to_hidden_labels(
     (folder / first).unlink()
     (folder / "counts.json").unlink()
     (folder / second).write_bytes(b"kept")
-    with pytest.raises(
-        UserError, match=f"{second} cannot be read|{second}: cannot be read"
-    ):  # counted at the end
+    # Counted at the end.
+    with pytest.raises(UserError, match=f"{second} cannot be read|{second}: cannot be read"):
         pseudo_labels(tiny_config(*words), shapes_root, folder, PROCESS)
     assert (folder / first).read_bytes() == maps[first] and (
         folder / second

@@ -129,9 +129,8 @@ def test_losses_are_the_formulas():
                 )
                 dice += float(1 - (2 * (p * truth).sum() + 1) / (p.sum() + truth.sum() + 1))
         assert float(losses["class"][layer]) == pytest.approx(nll / weight, rel=1e-5)
-        assert float(losses["focal"][layer]) == pytest.approx(
-            20 * focal / 4, rel=1e-4
-        )  # 4 targets in the batch
+        # 4 targets in the batch.
+        assert float(losses["focal"][layer]) == pytest.approx(20 * focal / 4, rel=1e-4)
         assert float(losses["dice"][layer]) == pytest.approx(dice / 4, rel=1e-5)
 
 
@@ -167,9 +166,8 @@ def test_losses_do_not_depend_on_the_order_of_queries():
 
 
 def test_perfect_predictions_cost_next_to_nothing():
-    labels = (
-        mixed_labels()[1:2].repeat_interleave(4, 1).repeat_interleave(4, 2)
-    )  # edges on the stride-4 grid
+    # Edges on the stride-4 grid.
+    labels = mixed_labels()[1:2].repeat_interleave(4, 1).repeat_interleave(4, 2)
     truth = (labels[:, ::4, ::4] == 3).float()
     masks = torch.full((1, 1, Q, SIDE, SIDE), -30.0)
     masks[0, 0, 2] = 60 * truth[0] - 30

@@ -202,12 +202,12 @@ def test_text_features_are_computed_once(small_clip, tmp_path, monkeypatch):
 
     first = features()
     assert torch.equal(first, features()) and calls == [2]
+    # Other words.
     assert (
         torch.allclose(first.flip(0), features(names=("dog", "cat")), atol=1e-6) and len(calls) == 2
-    )  # other words
-    assert (
-        not torch.equal(first, features(FixedPrompt(["the {}."]))) and len(calls) == 3
-    )  # another prompt
+    )
+    # Another prompt.
+    assert not torch.equal(first, features(FixedPrompt(["the {}."]))) and len(calls) == 3
     with torch.no_grad():
         small_clip.visual.proj.zero_()
         assert torch.equal(first, features()) and len(calls) == 3  # the image tower does not matter

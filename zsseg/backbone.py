@@ -152,9 +152,8 @@ def load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
     if not isinstance(state, dict):
         raise UserError(what, "is not a state dict", hint)
     state = unwrapped(state, what)
-    dropped = [
-        k for k in state if re.search(r"(^|\.)fc|num_batches_tracked$", k)
-    ]  # classifier, counters
+    # Classifier, counters.
+    dropped = [k for k in state if re.search(r"(^|\.)fc|num_batches_tracked$", k)]
     state = {k: v for k, v in state.items() if k not in dropped}
     load_strict(backbone, state, what, hint)
     say_loaded(what, len(state), dropped)

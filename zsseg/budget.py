@@ -64,9 +64,8 @@ def oracle_labels(
     scores = torch.zeros_like(proposals.head)
     scores[query, classes[target]] = (overlap[query, target] > 0).float()
     maps["true_classes"] = segmenter.label_map(scores, proposals, size)[0]
-    head = proposals.head.new_ones(
-        len(classes), len(data.names)
-    )  # a true mask without proposal: CLIP decides alone
+    # A true mask without proposal: CLIP decides alone.
+    head = proposals.head.new_ones(len(classes), len(data.names))
     touching = overlap[query, target] > 0
     head[target[touching]] = proposals.head[query[touching]]
     region = None
@@ -123,9 +122,8 @@ def budget(
     segmenter.eval()
     matrices = {row: torch.zeros(C, C, dtype=torch.int64, device=device) for row in ROWS}
     named = torch.zeros(C, C, dtype=torch.int64, device=device)
-    best = torch.zeros(
-        len(OVERLAPS) + 2, dtype=torch.float64, device=device
-    )  # recalled at each, sum of overlaps, masks
+    # Of every overlap, the masks recalled; then the sum of overlaps, and the masks.
+    best = torch.zeros(len(OVERLAPS) + 2, dtype=torch.float64, device=device)
     numbers = range(process.rank, len(pictures), process.world)
     batches, name = (
         stream(pictures, numbers, 1, config.data.workers),

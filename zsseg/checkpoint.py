@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from zsseg import run
 from zsseg.files import replacing
-from zsseg.run import UserError, nearest_file
+from zsseg.run import UserError, first_of, nearest_file
 
 State = dict[str, Tensor]
 WRAPPERS = ("module.", "_orig_mod.")
@@ -116,8 +116,7 @@ def load_strict(module: nn.Module, state: State, what: str, hint: str) -> None:
         if state[k].shape != own[k].shape:
             problems.append(f"{k} has shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}")
     if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(what, "does not fit: " + ", ".join(problems[:3]) + more, hint)
+        raise UserError(what, f"does not fit: {first_of(problems, 3)}", hint)
     check_finite(state, what)
     module.load_state_dict(state)
 
@@ -149,8 +148,7 @@ def check_finite(state: State, what: str) -> None:
     }
     broken = [k for k, tensor in known.items() if not tensor.isfinite().all()]
     if broken:
-        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        why = f"holds numbers that are not finite, in {', '.join(broken[:3])}{more}"
+        why = f"holds numbers that are not finite, in {first_of(broken, 3)}"
         raise UserError(what, why, "take another checkpoint; casts to half precision may do that")
 
 
@@ -211,9 +209,10 @@ class PickledArray:
         )
 
     def fill(self, data: bytes, kind: Kind, shape: tuple[int, ...], order: str) -> "PickledArray":
+        # frombuffer refuses an empty one.
         array = (
             np.frombuffer(bytes(data), np.dtype(kind.order + kind.text)) if data else np.zeros(0)
-        )  # it refuses nothing
+        )
         self.array = array.reshape(shape, order=order).astype(kind.text)
         return self
 

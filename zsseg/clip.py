@@ -50,9 +50,8 @@ class Attention(nn.Module):
             k, v = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, -1)
         else:
             q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
-        q, k, v = (
-            y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v)
-        )  # [N, heads, length, width/heads]
+        # [N, heads, length, width/heads]
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
         mask = None if mask is None else mask[: first or None].to(q.dtype)
         return self.out_proj(
             F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
@@ -149,13 +148,11 @@ class VisionTransformer(nn.Module):
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The tokens that enter the transformer [N, 1 + H/p * W/p, width], and (H/p, W/p)."""
         plain = isinstance(self.conv1, nn.Conv2d)
-        x = (
-            patch_tokens(images, self.conv1.weight) if plain else self.conv1(images)
-        )  # [N, width, H/p, W/p]
+        # [N, width, H/p, W/p]
+        x = patch_tokens(images, self.conv1.weight) if plain else self.conv1(images)
         height, width = x.shape[-2:]
-        x = (
-            x.flatten(2).transpose(1, 2).float()
-        )  # [N, H/p * W/p, width]; tokens stay fp32 between the blocks under autocast
+        # [N, H/p * W/p, width]; tokens stay fp32 between the blocks under autocast
+        x = x.flatten(2).transpose(1, 2).float()
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
         return self.ln_pre(x + resize_positions(self.positional_embedding, height, width)), (
             height,
@@ -229,9 +226,8 @@ def patch_tokens(images: Tensor, weight: Tensor) -> Tensor:
     """
     p = weight.shape[-1]
     h, w = images.shape[-2] // p, images.shape[-1] // p
-    x = (
-        images[..., : h * p, : w * p].reshape(-1, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)
-    )  # [N, h, w, 3, p, p]
+    # [N, h, w, 3, p, p]
+    x = images[..., : h * p, : w * p].reshape(-1, 3, h, p, w, p).permute(0, 2, 4, 1, 3, 5)
     return F.linear(x.reshape(-1, h, w, 3 * p * p), weight.flatten(1)).permute(0, 3, 1, 2)
 
 
@@ -298,9 +294,8 @@ class AttentionPool(nn.Module):
             .transpose(1, 2)  # [N, heads, length, width/heads]
             for proj, y in ((self.q_proj, query), (self.k_proj, x), (self.v_proj, x))
         )
-        out = self.c_proj(
-            F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        )  # [N, length, D]
+        # [N, length, D]
+        out = self.c_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return out.unflatten(1, (height, width)) if dense else out[:, 0]
 
 

@@ -27,17 +27,15 @@ class DataConfig:
     labels: str = ""  # e.g. "masks/{split}/{id}.png": one channel of 8 or 16 bits
     classes: list[str] = field(default_factory=list)  # names
     unseen: list[str] = field(default_factory=list)  # those that training hides
-    values: list[int] = field(
-        default_factory=list
-    )  # the label value of each class, all others are ignored; []: 0, 1, 2, ...
+    # The label value of each class, all others are ignored; []: 0, 1, 2, ...
+    values: list[int] = field(default_factory=list)
     exif_turn: bool = (
         False  # turn images as their camera says, which labelling tools do and COCO's labels do not
     )
     split: str = "val"  # the split that train.py (at its end) and eval.py measure on
     train_on: str = "seen"  # seen | all: the classes that training targets show
-    short_edges: list[int] = field(
-        default_factory=lambda: list(range(320, 961, 64))
-    )  # drawn at training
+    # Drawn at training.
+    short_edges: list[int] = field(default_factory=lambda: list(range(320, 961, 64)))
     max_size: int = 2560  # longest edge after resizing, at training and at test
     crop: int = 640  # side of the square training crop
     color_jitter: bool = True
@@ -103,9 +101,8 @@ class TrainConfig:
     steps: int = 60_000
     batch_size: int = 32  # over all processes
     seed: int = 0
-    seeds: list[int] = field(
-        default_factory=list
-    )  # prompts: these are learned side by side, and the best one is kept
+    # Prompts: these are learned side by side, and the best one is kept.
+    seeds: list[int] = field(default_factory=list)
     lr: float = 1e-4
     weight_decay: float = 1e-4
     backbone_lr: float = 0.1  # multiplies lr for the backbone
@@ -165,12 +162,10 @@ class ContrastConfig:
 class EvalConfig:
     # also measure MaskFormer only, CLIP only, CLIP x objectness, and CLIP on the true masks
     compare: bool = False
-    weights: list[float] = field(
-        default_factory=list
-    )  # also measure the ensemble with these weights, in the same pass
-    sizes: list[int] = field(
-        default_factory=list
-    )  # short edges whose score maps are averaged; [] = data.test_short_edge
+    # Also measure the ensemble with these weights, in the same pass.
+    weights: list[float] = field(default_factory=list)
+    # Short edges whose score maps are averaged; [] = data.test_short_edge.
+    sizes: list[int] = field(default_factory=list)
     flip: bool = False  # average with the mirror image's score map
     window: int = (
         0  # side of sliding windows that overlap by 2/3, in pixels of the network input; 0: none

@@ -246,9 +246,8 @@ def resize_bilinear(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
     pixels = pixels.astype(np.int32).reshape(*pixels.shape[:2], -1)  # [H, W, channels]
     left, right, (a0, a1) = taps(pixels.shape[1], width)
-    rows = (
-        pixels[:, left] * a0[:, None] + pixels[:, right] * a1[:, None]
-    )  # [H, width, channels], times 2048
+    # [H, width, channels], times 2048
+    rows = pixels[:, left] * a0[:, None] + pixels[:, right] * a1[:, None]
     upper, lower, (b0, b1) = taps(pixels.shape[0], height)
     total = ((rows[upper] >> 4) * b0[:, None, None] >> 16) + (
         (rows[lower] >> 4) * b1[:, None, None] >> 16

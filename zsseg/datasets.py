@@ -32,12 +32,10 @@ class Archive:
     """
 
     file: str
-    take: list[
-        tuple[str, str]
-    ]  # (folder or file in the archive, its place below the data set's folder)
-    urls: list[str] = field(
-        default_factory=list
-    )  # the first that answers; none: registration is needed
+    # (folder or file in the archive, its place below the data set's folder).
+    take: list[tuple[str, str]]
+    # The first that answers; none: registration is needed.
+    urls: list[str] = field(default_factory=list)
     bytes: int = 0  # 0: not published
     checksum: str = ""  # "sha256:..." or "sha1:..."; "": not published
 
@@ -58,9 +56,8 @@ class DataSet:
     bits: int = 8  # of a label value; 16-bit data sets may hold 8-bit files
     ignore: int = 255
     counts: dict[str, int] = field(default_factory=dict)  # images of each split, as published
-    digests: dict[str, str] = field(
-        default_factory=dict
-    )  # SHA-256 of a split's sorted ids, one a line
+    # SHA-256 of a split's sorted ids, one a line.
+    digests: dict[str, str] = field(default_factory=dict)
     objects: list[int] = field(default_factory=list)  # ADE20K-847: object index of each class
     archives: list[Archive] = field(default_factory=list)
     register: str = ""  # what to do where nothing may be downloaded
@@ -186,13 +183,11 @@ class Listing:
     """The files of a split."""
 
     pairs: list[tuple[Path, Path]]  # (image, label map), sorted by id as listed or found
-    alone: list[Path] = field(
-        default_factory=list
-    )  # on one side only; a listed file that is not there is an error
+    # On one side only; a listed file that is not there is an error.
+    alone: list[Path] = field(default_factory=list)
     twins: list[UserError] = field(default_factory=list)  # two files of one id
-    others: list[str] = field(
-        default_factory=list
-    )  # that look like images and fit no pattern (one's own data)
+    # That look like images and fit no pattern (one's own data).
+    others: list[str] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     counts: tuple[int, int] = (0, 0)  # images, label maps
     remarks: list[str] = field(default_factory=list)

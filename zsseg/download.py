@@ -244,9 +244,8 @@ def members(archive: Path, verified: bool) -> Iterator[tuple[str, int, object]]:
                 )
         while compressed and stream.read(BLOCK):
             pass  # to the end, where the checksum is
-        if (
-            not compressed and not verified
-        ):  # a tar cut between two files would pass for a whole one
+        # A tar cut between two files would pass for a whole one.
+        if not compressed and not verified:
             stream.seek(-512, 2)
             if stream.read(512).strip(b"\0"):
                 raise EOFError("it was cut")

@@ -69,9 +69,8 @@ def overlay(
     H, W = labels.shape
     size = max(H // 36, 14)
     font = ImageFont.load_default(size)
-    grey = np.asarray(Image.fromarray(image).convert("L"))[
-        ..., None
-    ]  # or its colours would mix with those of the legend
+    # Or its colours would mix with those of the legend.
+    grey = np.asarray(Image.fromarray(image).convert("L"))[..., None]
     tinted = (0.5 * grey + 0.5 * colours[labels]).astype(np.uint8)
     edge, across, down = (
         np.zeros_like(labels, bool),

@@ -22,12 +22,8 @@ from zsseg.segmenter import Segmenter
 from zsseg.words import Words
 
 TOLERANCE = 1e-5  # of the largest value
-PICTURES = (
-    (97, 131),
-    (64, 96),
-    (33, 20),
-    (1, 1),
-)  # the sizes and numbers at which programs are compared with the modules
+# The sizes and numbers at which programs are compared with the modules.
+PICTURES = ((97, 131), (64, 96), (33, 20), (1, 1))
 CROPS = (5, 1)
 # What the programs take and give, and the method around them; it goes into settings.json.
 PROPOSER = {
@@ -171,9 +167,8 @@ def write(module: nn.Module, inputs: list[Tensor], dynamic: dict, path: Path) ->
     """Trace a copy of the module with the first input, whose `dynamic` dimensions may change; save,
     load, compare on all.
     """
-    module = (
-        deepcopy(module).cpu().eval().requires_grad_(False)
-    )  # a copy is never the compiled program
+    # A copy is never the compiled program.
+    module = deepcopy(module).cpu().eval().requires_grad_(False)
     # strict: Python's len(tensor) would otherwise become a constant of the program.
     program = torch.export.export(module, (inputs[0],), dynamic_shapes=(dynamic,), strict=True)
     nodes = [
@@ -187,9 +182,8 @@ def write(module: nn.Module, inputs: list[Tensor], dynamic: dict, path: Path) ->
     for node in nodes:
         node.meta.pop("stack_trace", None)  # names of files on this machine
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            node.graph.erase_node(
-                node
-            )  # tracing takes all for fp32 and writes that down, also where autocast gives bf16
+            # Tracing takes all for fp32 and writes that down, also where autocast gives bf16.
+            node.graph.erase_node(node)
     for part in program.graph_module.modules():
         if isinstance(part, GraphModule):
             part.recompile()

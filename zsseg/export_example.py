@@ -126,9 +126,8 @@ if __name__ == "__main__":
         photo = open_picture(sys.argv[1])
     except (OSError, ValueError, SyntaxError) as problem:
         error(f"picture {sys.argv[1]}: cannot be read ({problem}); give another one")
-    load = lambda name: torch.export.load(HERE / name).module(
-        check_guards=False
-    )  # or the smallest images are refused
+    # Or the smallest images are refused.
+    load = lambda name: torch.export.load(HERE / name).module(check_guards=False)
     proposer, clip = load("proposer.pt2"), load("clip.pt2") if settings["clip"] else None
     found = segment(photo, settings, proposer, clip)
     mark.add_text("Software", settings["program"])

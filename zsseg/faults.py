@@ -88,9 +88,8 @@ def load_last(folder: Path) -> dict:
             raise
         content = checkpoint.load(folder / "previous.pt")
         if os.environ.get("RANK", "0") == "0" and (folder / "last.pt").exists():
-            (folder / "last.pt").rename(
-                folder / "broken.pt"
-            )  # or the next checkpoint would make it the previous one
+            # Or the next checkpoint would make it the previous one.
+            (folder / "last.pt").rename(folder / "broken.pt")
         say(f"{error}: going on from previous.pt, step {content.get('step')}")
         return content
 

@@ -4,6 +4,7 @@ file of theirs.
 
 import codecs
 import contextlib
+import errno
 import fcntl
 import os
 import uuid
@@ -15,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from zsseg.run import UserError, say
 
-# stands in every result, so that the next run knows that it may replace the file
+# Stands in every result, so that the next run knows that it may replace the file
 MARK = "written by zsseg"
 EDGE = 4096  # bytes at either end of a file in which it is looked for
 PNG_MARK = PngInfo()
@@ -29,7 +30,7 @@ def decode(content: bytes) -> str:
     them, see `read_text`.
     """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return content.decode("utf-16", "surrogatepass")
+        return content.decode("utf-16", "replace")  # half a letter at the end must not raise
     return content.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
 
 
@@ -123,18 +124,16 @@ def hold(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")  # noqa: SIM115
-        fcntl.lockf(
-            file, fcntl.LOCK_EX | fcntl.LOCK_NB
-        )  # not inherited: workers that outlive their parent hold nothing
+        # Not inherited: workers that outlive their parent hold nothing.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         HELD[folder] = file
-    except (BlockingIOError, PermissionError):
-        raise UserError(
-            f"output {folder}",
-            "another run is writing there, or it is read-only",
-            "give another --out",
-        ) from None
-    except OSError:  # a file system without locks
-        pass
+    except BlockingIOError:
+        why = "another run is writing there"
+        raise UserError(f"output {folder}", why, "give another --out") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
+            why = f"cannot be written ({error.strerror})"
+            raise UserError(f"output {folder}", why, "check the folder and the disk") from None
 
 
 def release(folder: Path) -> None:
@@ -148,10 +147,8 @@ def check_writable(folder: Path, names: list[str]) -> None:
     is not ours.
     """
     refuse_foreign(*(folder / name for name in names))
-    there, probe = (
-        folder.exists(),
-        folder / ".writable",
-    )  # one name: what a kill leaves, the next try removes
+    there = folder.exists()
+    probe = folder / ".writable"  # one name: what a kill leaves, the next try removes
     with replacing(probe) as file:
         file.touch()
     probe.unlink(missing_ok=True)
@@ -229,15 +226,11 @@ def temporary_for(path: Path) -> tuple[Path, int]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     lock = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        with contextlib.suppress(NotImplementedError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    # OSError: another one holds it, or has just given it its name; or there are no locks here.
+    with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(lock), os.stat(temporary)):
             return temporary, lock
-    except BlockingIOError:
-        pass
-    except OSError:  # no locks here, or the other one has just given the file its name
-        pass
     os.close(lock)
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     return temporary, os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)

@@ -13,49 +13,16 @@ from PIL import Image, ImageOps
 
 from zsseg.run import UserError
 
-warnings.simplefilter(
-    "ignore", Image.DecompressionBombWarning
-)  # `open_image` has limits of its own
+# `open_image` has limits of its own.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 ORIENTATION = 0x0112  # the EXIF entry that says how the camera was held
 # Of images that Pillow does not read, or not without more packages.
 PICTURE_LIKE = frozenset(
-    f".{ending}"
-    for ending in (
-        "heic",
-        "heif",
-        "hif",
-        "avif",
-        "jxl",
-        "dng",
-        "cr2",
-        "cr3",
-        "nef",
-        "arw",
-        "orf",
-        "rw2",
-        "raf",
-        "pef",
-        "srw",
-        "raw",
-        "psd",
-        "svg",
-        "exr",
-        "hdr",
-        "webp",
-        "jp2",
-        "eps",
-        "xcf",
-        "mpo",
-    )
+    ".heic .heif .hif .avif .jxl .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw .raw .psd "  # noqa: SIM905
+    ".svg .exr .hdr .webp .jp2 .eps .xcf .mpo".split()
 )
-LABEL_FORMATS = (
-    "PNG",
-    "TIFF",
-    "BMP",
-    "DIB",
-    "GIF",
-    "PPM",
-)  # whose samples come through Pillow, or can be had back
+# Whose samples come through Pillow, or can be had back.
+LABEL_FORMATS = ("PNG", "TIFF", "BMP", "DIB", "GIF", "PPM")
 FIRST_PAGE = "the picture has more than one page or frame; the first is read"
 TURNED = (
     "the camera turned the picture (EXIF), which is not applied; labels drawn on the turned one "
@@ -84,13 +51,11 @@ def open_image(file: Path, what: str, limited: bool = True) -> Iterator[Image.Im
     try:
         with contextlib.ExitStack() as stack:
             image = stack.enter_context(Image.open(file))
-            if (
-                image.format == "TIFF" and orientation(image) != 1
-            ):  # mapped from the file, Pillow would turn it wrongly
+            # Mapped from the file, Pillow would turn it wrongly.
+            if image.format == "TIFF" and orientation(image) != 1:
                 image = stack.enter_context(Image.open(io.BytesIO(Path(file).read_bytes())))
-            if (
-                limited and image.width * image.height > Image.MAX_IMAGE_PIXELS
-            ):  # Pillow itself refuses twice as many
+            # Pillow itself refuses twice as many.
+            if limited and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise ValueError(
                     f"{image.width} x {image.height} is more than {Image.MAX_IMAGE_PIXELS} pixels"
                 )
@@ -148,9 +113,8 @@ def read_picture(
         if mode is None:
             return image
         if turn or shown:
-            with contextlib.suppress(
-                Exception
-            ):  # where the camera's notes are broken, nothing is turned
+            # Where the camera's notes are broken, nothing is turned.
+            with contextlib.suppress(Exception):
                 image = ImageOps.exif_transpose(image)
         return as_rgb(image, mode)
 
@@ -181,9 +145,8 @@ def read_samples(file: Path) -> tuple[np.ndarray, str]:
     what = f"label map {file}"
     with open_image(file, "label map") as image:
         pages = getattr(image, "n_frames", 1)
-        turned = (
-            orientation(image) if image.format == "TIFF" else 1
-        )  # it would decode a PNG, and Pillow turns TIFFs alone
+        # It would decode a PNG, and Pillow turns TIFFs alone.
+        turned = orientation(image) if image.format == "TIFF" else 1
         if image.format not in LABEL_FORMATS or "jpeg" in str(image.info.get("compression")):
             kind = image.format if image.format not in LABEL_FORMATS else "compressed as JPEG"
             raise UserError(what, f"is {kind}, which changes values", "write PNG")
@@ -195,6 +158,8 @@ def read_samples(file: Path) -> tuple[np.ndarray, str]:
                 "is a BMP of two greys in more than one bit, which Pillow misreads",
                 "write PNG",
             )
+        if not image.tile:
+            raise ValueError("it holds no pixels")
         decoder, arguments = image.tile[0][0], image.tile[0][3]
         arguments = arguments if isinstance(arguments, tuple) else (arguments,)
         image.load()

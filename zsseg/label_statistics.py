@@ -18,7 +18,7 @@ from zsseg.config import DataConfig
 from zsseg.datasets import DataSet, dataset, find_pairs
 from zsseg.files import replacing
 from zsseg.images import FIRST_PAGE, TURNED, check_values, read_samples, remarks_on
-from zsseg.run import UserError, cache_dir, parallel, several
+from zsseg.run import UserError, cache_dir, first_of, parallel, several
 
 
 @dataclass
@@ -53,7 +53,7 @@ class LabelStatistics:
         used = data.trained if split == "train" else range(len(data.names))
         without = [data.names[i] for i in used if not pixels[i]]
         if without:
-            names = ", ".join(without[:20]) + f" and {len(without) - 20} more" * (len(without) > 20)
+            names = first_of(without, 20)
             lines.append(
                 f"no pixel in {split} of {several(len(without), 'class', 'classes')} of "
                 f"{len(used)}: {names}"
@@ -65,9 +65,8 @@ class LabelStatistics:
             if v not in known
         ]
         usual = not [v for v, share in others if v != 255 or share > 5]
-        if (
-            others and (without or not usual) and data.name == "folder"
-        ):  # the others' values are known to be right
+        # The others' values are known to be right.
+        if others and (without or not usual) and data.name == "folder":
             shares = ", ".join(f"{v} ({share:.2g} %)" for v, share in others[:20]) + " ..." * (
                 len(others) > 20
             )
@@ -186,9 +185,8 @@ def label_statistics(
             return cached
     count = lambda pair: count_classes(pair, data, tables, turn=turn)
     statistics = count_split(pairs, count, workers, f"count {data.name} {split}")
-    for cache in (
-        caches if not len(statistics.broken) else ()
-    ):  # what is broken today may be mended tomorrow
+    # What is broken today may be mended tomorrow.
+    for cache in caches if not len(statistics.broken) else ():
         try:
             with replacing(cache) as temporary, open(temporary, "wb") as file:
                 np.savez(file, version=version, **vars(statistics))

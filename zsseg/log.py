@@ -98,9 +98,8 @@ class Log:
         ):
             with self.may_fail():
                 self.send(step, {f"{split}/pictures": self.images()})
-            with self.may_fail(
-                "a table"
-            ):  # unlike all else, it asks the network, which may be away for a while
+            # Unlike all else, it asks the network, which may be away for a while.
+            with self.may_fail("a table"):
                 self.send(step, {f"{split}/per_class_table": self.table(result["per_class"])})
         self.pictures = []
 
@@ -172,9 +171,8 @@ class Log:
 
     def send(self, step: int, values: dict) -> None:
         if self.wandb is not None and values:
-            self.wandb.log(
-                values, step=max(step, self.next, self.wandb.step)
-            )  # it drops what comes late
+            # It drops what comes late.
+            self.wandb.log(values, step=max(step, self.next, self.wandb.step))
 
     @contextlib.contextmanager
     def may_fail(self, cost: str = "wandb") -> Iterator[None]:

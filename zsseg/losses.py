@@ -36,9 +36,8 @@ def class_loss(
     no-object class.
     """
     L, B, Q, C = logits.shape
-    truth = torch.full(
-        (L, B, Q + 1), C - 1, device=logits.device
-    )  # the extra query takes what has no match
+    # The extra query takes what has no match.
+    truth = torch.full((L, B, Q + 1), C - 1, device=logits.device)
     truth = truth.scatter(2, matched.where(matched >= 0, Q), classes.expand(L, -1, -1))[..., :Q]
     weight = torch.where(truth == C - 1, no_object_weight, 1.0).flatten()
     losses = weight * F.cross_entropy(
@@ -76,9 +75,8 @@ def focal_and_dice(
     for layer_masks, query in zip(masks, matched, strict=True):
         index = query.clamp(min=0)[..., None, None].expand(-1, -1, h, w)
         x = layer_masks.gather(1, index).to(dtype)  # [B, T, h, w]
-        x = F.interpolate(
-            x, labels.shape[-2:], mode="bilinear", align_corners=False
-        )  # [B, T, H, W]
+        # [B, T, H, W]
+        x = F.interpolate(x, labels.shape[-2:], mode="bilinear", align_corners=False)
         p = x.sigmoid()
 
         cross_entropy = F.binary_cross_entropy_with_logits(x, t, reduction="none")
@@ -107,9 +105,8 @@ def segmentation_losses(
     NaN. Nothing is read by the host, so that torch.compile takes it whole and a GPU never waits.
     """
     num_masks, weights = scales
-    masks = (
-        masks.contiguous()
-    )  # once for all operators: the network's product leaves [B, L, Q, h, w] in memory
+    # Once for all operators: the network's product leaves [B, L, Q, h, w] in memory.
+    masks = masks.contiguous()
     with torch.no_grad():
         matched, bad = assign(
             matching_cost(logits, masks, targets, focal_weight, dice_weight), targets.counts

@@ -118,9 +118,8 @@ class MaskFormer(nn.Module):
             nn.init.zeros_(conv.bias)
         self.query_embed = nn.Embedding(config.queries, hidden)
         self.mask_embed = mlp(hidden, hidden, hidden, hidden)
-        if (
-            config.class_head == "linear"
-        ):  # fully supervised MaskFormer: the embeddings are the logits
+        # Fully supervised MaskFormer: the embeddings are the logits.
+        if config.class_head == "linear":
             self.class_embed, self.non_object = nn.Linear(hidden, embed), None
         else:
             self.class_embed = mlp(hidden, config.class_hidden, embed)
@@ -160,9 +159,8 @@ class MaskFormer(nn.Module):
         for layer in self.layers:
             y = layer(y, query_pos, memory, keys)
             outputs.append(y)
-        y = self.norm(torch.stack(outputs if self.training else outputs[-1:])).transpose(
-            1, 2
-        )  # [L, B, Q, hidden]
+        # [L, B, Q, hidden]
+        y = self.norm(torch.stack(outputs if self.training else outputs[-1:])).transpose(1, 2)
         masks = torch.einsum("lbqc,bchw->lbqhw", self.mask_embed(y), mask_features)
         return self.class_embed(y), masks
 

@@ -41,9 +41,8 @@ class Targets:
         a power of two less one.
         """
         T = self.classes.shape[1]
-        wide = (
-            T if T == 64 else max(2 ** T.bit_length() - 1, 15)
-        )  # 64 is what the assignment kernel still takes
+        # 64 is what the assignment kernel still takes.
+        wide = T if T == 64 else max(2 ** T.bit_length() - 1, 15)
         return Targets(self.labels, F.pad(self.classes, (0, wide - T)), self.counts)
 
 
@@ -63,17 +62,15 @@ def matching_cost(
     nearest sampling. No gradient is needed.
     """
     L, _, Q, h, w = mask_logits.shape
-    labels = F.interpolate(targets.labels[:, None].float(), (h, w), mode="nearest")[
-        :, 0
-    ].int()  # [B, h, w]
+    # [B, h, w]
+    labels = F.interpolate(targets.labels[:, None].float(), (h, w), mode="nearest")[:, 0].int()
     if use_triton(mask_logits):
         return matching_cost_kernel.matching_cost(
             class_logits, mask_logits, labels, targets.classes, focal_weight, dice_weight
         )
     dtype = torch.promote_types(mask_logits.dtype, torch.float32)
-    target = (
-        (labels[:, None] == targets.classes[:, :, None, None]).flatten(2).to(dtype)
-    )  # [B, T, hw]
+    # [B, T, hw]
+    target = (labels[:, None] == targets.classes[:, :, None, None]).flatten(2).to(dtype)
     x = mask_logits.to(dtype).flatten(3)  # [L, B, Q, hw]
     p = x.sigmoid()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zsseg.config import Config
 from zsseg.datasets import DataSet, dataset
+from zsseg.run import first_of
 
 PIXELS = 2**24  # of an image that are counted at once
 
@@ -85,7 +86,7 @@ def report(result: dict, config: Config, out: Path) -> None:
     print(table(result, method(config), data.unseen))
     without = [name for name, values in result["per_class"].items() if values["IoU"] is None]
     if without:
-        names = ", ".join(without[:20]) + f" and {len(without) - 20} more" * (len(without) > 20)
+        names = first_of(without, 20)
         print(
             f"not measured, without a pixel of ground truth: {len(without)} of {len(data.names)} "
             f"classes: {names}"

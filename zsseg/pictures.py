@@ -109,9 +109,8 @@ def find_pictures(given: list[str], out: Path) -> list[str]:
                 nearest_file(path, "give pictures, folders, patterns or -"),
             )
         asked = {*map(os.path.dirname, found), *([path] if word != "-" else [])}
-        if any(
-            os.path.join(os.path.realpath(f), "").startswith(results) for f in asked
-        ):  # label maps might replace images
+        # Label maps might replace images.
+        if any(os.path.join(os.path.realpath(f), "").startswith(results) for f in asked):
             raise UserError(
                 f"--images {word}", f"lies in {out}, where results go", "give another --out"
             )
@@ -141,9 +140,7 @@ def matching(pattern: str, results: str, word: str) -> list[str]:
     matches = glob.glob(pattern, recursive=True)
     links = {file: os.path.realpath(file) for file in matches if os.path.isfile(file)}
     files_in = sorted(
-        (file for file in links if not links[file].startswith(results)),
-        key=len,
-        reverse=True,
+        (file for file in links if not links[file].startswith(results)), key=len, reverse=True
     )
     found = list({links[file]: file for file in files_in}.values())  # links may loop
     if "**" not in pattern and (folders := sum(map(os.path.isdir, matches))):
@@ -169,9 +166,8 @@ def say_what_is_not_taken(others: list[str], hidden: list[str], out: Path, folde
         and out.is_dir()
     ):
         files = set(walk(out))
-        made = {
-            file.removesuffix(".json") for file in files if file.endswith(".json")
-        }  # results have one beside them
+        # Results have one beside them.
+        made = {file.removesuffix(".json") for file in files if file.endswith(".json")}
         stem = lambda file: (
             file.removesuffix(".overlay.jpg")
             if file.endswith(".overlay.jpg")
@@ -289,9 +285,10 @@ class Results:
         """
         try:
             content = json.loads(self.file(number, ".json").read_text("utf-8"))
+            # Else it was moved.
             if content["picture"] != self.names.files[number] and os.path.exists(
                 content["picture"]
-            ):  # else it was moved
+            ):
                 return None
             if content["made_with"] != self.made_with or content["version"] != version_of(
                 self.names.files[number]
@@ -587,9 +584,8 @@ def segment_groups(
                     todo,
                 )
             labels, top = label_map(segmenter, parts, scores, picture.size)
-            labels = (
-                labels.clamp(max=C - 1) if words.shown < len(words.names) else labels
-            )  # background words come last
+            # Background words come last.
+            labels = labels.clamp(max=C - 1) if words.shown < len(words.names) else labels
             pixels = torch.bincount(labels.flatten(), minlength=C)
             scores = torch.bincount(labels.flatten(), top.flatten().double(), minlength=C)
             kind = torch.uint8 if label_type(C) is np.uint8 else torch.int32

@@ -158,9 +158,8 @@ class Prompts:
             count.index_add_(0, classes, torch.ones_like(classes, dtype=torch.float))
         right, count = self.process.sum(right), self.process.sum(count)
         there = count > 0
-        top1 = mean = [None] * (
-            S + 1
-        )  # nothing is held out where every class has fewer than five regions
+        # Nothing is held out where every class has fewer than five regions.
+        top1 = mean = [None] * (S + 1)
         spread = average = None
         if there.any():
             top1 = (100 * right.sum(1) / count.sum()).tolist()

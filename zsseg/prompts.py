@@ -20,9 +20,8 @@ from zsseg.clip import CLIP
 from zsseg.run import UserError, cache_dir, say
 from zsseg.tokenizer import Tokenizer
 
-TEMPLATES = tomllib.loads(
-    (Path(__file__).parent / "prompts.toml").read_text("utf-8")
-)  # single, vild, imagenet
+# Single, vild, imagenet.
+TEMPLATES = tomllib.loads((Path(__file__).parent / "prompts.toml").read_text("utf-8"))
 
 
 class FixedPrompt(nn.Module):
@@ -111,9 +110,8 @@ def build_prompt(spec: str | list[str], width: int, prefix: int = 16) -> nn.Modu
 def text_features(clip: CLIP, tokenizer: Tokenizer, prompt: nn.Module, names: list[str]) -> Tensor:
     """`prompt`'s features [C, D], kept in the cache under a digest of all that they depend on."""
     device = clip.text_projection.device
-    tokens = [
-        tokenizer.encode(text) for text in (*names, *getattr(prompt, "templates", ()))
-    ]  # of this vocabulary file
+    # Of this vocabulary file.
+    tokens = [tokenizer.encode(text) for text in (*names, *getattr(prompt, "templates", ()))]
     words = [
         getattr(prompt, "templates", None),
         names,
@@ -124,11 +122,8 @@ def text_features(clip: CLIP, tokenizer: Tokenizer, prompt: nn.Module, names: li
         str(clip),
     ]
     digest = hashlib.sha256(json.dumps(words).encode())
-    for code in (
-        __file__,
-        clip_module.__file__,
-        tokenizer_module.__file__,
-    ):  # another program may compute other features
+    # Another program may compute other features.
+    for code in (__file__, clip_module.__file__, tokenizer_module.__file__):
         digest.update(Path(code).read_bytes())
     for part in (clip, prompt):
         for name, tensor in part.state_dict().items():

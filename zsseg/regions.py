@@ -146,15 +146,13 @@ def classify_in_one_pass(
         )
         dense = dense.permute(0, 3, 1, 2).float()  # [1, D, h, w]
         share = F.adaptive_avg_pool2d(masks.float()[None], dense.shape[-2:])  # [1, P, h, w]
-        share = share / share.amax((2, 3), keepdim=True).clamp(
-            min=1e-12
-        )  # or others outweigh a region of few pixels
+        # Or others outweigh a region of few pixels.
+        share = share / share.amax((2, 3), keepdim=True).clamp(min=1e-12)
         if use_triton(dense):
             features = mask_pool(dense.contiguous(), share.logit(1e-6))[0]
         else:
-            features = (
-                share[0].flatten(1) @ dense[0].flatten(1).T
-            )  # [P, D]: the mean, but for its length
+            # [P, D]: the mean, but for its length
+            features = share[0].flatten(1) @ dense[0].flatten(1).T
     return cosine_logits(features, text)
 
 
@@ -176,9 +174,8 @@ def classify_crops(
         return text.new_zeros(0, len(text))
     chunk = crops_at_once(crops.shape[-1], crops.device, chunk)
     chunk = min(chunk, clip.most_crops or chunk)
-    chunk = (
-        min(chunk, 128) if few_sizes else chunk
-    )  # the largest program need not serve more crops than there are queries
+    # The largest program need not serve more crops than there are queries.
+    chunk = min(chunk, 128) if few_sizes else chunk
     features, done = [], 0
     while done < len(crops):
         part = crops[done : done + chunk]

@@ -135,9 +135,8 @@ class Report:
             "pictures": [card for _, _, card in self.cards],
             "kept": KEPT,
         }
-        text = json.dumps(page, allow_nan=False).replace(
-            "<", "\\u003c"
-        )  # so that no name can end the script block
+        # So that no name can end the script block.
+        text = json.dumps(page, allow_nan=False).replace("<", "\\u003c")
         with written(out / "report.html") as file:
             file.write_text(TEMPLATE.read_text("utf-8").replace("{{data}}", text), "utf-8")
         print(f"-> {out / 'report.html'}")
@@ -222,12 +221,10 @@ def gains(matrix: np.ndarray) -> np.ndarray:
     union, there = truth + found - hit, truth > 0
     iou = hit / np.maximum(union, 1)
     more = matrix / np.maximum(union, 1)[:, None]  # of i: the union stays
-    more += np.where(
-        there, hit / np.maximum(union - matrix, 1) - iou, 0
-    )  # of j: the union shrinks, or
-    gone = (
-        ~there & (found == matrix) & (matrix > 0)
-    )  # j counts no more, as it is neither in the truth nor predicted
+    # Of j, the union shrinks,
+    more += np.where(there, hit / np.maximum(union - matrix, 1) - iou, 0)
+    # or j counts no more, as it is neither in the truth nor predicted.
+    gone = ~there & (found == matrix) & (matrix > 0)
     total, counted = iou[there].sum(), (union > 0).sum()
     gain = 100 * ((total + more) / np.maximum(counted - gone, 1) - total / max(counted, 1))
     np.fill_diagonal(gain, 0)

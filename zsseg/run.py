@@ -32,9 +32,8 @@ else ~/.cache/zsseg), ZSSEG_VOCAB (CLIP's vocabulary file). A user error is one 
 exit code 2."""
 MANY = 5000  # names that one is compared with, at most: it takes a while
 GRACE = 2  # seconds: torchrun ends the other processes sooner once the first has failed
-PATIENCE = timedelta(
-    hours=1
-)  # for processes that wait while one prepares data; a dead one is noticed at once
+# For processes that wait while one prepares data; a dead one is noticed at once.
+PATIENCE = timedelta(hours=1)
 
 
 class UserError(Exception):
@@ -124,9 +123,8 @@ class Stream:
         try:
             action(*values)
         except (OSError, ValueError):  # ValueError: it was closed
-            with contextlib.suppress(
-                OSError, ValueError
-            ):  # what is buffered would fail again at the end
+            # What is buffered would fail again at the end.
+            with contextlib.suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.stream.fileno())
                 os.close(nowhere)
@@ -139,9 +137,8 @@ def guard_streams() -> None:
     """
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            with contextlib.suppress(
-                OSError
-            ):  # or the next file that is opened would be taken for it
+            # Or the next file that is opened would be taken for it.
+            with contextlib.suppress(OSError):
                 os.fstat(descriptor)
                 continue
             os.open(os.devnull, os.O_RDWR)
@@ -256,6 +253,12 @@ def say_left_out() -> None:
     if LEFT_OUT:
         say(f"left out: {'; '.join(LEFT_OUT)}")
     LEFT_OUT.clear()
+
+
+def first_of(names: list[str], most: int) -> str:
+    """At most so many names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def several(count: int, one: str, many: str = "") -> str:

@@ -29,7 +29,7 @@ from zsseg.regions import (
     region_crops,
     region_masks,
 )
-from zsseg.run import UserError, say
+from zsseg.run import UserError, first_of, say
 from zsseg.tokenizer import Tokenizer, check_names
 
 BUDGET = 2**28  # bytes of score maps that a label map holds at once
@@ -44,9 +44,8 @@ class Proposals:
     logits: Tensor  # [Q, h, w] of the masks, fp32, at stride 4 of the padded network input
     size: tuple[int, int]  # (H, W) of the network input before padding
     head: Tensor  # [Q, C] class probabilities of the segmenter, no-object dropped
-    region: (
-        Tensor | None
-    )  # [Q, C] CLIP's class probabilities, 1 where invalid; None without the ensemble
+    # [Q, C] CLIP's class probabilities, 1 where invalid; None without the ensemble
+    region: Tensor | None
     valid: Tensor  # [Q] bool: the mask has a pixel above the threshold
 
 
@@ -187,9 +186,8 @@ class Segmenter(nn.Module):
         prepared = self.maskformer.prepare(image[None])
         for side in (2, 3) if self.compiled else ():
             torch._dynamo.maybe_mark_dynamic(prepared, side)
-        proposer = (
-            self.maskformer if self.compiled else self.maskformer.forward
-        )  # not the program that training compiled
+        # Not the program that training compiled.
+        proposer = self.maskformer if self.compiled else self.maskformer.forward
         # A CPU computes it in fp32: it is little of the work there, and its masks are decided at a
         # threshold.
         with torch.autocast("cpu", enabled=False):
@@ -216,9 +214,10 @@ class Segmenter(nn.Module):
         size, C = tuple(image.shape[-2:]), len(logits)
         scores = logits.log_softmax(0)
         if self.config.ensemble:
+            # [C, h', w']
             dense = dense_logits(
                 self.clip, image, self.region_text, self.config.dense_edge
-            ).log_softmax(0)  # [C, h', w']
+            ).log_softmax(0)
             H, W = (STRIDE * s for s in logits.shape[-2:])
             inner = [-(-s // STRIDE) for s in size]
             dense = F.interpolate(dense[None], inner, mode="bilinear", align_corners=False)[0]
@@ -289,9 +288,8 @@ class Segmenter(nn.Module):
         found = {"head_only": proposals.head}
         if proposals.region is not None:
             found["clip_only"] = self.ensemble(proposals, 0)
-            found["clip_objectness"] = found["clip_only"] * proposals.head.sum(
-                1, keepdim=True
-            )  # 1 - p(no object)
+            # 1 - p(no object).
+            found["clip_objectness"] = found["clip_only"] * proposals.head.sum(1, keepdim=True)
             found |= {f"weight_{w:g}": self.ensemble(proposals, w) for w in weights}
         return found
 
@@ -475,7 +473,7 @@ def start_from(
             fresh.append(name)
     checkpoint.say_loaded(what, sum(map(len, used.values())), dropped)
     if fresh:
-        names = ", ".join(fresh[:5]) + f" and {len(fresh) - 5} more" * (len(fresh) > 5)
+        names = first_of(fresh, 5)
         say(
             f"{what}: {len(fresh)} of the model's tensors are not in it, or of another shape, and "
             f"start afresh: {names}"
@@ -530,9 +528,8 @@ def load_segmenter(content: dict, config: Config, root: Path, name: str) -> Segm
     if "config" not in content:
         used = {*segmenter.learned_state(), "clip"} - ({"clip"} if clip is None else set())
         used -= prompts.keys()
-        adapter = [
-            k for k in content["model"] if "clip_adapter" in k
-        ]  # where the parts are that a setting may leave unused
+        # Where the parts are that a setting may leave unused.
+        adapter = [k for k in content["model"] if "clip_adapter" in k]
         dropped += [
             k
             for k in adapter

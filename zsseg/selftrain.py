@@ -111,14 +111,8 @@ def origin(
         with open(config.train.teacher, "rb") as file:
             teacher = hashlib.file_digest(file, "sha256").hexdigest()
     data, clip = asdict(config.data), asdict(config.clip)
-    for key in (
-        "workers",
-        "short_edges",
-        "crop",
-        "color_jitter",
-        "split",
-        "train_on",
-    ):  # of training, or of evaluation
+    # Of training, or of evaluation.
+    for key in ("workers", "short_edges", "crop", "color_jitter", "split", "train_on"):
         del data[key]
     del clip["chunk"]
     version = files_version(dataset(config.data).folder(root), pairs, b"")

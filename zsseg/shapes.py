@@ -22,12 +22,8 @@ COLOURS, SHAPES = (
 )
 THINGS, WALLS = DATASETS["shapes"].names[:20], DATASETS["shapes"].names[20:]
 SIDE = 64
-SPLITS = {
-    "clip": 1200,
-    "train": 1200,
-    "val": 200,
-    "test": 300,
-}  # images; a split's seed is its position here
+# Images; a split's seed is its position here.
+SPLITS = {"clip": 1200, "train": 1200, "val": 200, "test": 300}
 RGB = dict(
     zip(
         COLOURS,

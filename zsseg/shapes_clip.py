@@ -141,8 +141,7 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """Symmetric InfoNCE of groups whose N pairs are all distinct: image, text [G, N, D] ->
     scalar.
     """
-    logits = (
-        scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).mT
-    )  # [G, N, N]
+    # [G, N, N]
+    logits = scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).mT
     truth = torch.arange(logits.shape[-1], device=logits.device).expand(len(logits), -1)
     return (F.cross_entropy(logits.mT, truth) + F.cross_entropy(logits, truth)) / 2

@@ -65,9 +65,8 @@ def clean(text: str) -> str:
     """Text as CLIP reads it: broken encodings and HTML's entities mended, one space between words,
     lower case.
     """
-    if not (
-        text.isascii() and text.isprintable() and "&" not in text
-    ):  # else there is nothing to mend
+    # Else there is nothing to mend.
+    if not (text.isascii() and text.isprintable() and "&" not in text):
         import ftfy
 
         text = html.unescape(html.unescape(ftfy.fix_text(text)))

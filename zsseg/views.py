@@ -25,9 +25,8 @@ class View:
     """A part of an image that was segmented by itself."""
 
     proposals: Proposals
-    box: tuple[
-        int, int, int, int
-    ]  # where it lies in the image at its own size: top, left, bottom, right
+    # Where it lies in the image at its own size: top, left, bottom, right.
+    box: tuple[int, int, int, int]
     mirrored: bool
 
 

@@ -39,6 +39,7 @@ ADAPTER = r"(?P<region>(?:_region_)?)clip_adapter\."
 # from one. Parts:
 # "maskformer", "clip" and "prompt", and the last two once more with "region_" for a separate region
 # adapter.
+# Fully supervised MaskFormer.
 NAMES = [
     (r"backbone\.stem\.conv1\.(?P<leaf>weight)", "maskformer.backbone.conv1.{leaf}"),
     (r"backbone\.stem\.conv1\.norm\." + LEAF, "maskformer.backbone.bn1.{leaf}"),
@@ -61,10 +62,7 @@ NAMES = [
         HEAD + r"(?P<mlp>class_embed|mask_embed)\.layers\.(?P<i>\d)\." + LEAF,
         "maskformer.{mlp}.{2i}.{leaf}",
     ),
-    (
-        HEAD + r"class_embed\." + LEAF,
-        "maskformer.class_embed.{leaf}",
-    ),  # fully supervised MaskFormer
+    (HEAD + r"class_embed\." + LEAF, "maskformer.class_embed.{leaf}"),
     (HEAD + r"(?P<leaf>weight|bias)", "maskformer.pixel_embed.{leaf}"),  # the per-pixel baseline
     (r"clip_adapter\.non_object_embedding", "maskformer.non_object"),
     (ADAPTER + r"clip_model\.(?P<rest>.+)", "{region}clip.{rest}"),
@@ -247,9 +245,8 @@ def find_shape(
     if config.activation != "auto" and not changed:
         return config.activation, config.heads
     heads = 0 if changed else config.heads
-    if (
-        config.weights in OPENAI_MODELS or "visual.conv1.0.weight" in state
-    ):  # the last is our own small CLIP
+    # The last is our own small CLIP.
+    if config.weights in OPENAI_MODELS or "visual.conv1.0.weight" in state:
         return "quickgelu", heads
     what, path = clip_file(config.weights, root)
     with open(path, "rb") as file:

@@ -16,9 +16,8 @@ ENDINGS = (
     r"|jpe?g|png|tiff?|webp|pth?|pkl"
 )
 FILE = re.compile(rf"^(~|\.{{0,2}}/)|\.({ENDINGS})\s*$", re.IGNORECASE)
-ODD = re.compile(
-    r"\t|;|\s#|^\s*\d+\s*[:=)]|^\s*\d+\s*,\s*\D"
-)  # columns, numbers before names, comments behind them
+# Columns, numbers before names, comments behind them.
+ODD = re.compile(r"\t|;|\s#|^\s*\d+\s*[:=)]|^\s*\d+\s*,\s*\D")
 OPENING, CLOSING = "[{(<\"'`“‘„«", "]}>\"'`”’»"
 
 

@@ -40,10 +40,8 @@ WHAT = {
     "pool": "one pass of CLIP, dense features pooled under the masks",
     "tokens": "one pass of CLIP, a class token for each region",
 }
-ELSEWHERE = {
-    "cpu": ("kernels", "compile"),
-    "cuda": ("chunks", "isa"),
-}  # left out on these, unless asked for
+# Left out on these, unless asked for.
+ELSEWHERE = {"cpu": ("kernels", "compile"), "cuda": ("chunks", "isa")}
 HELD = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
@@ -164,9 +162,8 @@ def inference(done: set[str], args: argparse.Namespace) -> dict:
         crops = torch.randn(100, 3, 224, 224, device=process.device)
         with torch.inference_mode(), process.autocast(config.model.bf16):
             (_, milliseconds, _), _ = measure(lambda: segmenter.clip.encode_image(crops), "cuda")
-        found["tower"] = (
-            3.27e3 if "towers" in done else 3.51e3
-        ) / milliseconds  # TFLOP/s: 35.1 GFLOP a crop, or 32.7
+        # TFLOP/s: 35.1 GFLOP a crop, or 32.7.
+        found["tower"] = (3.27e3 if "towers" in done else 3.51e3) / milliseconds
     return found
 
 
@@ -345,9 +342,8 @@ def main() -> None:
                     for r in rows
                     if found[r]
                 ]
-                write(
-                    table, args.csv, args.plot
-                )  # after every row: there may be no time for the next
+                # After every row: there may be no time for the next.
+                write(table, args.csv, args.plot)
     for row in table:
         print(
             f"{row['part']:10}{WHAT[row['row']]:76}{row['seconds']:>9} s {row['times_faster']:>6}x"

@@ -136,9 +136,8 @@ def test_a_broken_source_is_named(name, damage, tmp_path, capsys, monkeypatch):
     part = damage(tmp_path)
     fails(capsys, monkeypatch, prepare_data.main, [name, "--root", tmp_path], part)
     assert not list(tmp_path.rglob("*.tmp"))
-    assert not (
-        DATASETS[name].folder(tmp_path) / "val.txt"
-    ).exists()  # it would say that all is there
+    # It would say that all is there.
+    assert not (DATASETS[name].folder(tmp_path) / "val.txt").exists()
 
 
 @pytest.mark.parametrize(

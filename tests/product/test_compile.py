@@ -47,12 +47,8 @@ def graphs() -> int:
 @pytest.mark.slow
 def test_one_program_serves_pictures_of_all_sizes(segmenter, aot_eager):
     """And CLIP's tower needs one for each of four numbers of crops."""
-    sizes = (
-        (480, 480),
-        (448, 640),
-        (640, 449),
-        (512, 500),
-    )  # a CPU's convolutions distinguish maps smaller than these
+    # A CPU's convolutions distinguish maps smaller than these.
+    sizes = ((480, 480), (448, 640), (640, 449), (512, 500))
     pictures = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
     segmenter.config.chunk = 16
     wanted = [segmenter(picture, (90, 70)) for picture in pictures]
@@ -202,9 +198,8 @@ def test_the_losses_read_nothing_back(shapes_root):
         assert loss.is_cuda and loss.requires_grad and all(v.is_cuda for v in parts.values())
         with pytest.raises(DataDependentOutputException):
             loss.item()
-    assert (
-        transfers.count == 4
-    )  # pictures, labels, classes, counts: from pinned memory, and no others
+    # Pictures, labels, classes, counts: from pinned memory, and no others.
+    assert transfers.count == 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -228,9 +228,8 @@ def test_cut_archives_leave_nothing(tmp_path, ending):
     archive = trees.pack(source, tmp_path / f"x{ending}")
     whole = archive.read_bytes()
     ends = [0, 10, 512, 1024, len(whole) // 2, len(whole) - 12_000, len(whole) - 12_288]
-    ends += (
-        [whole.find(b"top/3.bin")] if ending == ".tar" else [len(whole) - 1]
-    )  # between two files; in the checksum
+    # Between two files; in the checksum.
+    ends += [whole.find(b"top/3.bin")] if ending == ".tar" else [len(whole) - 1]
     for end in ends:
         archive.write_bytes(whole[:end])
         with pytest.raises(UserError, match=f"x{ending} cannot be unpacked"):
@@ -306,11 +305,12 @@ def redirected(name: str, packed: dict[str, bytes], url, keep_url: bool = True) 
 
 
 def content(root: Path) -> dict[str, bytes]:
+    # The statistics know when files were changed.
     return {
         f.relative_to(root).as_posix(): f.read_bytes()
         for f in root.rglob("*")
         if f.is_file() and ".zsseg" not in f.parts
-    }  # the statistics know when files were changed
+    }
 
 
 @pytest.mark.parametrize("name", ["voc", "coco_stuff", "ade20k", "pcontext"])
@@ -361,9 +361,8 @@ def test_archives_that_the_user_brought(tmp_path, monkeypatch, capsys):
         "leftImg8bit_trainvaltest.zip",
         "sha1",
     )
-    assert [f.name for f in root.iterdir()] == [
-        "leftImg8bit_trainvaltest.zip"
-    ]  # the user's file is not deleted
+    # The user's file is not deleted.
+    assert [f.name for f in root.iterdir()] == ["leftImg8bit_trainvaltest.zip"]
 
 
 @pytest.mark.parametrize("harm", ["gone", "cut", "truncated", "hostile", "wrong"])

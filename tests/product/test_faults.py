@@ -334,21 +334,16 @@ def test_only_broken_training_pictures(broken_root, tmp_path, capsys):
         file.write_bytes(b"junk")
     with pytest.raises(train.run.UserError, match="cannot be read"):
         train.train(tiny_config(), broken_root, tmp_path / "out", PROCESS, {})
-    assert (
-        len((tmp_path / "out" / "broken.txt").read_text().splitlines()) == 9
-    )  # every one of those that are drawn
+    # Every one of those that are drawn.
+    assert len((tmp_path / "out" / "broken.txt").read_text().splitlines()) == 9
 
 
 # --- many processes
 
 FOLDER = tempfile.TemporaryDirectory()
 R50 = Path(FOLDER.name) / "r50.pth"
-PAIR = [
-    "--config",
-    "configs/shapes.toml",
-    "--device",
-    "cpu",
-]  # R50 has no batch statistics, which are per process
+# R50 has no batch statistics, which are per process.
+PAIR = ["--config", "configs/shapes.toml", "--device", "cpu"]
 for setting in (
     "train.batch_size=4",
     "train.steps=20",
@@ -374,9 +369,8 @@ def pair(shapes_root, tmp_path_factory) -> Path:
     """Twenty steps of the same run by one process and by two."""
     out = tmp_path_factory.mktemp("pair")
     torch.manual_seed(0)
-    calm = (
-        torchvision.models.resnet50()
-    )  # untrained and without batch statistics, residuals would grow from block to block
+    # Untrained and without batch statistics, residuals would grow from block to block.
+    calm = torchvision.models.resnet50()
     for name, norm in calm.named_modules():
         if name.endswith("bn3"):
             norm.weight.data.fill_(0.2)
@@ -463,9 +457,8 @@ def test_a_dead_process_restarts_the_run_or_ends_it(pair, shapes_root, tmp_path,
     train.main([*PAIR[:4], "--root", str(shapes_root), "--out", str(out), "--resume"])
     two, again = (lines(folder)[:20] for folder in (pair / "2", out))
     assert [line["step"] for line in again] == list(range(1, 21))
-    assert [line["loss"] for line in again[:12]] == [
-        line["loss"] for line in two[:12]
-    ]  # to the bit: two processes, too
+    # To the bit: two processes, too.
+    assert [line["loss"] for line in again[:12]] == [line["loss"] for line in two[:12]]
     assert all(
         b["loss"] == pytest.approx(a["loss"], rel=1e-5) for a, b in zip(two, again, strict=True)
     )

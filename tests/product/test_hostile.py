@@ -48,9 +48,8 @@ def test_a_script_that_is_a_bomb(tmp_path):
             kind = zipfile.ZIP_DEFLATED if "/data/" in info.filename else zipfile.ZIP_STORED
             target.writestr(info.filename, content, kind)
     assert weights.load_clip_state(str(tmp_path / "clip.pt"), tmp_path).keys() == {"weight", "bias"}
-    before = resource.getrusage(
-        resource.RUSAGE_SELF
-    ).ru_maxrss  # making it took more than reading may
+    # Making it took more than reading may.
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=r"bomb.pt cannot be read .*is compressed"):
         weights.load_clip_state(str(tmp_path / "bomb.pt"), tmp_path)
     (tmp_path / "clip.pt").unlink()
@@ -63,9 +62,8 @@ def test_a_script_that_is_a_bomb(tmp_path):
     with pytest.raises(UserError, match=r"bomb.pt: cannot be read"):
         checkpoint.load(tmp_path / "bomb.pt")
     expanded = weights.ScriptUnpickler.tensor
-    with pytest.raises(
-        pickle.UnpicklingError, match="from 1 numbers"
-    ):  # 32 GiB from one number, by strides of 0
+    # 32 GiB from one number, by strides of 0.
+    with pytest.raises(pickle.UnpicklingError, match="from 1 numbers"):
         expanded(torch.zeros(1), 0, (2**33,), (0,))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**17  # KiB
 
@@ -113,9 +111,8 @@ def test_a_checkpoint_that_is_nonsense(change, part, whole, shapes_root, tmp_pat
     checkpoint.save(tmp_path / "last.pt", **whole)
     monkeypatch.chdir(ROOT)
     words = [*WORDS, "--root", str(shapes_root), "--out", str(tmp_path), "--resume"]
-    if isinstance(
-        change.get("optimizer"), str
-    ):  # state of another shape, which fused kernels would read beyond
+    # State of another shape, which fused kernels would read beyond.
+    if isinstance(change.get("optimizer"), str):
         state = copy.deepcopy(whole["optimizer"])
         entry = state["state"][3]
         entry.update(exp_avg=torch.zeros(1)) if change["optimizer"] == "short" else entry.pop(

@@ -177,9 +177,10 @@ def test_wandb_gets_the_configuration_and_every_number_once(offline):
     rows = {row["_step"]: row for row in first + second}
     for line in lines(out):
         for key, value in scalars(line).items():
+            # At another pace.
             repeated = line["step"] in (4, 5) and (
                 "images_per_second" in key or key.startswith("speed/")
-            )  # at another pace
+            )
             assert (
                 key == "step"
                 or repeated
@@ -309,10 +310,8 @@ def test_large_pictures_and_many_classes_are_made_to_fit(tmp_path):
             )
     assert [maps.shape for _, maps in log.pictures] == 5 * [(5, 256, 512)] + 3 * [(5, 512, 256)]
     table = log.table({name: {"IoU": 1.0, "Acc": None} for name in log.data.names})
-    assert table.columns == ["class", "IoU", "Acc"] and table.data[846][1:] == [
-        1.0,
-        None,
-    ]  # no split
+    # No split.
+    assert table.columns == ["class", "IoU", "Acc"] and table.data[846][1:] == [1.0, None]
     for picture in log.images():
         masks = [np.asarray(Image.open(mask._path)) for mask in picture._masks.values()]
         assert picture.image.size == (512, 512) and all(mask.shape == (512, 512) for mask in masks)

@@ -105,10 +105,8 @@ def test_names_are_unique_and_short(photos, tmp_path):
 
 def test_files_patterns_and_lists(photos, tmp_path, monkeypatch):
     found = lambda *given: find_pictures([*map(str, given)], tmp_path / "out")
-    assert found(photos / "notes.txt") == [
-        str(photos),
-        str(photos / "notes.txt"),
-    ]  # who names a file means it
+    # Who names a file means it.
+    assert found(photos / "notes.txt") == [str(photos), str(photos / "notes.txt")]
     assert found(photos / "a.*") == [str(photos), str(photos / "a.jpg"), str(photos / "a.png")]
     assert len(found(photos / "**" / "*.gif")) == 2
     assert found(photos / "a.jpg", photos / "more" / "not.png", photos / "a.jpg")[0] == str(photos)
@@ -119,9 +117,8 @@ def test_files_patterns_and_lists(photos, tmp_path, monkeypatch):
     inside = photos / "more" / "out"
     (inside / "x").mkdir(parents=True)
     shutil.copy(photos / "a.png", inside / "x" / "a.png")
-    assert (
-        len(find_pictures([str(photos)], inside)) == 9 and len(found(photos)) == 10
-    )  # not its own results
+    # Not its own results.
+    assert len(find_pictures([str(photos)], inside)) == 9 and len(found(photos)) == 10
 
 
 def test_results_never_take_the_place_of_pictures(photos, tmp_path, monkeypatch):
@@ -428,9 +425,8 @@ def test_overlays_have_room_for_what_there_is_room_for():
 def test_two_processes_leave_what_one_leaves(model, shapes_root, photos, tmp_path):
     """Each picture a group of its own; and three find what the two have left over."""
     outs = []
-    shutil.copy(
-        photos / "a.jpg", photos / ("猫" * 80 + ".jpg")
-    )  # longer than its results' names may be
+    # Longer than its results' names may be.
+    shutil.copy(photos / "a.jpg", photos / ("猫" * 80 + ".jpg"))
     run = lambda out, processes, *more: command(
         "eval.py",
         *arguments(

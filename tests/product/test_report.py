@@ -422,9 +422,8 @@ def test_the_controls_do_what_they_say(browser, made):
     assert scores == sorted(scores) and len(set(scores)) > 1
     browser.click("input[value=best]")
     assert browser.value(SCORES) == scores[::-1]
-    browser.press(
-        "ArrowLeft"
-    )  # a group of radio buttons is one stop of the Tab key, the arrows choose
+    # A group of radio buttons is one stop of the Tab key, the arrows choose.
+    browser.press("ArrowLeft")
     assert browser.value(SCORES) == scores
     assert browser.value(OPACITY) == "0.6"
     browser.click("#opacity", 0.02)

@@ -76,16 +76,14 @@ def test_words_that_were_trained_on_are_seen():
     words = read_words(
         "Dining Table; couch = sofa; tv; grass = potted-plant; Aeroplane; other: motor_bike"
     )
-    assert words.among([voc.names[i] for i in voc.seen]) == [
-        0,
-        4,
-        5,
-    ]  # sofa and pottedplant are unseen
+    # Sofa and pottedplant are unseen.
+    assert words.among([voc.names[i] for i in voc.seen]) == [0, 4, 5]
     ade = load_config(None, ["data.name=ade20k"])
     assert trained_names({}, ade) == []  # the original's checkpoints are only measured there
+    # No split: all.
     assert read_words("wall, brick").among(
         trained_names({"config": {"data": {"name": "ade20k"}}}, ade)
-    ) == [0]  # no split: all
+    ) == [0]
 
 
 def test_synonyms_are_averaged(segmenter):

@@ -4,7 +4,6 @@ file of theirs.
 
 import codecs
 import contextlib
-import errno
 import fcntl
 import os
 import uuid
@@ -124,16 +123,20 @@ def hold(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        why = f"cannot be written ({error.strerror})"
+        raise UserError(f"output {folder}", why, "check the folder and the disk") from None
+    HELD[folder] = file
+    try:
         # Not inherited: workers that outlive their parent hold nothing.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        HELD[folder] = file
-    except BlockingIOError:
-        why = "another run is writing there"
-        raise UserError(f"output {folder}", why, "give another --out") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP):  # a file system without locks
-            why = f"cannot be written ({error.strerror})"
-            raise UserError(f"output {folder}", why, "check the folder and the disk") from None
+    except (BlockingIOError, PermissionError):
+        HELD.pop(folder).close()
+        raise UserError(
+            f"output {folder}", "another run is writing there", "give another --out"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
 
 
 def release(folder: Path) -> None:

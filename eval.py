@@ -28,30 +28,32 @@ from argparse import Namespace
 from datetime import timedelta
 
 from kernels.jit import Switch
-from zsseg import checkpoint, run
-from zsseg.budget import budget, report_budget
+from zsseg import checkpoint, command_line
+from zsseg.analysis import budget, report_budget
 from zsseg.config import Config, load_config
 from zsseg.datasets import dataset, find_pairs
+from zsseg.distributed import Process, can_compile, init_distributed
 from zsseg.evaluate import evaluate
 from zsseg.export import export
 from zsseg.files import check_writable
 from zsseg.metrics import report
-from zsseg.pictures import Names, Results, find_pictures, made_with, segment_pictures
+from zsseg.predict import Names, Results, find_pictures, made_with, segment_pictures
 from zsseg.published import compare
 from zsseg.report import Report
 from zsseg.segmenter import Segmenter, load_segmenter
-from zsseg.words import Words, read_words, seen_classes, trained_names, words_of
+from zsseg.utils import UserError, path_of
+from zsseg.vocabulary import Words, read_words, seen_classes, trained_names, words_of
 
-WORTH_COMPILING = 1000  # images a process: for fewer, compiling takes longer than it saves
+MIN_IMAGES_TO_COMPILE = 1000  # images a process: for fewer, compiling takes longer than it saves
 # For processes whose share of many images takes longer than the others'.
-PATIENCE = timedelta(days=30)
+DIST_TIMEOUT = timedelta(days=30)
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
     content = checkpoint.load(args.checkpoint)
     if "config" not in content and not args.config:
-        raise run.UserError(
+        raise UserError(
             f"checkpoint {args.checkpoint}", "holds no configuration", "give its --config"
         )
     config = load_config(args.config, args.set, content.get("config"))
@@ -59,7 +61,7 @@ def main(argv: list[str]) -> None:
     if args.images:
         segment(args, content, config)
     elif args.export:
-        if run.start("cpu").is_main:
+        if init_distributed("cpu").is_main:
             words = words_wanted(args, config)
             segmenter = load_segmenter(content, config, args.root, args.checkpoint).eval()
             set_words(segmenter, words, content, config)
@@ -70,8 +72,8 @@ def main(argv: list[str]) -> None:
 
 def parse(argv: list[str]) -> Namespace:
     """The command line; UserError for options that do not go together."""
-    parser = run.parser(__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=run.path_of)
+    parser = command_line.parser(__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=path_of)
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument(
         "--save-predictions",
@@ -106,22 +108,22 @@ def parse(argv: list[str]) -> Namespace:
     own.add_argument(
         "--export",
         metavar="DIR",
-        type=run.path_of,
+        type=path_of,
         help="write programs for these words that run without this project",
     )
     args = parser.parse_args(argv)
     if args.classes is not None and not (args.images or args.export):
-        raise run.UserError("--classes", "is for pictures of your own", "add --images or --export")
+        raise UserError("--classes", "is for pictures of your own", "add --images or --export")
     if (args.images or args.export) and (
         args.save_predictions or args.budget or args.report or args.reproduce
     ):
-        raise run.UserError(
+        raise UserError(
             "--images and --export", "measure nothing", "leave the options for measuring out"
         )
     if args.images and args.export:
-        raise run.UserError("--images and --export", "are two things", "give one after the other")
+        raise UserError("--images and --export", "are two things", "give one after the other")
     if args.resume and not args.images:
-        raise run.UserError("--resume", "is for pictures of your own", "add --images")
+        raise UserError("--resume", "is for pictures of your own", "add --images")
     return args
 
 
@@ -134,24 +136,22 @@ def set_words(segmenter: Segmenter, words: Words, content: dict, config: Config)
     segmenter.set_classes(words.names, words.among(trained_names(content, config)), words.synonyms)
 
 
-def compile_for(pictures: int, segmenter: Segmenter, config: Config, process: run.Process) -> None:
+def compile_for(pictures: int, segmenter: Segmenter, config: Config, process: Process) -> None:
     """Compile what pays for it, and say what the run computes on."""
     process.describe(config.model.bf16)
-    many = config.model.compile == "on" or pictures >= WORTH_COMPILING * process.world
+    many = config.model.compile == "on" or pictures >= MIN_IMAGES_TO_COMPILE * process.world_size
     if many and process.compiles(config.model.compile):
         segmenter.compile_parts()
-    elif (
-        many and config.model.compile == "auto" and segmenter.clip is not None and run.can_compile()
-    ):
+    elif many and config.model.compile == "auto" and segmenter.clip is not None and can_compile():
         segmenter.compile_tower()  # on a CPU all else is little beside it
 
 
 def segment(args: Namespace, content: dict, config: Config) -> None:
     """Pictures of the user's own."""
     out, words = args.out or args.checkpoint.parent / "segmented", words_wanted(args, config)
-    process = run.start(args.device, PATIENCE)
+    process = init_distributed(args.device, DIST_TIMEOUT)
     # Before anything is downloaded.
-    names = Names(process.agree(lambda: find_pictures(args.images, out)))
+    names = Names(process.broadcast_object(lambda: find_pictures(args.images, out)))
     segmenter = (
         load_segmenter(content, config, args.root, args.checkpoint).to(process.device).eval()
     )
@@ -159,7 +159,10 @@ def segment(args: Namespace, content: dict, config: Config) -> None:
     set_words(segmenter, words, content, config)
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
     results = Results(
-        out, names, words, process.agree(lambda: made_with(segmenter, config, words, process))
+        out,
+        names,
+        words,
+        process.broadcast_object(lambda: made_with(segmenter, config, words, process)),
     )
     segment_pictures(segmenter, config, results, process, args.resume or again)
 
@@ -167,13 +170,13 @@ def segment(args: Namespace, content: dict, config: Config) -> None:
 def measure(args: Namespace, content: dict, config: Config) -> None:
     """The metrics on a split of a data set, and what belongs to them."""
     pairs = find_pairs(config.data, args.root, config.data.split)  # before anything is downloaded
-    process, out = run.start(args.device), args.out or args.checkpoint.parent / "eval"
+    process, out = init_distributed(args.device), args.out or args.checkpoint.parent / "eval"
     writes = ["metrics.json", "samples.png", *["report.html"] * args.report]
     writes = [
         *["budget.json", "budget.png"] * args.budget,
         *writes * (not args.budget or args.report),
     ]
-    process.agree(lambda: check_writable(out, writes))  # now, and not after hours
+    process.broadcast_object(lambda: check_writable(out, writes))  # now, and not after hours
     if "config" not in content and config.model.bf16 == "auto" and process.device.type == "cpu":
         config.model.bf16 = (
             "off"  # what an original checkpoint gives is compared with the original's numbers
@@ -212,4 +215,4 @@ def measure(args: Namespace, content: dict, config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run.command(main)
+    command_line.command(main)

@@ -16,21 +16,22 @@ from pathlib import Path
 import numpy as np
 
 from train import train
-from zsseg import checkpoint, convert, run, shapes
+from zsseg import checkpoint, command_line, convert, shapes
 from zsseg.config import DataConfig, load_config
 from zsseg.datasets import (
     DATASETS,
-    Absent,
     Archive,
     DataSet,
     Listing,
+    MissingSplit,
     dataset,
     find_listing,
     find_pairs,
 )
+from zsseg.distributed import init_distributed
 from zsseg.download import check_file, fetch, unpack
 from zsseg.faults import load_last
-from zsseg.files import release, replacing
+from zsseg.files import atomic_write, release
 from zsseg.images import read_labels, read_picture, read_values
 from zsseg.label_statistics import (
     Count,
@@ -39,21 +40,18 @@ from zsseg.label_statistics import (
     count_split,
     label_statistics,
 )
-from zsseg.run import UserError, several
+from zsseg.utils import UserError, cache_dir, path_of, several
 
 
 def main(argv: list[str]) -> None:
-    parser = run.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     parser.add_argument(
         "dataset",
         choices=[*DATASETS, "folder"],
         help="ade20k_full and cityscapes want a registration",
     )
     parser.add_argument(
-        "--config",
-        metavar="FILE",
-        type=run.path_of,
-        help="TOML file that describes data set folder",
+        "--config", metavar="FILE", type=path_of, help="TOML file that describes data set folder"
     )
     parser.add_root()
     parser.add_argument("--workers", type=int, default=4, help="threads that read and convert (4)")
@@ -94,7 +92,11 @@ def prepare_shapes(root: Path, workers: int) -> None:
     there = last.exists() or last.with_name("previous.pt").exists()
     try:
         finished = train(
-            config, root, last.parent, run.start("cpu"), load_last(last.parent) if there else {}
+            config,
+            root,
+            last.parent,
+            init_distributed("cpu"),
+            load_last(last.parent) if there else {},
         )
     finally:
         release(last.parent)
@@ -150,7 +152,7 @@ def is_there(name: str, root: Path, split: str) -> bool:
     """
     try:
         pairs = find_pairs(name, root, split)
-    except Absent:
+    except MissingSplit:
         return False
     files = {
         f
@@ -165,7 +167,7 @@ def obtain(archive: Archive, name: str, root: Path, folder: Path) -> None:
     """Unpack an archive that lies below the root or in the cache, else download it first."""
     if all((folder / outside).exists() for _, outside in archive.take):
         return
-    what, cached = f"data set {name}, {archive.file}", run.cache_dir() / "downloads" / archive.file
+    what, cached = (f"data set {name}, {archive.file}", cache_dir() / "downloads" / archive.file)
     file = next((p for p in (root / archive.file, folder / archive.file) if p.is_file()), cached)
     if file != cached:
         check_file(file, archive.checksum, what, archive.bytes, delete=False)
@@ -181,7 +183,7 @@ def obtain(archive: Archive, name: str, root: Path, folder: Path) -> None:
     if inside:
         unpack(file, archive.take, folder, what, verified=bool(archive.checksum))
     elif file != folder / outside:  # a single file
-        with replacing(folder / outside) as temporary:
+        with atomic_write(folder / outside) as temporary:
             temporary.write_bytes(file.read_bytes())
 
 
@@ -192,7 +194,7 @@ def present(config: DataConfig, root: Path) -> list[str]:
         try:
             find_listing(config, root, split)
             splits.append(split)
-        except Absent:
+        except MissingSplit:
             if split == config.split:
                 raise
             if split == "train":
@@ -249,7 +251,7 @@ def check(config: DataConfig, root: Path, workers: int) -> None:
         try:
             listing = find_listing(config, root, split)
         except UserError as error:
-            if split == config.split or not isinstance(error, Absent):
+            if split == config.split or not isinstance(error, MissingSplit):
                 print(f"{data.name} {split}:\n  broken: {error}")
                 problems += 1
             elif split == "train":
@@ -355,4 +357,4 @@ def remarks_on(
 
 
 if __name__ == "__main__":
-    run.command(main)
+    command_line.command(main)

@@ -23,15 +23,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from kernels.jit import Switch
-from zsseg import checkpoint, run
+from zsseg import checkpoint, command_line
 from zsseg.config import Config, load_config
 from zsseg.data import TrainPictures, collate, stream
 from zsseg.datasets import find_pairs, has_split, training_set
+from zsseg.distributed import Process, init_distributed
 from zsseg.evaluate import evaluate
 from zsseg.faults import (
+    BadFileLog,
     BadSteps,
-    Broken,
-    Stop,
+    GracefulStop,
     is_fused,
     is_run,
     load_last,
@@ -40,19 +41,20 @@ from zsseg.faults import (
 )
 from zsseg.files import hold, release, set_aside
 from zsseg.log import Log, Speed
-from zsseg.losses import normalizers, per_pixel_loss, segmentation_losses
+from zsseg.losses import loss_normalizers, per_pixel_loss, segmentation_losses
 from zsseg.metrics import report
 from zsseg.prompt_learning import Prompts
 from zsseg.segmenter import build_segmenter
 from zsseg.selftrain import pseudo_labels
 from zsseg.shapes_clip import Contrast
+from zsseg.utils import UserError, format_time, git_commit, mix_seed, print_main
 
 
 class Segment:
     """MaskFormer, or the one-stage baseline, on the seen classes of a data set, CLIP frozen."""
 
     def __init__(
-        self, config: Config, root: Path, out: Path, process: run.Process, saved: dict | None = None
+        self, config: Config, root: Path, out: Path, process: Process, saved: dict | None = None
     ):
         self.config, self.root, self.process = config, root, process
         # A missing split is noticed now, not at the end.
@@ -61,7 +63,7 @@ class Segment:
             config.data, root, "val"
         ):
             todo = "--set train.eval_every=0"
-            raise run.UserError(
+            raise UserError(
                 "train.eval_every", f"needs a val split, and {config.data.name} has none", todo
             )
         pseudo = (
@@ -76,7 +78,7 @@ class Segment:
             self.segmenter.load_learned,
         )
         # The first caches label statistics.
-        self.samples = process.in_turn(lambda: TrainPictures(config, root, pseudo))
+        self.samples = process.main_process_first(lambda: TrainPictures(config, root, pseudo))
         self.collate, self.batch_size = collate, config.train.batch_size
         self.losses, self.compiled = segmentation_losses, False
 
@@ -96,14 +98,14 @@ class Segment:
                 logits = model(self.model.prepare(images), self.text)
             loss = per_pixel_loss(logits, targets.labels, self.samples.data.ignore)
             return loss, {"class": loss.detach()}
-        scales = normalizers(
+        normalizers = loss_normalizers(
             targets.counts, self.config.model.queries, train.no_object_weight, self.process
         )
         # The network only: costs and losses need fp32.
         with self.process.autocast(self.config.model.bf16, training=True):
             logits, masks = model(self.model.prepare(images), self.text)
         losses = self.losses(
-            logits, masks, targets.padded() if self.compiled else targets, scales, *weights
+            logits, masks, targets.padded() if self.compiled else targets, normalizers, *weights
         )
         layers = {
             f"{k}/layer_{i}": v.detach()[i] for k, v in losses.items() for i in range(len(v) - 1)
@@ -112,8 +114,10 @@ class Segment:
             k: v[-1].detach() for k, v in losses.items()
         } | layers
 
-    def evaluate(self, split: str, out: Path | None, look: Callable) -> dict:
-        return evaluate(self.segmenter, self.config, self.root, self.process, split, out, look=look)
+    def evaluate(self, split: str, out: Path | None, on_image: Callable) -> dict:
+        return evaluate(
+            self.segmenter, self.config, self.root, self.process, split, out, on_image=on_image
+        )
 
     def score(self, result: dict) -> list[float]:
         """What best.pt is chosen by: hIoU or, where that is equal or was not measured, mIoU."""
@@ -153,7 +157,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, fused=True)
 
 
-def rate_factor(step: int, config: Config) -> float:
+def lr_factor(step: int, config: Config) -> float:
     """What multiplies every learning rate: polynomial decay; for prompts a constant warm-up, then
     cosine decay.
     """
@@ -166,14 +170,14 @@ def rate_factor(step: int, config: Config) -> float:
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, config: Config, step: int) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = group["base"] * rate_factor(step, config)
+        group["lr"] = group["base"] * lr_factor(step, config)
 
 
-def sample_numbers(start: int, steps: int, batch: int, process: run.Process) -> Iterator[int]:
+def sample_numbers(start: int, steps: int, batch: int, process: Process) -> Iterator[int]:
     """The sample numbers of this process from step `start` on: the global order does not depend on
     the world size.
     """
-    share = batch // process.world
+    share = batch // process.world_size
     for step in range(start, steps):
         first = step * batch + process.rank * share
         yield from range(first, first + share)
@@ -214,52 +218,52 @@ def train_step(
 
 
 def main(argv: list[str]) -> None:
-    parser = run.parser(__doc__)
+    parser = command_line.parser(__doc__)
     parser.add_argument("--resume", action="store_true", help="continue OUT/last.pt")
     args = parser.parse_args(argv)
     if not args.config and not (args.resume and args.out):
         parser.error("--config is missing" + ", or --out of the run" * args.resume)
-    out, process = args.out or Path("runs") / args.config.stem, run.start(args.device)
+    out, process = args.out or Path("runs") / args.config.stem, init_distributed(args.device)
     there = any((out / name).exists() for name in ("last.pt", "previous.pt"))
     # By torchrun --max-restarts.
     again = process.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
     if args.resume and not there:
-        raise run.UserError(f"output {out}", "holds no run", "leave --resume out to start one")
+        raise UserError(f"output {out}", "holds no run", "leave --resume out to start one")
     saved = load_last(out) if args.resume or (again and there) else {}
     if not saved and there:
-        raise run.UserError(
+        raise UserError(
             f"output {out}", "holds a run already", "add --resume, or give another --out"
         )
     if saved and not is_run(saved):
-        raise run.UserError(
+        raise UserError(
             f"checkpoint {out / 'last.pt'}", "is not one of a training run", "give another --out"
         )
-    if process.any(saved.get("step", 0) != process.first(saved.get("step", 0))):
+    if process.any(saved.get("step", 0) != process.from_main(saved.get("step", 0))):
         why = "the processes found checkpoints of different steps"
-        raise run.UserError(f"output {out}", why, "put it where all machines see the same files")
+        raise UserError(f"output {out}", why, "put it where all machines see the same files")
     config = load_config(None if saved else args.config, args.set, saved.get("config"))
     if saved:
-        run.say(
+        print_main(
             f"resuming {out} at step {saved['step']} of {config.train.steps}, with the "
             f"configuration in it and --set"
         )
         for key in ("train.init", "model.weights", "clip.prompts"):
             if any(item.replace(" ", "").startswith(f"{key}=") for item in args.set):
-                run.say(f"{key} is not read again: the weights are those of {out / 'last.pt'}")
-        if saved.get("commit") != run.commit():
-            run.say(
+                print_main(f"{key} is not read again: the weights are those of {out / 'last.pt'}")
+        if saved.get("commit") != git_commit():
+            print_main(
                 f"the program has changed since: {saved.get('commit') or 'unknown'} -> "
-                f"{run.commit() or 'unknown'}"
+                f"{git_commit() or 'unknown'}"
             )
     try:
         finished = train(config, args.root, out, process, saved)
     finally:
         release(out)
     if not finished:
-        run.say("--resume goes on")
+        print_main("--resume goes on")
 
 
-def train(config: Config, root: Path, out: Path, process: run.Process, saved: dict) -> bool:
+def train(config: Config, root: Path, out: Path, process: Process, saved: dict) -> bool:
     """Train as `config` says and evaluate, from the start or from `saved`, the content of a
     checkpoint.
 
@@ -274,10 +278,10 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     batches = stream(
         task.samples,
         numbers,
-        task.batch_size // process.world,
+        task.batch_size // process.world_size,
         config.data.workers,
         task.collate,
-        Broken(out),
+        BadFileLog(out),
     )
     bar = tqdm(
         range(start, steps),
@@ -287,10 +291,10 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
         disable=None if process.is_main else True,
     )
     due = False  # a checkpoint
-    with Stop(process) as stop:
+    with GracefulStop(process) as stop:
         for step, batch in zip(bar, training.speed.timed(batches), strict=True):
             # Dropout: stateless, so resumable.
-            torch.manual_seed(run.seed_of(config.train.seed, 4, step, process.rank))
+            torch.manual_seed(mix_seed(config.train.seed, 4, step, process.rank))
             set_learning_rates(optimizer, config, step)
 
             # Forward, losses, backward, update.
@@ -311,7 +315,7 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
                 training.save("last.pt", done)
                 due = False
             if stopping and done < steps:
-                run.say(f"stopped as asked, after step {done} of {steps}")
+                print_main(f"stopped as asked, after step {done} of {steps}")
                 training.log.finish()
                 return False
 
@@ -320,9 +324,9 @@ def train(config: Config, root: Path, out: Path, process: run.Process, saved: di
     return True
 
 
-def set_up(config: Config, root: Path, out: Path, process: run.Process, saved: dict) -> tuple:
+def set_up(config: Config, root: Path, out: Path, process: Process, saved: dict) -> tuple:
     """The task, its optimizer, and the model as it is called: compiled, wrapped in DDP."""
-    torch.manual_seed(run.seed_of(config.train.seed, 0))
+    torch.manual_seed(mix_seed(config.train.seed, 0))
     task = TASKS[config.train.task](config, root, out, process, saved.get("model"))
     check_batch_size(task, config, process)
     optimizer = build_optimizer(task.model, config)
@@ -335,7 +339,7 @@ def set_up(config: Config, root: Path, out: Path, process: run.Process, saved: d
     if process.compiles(config.model.compile):
         # before DDP wraps the model, and in place: names in the state dict stay as they are
         task.compile()
-    model = DistributedDataParallel(task.model) if process.world > 1 else task.model
+    model = DistributedDataParallel(task.model) if process.world_size > 1 else task.model
     return task, optimizer, model
 
 
@@ -351,7 +355,7 @@ class Training:
         optimizer: torch.optim.Optimizer,
         config: Config,
         out: Path,
-        process: run.Process,
+        process: Process,
         saved: dict,
     ):
         self.task, self.optimizer, self.config, self.out, self.process = (
@@ -361,7 +365,7 @@ class Training:
             out,
             process,
         )
-        process.agree(lambda: hold(out))
+        process.broadcast_object(lambda: hold(out))
         # What an earlier run has left that came to no checkpoint, or what is not ours.
         if process.is_main and not saved:
             set_aside(
@@ -402,7 +406,7 @@ class Training:
             step=step,
             best=self.best,
             wandb=self.log.run_id,
-            commit=run.commit(),
+            commit=git_commit(),
             **states,
         )
 
@@ -411,12 +415,12 @@ class Training:
     ) -> None:
         """The numbers of the step that was the `done`th; here the host waits for the device."""
         config, process = self.config, self.process
-        means = process.sum(torch.stack([loss, *parts.values()]).double()) / process.world
+        means = process.sum(torch.stack([loss, *parts.values()]).double()) / process.world_size
         values = dict(zip(["loss", *parts], means.tolist(), strict=True))
         others = [
             group["lr"] for group in self.optimizer.param_groups if group["base"] != config.train.lr
         ]
-        values |= {"grad_norm": float(norm), "lr": config.train.lr * rate_factor(done - 1, config)}
+        values |= {"grad_norm": float(norm), "lr": config.train.lr * lr_factor(done - 1, config)}
         values |= ({"lr_backbone": others[0]} if others else {}) | self.speed.read(done)
         self.log.write(done, **values)
 
@@ -430,7 +434,7 @@ class Training:
         ):
             print(
                 f"{config.train.task} step {done}/{steps} {text}, "
-                f"{run.clock(self.speed.left(steps))} left",
+                f"{format_time(self.speed.left(steps))} left",
                 flush=True,
             )
 
@@ -441,14 +445,14 @@ class Training:
         every, steps = self.config.train.eval_every, self.config.train.steps
         if not every or step % every or not 0 < step < steps:
             return
-        self.process.share(self.task.model)
+        self.process.broadcast_buffers(self.task.model)
         with self.speed.paused():
             try:
-                result = self.task.evaluate("val", None, self.log.look)
-            except run.UserError as error:  # a broken image, say
+                result = self.task.evaluate("val", None, self.log.on_image)
+            except UserError as error:  # a broken image, say
                 self.save("last.pt", step)
                 what, why, todo = error.args
-                raise run.UserError(
+                raise UserError(
                     what,
                     why,
                     f"{todo}; the weights are in {self.out / 'last.pt'}, --resume goes on",
@@ -464,12 +468,12 @@ class Training:
     def finish(self) -> None:
         """The evaluation at the end."""
         split, steps = self.config.data.split, self.config.train.steps
-        self.process.share(self.task.model)
+        self.process.broadcast_buffers(self.task.model)
         try:
-            result = self.task.evaluate(split, self.out, self.log.look)
-        except run.UserError as error:
+            result = self.task.evaluate(split, self.out, self.log.on_image)
+        except UserError as error:
             what, why, todo = error.args
-            raise run.UserError(
+            raise UserError(
                 what, why, f"{todo}; the weights are in {self.out / 'last.pt'}, for eval.py"
             ) from None
         if result:
@@ -483,24 +487,22 @@ class Training:
         self.log.finish()
 
 
-def check_batch_size(
-    task: Segment | Prompts | Contrast, config: Config, process: run.Process
-) -> None:
+def check_batch_size(task: Segment | Prompts | Contrast, config: Config, process: Process) -> None:
     """UserError for a batch that cannot be shared, or leaves batch norm a single value."""
-    if task.batch_size % process.world:
-        raise run.UserError(
+    if task.batch_size % process.world_size:
+        raise UserError(
             "train.batch_size",
-            f"{task.batch_size} cannot be shared by {process.world} processes",
+            f"{task.batch_size} cannot be shared by {process.world_size} processes",
             "change it",
         )
     # A deepest map of one pixel.
-    single = task.batch_size == process.world and config.data.crop <= 32
+    single = task.batch_size == process.world_size and config.data.crop <= 32
     if single and config.model.backbone == "small" and config.train.task == "segment":
         todo = "raise data.crop above 32, or train.batch_size"
-        raise run.UserError(
+        raise UserError(
             "train.batch_size", "leaves batch norm one value a channel to take the mean of", todo
         )
 
 
 if __name__ == "__main__":
-    run.command(main)
+    command_line.command(main)

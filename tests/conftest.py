@@ -19,21 +19,21 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined
 
-from zsseg import run, shapes
+from zsseg import distributed, shapes, utils
 from zsseg.clip import build_clip
 from zsseg.config import load_config
 from zsseg.segmenter import Segmenter
 from zsseg.tokenizer import read_merges
 
 ROOT = Path(__file__).resolve().parent.parent
-VOCABULARY = run.cache_dir() / "bpe_simple_vocab_16e6.txt.gz"
+VOCABULARY = utils.cache_dir() / "bpe_simple_vocab_16e6.txt.gz"
 if VOCABULARY.exists():
     os.environ.setdefault("ZSSEG_VOCAB", str(VOCABULARY))
 CACHE = tempfile.TemporaryDirectory()  # nothing that another run computed
 os.environ["ZSSEG_CACHE"] = CACHE.name
 GOLDEN = Path(__file__).parent / "golden"
-PROCESS = run.Process(torch.device("cpu"))
-GPU = run.Process(torch.device("cuda", 0))
+PROCESS = distributed.Process(torch.device("cpu"))
+GPU = distributed.Process(torch.device("cuda", 0))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -101,7 +101,7 @@ def vocabulary() -> None:
     """Tests with OpenAI's vocabulary: $ZSSEG_VOCAB, the cache or the network must provide it."""
     try:
         read_merges(48894)
-    except run.UserError as error:
+    except utils.UserError as error:
         pytest.skip(str(error))
 
 

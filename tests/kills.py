@@ -188,7 +188,7 @@ def training(job: str, root: Path, out: Path):
     one.
     """
     import train
-    from zsseg import run
+    from zsseg import command_line
 
     name, settings = JOBS[job]
     words = [
@@ -206,14 +206,14 @@ def training(job: str, root: Path, out: Path):
     def action() -> None:
         there = (out / "last.pt").exists() or (out / "previous.pt").exists()
         sys.argv = ["train.py", *words, *(["--resume"] if there else [])]
-        run.command(train.main)
+        command_line.command(train.main)
 
     return action
 
 
 def preparing(root: Path):
     import prepare_data
-    from zsseg import run, shapes
+    from zsseg import command_line, shapes
     from zsseg.config import load_config
 
     shapes.SPLITS = {"clip": 60, "train": 30, "val": 3, "test": 3}
@@ -222,7 +222,7 @@ def preparing(root: Path):
 
     def action() -> None:
         sys.argv = ["prepare_data.py", "shapes", "--root", str(root), "--workers", "1"]
-        run.command(prepare_data.main)
+        command_line.command(prepare_data.main)
 
     return action
 
@@ -232,9 +232,9 @@ def labelling(root: Path, model: Path, out: Path, *more: str):
     data set's.
     """
     import eval as evaluation
-    from zsseg import pictures, run
+    from zsseg import command_line, predict
 
-    pictures.TOGETHER = 2  # of few pictures, groups that are done and groups that are not
+    predict.GROUP_SIZE = 2  # of few pictures, groups that are done and groups that are not
 
     def action() -> None:
         sys.argv = [
@@ -248,7 +248,7 @@ def labelling(root: Path, model: Path, out: Path, *more: str):
             "cpu",
         ]
         sys.argv += more or ["--save-predictions"]
-        run.command(evaluation.main)
+        command_line.command(evaluation.main)
 
     return action
 

@@ -21,8 +21,8 @@ from zsseg.clip import build_clip
 from zsseg.config import ModelConfig
 from zsseg.maskformer import MaskFormer
 from zsseg.prompts import LearnedPrompt
-from zsseg.run import UserError
 from zsseg.segmenter import Segmenter
+from zsseg.utils import UserError
 from zsseg.weights import import_original, our_name
 
 LISTS = keys("upstream_keys.json")

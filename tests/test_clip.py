@@ -6,8 +6,8 @@ from conftest import tiny_clip_state
 
 from zsseg import clip as C
 from zsseg.clip import CLIP, ModifiedResNet, VisionTransformer, build_clip
-from zsseg.run import UserError
 from zsseg.tokenizer import Tokenizer
+from zsseg.utils import UserError
 from zsseg.weights import load_clip_state, read_torchscript
 
 

@@ -13,8 +13,8 @@ from zsseg.clip import CLIP, ModifiedResNet, VisionTransformer, build_clip
 from zsseg.config import Config, load_config
 from zsseg.prompt_learning import PromptClassifier
 from zsseg.prompts import TEMPLATES, FixedPrompt, LearnedPrompt
-from zsseg.run import UserError
 from zsseg.segmenter import Segmenter
+from zsseg.utils import UserError
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.toml")), ids=lambda f: f.stem)

@@ -13,8 +13,8 @@ from zsseg import shapes
 from zsseg.data import TestPictures, TrainPictures, augment, collate, ssd_jitter, stream, test_size
 from zsseg.datasets import DATASETS, find_pairs
 from zsseg.images import read_labels, read_picture
-from zsseg.run import UserError
 from zsseg.shapes_clip import RegionsWithCaptions, rough_mask
+from zsseg.utils import UserError
 
 test_size.__test__ = TestPictures.__test__ = False  # pytest would take them for tests
 

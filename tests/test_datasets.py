@@ -25,8 +25,8 @@ from zsseg.evaluate import evaluate
 from zsseg.images import read_labels, read_picture
 from zsseg.label_statistics import count_classes, label_statistics
 from zsseg.prompt_learning import Regions
-from zsseg.run import UserError
 from zsseg.segmenter import Segmenter
+from zsseg.utils import UserError
 
 TestPictures.__test__ = False
 NAMES = list(trees.BUILDERS)
@@ -324,7 +324,7 @@ def test_statistics_of_a_read_only_root(tmp_path, monkeypatch):
     """They go to the cache instead."""
     trees.ade20k(tmp_path / "root")
     monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path / "cache"))
-    real, tried = label_statistics_module.replacing, []
+    real, tried = label_statistics_module.atomic_write, []
 
     def refuse(path: Path):
         tried.append(path)
@@ -332,7 +332,7 @@ def test_statistics_of_a_read_only_root(tmp_path, monkeypatch):
             raise UserError("file", "cannot be written", "")
         return real(path)
 
-    monkeypatch.setattr(label_statistics_module, "replacing", refuse)
+    monkeypatch.setattr(label_statistics_module, "atomic_write", refuse)
     for tries in (2, 0):
         tried.clear()
         assert (

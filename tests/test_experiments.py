@@ -16,16 +16,17 @@ from PIL import Image
 import eval as evaluation
 import train
 from zsseg import checkpoint, published, views
-from zsseg.budget import budget, overlaps, report_budget
+from zsseg.analysis import budget, overlaps, report_budget
 from zsseg.checkpoint import load_strict
 from zsseg.config import ModelConfig, load_config
 from zsseg.datasets import dataset, find_pairs
+from zsseg.distributed import Process
 from zsseg.evaluate import evaluate
 from zsseg.losses import per_pixel_loss
 from zsseg.maskformer import PerPixel
-from zsseg.run import Process, UserError
 from zsseg.segmenter import Segmenter
 from zsseg.selftrain import complete, pseudo_labels
+from zsseg.utils import UserError
 from zsseg.weights import import_original
 
 
@@ -193,9 +194,9 @@ def test_one_pass_classifiers_see_the_region():
             image, masks, None, torch.tensor([], dtype=torch.int64)
         ).shape == (0, 3)
         if way == "pool":
-            from zsseg.regions import shrunk
+            from zsseg.regions import resize_for_clip
 
-            dense = segmenter.clip.visual.values(shrunk(segmenter.clip, image, 64))[0]
+            dense = segmenter.clip.visual.values(resize_for_clip(segmenter.clip, image, 64))[0]
             for i, patches in ((1, dense[:4].flatten(0, 1)), (2, dense[0, 1:2])):
                 wanted = 100 * F.normalize(patches.mean(0), dim=0) @ segmenter.region_text.T
                 assert torch.allclose(logits[i], wanted, atol=2e-2), i
@@ -362,7 +363,7 @@ def test_the_budget_s_oracles(trained, shapes_root, tmp_path, capsys):
 
 def test_with_perfect_masks_only_classes_cost(shapes_root, monkeypatch):
     """A segmenter whose proposals are the true masks: true classes give 100."""
-    import zsseg.budget as module
+    import zsseg.analysis as module
 
     segmenter, config = random_segmenter("model.queries=24"), tiny_config("model.queries=24")
     truth, original = {}, module.oracle_labels

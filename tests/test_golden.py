@@ -33,11 +33,11 @@ import prepare_data
 from zsseg.clip import build_clip
 from zsseg.config import Config
 from zsseg.datasets import dataset
+from zsseg.distributed import Process
 from zsseg.losses import normalizers, segmentation_losses
 from zsseg.matcher import Targets, assign, matching_cost
 from zsseg.metrics import confusion, summarize
 from zsseg.regions import mask_boxes, normalize, region_crops
-from zsseg.run import Process
 from zsseg.segmenter import Segmenter
 from zsseg.tokenizer import Tokenizer
 from zsseg.weights import import_original, our_name
@@ -55,7 +55,7 @@ def tolerance(process: Process, on_cpu: float = 1e-4) -> float:
 
 @pytest.fixture(autouse=True)
 def fp32_is_fp32(monkeypatch):
-    """As `run.start` sets it on a GPU."""
+    """As `distributed.init_distributed` sets it on a GPU."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import PROCESS
 from scipy.optimize import linear_sum_assignment
 
-from zsseg.losses import class_loss, normalizers, segmentation_losses
+from zsseg.losses import class_loss, loss_normalizers, segmentation_losses
 from zsseg.matcher import Targets, assign, matching_cost
 from zsseg.shapes_clip import contrastive_loss
 
@@ -27,8 +27,8 @@ def case(labels: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tenso
     return logits, masks, Targets(labels, classes, torch.tensor([len(p) for p in present]))
 
 
-def scales(targets: Targets, queries: int = Q) -> torch.Tensor:
-    return normalizers(targets.counts, queries, 0.1, PROCESS)
+def normalizers(targets: Targets, queries: int = Q) -> torch.Tensor:
+    return loss_normalizers(targets.counts, queries, 0.1, PROCESS)
 
 
 def mixed_labels() -> torch.Tensor:
@@ -105,7 +105,7 @@ def test_assignment_survives_values_that_are_not_finite():
 
 def test_losses_are_the_formulas():
     logits, masks, targets = case(mixed_labels())
-    losses = segmentation_losses(logits, masks, targets, scales(targets), 20.0, 1.0, 0.1)
+    losses = segmentation_losses(logits, masks, targets, normalizers(targets), 20.0, 1.0, 0.1)
     matched, _ = assign(matching_cost(logits, masks, targets, 20, 1), targets.counts)
     for layer in range(L):
         focal = dice = nll = weight = 0.0
@@ -138,7 +138,7 @@ def test_a_batch_without_targets_still_trains_every_output():
     logits, masks, targets = case(torch.full((B, SIDE, SIDE), IGNORE))
     assert targets.classes.shape == (B, 0)
     logits.requires_grad_(), masks.requires_grad_()
-    losses = segmentation_losses(logits, masks, targets, scales(targets), 20.0, 1.0, 0.1)
+    losses = segmentation_losses(logits, masks, targets, normalizers(targets), 20.0, 1.0, 0.1)
     total = sum(v.sum() for v in losses.values())
     total.backward()
     assert torch.isfinite(total) and float(losses["focal"].detach().sum()) == 0
@@ -149,7 +149,7 @@ def test_more_targets_than_queries():
     labels = torch.arange(4).repeat_interleave(SIDE // 4).expand(1, SIDE, SIDE).contiguous()
     logits, masks, targets = case(labels)
     losses = segmentation_losses(
-        logits[:, :, :2], masks[:, :, :2], targets, scales(targets, 2), 20.0, 1.0, 0.1
+        logits[:, :, :2], masks[:, :, :2], targets, normalizers(targets, 2), 20.0, 1.0, 0.1
     )
     assert all(torch.isfinite(v).all() for v in losses.values())
 
@@ -157,9 +157,9 @@ def test_more_targets_than_queries():
 def test_losses_do_not_depend_on_the_order_of_queries():
     logits, masks, targets = case(mixed_labels())
     order = torch.randperm(Q)
-    one = segmentation_losses(logits, masks, targets, scales(targets), 20.0, 1.0, 0.1)
+    one = segmentation_losses(logits, masks, targets, normalizers(targets), 20.0, 1.0, 0.1)
     two = segmentation_losses(
-        logits[:, :, order], masks[:, :, order], targets, scales(targets), 20.0, 1.0, 0.1
+        logits[:, :, order], masks[:, :, order], targets, normalizers(targets), 20.0, 1.0, 0.1
     )
     for name in one:
         assert torch.allclose(one[name], two[name], rtol=1e-5)
@@ -175,7 +175,7 @@ def test_perfect_predictions_cost_next_to_nothing():
     logits[..., C], logits[0, 0, 2, C], logits[0, 0, 2, 3] = 30, 0, 30
     targets = Targets(labels, torch.tensor([[3]]), torch.tensor([1]))
     assert assign(matching_cost(logits, masks, targets, 20, 1), targets.counts)[0].item() == 2
-    losses = segmentation_losses(logits, masks, targets, scales(targets), 20.0, 1.0, 0.1)
+    losses = segmentation_losses(logits, masks, targets, normalizers(targets), 20.0, 1.0, 0.1)
     assert (
         float(losses["class"]) < 1e-6 and float(losses["dice"]) < 0.2 and float(losses["focal"]) < 2
     )
@@ -191,7 +191,7 @@ def test_class_loss_counts_a_query_once():
         matched,
         torch.tensor([[1, 0, 0]]),
         0.1,
-        normalizers(torch.tensor([1]), 2, 0.1, PROCESS)[1],
+        loss_normalizers(torch.tensor([1]), 2, 0.1, PROCESS)[1],
     )
     assert float(loss) == pytest.approx(0.1 * float(torch.tensor(3.0).log()) / 1.1, rel=1e-5)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from zsseg.datasets import DATASETS, DataSet
-from zsseg.draw import palette, save_label_map
 from zsseg.metrics import confusion, summarize, table
+from zsseg.visualize import palette, save_label_map
 
 PLAIN = DataSet("plain", ["a", "b", "c", "d"], [], "", [], {}, [0, 1, 2, 3])
 SPLIT = dataclasses.replace(PLAIN, unseen=["c", "d"])

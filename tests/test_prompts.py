@@ -165,12 +165,10 @@ def test_a_resumed_run_keeps_its_prompt(learned, shapes_root, tmp_path):
 
 def test_schedules():
     config = load_config(None, ["train.task=prompts", "train.steps=1000"])
-    factors = [train.rate_factor(s, config) for s in (0, 99, 100, 500, 999)]
+    factors = [train.lr_factor(s, config) for s in (0, 99, 100, 500, 999)]
     cosine = [(1 + math.cos(math.pi * s / 1000)) / 2 for s in (0, 99, 100, 500, 999)]
     assert factors == pytest.approx([0.005 * cosine[0], 0.005 * cosine[1], *cosine[2:]])
-    assert train.rate_factor(500, load_config(None, ["train.steps=1000"])) == pytest.approx(
-        0.5**0.9
-    )
+    assert train.lr_factor(500, load_config(None, ["train.steps=1000"])) == pytest.approx(0.5**0.9)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 90), (500, 3), (224, 224), (64, 48)])

@@ -34,8 +34,8 @@ def test_expanded_boxes_keep_their_centre_and_stay_inside():
     masks[1, 0:4, 56:60] = True
     boxes, _ = mask_boxes(masks, 1.5)
     assert boxes.tolist() == [[15, 7, 45, 22], [55, 0, 60, 5]]
-    shrunk, _ = mask_boxes(masks, 0.01)
-    assert ((shrunk[:, 2:] - shrunk[:, :2]) >= 1).all()
+    resize_for_clip, _ = mask_boxes(masks, 0.01)
+    assert ((resize_for_clip[:, 2:] - resize_for_clip[:, :2]) >= 1).all()
 
 
 @pytest.mark.parametrize("box", [(0, 0, 30, 20), (3, 5, 4, 6), (10, 2, 29, 19)])

@@ -7,9 +7,10 @@ import torch
 from conftest import tiny_config
 
 import eval as evaluation
-from zsseg import run
-from zsseg.run import Process, UserError
+from zsseg import distributed
+from zsseg.distributed import Process
 from zsseg.segmenter import Proposals
+from zsseg.utils import UserError
 
 
 def picture(height: int = 50, width: int = 70) -> torch.Tensor:
@@ -162,14 +163,14 @@ def test_on_a_cpu_clip_is_compiled_for_many_pictures(
     segmenter, monkeypatch, capsys, compiler, pictures, compiled
 ):
     """Where there is a C++ compiler; elsewhere the run goes on without, and says so."""
-    run.can_compile.cache_clear()
+    distributed.can_compile.cache_clear()
     if compiler:
         monkeypatch.setattr(
             torch, "compile", lambda f: lambda x: subprocess.run([compiler], check=True)
         )
     evaluation.compile_for(pictures, segmenter, tiny_config(), Process(torch.device("cpu")))
-    assert segmenter.few_sizes == compiled and not segmenter.compiled
+    assert segmenter.bucketed == compiled and not segmenter.compiled
     assert (segmenter.clip.visual._compiled_call_impl is not None) == compiled
     assert segmenter.maskformer._compiled_call_impl is None
     assert ("not compiled" in capsys.readouterr().out) == bool(compiler)
-    run.can_compile.cache_clear()
+    distributed.can_compile.cache_clear()

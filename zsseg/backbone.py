@@ -19,7 +19,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from zsseg.checkpoint import State, load_strict, read_torch, say_loaded, unwrapped
 from zsseg.config import ModelConfig
 from zsseg.download import fetch
-from zsseg.run import UserError, cache_dir
+from zsseg.utils import UserError, cache_dir
 from zsseg.weights import ArrayUnpickler, import_original
 
 

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zsseg import run
-from zsseg.files import replacing
-from zsseg.run import UserError, first_of, nearest_file
+from zsseg.files import atomic_write
+from zsseg.utils import UserError, did_you_mean_file, first_of, print_main
 
 State = dict[str, Tensor]
 WRAPPERS = ("module.", "_orig_mod.")
@@ -24,7 +23,7 @@ def save(path: Path, previous: Path | None = None, **content: object) -> None:
     """Write a checkpoint so that `path` is always whole: the old one (kept as `previous`, where
     given) or the new one.
     """
-    with replacing(path, previous) as temporary:
+    with atomic_write(path, previous) as temporary:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # how torch reports a full disk
@@ -43,20 +42,22 @@ def load(path: str | Path, what: str = "checkpoint") -> dict:
     return content
 
 
-class Unusable(UserError):
+class UnreadableCheckpoint(UserError):
     """A file of tensors that is gone or not whole, so that another one must take its place."""
 
 
 def read_torch(path: Path, what: str) -> object:
     if path.is_dir():
         there = (path / "last.pt").is_file()
-        raise Unusable(
+        raise UnreadableCheckpoint(
             what, "is a folder", f"did you mean {path / 'last.pt'}?" if there else "give a file"
         )
     if not path.is_file():
         folder = path.parent.is_dir() or path.parent.name == ""
-        raise Unusable(
-            what, "no such file", nearest_file(path if folder else path.parent, "check the path")
+        raise UnreadableCheckpoint(
+            what,
+            "no such file",
+            did_you_mean_file(path if folder else path.parent, "check the path"),
         )
     try:
         if zipfile.is_zipfile(path):
@@ -76,14 +77,14 @@ def read_torch(path: Path, what: str) -> object:
             str(error),
         ):
             why = f"cannot be read as tensors (it holds a {found[1]}, which would have to be run)"
-            raise Unusable(
+            raise UnreadableCheckpoint(
                 what, why, "where it was written, save tensors and plain values alone"
             ) from None
         if found := re.search(r"an array of [^;\n]{1,60}", str(error)):
-            raise Unusable(
+            raise UnreadableCheckpoint(
                 what, f"cannot be read as tensors (it holds {found[0]})", "save it as numbers"
             ) from None
-        raise Unusable(
+        raise UnreadableCheckpoint(
             what, "cannot be read as tensors (broken, or more than tensors)", "check the file"
         ) from None
 
@@ -135,7 +136,7 @@ def unwrapped(state: State, what: str) -> State:
             prefix + first,
         )
     if prefix:
-        run.say(f"{what}: {prefix!r} is taken off all names")
+        print_main(f"{what}: {prefix!r} is taken off all names")
     return state
 
 
@@ -163,7 +164,7 @@ def say_loaded(what: str, loaded: int, dropped: list[str]) -> None:
     for name in dropped:
         module = name.rpartition(".")[0].split(".resblocks")[0].split(".layer")[0]
         names.append(name if modules[module] < 4 else f"{module}.* ({modules[module]})")
-    run.say(
+    print_main(
         f"{what}: {loaded} tensors loaded, {len(dropped)} dropped"
         + ": " * bool(names)
         + ", ".join(dict.fromkeys(names))
@@ -179,7 +180,7 @@ def no_bytes() -> bytes:
     return b""
 
 
-class Kind:
+class CheckpointKind:
     """A pickled NumPy dtype, as text: nothing of NumPy's own reads what the file says."""
 
     def __init__(self, text: str, *_: object):
@@ -208,7 +209,9 @@ class PickledArray:
             "F" if columns_first else "C",
         )
 
-    def fill(self, data: bytes, kind: Kind, shape: tuple[int, ...], order: str) -> "PickledArray":
+    def fill(
+        self, data: bytes, kind: CheckpointKind, shape: tuple[int, ...], order: str
+    ) -> "PickledArray":
         # frombuffer refuses an empty one.
         array = (
             np.frombuffer(bytes(data), np.dtype(kind.order + kind.text)) if data else np.zeros(0)
@@ -221,16 +224,24 @@ class PickledNumber(PickledArray):
     """A pickled NumPy number."""
 
 
-def rebuild_scalar(kind: Kind, data: bytes) -> PickledArray:
+def rebuild_scalar(kind: CheckpointKind, data: bytes) -> PickledArray:
     return PickledNumber().fill(data, kind, (), "C")
 
 
-def rebuild_array(data: bytes, kind: Kind, shape: tuple[int, ...], order: str) -> PickledArray:
+def rebuild_array(
+    data: bytes, kind: CheckpointKind, shape: tuple[int, ...], order: str
+) -> PickledArray:
     return PickledArray().fill(data, kind, shape, order)
 
 
 # NumPy's arrays and numbers in checkpoints, under the names that its versions gave them.
-NUMPY = [PickledArray, PickledNumber, Kind, (PickledArray, "numpy.ndarray"), (Kind, "numpy.dtype")]
+NUMPY = [
+    PickledArray,
+    PickledNumber,
+    CheckpointKind,
+    (PickledArray, "numpy.ndarray"),
+    (CheckpointKind, "numpy.dtype"),
+]
 NUMPY += [
     (encode_latin1, "_codecs.encode"),
     (no_bytes, "builtins.bytes"),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zsseg.run import UserError
+from zsseg.utils import UserError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -351,7 +351,7 @@ class CLIP(nn.Module):
     ):
         super().__init__()
         self.visual = visual
-        self.most_crops = 0  # that memory had room for at once, where it ended; 0: not met
+        self.max_batch = 0  # that memory had room for at once, where it ended; 0: not met
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, width))
         self.transformer = Transformer(width, layers, activation=activation)

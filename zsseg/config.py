@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from zsseg.files import read_text
-from zsseg.run import UserError, nearest, nearest_file, path_of
+from zsseg.utils import UserError, did_you_mean, did_you_mean_file, path_of
 
 
 @dataclass
@@ -297,7 +297,7 @@ def check_values(config: Config) -> None:
             raise UserError(
                 name,
                 f"is {values[name]!r}",
-                nearest(values[name], allowed, f"choose one of {', '.join(allowed)}"),
+                did_you_mean(values[name], allowed, f"choose one of {', '.join(allowed)}"),
             )
     for name in (*POSITIVE, *UNIT, *COUNTS):
         if (
@@ -368,7 +368,7 @@ def read_toml(file: str | Path, above: tuple[Path, ...] = ()) -> list[tuple[str,
     """
     other, todo = (
         Path("configs") / f"{Path(file).stem}.toml",
-        nearest_file(file, "give the path of a TOML file"),
+        did_you_mean_file(file, "give the path of a TOML file"),
     )
     todo = f"did you mean {other}?" if other.is_file() and other != Path(file) else todo
     text = read_text(file, f"config {file}", todo)

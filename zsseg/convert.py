@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from zsseg.datasets import dataset
-from zsseg.files import decode, replacing, split_lines
+from zsseg.files import atomic_write, decode, split_lines
 from zsseg.images import read_picture
-from zsseg.run import UserError, parallel
+from zsseg.utils import UserError, parallel
 
 LARGEST = 2**28  # pixels
 
@@ -34,7 +34,7 @@ def write_ids(file: Path, ids: list[str]) -> None:
     """Write a list of ids unless there is one."""
     if file.exists():
         return
-    with replacing(file) as temporary:
+    with atomic_write(file) as temporary:
         temporary.write_text("".join(f"{i}\n" for i in ids), "utf-8", "surrogateescape")
 
 
@@ -81,7 +81,7 @@ def read_sbd(file: Path) -> np.ndarray:
 
 
 def save(values: np.ndarray, file: Path, kind: str = "PNG", **options: object) -> None:
-    with replacing(file) as temporary:
+    with atomic_write(file) as temporary:
         Image.fromarray(values).save(temporary, kind, **options)
 
 

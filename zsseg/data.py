@@ -25,9 +25,9 @@ from zsseg.datasets import DataSet, dataset, find_pairs, training_set
 from zsseg.images import read_labels, read_picture
 from zsseg.label_statistics import LabelStatistics, label_statistics
 from zsseg.matcher import Targets
-from zsseg.run import SIGNALS, UserError, left_out, say, seed_of, several
+from zsseg.utils import SIGNALS, UserError, left_out, mix_seed, print_main, several
 
-REPLACEMENTS = 100  # samples in a row that may be broken before training stops
+MAX_REPLACEMENTS = 100  # samples in a row that may be broken before training stops
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -157,9 +157,9 @@ def training_statistics(config: DataConfig, root: Path) -> LabelStatistics:
     """
     statistics = label_statistics(config, root, "train", config.workers)
     for line in statistics.oddities(training_set(config), "train"):
-        say(f"look at: {line}")
+        print_main(f"look at: {line}")
     for line in statistics.broken[:20]:
-        say(f"left out: {line}")
+        print_main(f"left out: {line}")
     if count := len(statistics.broken):
         names = f"; prepare_data.py {config.name} --check names them" if count > 20 else ""
         left_out(f"{several(count, 'label map')} that cannot be read{names}")
@@ -200,7 +200,7 @@ class TrainPictures(Dataset):
         if epoch != self.epoch:
             self.epoch, self.shuffled = (
                 epoch,
-                np.random.default_rng(seed_of(self.seed, 1, epoch)).permutation(len(self.pairs)),
+                np.random.default_rng(mix_seed(self.seed, 1, epoch)).permutation(len(self.pairs)),
             )
         return self.shuffled
 
@@ -209,7 +209,7 @@ class TrainPictures(Dataset):
         image_file, label_file = self.pairs[self.order(epoch)[i]]
         image = read_picture(image_file, turn=self.config.exif_turn)
         labels = read_labels(label_file, self.lut, image.size)
-        rng = np.random.default_rng(seed_of(self.seed, 2, n))
+        rng = np.random.default_rng(mix_seed(self.seed, 2, n))
         picture, mask = augment(image, labels, self.config, self.data.ignore, rng)
         classes = mask.unique().long()
         return picture, mask, classes[classes != self.data.ignore]
@@ -242,11 +242,11 @@ class Sample(NamedTuple):
     errors: list[UserError]
 
 
-class Guarded(Dataset):
+class SafeDataset(Dataset):
     """Samples as `Sample`; with `replace`, the next whole one takes the place of a broken one."""
 
     def __init__(self, samples: Dataset, replace: bool = False):
-        self.samples, self.tries = samples, REPLACEMENTS + 1 if replace else 1
+        self.samples, self.tries = samples, MAX_REPLACEMENTS + 1 if replace else 1
 
     def __getitem__(self, n: int) -> Sample:
         errors = []
@@ -291,7 +291,7 @@ def stream(
     """
     workers = min(workers, os.cpu_count() or 1)
     loader = DataLoader(
-        Guarded(samples, broken is not None),
+        SafeDataset(samples, broken is not None),
         batch_size,
         sampler=numbers,
         num_workers=workers,

@@ -17,11 +17,11 @@ import numpy as np
 from zsseg.config import DataConfig
 from zsseg.files import decode, split_lines, walk
 from zsseg.images import PICTURE_LIKE, picture_endings
-from zsseg.run import UserError, left_out, nearest, nearest_file, say_once, several
 from zsseg.tokenizer import check_names
+from zsseg.utils import UserError, did_you_mean, did_you_mean_file, left_out, print_once, several
 
 
-class Absent(UserError):
+class MissingSplit(UserError):
     """There is nothing of a split: no file, no list."""
 
 
@@ -239,7 +239,9 @@ def dataset(wanted: str | DataConfig) -> DataSet:
     if name not in DATASETS:
         known = [*DATASETS, "folder"]
         raise UserError(
-            "data.name", f"is {name!r}", nearest(name, known, f"choose one of {', '.join(known)}")
+            "data.name",
+            f"is {name!r}",
+            did_you_mean(name, known, f"choose one of {', '.join(known)}"),
         )
     return DATASETS[name]
 
@@ -249,7 +251,7 @@ def own_dataset(config: DataConfig) -> DataSet:
     values = config.values or list(range(len(config.classes)))
     for name in config.unseen:
         if name not in config.classes:
-            todo = nearest(name, config.classes, "give some of data.classes")
+            todo = did_you_mean(name, config.classes, "give some of data.classes")
             raise UserError("data.unseen", f"{name!r} is none of data.classes", todo)
     for key, items in (("classes", config.classes), ("unseen", config.unseen), ("values", values)):
         for item, count in Counter(items).items():
@@ -315,7 +317,7 @@ def find_listing(wanted: str | DataConfig, root: Path, split: str) -> Listing:
     """The files of a split; UserError where there are none."""
     data = dataset(wanted)
     if split not in data.splits:
-        raise Absent(
+        raise MissingSplit(
             "data.split",
             f"is {split!r}",
             f"{data.name} has {', '.join(data.splits)}: --set data.split=...",
@@ -335,7 +337,7 @@ def find_listing(wanted: str | DataConfig, root: Path, split: str) -> Listing:
         command = f"run prepare_data.py {data.name}" + " --train" * (
             split == "train" and data.name != "shapes"
         )
-        raise Absent(
+        raise MissingSplit(
             f"data set {data.name}",
             f"no {split!r} pictures in {folder}",
             f"{command}, or give --root",
@@ -353,7 +355,7 @@ def find_pairs(wanted: str | DataConfig, root: Path, split: str) -> list[tuple[P
     for line in listing.left_out(split):
         left_out(line)
     for line in listing.remarks:
-        say_once(f"look at: {line}")
+        print_once(f"look at: {line}")
     if listing.twins:
         raise listing.twins[0]
     return listing.pairs
@@ -365,10 +367,10 @@ def nothing_found(data: DataSet, folder: Path, split: str, listing: Listing) -> 
         return UserError(
             "data.folder",
             f"no such folder {folder}",
-            nearest_file(folder, "correct it, or give --root"),
+            did_you_mean_file(folder, "correct it, or give --root"),
         )
     if data.lists:
-        return Absent(
+        return MissingSplit(
             f"list {folder / split}.txt",
             f"names no {split!r} picture, or is not there",
             "write one id a line",
@@ -382,13 +384,13 @@ def nothing_found(data: DataSet, folder: Path, split: str, listing: Listing) -> 
             "see data.pictures and data.labels",
         )
     place = folder / pattern[i].replace("{split}", split).replace("{id}", "*")
-    kind = UserError if any(counts) else Absent
+    kind = UserError if any(counts) else MissingSplit
     return kind(key, f"no {split!r} file is {place}", "correct it, or data.folder, or give --root")
 
 
 def has_split(wanted: str | DataConfig, root: Path, split: str) -> bool:
     try:
         find_pairs(wanted, root, split)
-    except Absent:
+    except MissingSplit:
         return False
     return True

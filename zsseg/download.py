@@ -21,7 +21,7 @@ from typing import IO
 
 from tqdm import tqdm
 
-from zsseg.run import UserError
+from zsseg.utils import UserError
 
 BLOCK = 1 << 20
 TRIES = 5  # in a row without a single new byte

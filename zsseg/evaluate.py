@@ -15,14 +15,15 @@ from torch import Tensor
 from zsseg.config import Config
 from zsseg.data import TestPictures, stream
 from zsseg.datasets import DataSet, dataset
-from zsseg.draw import column, save_label_map
+from zsseg.distributed import Process
 from zsseg.files import MARK, PNG_MARK, refuse_foreign
 from zsseg.files import result as written
 from zsseg.metrics import confusion, method, summarize, table
 from zsseg.regions import mask_boxes
-from zsseg.run import Process, UserError, progress, several
 from zsseg.segmenter import Segmenter
+from zsseg.utils import UserError, progress, several
 from zsseg.views import View, all_finite, label_map, segment_views
+from zsseg.visualize import column, save_label_map
 
 SAMPLES = 8  # images in samples.png
 # What is called with an image's number in the split, its name, uint8 [3, h, w] at network-input
@@ -39,7 +40,7 @@ def evaluate(
     split: str,
     out: Path | None = None,
     save_predictions: bool = False,
-    look: Look | None = None,
+    on_image: Look | None = None,
     seen: list[int] | None = None,
 ) -> dict:
     """Metrics of a split, its images shared among the processes; with `out`, written to
@@ -52,15 +53,15 @@ def evaluate(
     images = TestPictures(config.data, root, split, wanted.sizes)
     if save_predictions:  # now, not in the middle
         files = [out / "predictions" / f"{name}.png" for name in images.names]
-        process.agree(lambda: refuse_foreign(*files))
+        process.broadcast_object(lambda: refuse_foreign(*files))
     segmenter.eval().set_classes(data.names, data.trained if seen is None else seen)
 
     C = len(data.names)
     parts = segmenter.variant_names(wanted.weights) if wanted.compare or wanted.weights else []
     counts = Counts.zeros(["", *parts], C, device)
-    numbers = range(process.rank, len(images), process.world)
+    numbers = range(process.rank, len(images), process.world_size)
     batches, title = stream(images, numbers, 1, config.data.workers), f"evaluate {split}"
-    batches = progress(batches, process.share_of(title), len(numbers), process.is_main)
+    batches = progress(batches, process.progress_label(title), len(numbers), process.is_main)
     samples, started = [], time.perf_counter()
     for number, [(inputs, labels, name)] in zip(numbers, batches, strict=True):
         inputs, labels = [image.to(device) for image in inputs], labels.to(device).long()
@@ -76,8 +77,8 @@ def evaluate(
         predicted, _ = label_map(segmenter, views, scores, size)
         matrix = confusion(labels, predicted, C, data.ignore)
         counts.matrices[""] += matrix
-        if look:
-            look(number, name, inputs[0], labels, predicted, matrix)
+        if on_image:
+            on_image(number, name, inputs[0], labels, predicted, matrix)
         if save_predictions:
             save_label_map(predicted, out / "predictions" / f"{name}.png", C)
         if process.is_main and len(samples) < SAMPLES:
@@ -85,7 +86,7 @@ def evaluate(
             samples.append(column(inputs[0].cpu(), known.cpu(), predicted.cpu(), C))
         count_variants(segmenter, views, labels, wanted.weights, counts, data.ignore)
 
-    rate = len(images) * process.world / counts.reduce(process, started)
+    rate = len(images) * process.world_size / counts.reduce(process, started)
     result = counts.metrics(data, regions=wanted.compare and bool(parts))
     result |= {"images": len(images), "images_per_second": rate}
     if out is not None and process.is_main:

@@ -15,11 +15,12 @@ from torch.fx import GraphModule
 from zsseg import clip as clip_module
 from zsseg.clip import cosine_logits
 from zsseg.config import Config
-from zsseg.files import MARK, refuse_foreign, replacing
+from zsseg.distributed import Process
+from zsseg.files import MARK, atomic_write, refuse_foreign
 from zsseg.files import result as written
-from zsseg.run import Process, UserError, say
 from zsseg.segmenter import Segmenter
-from zsseg.words import Words
+from zsseg.utils import UserError, print_main
+from zsseg.vocabulary import Words
 
 TOLERANCE = 1e-5  # of the largest value
 # The sizes and numbers at which programs are compared with the modules.
@@ -160,7 +161,7 @@ def export(segmenter: Segmenter, config: Config, words: Words, out: Path) -> Non
         file.write_text(
             json.dumps({"program": MARK} | settings | {"torch": torch.__version__}, indent=1) + "\n"
         )
-    say(f"try: python {out / 'example.py'} photo.jpg")
+    print_main(f"try: python {out / 'example.py'} photo.jpg")
 
 
 def write(module: nn.Module, inputs: list[Tensor], dynamic: dict, path: Path) -> None:
@@ -187,7 +188,7 @@ def write(module: nn.Module, inputs: list[Tensor], dynamic: dict, path: Path) ->
     for part in program.graph_module.modules():
         if isinstance(part, GraphModule):
             part.recompile()
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         with open(temporary, "wb") as file:
             torch.export.save(program, file, extra_files={MARK: ""})
         with open(temporary, "rb") as file:
@@ -197,7 +198,7 @@ def write(module: nn.Module, inputs: list[Tensor], dynamic: dict, path: Path) ->
                 f"{path} differs from the module by {worst:.1g} of the largest value"
             )
     shapes = ", ".join(" x ".join(map(str, x.shape)) for x in inputs)
-    say(
+    print_main(
         f"{path}: {path.stat().st_size / 2**20:.1f} MiB, largest difference from the module "
         f"{worst:.1g} (inputs {shapes})"
     )

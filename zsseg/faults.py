@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from zsseg import checkpoint
-from zsseg.data import Guarded
+from zsseg.data import SafeDataset
+from zsseg.distributed import Process
 from zsseg.files import decode, split_lines
 from zsseg.log import Log
-from zsseg.run import SIGNALS, Process, UserError, left_out, say
+from zsseg.utils import SIGNALS, UserError, left_out, print_main
 
 # steps after which a step's flag is read: the device has long passed it, so that the host need not
 # wait
-LATE = 2
+FLAG_DELAY = 2
 
 
 def is_run(content: dict) -> bool:
@@ -83,18 +84,18 @@ def load_last(folder: Path) -> dict:
     """The checkpoint of a run: last.pt or, where that is broken or gone, the one before it."""
     try:
         return checkpoint.load(folder / "last.pt")
-    except checkpoint.Unusable as error:
+    except checkpoint.UnreadableCheckpoint as error:
         if not (folder / "previous.pt").exists():
             raise
         content = checkpoint.load(folder / "previous.pt")
         if os.environ.get("RANK", "0") == "0" and (folder / "last.pt").exists():
             # Or the next checkpoint would make it the previous one.
             (folder / "last.pt").rename(folder / "broken.pt")
-        say(f"{error}: going on from previous.pt, step {content.get('step')}")
+        print_main(f"{error}: going on from previous.pt, step {content.get('step')}")
         return content
 
 
-class Stop:
+class GracefulStop:
     """Inside `with`, SIGTERM, SIGUSR1, Ctrl-C and SIGHUP (a terminal that is closed; not where
     nohup has it ignored) ask for a stop at the end of the step instead of killing the process.
 
@@ -104,7 +105,7 @@ class Stop:
     def __init__(self, process: Process):
         self.process, self.asked, self.before = process, set(), {}
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> "GracefulStop":
         wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self.before = {number: signal.signal(number, self.ask) for number in wanted}
         return self
@@ -157,7 +158,7 @@ class BadSteps:
             event = torch.cuda.Event()
             event.record()
         self.waiting.append((step, flag, event))
-        self.read(LATE)
+        self.read(FLAG_DELAY)
 
     def read(self, late: int = 0) -> bool:
         """Look at all flags but the last `late`. Raises UserError after too many in a row; whether
@@ -176,14 +177,14 @@ class BadSteps:
         self.count += 1
         numbers = range(step * self.task.batch_size, (step + 1) * self.task.batch_size)
         names = [self.task.samples.source(n) for n in numbers]
-        say(
+        print_main(
             f"step {step + 1} was skipped, its loss or gradient is not finite ({self.count} so "
             f"far): {', '.join(names)}"
         )
         self.log.write(step + 1, skipped=self.count, pictures=names)
         file = self.out / "bad_batch.pt"
         if self.process.is_main and not file.exists():
-            samples = Guarded(self.task.samples, replace=True)
+            samples = SafeDataset(self.task.samples, replace=True)
             batch = self.task.collate([samples[n].value for n in numbers])
             batch = [x if isinstance(x, Tensor | tuple) else vars(x) for x in batch]
             checkpoint.save(file, step=step, samples=list(numbers), pictures=names, batch=batch)
@@ -199,7 +200,7 @@ class BadSteps:
             )
 
 
-class Broken:
+class BadFileLog:
     """Says once a run, by name, which training files are broken; OUT/broken.txt lists them."""
 
     def __init__(self, out: Path):

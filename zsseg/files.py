@@ -13,7 +13,7 @@ from typing import IO
 
 from PIL.PngImagePlugin import PngInfo
 
-from zsseg.run import UserError, say
+from zsseg.utils import UserError, print_main
 
 # Stands in every result, so that the next run knows that it may replace the file
 MARK = "written by zsseg"
@@ -152,7 +152,7 @@ def check_writable(folder: Path, names: list[str]) -> None:
     refuse_foreign(*(folder / name for name in names))
     there = folder.exists()
     probe = folder / ".writable"  # one name: what a kill leaves, the next try removes
-    with replacing(probe) as file:
+    with atomic_write(probe) as file:
         file.touch()
     probe.unlink(missing_ok=True)
     if not there:
@@ -163,7 +163,7 @@ def check_writable(folder: Path, names: list[str]) -> None:
 def result(path: Path) -> Iterator[Path]:
     """As `replacing`, for a result: it must bear MARK, and never replaces a file that does not."""
     refuse_foreign(path)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         yield temporary
 
 
@@ -176,11 +176,11 @@ def set_aside(folder: Path, names: tuple[str, ...]) -> None:
             numbered = (path.with_stem(f"{path.stem}.{i}") for i in range(1, 1_000_000))
             other = next(p for p in numbered if not os.path.lexists(p))
             path.rename(other)
-            say(f"{path} was there already; it is kept as {other.name}")
+            print_main(f"{path} was there already; it is kept as {other.name}")
 
 
 @contextlib.contextmanager
-def replacing(path: Path, previous: Path | None = None) -> Iterator[Path]:
+def atomic_write(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the name only when the block ends without an
     error and is on the disk.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from zsseg.run import UserError
+from zsseg.utils import UserError
 
 # `open_image` has limits of its own.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -16,9 +16,9 @@ import numpy as np
 from zsseg import images
 from zsseg.config import DataConfig
 from zsseg.datasets import DataSet, dataset, find_pairs
-from zsseg.files import replacing
+from zsseg.files import atomic_write
 from zsseg.images import FIRST_PAGE, TURNED, check_values, read_samples, remarks_on
-from zsseg.run import UserError, cache_dir, first_of, parallel, several
+from zsseg.utils import UserError, cache_dir, first_of, parallel, several
 
 
 @dataclass
@@ -188,7 +188,7 @@ def label_statistics(
     # What is broken today may be mended tomorrow.
     for cache in caches if not len(statistics.broken) else ():
         try:
-            with replacing(cache) as temporary, open(temporary, "wb") as file:
+            with atomic_write(cache) as temporary, open(temporary, "wb") as file:
                 np.savez(file, version=version, **vars(statistics))
             break
         except UserError:

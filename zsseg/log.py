@@ -18,8 +18,9 @@ from torch import Tensor
 
 from zsseg.config import Config
 from zsseg.datasets import dataset
-from zsseg.files import replacing
-from zsseg.run import Process, UserError
+from zsseg.distributed import Process
+from zsseg.files import atomic_write
+from zsseg.utils import UserError
 
 PICTURES = 8  # of an evaluation that wandb gets
 SIDE = 512  # pixels of their longer side, at most
@@ -53,7 +54,7 @@ class Log:
         # then: forget what was logged
         # about them, and a line that a kill cut short.
         lines = read_lines(self.file) if step else []
-        with replacing(self.file) as file:
+        with atomic_write(self.file) as file:
             file.write_text(
                 "".join(json.dumps(line) + "\n" for line in lines if is_before(line, step))
             )
@@ -141,7 +142,7 @@ class Log:
         ]
         return wandb.Table(["class", *(["seen"] if unseen else []), "IoU", "Acc"], rows)
 
-    def look(
+    def on_image(
         self,
         number: int,
         name: str,

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from kernels import mask_loss
 from kernels.jit import use_triton
+from zsseg.distributed import Process
 from zsseg.matcher import Targets, assign, matching_cost
-from zsseg.run import Process
 
 ALPHA = 0.25  # of the focal loss (Lin et al. 2017), with gamma 2
 
 
-def normalizers(counts: Tensor, queries: int, no_object_weight: float, process: Process) -> Tensor:
+def loss_normalizers(
+    counts: Tensor, queries: int, no_object_weight: float, process: Process
+) -> Tensor:
     """What the losses are divided by, [2]: the number of masks, and the queries' class weights.
 
     Both are means over the processes of the global batch, so that processes that average gradients
@@ -25,7 +27,7 @@ def normalizers(counts: Tensor, queries: int, no_object_weight: float, process: 
     """
     matched = counts.clamp(max=queries)
     local = torch.stack([counts.sum(), (matched + no_object_weight * (queries - matched)).sum()])
-    masks, weights = process.sum(local.float()) / process.world
+    masks, weights = process.sum(local.float()) / process.world_size
     return torch.stack([masks.clamp(min=1), weights.clamp(min=1e-6)])
 
 
@@ -92,7 +94,7 @@ def segmentation_losses(
     logits: Tensor,
     masks: Tensor,
     targets: Targets,
-    scales: Tensor,
+    normalizers: Tensor,
     focal_weight: float,
     dice_weight: float,
     no_object_weight: float,
@@ -100,11 +102,12 @@ def segmentation_losses(
     """The weighted loss terms of every decoder layer: {"class": [L], "focal": [L], "dice": [L]};
     their sum is the loss.
 
-    logits [L, B, Q, C+1], masks [L, B, Q, h, w], `scales` [2] from `normalizers`. A batch without
-    targets still gives every output a gradient. A matching cost that is not finite makes the loss
-    NaN. Nothing is read by the host, so that torch.compile takes it whole and a GPU never waits.
+    logits [L, B, Q, C+1], masks [L, B, Q, h, w], `normalizers` [2] from `loss_normalizers`.
+    A batch without targets still gives every output a gradient. A matching cost that is not finite
+    makes the loss NaN. Nothing is read by the host, so that torch.compile takes it whole and a GPU
+    never waits.
     """
-    num_masks, weights = scales
+    num_masks, weights = normalizers
     # Once for all operators: the network's product leaves [B, L, Q, h, w] in memory.
     masks = masks.contiguous()
     with torch.no_grad():
@@ -112,10 +115,10 @@ def segmentation_losses(
             matching_cost(logits, masks, targets, focal_weight, dice_weight), targets.counts
         )
     focal, dice = mask_losses(masks, matched, targets, num_masks)
-    unused = torch.where(bad.any(1), torch.nan, 0.0) * masks.float().mean((1, 2, 3, 4))
+    nan_if_bad = torch.where(bad.any(1), torch.nan, 0.0) * masks.float().mean((1, 2, 3, 4))
     return {
         "class": class_loss(logits, matched, targets.classes, no_object_weight, weights),
-        "focal": focal_weight * focal + unused,
+        "focal": focal_weight * focal + nan_if_bad,
         "dice": dice_weight * dice,
     }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zsseg.config import Config
 from zsseg.datasets import DataSet, dataset
-from zsseg.run import first_of
+from zsseg.utils import first_of
 
 PIXELS = 2**24  # of an image that are counted at once
 

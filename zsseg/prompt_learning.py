@@ -15,20 +15,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import Dataset
 
-from zsseg import checkpoint, run
+from zsseg import checkpoint
 from zsseg.clip import CLIP, build_clip
 from zsseg.config import Config
 from zsseg.data import stream, to_tensor, training_statistics
 from zsseg.datasets import find_pairs, training_set
+from zsseg.distributed import Process
 from zsseg.files import MARK
 from zsseg.files import result as written
 from zsseg.images import read_labels, read_picture
 from zsseg.metrics import percent
 from zsseg.prompts import LearnedPrompt, build_prompt
 from zsseg.regions import mask_boxes, region_crops
-from zsseg.run import UserError, seed_of
 from zsseg.segmenter import load_clip
 from zsseg.tokenizer import Tokenizer
+from zsseg.utils import UserError, mix_seed, print_main
 
 
 class PromptClassifier(nn.Module):
@@ -40,7 +41,7 @@ class PromptClassifier(nn.Module):
 
     # names x prompts in one pass of the text tower; for more, each prompt's activations are
     # computed twice
-    TOGETHER = 512
+    GROUP_SIZE = 512
 
     def __init__(self, clip: CLIP, prompts: list[LearnedPrompt], names: list[str]):
         super().__init__()
@@ -59,7 +60,7 @@ class PromptClassifier(nn.Module):
     def text(self) -> Tensor:
         """Normalised text features of every prompt [S, C, D]."""
         inputs = [prompt.embed(self.clip, self.tokens) for prompt in self.prompts]
-        if len(inputs) * len(self.names) <= self.TOGETHER:
+        if len(inputs) * len(self.names) <= self.GROUP_SIZE:
             features = self.clip.encode_embedded(torch.cat(inputs), self.ends.repeat(len(inputs)))
         else:
             features = torch.cat(
@@ -87,19 +88,21 @@ class Prompts:
     """
 
     def __init__(
-        self, config: Config, root: Path, out: Path, process: run.Process, saved: dict | None = None
+        self, config: Config, root: Path, out: Path, process: Process, saved: dict | None = None
     ):
         self.config, self.process = config, process
         clip = build_clip(load_clip(config, root), config.clip.activation, config.clip.heads)
         self.seeds, prompts = config.train.seeds or [config.train.seed], []
         for seed in self.seeds:
-            torch.manual_seed(run.seed_of(seed, 0))
+            torch.manual_seed(mix_seed(seed, 0))
             width = clip.token_embedding.weight.shape[1]
             prompts.append(LearnedPrompt(width, config.clip.prompt_prefix))
         self.model = PromptClassifier(clip, prompts, training_set(config.data).training_names).to(
             process.device
         )
-        self.samples = process.in_turn(lambda: Regions(config, root, clip.visual.resolution))
+        self.samples = process.main_process_first(
+            lambda: Regions(config, root, clip.visual.resolution)
+        )
         self.collate, self.batch_size, self.kept = (
             torch.utils.data.default_collate,
             config.train.batch_size,
@@ -138,7 +141,7 @@ class Prompts:
             )
 
     @torch.no_grad()
-    def evaluate(self, split: str, out: Path | None, look: Callable) -> dict:
+    def evaluate(self, split: str, out: Path | None, on_image: Callable) -> dict:
         """Accuracy of every seed on the held-out regions in percent: over regions ("top1") and its
         mean over classes.
         """
@@ -147,10 +150,10 @@ class Prompts:
         text = torch.cat([self.model.text(), single[None]])  # a fixed prompt for comparison
         right, count = torch.zeros(S + 1, C, device=device), torch.zeros(C, device=device)
         held = HeldOut(self.samples)
-        numbers = range(self.process.rank, len(self.samples.held_out), self.process.world)
+        numbers = range(self.process.rank, len(self.samples.held_out), self.process.world_size)
         workers = self.config.data.workers
         for crops, classes in stream(
-            held, numbers, 64, workers, self.collate, lambda error: run.say(f"left out: {error}")
+            held, numbers, 64, workers, self.collate, lambda error: print_main(f"left out: {error}")
         ):
             classes = classes.to(device)
             named = (self.model.image_features(crops.to(device)) @ text.mT).argmax(-1)  # [S + 1, B]
@@ -232,13 +235,13 @@ class Regions(Dataset):
             )
 
     def __getitem__(self, n: int) -> tuple[Tensor, int]:
-        return self.crop(*self.region(n), np.random.default_rng(seed_of(self.seed, 6, n)))
+        return self.crop(*self.region(n), np.random.default_rng(mix_seed(self.seed, 6, n)))
 
     def region(self, n: int) -> tuple[int, int]:
         """(image, class) of sample n: all regions in a fresh order every epoch."""
         epoch, i = divmod(n, len(self.regions))
         return self.regions[
-            np.random.default_rng(seed_of(self.seed, 5, epoch)).permutation(len(self.regions))[i]
+            np.random.default_rng(mix_seed(self.seed, 5, epoch)).permutation(len(self.regions))[i]
         ]
 
     def source(self, n: int) -> str:

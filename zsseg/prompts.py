@@ -17,8 +17,8 @@ from zsseg import clip as clip_module
 from zsseg import tokenizer as tokenizer_module
 from zsseg.checkpoint import read_torch
 from zsseg.clip import CLIP
-from zsseg.run import UserError, cache_dir, say
 from zsseg.tokenizer import Tokenizer
+from zsseg.utils import UserError, cache_dir, print_main
 
 # Single, vild, imagenet.
 TEMPLATES = tomllib.loads((Path(__file__).parent / "prompts.toml").read_text("utf-8"))
@@ -147,5 +147,5 @@ def text_features(clip: CLIP, tokenizer: Tokenizer, prompt: nn.Module, names: li
             (Path(folder) / file.name).write_bytes(content.getvalue())
             os.replace(Path(folder) / file.name, file)
     except OSError as error:
-        say(f"text features are not kept in {file.parent} ({error.strerror})")
+        print_main(f"text features are not kept in {file.parent} ({error.strerror})")
     return features

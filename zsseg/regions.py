@@ -9,7 +9,7 @@ from kernels.jit import use_triton
 from kernels.mask_pool import mask_pool
 from zsseg import clip as clip_module
 from zsseg.clip import CLIP, cosine_logits
-from zsseg.run import out_of_memory, say
+from zsseg.utils import out_of_memory, print_main
 
 STRIDE = 4  # from mask logits to the padded network input
 
@@ -106,7 +106,7 @@ def region_crops(
     return crops.to(dtype)
 
 
-def shrunk(clip: CLIP, image: Tensor, edge: int) -> Tensor:
+def resize_for_clip(clip: CLIP, image: Tensor, edge: int) -> Tensor:
     """An image [3, H, W] in 0..255 as a pass over the whole of it wants it: normalised [1, 3, H',
     W'], the shorter edge about `edge`, both a multiple of CLIP's stride.
     """
@@ -119,7 +119,7 @@ def dense_logits(clip: CLIP, image: Tensor, text: Tensor, edge: int) -> Tensor:
     """100 x cosine of every patch's feature: image [3, H, W] in 0..255, text features [C, D] ->
     fp32 [C, h', w'].
     """
-    dense = clip.encode_image(shrunk(clip, image, edge), dense=True)[0]  # [h', w', D]
+    dense = clip.encode_image(resize_for_clip(clip, image, edge), dense=True)[0]  # [h', w', D]
     return cosine_logits(dense, text).permute(2, 0, 1)
 
 
@@ -135,7 +135,7 @@ def classify_in_one_pass(
     """
     if not len(masks):
         return text.new_zeros(0, len(text))
-    picture = shrunk(clip, image, edge)
+    picture = resize_for_clip(clip, image, edge)
     if way == "tokens":
         features = clip.visual.region_tokens(picture, masks.float())
     else:
@@ -162,7 +162,7 @@ def crops_at_once(resolution: int, device: torch.device, chunk: int = 0) -> int:
 
 
 def classify_crops(
-    clip: CLIP, crops: Tensor, text: Tensor, chunk: int = 0, few_sizes: bool = False
+    clip: CLIP, crops: Tensor, text: Tensor, chunk: int = 0, bucketed: bool = False
 ) -> Tensor:
     """CLIP's logits, 100 x cosine: crops [P, 3, R, R], text features [C, D] -> fp32 [P, C].
 
@@ -173,14 +173,14 @@ def classify_crops(
     if not len(crops):
         return text.new_zeros(0, len(text))
     chunk = crops_at_once(crops.shape[-1], crops.device, chunk)
-    chunk = min(chunk, clip.most_crops or chunk)
+    chunk = min(chunk, clip.max_batch or chunk)
     # The largest program need not serve more crops than there are queries.
-    chunk = min(chunk, 128) if few_sizes else chunk
+    chunk = min(chunk, 128) if bucketed else chunk
     features, done = [], 0
     while done < len(crops):
         part = crops[done : done + chunk]
         count = len(part)
-        if few_sizes:
+        if bucketed:
             size = min(s for s in (chunk, chunk // 2, chunk // 4, chunk // 8) if s >= count)
             part = F.pad(part, (0, 0, 0, 0, 0, 0, 0, size - count))
         try:
@@ -189,6 +189,6 @@ def classify_crops(
         except RuntimeError as error:
             if chunk == 1 or not out_of_memory(error):
                 raise
-            chunk = clip.most_crops = chunk // 2
-            say(f"out of memory: {chunk} crops at once from here on")
+            chunk = clip.max_batch = chunk // 2
+            print_main(f"out of memory: {chunk} crops at once from here on")
     return cosine_logits(torch.cat(features), text)

@@ -13,15 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zsseg.budget import ROWS
+from zsseg.analysis import ROWS
 from zsseg.config import Config
 from zsseg.datasets import dataset
-from zsseg.draw import palette
+from zsseg.distributed import Process
 from zsseg.files import result as written
 from zsseg.log import read_lines
 from zsseg.metrics import method, rows
 from zsseg.published import nearest
-from zsseg.run import Process, commit
+from zsseg.utils import git_commit
+from zsseg.visualize import palette
 
 TEMPLATE = Path(__file__).with_name("report.html")
 KEPT = 16  # worst images, and as many best ones
@@ -183,7 +184,7 @@ def facts(config: Config, result: dict, step: int) -> list[tuple[str, str]]:
         "data": f"{data.name}, {data.split} split",
         "pictures": f"{result['images']:,}",
         "speed": f"{result['images_per_second']:.2f} pictures/s",
-        "commit": commit().replace(commit()[12:40], ""),
+        "commit": git_commit().replace(git_commit()[12:40], ""),
         "backbone": model.backbone,
         "trained on": (
             f"{data.train_on} classes, {step:,} steps of {config.train.batch_size} pictures"

@@ -29,8 +29,8 @@ from zsseg.regions import (
     region_crops,
     region_masks,
 )
-from zsseg.run import UserError, first_of, say
 from zsseg.tokenizer import Tokenizer, check_names
+from zsseg.utils import UserError, first_of, print_main
 
 BUDGET = 2**28  # bytes of score maps that a label map holds at once
 
@@ -62,7 +62,7 @@ class Segmenter(nn.Module):
         self.config = config.clip
         self.text = self.region_text = None  # [C, D]
         self.names: list[str] = []
-        self.compiled = self.few_sizes = (
+        self.compiled = self.bucketed = (
             False  # the proposer; CLIP's image tower, which then takes few sizes of batches
         )
         self.proposing = True
@@ -147,7 +147,7 @@ class Segmenter(nn.Module):
         numbers of crops.
         """
         if self.clip is not None:
-            self.few_sizes = True
+            self.bucketed = True
             self.clip.visual.compile(fullgraph=True, dynamic=False)
 
     def propose(self, image: Tensor) -> Proposals:
@@ -172,7 +172,7 @@ class Segmenter(nn.Module):
                 ).softmax(-1)
         if crops:
             logits = classify_crops(
-                self.clip, torch.cat(crops), self.region_text, self.config.chunk, self.few_sizes
+                self.clip, torch.cat(crops), self.region_text, self.config.chunk, self.bucketed
             )
             for proposals, part in zip(found, logits.split([len(c) for c in crops]), strict=True):
                 proposals.region[proposals.valid] = part.softmax(-1)
@@ -252,7 +252,7 @@ class Segmenter(nn.Module):
                 self.config.dense_edge,
             )
         crops = region_crops(image, masks, boxes, self.clip.visual.resolution, index)
-        return classify_crops(self.clip, crops, self.region_text, self.config.chunk, self.few_sizes)
+        return classify_crops(self.clip, crops, self.region_text, self.config.chunk, self.bucketed)
 
     def ensemble(self, proposals: Proposals, weight: float | None = None) -> Tensor:
         """Class scores [Q, C] with ensemble weight w (the configuration's where None).
@@ -474,7 +474,7 @@ def start_from(
     checkpoint.say_loaded(what, sum(map(len, used.values())), dropped)
     if fresh:
         names = first_of(fresh, 5)
-        say(
+        print_main(
             f"{what}: {len(fresh)} of the model's tensors are not in it, or of another shape, and "
             f"start afresh: {names}"
         )

@@ -15,12 +15,13 @@ from zsseg import checkpoint
 from zsseg.config import Config, load_config
 from zsseg.data import TestPictures, stream
 from zsseg.datasets import DataSet, dataset, find_pairs
-from zsseg.draw import save_label_map
-from zsseg.files import replacing
+from zsseg.distributed import Process
+from zsseg.files import atomic_write
 from zsseg.images import read_values
 from zsseg.label_statistics import files_version
-from zsseg.run import Process, UserError, parallel, progress, say
 from zsseg.segmenter import load_segmenter
+from zsseg.utils import UserError, parallel, print_main, progress
+from zsseg.visualize import save_label_map
 
 
 def complete(known: Tensor, scores: Tensor, unseen: Tensor, reject: float, ignore: int) -> Tensor:
@@ -47,7 +48,7 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
     """
     data, pairs = dataset(config.data), find_pairs(config.data, root, "train")
     made = folder / "made_with.json"
-    wanted = process.agree(lambda: origin(config, root, pairs, process))
+    wanted = process.broadcast_object(lambda: origin(config, root, pairs, process))
     if (made.exists() or any(folder.glob("*.png"))) and not same_origin(made, wanted):
         why = "were made by another teacher, with other settings or from other pictures"
         raise UserError(
@@ -65,7 +66,7 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
         )
     content = checkpoint.load(config.train.teacher, "train.teacher")
     if process.is_main:
-        with replacing(made) as file:
+        with atomic_write(made) as file:
             file.write_text(json.dumps(wanted) + "\n", "utf-8")
     theirs = load_config(None, base=content["config"]) if "config" in content else config
     theirs.data = replace(config.data, train_on="seen")
@@ -77,10 +78,10 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
     kept = np.full(max(len(data.trained), data.ignore) + 1, data.ignore)
     kept[: len(data.trained)] = data.trained
     pictures.lut = np.where(hidden == data.ignore, data.ignore, kept[hidden]).astype(hidden.dtype)
-    numbers = missing[process.rank :: process.world]
+    numbers = missing[process.rank :: process.world_size]
     batches, name = (
         stream(pictures, numbers, 1, config.data.workers),
-        process.share_of("pseudo labels"),
+        process.progress_label("pseudo labels"),
     )
     batches = progress(batches, name, len(numbers), process.is_main)
     for i, [([image], known, _)] in zip(numbers, batches, strict=True):
@@ -155,6 +156,6 @@ def count(folder: Path, pictures: int, data: DataSet, workers: int) -> None:
         "unlabelled": int(total[data.ignore])
     }
     for name in [*data.unseen, "unlabelled"]:
-        say(f"pseudo labels: {100 * counts[name] / total.sum():6.2f}% {name}")
-    with replacing(folder / "counts.json") as file:
+        print_main(f"pseudo labels: {100 * counts[name] / total.sum():6.2f}% {name}")
+    with atomic_write(folder / "counts.json") as file:
         file.write_text(json.dumps(counts, indent=1) + "\n")

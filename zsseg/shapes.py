@@ -14,7 +14,7 @@ from PIL import Image
 
 from zsseg.datasets import DATASETS
 from zsseg.files import MARK, PNG_MARK, result
-from zsseg.run import progress, seed_of
+from zsseg.utils import mix_seed, progress
 
 COLOURS, SHAPES = (
     ("red", "green", "blue", "yellow", "purple"),
@@ -75,7 +75,7 @@ def wall(kind: str, rng: np.random.Generator) -> np.ndarray:
 
 def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     """Picture uint8 [64, 64, 3], class ids uint8 [64, 64] and a caption for every class in it."""
-    rng = np.random.default_rng(seed_of(list(SPLITS).index(split), index))
+    rng = np.random.default_rng(mix_seed(list(SPLITS).index(split), index))
     y, x = np.mgrid[:SIDE, :SIDE]
     while True:
         kind = int(rng.integers(len(WALLS)))

@@ -10,22 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from zsseg import checkpoint, run
+from zsseg import checkpoint
 from zsseg.clip import CLIP, VisionTransformer
 from zsseg.config import Config, ContrastConfig
 from zsseg.data import to_tensor
 from zsseg.datasets import dataset, find_pairs
+from zsseg.distributed import Process
 from zsseg.images import read_labels, read_picture
 from zsseg.regions import mask_boxes, region_crops
-from zsseg.run import seed_of
 from zsseg.tokenizer import Tokenizer
+from zsseg.utils import mix_seed
 
 
 class Contrast:
     """The small CLIP of the synthetic data set, from regions and captions of all classes."""
 
     def __init__(
-        self, config: Config, root: Path, out: Path, process: run.Process, saved: dict | None = None
+        self, config: Config, root: Path, out: Path, process: Process, saved: dict | None = None
     ):
         self.config, self.process = config, process
         self.model = build_small_clip(config.contrast).to(process.device)
@@ -60,7 +61,7 @@ class Contrast:
     def load(self, state: dict, what: str) -> None:
         checkpoint.load_strict(self.model, state, what, "use the configuration of its run")
 
-    def evaluate(self, split: str, out: Path | None, look: Callable) -> None:
+    def evaluate(self, split: str, out: Path | None, on_image: Callable) -> None:
         """Nothing: the segmenter's evaluation tells how CLIP does on true masks."""
 
 
@@ -111,7 +112,7 @@ class RegionsWithCaptions(Dataset):
         ]
 
     def __getitem__(self, n: int) -> tuple[Tensor, list[str]]:
-        rng = np.random.default_rng(seed_of(self.seed, 3, n))
+        rng = np.random.default_rng(mix_seed(self.seed, 3, n))
         crops, texts = [], []
         for k, where in enumerate(self.where):
             i = int(rng.choice(where))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zsseg.download import fetch
-from zsseg.run import UserError, cache_dir, path_of
+from zsseg.utils import UserError, cache_dir, path_of
 
 BYTES_ONLY = 514  # vocabulary size with no merges: 256 bytes, 256 ending a word, start, end
 VOCABULARY = (

@@ -26,7 +26,7 @@ from zsseg.checkpoint import (
 )
 from zsseg.config import ClipConfig
 from zsseg.download import fetch
-from zsseg.run import UserError, cache_dir, nearest, nearest_file, path_of, say
+from zsseg.utils import UserError, cache_dir, did_you_mean, did_you_mean_file, path_of, print_main
 
 BLOCK = r"backbone\.res(?P<stage>[2-5])\.(?P<block>\d+)\."
 BLOCK_TO = "maskformer.backbone.layer{stage-1}.{block}."
@@ -218,10 +218,10 @@ def clip_file(weights: str, root: Path) -> tuple[str, Path]:
         return what, fetch([url], cache_dir() / file, f"sha256:{digest}", what)
     path = path_of(weights.replace("{root}", str(root)))
     if not path.is_file():
-        todo = nearest(
+        todo = did_you_mean(
             weights,
             OPENAI_MODELS,
-            nearest_file(path, f"give a file or one of {', '.join(OPENAI_MODELS)}"),
+            did_you_mean_file(path, f"give a file or one of {', '.join(OPENAI_MODELS)}"),
         )
         todo = (
             "give the --root where it lies, or run prepare_data.py shapes"
@@ -256,7 +256,7 @@ def find_shape(
             return activation, heads
     taken = config.activation.replace("auto", "quickgelu")
     number = f" and {config.heads} heads" if config.heads else ""
-    say(
+    print_main(
         f"{what}: not a known file; taken for one with {taken}{number} (quickgelu is OpenAI's, "
         f"LAION's mostly want"
         " clip.activation=gelu)"

@@ -96,11 +96,11 @@ def vary(segmenter, image: torch.Tensor) -> None:
 
 def inference(done: set[str], args: argparse.Namespace) -> dict:
     """Seconds of every round for one row; `done` holds the optimisations up to it."""
-    from zsseg import clip, run
+    from zsseg import clip, distributed
     from zsseg.config import load_config
     from zsseg.segmenter import Segmenter
 
-    process, (part, way) = run.start(args.device), args.row.split(":")
+    process, (part, way) = distributed.init_distributed(args.device), args.row.split(":")
     cuda = process.device.type == "cuda"
     torch.manual_seed(0)
     model = clip.CLIP(clip.VisionTransformer(224, 16, 768, 12, 512), 512, 77, 514, 512, 12)
@@ -170,13 +170,13 @@ def inference(done: set[str], args: argparse.Namespace) -> dict:
 def training(done: set[str], args: argparse.Namespace) -> dict:
     """Seconds a picture of training steps."""
     import train
-    from zsseg import run
+    from zsseg import distributed
     from zsseg.config import load_config
     from zsseg.losses import segmentation_losses
     from zsseg.maskformer import MaskFormer
     from zsseg.matcher import Targets
 
-    process = run.start(args.device)
+    process = distributed.init_distributed(args.device)
     cuda = process.device.type == "cuda"
     torch.manual_seed(0)
     B, side, classes = (16, 512, 15) if cuda else (2, 128, 15)

@@ -15,8 +15,8 @@ from test_commands import fails
 import prepare_data
 from zsseg.datasets import DATASETS, find_pairs
 from zsseg.prompts import TEMPLATES
-from zsseg.run import UserError
 from zsseg.tokenizer import Tokenizer
+from zsseg.utils import UserError
 
 
 def files(root: Path) -> dict[str, bytes]:

@@ -19,7 +19,7 @@ from PIL import Image
 import eval as evaluation
 import prepare_data
 import train
-from zsseg import checkpoint, losses, run
+from zsseg import checkpoint, command_line, losses
 from zsseg.datasets import DATASETS, DataSet
 
 TINY = ["--config", "configs/shapes.toml", "--device", "cpu"]
@@ -179,11 +179,11 @@ def test_check_reports_histogram_and_absence_of_unseen_pixels(shapes_root, capsy
 
 
 def fails(capsys, monkeypatch, main, arguments: list[str], *parts: str) -> None:
-    """In this process: run.command must end with code 2 and one line."""
+    """In this process: command_line.command must end with code 2 and one line."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
-        run.command(main)
+        command_line.command(main)
     lines = capsys.readouterr().err.strip().splitlines()
     assert (
         stop.value.code == 2

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from zsseg import checkpoint, run
+from zsseg import checkpoint, distributed
 from zsseg.losses import normalizers, segmentation_losses
 from zsseg.maskformer import MaskFormer
 from zsseg.matcher import Targets
@@ -63,7 +63,7 @@ def test_one_program_serves_pictures_of_all_sizes(segmenter, aot_eager):
     segmenter.config.ensemble = True
     with torch.inference_mode():
         for count in (1, 2, 3, 7, 8, 9, 16, 17, 31, 39, 5, 30):
-            few = classify_crops(segmenter.clip, crops[:count], text, 16, few_sizes=True)
+            few = classify_crops(segmenter.clip, crops[:count], text, 16, bucketed=True)
             assert few.shape == (count, 3) and torch.allclose(few, logits[:count], atol=1e-3)
     assert graphs() == 1 + 4
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -108,7 +108,7 @@ def test_one_program_serves_all_numbers_of_targets(device, aot_eager):
 
 
 def segment_task(root, device: torch.device, *overrides: str) -> tuple:
-    task = train.Segment(tiny_config(*overrides), root, root, run.Process(device))
+    task = train.Segment(tiny_config(*overrides), root, root, distributed.Process(device))
     task.model.train()
     return task, train.build_optimizer(task.model, task.config)
 
@@ -188,7 +188,7 @@ def test_the_losses_read_nothing_back(shapes_root):
                     )
         task.text, task.process = (
             torch.empty(task.text.shape, device="cuda"),
-            run.Process(torch.device("cuda")),
+            distributed.Process(torch.device("cuda")),
         )
         images, *targets = map(
             mode.from_tensor, (images, targets.labels, targets.classes, targets.counts)

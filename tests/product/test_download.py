@@ -23,7 +23,7 @@ import prepare_data
 from zsseg import download
 from zsseg.datasets import DATASETS, Archive
 from zsseg.download import fetch, unpack
-from zsseg.run import UserError
+from zsseg.utils import UserError
 
 DATA = random.Random(0).randbytes(300_000)
 

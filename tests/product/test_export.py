@@ -25,9 +25,9 @@ from zsseg.data import to_tensor
 from zsseg.datasets import dataset
 from zsseg.export import CROPS, Tower, export, write
 from zsseg.regions import classify_crops, region_crops
-from zsseg.run import UserError
 from zsseg.segmenter import Segmenter
-from zsseg.words import read_words, words_of
+from zsseg.utils import UserError
+from zsseg.vocabulary import read_words, words_of
 
 TINY = ("model.decoder_layers=1", "data.test_short_edge=96", "data.max_size=128")
 SIZES = ((97, 131), (64, 96), (1, 1), (40, 16))

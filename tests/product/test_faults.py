@@ -22,7 +22,7 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 import train
-from zsseg import checkpoint, metrics, run, segmenter
+from zsseg import checkpoint, command_line, metrics, segmenter
 from zsseg.clip import CLIP
 from zsseg.faults import restore
 from zsseg.label_statistics import label_statistics
@@ -224,8 +224,7 @@ def test_too_many_bad_steps_stop_the_run(shapes_root, tmp_path, monkeypatch):
         "train.steps=12", "train.checkpoint_every=1", "train.bad_steps=4", "eval.compare=false"
     )
     with pytest.raises(
-        train.run.UserError,
-        match=r"not finite in 4 steps in a row, the last one step 7; .*--resume",
+        train.UserError, match=r"not finite in 4 steps in a row, the last one step 7; .*--resume"
     ):
         train.train(config, shapes_root, tmp_path, PROCESS, {})
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 3
@@ -271,7 +270,7 @@ import train
 def fail(*arguments):
     raise ZeroDivisionError
 train.train_step = fail
-train.run.command(train.main)
+train.command_line.command(train.main)
 """)
     started = time.monotonic()
     result = command(
@@ -332,7 +331,7 @@ def test_a_broken_training_file_is_named_once_and_replaced(broken_root, tmp_path
 def test_only_broken_training_pictures(broken_root, tmp_path, capsys):
     for file in (broken_root / "shapes" / "images" / "train").iterdir():
         file.write_bytes(b"junk")
-    with pytest.raises(train.run.UserError, match="cannot be read"):
+    with pytest.raises(train.UserError, match="cannot be read"):
         train.train(tiny_config(), broken_root, tmp_path / "out", PROCESS, {})
     # Every one of those that are drawn.
     assert len((tmp_path / "out" / "broken.txt").read_text().splitlines()) == 9
@@ -389,7 +388,7 @@ def test_two_processes_train_as_one(pair, shapes_root):
     for a, b in zip(one, two, strict=True):
         for key in ("loss", "class", "focal", "dice"):
             assert b[key] == pytest.approx(a[key], rel=1e-5), (a["step"], key)
-    torch.manual_seed(train.run.seed_of(0, 0))
+    torch.manual_seed(train.mix_seed(0, 0))
     start = train.Segment(
         train.load_config(str(ROOT / PAIR[1]), PAIR[5::2]), shapes_root, pair, PROCESS
     ).model.state_dict()
@@ -480,7 +479,9 @@ def test_ctrl_c_saves_and_a_second_one_leaves(shapes_root, tmp_path, monkeypatch
         assert checkpoint.load(tmp_path / "last.pt")["step"] == 3
     else:
         with pytest.raises(SystemExit, match="130"):
-            run.command(lambda _: train.train(tiny_config(), shapes_root, tmp_path, PROCESS, {}))
+            command_line.command(
+                lambda _: train.train(tiny_config(), shapes_root, tmp_path, PROCESS, {})
+            )
         assert not (tmp_path / "last.pt").exists()
 
 

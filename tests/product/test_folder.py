@@ -14,7 +14,7 @@ from conftest import ROOT, command, tiny_clip_state
 from PIL import Image
 
 import prepare_data
-from zsseg import checkpoint, run
+from zsseg import checkpoint, utils
 from zsseg.config import DataConfig, load_config
 from zsseg.data import TestPictures, TrainPictures
 from zsseg.datasets import dataset, find_pairs, has_split
@@ -181,7 +181,7 @@ def test_layouts(tmp_path):
     ],
 )
 def test_descriptions_that_cannot_be(settings, parts, tmp_path):
-    with pytest.raises(run.UserError) as error:
+    with pytest.raises(utils.UserError) as error:
         find_pairs(config := described(*settings), tmp_path, config.split)
     assert all(part in str(error.value) for part in parts)
 
@@ -202,7 +202,7 @@ def test_paths_that_lead_nowhere_are_named(tmp_path):
             "data.labels: no 'val' label map has the id of a picture",
         ),
     ):
-        with pytest.raises(run.UserError, match=re.escape(part)):
+        with pytest.raises(utils.UserError, match=re.escape(part)):
             find_pairs(
                 described(
                     "data.pictures=images/{split}/{id}.jpg",
@@ -217,9 +217,9 @@ def test_paths_that_lead_nowhere_are_named(tmp_path):
     (tmp_path / "images/val/a.JPG").touch()
     (tmp_path / "images/val/a.json").touch()  # no picture
     assert not has_split(whole, tmp_path, "train")
-    for look in (find_pairs, has_split):  # a split that is broken is not absent
-        with pytest.raises(run.UserError, match="has the id of"):
-            look(
+    for on_image in (find_pairs, has_split):  # a split that is broken is not absent
+        with pytest.raises(utils.UserError, match="has the id of"):
+            on_image(
                 described(
                     "data.pictures=images/{split}/{id}.*", "data.labels=masks/{split}/{id}.png"
                 ),
@@ -248,7 +248,7 @@ def test_prepare_data_wants_the_description(tmp_path, monkeypatch, capsys):
         (["vocc"], "did you mean voc?"),
         (["folder", "--config", str(tmp_path / "voc.toml")], "describes voc"),
     ):
-        with pytest.raises(run.UserError, match=re.escape(part)):
+        with pytest.raises(utils.UserError, match=re.escape(part)):
             prepare_data.main(words)
 
 

@@ -24,8 +24,8 @@ from zsseg.config import Config, load_config, matches
 from zsseg.convert import decode_runs
 from zsseg.images import read_picture, read_values
 from zsseg.regions import expand_boxes, mask_boxes, region_crops
-from zsseg.run import UserError
 from zsseg.tokenizer import Tokenizer
+from zsseg.utils import UserError
 
 settings.register_profile("zsseg", max_examples=200, deadline=None, derandomize=True, database=None)
 settings.load_profile("zsseg")

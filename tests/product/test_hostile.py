@@ -17,7 +17,7 @@ import train
 from zsseg import checkpoint, weights
 from zsseg.clip import build_clip
 from zsseg.images import read_picture, read_values
-from zsseg.run import UserError
+from zsseg.utils import UserError
 
 
 def test_a_picture_that_is_a_bomb(tmp_path):
@@ -166,14 +166,14 @@ def test_a_quota_that_ends_during_training(shapes_root, tmp_path, monkeypatch):
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
-from zsseg import checkpoint, run
+from zsseg import checkpoint, command_line
 real = checkpoint.save
 def save(path, previous=None, **content):
     if content["step"] == 4:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))
     real(path, previous, **content)
 checkpoint.save = save
-run.command(train.main)
+command_line.command(train.main)
 """)
     fails_in_one_line(command(script, *words), "last.pt", "cannot be written")
     assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 2

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from zsseg.images import GREY, TURNED, read_picture, read_samples, read_values, remarks_on
-from zsseg.run import UserError
+from zsseg.utils import UserError
 
 VALUES = np.array([[0, 1, 2, 3, 1], [3, 2, 1, 0, 0]], np.uint8)
 

@@ -11,14 +11,14 @@ from own_data import CONFIG, blocks, check, described, save_pair, train
 from PIL import Image
 
 import prepare_data
-from zsseg import run
+from zsseg import utils
 from zsseg.config import load_config
 from zsseg.data import TestPictures
 from zsseg.datasets import dataset, find_listing, find_pairs
 from zsseg.files import walk
 from zsseg.label_statistics import label_statistics
 from zsseg.tokenizer import check_names
-from zsseg.words import read_words
+from zsseg.vocabulary import read_words
 
 
 def test_hidden_folders_hold_no_data(root):
@@ -100,7 +100,7 @@ def test_a_label_map_without_a_picture_is_alone_once(tmp_path):
 
 
 def test_pictures_are_not_their_own_labels(tmp_path):
-    with pytest.raises(run.UserError, match=r"data\.labels"):
+    with pytest.raises(utils.UserError, match=r"data\.labels"):
         find_pairs(
             described("data.pictures={split}/{id}.png", "data.labels={split}/{id}.png"),
             tmp_path,
@@ -120,11 +120,11 @@ def test_pictures_are_not_their_own_labels(tmp_path):
 def test_names_that_are_one_to_clip(names, root):
     pytest.importorskip("ftfy")
     listed = ", ".join(f"'{name}'" for name in names)
-    with pytest.raises(run.UserError, match="is the same to CLIP as"):
+    with pytest.raises(utils.UserError, match="is the same to CLIP as"):
         check_names(names)
-    with pytest.raises(run.UserError, match="is the same to CLIP as"):
+    with pytest.raises(utils.UserError, match="is the same to CLIP as"):
         dataset(load_config(root / "a.toml", [f"data.classes=[{listed}]"]).data)
-    with pytest.raises(run.UserError, match="stands twice"):
+    with pytest.raises(utils.UserError, match="stands twice"):
         read_words(", ".join(names).replace("&amp;", "&"))
 
 
@@ -226,7 +226,7 @@ def test_the_check_goes_on_after_what_ends_other_commands(root, capsys):
     shutil.rmtree(root / "a/images/train")
     text = CONFIG.replace("images/{split}/{id}.png", "images/{split}/{id}.*")
     (root / "a.toml").write_text(text)
-    with pytest.raises(run.UserError, match="2 files are broken"):
+    with pytest.raises(utils.UserError, match="2 files are broken"):
         prepare_data.main(
             ["folder", "--config", str(root / "a.toml"), "--root", str(root), "--check"]
         )

@@ -10,10 +10,10 @@ from own_data import CONFIG, blocks, check, measure, save_pair, train
 from PIL import Image
 
 import prepare_data
-from zsseg import run
+from zsseg import utils
 from zsseg.config import load_config
 from zsseg.data import training_statistics
-from zsseg.pictures import find_pictures
+from zsseg.predict import find_pictures
 
 
 @pytest.mark.parametrize(
@@ -129,9 +129,9 @@ def test_pictures_among_the_results_are_counted(root, capsys):
         "segmented/c.overlay.jpg",
     ):
         shutil.copy(root / "a/images/val/0.png", root / "p" / name)
-    run.LEFT_OUT.clear()
+    utils.LEFT_OUT.clear()
     assert len(find_pictures([str(root / "p")], root / "p" / "segmented")) == 2
-    run.say_left_out()
+    utils.print_left_out()
     assert (
         capsys.readouterr().out == f"left out: 1 picture in {root}/p/segmented, where results go\n"
     )
@@ -141,9 +141,9 @@ def test_patterns_say_what_they_leave_out(root, capsys):
     (root / "p" / "sub").mkdir(parents=True)
     shutil.copy(root / "a/images/val/0.png", root / "p" / "x.png")
     (root / "p" / "l.png").symlink_to(root / "p" / "x.png")
-    run.LEFT_OUT.clear()
+    utils.LEFT_OUT.clear()
     assert len(find_pictures([str(root / "p" / "*")], root / "o")) == 2
-    run.say_left_out()
+    utils.print_left_out()
     text = capsys.readouterr().out
     assert "1 folder that" in text and "1 link to pictures" in text
 

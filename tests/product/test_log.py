@@ -20,7 +20,7 @@ import torch
 from conftest import PROCESS, ROOT, command, fails_in_one_line, tiny_config
 from PIL import Image
 
-from zsseg import checkpoint, run
+from zsseg import checkpoint, utils
 from zsseg.datasets import dataset, find_pairs
 from zsseg.images import read_values
 from zsseg.log import Log, Speed, scalars
@@ -112,7 +112,7 @@ def step(*arguments):
     {what}
     return real(*arguments)
 train.train_step = step
-train.run.command(train.main)
+train.command_line.command(train.main)
 """)
     return script
 
@@ -300,7 +300,7 @@ def test_large_pictures_and_many_classes_are_made_to_fit(tmp_path):
         labels = torch.randint(0, 847, (size[0] // 2, size[1] // 2))
         labels[:9] = log.data.ignore
         for number in range(5):
-            log.look(
+            log.on_image(
                 number,
                 f"p{number}",
                 torch.randint(0, 256, (3, *size), dtype=torch.uint8),
@@ -539,7 +539,7 @@ def test_wandb_may_be_absent(tmp_path, monkeypatch):
         1, "val", {"mIoU": 1.0, "per_class": {}}
     )
     with pytest.raises(
-        run.UserError, match=r"log.wandb: wandb is not installed; pip install wandb"
+        utils.UserError, match=r"log.wandb: wandb is not installed; pip install wandb"
     ):
         Log(tmp_path, PROCESS, tiny_config("log.wandb=offline"))
 
@@ -616,7 +616,7 @@ def test_plain_lines_tell_the_time_left(offline):
         == 1
     )
     assert len(re.findall(r"^evaluate test 4/4, \d+\.\d/s, 0:00 left$", said, re.M)) == 1
-    assert [run.clock(s) for s in (0.4, 21.6, 192, 3599.6, 36723)] == [
+    assert [utils.format_time(s) for s in (0.4, 21.6, 192, 3599.6, 36723)] == [
         "0:00",
         "0:22",
         "3:12",

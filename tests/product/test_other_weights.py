@@ -8,7 +8,7 @@ import torch
 from conftest import command, fails_in_one_line, tiny_clip_state
 from own_data import CONFIG, measure, train
 
-from zsseg import checkpoint, run, weights
+from zsseg import checkpoint, utils, weights
 from zsseg.config import load_config
 from zsseg.segmenter import load_segmenter
 
@@ -35,7 +35,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
     torch.save({"model": {}, "config": Path("x")}, tmp_path / "path.pt")
     torch.save({"model": {}, "array": np.array(["text"])}, tmp_path / "text.pt")
     for name, part in (("path.pt", "pathlib"), ("text.pt", "")):
-        with pytest.raises(run.UserError, match=rf"{name}: .*{part}"):
+        with pytest.raises(utils.UserError, match=rf"{name}: .*{part}"):
             checkpoint.load(tmp_path / name)
 
 
@@ -117,7 +117,7 @@ def test_clips_that_are_not_openai_s(root, monkeypatch, capsys):
         assert torch.allclose(build_clip(state, "gelu", 2).encode_image(image), wanted, atol=1e-6)
         for other in (build_clip(state, "quickgelu", 2), build_clip(state, "gelu", 4)):
             assert not torch.allclose(other.encode_image(image), wanted, atol=1e-4)
-    with pytest.raises(run.UserError, match=r"clip\.heads: is 3"):
+    with pytest.raises(utils.UserError, match=r"clip\.heads: is 3"):
         build_clip(state, "gelu", 3)
     words = [
         "train.py",
@@ -173,7 +173,7 @@ def test_checkpoints_all_of_numpy(root, trained):
     found = checkpoint.load(root / "odd.pt")["model"]
     assert found["x"].shape == (0, 3) and isinstance(found["y"], torch.Tensor) and found["y"] == 7
     torch.save({"model": {"x": np.zeros(2, np.complex64)}}, root / "odd.pt")
-    with pytest.raises(run.UserError, match="holds an array of kind 'c8'"):
+    with pytest.raises(utils.UserError, match="holds an array of kind 'c8'"):
         checkpoint.load(root / "odd.pt")
 
 

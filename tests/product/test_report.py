@@ -22,9 +22,9 @@ import train
 from zsseg import report
 from zsseg.config import Config, load_config
 from zsseg.datasets import dataset, find_pairs
-from zsseg.draw import palette
 from zsseg.images import read_values
 from zsseg.metrics import confusion, summarize
+from zsseg.visualize import palette
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 NAMES = ["sky", HOSTILE, "<!--<script>", "a & b"]

@@ -10,11 +10,11 @@ from conftest import command, fails_in_one_line
 from own_data import blocks, measure, save_pair, train, training, wait_for_steps
 from PIL import Image
 
-from zsseg import run, shapes
+from zsseg import shapes, utils
 from zsseg.config import load_config
 from zsseg.data import TestPictures, unique_names
-from zsseg.files import is_ours, refuse_foreign, replacing, result, set_aside
-from zsseg.pictures import Names, note_failed
+from zsseg.files import atomic_write, is_ours, refuse_foreign, result, set_aside
+from zsseg.predict import Names, note_failed
 
 
 def test_label_maps_never_replace_pictures(root, trained):
@@ -133,9 +133,9 @@ def test_writers_of_one_file_do_not_meet(tmp_path):
     def write(text: str) -> None:
         try:
             for _ in range(50):
-                with replacing(file) as temporary:
+                with atomic_write(file) as temporary:
                     temporary.write_text(text * 1000)
-        except run.UserError as error:
+        except utils.UserError as error:
             errors.append(error)
 
     threads = [threading.Thread(target=write, args=(letter,)) for letter in "abcd"]
@@ -150,7 +150,7 @@ def test_writers_of_one_file_do_not_meet(tmp_path):
         and file.stat().st_size == 1000
     )
     (tmp_path / ".x.tmp").write_text("a kill has left this")
-    with replacing(file) as temporary:
+    with atomic_write(file) as temporary:
         temporary.write_text("new")
     assert os.listdir(tmp_path) == ["x"] and file.read_text() == "new"
 
@@ -161,7 +161,7 @@ def test_results_need_the_mark_and_links_are_not_followed(tmp_path):
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
     (tmp_path / "folder").mkdir()
     for name in ("mine", "link", "dangling", "folder"):
-        with pytest.raises(run.UserError, match=name), result(tmp_path / name) as file:
+        with pytest.raises(utils.UserError, match=name), result(tmp_path / name) as file:
             file.write_text("ours")
     assert (tmp_path / "mine").read_text() == "mine"
     refuse_foreign(tmp_path / "absent")
@@ -179,7 +179,7 @@ def test_lists_of_failures_are_kept_by_other_runs(tmp_path):
     note_failed(tmp_path, names, [f"{b}: cut"])
     assert list_of_failures.read_text() == f"{b}: cut\n{c}: broken\n"
     list_of_failures.write_text("my notes\n")
-    with pytest.raises(run.UserError, match=r"failed\.txt"):
+    with pytest.raises(utils.UserError, match=r"failed\.txt"):
         note_failed(tmp_path, names, [])
     assert list_of_failures.read_text() == "my notes\n"
 
@@ -250,7 +250,7 @@ def test_drawing_replaces_no_picture(tmp_path, monkeypatch):
     file.parent.mkdir(parents=True)
     file.write_bytes(b"mine")
     monkeypatch.setattr(shapes, "SPLITS", {"train": 1})
-    with pytest.raises(run.UserError, match=r"train00000\.jpg"):
+    with pytest.raises(utils.UserError, match=r"train00000\.jpg"):
         shapes.generate(tmp_path / "shapes")
     assert file.read_bytes() == b"mine"
     file.unlink()

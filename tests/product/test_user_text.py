@@ -10,11 +10,11 @@ import pytest
 from conftest import ROOT, command
 from own_data import CONFIG
 
-from zsseg import run
+from zsseg import utils
 from zsseg.config import load_config
 from zsseg.files import decode, split_lines
-from zsseg.pictures import find_pictures
-from zsseg.words import read_words
+from zsseg.predict import find_pictures
+from zsseg.vocabulary import read_words
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -84,7 +84,7 @@ def test_a_file_name_with_a_line_separator(root, trained):
     ],
 )
 def test_words_that_mean_something_else(text, part):
-    with pytest.raises(run.UserError, match=part):
+    with pytest.raises(utils.UserError, match=part):
         read_words(text)
 
 
@@ -112,21 +112,21 @@ def test_home_is_a_tilde(root, monkeypatch, capsys):
 
 def test_nobody_has_a_home(monkeypatch, capsys):
     monkeypatch.delenv("ZSSEG_CACHE")
-    run.home_cache.cache_clear()
+    utils.home_cache.cache_clear()
 
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "home", homeless)
-    folder = run.cache_dir()
+    folder = utils.cache_dir()
     assert (
-        folder == run.cache_dir()
+        folder == utils.cache_dir()
         and str(os.getuid()) in folder.name
         and not folder.is_relative_to(ROOT)
     )
     assert capsys.readouterr().out.count("no home folder") == 1
-    assert run.path_of("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
-    run.home_cache.cache_clear()
+    assert utils.path_of("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
+    utils.home_cache.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -146,8 +146,8 @@ def test_word_files_of_other_kinds(text, names, tmp_path):
     if names:
         assert read_words(str(tmp_path / "words.txt")).names == names
     else:
-        with pytest.raises(run.UserError, match="is not a line of names"):
+        with pytest.raises(utils.UserError, match="is not a line of names"):
             read_words(str(tmp_path / "words.txt"))
     (tmp_path / "words.txt").write_bytes("cat\ndog".encode("utf-16-le"))
-    with pytest.raises(run.UserError, match="not UTF-8"):
+    with pytest.raises(utils.UserError, match="not UTF-8"):
         read_words(str(tmp_path / "words.txt"))

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from zsseg.config import Config, load_config
 from zsseg.datasets import DataSet, dataset
 from zsseg.files import read_text, split_lines
-from zsseg.run import UserError, nearest_file, path_of, say
 from zsseg.tokenizer import clean
+from zsseg.utils import UserError, did_you_mean_file, path_of, print_main
 
 OTHER = "other"  # what background words are shown as
 ENDINGS = (
@@ -97,8 +97,8 @@ def read_words(text: str) -> Words:
     lines = text.split(";")
     file = path_of(text.strip())
     if in_file := os.path.isfile(file) or ("," not in text and is_path(text)):
-        say(f"--classes: words from the file {file}")
-        todo = nearest_file(file, "give a text file, or the words themselves")
+        print_main(f"--classes: words from the file {file}")
+        todo = did_you_mean_file(file, "give a text file, or the words themselves")
         lines = split_lines(read_text(file, f"--classes {text}", todo))
         if odd := next(
             (line for line in lines if ODD.search(line) and not line.strip().startswith("#")), None

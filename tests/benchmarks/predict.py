@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 
 from tests.recipe import make_image, make_labels
-from zsseg import pictures, run
+from zsseg import distributed, predict
 from zsseg.config import Config, load_config
-from zsseg.pictures import Names, Pictures, Results, find_pictures, segment_pictures
+from zsseg.predict import Names, Pictures, Results, find_pictures, segment_pictures
 from zsseg.segmenter import Segmenter
 from zsseg.shapes_clip import build_small_clip
-from zsseg.words import read_words
+from zsseg.vocabulary import read_words
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = read_words(", ".join(f"thing {i}" for i in range(20)))
@@ -75,11 +75,14 @@ def whole_job(folder: Path, count: int, repeats: int) -> None:
     photos.mkdir()
     for i in range(count):
         Image.fromarray(make_image(64, 64, i)).save(photos / f"{i}.png")
-    names, process = Names(find_pictures([str(photos)], folder / "out")), run.start("cpu")
+    names, process = (
+        Names(find_pictures([str(photos)], folder / "out")),
+        distributed.init_distributed("cpu"),
+    )
     seconds: dict[int, list[float]] = {1: [], 8: []}
     for _ in range(repeats):
         for together in seconds:
-            pictures.TOGETHER = together
+            predict.GROUP_SIZE = together
             started = time.perf_counter()
             with contextlib.redirect_stdout(io.StringIO()):
                 segment_pictures(

@@ -15,13 +15,14 @@ from torch import Tensor
 from zsseg.config import Config
 from zsseg.data import TestPictures, stream
 from zsseg.datasets import DataSet, dataset
+from zsseg.distributed import Process
 from zsseg.evaluate import true_masks
 from zsseg.files import MARK, PNG_MARK
 from zsseg.files import result as written
 from zsseg.metrics import confusion, percent, summarize
 from zsseg.regions import mask_boxes
-from zsseg.run import Process, UserError, progress
 from zsseg.segmenter import Proposals, Segmenter
+from zsseg.utils import UserError, progress
 
 ROWS = {
     "as_is": "as it is",
@@ -124,10 +125,10 @@ def budget(
     named = torch.zeros(C, C, dtype=torch.int64, device=device)
     # Of every overlap, the masks recalled; then the sum of overlaps, and the masks.
     best = torch.zeros(len(OVERLAPS) + 2, dtype=torch.float64, device=device)
-    numbers = range(process.rank, len(pictures), process.world)
+    numbers = range(process.rank, len(pictures), process.world_size)
     batches, name = (
         stream(pictures, numbers, 1, config.data.workers),
-        process.share_of(f"budget {split}"),
+        process.progress_label(f"budget {split}"),
     )
     batches = progress(batches, name, len(numbers), process.is_main)
     for [([image], labels, _)] in batches:

@@ -5,8 +5,8 @@ import torch
 
 from zsseg.config import load_config
 from zsseg.datasets import dataset
-from zsseg.run import UserError
-from zsseg.words import read_words, trained_names
+from zsseg.utils import UserError
+from zsseg.vocabulary import read_words, trained_names
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,198 @@
+"""What every part shares: user errors, paths, messages, stateless seeds, progress."""
+
+import contextlib
+import difflib
+import functools
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # that ask a run to stop
+MAX_NAMES_COMPARED = 5000  # names that one is compared with, at most: it takes a while
+
+
+class UserError(Exception):
+    """Something the user can put right, as (what, why, what to do): one line, exit code 2, no
+    traceback.
+    """
+
+    def __str__(self) -> str:
+        what, why, todo = self.args
+        return " ".join(f"{what}: {why}; {todo}".split())
+
+
+def did_you_mean(word: str, names: Iterable[str], else_: str) -> str:
+    """What to do about a name that is none: take the nearest of those there are, or `else_` where
+    none is near.
+    """
+    near = difflib.get_close_matches(word, names, 1, 0.65)
+    return f"did you mean {near[0]}?" if near else else_
+
+
+def did_you_mean_file(path: str | Path, else_: str) -> str:
+    """The same for a file that is not there, among the files beside where it would be."""
+    path, beside = Path(path), []
+    with contextlib.suppress(OSError):
+        beside = [name for name in os.listdir(path.parent) if name != path.name]
+    near = difflib.get_close_matches(path.name, beside[:MAX_NAMES_COMPARED], 1, 0.65)
+    return f"did you mean {path.with_name(near[0])}?" if near else else_
+
+
+def path_of(text: str | Path) -> Path:
+    """A path as a shell would read it: `~` is the home folder, also where the shell has not seen to
+    that (--out=~/x).
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        if Path(text).parts[0] == "~":
+            raise UserError(
+                f"path {text}", "this user has no home folder", "give the whole path"
+            ) from None
+        return Path(text)  # the name begins with ~, and there is no such user
+
+
+def cache_dir() -> Path:
+    """$ZSSEG_CACHE, else ~/.cache/zsseg; without a home folder, one of this user's below the
+    temporary files.
+    """
+    given = os.environ.get("ZSSEG_CACHE")
+    return path_of(given) if given else home_cache()
+
+
+@functools.cache
+def home_cache() -> Path:
+    try:
+        return Path.home() / ".cache" / "zsseg"
+    except RuntimeError:
+        folder = Path(tempfile.gettempdir()) / f"zsseg-{os.getuid()}"
+        print_main(
+            f"no home folder: downloads and features are kept in {folder} (set ZSSEG_CACHE for "
+            f"another place)"
+        )
+        return folder
+
+
+LEFT_OUT: list[str] = []
+
+
+def left_out(what: str) -> None:
+    """Have the command say at its end that this was left out: whoever drops data says how much of
+    what.
+    """
+    if os.environ.get("RANK", "0") == "0" and what not in LEFT_OUT:
+        LEFT_OUT.append(what)
+
+
+@functools.cache
+def print_once(text: str) -> None:
+    print_main(text)
+
+
+def print_left_out() -> None:
+    if LEFT_OUT:
+        print_main(f"left out: {'; '.join(LEFT_OUT)}")
+    LEFT_OUT.clear()
+
+
+def first_of(names: list[str], most: int) -> str:
+    """At most so many names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def several(count: int, one: str, many: str = "") -> str:
+    """A number and its noun."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+def print_main(text: str) -> None:
+    """Print on the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def mix_seed(*numbers: int) -> int:
+    """One well-mixed 63-bit seed from several small numbers, e.g. (run seed, step, rank)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device or the host had no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@functools.cache
+def git_commit() -> str:
+    """The version of this program as git tells it, with "-dirty" where files were changed; "" where
+    there is no git.
+    """
+    command = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def progress(items: Iterable, name: str, total: int, show: bool = True) -> Iterator:
+    """The items, with a progress bar on a terminal; elsewhere with a line every tenth of the way,
+    or every minute.
+    """
+    if sys.stderr.isatty() or not show:
+        yield from tqdm(items, name, total, disable=not show)
+        return
+    started = said = time.perf_counter()
+    for i, item in enumerate(items, 1):
+        yield item
+        now, tenth = time.perf_counter(), 10 * i // total > 10 * (i - 1) // total
+        if i == total or now - said > (2 if tenth else 60):
+            each, said = (now - started) / i, now
+            print(
+                f"{name} {i}/{total}, {1 / each:.1f}/s, {format_time((total - i) * each)} left",
+                flush=True,
+            )
+
+
+def format_time(seconds: float) -> str:
+    """As 0:22, 3:12 or 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return (
+        f"{minutes}:{seconds:02}"
+        if minutes < 60
+        else f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    )
+
+
+def parallel(function: Callable, items: Iterable, workers: int, name: str) -> Iterator:
+    """function(item) of every item, in order, by threads (Pillow and zlib let go of the
+    interpreter), with progress.
+    """
+    items = list(items)
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        try:
+            yield from progress(
+                pool.map(function, items), name, len(items), os.environ.get("RANK", "0") == "0"
+            )
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

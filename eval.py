@@ -37,7 +37,7 @@ from zsseg.evaluate import evaluate
 from zsseg.export import export
 from zsseg.files import check_writable
 from zsseg.metrics import report
-from zsseg.predict import Names, Results, find_pictures, made_with, segment_pictures
+from zsseg.predict import Names, Results, find_images, made_with, segment_images
 from zsseg.published import compare
 from zsseg.report import Report
 from zsseg.segmenter import Segmenter, load_segmenter
@@ -88,14 +88,14 @@ def parse(argv: list[str]) -> Namespace:
     measuring.add_argument(
         "--report",
         action="store_true",
-        help="write OUT/report.html: metrics, confusions, curves, pictures",
+        help="write OUT/report.html: metrics, confusions, curves, images",
     )
     measuring.add_argument(
         "--reproduce", action="store_true", help="print the paper's numbers beside ours"
     )
-    own = parser.add_argument_group("any pictures, any words")
+    own = parser.add_argument_group("any images, any words")
     own.add_argument(
-        "--images", metavar="PICTURE", nargs="+", help="files, folders, patterns, or - for a list"
+        "--images", metavar="IMAGE", nargs="+", help="files, folders, patterns, or - for a list"
     )
     own.add_argument(
         "--classes",
@@ -103,7 +103,7 @@ def parse(argv: list[str]) -> Namespace:
         help='what to look for: "cat, dog, grass; other: sky" or a text file',
     )
     own.add_argument(
-        "--resume", action="store_true", help="segment only the pictures that are not done yet"
+        "--resume", action="store_true", help="segment only the images that are not done yet"
     )
     own.add_argument(
         "--export",
@@ -113,7 +113,7 @@ def parse(argv: list[str]) -> Namespace:
     )
     args = parser.parse_args(argv)
     if args.classes is not None and not (args.images or args.export):
-        raise UserError("--classes", "is for pictures of your own", "add --images or --export")
+        raise UserError("--classes", "is for images of your own", "add --images or --export")
     if (args.images or args.export) and (
         args.save_predictions or args.budget or args.report or args.reproduce
     ):
@@ -123,7 +123,7 @@ def parse(argv: list[str]) -> Namespace:
     if args.images and args.export:
         raise UserError("--images and --export", "are two things", "give one after the other")
     if args.resume and not args.images:
-        raise UserError("--resume", "is for pictures of your own", "add --images")
+        raise UserError("--resume", "is for images of your own", "add --images")
     return args
 
 
@@ -136,10 +136,10 @@ def set_words(segmenter: Segmenter, words: Words, content: dict, config: Config)
     segmenter.set_classes(words.names, words.among(trained_names(content, config)), words.synonyms)
 
 
-def compile_for(pictures: int, segmenter: Segmenter, config: Config, process: Process) -> None:
+def compile_for(images: int, segmenter: Segmenter, config: Config, process: Process) -> None:
     """Compile what pays for it, and say what the run computes on."""
     process.describe(config.model.bf16)
-    many = config.model.compile == "on" or pictures >= MIN_IMAGES_TO_COMPILE * process.world_size
+    many = config.model.compile == "on" or images >= MIN_IMAGES_TO_COMPILE * process.world_size
     if many and process.compiles(config.model.compile):
         segmenter.compile_parts()
     elif many and config.model.compile == "auto" and segmenter.clip is not None and can_compile():
@@ -147,11 +147,11 @@ def compile_for(pictures: int, segmenter: Segmenter, config: Config, process: Pr
 
 
 def segment(args: Namespace, content: dict, config: Config) -> None:
-    """Pictures of the user's own."""
+    """Images of the user's own."""
     out, words = args.out or args.checkpoint.parent / "segmented", words_wanted(args, config)
     process = init_distributed(args.device, DIST_TIMEOUT)
     # Before anything is downloaded.
-    names = Names(process.broadcast_object(lambda: find_pictures(args.images, out)))
+    names = Names(process.broadcast_object(lambda: find_images(args.images, out)))
     segmenter = (
         load_segmenter(content, config, args.root, args.checkpoint).to(process.device).eval()
     )
@@ -164,7 +164,7 @@ def segment(args: Namespace, content: dict, config: Config) -> None:
         words,
         process.broadcast_object(lambda: made_with(segmenter, config, words, process)),
     )
-    segment_pictures(segmenter, config, results, process, args.resume or again)
+    segment_images(segmenter, config, results, process, args.resume or again)
 
 
 def measure(args: Namespace, content: dict, config: Config) -> None:

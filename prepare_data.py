@@ -32,7 +32,7 @@ from zsseg.distributed import init_distributed
 from zsseg.download import check_file, fetch, unpack
 from zsseg.faults import load_last
 from zsseg.files import atomic_write, release
-from zsseg.images import read_labels, read_picture, read_values
+from zsseg.images import read_image, read_labels, read_values
 from zsseg.label_statistics import (
     Count,
     LabelStatistics,
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--train",
         action="store_true",
-        help="get the training pictures, too, where only the test split is there",
+        help="get the training images, too, where only the test split is there",
     )
     parser.add_argument(
         "--check",
@@ -160,7 +160,7 @@ def is_there(name: str, root: Path, split: str) -> bool:
         if folder.is_dir()
         for f in folder.iterdir()
     }
-    return sum(picture in files and label in files for picture, label in pairs) > len(pairs) / 2
+    return sum(image in files and label in files for image, label in pairs) > len(pairs) / 2
 
 
 def obtain(archive: Archive, name: str, root: Path, folder: Path) -> None:
@@ -206,7 +206,7 @@ def present(config: DataConfig, root: Path) -> list[str]:
 def describe(data: DataSet, listing: Listing, split: str) -> str:
     """Counts of a split beside the published ones."""
     pairs = listing.pairs
-    text = f"{data.name} {split}: {len(pairs)} pictures"
+    text = f"{data.name} {split}: {len(pairs)} images"
     if published := data.counts.get(split):
         text += f" (published: {published})"
         if len(pairs) == published and split in data.digests:
@@ -236,9 +236,7 @@ def summarize(config: DataConfig, root: Path, workers: int) -> None:
             if count := len(statistics.broken):
                 why = f"{count} broken label maps, the first: {statistics.broken[0]}"
                 raise UserError(f"data set {data.name}", why, "--check")
-            text += (
-                f"; {len(statistics.pictures_with(data.trained))} show a class that is trained on"
-            )
+            text += f"; {len(statistics.images_with(data.trained))} show a class that is trained on"
         print(text)
 
 
@@ -290,7 +288,7 @@ def check_split(
     digests: dict[bytes, str] = {}
 
     def count(pair: tuple[Path, Path]) -> Count:
-        size = read_picture(pair[0], turn=config.exif_turn).size
+        size = read_image(pair[0], turn=config.exif_turn).size
         with open(pair[0], "rb") as file:
             digests[hashlib.file_digest(file, "sha256").digest()] = str(pair[0])
         found = count_classes(pair, data, tables, size, config.exif_turn)
@@ -334,7 +332,7 @@ def remarks_on(
     """What may be a mistake in a split, a line each; `digests`: its images' contents."""
     empty = (
         len(listing.pairs)
-        - len(statistics.pictures_with(list(range(len(data.names)))))
+        - len(statistics.images_with(list(range(len(data.names)))))
         - len(statistics.broken)
     )
     twice = sorted(digests.keys() & contents.keys(), key=digests.get)
@@ -348,7 +346,7 @@ def remarks_on(
     if twice:
         example = f"{digests[twice[0]]} is {contents[twice[0]]}"
         remarks.append(
-            f"{several(len(twice), 'picture is', 'pictures are')} in another split, too: {example}"
+            f"{several(len(twice), 'image is', 'images are')} in another split, too: {example}"
         )
     if listing.hidden:
         count = several(len({*listing.hidden}), "hidden file or folder", "hidden files and folders")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from kernels.jit import Switch
 from zsseg import checkpoint, command_line
 from zsseg.config import Config, load_config
-from zsseg.data import TrainPictures, collate, stream
+from zsseg.data import TrainImages, collate, stream
 from zsseg.datasets import find_pairs, has_split, training_set
 from zsseg.distributed import Process, init_distributed
 from zsseg.evaluate import evaluate
@@ -78,7 +78,7 @@ class Segment:
             self.segmenter.load_learned,
         )
         # The first caches label statistics.
-        self.samples = process.main_process_first(lambda: TrainPictures(config, root, pseudo))
+        self.samples = process.main_process_first(lambda: TrainImages(config, root, pseudo))
         self.collate, self.batch_size = collate, config.train.batch_size
         self.losses, self.compiled = segmentation_losses, False
 

@@ -1,4 +1,4 @@
-"""Shared by all tests: the stand-in weights and pictures of the reference values, small data sets,
+"""Shared by all tests: the stand-in weights and images of the reference values, small data sets,
 the command line.
 """
 
@@ -107,7 +107,7 @@ def vocabulary() -> None:
 
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory) -> Path:
-    """A data root with a few pictures of the synthetic data set and an untrained small CLIP."""
+    """A data root with a few images of the synthetic data set and an untrained small CLIP."""
     folder = tmp_path_factory.mktemp("root")
     counts, shapes.SPLITS = shapes.SPLITS, {"clip": 60, "train": 10, "val": 3, "test": 4}
     try:

@@ -1,10 +1,10 @@
 """Kill the commands at random moments, let them go on, and compare with a life that nobody
 disturbed.
 
-    python -m tests.kills --kills 100 [--job segment prompts clip prepare label pictures] [--seed 0]
+    python -m tests.kills --kills 100 [--job segment prompts clip prepare label images] [--seed 0]
     python -m tests.kills --folder 2000    a folder segmented by two processes that are killed twice, and once in one go
 
-Lives end by SIGKILL at a random moment, by SIGKILL while a checkpoint (or a picture) is being
+Lives end by SIGKILL at a random moment, by SIGKILL while a checkpoint (or an image) is being
 written, or by SIGTERM or SIGUSR1, after which training must have saved and left with code 0. A life
 that came to its end is compared, and another run begins. Every life is a fork of a process that has
 imported everything and computed nothing, so that it starts at once.
@@ -63,7 +63,7 @@ JOBS = {  # name: (configuration, settings)
 }
 
 
-CHOICES = [*JOBS, "prepare", "label", "pictures"]
+CHOICES = [*JOBS, "prepare", "label", "images"]
 
 
 @dataclass
@@ -228,13 +228,13 @@ def preparing(root: Path):
 
 
 def labelling(root: Path, model: Path, out: Path, *more: str):
-    """Evaluation that saves a label map for every picture; with other options, pictures that are no
+    """Evaluation that saves a label map for every image; with other options, images that are no
     data set's.
     """
     import eval as evaluation
     from zsseg import command_line, predict
 
-    predict.GROUP_SIZE = 2  # of few pictures, groups that are done and groups that are not
+    predict.GROUP_SIZE = 2  # of few images, groups that are done and groups that are not
 
     def action() -> None:
         sys.argv = [
@@ -331,9 +331,9 @@ def trial(job: str, kills: int, seed: int, root: Path, folder: Path) -> Lives:
     make = {
         "prepare": preparing,
         "label": lambda out: labelling(root, model, out),
-        "pictures": lambda out: labelling(root, model, out, *images),
+        "images": lambda out: labelling(root, model, out, *images),
     }.get(job, lambda out: training(job, root, out))
-    if job in ("label", "pictures"):
+    if job in ("label", "images"):
         folder.mkdir()
         assert (
             wait(fork(training("segment", root, folder / "model"), folder / "model.log"), LIMIT)
@@ -364,8 +364,8 @@ def trial(job: str, kills: int, seed: int, root: Path, folder: Path) -> Lives:
     return lives
 
 
-def folder_of_pictures(count: int, root: Path, folder: Path, rng: random.Random) -> str:
-    """Segment pictures in two processes that are killed twice, and in one that is not. Raises
+def folder_of_images(count: int, root: Path, folder: Path, rng: random.Random) -> str:
+    """Segment images in two processes that are killed twice, and in one that is not. Raises
     AssertionError.
     """
     import numpy as np
@@ -429,7 +429,7 @@ def folder_of_pictures(count: int, root: Path, folder: Path, rng: random.Random)
     assert files == 3 * count + 1, files
     first, second = kills
     return (
-        f"{count} pictures: two processes, killed with {first} and {second} done, left the "
+        f"{count} images: two processes, killed with {first} and {second} done, left the "
         f"{files} files of one process"
     )
 
@@ -453,7 +453,7 @@ def main() -> None:
         help="a data root with the synthetic data set (else a small one is made)",
     )
     parser.add_argument(
-        "--folder", type=int, metavar="PICTURES", help="only segment a folder of so many pictures"
+        "--folder", type=int, metavar="IMAGES", help="only segment a folder of so many images"
     )
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = (
@@ -470,9 +470,7 @@ def main() -> None:
             ).read_text()
         if args.folder:
             (folder / "folder").mkdir()
-            print(
-                folder_of_pictures(args.folder, root, folder / "folder", random.Random(args.seed))
-            )
+            print(folder_of_images(args.folder, root, folder / "folder", random.Random(args.seed)))
             return
         for job in args.job:
             started = time.monotonic()

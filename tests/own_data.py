@@ -17,7 +17,7 @@ CONFIG = """
 [data]
 name = "folder"
 folder = "a"
-pictures = "images/{split}/{id}.png"
+images = "images/{split}/{id}.png"
 labels = "masks/{split}/{id}.png"
 classes = ["cat", "dog", "grass"]
 crop = 64
@@ -58,7 +58,7 @@ def blocks() -> np.ndarray:
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """Four pictures to train on and two to measure, with labels 0, 1, 2 in blocks, and a small
+    """Four images to train on and two to measure, with labels 0, 1, 2 in blocks, and a small
     CLIP.
     """
     for split, count in (("train", 4), ("val", 2)):
@@ -71,7 +71,7 @@ def root(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """The checkpoint of a run on such pictures; its files stand as a run leaves them."""
+    """The checkpoint of a run on such images; its files stand as a run leaves them."""
     folder = tmp_path_factory.mktemp("trained")
     for split in ("train", "val"):
         save_pair(folder, split, "0", blocks())

@@ -189,7 +189,7 @@ def test_attention_is_pytorch_s():
 
 
 def test_region_tokens_see_their_patches_alone(small_clip):
-    """A token over everything is the picture's own class token; pixels far from a region do not
+    """A token over everything is the image's own class token; pixels far from a region do not
     reach it in one block.
     """
     visual = small_clip.visual

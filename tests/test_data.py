@@ -1,4 +1,4 @@
-"""Pictures, label maps, augmentation and the training streams."""
+"""Images, label maps, augmentation and the training streams."""
 
 import colorsys
 import pickle
@@ -10,13 +10,13 @@ from conftest import tiny_config
 from PIL import Image
 
 from zsseg import shapes
-from zsseg.data import TestPictures, TrainPictures, augment, collate, ssd_jitter, stream, test_size
+from zsseg.data import TestImages, TrainImages, augment, collate, ssd_jitter, stream, test_size
 from zsseg.datasets import DATASETS, find_pairs
-from zsseg.images import read_labels, read_picture
+from zsseg.images import read_image, read_labels
 from zsseg.shapes_clip import RegionsWithCaptions, rough_mask
 from zsseg.utils import UserError
 
-test_size.__test__ = TestPictures.__test__ = False  # pytest would take them for tests
+test_size.__test__ = TestImages.__test__ = False  # pytest would take them for tests
 
 
 @pytest.mark.parametrize(
@@ -35,12 +35,12 @@ def test_sizes_at_test_time(size, short, longest, wanted):
 
 
 def test_no_pixel_and_no_name_of_an_unseen_class_reaches_the_segmenter(shapes_root):
-    """Through everything that training reads: pictures of the data set do show unseen things,
+    """Through everything that training reads: images of the data set do show unseen things,
     targets never do.
     """
     data = DATASETS["shapes"]
     config = tiny_config()
-    samples = TrainPictures(config, shapes_root)
+    samples = TrainImages(config, shapes_root)
     assert (
         set(samples.data.training_names).isdisjoint(data.unseen)
         and len(samples.data.training_names) == 19
@@ -49,7 +49,7 @@ def test_no_pixel_and_no_name_of_an_unseen_class_reaches_the_segmenter(shapes_ro
     hidden = 0
     for i, (image, label) in enumerate(samples.pairs):
         raw = np.array(Image.open(label))
-        mapped = read_labels(label, data.lut(training=True), read_picture(image).size)
+        mapped = read_labels(label, data.lut(training=True), read_image(image).size)
         hidden += np.isin(raw, unseen).sum()
         assert (mapped[np.isin(raw, unseen)] == data.ignore).all()
         kept = mapped != data.ignore
@@ -65,11 +65,11 @@ def test_no_pixel_and_no_name_of_an_unseen_class_reaches_the_segmenter(shapes_ro
 
 def test_a_sample_is_a_function_of_its_number(shapes_root):
     """Order of access, the global generator and workers change nothing."""
-    samples = TrainPictures(tiny_config(), shapes_root)
+    samples = TrainImages(tiny_config(), shapes_root)
     first = [samples[n] for n in (0, 25, 7)]
     torch.manual_seed(123)
     state = torch.get_rng_state()
-    again = [TrainPictures(tiny_config(), shapes_root)[n] for n in (7, 0, 25)]
+    again = [TrainImages(tiny_config(), shapes_root)[n] for n in (7, 0, 25)]
     assert torch.equal(torch.get_rng_state(), state)
     for a, b in zip(first, (again[1], again[2], again[0]), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -77,12 +77,12 @@ def test_a_sample_is_a_function_of_its_number(shapes_root):
         stream(samples, [0, 25, 7, 8], 2, 2, collate), (0, 7), strict=True
     ):
         assert torch.equal(image[0], samples[n][0]) and targets.counts[0] == len(samples[n][2])
-    other = TrainPictures(tiny_config("train.seed=1"), shapes_root)
+    other = TrainImages(tiny_config("train.seed=1"), shapes_root)
     assert any(not torch.equal(other[n][0], samples[n][0]) for n in range(4))
 
 
-def test_every_picture_comes_once_an_epoch(shapes_root):
-    samples = TrainPictures(tiny_config(), shapes_root)
+def test_every_image_comes_once_an_epoch(shapes_root):
+    samples = TrainImages(tiny_config(), shapes_root)
     N = len(samples.pairs)
     orders = [samples.order(e).tolist() for e in range(3)]
     assert all(sorted(o) == list(range(N)) for o in orders) and orders[0] != orders[1]
@@ -100,8 +100,8 @@ def test_collate_pads_the_classes():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (33, 200), (64, 64), (301, 77)])
-def test_augmentation_moves_picture_and_labels_together(size):
-    """A picture whose colour is its label keeps that property wherever no border was
+def test_augmentation_moves_image_and_labels_together(size):
+    """A pixels whose colour is its label keeps that property wherever no border was
     interpolated.
     """
     labels = np.zeros(size, np.uint8)
@@ -112,19 +112,19 @@ def test_augmentation_moves_picture_and_labels_together(size):
     ).data
     rng = np.random.default_rng(0)
     for _ in range(5):
-        picture, mask = augment(image, labels, config, 255, rng)
+        pixels, mask = augment(image, labels, config, 255, rng)
         assert (
-            picture.shape == (3, 64, 64)
+            pixels.shape == (3, 64, 64)
             and mask.shape == (64, 64)
-            and picture.dtype == mask.dtype == torch.uint8
+            and pixels.dtype == mask.dtype == torch.uint8
         )
         padding = mask == 255
-        assert (picture[:, padding] == 128).all() and set(mask.unique().tolist()) <= {0, 7, 255}
+        assert (pixels[:, padding] == 128).all() and set(mask.unique().tolist()) <= {0, 7, 255}
         # A corner rectangle.
         assert (
             not padding[0, 0] and (~padding).sum() == (~padding[0]).sum() * (~padding[:, 0]).sum()
         )
-        agree = (picture[0][~padding].int() - 20 * mask[~padding].int()).abs() < 10
+        agree = (pixels[0][~padding].int() - 20 * mask[~padding].int()).abs() < 10
         assert agree.float().mean() > 0.9
 
 
@@ -140,7 +140,7 @@ def test_the_crop_is_resized_as_a_part_of_the_whole(size):
         "data.short_edges=[40, 320, 700]", "data.crop=128", "data.color_jitter=false"
     ).data
     for seed in range(8):
-        picture, mask = augment(image, labels, config, 255, np.random.default_rng(seed))
+        pixels, mask = augment(image, labels, config, 255, np.random.default_rng(seed))
         draws = np.random.default_rng(seed)
         width, height = test_size(
             *image.size, int(draws.choice(config.short_edges)), config.max_size
@@ -149,7 +149,7 @@ def test_the_crop_is_resized_as_a_part_of_the_whole(size):
         top, left = int(draws.integers(height - h + 1)), int(draws.integers(width - w + 1))
         flipped = draws.random() < 0.5
         for ours, theirs, method in (
-            (picture.permute(1, 2, 0), image, "BILINEAR"),
+            (pixels.permute(1, 2, 0), image, "BILINEAR"),
             (mask, Image.fromarray(labels), "NEAREST"),
         ):
             whole = np.array(theirs.resize((width, height), Image.Resampling[method]))[
@@ -162,7 +162,7 @@ def test_the_crop_is_resized_as_a_part_of_the_whole(size):
 
 
 def test_jitter_is_ssd_s():
-    """A grey picture has neither saturation nor hue; a pure red one has no contrast or brightness
+    """A grey image has neither saturation nor hue; a pure red one has no contrast or brightness
     left to hide them.
     """
     rng = np.random.default_rng(0)
@@ -192,29 +192,29 @@ def test_voc_and_coco_layouts(tmp_path):
         coco / "stuffthingmaps/val2017",
     ):
         folder.mkdir(parents=True)
-    picture, values = (
+    photo, values = (
         Image.new("RGB", (6, 4), (10, 20, 30)),
         np.array([[0, 1, 15, 16, 20, 255]] * 4, np.uint8),
     )
-    picture.save(voc / "JPEGImages" / "a.jpg")
+    photo.save(voc / "JPEGImages" / "a.jpg")
     # VOC's own masks have a palette; the index is what counts.
     palette = Image.fromarray(values).convert("P")
     palette.putdata(values.ravel().tolist())
     palette.save(voc / "SegmentationClassAug" / "a.png")
     (voc / "val.txt").write_text("a\n")
-    picture.save(coco / "val2017" / "b.jpg")
+    photo.save(coco / "val2017" / "b.jpg")
     Image.fromarray(np.array([[0, 10, 11, 12, 181, 255]] * 4, np.uint8)).save(
         coco / "stuffthingmaps/val2017/b.png"
     )
     config = tiny_config("data.name=voc").data
-    [image], labels, stem = TestPictures(config, tmp_path, "val")[0]
+    [image], labels, stem = TestImages(config, tmp_path, "val")[0]
     assert (stem, image.shape, image.is_contiguous()) == ("a", (3, 64, 96), True)
     assert labels[0].tolist() == [255, 0, 14, 15, 19, 255]
     data = DATASETS["voc"]
     trained = read_labels(voc / "SegmentationClassAug" / "a.png", data.lut(training=True), (6, 4))
     assert trained[0].tolist() == [255, 0, 14, 255, 255, 255]
     config = tiny_config("data.name=coco_stuff").data
-    assert TestPictures(config, tmp_path, "val")[0][1][0].tolist() == [0, 10, 255, 11, 170, 255]
+    assert TestImages(config, tmp_path, "val")[0][1][0].tolist() == [0, 10, 255, 11, 170, 255]
 
 
 def test_bad_files_are_named(tmp_path, shapes_root):
@@ -223,18 +223,18 @@ def test_bad_files_are_named(tmp_path, shapes_root):
         (shapes_root / "shapes/images/val/val00000.jpg").read_bytes()[:700]
     )
     with pytest.raises(UserError, match=r"broken\.jpg"):
-        read_picture(tmp_path / "broken.jpg")
+        read_image(tmp_path / "broken.jpg")
     with pytest.raises(UserError, match=r"absent\.png"):
         read_labels(tmp_path / "absent.png", lut, (4, 4))
     Image.new("L", (5, 4)).save(tmp_path / "small.png")
-    with pytest.raises(UserError, match=r"small\.png: is 5 x 4, its picture 6 x 4"):
+    with pytest.raises(UserError, match=r"small\.png: is 5 x 4, its image 6 x 4"):
         read_labels(tmp_path / "small.png", lut, (6, 4))
     Image.new("RGB", (6, 4)).save(tmp_path / "colour.png")
     with pytest.raises(UserError, match="has 3 channels; write one channel of 8 bits"):
         read_labels(tmp_path / "colour.png", lut, (6, 4))
     with pytest.raises(UserError, match=r"prepare_data\.py voc"):
         find_pairs("voc", tmp_path, "val")
-    with pytest.raises(UserError, match="no 'val' pictures"):
+    with pytest.raises(UserError, match="no 'val' images"):
         find_pairs("coco_stuff", tmp_path, "val")
     with pytest.raises(UserError, match=r"did you mean voc\?"):
         find_pairs("vok", tmp_path, "val")
@@ -245,8 +245,8 @@ def test_bad_files_are_named(tmp_path, shapes_root):
 def test_samples_survive_pickling(shapes_root):
     """Workers are started by pickling wherever processes are not forked."""
     for samples in (
-        TrainPictures(tiny_config(), shapes_root),
-        TestPictures(tiny_config().data, shapes_root, "val"),
+        TrainImages(tiny_config(), shapes_root),
+        TestImages(tiny_config().data, shapes_root, "val"),
     ):
         ours, again = samples[1][0], pickle.loads(pickle.dumps(samples))[1][0]
         assert torch.equal(torch.stack([*again]), torch.stack([*ours]))
@@ -254,17 +254,17 @@ def test_samples_survive_pickling(shapes_root):
     assert torch.equal(pickle.loads(pickle.dumps(regions))[1][0], regions[1][0])
 
 
-def test_pictures_of_other_modes(tmp_path):
+def test_images_of_other_modes(tmp_path):
     for mode, colour in (("L", 7), ("RGBA", (7, 7, 7, 0)), ("LA", (7, 0)), ("P", 7), ("1", 1)):
         Image.new(mode, (3, 2), colour).save(tmp_path / "x.png")
-        assert read_picture(tmp_path / "x.png").mode == "RGB"
+        assert read_image(tmp_path / "x.png").mode == "RGB"
     Image.new("I;16", (3, 2), 300).save(tmp_path / "x.png")
-    assert np.asarray(read_picture(tmp_path / "x.png")).tolist() == 2 * [3 * [3 * [300 // 257]]]
+    assert np.asarray(read_image(tmp_path / "x.png")).tolist() == 2 * [3 * [3 * [300 // 257]]]
     Image.fromarray(np.full((2, 3), 0.5, np.float32)).save(tmp_path / "x.tif")
     with pytest.raises(
-        UserError, match=r"x\.tif: cannot be read \(its numbers are not those of a picture"
+        UserError, match=r"x\.tif: cannot be read \(its numbers are not those of an image"
     ):
-        read_picture(tmp_path / "x.tif")
+        read_image(tmp_path / "x.tif")
 
 
 def test_shapes_are_deterministic_and_their_splits_differ():
@@ -273,16 +273,16 @@ def test_shapes_are_deterministic_and_their_splits_differ():
         assert (
             np.array_equal(one[0], two[0]) and np.array_equal(one[1], two[1]) and one[2] == two[2]
         )
-    pictures = [shapes.draw(split, 0)[0].tobytes() for split in shapes.SPLITS]
-    assert len(set(pictures)) == len(pictures)
+    images = [shapes.draw(split, 0)[0].tobytes() for split in shapes.SPLITS]
+    assert len(set(images)) == len(images)
 
 
 def test_shapes_show_two_to_four_things_on_one_wall():
     names = [*shapes.THINGS, *shapes.WALLS]
     for i in range(40):
-        picture, labels, captions = shapes.draw("train", i)
+        image, labels, captions = shapes.draw("train", i)
         present = np.unique(labels).tolist()
-        assert picture.shape == (64, 64, 3) and picture.dtype == labels.dtype == np.uint8
+        assert image.shape == (64, 64, 3) and image.dtype == labels.dtype == np.uint8
         assert 2 <= sum(p < 20 for p in present) <= 4 and sum(p >= 20 for p in present) == 1
         assert sorted(captions) == present and all(names[k] in text for k, text in captions.items())
 

@@ -19,16 +19,16 @@ import prepare_data
 from zsseg import label_statistics as label_statistics_module
 from zsseg.clip import CLIP, MEAN, STD, VisionTransformer
 from zsseg.convert import decode_runs, resize_bilinear
-from zsseg.data import TestPictures, TrainPictures
+from zsseg.data import TestImages, TrainImages
 from zsseg.datasets import DATASETS, find_pairs
 from zsseg.evaluate import evaluate
-from zsseg.images import read_labels, read_picture
+from zsseg.images import read_image, read_labels
 from zsseg.label_statistics import count_classes, label_statistics
 from zsseg.prompt_learning import Regions
 from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError
 
-TestPictures.__test__ = False
+TestImages.__test__ = False
 NAMES = list(trees.BUILDERS)
 
 
@@ -46,13 +46,13 @@ def test_official_files_become_class_ids(name, tmp_path, capsys):
     expected = trees.BUILDERS[name](tmp_path)
     prepare_data.main([name, "--root", str(tmp_path)])
     assert (
-        f"{name} val: {len(expected)} pictures (published: {DATASETS[name].counts['val']})"
+        f"{name} val: {len(expected)} images (published: {DATASETS[name].counts['val']})"
         in capsys.readouterr().out
     )
-    pictures = TestPictures(tiny_config(f"data.name={name}").data, tmp_path, "val")
-    assert sorted(expected) == [pair[0].stem for pair in pictures.pairs]
-    for i in range(len(pictures)):
-        [image], labels, stem = pictures[i]
+    images = TestImages(tiny_config(f"data.name={name}").data, tmp_path, "val")
+    assert sorted(expected) == [pair[0].stem for pair in images.pairs]
+    for i in range(len(images)):
+        [image], labels, stem = images[i]
         assert np.array_equal(labels.numpy(), expected[stem]), stem
         assert image.shape[0] == 3 and min(image.shape[1:]) == 64
     before = files(tmp_path)
@@ -163,16 +163,16 @@ def test_a_test_split_alone_is_enough(name, tmp_path, capsys):
         find_pairs(name, tmp_path, "train")
 
 
-def test_pictures_are_not_turned_and_not_misread(tmp_path):
+def test_images_are_not_turned_and_not_misread(tmp_path):
     """EXIF asks for a quarter turn that the label map did not get; grey and CMYK become RGB."""
     for kind in range(4):
-        trees.picture(tmp_path / f"{kind}.jpg", 30, 40, kind, 0)
-        image = read_picture(tmp_path / f"{kind}.jpg")
+        trees.image(tmp_path / f"{kind}.jpg", 30, 40, kind, 0)
+        image = read_image(tmp_path / f"{kind}.jpg")
         assert image.size == (40, 30) and image.mode == "RGB"
-    grey = np.array(read_picture(tmp_path / "1.jpg"))
+    grey = np.array(read_image(tmp_path / "1.jpg"))
     assert (grey[..., 0] == grey[..., 1]).all()
     plain, turned, cmyk = (
-        np.array(read_picture(tmp_path / f"{k}.jpg")).astype(int) for k in (0, 3, 2)
+        np.array(read_image(tmp_path / f"{k}.jpg")).astype(int) for k in (0, 3, 2)
     )
     assert np.array_equal(plain, turned)
     assert np.abs(plain - cmyk).mean() < 8 < np.abs(plain - (255 - plain)).mean()  # not inverted
@@ -183,14 +183,14 @@ def test_no_unseen_class_is_in_what_training_reads(name, tmp_path):
     trees.BUILDERS[name](tmp_path)
     prepare_data.main([name, "--root", str(tmp_path)])
     data = DATASETS[name]
-    samples = TrainPictures(tiny_config(f"data.name={name}"), tmp_path)
+    samples = TrainImages(tiny_config(f"data.name={name}"), tmp_path)
     hidden = [data.values[data.names.index(n)] for n in data.unseen]
     dropped = len(find_pairs(name, tmp_path, "train")) - len(samples.pairs)
-    assert dropped >= 1  # pictures without any seen class
+    assert dropped >= 1  # images without any seen class
     found = 0
     for n, (image, label) in enumerate(samples.pairs):
         raw = np.array(Image.open(label))
-        ids = read_labels(label, samples.lut, read_picture(image).size)
+        ids = read_labels(label, samples.lut, read_image(image).size)
         found += np.isin(raw, hidden).sum()
         assert (ids[np.isin(raw, hidden)] == 255).all() and (ids != 255).any()
         kept = ids != 255
@@ -199,9 +199,9 @@ def test_no_unseen_class_is_in_what_training_reads(name, tmp_path):
         number = samples.order(0).tolist().index(n)
         assert set(samples[number][2].tolist()) <= set(np.unique(ids[kept]).tolist())
     assert found > 0
-    everything = TrainPictures(tiny_config(f"data.name={name}", "data.train_on=all"), tmp_path)
+    everything = TrainImages(tiny_config(f"data.name={name}", "data.train_on=all"), tmp_path)
     assert everything.lut.tolist() == data.lut().tolist()
-    # COCO's third picture has no class at all.
+    # COCO's third image has no class at all.
     assert len(everything.pairs) == len(samples.pairs) + (name == "voc")
 
 
@@ -226,7 +226,7 @@ def test_one_region_samples(tmp_path):
 
 
 def test_a_region_and_its_mask_move_together(tmp_path):
-    """On pictures whose colour is their label; a region of a few lonely pixels is never missed."""
+    """On images whose colour is their label; a region of a few lonely pixels is never missed."""
     folder = tmp_path / "VOC2012"
     (folder / "JPEGImages").mkdir(parents=True)
     labels = np.zeros((375, 500), np.uint8)
@@ -284,16 +284,16 @@ def test_statistics_count_and_are_counted_once(tmp_path, monkeypatch):
     statistics = label_statistics("coco_stuff", tmp_path, split)
     wanted = np.zeros(172, int)
     for i, (image, label) in enumerate(find_pairs("coco_stuff", tmp_path, split)):
-        ids = read_labels(label, data.lut(), read_picture(image).size)
+        ids = read_labels(label, data.lut(), read_image(image).size)
         classes, pixels = np.unique(np.where(ids == 255, 171, ids), return_counts=True)
         rows = statistics.image == i
         assert statistics.category[rows].tolist() == classes.tolist()
         assert statistics.pixels[rows].tolist() == pixels.tolist()
         np.add.at(wanted, classes, pixels)
-        assert (i in statistics.pictures_with([int(classes[0])])) and (
+        assert (i in statistics.images_with([int(classes[0])])) and (
             len(classes) > 1
             or classes[0] != 171
-            or i not in statistics.pictures_with(list(range(171)))
+            or i not in statistics.images_with(list(range(171)))
         )
     assert statistics.histogram(171).tolist() == wanted.tolist()
 
@@ -363,7 +363,7 @@ def test_a_leak_in_one_table_is_noticed(tmp_path):
     ("shape", "digest"),
     [((601, 733, 3), "169572b832"), ((1200, 513, 3), "f04f5db6c6"), ((777, 1024), "2b3b5ccb14")],
 )
-def test_pictures_are_made_smaller_as_opencv_does(shape, digest):
+def test_images_are_made_smaller_as_opencv_does(shape, digest):
     """SHA-256 of what cv2.resize (OpenCV 5.0, INTER_LINEAR) gives."""
     numbers = np.arange(np.prod(shape), dtype=np.uint64) * np.uint64(2654435761) >> np.uint64(7)
     height, width = (round(side / min(shape[:2]) * 512) for side in shape[:2])

@@ -101,7 +101,7 @@ def test_predictions_do_not_depend_on_the_truth(trained, shapes_root, tmp_path):
 @pytest.mark.parametrize(
     ("size", "side"), [((1, 1), 30), ((64, 64), 64), ((65, 130), 64), ((40, 200), 64), ((7, 9), 0)]
 )
-def test_windows_cover_the_picture_and_overlap(size, side):
+def test_windows_cover_the_image_and_overlap(size, side):
     boxes = list(views.windows(*size, side))
     count = np.zeros(size, int)
     for top, left, bottom, right in boxes:
@@ -433,8 +433,8 @@ def test_differing_settings_are_named():
 @pytest.mark.parametrize(
     "setting", ["clip.ensemble=true", "clip.ensemble=false", "model.proposals=false"]
 )
-def test_a_process_without_pictures_sums_the_same_matrices(setting, shapes_root, monkeypatch):
-    """More processes than pictures: the ones without any must not wait for sums that the others do
+def test_a_process_without_images_sums_the_same_matrices(setting, shapes_root, monkeypatch):
+    """More processes than images: the ones without any must not wait for sums that the others do
     not make.
     """
     config, sums = (

@@ -70,7 +70,7 @@ def build(state: dict, backbone: str, **clip: object) -> Segmenter:
     return segmenter.eval()
 
 
-def picture(size: np.ndarray, seed: int) -> torch.Tensor:
+def random_image(size: np.ndarray, seed: int) -> torch.Tensor:
     return torch.from_numpy(recipe.make_image(*size, int(seed))).permute(2, 0, 1).contiguous()
 
 
@@ -85,7 +85,7 @@ def test_tokens():
 def test_clip(name, process):
     arrays, device, most = golden(f"clip_{name}.npz"), process.device, tolerance(process)
     clip = build_clip(original_state(keys(f"clip_{name}_keys.json"))).to(device)
-    image = normalize(picture((224, 224), arrays["image_seed"])[None].to(device))
+    image = normalize(random_image((224, 224), arrays["image_seed"])[None].to(device))
     tokens = Tokenizer(49408, 77)(["a photo of a cat.", "a sculpture of a potted plant."]).to(
         device
     )
@@ -112,7 +112,7 @@ def test_learned_prompt(process):
 
 @pytest.fixture(scope="module")
 def inference() -> tuple[dict[str, np.ndarray], Segmenter]:
-    """The reference values of a picture through the whole model, and that model."""
+    """The reference values of an image through the whole model, and that model."""
     arrays = golden("eval_voc_r50.npz")
     segmenter = build(
         original_state(keys("keys_voc_r50_tinyclip.json"), arrays), "R50", ensemble_weight=0.7
@@ -123,12 +123,16 @@ def inference() -> tuple[dict[str, np.ndarray], Segmenter]:
 def prepared(
     inference: tuple, process: Process
 ) -> tuple[dict[str, np.ndarray], Segmenter, torch.Tensor]:
-    """The same on a device, with its classes, and the picture."""
+    """The same on a device, with its classes, and the image."""
     arrays, segmenter = inference
     segmenter.to(process.device).set_classes(
         [str(n) for n in arrays["class_names"]], list(range(15))
     )
-    return arrays, segmenter, picture(arrays["image_size"], arrays["image_seed"]).to(process.device)
+    return (
+        arrays,
+        segmenter,
+        random_image(arrays["image_size"], arrays["image_seed"]).to(process.device),
+    )
 
 
 def stored_masks(arrays: dict[str, np.ndarray], process: Process) -> torch.Tensor:
@@ -211,7 +215,7 @@ def test_training_step(file, key_file, backbone, process):
         arrays["image_size"],
         arrays["classes"].tolist(),
     )
-    images = torch.stack([picture(size, seed + i) for i in range(2)]).to(device)
+    images = torch.stack([random_image(size, seed + i) for i in range(2)]).to(device)
     labels = [
         torch.from_numpy(recipe.make_labels(*size, present[: 4 - i], seed + i)) for i in range(2)
     ]
@@ -263,7 +267,7 @@ def test_end_to_end(tmp_path, bf16):
     )
     shutil.copytree(GOLDEN / "e2e" / "VOC2012", tmp_path / "VOC2012")
     result = command("prepare_data.py", "voc", "--root", tmp_path)
-    assert result.returncode == 0 and "voc val: 3 pictures" in result.stdout, result.stderr
+    assert result.returncode == 0 and "voc val: 3 images" in result.stdout, result.stderr
     result = command(
         "eval.py",
         tmp_path / "model_final.pth",

@@ -70,7 +70,7 @@ def test_matching_cost_is_the_formula():
 
 
 def test_padding_targets_change_nothing():
-    """A picture costs and loses the same alone as beside one with more targets."""
+    """An image costs and loses the same alone as beside one with more targets."""
     labels = mixed_labels()
     logits, masks, targets = case(labels)
     together = matching_cost(logits, masks, targets, 20, 1)

@@ -18,7 +18,7 @@ def build(**options: object) -> MaskFormer:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (31, 65), (64, 64)])
-def test_masks_are_at_stride_4_of_the_padded_picture(size):
+def test_masks_are_at_stride_4_of_the_padded_image(size):
     model = build()
     images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     embeds, masks = model(model.prepare(images), F.normalize(torch.randn(5, 64), dim=-1))
@@ -28,7 +28,7 @@ def test_masks_are_at_stride_4_of_the_padded_picture(size):
     assert embeds.shape == (1, 2, 8, 64) and masks.shape == (1, 2, 8, *padded)
 
 
-def test_pictures_of_a_batch_do_not_see_each_other():
+def test_images_of_a_batch_do_not_see_each_other():
     model = build().eval()
     images = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8)
     with torch.no_grad():
@@ -41,7 +41,7 @@ def test_pictures_of_a_batch_do_not_see_each_other():
 
 
 def test_padding_is_zero_after_normalising():
-    """A picture and the same one already padded with the mean colour are one input."""
+    """An image and the same one already padded with the mean colour are one input."""
     model = build().eval()
     image = torch.randint(0, 256, (1, 3, 40, 64)).float()
     padded = model.pixel_mean.expand(1, 3, 64, 64).clone()

@@ -231,7 +231,7 @@ def test_an_unwritable_cache_is_said_and_survived(small_clip, tmp_path, monkeypa
 
 @pytest.fixture(scope="module")
 def more_root(shapes_root, tmp_path_factory):
-    """Enough training pictures to set some of every class aside."""
+    """Enough training images to set some of every class aside."""
     root = tmp_path_factory.mktemp("more")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shapes, "SPLITS", {"clip": 1, "train": 80, "val": 1, "test": 1})

@@ -13,14 +13,14 @@ from zsseg.segmenter import Proposals
 from zsseg.utils import UserError
 
 
-def picture(height: int = 50, width: int = 70) -> torch.Tensor:
+def random_image(height: int = 50, width: int = 70) -> torch.Tensor:
     torch.manual_seed(3)
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (33, 64), (50, 71), (64, 64)])
 def test_any_size_gives_a_label_map_of_any_size(segmenter, size):
-    labels = segmenter(picture(*size), (37, 91))
+    labels = segmenter(random_image(*size), (37, 91))
     assert labels.shape == (37, 91) and labels.dtype == torch.int64
     assert labels.min() >= 0 and labels.max() < 3
 
@@ -52,14 +52,14 @@ def test_without_a_split_all_classes_count_as_unseen(segmenter):
 
 def test_invalid_queries_leave_the_class_to_the_head(segmenter):
     segmenter.config.mask_threshold = 1.0  # no pixel exceeds it
-    proposals = segmenter.propose(picture())
+    proposals = segmenter.propose(random_image())
     assert not proposals.valid.any() and (proposals.region == 1).all()
     assert segmenter.score_map(segmenter.ensemble(proposals, 0), proposals, (5, 5)).abs().sum() == 0
 
 
 def test_ensemble_can_be_switched_off(segmenter):
     segmenter.config.ensemble = False
-    proposals = segmenter.propose(picture())
+    proposals = segmenter.propose(random_image())
     assert proposals.region is None
     assert segmenter.ensemble(proposals) is proposals.head
 
@@ -69,7 +69,7 @@ def test_class_order_only_renames_the_classes(segmenter):
     maps = []
     for order, seen in ((names, [0, 1]), (names[::-1], [1, 2])):
         segmenter.set_classes(order, seen)
-        proposals = segmenter.propose(picture())
+        proposals = segmenter.propose(random_image())
         maps.append(segmenter.score_map(segmenter.ensemble(proposals), proposals, (50, 70)))
     first, second = maps
     assert torch.allclose(first, second.flip(0), rtol=1e-4, atol=1e-6)
@@ -87,7 +87,7 @@ def test_regions_may_have_a_prompt_of_their_own(segmenter):
     assert torch.equal(separate.text, segmenter.text) and not torch.allclose(
         separate.region_text, separate.text, atol=1e-3
     )
-    ours, other = separate.propose(picture()), segmenter.propose(picture())
+    ours, other = separate.propose(random_image()), segmenter.propose(random_image())
     assert torch.equal(ours.head, other.head) and not torch.equal(ours.region, other.region)
     parts = separate.learned_state()
     assert set(parts) == {"maskformer", "region_prompt"}
@@ -109,7 +109,7 @@ def test_names_are_checked(segmenter, names, message):
 
 def test_on_a_cpu_bf16_is_for_clip_alone(segmenter):
     """The masks are those of fp32; CLIP's probabilities are near, in another precision."""
-    image, dtypes = picture(), set()
+    image, dtypes = random_image(), set()
     plain = segmenter.propose(image)
     hook = segmenter.clip.visual.transformer.resblocks[0].mlp.c_fc.register_forward_hook(
         lambda m, x, y: dtypes.add(y.dtype)
@@ -156,11 +156,10 @@ def test_bf16_is_on_by_itself_where_the_cpu_multiplies_in_it(
 
 @pytest.mark.slow  # Inductor
 @pytest.mark.parametrize(
-    ("compiler", "pictures", "compiled"),
-    [("", 1000, True), ("false", 1000, False), ("", 999, False)],
+    ("compiler", "images", "compiled"), [("", 1000, True), ("false", 1000, False), ("", 999, False)]
 )
-def test_on_a_cpu_clip_is_compiled_for_many_pictures(
-    segmenter, monkeypatch, capsys, compiler, pictures, compiled
+def test_on_a_cpu_clip_is_compiled_for_many_images(
+    segmenter, monkeypatch, capsys, compiler, images, compiled
 ):
     """Where there is a C++ compiler; elsewhere the run goes on without, and says so."""
     distributed.can_compile.cache_clear()
@@ -168,7 +167,7 @@ def test_on_a_cpu_clip_is_compiled_for_many_pictures(
         monkeypatch.setattr(
             torch, "compile", lambda f: lambda x: subprocess.run([compiler], check=True)
         )
-    evaluation.compile_for(pictures, segmenter, tiny_config(), Process(torch.device("cpu")))
+    evaluation.compile_for(images, segmenter, tiny_config(), Process(torch.device("cpu")))
     assert segmenter.bucketed == compiled and not segmenter.compiled
     assert (segmenter.clip.visual._compiled_call_impl is not None) == compiled
     assert segmenter.maskformer._compiled_call_impl is None

@@ -1,6 +1,6 @@
 """Small data sets in their official layouts, with awkward files among them, and archives of them.
 
-Every builder draws label values from a fixed seed and returns {picture stem: class ids [H, W]} of
+Every builder draws label values from a fixed seed and returns {image stem: class ids [H, W]} of
 the test split, worked out value by value from the publishers' descriptions, not from the project's
 tables.
 """
@@ -21,7 +21,7 @@ SIZES = [(37, 53), (64, 48), (1, 1), (50, 33)]  # (height, width)
 IGNORE = 255
 
 
-def picture(file: Path, height: int, width: int, kind: int, seed: int) -> None:
+def image(file: Path, height: int, width: int, kind: int, seed: int) -> None:
     """A JPEG: colour, grey, CMYK, or colour with an EXIF note that asks to turn it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
@@ -79,7 +79,7 @@ def voc(
     extra = {"train": ["2008_000002", "2007_000042"], "val": ["2008_000003", "2007_000032"]}
     for i, name in enumerate([*ids["train"], *ids["val"], "2008_000002", "2008_000003"]):
         height, width = SIZES[i % 4]
-        picture(base / "JPEGImages" / f"{name}.jpg", height, width, i % 4, i)
+        image(base / "JPEGImages" / f"{name}.jpg", height, width, i % 4, i)
         values = values_like(rng, allowed, height, width, i % 3)
         if name in ids["train"] + ids["val"]:
             save_map(values, base / "SegmentationClass" / f"{name}.png", palette=True)
@@ -112,7 +112,7 @@ def coco_stuff(root: Path) -> dict[str, np.ndarray]:
     for split, count in (("train", 3), ("val", 4)):
         for i in range(count):
             (height, width), name = SIZES[i % 4], f"{i + 100 * (split == 'val'):012}"
-            picture(root / "coco" / f"{split}2017" / f"{name}.jpg", height, width, i % 4, i)
+            image(root / "coco" / f"{split}2017" / f"{name}.jpg", height, width, i % 4, i)
             values = values_like(rng, [*range(182), 255], height, width, i % 3)
             save_map(values, root / "coco" / "stuffthingmaps" / f"{split}2017" / f"{name}.png")
             if split == "val":
@@ -126,7 +126,7 @@ def ade20k(root: Path) -> dict[str, np.ndarray]:
     for split, short in (("training", "train"), ("validation", "val")):
         for i in range(3):
             (height, width), name = SIZES[i], f"ADE_{short}_{i + 1:08}"
-            picture(
+            image(
                 root / "ADEChallengeData2016" / "images" / split / f"{name}.jpg",
                 height,
                 width,
@@ -141,7 +141,7 @@ def ade20k(root: Path) -> dict[str, np.ndarray]:
 
 
 def ade20k_full(root: Path) -> dict[str, np.ndarray]:
-    """Also a picture of 600 x 700, which is made smaller, and one of class 255, which is no ignore
+    """Also an image of 600 x 700, which is made smaller, and one of class 255, which is no ignore
     value here.
     """
     objects = DATASETS["ade20k_full"].objects
@@ -154,7 +154,7 @@ def ade20k_full(root: Path) -> dict[str, np.ndarray]:
         for i, (height, width) in enumerate([(37, 53), (600, 700), (520, 300), (41, 41)]):
             name = f"ADE_{short}_{i + 1:08}"
             folder = root / "ADE20K_2021_17_01" / "images" / "ADE" / split / scene
-            picture(folder / f"{name}.jpg", height, width, i, i)
+            image(folder / f"{name}.jpg", height, width, i, i)
             values = values_like(rng, [0, 3157, 5, *objects], height, width, 0)
             if i == 3:
                 values[:] = objects[255]
@@ -265,7 +265,7 @@ def pcontext(root: Path, folder: str = "pcontext") -> dict[str, np.ndarray]:
     rng, expected, images, annotations = np.random.default_rng(5), {}, [], []
     for i, phase in enumerate(["train", "val", "val", "train", "val", "test"]):
         (height, width), name = SIZES[i % 4], f"2008_{i + 2:06}"
-        picture(root / folder / "JPEGImages" / f"{name}.jpg", height, width, i % 4, i)
+        image(root / folder / "JPEGImages" / f"{name}.jpg", height, width, i % 4, i)
         key = int(name.replace("_", ""))
         images.append(
             {
@@ -277,7 +277,7 @@ def pcontext(root: Path, folder: str = "pcontext") -> dict[str, np.ndarray]:
             }
         )
         values = np.zeros((height, width), int)
-        for j in range(0 if i == 4 else 3):  # the last picture of val has no annotation at all
+        for j in range(0 if i == 4 else 3):  # the last image of val has no annotation at all
             mask = rng.random((height, width)) < (0.5 if j < 2 else 0.2)
             category = int(rng.choice([*listed, 1, 459]))
             annotations.append(
@@ -324,7 +324,7 @@ def cityscapes(root: Path) -> dict[str, np.ndarray]:
     for split in ("train", "val"):
         for i, city in enumerate(["aachen", "ulm", "ulm"]):
             stem, (height, width) = f"{city}_{i:06}_000019", SIZES[i]
-            picture(
+            image(
                 root / "cityscapes" / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png",
                 height,
                 width,

@@ -13,7 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from zsseg.config import Config
-from zsseg.data import TestPictures, stream
+from zsseg.data import TestImages, stream
 from zsseg.datasets import DataSet, dataset
 from zsseg.distributed import Process
 from zsseg.evaluate import true_masks
@@ -114,10 +114,10 @@ def budget(
     if config.eval.sizes or config.eval.flip or config.eval.window:
         raise UserError(
             "--budget",
-            "measures one view of a picture",
+            "measures one view of an image",
             "leave eval.sizes, eval.flip and eval.window out",
         )
-    data, pictures = dataset(config.data), TestPictures(config.data, root, split)
+    data, images = dataset(config.data), TestImages(config.data, root, split)
     C, device = len(data.names), process.device
     segmenter.set_classes(data.names, data.trained if seen is None else seen)
     segmenter.eval()
@@ -125,9 +125,9 @@ def budget(
     named = torch.zeros(C, C, dtype=torch.int64, device=device)
     # Of every overlap, the masks recalled; then the sum of overlaps, and the masks.
     best = torch.zeros(len(OVERLAPS) + 2, dtype=torch.float64, device=device)
-    numbers = range(process.rank, len(pictures), process.world_size)
+    numbers = range(process.rank, len(images), process.world_size)
     batches, name = (
-        stream(pictures, numbers, 1, config.data.workers),
+        stream(images, numbers, 1, config.data.workers),
         process.progress_label(f"budget {split}"),
     )
     batches = progress(batches, name, len(numbers), process.is_main)
@@ -182,7 +182,7 @@ def report_budget(result: dict, out: Path) -> None:
     with written(out / "budget.json") as file:
         file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     with written(out / "budget.png") as file:
-        picture(result, keys).save(file, "PNG", pnginfo=PNG_MARK)
+        chart(result, keys).save(file, "PNG", pnginfo=PNG_MARK)
     print(
         "".join(
             [f"{'':32}", *(f"{k.removeprefix('mIoU_'):>9}" for k in keys), f"{main + ' gains':>13}"]
@@ -206,7 +206,7 @@ def report_budget(result: dict, out: Path) -> None:
     print(f"-> {out / 'budget.json'}, {out / 'budget.png'}")
 
 
-def picture(result: dict, keys: list[str]) -> Image.Image:
+def chart(result: dict, keys: list[str]) -> Image.Image:
     """Bars of the metrics of every row, and of the proposals' recall."""
     bars = {
         title: [(k.removeprefix("mIoU_"), result[row][k]) for k in keys]

@@ -19,7 +19,7 @@ from zsseg.config import Config, load_config
 from zsseg.data import test_size, to_tensor
 from zsseg.datasets import dataset
 from zsseg.distributed import Process, init_distributed
-from zsseg.images import as_rgb, read_picture
+from zsseg.images import as_rgb, read_image
 from zsseg.segmenter import Segmenter, load_segmenter
 from zsseg.utils import UserError, path_of
 from zsseg.views import all_finite, label_map, segment_views
@@ -85,7 +85,7 @@ class Predictor:
         class score x mask.
         """
         image = (
-            read_picture(path_of(image), shown=True)
+            read_image(path_of(image), shown=True)
             if isinstance(image, str | Path)
             else as_image(image)
         )

@@ -23,7 +23,7 @@ class DataConfig:
     # Of "folder" only, below the data root:
     folder: str = ""  # where it lies
     # e.g. "images/{split}/{id}.jpg"; without {split}, <split>.txt lists the ids; ".*" is any ending
-    pictures: str = ""
+    images: str = ""
     labels: str = ""  # e.g. "masks/{split}/{id}.png": one channel of 8 or 16 bits
     classes: list[str] = field(default_factory=list)  # names
     unseen: list[str] = field(default_factory=list)  # those that training hides
@@ -90,7 +90,7 @@ class ClipConfig:
     regions: str = (
         "crops"  # crops (the paper's) | pool | tokens: one pass over the image (zsseg/regions.py)
     )
-    dense_edge: int = 224  # of the picture's shorter side in that pass
+    dense_edge: int = 224  # of the image's shorter side in that pass
     chunk: int = 0  # region crops in one pass through CLIP; 0: what suits the device
 
 
@@ -225,7 +225,7 @@ POSITIVE = (
 PATHS = (
     "data.folder",
     "data.labels",
-    "data.pictures",
+    "data.images",
     "model.weights",
     "clip.weights",
     "clip.prompts",

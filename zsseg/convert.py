@@ -16,7 +16,7 @@ from PIL import Image
 
 from zsseg.datasets import dataset
 from zsseg.files import atomic_write, decode, split_lines
-from zsseg.images import read_picture
+from zsseg.images import read_image
 from zsseg.utils import UserError, parallel
 
 LARGEST = 2**28  # pixels
@@ -42,7 +42,7 @@ def voc_trainaug(folder: Path, sbd: Path, workers: int) -> None:
     """Write `SegmentationClassAug/`, `train.txt` and, last, `val.txt` from VOC's own files and
     SBD's.
 
-    train = (VOC train + SBD train + SBD val) - VOC val, 10,582 pictures. An image that VOC
+    train = (VOC train + SBD train + SBD val) - VOC val, 10,582 images. An image that VOC
     segmented keeps VOC's mask (with its void borders); SBD's are for the others, and never for val.
     """
     lists = [folder / f"{split}.txt" for split in ("train", "val")]
@@ -90,11 +90,11 @@ def decode_runs(segmentation: dict) -> np.ndarray:
 
     The runs go down the columns, background first. Compressed: 5 bits a character from 48 on, low
     bits first, the 6th says that more follow, two's complement; from the third on, differences to
-    the run before the last. Raises ValueError where they do not add up to the picture.
+    the run before the last. Raises ValueError where they do not add up to the image.
     """
     height, width = segmentation["size"]
     if not 0 < height * width <= LARGEST:
-        raise ValueError("a picture of no sensible size")
+        raise ValueError("an image of no sensible size")
     counts = segmentation["counts"]
     if isinstance(counts, str):
         runs, value, shift = [], 0, 0
@@ -116,7 +116,7 @@ def decode_runs(segmentation: dict) -> np.ndarray:
         or (counts > height * width).any()
         or counts.sum() != height * width
     ):
-        raise ValueError("run lengths that do not add up to the picture")
+        raise ValueError("run lengths that do not add up to the image")
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
 
@@ -131,7 +131,7 @@ def pascal_context(folder: Path, workers: int) -> None:
             int(i["image_id"]): i for i in content["images"] if i["phase"] in ("train", "val")
         }
         if "val" not in {image["phase"] for image in images.values()}:
-            raise ValueError("no picture of phase val")
+            raise ValueError("no image of phase val")
         annotations = defaultdict(list)
         for annotation in content["annos_segmentation"]:
             annotations[int(annotation["image_id"])].append(annotation)
@@ -151,7 +151,7 @@ def pascal_context(folder: Path, workers: int) -> None:
         try:
             height, width = images[key]["height"], images[key]["width"]
             if not 0 < height * width <= LARGEST:
-                raise ValueError("a picture of no sensible size")
+                raise ValueError("a target of no sensible size")
             values = np.zeros((height, width), np.uint16)
             for annotation in annotations[key]:
                 values[decode_runs(annotation["segmentation"])] = annotation["category_id"]
@@ -183,22 +183,22 @@ def ade20k_full(folder: Path, workers: int, train: bool = False) -> None:
     def convert(jpeg: Path) -> None:
         name, segmentation = jpeg.stem, jpeg.with_name(f"{jpeg.stem}_seg.png")
         split = data.splits["val" if is_val(name) else "train"]
-        picture = folder / data.pictures.format(split=split, id=name)
+        target = folder / data.images.format(split=split, id=name)
         labels = folder / data.labels[0].format(split=split, id=name)
-        if picture.exists() and labels.exists():
+        if target.exists() and labels.exists():
             return
-        colours = np.array(read_picture(segmentation, None, "label map"))
+        colours = np.array(read_image(segmentation, None, "label map"))
         if colours.ndim != 3 or colours.dtype != np.uint8:
             raise UserError(
-                f"label map {segmentation}", "is not a colour picture", "replace the file"
+                f"label map {segmentation}", "is not a colour image", "replace the file"
             )
-        image = read_picture(jpeg, None)
+        image = read_image(jpeg, None)
         image = image if image.mode in ("L", "RGB") else image.convert("RGB")
         red, green = colours[..., 0].astype(np.int64), colours[..., 1]
         values = table[red // 10 * 256 + green]
         if image.size != values.shape[::-1]:
             why = (
-                f"is {values.shape[1]} x {values.shape[0]}, its picture {image.width} x "
+                f"is {values.shape[1]} x {values.shape[0]}, its target {image.width} x "
                 f"{image.height}"
             )
             raise UserError(f"label map {segmentation}", why, "make the two the same size")
@@ -211,8 +211,8 @@ def ade20k_full(folder: Path, workers: int, train: bool = False) -> None:
                 for n, m in ((height, H), (width, W))
             )
             values = values[rows[:, None], columns]
-        if not picture.exists():
-            save(np.array(image), picture, "JPEG")
+        if not target.exists():
+            save(np.array(image), target, "JPEG")
         save(values, labels, "TIFF", compression="tiff_deflate")
 
     def is_val(name: str) -> bool:
@@ -224,7 +224,7 @@ def ade20k_full(folder: Path, workers: int, train: bool = False) -> None:
             f.removesuffix(".jpg") for f in files if f.endswith(".jpg") and not f.startswith(".")
         }
         jpegs += [Path(parent) / f"{n}.jpg" for n in sorted(names) if train or is_val(n)]
-        below[:] = sorted(set(below) - names)  # a folder of the picture's name holds its instances
+        below[:] = sorted(set(below) - names)  # a folder of the image's name holds its instances
     list(parallel(convert, jpegs, workers, "convert ADE20K"))
 
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from zsseg.config import Config, DataConfig
 from zsseg.datasets import DataSet, dataset, find_pairs, training_set
-from zsseg.images import read_labels, read_picture
+from zsseg.images import read_image, read_labels
 from zsseg.label_statistics import LabelStatistics, label_statistics
 from zsseg.matcher import Targets
 from zsseg.utils import SIGNALS, UserError, left_out, mix_seed, print_main, several
@@ -46,7 +46,7 @@ def test_size(width: int, height: int, short: int, longest: int) -> tuple[int, i
     return max(int(w + 0.5), 1), max(int(h + 0.5), 1)
 
 
-class TestPictures(Dataset):
+class TestImages(Dataset):
     """Item i: (image uint8 [3, h, w] at each network-input size, class ids uint8 or int32 [H, W] at
     its own size, name).
 
@@ -60,14 +60,14 @@ class TestPictures(Dataset):
             edges or [config.test_short_edge],
         )
         self.pairs = find_pairs(config, root, split)
-        self.names = unique_names([picture for picture, _ in self.pairs])
+        self.names = unique_names([image for image, _ in self.pairs])
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, i: int) -> tuple[list[Tensor], Tensor, str]:
         image_file, label_file = self.pairs[i]
-        image = read_picture(image_file, turn=self.config.exif_turn)
+        image = read_image(image_file, turn=self.config.exif_turn)
         labels = torch.from_numpy(read_labels(label_file, self.lut, image.size))
         sizes = [test_size(*image.size, edge, self.config.max_size) for edge in self.edges]
         return (
@@ -116,11 +116,11 @@ def augment(
     columns = np.minimum((np.arange(left, left + w) + 0.5) * W / width, W - 1).astype(int)
     if config.color_jitter:
         image = ssd_jitter(image, rng)
-    picture, mask = np.full((S, S, 3), 128, np.uint8), np.full((S, S), ignore, labels.dtype)
+    canvas, mask = np.full((S, S, 3), 128, np.uint8), np.full((S, S), ignore, labels.dtype)
     step = -1 if rng.random() < 0.5 else 1  # mirrored
-    picture[:h, :w] = np.asarray(image)[:, ::step]
+    canvas[:h, :w] = np.asarray(image)[:, ::step]
     mask[:h, :w] = labels[rows[:, None], columns[::step]]
-    return torch.from_numpy(picture).permute(2, 0, 1).contiguous(), torch.from_numpy(mask)
+    return torch.from_numpy(canvas).permute(2, 0, 1).contiguous(), torch.from_numpy(mask)
 
 
 def ssd_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -166,7 +166,7 @@ def training_statistics(config: DataConfig, root: Path) -> LabelStatistics:
     return statistics
 
 
-class TrainPictures(Dataset):
+class TrainImages(Dataset):
     """Sample n of an endless stream: the images in a fresh order every epoch, augmented.
 
     Item: (image uint8 [3, S, S], ids among the training classes [S, S], classes present int64 [T]).
@@ -179,18 +179,16 @@ class TrainPictures(Dataset):
         pairs, self.lut = find_pairs(config.data, root, "train"), self.data.lut(training=True)
         if pseudo is None:
             statistics = training_statistics(config.data, root)
-            self.pairs = [pairs[i] for i in statistics.pictures_with(self.data.trained)]
+            self.pairs = [pairs[i] for i in statistics.images_with(self.data.trained)]
             if without := len(pairs) - len(self.pairs) - len(statistics.broken):
-                left_out(
-                    f"{several(without, 'training picture')} without a class that is trained on"
-                )
+                left_out(f"{several(without, 'training image')} without a class that is trained on")
         else:  # class ids of all classes, by `zsseg.selftrain`
-            self.pairs = [(picture, pseudo / f"{i:06}.png") for i, (picture, _) in enumerate(pairs)]
+            self.pairs = [(image, pseudo / f"{i:06}.png") for i, (image, _) in enumerate(pairs)]
             self.lut = identity(self.data)
         if not self.pairs:
             raise UserError(
                 f"data set {config.data.name}",
-                "no training picture shows a class that is trained on",
+                "no training image shows a class that is trained on",
                 "check it",
             )
         self.config = config.data
@@ -207,12 +205,12 @@ class TrainPictures(Dataset):
     def __getitem__(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         epoch, i = divmod(n, len(self.pairs))
         image_file, label_file = self.pairs[self.order(epoch)[i]]
-        image = read_picture(image_file, turn=self.config.exif_turn)
+        image = read_image(image_file, turn=self.config.exif_turn)
         labels = read_labels(label_file, self.lut, image.size)
         rng = np.random.default_rng(mix_seed(self.seed, 2, n))
-        picture, mask = augment(image, labels, self.config, self.data.ignore, rng)
+        pixels, mask = augment(image, labels, self.config, self.data.ignore, rng)
         classes = mask.unique().long()
-        return picture, mask, classes[classes != self.data.ignore]
+        return pixels, mask, classes[classes != self.data.ignore]
 
     def source(self, n: int) -> str:
         """The image that sample n shows."""
@@ -228,7 +226,7 @@ def identity(data: DataSet) -> np.ndarray:
 
 
 def collate(samples: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Targets]:
-    """Pictures uint8 [B, 3, S, S] and their targets, padded to the largest number of classes."""
+    """Images uint8 [B, 3, S, S] and their targets, padded to the largest number of classes."""
     images, labels, classes = zip(*samples, strict=True)
     counts = torch.tensor([len(c) for c in classes])
     classes = torch.stack([F.pad(c, (0, int(counts.max()) - len(c))) for c in classes])  # [B, T]

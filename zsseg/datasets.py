@@ -16,7 +16,7 @@ import numpy as np
 
 from zsseg.config import DataConfig
 from zsseg.files import decode, split_lines, walk
-from zsseg.images import PICTURE_LIKE, picture_endings
+from zsseg.images import IMAGE_LIKE, image_endings
 from zsseg.tokenizer import check_names
 from zsseg.utils import UserError, did_you_mean, did_you_mean_file, left_out, print_once, several
 
@@ -47,7 +47,7 @@ class DataSet:
     name: str
     names: list[str]
     folders: list[str]  # below the data root; the first that exists is used
-    pictures: str  # below the folder; {split} and {id} are filled in, an id may hold a sub-folder
+    images: str  # below the folder; {split} and {id} are filled in, an id may hold a sub-folder
     labels: list[str]  # the same; of several, the first file that exists
     splits: dict[str, str]  # our name of a split -> its folder's name
     values: list[int]  # the label value of each class
@@ -101,29 +101,29 @@ class DataSet:
         return self.listed(folder, split) if self.lists else self.found(folder, split)
 
     def listed(self, folder: Path, split: str) -> "Listing":
-        known, pairs = picture_endings(), []
+        known, pairs = image_endings(), []
         lines = split_lines(decode((folder / f"{split}.txt").read_bytes()))
         lines = [line for line in lines if line.strip()]
         for number, line in enumerate(lines):
-            name, picture = line, folder / self.pictures.format(id=line)
-            if not picture.exists():  # a name may begin or end with a space, but lists rather do
+            name, image = line, folder / self.images.format(id=line)
+            if not image.exists():  # a name may begin or end with a space, but lists rather do
                 name = lines[number] = line.strip()
-                picture = folder / self.pictures.format(id=name)
+                image = folder / self.images.format(id=name)
             words = name.split()
             columns = len(words) > 1 and (
                 re.fullmatch(r"[-+]?[\d.]+", words[-1]) or any("/" in word for word in words)
             )
             columns = columns or "," in name or name[0] in "#\"'`[{" or name[-1] in "\"'`]}"
             files = any(os.path.splitext(word)[1].lower() in known for word in words)
-            if not picture.exists() and (columns or files or "\\" in name or name.startswith("/")):
+            if not image.exists() and (columns or files or "\\" in name or name.startswith("/")):
                 wants = f"wants ids, one a line, not {name[:100]!r}"
                 raise UserError(
                     f"list {folder / split}.txt",
                     wants,
-                    f"an id is what stands for {{id}} in {self.pictures}",
+                    f"an id is what stands for {{id}} in {self.images}",
                 )
             labels = [folder / pattern.format(id=name) for pattern in self.labels]
-            pairs.append((picture, next((p for p in labels if p.exists()), labels[0])))
+            pairs.append((image, next((p for p in labels if p.exists()), labels[0])))
         twice = sum(count - 1 for count in Counter(lines).values())
         remark = f"{several(twice, 'line')} of {split}.txt stand there twice, and count twice"
         return Listing(pairs, remarks=[remark] if twice else [])
@@ -133,20 +133,20 @@ class DataSet:
         are a pair.
         """
         hidden, others = [], []
-        pictures = self.fitting(folder, split, self.pictures, hidden, others)
+        images = self.fitting(folder, split, self.images, hidden, others)
         labels = self.fitting(folder, split, self.labels[0], hidden, [])
         # A file that fits both patterns is what it has a partner for: a.png and a_mask.png are an
         # image and its label map.
-        files_of = [Counter(part.values()) for part in (pictures, labels)]
-        for file in pictures.keys() & labels.keys():
-            is_labels = files_of[0][labels[file]] > (pictures[file] == labels[file])
-            is_picture = files_of[1][pictures[file]] > (pictures[file] == labels[file])
+        files_of = [Counter(part.values()) for part in (images, labels)]
+        for file in images.keys() & labels.keys():
+            is_labels = files_of[0][labels[file]] > (images[file] == labels[file])
+            is_image = files_of[1][images[file]] > (images[file] == labels[file])
             if is_labels:
-                del pictures[file]
-            elif is_picture:
+                del images[file]
+            elif is_image:
                 del labels[file]
         by_id, twins = ({}, {}), []
-        for part, files in zip(by_id, (pictures, labels), strict=True):
+        for part, files in zip(by_id, (images, labels), strict=True):
             for file, name in files.items():
                 if name in part:
                     twins.append(
@@ -156,7 +156,7 @@ class DataSet:
         pairs = [(by_id[0][i], by_id[1][i]) for i in sorted(by_id[0].keys() & by_id[1].keys())]
         alone = {by_id[0].get(i, by_id[1].get(i)) for i in by_id[0].keys() ^ by_id[1].keys()}
         strangers = [file for file in others if file not in labels] if self.name == "folder" else []
-        return Listing(pairs, sorted(alone), twins, strangers, hidden, (len(pictures), len(labels)))
+        return Listing(pairs, sorted(alone), twins, strangers, hidden, (len(images), len(labels)))
 
     def fitting(
         self, folder: Path, split: str, pattern: str, hidden: list[str], others: list[str]
@@ -165,7 +165,7 @@ class DataSet:
         `others`.
         """
         before, after = pattern.replace("{split}", self.splits.get(split, split)).split("{id}")
-        known, found, base = picture_endings(), {}, folder / before
+        known, found, base = image_endings(), {}, folder / before
         for file in walk(base, hidden=hidden) if base.is_dir() else ():
             name = file[len(os.path.join(base, "")) :].replace(os.sep, "/")
             ending = os.path.splitext(name)[1].lower()
@@ -173,7 +173,7 @@ class DataSet:
             name = name[: -len(ending)] if after == ".*" else name.removesuffix(after)
             if fits and name:
                 found[file] = name
-            elif ending in known or ending in PICTURE_LIKE:
+            elif ending in known or ending in IMAGE_LIKE:
                 others.append(file)
         return found
 
@@ -202,7 +202,7 @@ class Listing:
         if self.others:
             what = several(len(self.others), "file that fits", "files that fit")
             lines.append(
-                f"{what} neither data.pictures nor data.labels in {split} ({endings(self.others)})"
+                f"{what} neither data.images nor data.labels in {split} ({endings(self.others)})"
             )
         return lines
 
@@ -258,21 +258,21 @@ def own_dataset(config: DataConfig) -> DataSet:
             if count > 1:
                 raise UserError(f"data.{key}", f"{item!r} stands twice", "name each once")
     check_names(config.classes)
-    lists = "{split}" not in config.pictures
+    lists = "{split}" not in config.images
     rules = {
-        "data.pictures": (
-            config.pictures.count("{id}") == 1
-            and not (lists and config.pictures.endswith(".*"))
-            and config.pictures.split("{id}")[0][-1:] in ("", "/"),
+        "data.images": (
+            config.images.count("{id}") == 1
+            and not (lists and config.images.endswith(".*"))
+            and config.images.split("{id}")[0][-1:] in ("", "/"),
             'write e.g. "images/{split}/{id}.jpg"',
         ),
         "data.labels": (
             config.labels.count("{id}") == 1
             and lists == ("{split}" not in config.labels)
             and config.labels.split("{id}")[0][-1:] in ("", "/")
-            and config.labels != config.pictures
+            and config.labels != config.images
             and not (lists and config.labels.endswith(".*")),
-            'write e.g. "masks/{split}/{id}.png", with {split} as in data.pictures',
+            'write e.g. "masks/{split}/{id}.png", with {split} as in data.images',
         ),
         "data.classes": (len(config.classes) > 0, "name every class"),
         "data.unseen": (
@@ -296,7 +296,7 @@ def own_dataset(config: DataConfig) -> DataSet:
         "folder",
         config.classes,
         [config.folder or "."],
-        config.pictures,
+        config.images,
         [config.labels],
         splits,
         values,
@@ -339,7 +339,7 @@ def find_listing(wanted: str | DataConfig, root: Path, split: str) -> Listing:
         )
         raise MissingSplit(
             f"data set {data.name}",
-            f"no {split!r} pictures in {folder}",
+            f"no {split!r} images in {folder}",
             f"{command}, or give --root",
         )
     return listing
@@ -372,16 +372,16 @@ def nothing_found(data: DataSet, folder: Path, split: str, listing: Listing) -> 
     if data.lists:
         return MissingSplit(
             f"list {folder / split}.txt",
-            f"names no {split!r} picture, or is not there",
+            f"names no {split!r} image, or is not there",
             "write one id a line",
         )
-    counts, pattern = listing.counts, (data.pictures, data.labels[0])
-    key, i = ("data.labels", 1) if counts[0] and not counts[1] else ("data.pictures", 0)
+    counts, pattern = listing.counts, (data.images, data.labels[0])
+    key, i = ("data.labels", 1) if counts[0] and not counts[1] else ("data.images", 0)
     if all(counts):
         return UserError(
             "data.labels",
-            f"no {split!r} label map has the id of a picture",
-            "see data.pictures and data.labels",
+            f"no {split!r} label map has the id of an image",
+            "see data.images and data.labels",
         )
     place = folder / pattern[i].replace("{split}", split).replace("{id}", "*")
     kind = UserError if any(counts) else MissingSplit

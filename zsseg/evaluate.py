@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from zsseg.config import Config
-from zsseg.data import TestPictures, stream
+from zsseg.data import TestImages, stream
 from zsseg.datasets import DataSet, dataset
 from zsseg.distributed import Process
 from zsseg.files import MARK, PNG_MARK, refuse_foreign
@@ -50,7 +50,7 @@ def evaluate(
     where None. `look` is shown every image of this process, see `Look`.
     """
     data, wanted, device = dataset(config.data), config.eval, process.device
-    images = TestPictures(config.data, root, split, wanted.sizes)
+    images = TestImages(config.data, root, split, wanted.sizes)
     if save_predictions:  # now, not in the middle
         files = [out / "predictions" / f"{name}.png" for name in images.names]
         process.broadcast_object(lambda: refuse_foreign(*files))
@@ -140,7 +140,7 @@ class Counts:
         numbers.
         """
         if self.broken:
-            why = f"gives scores that are not finite in {several(int(self.broken), 'picture')}"
+            why = f"gives scores that are not finite in {several(int(self.broken), 'image')}"
             raise UserError("the model", why, "check its weights, or set model.bf16=off")
         pixels = int(self.matrices[""].sum()) + int(self.ignored)
         result = summarize(self.matrices[""], data)

@@ -24,12 +24,12 @@ from zsseg.vocabulary import Words
 
 TOLERANCE = 1e-5  # of the largest value
 # The sizes and numbers at which programs are compared with the modules.
-PICTURES = ((97, 131), (64, 96), (33, 20), (1, 1))
+IMAGES = ((97, 131), (64, 96), (33, 20), (1, 1))
 CROPS = (5, 1)
 # What the programs take and give, and the method around them; it goes into settings.json.
 PROPOSER = {
     "input": (
-        "one RGB picture in 0..255, fp32 [1, 3, H, W], brought to the input size; normalised and "
+        "one RGB image in 0..255, fp32 [1, 3, H, W], brought to the input size; normalised and "
         "padded inside"
     ),
     "output 1": "class probabilities of Q queries, fp32 [Q, C]; a row sums up to 1 - p(no object)",
@@ -41,7 +41,7 @@ PROPOSER = {
 }
 CLIP = {
     "input": (
-        "P >= 1 crops of the picture, fp32 [P, 3, R, R], R = resolution: (RGB / 255 - mean) / "
+        "P >= 1 crops of the image, fp32 [P, 3, R, R], R = resolution: (RGB / 255 - mean) / "
         "std, 0 outside the mask"
     ),
     "output": (
@@ -50,7 +50,7 @@ CLIP = {
     ),
 }
 MASKS = [
-    "Resize the picture (Pillow's bilinear filter): the shorter edge to short_edge, the longer "
+    "Resize the image (Pillow's bilinear filter): the shorter edge to short_edge, the longer "
     "one to at most longest_edge.",
     "proposer.pt2 gives class probabilities p [Q, C] and mask logits.",
     "Resize the logits by 4 (bilinear, align_corners=False), cut them to the input, sigmoid: "
@@ -59,7 +59,7 @@ MASKS = [
 REGIONS = [
     "A region is where a mask is above mask_threshold. Its box: tight, scaled by expand_ratio "
     "about its centre, clipped.",
-    "Crop: the normalised picture times the region, cut to the box, bicubic to R x R "
+    "Crop: the normalised image times the region, cut to the box, bicubic to R x R "
     "(align_corners=False, no antialiasing).",
     "clip.pt2 and a softmax give CLIP's probabilities c [Q, C]; where a region is empty, c = 1.",
     "Scores s: seen classes p^w c^(1-w), all others p^(1-w) c^w, w = ensemble_weight; for w = 0 "
@@ -67,7 +67,7 @@ REGIONS = [
     "region is empty.",
 ]
 LABELS = [
-    "Score map: sum over queries of s x mask, resized to the picture's own size (bilinear); the "
+    "Score map: sum over queries of s x mask, resized to the image's own size (bilinear); the "
     "label is its argmax.",
     "Background words come last in names; the first of them stands for all, and is shown as the "
     "last of shown_names.",
@@ -75,7 +75,7 @@ LABELS = [
 
 
 class Proposer(nn.Module):
-    """Picture [1, 3, H, W] -> class probabilities [Q, C] and mask logits [Q, h, w], as
+    """Image [1, 3, H, W] -> class probabilities [Q, C] and mask logits [Q, h, w], as
     `Segmenter.propose` computes them.
     """
 
@@ -127,8 +127,8 @@ def export(segmenter: Segmenter, config: Config, words: Words, out: Path) -> Non
         *(out / name for name in ("proposer.pt2", "clip.pt2", "settings.json", "example.py"))
     )
     random = torch.Generator().manual_seed(0)
-    pictures = [255 * torch.rand(1, 3, *size, generator=random) for size in PICTURES]
-    write(Proposer(segmenter), pictures, {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, out / "proposer.pt2")
+    images = [255 * torch.rand(1, 3, *size, generator=random) for size in IMAGES]
+    write(Proposer(segmenter), images, {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, out / "proposer.pt2")
     settings = {
         "names": segmenter.names,
         "shown_names": words.shown_names,

@@ -32,31 +32,29 @@ def span(hit: Tensor, ratio: float) -> slice:
     return slice(first, max(last, first + 1))
 
 
-def open_picture(file: str) -> Image.Image:
+def open_image(file: str) -> Image.Image:
     """As a viewer shows it: turned as the camera says, transparent parts on white, 8 bits a
     channel.
     """
-    picture = ImageOps.exif_transpose(Image.open(file))
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) // 257).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = Image.alpha_composite(
-            Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")
-        )
-    return picture.convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(file))
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 @torch.inference_mode()
-def segment(picture: Image.Image, s: dict, proposer: Callable, clip: Callable | None) -> Tensor:
+def segment(photo: Image.Image, s: dict, proposer: Callable, clip: Callable | None) -> Tensor:
     """RGB image -> class ids int64 [height, width]; s: settings.json."""
-    (W, H), short, longest = picture.size, s["short_edge"], s["longest_edge"]
+    (W, H), short, longest = photo.size, s["short_edge"], s["longest_edge"]
     w, h = (short, short / W * H) if W <= H else (short / H * W, short)
     w, h = (
         max(int((side if max(w, h) <= longest else side * longest / max(w, h)) + 0.5), 1)
         for side in (w, h)
     )
     image = (
-        torch.from_numpy(np.array(picture.resize((w, h), Image.Resampling.BILINEAR)))
+        torch.from_numpy(np.array(photo.resize((w, h), Image.Resampling.BILINEAR)))
         .permute(2, 0, 1)
         .float()
     )
@@ -109,7 +107,7 @@ def is_ours(file: Path, mark: str) -> bool:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        error("command line: one picture is wanted; python example.py photo.jpg")
+        error("command line: one image is wanted; python example.py photo.jpg")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")
     settings, out, mark = (
@@ -123,9 +121,9 @@ if __name__ == "__main__":
             "folder"
         )
     try:
-        photo = open_picture(sys.argv[1])
+        photo = open_image(sys.argv[1])
     except (OSError, ValueError, SyntaxError) as problem:
-        error(f"picture {sys.argv[1]}: cannot be read ({problem}); give another one")
+        error(f"image {sys.argv[1]}: cannot be read ({problem}); give another one")
     # Or the smallest images are refused.
     load = lambda name: torch.export.load(HERE / name).module(check_guards=False)
     proposer, clip = load("proposer.pt2"), load("clip.pt2") if settings["clip"] else None

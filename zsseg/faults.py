@@ -1,5 +1,5 @@
 """What must not waste a run: broken checkpoints, a signal to stop, steps whose numbers went wrong,
-broken pictures.
+broken images.
 """
 
 import contextlib
@@ -181,13 +181,13 @@ class BadSteps:
             f"step {step + 1} was skipped, its loss or gradient is not finite ({self.count} so "
             f"far): {', '.join(names)}"
         )
-        self.log.write(step + 1, skipped=self.count, pictures=names)
+        self.log.write(step + 1, skipped=self.count, images=names)
         file = self.out / "bad_batch.pt"
         if self.process.is_main and not file.exists():
             samples = SafeDataset(self.task.samples, replace=True)
             batch = self.task.collate([samples[n].value for n in numbers])
             batch = [x if isinstance(x, Tensor | tuple) else vars(x) for x in batch]
-            checkpoint.save(file, step=step, samples=list(numbers), pictures=names, batch=batch)
+            checkpoint.save(file, step=step, samples=list(numbers), images=names, batch=batch)
         if self.in_a_row >= self.allowed:
             why = (
                 f"loss or gradient not finite in {self.in_a_row} steps in a row, the last one "

@@ -17,22 +17,22 @@ from zsseg.utils import UserError
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 ORIENTATION = 0x0112  # the EXIF entry that says how the camera was held
 # Of images that Pillow does not read, or not without more packages.
-PICTURE_LIKE = frozenset(
+IMAGE_LIKE = frozenset(
     ".heic .heif .hif .avif .jxl .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw .raw .psd "  # noqa: SIM905
     ".svg .exr .hdr .webp .jp2 .eps .xcf .mpo".split()
 )
 # Whose samples come through Pillow, or can be had back.
 LABEL_FORMATS = ("PNG", "TIFF", "BMP", "DIB", "GIF", "PPM")
-FIRST_PAGE = "the picture has more than one page or frame; the first is read"
+FIRST_PAGE = "the image has more than one page or frame; the first is read"
 TURNED = (
-    "the camera turned the picture (EXIF), which is not applied; labels drawn on the turned one "
+    "the camera turned the image (EXIF), which is not applied; labels drawn on the turned one "
     "want data.exif_turn = true"
 )
 GREY = "the palette is grey but not in order; what counts are its indices, not its greys"
 
 
 @functools.cache
-def picture_endings() -> set[str]:
+def image_endings() -> set[str]:
     """Of the files that Pillow reads as images, without those that need another program."""
     Image.init()
     others = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
@@ -85,17 +85,17 @@ def remarks_on(file: Path) -> tuple[bool, int]:
     the first, which is the one that is read (a telephone's previews do not count); nothing where it
     cannot be read.
     """
-    with contextlib.suppress(UserError), open_image(file, "picture", limited=False) as image:
+    with contextlib.suppress(UserError), open_image(file, "image", limited=False) as image:
         return orientation(image) != 1, getattr(
             image, "n_frames", 1
         ) - 1 if image.format != "MPO" else 0
     return False, 0
 
 
-def read_picture(
+def read_image(
     file: Path,
     mode: str | None = "RGB",
-    what: str = "picture",
+    what: str = "image",
     shown: bool = False,
     turn: bool = False,
 ) -> Image.Image:
@@ -127,7 +127,7 @@ def as_rgb(image: Image.Image, mode: str = "RGB") -> Image.Image:
         values = np.asarray(image).clip(0, 65535)
         image = Image.fromarray((values // 257).astype(np.uint8))
     if image.mode == "F":
-        raise ValueError("its numbers are not those of a picture, but fractions")
+        raise ValueError("its numbers are not those of an image, but fractions")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -190,7 +190,7 @@ def bits_of_bmp(file: Path) -> int:
 def check_values(
     values: np.ndarray, file: Path, bits: int, size: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """`read_samples`' numbers as label values [H, W], uint8 or uint16. `size`: the picture's
+    """`read_samples`' numbers as label values [H, W], uint8 or uint16. `size`: the image's
     (width, height).
     """
     if values.dtype.kind == "u" and values.itemsize == 2:
@@ -216,25 +216,23 @@ def check_values(
             f"write one channel of {'8' if bits == 8 else '8 or 16'} bits",
         )
     if size and values.shape[::-1] != size:
-        sizes = f"is {values.shape[1]} x {values.shape[0]}, its picture {size[0]} x {size[1]}"
+        sizes = f"is {values.shape[1]} x {values.shape[0]}, its image {size[0]} x {size[1]}"
         turned = (
-            ", or set data.exif_turn if its camera turned the picture"
-            if values.shape == size
-            else ""
+            ", or set data.exif_turn if its camera turned the image" if values.shape == size else ""
         )
         raise UserError(f"label map {file}", sizes, f"make the two the same size{turned}")
     return values
 
 
 def read_values(file: Path, bits: int, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The label values [H, W] of a map, uint8 or uint16. `size`: its picture's (width, height).
+    """The label values [H, W] of a map, uint8 or uint16. `size`: its image's (width, height).
     Raises UserError.
     """
     return check_values(read_samples(file)[0], file, bits, size)
 
 
 def read_labels(file: Path, lut: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A label map through `lut`: [H, W] of the table's type; `size` is its picture's (width,
+    """A label map through `lut`: [H, W] of the table's type; `size` is its image's (width,
     height).
     """
     return lut[read_values(file, 8 if len(lut) == 256 else 16, size)]

@@ -41,7 +41,7 @@ class LabelStatistics:
         np.add.at(histogram, self.category, self.pixels)
         return histogram
 
-    def pictures_with(self, categories: list[int]) -> np.ndarray:
+    def images_with(self, categories: list[int]) -> np.ndarray:
         """Indices of the images that show at least one of the classes."""
         return np.unique(self.image[np.isin(self.category, categories)])
 
@@ -110,7 +110,7 @@ def count_classes(
     would let an unseen class through, UserError for a bad label map.
     """
     full, training = tables
-    picture, file = pair
+    image, file = pair
     samples, remark = read_samples(file)
     pixels = np.bincount(check_values(samples, file, data.bits, size).ravel())
     there = pixels.nonzero()[0]
@@ -126,9 +126,9 @@ def count_classes(
     rows = np.stack([classes, np.bincount(index, pixels[there], len(classes)).astype(np.int64)], 1)
     remarks = [(remark, str(file))] if remark else []
     if data.name == "folder":  # the others are known to be labelled as they are stored
-        turned, pages = remarks_on(picture)
-        remarks += [(TURNED, str(picture))] if turned and not turn else []
-        remarks += [(FIRST_PAGE, str(picture))] if pages else []
+        turned, pages = remarks_on(image)
+        remarks += [(TURNED, str(image))] if turned and not turn else []
+        remarks += [(FIRST_PAGE, str(image))] if pages else []
     return Count(rows, np.stack([there, pixels[there]], 1), remarks)
 
 

@@ -22,7 +22,7 @@ from zsseg.distributed import Process
 from zsseg.files import atomic_write
 from zsseg.utils import UserError
 
-PICTURES = 8  # of an evaluation that wandb gets
+IMAGES = 8  # of an evaluation that wandb gets
 SIDE = 512  # pixels of their longer side, at most
 # Seconds that wandb may take to begin and to upload what is left at the end; its telemetry would
 # wait for a dead network once
@@ -47,7 +47,7 @@ class Log:
     ):
         self.file = folder / "metrics.jsonl" if process.is_main else None
         self.data, self.wandb, self.run_id = dataset(config.data), None, run_id
-        self.known, self.next, self.pictures = set(), 0, []
+        self.known, self.next, self.images = set(), 0, []
         if not process.is_main:
             return
         # A resumed run repeats the steps after its checkpoint, and the evaluation that was due
@@ -98,25 +98,25 @@ class Log:
             and (step, f"{split}/per_class") not in self.known
         ):
             with self.may_fail():
-                self.send(step, {f"{split}/pictures": self.images()})
+                self.send(step, {f"{split}/images": self.wandb_images()})
             # Unlike all else, it asks the network, which may be away for a while.
             with self.may_fail("a table"):
                 self.send(step, {f"{split}/per_class_table": self.table(result["per_class"])})
-        self.pictures = []
+        self.images = []
 
-    def images(self) -> list:
+    def wandb_images(self) -> list:
         """The images as wandb's, with masks; of one size, or it would show them distorted."""
         import wandb
 
         names, size, images = (
             self.data.names,
-            np.max([maps.shape[1:] for _, maps in self.pictures], 0),
+            np.max([maps.shape[1:] for _, maps in self.images], 0),
             [],
         )
         labels = dict(enumerate(names[:255])) | {
             min(len(names), 255): "ignored" if len(names) <= 255 else "ignored, others"
         }
-        for stem, maps in self.pictures:
+        for stem, maps in self.images:
             room = [(0, n) for n in size - maps.shape[1:]]
             masks = {
                 name: {
@@ -157,7 +157,7 @@ class Log:
         wandb's masks know the classes 0 to 254; 255, or the number of classes, stands for all other
         pixels.
         """
-        if self.wandb is None or len(self.pictures) == PICTURES:
+        if self.wandb is None or len(self.images) == IMAGES:
             return
         scale, last = min(1, SIDE / max(image.shape[1:])), min(len(self.data.names), 255)
         size = [max(round(n * scale), 1) for n in image.shape[1:]]
@@ -168,7 +168,7 @@ class Log:
             F.interpolate(image[None].float(), size, mode="area"),
             F.interpolate(maps[None].float(), size, mode="nearest"),
         ]
-        self.pictures.append((name, torch.cat(small, 1)[0].byte().cpu().numpy()))
+        self.images.append((name, torch.cat(small, 1)[0].byte().cpu().numpy()))
 
     def send(self, step: int, values: dict) -> None:
         if self.wandb is not None and values:

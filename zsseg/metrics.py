@@ -1,5 +1,5 @@
 """Evaluation: exact integer confusion matrices over all processes, the metrics, a table, a
-picture.
+image.
 """
 
 from pathlib import Path

@@ -32,7 +32,7 @@ from zsseg.datasets import endings
 from zsseg.distributed import Process
 from zsseg.download import locked
 from zsseg.files import MARK, atomic_write, decode, refuse_foreign, result, split_lines, walk
-from zsseg.images import picture_endings, read_picture, remarks_on
+from zsseg.images import image_endings, read_image, remarks_on
 from zsseg.regions import crops_at_once
 from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError, did_you_mean_file, left_out, path_of, progress, several
@@ -41,7 +41,7 @@ from zsseg.visualize import label_type, overlay, palette, save_label_map
 from zsseg.vocabulary import Words
 
 GROUP_SIZE = 8  # images in a group, at most
-EDGES = 480, 1280  # the longer side of an overlay is within these, whatever the picture's
+EDGES = 480, 1280  # the longer side of an overlay is within these, whatever the image's
 MAX_NAME_BYTES = 200  # bytes of a file's name; 255 less what endings and temporary names add
 MAX_PENDING_WRITES = 16  # images segmented and not yet written, at most
 
@@ -76,14 +76,14 @@ class Names:
         return os.fsdecode(os.path.join(folder, last))
 
 
-def find_pictures(given: list[str], out: Path) -> list[str]:
+def find_images(given: list[str], out: Path) -> list[str]:
     """The images that `--images` means, sorted, after the folder that all of them are in.
 
     Files, folders (all below them that Pillow reads), patterns, `-` for a list on standard input.
     The command says at its end what in the folders was left out. Raises UserError where something
     is not there.
     """
-    files, bases, known = set(), [], picture_endings()
+    files, bases, known = set(), [], image_endings()
     results = os.path.join(os.path.realpath(out), "")
     for word in given:
         path = os.fspath(path_of(word))
@@ -107,7 +107,7 @@ def find_pictures(given: list[str], out: Path) -> list[str]:
             raise UserError(
                 f"--images {word}",
                 "no such file or folder",
-                did_you_mean_file(path, "give pictures, folders, patterns or -"),
+                did_you_mean_file(path, "give images, folders, patterns or -"),
             )
         asked = {*map(os.path.dirname, found), *([path] if word != "-" else [])}
         # Label maps might replace images.
@@ -116,11 +116,11 @@ def find_pictures(given: list[str], out: Path) -> list[str]:
                 f"--images {word}", f"lies in {out}, where results go", "give another --out"
             )
         if not found:
-            why = "holds no picture" if os.path.isdir(path) else "names no picture"
+            why = "holds no image" if os.path.isdir(path) else "names no image"
             raise UserError(
                 f"--images {word}",
                 why,
-                "give pictures that Pillow reads (.jpg, .png, .webp, .tif, ...)",
+                "give images that Pillow reads (.jpg, .png, .webp, .tif, ...)",
             )
         found = [os.path.abspath(file) for file in found]
         files.update(found)
@@ -147,7 +147,7 @@ def matching(pattern: str, results: str, word: str) -> list[str]:
     if "**" not in pattern and (folders := sum(map(os.path.isdir, matches))):
         left_out(f"{several(folders, 'folder')} that {word} names (** looks into folders)")
     if twice := len(files_in) - len(found):
-        left_out(f"{several(twice, 'link')} to pictures that {word} names already")
+        left_out(f"{several(twice, 'link')} to images that {word} names already")
     return found
 
 
@@ -157,7 +157,7 @@ def say_what_is_not_taken(others: list[str], hidden: list[str], out: Path, folde
     """
     if others:
         left_out(
-            f"{several(len(others), 'file')} that Pillow does not read as pictures "
+            f"{several(len(others), 'file')} that Pillow does not read as images "
             f"({endings(others)})"
         )
     if hidden:
@@ -177,15 +177,15 @@ def say_what_is_not_taken(others: list[str], hidden: list[str], out: Path, folde
         foreign = [
             f
             for f in files
-            if os.path.splitext(f)[1].lower() in picture_endings() and stem(f) not in made
+            if os.path.splitext(f)[1].lower() in image_endings() and stem(f) not in made
         ]
         if foreign:
-            left_out(f"{several(len(foreign), 'picture')} in {out}, where results go")
+            left_out(f"{several(len(foreign), 'image')} in {out}, where results go")
 
 
 @dataclass
-class Picture:
-    """What a picture's label map and overlay are made of; only the error where it cannot be
+class InputImage:
+    """What an image's label map and overlay are made of; only the error where it cannot be
     read.
     """
 
@@ -197,25 +197,25 @@ class Picture:
     pages: int = 0  # beside the first
     error: str = ""
 
-    def pin_memory(self) -> "Picture":
+    def pin_memory(self) -> "InputImage":
         return replace(self, images=[image.pin_memory() for image in self.images])
 
 
-class Pictures(Dataset):
-    """Pictures as a viewer would show them, at the network's sizes."""
+class InputImages(Dataset):
+    """Images as a viewer would show them, at the network's sizes."""
 
     def __init__(self, files: list[str], config: Config):
         self.files, self.config = files, config
 
-    def __getitem__(self, i: int) -> Picture:
+    def __getitem__(self, i: int) -> InputImage:
         try:
             version = version_of(self.files[i])
-            image = read_picture(self.files[i], shown=True)
+            image = read_image(self.files[i], shown=True)
         except (
             Exception
         ) as error:  # whatever a decoder makes of a file must not end a run of a million
             why = error.args[1] if isinstance(error, UserError) else repr(error)
-            return Picture(
+            return InputImage(
                 i,
                 [],
                 None,
@@ -229,7 +229,7 @@ class Pictures(Dataset):
         scale = min(max(longest, EDGES[0]), EDGES[1]) / longest
         shown = tuple(max(round(scale * side), 1) for side in image.size)
         images = [resized(test_size(*image.size, edge, data.max_size)) for edge in edges]
-        return Picture(
+        return InputImage(
             i, images, resized(shown), image.size[::-1], version, remarks_on(Path(self.files[i]))[1]
         )
 
@@ -259,7 +259,7 @@ class Results:
 
     def refuse_foreign(self, numbers: list[int]) -> None:
         """UserError where a result would take the place of a file that this program did not write,
-        or of another picture's.
+        or of another image's.
         """
         if not any(self.out.iterdir()):
             return
@@ -268,15 +268,15 @@ class Results:
             refuse_foreign(
                 *(self.file(number, ending) for ending in (".png", ".overlay.jpg", ".json"))
             )
-            other, picture = self.picture(number), self.names.files[number]
-            if other not in ("", picture) and os.path.exists(other):  # else it was moved
-                why = f"is the result of another picture, {other}, not of {picture}"
+            other, image = self.image(number), self.names.files[number]
+            if other not in ("", image) and os.path.exists(other):  # else it was moved
+                why = f"is the result of another image, {other}, not of {image}"
                 raise UserError(f"file {self.file(number, '.json')}", why, "give another --out")
 
-    def picture(self, number: int) -> str:
+    def image(self, number: int) -> str:
         """The image whose result there is; "" where there is none, or a broken one."""
         try:
-            return str(json.loads(self.file(number, ".json").read_text("utf-8"))["picture"])
+            return str(json.loads(self.file(number, ".json").read_text("utf-8"))["image"])
         except (OSError, ValueError, TypeError, KeyError):
             return ""
 
@@ -287,9 +287,7 @@ class Results:
         try:
             content = json.loads(self.file(number, ".json").read_text("utf-8"))
             # Else it was moved.
-            if content["picture"] != self.names.files[number] and os.path.exists(
-                content["picture"]
-            ):
+            if content["image"] != self.names.files[number] and os.path.exists(content["image"]):
                 return None
             if content["made_with"] != self.made_with or content["version"] != version_of(
                 self.names.files[number]
@@ -302,20 +300,20 @@ class Results:
             return None
 
     def write(
-        self, picture: Picture, labels: np.ndarray, pixels: list[int], scores: list[float]
+        self, item: InputImage, labels: np.ndarray, pixels: list[int], scores: list[float]
     ) -> None:
         """labels uint8 or uint16 [H, W]; pixels and the sum of scores of each class that is
         shown.
         """
         shown, total = self.words.shown_names, labels.size
         order = sorted((i for i, n in enumerate(pixels) if n), key=lambda i: -pixels[i])
-        save_label_map(labels, self.file(picture.number, ".png"), len(shown), self.colours)
-        image = picture.shown.permute(1, 2, 0).numpy()
+        save_label_map(labels, self.file(item.number, ".png"), len(shown), self.colours)
+        image = item.shown.permute(1, 2, 0).numpy()
         small = np.asarray(
             Image.fromarray(labels).resize(image.shape[1::-1], Image.Resampling.NEAREST)
         )
         legend = [(i, f"{shown[i]}  {100 * pixels[i] / total:.1f}%") for i in order]
-        with result(self.file(picture.number, ".overlay.jpg")) as file:
+        with result(self.file(item.number, ".overlay.jpg")) as file:
             overlay(image, small, self.colours, legend).save(file, "JPEG", quality=90, comment=MARK)
         classes = [
             {
@@ -329,12 +327,12 @@ class Results:
         ]
         content = {
             "program": MARK,
-            "picture": self.names.files[picture.number],
+            "image": self.names.files[item.number],
             "height": labels.shape[0],
             "width": labels.shape[1],
-            "version": picture.version,
+            "version": item.version,
         }
-        with result(self.file(picture.number, ".json")) as file:
+        with result(self.file(item.number, ".json")) as file:
             text = json.dumps(
                 content | {"classes": classes, "made_with": self.made_with},
                 indent=1,
@@ -375,7 +373,7 @@ def made_with(segmenter: Segmenter, config: Config, words: Words, process: Proce
 
 
 def group_size(segmenter: Segmenter, config: Config, device: torch.device) -> int:
-    """Pictures whose crops fill a batch of CLIP's."""
+    """Images whose crops fill a batch of CLIP's."""
     if segmenter.clip is None or config.clip.regions != "crops" or not config.model.proposals:
         return 1
     if device.type == "cuda":
@@ -385,7 +383,7 @@ def group_size(segmenter: Segmenter, config: Config, device: torch.device) -> in
 
 
 @torch.inference_mode()
-def segment_pictures(
+def segment_images(
     segmenter: Segmenter, config: Config, results: Results, process: Process, resume: bool
 ) -> None:
     """Segment all images, each once, shared among the processes; with `resume` those that are not
@@ -413,20 +411,20 @@ def segment_pictures(
     mine = left[process.rank :: process.world_size].tolist()
     numbers = [i for g in mine for i in groups[g]]
     started, writing = time.perf_counter(), deque()
-    batches = stream(Pictures(names.files, config), numbers, size, config.data.workers)
+    batches = stream(InputImages(names.files, config), numbers, size, config.data.workers)
     with ThreadPoolExecutor(max(config.data.workers, 1)) as pool:
         segmented = segment_groups(segmenter, config, batches, process, words, names)
-        for picture, labels, pixels, scores in progress(
+        for image, labels, pixels, scores in progress(
             segmented, process.progress_label("segment"), len(numbers), process.is_main
         ):
-            tally[2 if picture.error else 0] += 1
-            tally[3] += picture.pages
-            if picture.error:
-                failed.append(f"{names.files[picture.number]}: {picture.error}")
+            tally[2 if image.error else 0] += 1
+            tally[3] += image.pages
+            if image.error:
+                failed.append(f"{names.files[image.number]}: {image.error}")
                 continue
             totals += np.stack([pixels, pixels > 0], 1)
             writing.append(
-                pool.submit(results.write, picture, labels, pixels.tolist(), scores.tolist())
+                pool.submit(results.write, image, labels, pixels.tolist(), scores.tolist())
             )
             while len(writing) > MAX_PENDING_WRITES:
                 writing.popleft().result()
@@ -506,7 +504,7 @@ def share_out(out: Path, process: Process) -> None:
 
 
 def read_failed(out: Path) -> list[str]:
-    """The lines of OUT/failed.txt, "picture: reason"; UserError for one that this program did not
+    """The lines of OUT/failed.txt, "image: reason"; UserError for one that this program did not
     write.
     """
     file = out / "failed.txt"
@@ -532,7 +530,7 @@ def note_failed(out: Path, names: Names, failed: list[str]) -> None:
         lines = read_failed(out)
         others = [(line, line.partition(": ")[0]) for line in lines]
         lines = {
-            line for line, picture in others if picture not in mine and os.path.exists(picture)
+            line for line, image in others if image not in mine and os.path.exists(image)
         } | set(failed)
         if not lines:
             file.unlink(missing_ok=True)
@@ -556,7 +554,7 @@ def segment_groups(
     C, wanted = len(words.shown_names), config.eval
     alone = bool(wanted.sizes or wanted.flip or wanted.window)
     for group in batches:
-        whole_ones = [picture for picture in group if not picture.error]
+        whole_ones = [item for item in group if not item.error]
         images = [
             [image.to(process.device, non_blocking=True) for image in p.images] for p in whole_ones
         ]
@@ -569,13 +567,12 @@ def segment_groups(
             else:
                 proposals = segmenter.propose_together([i[0] for i in images])
                 views = [
-                    [whole(p, picture.size)]
-                    for p, picture in zip(proposals, whole_ones, strict=True)
+                    [whole(p, item.size)] for p, item in zip(proposals, whole_ones, strict=True)
                 ]
         found = iter(views)
-        for picture in group:
-            if picture.error:
-                yield picture, None, None, None
+        for item in group:
+            if item.error:
+                yield item, None, None, None
                 continue
             parts = next(found)
             scores = [segmenter.ensemble(v.proposals) for v in parts]
@@ -583,17 +580,17 @@ def segment_groups(
                 todo = "check the checkpoint, or set model.bf16=off"
                 raise UserError(
                     "the model",
-                    f"gives scores that are not finite for {names.files[picture.number]}",
+                    f"gives scores that are not finite for {names.files[item.number]}",
                     todo,
                 )
-            labels, top = label_map(segmenter, parts, scores, picture.size)
+            labels, top = label_map(segmenter, parts, scores, item.size)
             # Background words come last.
             labels = labels.clamp(max=C - 1) if words.shown < len(words.names) else labels
             pixels = torch.bincount(labels.flatten(), minlength=C)
             scores = torch.bincount(labels.flatten(), top.flatten().double(), minlength=C)
             kind = torch.uint8 if label_type(C) is np.uint8 else torch.int32
             yield (
-                picture,
+                item,
                 labels.to(kind).cpu().numpy().astype(label_type(C)),
                 pixels.cpu().numpy(),
                 scores.cpu(),
@@ -609,7 +606,7 @@ def report(
     segmented, before, broken, pages = tally
     if pages:
         left_out(
-            f"{several(pages, 'page or frame', 'pages or frames')} of pictures that have more "
+            f"{several(pages, 'page or frame', 'pages or frames')} of images that have more "
             f"than one"
         )
     pixels = max(int(totals[:, 0].sum()), 1)
@@ -618,9 +615,9 @@ def report(
         reverse=True,
     )
     if rows:
-        print(f"{'class':32}{'share':>8}{'pictures':>10}")
-    for (share, pictures), name in rows[:30]:
-        print(f"{name[:31]:32}{100 * share / pixels:7.1f}%{pictures:10}")
+        print(f"{'class':32}{'share':>8}{'images':>10}")
+    for (share, images), name in rows[:30]:
+        print(f"{name[:31]:32}{100 * share / pixels:7.1f}%{images:10}")
     if len(rows) > 30:
         print(f"and {len(rows) - 30} more")
     absent = [
@@ -629,11 +626,11 @@ def report(
     if rows and absent:
         print("not found:", ", ".join(absent) if len(absent) <= 20 else f"{len(absent)} classes")
     done = f", {before} done before" if before else ""
-    counted = f"{segmented} picture{'s' * (segmented != 1)}"
+    counted = f"{segmented} image{'s' * (segmented != 1)}"
     print(f"{counted} in {seconds:.1f} s, {segmented / seconds:.2f} images/s{done} -> {out}")
     if failed:
         why = f"{broken} of {segmented + before + broken} failed, the first: {min(failed)}"
-        problem = UserError("pictures", why, f"see {out / 'failed.txt'}")
+        problem = UserError("images", why, f"see {out / 'failed.txt'}")
         if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
             raise problem
         print(f"error: {problem}", file=sys.stderr)  # torchrun would start all over again

@@ -23,7 +23,7 @@ from zsseg.datasets import find_pairs, training_set
 from zsseg.distributed import Process
 from zsseg.files import MARK
 from zsseg.files import result as written
-from zsseg.images import read_labels, read_picture
+from zsseg.images import read_image, read_labels
 from zsseg.metrics import percent
 from zsseg.prompts import LearnedPrompt, build_prompt
 from zsseg.regions import mask_boxes, region_crops
@@ -225,12 +225,12 @@ class Regions(Dataset):
         for i, category in enumerate(self.data.trained):
             shown = statistics.image[statistics.category == category]
             drawn, aside = rng.permutation(shown), min(config.prompts.held_out, len(shown) // 5)
-            self.held_out += [(int(picture), i) for picture in drawn[:aside]]
-            self.regions += [(int(picture), i) for picture in drawn[aside:][:few]]
+            self.held_out += [(int(image), i) for image in drawn[:aside]]
+            self.regions += [(int(image), i) for image in drawn[aside:][:few]]
         if not self.regions:
             raise UserError(
                 f"data set {config.data.name}",
-                "no training picture shows a class that is trained on",
+                "no training image shows a class that is trained on",
                 "check it",
             )
 
@@ -249,11 +249,11 @@ class Regions(Dataset):
         return str(self.pairs[self.region(n)[0]][0])
 
     def crop(
-        self, picture: int, category: int, rng: np.random.Generator | None = None
+        self, number: int, category: int, rng: np.random.Generator | None = None
     ) -> tuple[Tensor, int]:
         """A region as `__getitem__` gives it; without `rng` all of its box, as at inference."""
-        image = read_picture(self.pairs[picture][0], turn=self.turn)
-        mask = read_labels(self.pairs[picture][1], self.lut, image.size) == category
+        image = read_image(self.pairs[number][0], turn=self.turn)
+        mask = read_labels(self.pairs[number][1], self.lut, image.size) == category
         x0, y0, x1, y1 = mask_boxes(torch.from_numpy(mask)[None])[0][0].tolist()
         R, box = self.resolution, (x0, y0, x1, y1)
         if rng is None:

@@ -67,13 +67,13 @@ def expand_boxes(boxes: Tensor, ratio: float, size: tuple[int, int]) -> Tensor:
     return torch.cat([first, torch.maximum(last, first + 1)], 1)
 
 
-def normalize(pictures: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     """RGB in 0..255 [..., 3, H, W] as CLIP wants it, fp32."""
     mean, std = (
-        torch.tensor(v, device=pictures.device).view(3, 1, 1)
+        torch.tensor(v, device=images.device).view(3, 1, 1)
         for v in (clip_module.MEAN, clip_module.STD)
     )
-    return (pictures / 255 - mean) / std
+    return (images / 255 - mean) / std
 
 
 def region_crops(
@@ -129,20 +129,20 @@ def classify_in_one_pass(
     """CLIP's logits of regions from a single pass over the image: image [3, H, W] in 0..255, masks
     [P, H, W] in 0..1, text features [C, D] -> fp32 [P, C].
 
-    The picture's shorter edge is brought to about `edge` pixels. "pool": the mean of the dense
+    The resized's shorter edge is brought to about `edge` pixels. "pool": the mean of the dense
     features under each mask. "tokens": a class token for each region
     (`VisionTransformer.region_tokens`).
     """
     if not len(masks):
         return text.new_zeros(0, len(text))
-    picture = resize_for_clip(clip, image, edge)
+    resized = resize_for_clip(clip, image, edge)
     if way == "tokens":
-        features = clip.visual.region_tokens(picture, masks.float())
+        features = clip.visual.region_tokens(resized, masks.float())
     else:
         dense = (
-            clip.visual.values(picture)
+            clip.visual.values(resized)
             if hasattr(clip.visual, "values")
-            else clip.encode_image(picture, dense=True)
+            else clip.encode_image(resized, dense=True)
         )
         dense = dense.permute(0, 3, 1, 2).float()  # [1, D, h, w]
         share = F.adaptive_avg_pool2d(masks.float()[None], dense.shape[-2:])  # [1, P, h, w]

@@ -67,7 +67,7 @@ class Report:
         predicted: Tensor,
         matrix: Tensor,
     ) -> None:
-        """See `evaluate`. A picture's score is the mean IoU of the classes in its truth; without
+        """See `evaluate`. An image's score is the mean IoU of the classes in its truth; without
         any, it is left out.
         """
         self.matrix += matrix
@@ -92,7 +92,7 @@ class Report:
         card = {
             "name": name,
             "score": score,
-            "picture": picture_uri(image),
+            "image": image_uri(image),
             "truth": maps[0],
             "prediction": maps[1],
             "classes": [[c, float(iou[c]) if there[c] else None] for c in classes],
@@ -133,7 +133,7 @@ class Report:
             "confusions": confusions(matrix),
             "budget": read_budget(out / "budget.json", Path(checkpoint), result),
             "curves": curves(Path(checkpoint).parent / "metrics.jsonl"),
-            "pictures": [card for _, _, card in self.cards],
+            "images": [card for _, _, card in self.cards],
             "kept": KEPT,
         }
         # So that no name can end the script block.
@@ -153,7 +153,7 @@ def data_uri(image: Image.Image, kind: str, **options: object) -> str:
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def picture_uri(image: Tensor) -> str:
+def image_uri(image: Tensor) -> str:
     """uint8 [3, h, w] as a small JPEG."""
     small = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
     small.thumbnail((EDGE, EDGE))
@@ -182,12 +182,12 @@ def facts(config: Config, result: dict, step: int) -> list[tuple[str, str]]:
     )
     found = {
         "data": f"{data.name}, {data.split} split",
-        "pictures": f"{result['images']:,}",
-        "speed": f"{result['images_per_second']:.2f} pictures/s",
+        "images": f"{result['images']:,}",
+        "speed": f"{result['images_per_second']:.2f} images/s",
         "commit": git_commit().replace(git_commit()[12:40], ""),
         "backbone": model.backbone,
         "trained on": (
-            f"{data.train_on} classes, {step:,} steps of {config.train.batch_size} pictures"
+            f"{data.train_on} classes, {step:,} steps of {config.train.batch_size} images"
         ),
     }
     if model.class_head == "text":

@@ -320,7 +320,7 @@ class Segmenter(nn.Module):
         )
 
     def forward(self, image: Tensor, size: tuple[int, int]) -> Tensor:
-        """Picture [3, H, W] -> label map int64 `size`."""
+        """Image [3, H, W] -> label map int64 `size`."""
         proposals = self.propose(image)
         return self.label_map(self.ensemble(proposals), proposals, size)[0]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from zsseg import checkpoint
 from zsseg.config import Config, load_config
-from zsseg.data import TestPictures, stream
+from zsseg.data import TestImages, stream
 from zsseg.datasets import DataSet, dataset, find_pairs
 from zsseg.distributed import Process
 from zsseg.files import atomic_write
@@ -50,7 +50,7 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
     made = folder / "made_with.json"
     wanted = process.broadcast_object(lambda: origin(config, root, pairs, process))
     if (made.exists() or any(folder.glob("*.png"))) and not same_origin(made, wanted):
-        why = "were made by another teacher, with other settings or from other pictures"
+        why = "were made by another teacher, with other settings or from other images"
         raise UserError(
             f"pseudo labels in {folder}", why, "delete the folder, or give another --out"
         )
@@ -73,14 +73,14 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
     teacher = load_segmenter(content, theirs, root, config.train.teacher).to(process.device).eval()
     teacher.set_classes(data.names, data.seen)
     unseen = ~teacher.seen
-    pictures = TestPictures(theirs.data, root, "train")
+    images = TestImages(theirs.data, root, "train")
     hidden = data.lut(training=True)  # whatever is unseen is the ignore value from here on
     kept = np.full(max(len(data.trained), data.ignore) + 1, data.ignore)
     kept[: len(data.trained)] = data.trained
-    pictures.lut = np.where(hidden == data.ignore, data.ignore, kept[hidden]).astype(hidden.dtype)
+    images.lut = np.where(hidden == data.ignore, data.ignore, kept[hidden]).astype(hidden.dtype)
     numbers = missing[process.rank :: process.world_size]
     batches, name = (
-        stream(pictures, numbers, 1, config.data.workers),
+        stream(images, numbers, 1, config.data.workers),
         process.progress_label("pseudo labels"),
     )
     batches = progress(batches, name, len(numbers), process.is_main)
@@ -144,13 +144,13 @@ def same_origin(made: Path, wanted: dict[str, object]) -> bool:
         return False
 
 
-def count(folder: Path, pictures: int, data: DataSet, workers: int) -> None:
+def count(folder: Path, images: int, data: DataSet, workers: int) -> None:
     """Say and write how many pixels every class has. Raises UserError for a broken map."""
     total, bits = np.zeros(65536, np.int64), 8 if len(data.names) <= 255 else 16
     pixels = lambda i: np.bincount(
         read_values(folder / f"{i:06}.png", bits).ravel(), minlength=2**bits
     )
-    for found in parallel(pixels, range(pictures), workers, "count pseudo labels"):
+    for found in parallel(pixels, range(images), workers, "count pseudo labels"):
         total[: len(found)] += found
     counts = {name: int(total[i]) for i, name in enumerate(data.names)} | {
         "unlabelled": int(total[data.ignore])

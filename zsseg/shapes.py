@@ -33,7 +33,7 @@ RGB = dict(
 )
 CAPTIONS = (
     "a photo of a {}.",
-    "a picture of a {}.",
+    "an image of a {}.",
     "a sculpture of a {}.",
     "there is a {} here.",
     "a {}.",
@@ -74,12 +74,12 @@ def wall(kind: str, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Picture uint8 [64, 64, 3], class ids uint8 [64, 64] and a caption for every class in it."""
+    """Image uint8 [64, 64, 3], class ids uint8 [64, 64] and a caption for every class in it."""
     rng = np.random.default_rng(mix_seed(list(SPLITS).index(split), index))
     y, x = np.mgrid[:SIDE, :SIDE]
     while True:
         kind = int(rng.integers(len(WALLS)))
-        picture, labels = (
+        image, labels = (
             wall(WALLS[kind], rng),
             np.full((SIDE, SIDE), len(THINGS) + kind, np.uint8),
         )
@@ -94,15 +94,15 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]
             inside = outline(SHAPES[shape], u, v)
             labels[inside], area[thing] = thing, inside.sum()
             shade = 1 + 0.15 * u[inside, None] * rng.uniform(-1, 1)
-            picture[inside] = (np.array(RGB[COLOURS[colour]]) + rng.uniform(-20, 20, 3)) * shade
+            image[inside] = (np.array(RGB[COLOURS[colour]]) + rng.uniform(-20, 20, 3)) * shade
         if all((labels == thing).sum() >= VISIBLE * area[thing] for thing in things):
             break
-    picture = np.clip(picture + rng.normal(0, 5, picture.shape), 0, 255).astype(np.uint8)
+    image = np.clip(image + rng.normal(0, 5, image.shape), 0, 255).astype(np.uint8)
     names = [*THINGS, *WALLS]
     captions = {
         int(k): CAPTIONS[rng.integers(len(CAPTIONS))].format(names[k]) for k in np.unique(labels)
     }
-    return picture, labels, captions
+    return image, labels, captions
 
 
 def generate(folder: Path) -> None:
@@ -112,9 +112,9 @@ def generate(folder: Path) -> None:
     captions = {}
     for split, count in SPLITS.items():
         for index in progress(range(count), f"draw {split}", count):
-            picture, labels, captions[f"{split}{index:05}"] = draw(split, index)
+            image, labels, captions[f"{split}{index:05}"] = draw(split, index)
             with result(folder / "images" / split / f"{split}{index:05}.jpg") as file:
-                Image.fromarray(picture).save(file, "JPEG", quality=80, subsampling=0, comment=MARK)
+                Image.fromarray(image).save(file, "JPEG", quality=80, subsampling=0, comment=MARK)
             with result(folder / "labels" / split / f"{split}{index:05}.png") as file:
                 Image.fromarray(labels).save(file, "PNG", pnginfo=PNG_MARK)
     with result(folder / "captions.json") as file:

@@ -16,7 +16,7 @@ from zsseg.config import Config, ContrastConfig
 from zsseg.data import to_tensor
 from zsseg.datasets import dataset, find_pairs
 from zsseg.distributed import Process
-from zsseg.images import read_labels, read_picture
+from zsseg.images import read_image, read_labels
 from zsseg.regions import mask_boxes, region_crops
 from zsseg.tokenizer import Tokenizer
 from zsseg.utils import mix_seed
@@ -99,7 +99,7 @@ class RegionsWithCaptions(Dataset):
         self.masked_share = config.contrast.masked_share
         data = dataset(config.data)
         pairs = find_pairs(config.data, root, "clip")
-        self.images = [to_tensor(read_picture(image)) for image, _ in pairs]
+        self.images = [to_tensor(read_image(image)) for image, _ in pairs]
         sizes = [(image.shape[2], image.shape[1]) for image in self.images]
         self.labels = [
             torch.from_numpy(read_labels(p[1], data.lut(), s))

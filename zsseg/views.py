@@ -56,7 +56,7 @@ def whole(proposals: Proposals, size: tuple[int, int]) -> View:
 
 
 def all_finite(views: list[View], scores: list[Tensor]) -> Tensor:
-    """Whether a picture's masks and class scores are numbers, a bool on the device: argmax would
+    """Whether an image's masks and class scores are numbers, a bool on the device: argmax would
     make labels of NaN, too.
     """
     found = [view.proposals.logits for view in views] + scores

@@ -1,4 +1,4 @@
-"""Label maps as pictures."""
+"""Label maps as images."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def palette(count: int) -> np.ndarray:
 def column(
     image: Tensor, labels: Tensor, predicted: Tensor, classes: int, height: int = 160
 ) -> np.ndarray:
-    """Picture, truth (`classes` where ignored) and prediction below one another, each `height`
+    """Image, truth (`classes` where ignored) and prediction below one another, each `height`
     pixels high.
     """
     colours, width = (
@@ -47,15 +47,15 @@ def save_label_map(
     """Class ids as a PNG of 8 bits, 16 above 255 classes; those of 8 bits with a palette where
     there are `colours`.
     """
-    picture = Image.fromarray(
+    image = Image.fromarray(
         np.asarray(
             predicted.cpu() if isinstance(predicted, Tensor) else predicted, label_type(classes)
         )
     )
-    if colours is not None and picture.mode == "L":
-        picture.putpalette(colours.tobytes())
+    if colours is not None and image.mode == "L":
+        image.putpalette(colours.tobytes())
     with result(path) as temporary:
-        picture.save(temporary, "PNG", pnginfo=PNG_MARK)
+        image.save(temporary, "PNG", pnginfo=PNG_MARK)
 
 
 def overlay(

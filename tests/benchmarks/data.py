@@ -1,9 +1,9 @@
-"""How fast labels are counted and training crops are made, on pictures of VOC's size made on the
+"""How fast labels are counted and training crops are made, on images of VOC's size made on the
 spot.
 
     python -m tests.benchmarks.data [--masks 10000] [--crops 400] [--workers N]
 
-Baselines from the same run: counting with numpy.unique one file at a time; the whole picture
+Baselines from the same run: counting with numpy.unique one file at a time; the whole image
 resized and then cropped, colours jittered in floating point by torchvision's operators.
 """
 
@@ -20,16 +20,16 @@ from PIL import Image, ImageFilter
 from torchvision.transforms.v2 import functional as TF
 
 from zsseg.config import load_config
-from zsseg.data import TrainPictures, collate, stream, test_size
+from zsseg.data import TrainImages, collate, stream, test_size
 from zsseg.datasets import dataset
-from zsseg.images import read_labels, read_picture
+from zsseg.images import read_image, read_labels
 from zsseg.label_statistics import label_statistics
 
-SIZE = (500, 375)  # VOC's usual picture
+SIZE = (500, 375)  # VOC's usual image
 
 
-def make_voc(root: Path, pictures: int, masks: int) -> None:
-    """`pictures` different pictures and label maps of VOC's size and about its bytes a file, linked
+def make_voc(root: Path, images: int, masks: int) -> None:
+    """`images` different images and label maps of VOC's size and about its bytes a file, linked
     `masks` times.
     """
     folder = root / "VOC2012"
@@ -41,9 +41,9 @@ def make_voc(root: Path, pictures: int, masks: int) -> None:
             folder / "JPEGImages" / f"{i:06}.jpg",
             folder / "SegmentationClassAug" / f"{i:06}.png",
         )
-        if i >= pictures:
+        if i >= images:
             for file in (jpeg, png):
-                os.link(file.with_stem(f"{i % pictures:06}"), file)
+                os.link(file.with_stem(f"{i % images:06}"), file)
             continue
         noise = Image.fromarray(
             rng.integers(0, 256, (SIZE[1] // 5, SIZE[0] // 5, 3), dtype=np.uint8)
@@ -58,12 +58,12 @@ def make_voc(root: Path, pictures: int, masks: int) -> None:
     (folder / "train.txt").write_text("\n".join(f"{i:06}" for i in range(masks)))
 
 
-class WholePictures(TrainPictures):
+class WholeImages(TrainImages):
     """The same augmentation without its two short cuts."""
 
     def __getitem__(self, n: int):
         rng, (image_file, label_file) = np.random.default_rng(n), self.pairs[n % len(self.pairs)]
-        image = read_picture(image_file)
+        image = read_image(image_file)
         labels = read_labels(label_file, self.lut, image.size)
         S = self.config.crop
         width, height = test_size(
@@ -86,7 +86,7 @@ class WholePictures(TrainPictures):
         return x, mask, classes[classes != 255]
 
 
-def crops_per_second(samples: TrainPictures, crops: int, workers: int, repeats: int = 3) -> float:
+def crops_per_second(samples: TrainImages, crops: int, workers: int, repeats: int = 3) -> float:
     """Median over `repeats` of a run, start-up of the workers left out."""
     rates = []
     for r in range(repeats):
@@ -113,7 +113,7 @@ def main() -> None:
         make_voc(root, min(200, args.masks), args.masks)
         jpegs = [f.stat().st_size for f in (root / "VOC2012" / "JPEGImages").iterdir()]
         print(
-            f"pictures of {SIZE[0]} x {SIZE[1]}, {sum(jpegs) / len(jpegs) / 1000:.0f} kB each "
+            f"images of {SIZE[0]} x {SIZE[1]}, {sum(jpegs) / len(jpegs) / 1000:.0f} kB each "
             f"(VOC's: under 117)"
         )
         labels = sorted((root / "VOC2012" / "SegmentationClassAug").iterdir())
@@ -133,10 +133,7 @@ def main() -> None:
             f"from the cache {time.perf_counter() - started:.2f} s"
         )
         config = load_config(str(Path(__file__).parents[2] / "configs" / "voc_r50_single.toml"))
-        for name, samples in (
-            ("whole pictures, float jitter", WholePictures),
-            ("ours", TrainPictures),
-        ):
+        for name, samples in (("whole images, float jitter", WholeImages), ("ours", TrainImages)):
             rate = crops_per_second(samples(config, root), args.crops, args.workers)
             print(
                 f"training crops of {config.data.crop}, {name}: {rate:.1f} a second with "

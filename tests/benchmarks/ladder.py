@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.ladder [--rounds 3] [--csv FILE] [--plot FILE.svg] [--train] [--regions] [--device cuda]
 
-Inference: a picture of soft colours, R101c, ViT-B/16, 100 live regions, random weights, from the
-decoded picture to the label map at its own size. With --train, a training step of R50 as well; with
+Inference: an image of soft colours, R101c, ViT-B/16, 100 live regions, random weights, from the
+decoded image to the label map at its own size. With --train, a training step of R50 as well; with
 --regions, the one-pass region classifiers. Every row runs in a process of its own, in turn for
 every round; medians are printed, with the share of pixels whose label is that of the first row.
 """
@@ -168,7 +168,7 @@ def inference(done: set[str], args: argparse.Namespace) -> dict:
 
 
 def training(done: set[str], args: argparse.Namespace) -> dict:
-    """Seconds a picture of training steps."""
+    """Seconds an image of training steps."""
     import train
     from zsseg import distributed
     from zsseg.config import load_config
@@ -194,7 +194,7 @@ def training(done: set[str], args: argparse.Namespace) -> dict:
     Switch.on = config.model.kernels
 
     class Step(train.Segment):
-        """The real step on made-up pictures."""
+        """The real step on made-up images."""
 
         def __init__(self):
             self.config, self.process, self.losses = config, process, segmentation_losses
@@ -242,11 +242,11 @@ def peak(cuda: bool) -> float:
 
 
 def plot(rows: list[dict], file: Path) -> None:
-    """Bars of pictures a second, as SVG."""
+    """Bars of images a second, as SVG."""
     top, height = max(float(r["per_second"]) for r in rows), 26
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="900" height="{height * len(rows) + 40}" font-family="sans-serif" '
-        f'font-size="12"><text x="8" y="18">pictures a second, {rows[0]["device"]}</text>'
+        f'font-size="12"><text x="8" y="18">images a second, {rows[0]["device"]}</text>'
     ]
     for i, row in enumerate(rows):
         y, length = 30 + height * i, 330 * float(row["per_second"]) / top
@@ -378,14 +378,14 @@ def summary(row: str, found: dict[str, list[dict]], folder: Path) -> dict[str, o
     }
 
 
-def write(table: list[dict], file: Path | None, picture: Path | None) -> None:
+def write(table: list[dict], file: Path | None, image: Path | None) -> None:
     if file:
         with open(file, "w", newline="") as out:
             writer = csv.DictWriter(out, table[0])
             writer.writeheader()
             writer.writerows(table)
-    if picture:
-        plot(table, picture)
+    if image:
+        plot(table, image)
 
 
 if __name__ == "__main__":

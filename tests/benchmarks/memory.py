@@ -1,9 +1,9 @@
-"""Peak memory and time of `eval.py` on one picture, from a single pixel to 8192 x 8192, with the
+"""Peak memory and time of `eval.py` on one image, from a single pixel to 8192 x 8192, with the
 847 words of ADE20K.
 
     python -m tests.benchmarks.memory [--sizes 1x1 640x480 ...] [--device cpu] [--limit 8]
 
-R101c and a ViT-B/16 with random weights, 100 queries; every size is a process of its own, pictures
+R101c and a ViT-B/16 with random weights, 100 queries; every size is a process of its own, images
 are written as JPEG and label maps as 16-bit TIFF. With --limit (GiB), a peak above it is an error.
 The peak is that of the host.
 """
@@ -43,16 +43,16 @@ def write_model(folder: Path) -> None:
     checkpoint.save(folder / "last.pt", config=asdict(config), model=segmenter.learned_state())
 
 
-def write_picture(root: Path, width: int, height: int) -> None:
+def write_image(root: Path, width: int, height: int) -> None:
     """Noise and labels in broad stripes."""
     rng = np.random.default_rng(0)
     for kind in ("images_detectron2", "annotations_detectron2"):
         (root / "ADE20K_2021_17_01" / kind / "validation").mkdir(parents=True)
-    picture, labels = (
+    image, labels = (
         root / "ADE20K_2021_17_01" / f"{kind}_detectron2" / "validation"
         for kind in ("images", "annotations")
     )
-    Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(picture / "one.jpg")
+    Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(image / "one.jpg")
     rows = (np.arange(height) * 847 // height).astype(np.uint16)
     Image.fromarray(np.repeat(rows[:, None], width, 1)).save(
         labels / "one.tif", compression="tiff_adobe_deflate"
@@ -67,13 +67,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--limit", type=float, help="GiB that no size may exceed")
     args = parser.parse_args()
-    print(f"{'picture':>12}{'seconds':>9}{'GiB':>7}")
+    print(f"{'image':>12}{'seconds':>9}{'GiB':>7}")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_model(folder)
         for size in args.sizes:
             root = folder / size
-            write_picture(root, *map(int, size.split("x")))
+            write_image(root, *map(int, size.split("x")))
             words = [
                 "eval.py",
                 str(folder / "last.pt"),

@@ -1,10 +1,10 @@
-"""How fast pictures come in and results go out, and what sharing CLIP's batches brings: `python -m
-tests.benchmarks.pictures`.
+"""How fast images come in and results go out, and what sharing CLIP's batches brings: `python -m
+tests.benchmarks.images`.
 
 Reading and writing are measured on one core, without a network: a machine needs so many cores for
-each of them as its GPU segments pictures a second, divided by the number printed. The last lines
+each of them as its GPU segments images a second, divided by the number printed. The last lines
 are the whole job with the small model of the synthetic data set (random weights), regions of one
-picture and of eight in a batch, from the same run.
+image and of eight in a batch, from the same run.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from PIL import Image
 from tests.recipe import make_image, make_labels
 from zsseg import distributed, predict
 from zsseg.config import Config, load_config
-from zsseg.predict import Names, Pictures, Results, find_pictures, segment_pictures
+from zsseg.predict import Images, Names, Results, find_images, segment_images
 from zsseg.segmenter import Segmenter
 from zsseg.shapes_clip import build_small_clip
 from zsseg.vocabulary import read_words
@@ -42,15 +42,15 @@ def times(action, items: range) -> float:
 
 
 def host(folder: Path, size: tuple[int, int], count: int) -> None:
-    """Print the pictures a second of reading and of writing, for photos of a size (width,
+    """Print the images a second of reading and of writing, for photos of a size (width,
     height).
     """
     photos = folder / f"{size[0]}"
     photos.mkdir()
     for i in range(count):
         Image.fromarray(make_image(480, 640, i)).resize(size).save(photos / f"{i}.jpg", quality=90)
-    names = Names(find_pictures([str(photos)], folder / "out"))
-    samples, results = Pictures(names.files, Config()), Results(folder / "out", names, WORDS, "")
+    names = Names(find_images([str(photos)], folder / "out"))
+    samples, results = Images(names.files, Config()), Results(folder / "out", names, WORDS, "")
     labels = make_labels(480, 640, range(20), ignore=0).astype(np.uint8)
     labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
     pixels = np.bincount(labels.ravel(), minlength=20).tolist()
@@ -58,13 +58,13 @@ def host(folder: Path, size: tuple[int, int], count: int) -> None:
     read = times(lambda i: samples[i], range(count))
     write = times(lambda i: results.write(whole[i], labels, pixels, pixels), range(count))
     print(
-        f"{size[0]} x {size[1]}, a core: reads {1 / read:.1f} pictures/s, writes {1 / write:.1f} "
+        f"{size[0]} x {size[1]}, a core: reads {1 / read:.1f} images/s, writes {1 / write:.1f} "
         f"(label map, overlay, JSON)"
     )
 
 
 def whole_job(folder: Path, count: int, repeats: int) -> None:
-    """Print the images a second of the synthetic data set's model with groups of one picture and of
+    """Print the images a second of the synthetic data set's model with groups of one image and of
     eight.
     """
     config = load_config(str(ROOT / "configs" / "shapes.toml"), ["data.workers=1"])
@@ -76,7 +76,7 @@ def whole_job(folder: Path, count: int, repeats: int) -> None:
     for i in range(count):
         Image.fromarray(make_image(64, 64, i)).save(photos / f"{i}.png")
     names, process = (
-        Names(find_pictures([str(photos)], folder / "out")),
+        Names(find_images([str(photos)], folder / "out")),
         distributed.init_distributed("cpu"),
     )
     seconds: dict[int, list[float]] = {1: [], 8: []}
@@ -85,13 +85,13 @@ def whole_job(folder: Path, count: int, repeats: int) -> None:
             predict.GROUP_SIZE = together
             started = time.perf_counter()
             with contextlib.redirect_stdout(io.StringIO()):
-                segment_pictures(
+                segment_images(
                     segmenter, config, Results(folder / "out", names, WORDS, ""), process, False
                 )
             seconds[together].append(time.perf_counter() - started)
     one, eight = (count / median(s) for s in seconds.values())
     print(
-        f"synthetic data set's model, {torch.get_num_threads()} threads: regions of one picture "
+        f"synthetic data set's model, {torch.get_num_threads()} threads: regions of one image "
         f"in a batch {one:.1f} "
         f"images/s, of eight {eight:.1f} ({eight / one:.2f} times)"
     )

@@ -1,4 +1,4 @@
-"""Make the README's pictures from a run on the synthetic data set: `python -m
+"""Make the README's images from a run on the synthetic data set: `python -m
 tests.benchmarks.screens runs/shapes`.
 
 overlay.png by `eval.py --images`, report.png from `eval.py --budget --report` in headless Chromium;
@@ -15,14 +15,14 @@ import eval as evaluation
 from tests.browser import Browser
 
 SCREENS = Path(__file__).resolve().parents[1] / "screens"
-PICTURE = "test00136"
+IMAGE = "test00136"
 WORDS = "red square, blue disc, green square, purple triangle; other: striped wall"
 
 
-def save(picture: Image.Image, name: str) -> None:
+def save(image: Image.Image, name: str) -> None:
     """As a PNG of few colours, which is small."""
     SCREENS.mkdir(exist_ok=True)
-    picture.quantize(256, kmeans=2, dither=Image.Dither.NONE).save(SCREENS / name, optimize=True)
+    image.quantize(256, kmeans=2, dither=Image.Dither.NONE).save(SCREENS / name, optimize=True)
 
 
 def main() -> None:
@@ -34,9 +34,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as out:
         common = [str(args.run / "last.pt"), "--root", str(args.root), "--out", out]
-        file = args.root / "shapes" / "images" / "test" / f"{PICTURE}.jpg"
+        file = args.root / "shapes" / "images" / "test" / f"{IMAGE}.jpg"
         evaluation.main([*common, "--images", str(file), "--classes", WORDS])
-        overlay = Image.open(Path(out) / f"{PICTURE}.overlay.jpg")
+        overlay = Image.open(Path(out) / f"{IMAGE}.overlay.jpg")
         canvas = Image.new("RGB", (490 + overlay.width, 480), "white")
         canvas.paste(Image.open(file).resize((480, 480)))
         canvas.paste(overlay, (490, 0))
@@ -52,7 +52,7 @@ def main() -> None:
             )
             browser.screenshot(Path(out) / "page.png")
         page = Image.open(Path(out) / "page.png").convert("RGB")
-        parts = Image.new("RGB", (2 * page.width, 1500), "white")  # the head and the pictures
+        parts = Image.new("RGB", (2 * page.width, 1500), "white")  # the head and the images
         for i, start in enumerate((0, top)):
             parts.paste(
                 page.crop((0, start, page.width, start + parts.height)), (i * page.width, 0)

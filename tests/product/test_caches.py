@@ -47,8 +47,8 @@ def test_label_statistics_follow_every_change(root):
 
 
 @pytest.mark.slow
-def test_pseudo_labels_follow_pictures_and_settings(root, trained):
-    """They are numbered: one picture more, and each would belong to another."""
+def test_pseudo_labels_follow_images_and_settings(root, trained):
+    """They are numbered: one image more, and each would belong to another."""
     settings = ["--set", "data.unseen=['grass']"]
     assert train(root, *settings).returncode == 0
     words = [*settings, "--set", "data.train_on=all", "--set", f"train.teacher={root}/r/last.pt"]
@@ -71,4 +71,4 @@ def test_pseudo_labels_follow_pictures_and_settings(root, trained):
     for name in ("last.pt", "best.pt", "previous.pt"):
         (root / "self" / name).unlink(missing_ok=True)
     save_pair(root, "train", "00", blocks())
-    fails_in_one_line(command(*own), "pseudo labels", "other pictures")
+    fails_in_one_line(command(*own), "pseudo labels", "other images")

@@ -50,7 +50,7 @@ def test_check_names_every_bad_file(tmp_path, capsys, monkeypatch):
     assert files(tmp_path) == before
 
 
-def test_check_of_a_listed_picture_that_is_missing(tmp_path, capsys, monkeypatch):
+def test_check_of_a_listed_image_that_is_missing(tmp_path, capsys, monkeypatch):
     trees.voc(tmp_path)
     prepare_data.main(["voc", "--root", str(tmp_path)])
     (tmp_path / "VOCdevkit/VOC2012/JPEGImages/2007_000033.jpg").unlink()
@@ -70,7 +70,7 @@ def test_partners_missing_on_one_side_are_left_out(tmp_path, capsys):
     (tmp_path / "coco/stuffthingmaps/val2017/000000000101.png").unlink()
     prepare_data.main(["coco_stuff", "--root", str(tmp_path)])
     assert (
-        "val: 2 pictures (published: 5000); 2 files without a partner are left out"
+        "val: 2 images (published: 5000); 2 files without a partner are left out"
         in capsys.readouterr().out
     )
     assert [p.stem for p, _ in find_pairs("coco_stuff", tmp_path, "val")] == [
@@ -89,8 +89,8 @@ def test_ids_that_are_not_the_published_ones(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(DATASETS, "voc", row)
     prepare_data.main(["voc", "--root", str(tmp_path)])
     text = capsys.readouterr().out
-    assert "val: 3 pictures (published: 3), the published ids" in text
-    assert "train: 4 pictures (published: 4), but NOT the published ids" in text
+    assert "val: 3 images (published: 3), the published ids" in text
+    assert "train: 4 images (published: 4), but NOT the published ids" in text
 
 
 # --- broken sources
@@ -198,7 +198,7 @@ def test_registration_is_asked_for(tmp_path, capsys, monkeypatch):
         assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("bad", ["utf-16", "nothing else", "no pictures", "empty folders"])
+@pytest.mark.parametrize("bad", ["utf-16", "nothing else", "no images", "empty folders"])
 def test_half_a_tree_is_no_data_set(bad, tmp_path, capsys, monkeypatch):
     """A list alone, or folders alone, do not pass for data; a list in UTF-16, as some shells write
     it, is one.
@@ -212,7 +212,7 @@ def test_half_a_tree_is_no_data_set(bad, tmp_path, capsys, monkeypatch):
         (folder / "JPEGImages").mkdir()
     else:
         (folder / "val.txt").write_text("2007_000033\n", "utf-16" if bad == "utf-16" else "utf-8")
-    if bad == "no pictures":
+    if bad == "no images":
         trees.save_map(np.zeros((3, 3)), folder / "SegmentationClassAug" / "2007_000033.png")
     fails(capsys, monkeypatch, prepare_data.main, ["voc", "--root", tmp_path], "voc", "127.0.0.1:9")
     if bad == "utf-16":

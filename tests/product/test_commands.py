@@ -171,7 +171,7 @@ def test_costs_and_losses_run_outside_autocast(shapes_root, tmp_path, monkeypatc
 def test_check_reports_histogram_and_absence_of_unseen_pixels(shapes_root, capsys):
     prepare_data.main(["shapes", "--root", str(shapes_root), "--check"])
     text = capsys.readouterr().out
-    assert "shapes train: 10 pictures" in text and "shapes val: 3 pictures" in text
+    assert "shapes train: 10 images" in text and "shapes val: 3 images" in text
     assert "pixels of the 5 unseen classes (red square" in text and "striped wall" in text
 
 
@@ -401,7 +401,7 @@ def test_broken_data_stops_evaluation_and_names_the_file(
         evaluation.main,
         arguments,
         "test00001.png",
-        "is 10 x 10, its picture 64 x 64",
+        "is 10 x 10, its image 64 x 64",
     )
     (root / "shapes" / "labels" / "test" / "test00001.png").write_bytes(b"")
     fails(capsys, monkeypatch, evaluation.main, arguments, "test00001.png", "cannot be read")

@@ -45,20 +45,20 @@ def graphs() -> int:
 
 
 @pytest.mark.slow
-def test_one_program_serves_pictures_of_all_sizes(segmenter, aot_eager):
+def test_one_program_serves_images_of_all_sizes(segmenter, aot_eager):
     """And CLIP's tower needs one for each of four numbers of crops."""
     # A CPU's convolutions distinguish maps smaller than these.
     sizes = ((480, 480), (448, 640), (640, 449), (512, 500))
-    pictures = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
     segmenter.config.chunk = 16
-    wanted = [segmenter(picture, (90, 70)) for picture in pictures]
+    wanted = [segmenter(image, (90, 70)) for image in images]
     text, side = segmenter.text, segmenter.clip.visual.resolution
     crops = torch.randn(39, 3, side, side)
     logits = classify_crops(segmenter.clip, crops, text)
     segmenter.config.ensemble = False
     segmenter.compile_parts()
-    for picture in pictures:
-        segmenter.propose(picture)
+    for image in images:
+        segmenter.propose(image)
     assert graphs() == 1
     segmenter.config.ensemble = True
     with torch.inference_mode():
@@ -67,8 +67,8 @@ def test_one_program_serves_pictures_of_all_sizes(segmenter, aot_eager):
             assert few.shape == (count, 3) and torch.allclose(few, logits[:count], atol=1e-3)
     assert graphs() == 1 + 4
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for picture, labels in zip(pictures, wanted, strict=True):
-            assert (segmenter(picture, (90, 70)) == labels).float().mean() > 0.999
+        for image, labels in zip(images, wanted, strict=True):
+            assert (segmenter(image, (90, 70)) == labels).float().mean() > 0.999
     assert not any("_orig_mod" in k for k in segmenter.state_dict())
 
 
@@ -198,7 +198,7 @@ def test_the_losses_read_nothing_back(shapes_root):
         assert loss.is_cuda and loss.requires_grad and all(v.is_cuda for v in parts.values())
         with pytest.raises(DataDependentOutputException):
             loss.item()
-    # Pictures, labels, classes, counts: from pinned memory, and no others.
+    # Images, labels, classes, counts: from pinned memory, and no others.
     assert transfers.count == 4
 
 

@@ -348,7 +348,7 @@ def test_archives_that_the_user_brought(tmp_path, monkeypatch, capsys):
         DATASETS, "cityscapes", redirected("cityscapes", packed, None, keep_url=False)
     )
     prepare_data.main(["cityscapes", "--root", str(tmp_path / "root")])
-    assert "cityscapes val: 3 pictures" in capsys.readouterr().out
+    assert "cityscapes val: 3 images" in capsys.readouterr().out
     monkeypatch.undo()
     root = tmp_path / "wrong"
     root.mkdir()
@@ -406,7 +406,7 @@ def run_and_kill(arguments: list[str], moment: str) -> int:
     returns how it ended.
 
     "after": a file or folder has just got its final name; "before": it is about to; "within": half
-    of a picture is written.
+    of an image is written.
     """
     child = os.fork()
     if child:

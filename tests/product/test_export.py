@@ -98,8 +98,8 @@ def build(config: Config, clip: dict[str, Tensor] | None) -> Segmenter:
 
 def of_proposer(segmenter: Segmenter) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
     """Inputs and what the segmenter's own way makes of them."""
-    pictures = [torch.randint(0, 256, (3, *size)) for size in SIZES]
-    found = [(picture[None].float(), segmenter.propose(picture)) for picture in pictures]
+    images = [torch.randint(0, 256, (3, *size)) for size in SIZES]
+    found = [(image[None].float(), segmenter.propose(image)) for image in images]
     return [(x, (proposals.head, proposals.logits)) for x, proposals in found]
 
 
@@ -145,7 +145,7 @@ def exported(tmp_path_factory) -> Path:
         {0: Dim.DYNAMIC},
         root / "rough.pt2",
     )
-    segmenter.compile_parts()  # as for many pictures: export is not to see it
+    segmenter.compile_parts()  # as for many images: export is not to see it
     export(segmenter, config, words_of(dataset("shapes")), root / "whole")
 
     settings = ("model.class_head=linear", "data.train_on=all", "clip.ensemble=false")

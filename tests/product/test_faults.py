@@ -199,7 +199,7 @@ def test_bad_steps_are_counted_named_and_kept(shapes_root, tmp_path, monkeypatch
         and ".jpg" in said[0]
     )
     skipped = [line for line in lines(tmp_path) if "skipped" in line]
-    assert [(line["step"], line["skipped"], len(line["pictures"])) for line in skipped] == [
+    assert [(line["step"], line["skipped"], len(line["images"])) for line in skipped] == [
         (2, 1, 4),
         (5, 2, 4),
     ]
@@ -207,7 +207,7 @@ def test_bad_steps_are_counted_named_and_kept(shapes_root, tmp_path, monkeypatch
     assert (
         kept["step"] == 1
         and kept["samples"] == [4, 5, 6, 7]
-        and kept["pictures"] == skipped[0]["pictures"]
+        and kept["images"] == skipped[0]["images"]
     )
     assert kept["batch"][0].shape == (4, 3, 64, 64) and kept["batch"][1]["labels"].shape == (
         4,
@@ -328,7 +328,7 @@ def test_a_broken_training_file_is_named_once_and_replaced(broken_root, tmp_path
     assert len(statistics.broken) == 1 and not (statistics.image == 6).any()
 
 
-def test_only_broken_training_pictures(broken_root, tmp_path, capsys):
+def test_only_broken_training_images(broken_root, tmp_path, capsys):
     for file in (broken_root / "shapes" / "images" / "train").iterdir():
         file.write_bytes(b"junk")
     with pytest.raises(train.UserError, match="cannot be read"):
@@ -531,11 +531,11 @@ def test_chunks_shrink_where_memory_ends(small_clip, monkeypatch, capsys):
     text = normalize(torch.randn(5, 64), dim=-1)
     wanted, real, sizes = classify_crops(small_clip, crops, text, 16), CLIP.encode_image, []
 
-    def limited(self: CLIP, pictures: torch.Tensor, **options: bool) -> torch.Tensor:
-        sizes.append(len(pictures))
-        if len(pictures) > 4:
+    def limited(self: CLIP, images: torch.Tensor, **options: bool) -> torch.Tensor:
+        sizes.append(len(images))
+        if len(images) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, pictures, **options)
+        return real(self, images, **options)
 
     monkeypatch.setattr(CLIP, "encode_image", limited)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""A data set of one's own: the README's walk-through with pictures made on the spot, layouts,
+"""A data set of one's own: the README's walk-through with images made on the spot, layouts,
 impossible descriptions.
 """
 
@@ -16,7 +16,7 @@ from PIL import Image
 import prepare_data
 from zsseg import checkpoint, utils
 from zsseg.config import DataConfig, load_config
-from zsseg.data import TestPictures, TrainPictures
+from zsseg.data import TestImages, TrainImages
 from zsseg.datasets import dataset, find_pairs, has_split
 from zsseg.label_statistics import label_statistics
 
@@ -45,7 +45,7 @@ def walk_through() -> str:
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """The pictures that the walk-through describes: patches of animals, some pixels of values that
+    """The images that the walk-through describes: patches of animals, some pixels of values that
     it does not name.
     """
     rng = np.random.default_rng(0)
@@ -71,9 +71,7 @@ def test_the_walk_through(root):
     words = ["--root", root]
     checked = command("prepare_data.py", "folder", "--config", root / "my.toml", *words, "--check")
     assert checked.returncode == 0, checked.stderr
-    assert (
-        "folder train: 5 pictures" in checked.stdout and "folder val: 3 pictures" in checked.stdout
-    )
+    assert "folder train: 5 images" in checked.stdout and "folder val: 3 images" in checked.stdout
     assert "ignored label values, of no class: 9" in checked.stdout
     assert "of 1500 pixels of the 1 unseen classes (zebra), 0 survive" in checked.stdout
     trained = command(
@@ -107,14 +105,14 @@ def test_the_walk_through(root):
         np.array(Image.open(f)).max() < 4 for f in (root / "run" / "eval" / "predictions").iterdir()
     )
     config = load_config(None, [], checkpoint.load(root / "run" / "last.pt")["config"])
-    shown = {int(c) for n in range(20) for c in TrainPictures(config, root)[n][2]}
+    shown = {int(c) for n in range(20) for c in TrainImages(config, root)[n][2]}
     assert shown == {0, 1, 2}  # cat, dog, grass
-    labels = TestPictures(config.data, root, "val")[0][1]
+    labels = TestImages(config.data, root, "val")[0][1]
     assert labels.unique().tolist() == [0, 2, 3, 255] and (labels[:2] == 255).all()
 
 
 def described(*settings: str) -> DataConfig:
-    layout = ["data.pictures={split}/{id}.jpg", "data.labels={split}/{id}.png"]
+    layout = ["data.images={split}/{id}.jpg", "data.labels={split}/{id}.png"]
     return load_config(
         None, ["data.name=folder", "data.classes=['cat','dog']", *layout, *settings]
     ).data
@@ -134,14 +132,14 @@ def test_layouts(tmp_path):
         Image.new("RGB" if name.startswith("val") else "L", (4, 4)).save(tmp_path / name)
     Image.fromarray(np.full((4, 4), 700, np.uint16)).save(tmp_path / "masks" / "val" / "c.png")
     config = described(
-        "data.pictures={split}/{id}.*", "data.labels=masks/{split}/{id}.png", "data.values=[700,0]"
+        "data.images={split}/{id}.*", "data.labels=masks/{split}/{id}.png", "data.values=[700,0]"
     )
     assert [p.name for p, _ in find_pairs(config, tmp_path, "val")] == ["a.jpg", "c.webp", "b.PNG"]
-    labels = [TestPictures(config, tmp_path, "val")[i][1].unique().tolist() for i in range(3)]
+    labels = [TestImages(config, tmp_path, "val")[i][1].unique().tolist() for i in range(3)]
     assert labels == [[1], [0], [1]]
     (tmp_path / "test.txt").write_text("a\n")
     lists = described(
-        "data.pictures=val/{id}.jpg", "data.labels=masks/val/{id}.png", "data.split=test"
+        "data.images=val/{id}.jpg", "data.labels=masks/val/{id}.png", "data.split=test"
     )
     assert find_pairs(lists, tmp_path, "test") == [
         (tmp_path / "val" / "a.jpg", tmp_path / "masks" / "val" / "a.png")
@@ -150,7 +148,7 @@ def test_layouts(tmp_path):
         find_pairs(
             described(
                 "data.folder=" + str(tmp_path / "val"),
-                "data.pictures={id}.jpg",
+                "data.images={id}.jpg",
                 "data.labels={id}.png",
                 "data.split=../test",
             ),
@@ -172,11 +170,11 @@ def test_layouts(tmp_path):
         (["data.values=[1]"], ["data.values", "each of the 2"]),
         (["data.values=[1,1]"], ["data.values: 1 stands twice"]),
         (["data.values=[1,70000]"], ["65535"]),
-        (["data.pictures="], ["data.pictures: is missing"]),
-        (["data.pictures=images"], ["data.pictures", "{id}"]),
-        (["data.pictures=p_{id}.jpg"], ["data.pictures"]),
+        (["data.images="], ["data.images: is missing"]),
+        (["data.images=images"], ["data.images", "{id}"]),
+        (["data.images=p_{id}.jpg"], ["data.images"]),
         (["data.labels=masks/{id}.png"], ["data.labels", "{split}"]),
-        (["data.split=nope"], ["'nope'", "data.pictures"]),
+        (["data.split=nope"], ["'nope'", "data.images"]),
         (["data.folder=absent"], ["data.folder: no such folder"]),
     ],
 )
@@ -190,38 +188,38 @@ def test_paths_that_lead_nowhere_are_named(tmp_path):
     for file in ("images/val/a.jpg", "masks/val/a.png", "others/val/b.png"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
-    image = f"data.pictures: no 'val' file is {tmp_path}/image/val/*.jpg"
+    image = f"data.images: no 'val' file is {tmp_path}/image/val/*.jpg"
     for setting, part in (
-        ("data.pictures=image/{split}/{id}.jpg", image),
+        ("data.images=image/{split}/{id}.jpg", image),
         (
             "data.labels=mask/{split}/{id}.png",
             f"data.labels: no 'val' file is {tmp_path}/mask/val/*.png",
         ),
         (
             "data.labels=others/{split}/{id}.png",
-            "data.labels: no 'val' label map has the id of a picture",
+            "data.labels: no 'val' label map has the id of an image",
         ),
     ):
         with pytest.raises(utils.UserError, match=re.escape(part)):
             find_pairs(
                 described(
-                    "data.pictures=images/{split}/{id}.jpg",
+                    "data.images=images/{split}/{id}.jpg",
                     "data.labels=masks/{split}/{id}.png",
                     setting,
                 ),
                 tmp_path,
                 "val",
             )
-    whole = described("data.pictures=images/{split}/{id}.jpg", "data.labels=masks/{split}/{id}.png")
+    whole = described("data.images=images/{split}/{id}.jpg", "data.labels=masks/{split}/{id}.png")
     assert len(find_pairs(whole, tmp_path, "val")) == 1
     (tmp_path / "images/val/a.JPG").touch()
-    (tmp_path / "images/val/a.json").touch()  # no picture
+    (tmp_path / "images/val/a.json").touch()  # no image
     assert not has_split(whole, tmp_path, "train")
     for on_image in (find_pairs, has_split):  # a split that is broken is not absent
         with pytest.raises(utils.UserError, match="has the id of"):
             on_image(
                 described(
-                    "data.pictures=images/{split}/{id}.*", "data.labels=masks/{split}/{id}.png"
+                    "data.images=images/{split}/{id}.*", "data.labels=masks/{split}/{id}.png"
                 ),
                 tmp_path,
                 "val",
@@ -235,7 +233,7 @@ def test_label_maps_may_lie_elsewhere(tmp_path):
     Image.new("L", (5, 4)).save(tmp_path / "IMG 1.png")
     (tmp_path / "photos" / "val.txt").write_text("\nIMG 1\r\n\n")
     config = described(
-        "data.folder=photos", "data.pictures={id}.jpg", f"data.labels={tmp_path}/{{id}}.png"
+        "data.folder=photos", "data.images={id}.jpg", f"data.labels={tmp_path}/{{id}}.png"
     )
     assert label_statistics(config, tmp_path, "val").histogram(2).tolist() == [20, 0, 0]
 

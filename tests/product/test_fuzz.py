@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from zsseg import data as pictures
+from zsseg import data as images
 from zsseg.clip import MEAN, STD
 from zsseg.config import Config, load_config, matches
 from zsseg.convert import decode_runs
-from zsseg.images import read_picture, read_values
+from zsseg.images import read_image, read_values
 from zsseg.regions import expand_boxes, mask_boxes, region_crops
 from zsseg.tokenizer import Tokenizer
 from zsseg.utils import UserError
@@ -228,7 +228,7 @@ def test_any_label_map_is_values_or_named(
     except (OSError, ValueError):  # a mode that this kind of file does not know
         return
     file.write_bytes(content.getvalue() if whole else content.getvalue()[:cut])
-    for read in (lambda: read_values(file, bits), lambda: np.array(read_picture(file))):
+    for read in (lambda: read_values(file, bits), lambda: np.array(read_image(file))):
         try:
             values = read()
         except UserError as error:
@@ -271,7 +271,7 @@ def slow_cubic(line: list[float], size: int) -> list[float]:
 )
 def test_boxes_and_crops_are_the_slow_loops(height, width, seed, density, side):
     rng = np.random.default_rng(seed)
-    picture, mask = rng.integers(0, 256, (3, height, width)), rng.random((height, width)) < density
+    image, mask = rng.integers(0, 256, (3, height, width)), rng.random((height, width)) < density
     boxes, valid = mask_boxes(torch.from_numpy(mask)[None])
     rows, columns = mask.nonzero()
     assert bool(valid[0]) == mask.any()
@@ -280,9 +280,9 @@ def test_boxes_and_crops_are_the_slow_loops(height, width, seed, density, side):
         return
     x0, y0, x1, y1 = boxes[0].tolist()
     assert [x0, y0, x1, y1] == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-    crop = region_crops(torch.from_numpy(picture), torch.from_numpy(mask)[None], boxes, side)[0]
+    crop = region_crops(torch.from_numpy(image), torch.from_numpy(mask)[None], boxes, side)[0]
     for channel in range(3):
-        values = (picture[channel] / 255 - MEAN[channel]) / STD[channel] * mask
+        values = (image[channel] / 255 - MEAN[channel]) / STD[channel] * mask
         lines = [slow_cubic(list(row), side) for row in values[y0:y1, x0:x1]]
         wanted = np.array([slow_cubic(list(column), side) for column in zip(*lines, strict=True)]).T
         assert np.allclose(crop[channel].numpy(), wanted, atol=1e-4)
@@ -300,5 +300,5 @@ def test_expanded_boxes_stay_inside_and_keep_a_pixel(height, width, ratio, data)
 
 @given(st.integers(1, 10**5), st.integers(1, 10**5), st.integers(1, 900), st.integers(1, 3000))
 def test_sizes_stay_in_their_limits(width, height, short, longest):
-    w, h = pictures.test_size(width, height, short, longest)
+    w, h = images.test_size(width, height, short, longest)
     assert 1 <= min(w, h) <= max(short, 1) and max(w, h) <= max(longest, 1)

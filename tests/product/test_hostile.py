@@ -16,17 +16,17 @@ from PIL import Image
 import train
 from zsseg import checkpoint, weights
 from zsseg.clip import build_clip
-from zsseg.images import read_picture, read_values
+from zsseg.images import read_image, read_values
 from zsseg.utils import UserError
 
 
-def test_a_picture_that_is_a_bomb(tmp_path):
+def test_a_image_that_is_a_bomb(tmp_path):
     """A few kilobytes that would become 400 million pixels."""
     for size in ((20000, 20000), (9500, 9500)):  # above Pillow's own limit, and where it only warns
         Image.new("1", size).save(tmp_path / "bomb.png")
         assert (tmp_path / "bomb.png").stat().st_size < 10**5
         for read in (
-            lambda: read_picture(tmp_path / "bomb.png"),
+            lambda: read_image(tmp_path / "bomb.png"),
             lambda: read_values(tmp_path / "bomb.png", 8),
         ):
             with pytest.raises(UserError, match=r"bomb.png: cannot be read .*pixels"):

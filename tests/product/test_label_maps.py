@@ -1,4 +1,4 @@
-"""Label maps hold numbers, whatever a decoder of pictures makes of them; photographs are shown one
+"""Label maps hold numbers, whatever a decoder of images makes of them; photographs are shown one
 way only.
 """
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zsseg.images import GREY, TURNED, read_picture, read_samples, read_values, remarks_on
+from zsseg.images import GREY, TURNED, read_image, read_samples, read_values, remarks_on
 from zsseg.utils import UserError
 
 VALUES = np.array([[0, 1, 2, 3, 1], [3, 2, 1, 0, 0]], np.uint8)
@@ -124,9 +124,9 @@ def test_bitmaps_hold_their_samples(tmp_path):
     (tmp_path / "x.pbm").write_bytes(b"P1\n5 2\n0 1 0 1 1\n1 0 1 0 0\n")
     assert np.array_equal(read_values(tmp_path / "x.pbm", 8), VALUES % 2)
     for ending in ("bmp", "gif"):
-        picture = Image.fromarray(VALUES)
-        picture.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
-        picture.save(tmp_path / f"x.{ending}")
+        image = Image.fromarray(VALUES)
+        image.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
+        image.save(tmp_path / f"x.{ending}")
         assert np.array_equal(read_values(tmp_path / f"x.{ending}", 8), VALUES), ending
 
 
@@ -152,17 +152,17 @@ def test_a_palette_of_greys_is_remarked_on(tmp_path):
     is said.
     """
     for greys, remark in (([0, 1, 2, 3], ""), ([0, 255, 7, 3], GREY)):
-        picture = Image.fromarray(VALUES)
-        picture.putpalette([value for grey in greys for value in (grey, grey, grey)])
-        picture.save(tmp_path / "x.png")
+        image = Image.fromarray(VALUES)
+        image.putpalette([value for grey in greys for value in (grey, grey, grey)])
+        image.save(tmp_path / "x.png")
         samples, found = read_samples(tmp_path / "x.png")
         assert np.array_equal(samples, VALUES) and found == remark
-    picture.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0, 0, 0, 200])
-    picture.save(tmp_path / "x.png")
+    image.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0, 0, 0, 200])
+    image.save(tmp_path / "x.png")
     assert read_samples(tmp_path / "x.png")[1] == ""
 
 
-def test_pictures_are_read_one_way(tmp_path):
+def test_images_are_read_one_way(tmp_path):
     """For measuring and training as for `--images`, the camera's turn apart, which is a setting."""
     Image.fromarray(np.full((2, 3), 0x8080, np.uint16)).save(tmp_path / "deep.png")
     Image.fromarray(np.full((2, 3, 4), (9, 9, 9, 0), np.uint8)).save(tmp_path / "clear.png")
@@ -173,11 +173,11 @@ def test_pictures_are_read_one_way(tmp_path):
     )
     for name in ("deep.png", "clear.png"):
         assert np.array_equal(
-            np.asarray(read_picture(tmp_path / name)),
-            np.asarray(read_picture(tmp_path / name, shown=True)),
+            np.asarray(read_image(tmp_path / name)),
+            np.asarray(read_image(tmp_path / name, shown=True)),
         )
     turned = [
-        np.asarray(read_picture(tmp_path / "turned.png", **how))
+        np.asarray(read_image(tmp_path / "turned.png", **how))
         for how in ({}, {"turn": True}, {"shown": True})
     ]
     assert (
@@ -191,27 +191,27 @@ def test_pictures_are_read_one_way(tmp_path):
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
 @pytest.mark.parametrize("turned", [1, 2, 3, 5, 6, 8])
 def test_tiffs_that_say_they_are_turned(turned, compression, tmp_path):
-    """Pillow turns them by itself: values and pictures are taken as they are stored, unless a turn
+    """Pillow turns them by itself: values and images are taken as they are stored, unless a turn
     is wanted.
     """
     options = {"compression": compression} if compression else {}
     Image.fromarray(VALUES).save(tmp_path / "x.tif", tiffinfo={274: turned}, **options)
     assert np.array_equal(read_values(tmp_path / "x.tif", 8), VALUES)
-    stored = np.asarray(read_picture(tmp_path / "x.tif"))[..., 0]
+    stored = np.asarray(read_image(tmp_path / "x.tif"))[..., 0]
     assert np.array_equal(stored, VALUES)
     exif = Image.Exif()
     exif[0x0112] = turned
     Image.fromarray(VALUES).save(tmp_path / "x.png", exif=exif)
-    wanted = np.asarray(read_picture(tmp_path / "x.png", turn=True))
-    assert np.array_equal(np.asarray(read_picture(tmp_path / "x.tif", turn=True)), wanted)
+    wanted = np.asarray(read_image(tmp_path / "x.png", turn=True))
+    assert np.array_equal(np.asarray(read_image(tmp_path / "x.tif", turn=True)), wanted)
     assert remarks_on(tmp_path / "x.tif") == (turned != 1, 0)
 
 
 def test_a_bitmap_that_pillow_misreads_is_refused(tmp_path):
     """Two greys in eight bits: it takes bytes for bits."""
-    picture = Image.fromarray(VALUES % 2)
-    picture.putpalette([0, 0, 0, 255, 255, 255])
-    picture.save(tmp_path / "x.bmp")
+    image = Image.fromarray(VALUES % 2)
+    image.putpalette([0, 0, 0, 255, 255, 255])
+    image.save(tmp_path / "x.bmp")
     content = bytearray((tmp_path / "x.bmp").read_bytes())
     content[46:50] = (2).to_bytes(4, "little")  # colours in the palette
     start = int.from_bytes(content[10:14], "little")

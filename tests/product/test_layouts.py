@@ -13,7 +13,7 @@ from PIL import Image
 import prepare_data
 from zsseg import utils
 from zsseg.config import load_config
-from zsseg.data import TestPictures
+from zsseg.data import TestImages
 from zsseg.datasets import dataset, find_listing, find_pairs
 from zsseg.files import walk
 from zsseg.label_statistics import label_statistics
@@ -33,8 +33,8 @@ def test_hidden_folders_hold_no_data(root):
     done = check(root)
     assert (
         done.returncode == 0
-        and "val: 2 pictures\n" in done.stdout
-        and "train: 4 pictures\n" in done.stdout
+        and "val: 2 images\n" in done.stdout
+        and "train: 4 images\n" in done.stdout
     )
     assert "hidden files and folders left out: " in done.stdout
 
@@ -52,7 +52,7 @@ def test_the_walk_ends_and_finds_each_file_by_each_of_its_names(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("pictures", "labels", "files", "ids"),
+    ("images", "labels", "files", "ids"),
     [
         (
             "{split}/{id}/img.png",
@@ -71,25 +71,25 @@ def test_the_walk_ends_and_finds_each_file_by_each_of_its_names(tmp_path):
         ("{split}/{id}/rgb/0.png", "{split}/{id}/gt/0.png", ["x/y/rgb/0.png", "x/y/gt/0.png"], 1),
     ],
 )
-def test_layouts_that_the_rules_accept_are_found(pictures, labels, files, ids, tmp_path):
+def test_layouts_that_the_rules_accept_are_found(images, labels, files, ids, tmp_path):
     for file in files:
         (tmp_path / "val" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "val" / file).touch()
     listing = find_listing(
-        described(f"data.pictures={pictures}", f"data.labels={labels}"), tmp_path, "val"
+        described(f"data.images={images}", f"data.labels={labels}"), tmp_path, "val"
     )
     assert (
         len(listing.pairs) == ids and not listing.alone and not listing.twins and not listing.others
     )
-    assert all(picture != label for picture, label in listing.pairs)
+    assert all(image != label for image, label in listing.pairs)
 
 
-def test_a_label_map_without_a_picture_is_alone_once(tmp_path):
+def test_a_label_map_without_a_image_is_alone_once(tmp_path):
     for file in ("a.png", "a_mask.png", "b_mask.png", "c.png", "d.tif"):
         (tmp_path / "val" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "val" / file).touch()
     listing = find_listing(
-        described("data.pictures={split}/{id}.png", "data.labels={split}/{id}_mask.png"),
+        described("data.images={split}/{id}.png", "data.labels={split}/{id}_mask.png"),
         tmp_path,
         "val",
     )
@@ -99,10 +99,10 @@ def test_a_label_map_without_a_picture_is_alone_once(tmp_path):
     ] == ["d.tif"]
 
 
-def test_pictures_are_not_their_own_labels(tmp_path):
+def test_images_are_not_their_own_labels(tmp_path):
     with pytest.raises(utils.UserError, match=r"data\.labels"):
         find_pairs(
-            described("data.pictures={split}/{id}.png", "data.labels={split}/{id}.png"),
+            described("data.images={split}/{id}.png", "data.labels={split}/{id}.png"),
             tmp_path,
             "val",
         )
@@ -151,21 +151,21 @@ def test_a_list_of_two_columns_wants_ids(root, tmp_path):
     ]
 
 
-def test_turned_pictures_are_named(root):
+def test_turned_images_are_named(root):
     exif = Image.Exif()
     exif[0x0112] = 3
     save_pair(root, "train", "0", blocks(), exif=exif)
     exif[0x0112] = 6
     save_pair(root, "val", "0", blocks(), exif=exif)
     done = check(root)
-    assert done.returncode == 0 and done.stdout.count("the camera turned the picture (EXIF)") == 2
+    assert done.returncode == 0 and done.stdout.count("the camera turned the image (EXIF)") == 2
     assert str(root / "a/images/train/0.png") in done.stdout
     Image.fromarray(blocks().T.copy()).save(root / "a/masks/val/0.png")
     done = check(root)
     fails_in_one_line(done, "1 file is broken")
     assert "or set data.exif_turn" in done.stdout
     config = load_config(root / "a.toml", ["data.exif_turn=true"]).data
-    image, labels, _ = TestPictures(config, root, "val")[0]
+    image, labels, _ = TestImages(config, root, "val")[0]
     assert labels.shape == (60, 48) and image[0].shape[1] > image[0].shape[2]
     assert not len(label_statistics(config, root, "train").remarks)
 
@@ -176,13 +176,13 @@ def test_ten_mistakes_at_once_are_all_named(root):
         save_pair(root, "train", str(i), np.minimum(blocks(), 1))
     for i in range(4):
         save_pair(root, "train", str(i), np.minimum(blocks(), 1))
-    (a / "images/train/4.png").write_bytes(b"")  # 1: an empty picture
+    (a / "images/train/4.png").write_bytes(b"")  # 1: an empty image
     # 2: a cut label map.
     (a / "masks/train/5.png").write_bytes((a / "masks/train/5.png").read_bytes()[:60])
     Image.new("L", (10, 10)).save(a / "masks/train/6.png")  # 3: of another size
     Image.new("RGB", (60, 48)).save(a / "masks/train/7.png")  # 4: in colours
-    (a / "masks/train/8.png").unlink()  # 5: a picture without labels
-    (a / "images/train/9.png").unlink()  # 6: labels without a picture
+    (a / "masks/train/8.png").unlink()  # 5: an image without labels
+    (a / "images/train/9.png").unlink()  # 6: labels without an image
     # 7: a value of no class.
     Image.fromarray(np.where(blocks() > 0, 200, 0).astype(np.uint8)).save(a / "masks/train/10.png")
     # 8: no pixel of "grass" in train, by the above
@@ -191,9 +191,9 @@ def test_ten_mistakes_at_once_are_all_named(root):
     save_pair(root, "train", "11", np.minimum(blocks(), 1), exif=exif)  # 9: turned by the camera
     shutil.copy(a / "images/train/12.png", a / "images/train/12.jpeg")  # 10: fits no pattern
     shutil.copy(a / "images/train/13.png", a / "images/val/1.png")  # 11: in two splits
-    picture = Image.fromarray(np.minimum(blocks(), 1))
-    picture.putpalette([0, 0, 0, 255, 255, 255])
-    picture.save(a / "masks/train/3.png")  # 12: greys that are no indices
+    image = Image.fromarray(np.minimum(blocks(), 1))
+    image.putpalette([0, 0, 0, 255, 255, 255])
+    image.save(a / "masks/train/3.png")  # 12: greys that are no indices
     # 13: losses, under a wrong name.
     Image.fromarray(blocks()).convert("L").save(a / "masks/train/2.png", "JPEG")
     save_pair(root, "train", "1", np.full((48, 60), 255, np.uint8))  # 14: no class at all
@@ -211,7 +211,7 @@ def test_ten_mistakes_at_once_are_all_named(root):
         "no pixel in train of 1 class of 3: grass",
         "images/train/11.png)",
         "(1 .jpeg)",
-        "1 picture is in another split, too",
+        "1 image is in another split, too",
         "the palette is grey but not in order",
         "masks/train/2.png: is JPEG",
         "1 label map shows no class at all",
@@ -231,7 +231,7 @@ def test_the_check_goes_on_after_what_ends_other_commands(root, capsys):
             ["folder", "--config", str(root / "a.toml"), "--root", str(root), "--check"]
         )
     text = capsys.readouterr().out
-    assert "has the id of" in text and "val: 2 pictures" in text and "no 'train' file is" in text
+    assert "has the id of" in text and "val: 2 images" in text and "no 'train' file is" in text
 
 
 def test_batch_norm_wants_more_than_one_value(root):

@@ -13,7 +13,7 @@ import prepare_data
 from zsseg import utils
 from zsseg.config import load_config
 from zsseg.data import training_statistics
-from zsseg.predict import find_pictures
+from zsseg.predict import find_images
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_measuring_says_what_does_not_count(root, trained):
 
 def test_training_says_what_it_leaves_out(root):
     save_pair(root, "train", "empty", np.full((48, 60), 255, np.uint8))
-    (root / "a/masks/train/0.png").write_bytes(b"no picture")
+    (root / "a/masks/train/0.png").write_bytes(b"no image")
     (root / "a/masks/train/1.png").unlink()
     shutil.copy(root / "a/images/train/2.png", root / "a/images/train/2.JPG")
     done = train(root)
@@ -86,13 +86,13 @@ def test_training_says_what_it_leaves_out(root):
     for part in (
         "1 file without a partner in train",
         "1 label map that cannot be read",
-        "1 training picture without a class that is trained on",
-        "neither data.pictures nor data.labels",
+        "1 training image without a class that is trained on",
+        "neither data.images nor data.labels",
     ):
         assert part in last
 
 
-def test_files_of_a_folder_that_are_no_pictures_are_counted(root, trained):
+def test_files_of_a_folder_that_are_no_images_are_counted(root, trained):
     folder = root / "f"
     (folder / ".thumbnails").mkdir(parents=True)
     shutil.copy(root / "a/images/val/0.png", folder / "a.png")
@@ -113,13 +113,12 @@ def test_files_of_a_folder_that_are_no_pictures_are_counted(root, trained):
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     assert (
-        "4 files that Pillow does not read as pictures (2 .heic, 1 .dng, 1 without an ending)"
-        in last
+        "4 files that Pillow does not read as images (2 .heic, 1 .dng, 1 without an ending)" in last
     )
     assert "2 hidden files and folders" in last and "not found: " in done.stdout
 
 
-def test_pictures_among_the_results_are_counted(root, capsys):
+def test_images_among_the_results_are_counted(root, capsys):
     (root / "p" / "segmented").mkdir(parents=True)
     for name in (
         "a.png",
@@ -130,11 +129,9 @@ def test_pictures_among_the_results_are_counted(root, capsys):
     ):
         shutil.copy(root / "a/images/val/0.png", root / "p" / name)
     utils.LEFT_OUT.clear()
-    assert len(find_pictures([str(root / "p")], root / "p" / "segmented")) == 2
+    assert len(find_images([str(root / "p")], root / "p" / "segmented")) == 2
     utils.print_left_out()
-    assert (
-        capsys.readouterr().out == f"left out: 1 picture in {root}/p/segmented, where results go\n"
-    )
+    assert capsys.readouterr().out == f"left out: 1 image in {root}/p/segmented, where results go\n"
 
 
 def test_patterns_say_what_they_leave_out(root, capsys):
@@ -142,10 +139,10 @@ def test_patterns_say_what_they_leave_out(root, capsys):
     shutil.copy(root / "a/images/val/0.png", root / "p" / "x.png")
     (root / "p" / "l.png").symlink_to(root / "p" / "x.png")
     utils.LEFT_OUT.clear()
-    assert len(find_pictures([str(root / "p" / "*")], root / "o")) == 2
+    assert len(find_images([str(root / "p" / "*")], root / "o")) == 2
     utils.print_left_out()
     text = capsys.readouterr().out
-    assert "1 folder that" in text and "1 link to pictures" in text
+    assert "1 folder that" in text and "1 link to images" in text
 
 
 def test_frames_and_pages_are_counted(root, trained):
@@ -165,9 +162,8 @@ def test_frames_and_pages_are_counted(root, trained):
         "--device",
         "cpu",
     )
-    assert done.returncode == 0 and "left out: 2 pages or frames of pictures" in done.stdout
+    assert done.returncode == 0 and "left out: 2 pages or frames of images" in done.stdout
     Image.fromarray(np.zeros((20, 30), np.uint8)).save(root / "a/masks/val/0.png")
     assert (
-        "the picture has more than one page or frame; the first is read (1 file"
-        in check(root).stdout
+        "the image has more than one page or frame; the first is read (1 file" in check(root).stdout
     )

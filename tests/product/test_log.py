@@ -88,7 +88,7 @@ def records(folder: Path) -> Iterator:
 
 
 def history(folder: Path) -> list[dict]:
-    """The rows of a run's history; what is in a table's or picture's entry as {(its key, key in
+    """The rows of a run's history; what is in a table's or image's entry as {(its key, key in
     it): value}.
     """
     rows = [record.history.item for record in records(folder) if record.HasField("history")]
@@ -253,8 +253,8 @@ def test_evaluations_are_logged_in_full(offline):
     )
 
 
-def test_pictures_with_masks(offline, shapes_root):
-    """The same ones each time: the picture, its prediction and its truth, with the classes'
+def test_images_with_masks(offline, shapes_root):
+    """The same ones each time: the photo, its prediction and its truth, with the classes'
     names.
     """
     out, *_ = offline
@@ -265,13 +265,13 @@ def test_pictures_with_masks(offline, shapes_root):
         lambda path: np.asarray(Image.open(path)),
     )
     for step in (2, 4):
-        entry = {key[1]: value for key, value in rows[step].items() if key[0] == "val/pictures"}
+        entry = {key[1]: value for key, value in rows[step].items() if key[0] == "val/images"}
         assert entry["captions"] == [label.stem for _, label in pairs]
         for (image, label), name, masks in zip(
             pairs, entry["filenames"], entry["all_masks"], strict=True
         ):
-            picture, values = read(folder / name), read_values(label, 8)
-            assert np.abs(picture.astype(int) - read(image)).max() <= 1
+            photo, values = read(folder / name), read_values(label, 8)
+            assert np.abs(photo.astype(int) - read(image)).max() <= 1
             truth, prediction = (
                 read(folder / masks[kind]["path"]) for kind in ("truth", "prediction")
             )
@@ -285,13 +285,13 @@ def test_pictures_with_masks(offline, shapes_root):
         if item.key == "_wandb"
     ][-1]
     for kind in ("truth", "prediction"):
-        classes = json.loads(update)["mask/class_labels"][f"val/pictures_wandb_delimeter_{kind}"][
+        classes = json.loads(update)["mask/class_labels"][f"val/images_wandb_delimeter_{kind}"][
             "value"
         ]
         assert classes == {str(i): name for i, name in enumerate([*data.names, "ignored"])}
 
 
-def test_large_pictures_and_many_classes_are_made_to_fit(tmp_path):
+def test_large_images_and_many_classes_are_made_to_fit(tmp_path):
     wandb = pytest.importorskip("wandb")
     log = Log(tmp_path, PROCESS, tiny_config("data.name=ade20k_full"))
     log.wandb = wandb  # whatever it is, it is there
@@ -308,13 +308,13 @@ def test_large_pictures_and_many_classes_are_made_to_fit(tmp_path):
                 labels,
                 None,
             )
-    assert [maps.shape for _, maps in log.pictures] == 5 * [(5, 256, 512)] + 3 * [(5, 512, 256)]
+    assert [maps.shape for _, maps in log.images] == 5 * [(5, 256, 512)] + 3 * [(5, 512, 256)]
     table = log.table({name: {"IoU": 1.0, "Acc": None} for name in log.data.names})
     # No split.
     assert table.columns == ["class", "IoU", "Acc"] and table.data[846][1:] == [1.0, None]
-    for picture in log.images():
-        masks = [np.asarray(Image.open(mask._path)) for mask in picture._masks.values()]
-        assert picture.image.size == (512, 512) and all(mask.shape == (512, 512) for mask in masks)
+    for image in log.images():
+        masks = [np.asarray(Image.open(mask._path)) for mask in image._masks.values()]
+        assert image.image.size == (512, 512) and all(mask.shape == (512, 512) for mask in masks)
         assert masks[0].max() == 255 and len(np.unique(masks[0])) == 256
 
 
@@ -572,10 +572,10 @@ def test_only_finite_numbers_are_logged_and_junk_is_forgotten(tmp_path):
     log.write(1, loss=1.0, parts={"a": 2})
     log.write(2, loss=math.nan)
     log.write(2, loss=1.0, parts={"a": {"b": math.inf}})
-    log.write(3, skipped=1, pictures=["a.jpg"])
+    log.write(3, skipped=1, images=["a.jpg"])
     assert lines(tmp_path) == [
         {"step": 1, "loss": 1.0, "parts": {"a": 2}},
-        {"step": 3, "skipped": 1, "pictures": ["a.jpg"]},
+        {"step": 3, "skipped": 1, "images": ["a.jpg"]},
     ]
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write(

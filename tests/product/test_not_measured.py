@@ -24,7 +24,7 @@ def test_metrics_of_nothing_are_null():
                 "data.name=folder",
                 "data.classes=['a','b','c']",
                 "data.unseen=['c']",
-                "data.pictures={split}/{id}.png",
+                "data.images={split}/{id}.png",
                 "data.labels={split}/{id}_.png",
             ],
         ).data
@@ -93,7 +93,7 @@ def test_scores_that_are_not_finite_give_no_labels(root, trained):
     fails_in_one_line(
         measure(root / "large.pt", root, "--out", root / "o"),
         "scores that are not finite",
-        "2 pictures",
+        "2 images",
     )
     segment = (
         "eval.py",

@@ -1,4 +1,4 @@
-"""Any pictures, any words: finding pictures, what is written, resuming, several processes,
+"""Any images, any words: finding images, what is written, resuming, several processes,
 mistakes.
 """
 
@@ -24,8 +24,8 @@ from zsseg import checkpoint, predict
 from zsseg.data import test_size as network_size
 from zsseg.data import to_tensor
 from zsseg.datasets import dataset
-from zsseg.images import read_picture
-from zsseg.predict import Names, find_pictures
+from zsseg.images import read_image
+from zsseg.predict import Names, find_images
 from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError
 from zsseg.visualize import overlay, palette
@@ -34,7 +34,7 @@ from zsseg.visualize import overlay, palette
 @pytest.fixture(scope="module")
 def model(shapes_root, tmp_path_factory) -> Path:
     """A segmenter after two steps: good for nothing, but it proposes different things in different
-    pictures.
+    images.
     """
     out = tmp_path_factory.mktemp("model")
     settings = ["--set", "train.steps=2", "--set", "eval.compare=false"]
@@ -45,7 +45,7 @@ def model(shapes_root, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """Pictures of odd kinds and sizes, two broken ones, things that are no pictures."""
+    """Images of odd kinds and sizes, two broken ones, things that are no images."""
     folder, rng = tmp_path / "photos", np.random.default_rng(0)
     (folder / "more" / "deep").mkdir(parents=True)
     noise = lambda *size: Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))
@@ -56,8 +56,8 @@ def photos(tmp_path) -> Path:
     noise(20, 90).convert("CMYK").save(folder / "more" / "deep" / "ünïcode.TIF")
     Image.fromarray(rng.integers(0, 65536, (30, 40), np.uint16)).save(folder / "deep16.png")
     (folder / "cut.jpg").write_bytes((folder / "a.jpg").read_bytes()[:300])
-    (folder / "more" / "not.png").write_text("no picture")
-    (folder / "notes.txt").write_text("no picture either")
+    (folder / "more" / "not.png").write_text("no image")
+    (folder / "notes.txt").write_text("no image either")
     (folder / ".hidden.png").write_bytes((folder / "a.png").read_bytes())
     (folder / "more" / "loop").symlink_to(folder)
     return folder
@@ -92,19 +92,19 @@ def results(out: Path) -> dict[str, bytes]:
     }
 
 
-# --- finding pictures
+# --- finding images
 
 
 def test_names_are_unique_and_short(photos, tmp_path):
-    names = Names(find_pictures([str(photos)], tmp_path / "out"))
+    names = Names(find_images([str(photos)], tmp_path / "out"))
     assert sorted(names[i] for i in range(len(names))) == sorted([*WHOLE, "cut", "more/not"])
     shutil.copy(photos / "a.png", photos / "a.jpg.png")
-    names = Names(find_pictures([str(photos)], tmp_path / "out"))
+    names = Names(find_images([str(photos)], tmp_path / "out"))
     assert len({names[i] for i in range(len(names))}) == len(names) == 9
 
 
 def test_files_patterns_and_lists(photos, tmp_path, monkeypatch):
-    found = lambda *given: find_pictures([*map(str, given)], tmp_path / "out")
+    found = lambda *given: find_images([*map(str, given)], tmp_path / "out")
     # Who names a file means it.
     assert found(photos / "notes.txt") == [str(photos), str(photos / "notes.txt")]
     assert found(photos / "a.*") == [str(photos), str(photos / "a.jpg"), str(photos / "a.png")]
@@ -118,19 +118,19 @@ def test_files_patterns_and_lists(photos, tmp_path, monkeypatch):
     (inside / "x").mkdir(parents=True)
     shutil.copy(photos / "a.png", inside / "x" / "a.png")
     # Not its own results.
-    assert len(find_pictures([str(photos)], inside)) == 9 and len(found(photos)) == 10
+    assert len(find_images([str(photos)], inside)) == 9 and len(found(photos)) == 10
 
 
-def test_results_never_take_the_place_of_pictures(photos, tmp_path, monkeypatch):
-    """What lies where results go is none of the pictures of a pattern, and an error where it is
+def test_results_never_take_the_place_of_images(photos, tmp_path, monkeypatch):
+    """What lies where results go is none of the images of a pattern, and an error where it is
     asked for.
     """
     monkeypatch.chdir(photos)
     (photos / "more" / "out" / "x").mkdir(parents=True)
     shutil.copy("a.png", "more/out/x/a.overlay.png")
     assert (
-        find_pictures(["**/*.png"], Path("more/out"))
-        == find_pictures(["**/*.png"], Path("elsewhere"))[:-1]
+        find_images(["**/*.png"], Path("more/out"))
+        == find_images(["**/*.png"], Path("elsewhere"))[:-1]
     )
     for given, out in (
         ("a.jpg", "."),
@@ -139,14 +139,14 @@ def test_results_never_take_the_place_of_pictures(photos, tmp_path, monkeypatch)
         ("more/out/x", "more"),
         ("more/out/x/*.png", "more/out"),
     ):
-        with pytest.raises(UserError, match=r"where results go|holds no picture"):
-            find_pictures([given], Path(out))
+        with pytest.raises(UserError, match=r"where results go|holds no image"):
+            find_images([given], Path(out))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a.jpg")))
     with pytest.raises(UserError, match="where results go"):
-        find_pictures(["-"], photos)
+        find_images(["-"], photos)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(UserError, match="cannot be read again"):
-        find_pictures(["-"], tmp_path / "out")
+        find_images(["-"], tmp_path / "out")
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(photos, tmp_path, monkeypatch):
@@ -159,36 +159,35 @@ def test_a_folder_that_cannot_be_read_is_an_error(photos, tmp_path, monkeypatch)
 
     monkeypatch.setattr(predict.os, "scandir", refuse)
     with pytest.raises(UserError, match=r"folder .*deep: cannot be read \(Permission denied\)"):
-        find_pictures([str(photos)], tmp_path / "out")
+        find_images([str(photos)], tmp_path / "out")
 
 
 @pytest.mark.parametrize("given", ["phot", "*.xyz", "empty"])
-def test_where_there_are_no_pictures(given, photos, tmp_path):
+def test_where_there_are_no_images(given, photos, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        UserError,
-        match=r"did you mean .*photos\?" if given == "phot" else "(holds|names) no picture",
+        UserError, match=r"did you mean .*photos\?" if given == "phot" else "(holds|names) no image"
     ):
-        find_pictures([str(tmp_path / given)], tmp_path / "out")
+        find_images([str(tmp_path / given)], tmp_path / "out")
 
 
-def test_pictures_are_read_as_they_are_shown(tmp_path):
+def test_images_are_read_as_they_are_shown(tmp_path):
     sides = np.zeros((4, 6, 3), np.uint8)
     sides[:, :3] = 200
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: shown a quarter turn clockwise
     Image.fromarray(sides).save(tmp_path / "turned.png", exif=exif)
-    assert read_picture(tmp_path / "turned.png").size == (6, 4)
-    turned = np.asarray(read_picture(tmp_path / "turned.png", shown=True))
+    assert read_image(tmp_path / "turned.png").size == (6, 4)
+    turned = np.asarray(read_image(tmp_path / "turned.png", shown=True))
     assert turned.shape == (6, 4, 3) and (turned[:3] == 200).all() and not turned[3:].any()
     Image.fromarray(np.full((2, 2, 4), (9, 9, 9, 0), np.uint8)).save(tmp_path / "clear.png")
-    assert np.asarray(read_picture(tmp_path / "clear.png", shown=True)).min() == 255
+    assert np.asarray(read_image(tmp_path / "clear.png", shown=True)).min() == 255
     Image.new("1", (9500, 9500)).save(tmp_path / "large.png")  # of 90 million pixels
-    assert read_picture(tmp_path / "large.png", shown=True).size == (9500, 9500)
+    assert read_image(tmp_path / "large.png", shown=True).size == (9500, 9500)
     with pytest.raises(UserError, match="more than"):
-        read_picture(tmp_path / "large.png")
+        read_image(tmp_path / "large.png")
     Image.fromarray(np.array([[0, 65535, 32896]], np.uint16)).save(tmp_path / "deep.png")
-    assert np.asarray(read_picture(tmp_path / "deep.png", shown=True))[0, :, 0].tolist() == [
+    assert np.asarray(read_image(tmp_path / "deep.png", shown=True))[0, :, 0].tolist() == [
         0,
         255,
         128,
@@ -198,7 +197,7 @@ def test_pictures_are_read_as_they_are_shown(tmp_path):
 # --- segmenting
 
 
-def test_every_picture_gets_its_files(model, shapes_root, photos, tmp_path, monkeypatch, capsys):
+def test_every_image_gets_its_files(model, shapes_root, photos, tmp_path, monkeypatch, capsys):
     words = "red disc, couch = sofa; other: sky, striped wall"
     out, legends, draw = tmp_path / "out", {}, predict.overlay
 
@@ -222,11 +221,11 @@ def test_every_picture_gets_its_files(model, shapes_root, photos, tmp_path, monk
     }
     for name in WHOLE:
         content = json.loads((out / f"{name}.json").read_text())
-        labels = np.array(picture := Image.open(out / f"{name}.png"))
+        labels = np.array(photo := Image.open(out / f"{name}.png"))
         colours = [*palette(3)[:2].tolist(), [96, 96, 96]]
-        assert picture.mode == "P" and labels.shape == (content["height"], content["width"])
-        assert picture.getpalette()[:9] == [value for colour in colours for value in colour]
-        assert labels.shape == read_picture(Path(content["picture"]), shown=True).size[::-1]
+        assert photo.mode == "P" and labels.shape == (content["height"], content["width"])
+        assert photo.getpalette()[:9] == [value for colour in colours for value in colour]
+        assert labels.shape == read_image(Path(content["image"]), shown=True).size[::-1]
         ids, pixels = np.unique(labels, return_counts=True)
         assert {c["id"]: c["pixels"] for c in content["classes"]} == dict(
             zip(ids.tolist(), pixels.tolist(), strict=True)
@@ -263,7 +262,7 @@ def test_every_picture_gets_its_files(model, shapes_root, photos, tmp_path, monk
     }
 
 
-def test_the_data_set_s_pictures_come_out_as_in_evaluation(model, shapes_root, tmp_path):
+def test_the_data_set_s_images_come_out_as_in_evaluation(model, shapes_root, tmp_path):
     """Although their regions share CLIP's batches; also with views."""
     for name, settings in (
         ("plain", []),
@@ -304,7 +303,7 @@ def test_scores_are_those_of_the_label_map(model, shapes_root, photos, tmp_path,
     assert words[1] == [
         i for i, name in enumerate(words[0]) if name != "disc" and name not in data.unseen
     ]
-    image = read_picture(photos / "a.jpg").resize(
+    image = read_image(photos / "a.jpg").resize(
         network_size(70, 50, 64, 128), Image.Resampling.BILINEAR
     )
     proposals = segmenter.propose(to_tensor(image))
@@ -318,7 +317,7 @@ def test_scores_are_those_of_the_label_map(model, shapes_root, photos, tmp_path,
 
 
 def test_resuming_segments_what_is_missing(model, shapes_root, tmp_path, capsys, monkeypatch):
-    """Results of other words, settings, weights or pictures do not count as done; and what is made
+    """Results of other words, settings, weights or images do not count as done; and what is made
     again is the same.
     """
     monkeypatch.setattr(predict, "TOGETHER", 2)
@@ -335,14 +334,14 @@ def test_resuming_segments_what_is_missing(model, shapes_root, tmp_path, capsys,
     capsys.readouterr()
     evaluation.main([*run, "--resume"])
     text = capsys.readouterr().out
-    assert results(out) == whole and "6 pictures in" in text and "4 done before" in text
+    assert results(out) == whole and "6 images in" in text and "4 done before" in text
     again = {n[5:10] for n in written if (out / n).stat().st_mtime_ns != written[n]}
     assert again == {"00002", "00003", "00004", "00005", "00008", "00009"}
     summary(text, out)
 
     def segmented(*words: str) -> int:
         evaluation.main([*words, "--resume"])
-        return int(re.search(r"^(\d+) pictures? in", capsys.readouterr().out, re.M).group(1))
+        return int(re.search(r"^(\d+) images? in", capsys.readouterr().out, re.M).group(1))
 
     os.utime(images / "train00005.jpg")
     assert segmented(*run) == 2 and segmented(*run) == 0
@@ -360,9 +359,9 @@ def test_resuming_segments_what_is_missing(model, shapes_root, tmp_path, capsys,
     run[run.index(str(images))] = str(moved)
     last = [*run[:-1], "red disc, walls", "--set", f"clip.weights={clip}"]
     assert segmented(*last) == 0
-    os.replace(moved / "train00007.jpg", moved / "train00001.jpg")  # an older file, another picture
+    os.replace(moved / "train00007.jpg", moved / "train00001.jpg")  # an older file, another image
     assert segmented(*last) == 2
-    assert json.loads((out / "train00001.json").read_text())["picture"] == str(
+    assert json.loads((out / "train00001.json").read_text())["image"] == str(
         moved / "train00001.jpg"
     )
 
@@ -386,7 +385,7 @@ def summary(text: str, out: Path) -> None:
         (float(share) for _, share, _ in rows), reverse=True
     )
     count, seconds, rate = re.search(
-        r"^(\d+) pictures in (\S+) s, (\S+) images/s", text, re.M
+        r"^(\d+) images in (\S+) s, (\S+) images/s", text, re.M
     ).groups()
     assert float(rate) == pytest.approx(
         int(count) / float(seconds), abs=0.06 * float(rate) / float(seconds)
@@ -396,9 +395,9 @@ def summary(text: str, out: Path) -> None:
 def test_many_words_are_sixteen_bits(model, shapes_root, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("\n".join(f"thing {i}" for i in range(300)))
-    picture = shapes_root / "shapes" / "images" / "test" / "test00001.jpg"
+    image = shapes_root / "shapes" / "images" / "test" / "test00001.jpg"
     evaluation.main(
-        arguments(model, shapes_root, tmp_path / "out", "--images", picture, "--classes", words)
+        arguments(model, shapes_root, tmp_path / "out", "--images", image, "--classes", words)
     )
     labels = np.array(Image.open(tmp_path / "out" / "test00001.png"))
     content = json.loads((tmp_path / "out" / "test00001.json").read_text())
@@ -423,7 +422,7 @@ def test_overlays_have_room_for_what_there_is_room_for():
 
 @pytest.mark.slow
 def test_two_processes_leave_what_one_leaves(model, shapes_root, photos, tmp_path):
-    """Each picture a group of its own; and three find what the two have left over."""
+    """Each image a group of its own; and three find what the two have left over."""
     outs = []
     # Longer than its results' names may be.
     shutil.copy(photos / "a.jpg", photos / ("猫" * 80 + ".jpg"))
@@ -456,9 +455,7 @@ def test_two_processes_leave_what_one_leaves(model, shapes_root, photos, tmp_pat
         file.unlink()
     env = {"TORCHELASTIC_MAX_RESTARTS": "3"}  # by which an error would start it all over again
     result = run(tmp_path / "2", 3, "--resume")
-    assert result.returncode == 0 and "error: pictures: 2 of 9 failed" in result.stderr, (
-        result.stderr
-    )
+    assert result.returncode == 0 and "error: images: 2 of 9 failed" in result.stderr, result.stderr
     assert (
         "segment, the first of 3 processes 3/3" in result.stdout
         and "2 done before" in result.stdout
@@ -470,7 +467,7 @@ def test_two_processes_leave_what_one_leaves(model, shapes_root, photos, tmp_pat
 def test_exported_programs_find_what_images_finds(
     model, shapes_root, photos, tmp_path, monkeypatch, capsys
 ):
-    """`--export` with words of the user's own, background words among them, on pictures of odd
+    """`--export` with words of the user's own, background words among them, on images of odd
     kinds.
     """
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (50, 60, 4), np.uint8)).save(
@@ -482,7 +479,7 @@ def test_exported_programs_find_what_images_finds(
     evaluation.main(arguments(model, shapes_root, out, "--images", *files, *words))
     evaluation.main(arguments(model, shapes_root, out, "--export", programs, *words))
     monkeypatch.chdir(tmp_path)
-    names = Names(find_pictures(map(str, files), out))
+    names = Names(find_images(map(str, files), out))
     for i, file in enumerate(names.files):
         monkeypatch.setattr(sys, "argv", ["example.py", file])
         capsys.readouterr()

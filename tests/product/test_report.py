@@ -1,4 +1,4 @@
-"""The page of `eval.py --report`: its numbers, its pictures, what it refuses to show, and in a
+"""The page of `eval.py --report`: its numbers, its images, what it refuses to show, and in a
 browser that clicks it.
 """
 
@@ -39,11 +39,11 @@ def read(page: Path) -> dict:
     )
 
 
-def shown(pictures: Iterator[int], config: Config) -> report.Report:
-    """A report that was shown random pictures, each a function of its number."""
+def shown(images: Iterator[int], config: Config) -> report.Report:
+    """A report that was shown random images, each a function of its number."""
     data, page = dataset(config.data), report.Report(config, PROCESS)
     C, ignore = len(data.names), data.ignore
-    for number in pictures:
+    for number in images:
         rng = np.random.default_rng(number)
         labels = rng.choice([*range(C), ignore], (24, 36))
         predicted = np.where(
@@ -80,11 +80,7 @@ def written(page: report.Report, out: Path, checkpoint: Path | None = None) -> d
 
 def own(*settings: str) -> Config:
     """A data set of the user's own, whose names are up to no good."""
-    words = [
-        "data.name=folder",
-        "data.pictures=p/{split}/{id}.png",
-        "data.labels=l/{split}/{id}.png",
-    ]
+    words = ["data.name=folder", "data.images=p/{split}/{id}.png", "data.labels=l/{split}/{id}.png"]
     return load_config(None, [*words, f"data.classes={json.dumps(NAMES)}", *settings])
 
 
@@ -173,10 +169,10 @@ def test_a_card_shows_its_maps():
     assert score == pytest.approx(iou.mean()) and dict(card["classes"]) == pytest.approx(
         dict(enumerate(iou))
     )
-    images = {k: decoded(card[k]) for k in ("picture", "truth", "prediction")}
+    images = {k: decoded(card[k]) for k in ("image", "truth", "prediction")}
     assert (
-        images["picture"].size == (72, 48)
-        and images["picture"].format == "JPEG"
+        images["image"].size == (72, 48)
+        and images["image"].format == "JPEG"
         and images["truth"].mode == "P"
     )
     labels = np.random.default_rng(3).choice([0, 1, 2, 3, 255], (24, 36))
@@ -185,10 +181,7 @@ def test_a_card_shows_its_maps():
         truth[known][:, :3] == palette(4)[labels[known]]
     ).all()
     assert (np.array(images["prediction"].convert("RGBA"))[..., 3] == 255 * known).all()
-    assert decoded(report.picture_uri(torch.zeros(3, 40, 1000, dtype=torch.uint8))).size == (
-        320,
-        13,
-    )
+    assert decoded(report.image_uri(torch.zeros(3, 40, 1000, dtype=torch.uint8))).size == (320, 13)
 
 
 def test_more_classes_than_a_palette_holds():
@@ -221,7 +214,7 @@ def test_curves_leave_out_what_is_broken(tmp_path):
         '{"step": "x", "loss": 1}',
         '{"step": 5, "loss": NaN}',
         '{"step": 5, "loss": "high"}',
-        '{"step": 6, "skipped": 1, "pictures": ["a"]}',
+        '{"step": 6, "skipped": 1, "images": ["a"]}',
         "\x00",
     ]
     file.write_text(
@@ -279,7 +272,7 @@ def test_the_command_writes_the_same_page_with_two_processes(made, trained, shap
     one["facts"], two["facts"] = (
         [fact for fact in page["facts"] if fact[0] != "speed"] for page in (one, two)
     )
-    assert one == two and len(one["pictures"]) == 4 and one["paper"] is None
+    assert one == two and len(one["images"]) == 4 and one["paper"] is None
     metrics = json.loads((made / "metrics.json").read_text())
     assert [name for name, _ in one["metrics"]["rows"]] == [
         "MaskFormer only",
@@ -290,7 +283,7 @@ def test_the_command_writes_the_same_page_with_two_processes(made, trained, shap
     assert one["metrics"]["rows"][-1][1] == {k: metrics[k] for k in one["metrics"]["keys"]}
     assert one["per_class"] == [[v["IoU"], v["Acc"]] for v in metrics["per_class"].values()]
     assert one["true_masks"] == metrics["clip_true_masks"] and one["seen"] == dataset("shapes").seen
-    assert dict(one["facts"])["trained on"] == "seen classes, 3 steps of 4 pictures"
+    assert dict(one["facts"])["trained on"] == "seen classes, 3 steps of 4 images"
     data = dataset("shapes")
     labels = [
         read_values(label, 8)
@@ -454,7 +447,7 @@ def test_the_controls_do_what_they_say(browser, made):
 
 
 def test_names_are_text(browser, tmp_path):
-    """Of classes, pictures and checkpoints. Curves that never change are drawn; what has no data
+    """Of classes, images and checkpoints. Curves that never change are drawn; what has no data
     has no section.
     """
     run = tmp_path / HOSTILE.replace("/", "")

@@ -12,12 +12,12 @@ from PIL import Image
 
 from zsseg import shapes, utils
 from zsseg.config import load_config
-from zsseg.data import TestPictures, unique_names
+from zsseg.data import TestImages, unique_names
 from zsseg.files import atomic_write, is_ours, refuse_foreign, result, set_aside
 from zsseg.predict import Names, note_failed
 
 
-def test_label_maps_never_replace_pictures(root, trained):
+def test_label_maps_never_replace_images(root, trained):
     """Beside the checkpoint lies a folder images/ of the user's, as it often does, and the current
     folder is asked for.
     """
@@ -169,7 +169,7 @@ def test_results_need_the_mark_and_links_are_not_followed(tmp_path):
 
 
 def test_lists_of_failures_are_kept_by_other_runs(tmp_path):
-    """Those of pictures that this run was given, or that are gone, are out of date."""
+    """Those of images that this run was given, or that are gone, are out of date."""
     a, b, c = (str(tmp_path / name) for name in ("a.jpg", "b.jpg", "c.jpg"))
     for file in (a, b, c):
         Path(file).touch()
@@ -196,7 +196,7 @@ def test_predictions_of_equal_names(root, trained):
         for p in (root / "o/predictions").rglob("*.png")
     ) == ["one/7.png", "two/7.png"]
     config = load_config(root / "a.toml").data
-    assert TestPictures(config, root, "val").names == ["one/7", "two/7"]
+    assert TestImages(config, root, "val").names == ["one/7", "two/7"]
 
 
 @pytest.mark.parametrize(
@@ -213,8 +213,8 @@ def test_unique_names(files, names):
 
 
 @pytest.mark.slow
-def test_results_of_another_picture_are_not_replaced(root, trained):
-    """Two folders whose pictures have the same names, as cameras give them; equal sizes and dates
+def test_results_of_another_image_are_not_replaced(root, trained):
+    """Two folders whose images have the same names, as cameras give them; equal sizes and dates
     do not make them equal.
     """
     for folder in ("cam1", "cam2"):
@@ -239,13 +239,13 @@ def test_results_of_another_picture_are_not_replaced(root, trained):
     for more in ([], ["--resume"]):
         fails_in_one_line(
             segment("--images", root / "cam2", *more),
-            "the result of another picture",
+            "the result of another image",
             "cam1/0001.png",
         )
     assert (root / "o" / "0001.json").read_bytes() == before
 
 
-def test_drawing_replaces_no_picture(tmp_path, monkeypatch):
+def test_drawing_replaces_no_image(tmp_path, monkeypatch):
     file = tmp_path / "shapes/images/train/train00000.jpg"
     file.parent.mkdir(parents=True)
     file.write_bytes(b"mine")
@@ -291,5 +291,5 @@ def test_results_that_cannot_be_written_are_noticed_first(root, trained, monkeyp
 
 
 def test_measuring_leaves_no_trace_where_it_ends_early(root, trained):
-    (root / "a/images/val/1.png").write_bytes(b"no picture")
+    (root / "a/images/val/1.png").write_bytes(b"no image")
     assert measure(trained, root, "--out", root / "o").returncode == 2 and not (root / "o").exists()

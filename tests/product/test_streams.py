@@ -100,8 +100,8 @@ def test_a_terminal_that_is_closed(ignored, root):
     assert step == steps if ignored else 0 < step < steps
 
 
-def test_a_broken_picture_in_an_evaluation_on_the_way_costs_no_step(root):
-    (root / "a/images/val/1.png").write_bytes(b"no picture")
+def test_a_broken_image_in_an_evaluation_on_the_way_costs_no_step(root):
+    (root / "a/images/val/1.png").write_bytes(b"no image")
     done = train(root, "--set", "train.eval_every=2", "--set", "train.checkpoint_every=1000")
     fails_in_one_line(done, "1.png", "the weights are in", "--resume goes on")
     assert checkpoint.load(root / "r" / "last.pt")["step"] == 2

@@ -13,7 +13,7 @@ from own_data import CONFIG
 from zsseg import utils
 from zsseg.config import load_config
 from zsseg.files import decode, split_lines
-from zsseg.predict import find_pictures
+from zsseg.predict import find_images
 from zsseg.vocabulary import read_words
 
 
@@ -41,7 +41,7 @@ def test_text_as_editors_save_it(encoding, root, monkeypatch):
             },
         ),
     )
-    assert find_pictures(["-"], root / "out")[1:] == [*map(str, files)]
+    assert find_images(["-"], root / "out")[1:] == [*map(str, files)]
 
 
 def test_lines_end_at_newlines_alone():
@@ -105,7 +105,7 @@ def test_home_is_a_tilde(root, monkeypatch, capsys):
     done = command(
         "prepare_data.py", "folder", "--config=~/a.toml", "--root=~", env={"HOME": str(root)}
     )
-    assert done.returncode == 0 and "val: 2 pictures" in done.stdout, done.stderr
+    assert done.returncode == 0 and "val: 2 images" in done.stdout, done.stderr
     config = load_config(root / "a.toml", ["data.folder=~/a", "clip.weights=~/clip.pt"])
     assert config.data.folder == f"{root}/a" and config.clip.weights == f"{root}/clip.pt"
 

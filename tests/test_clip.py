@@ -46,7 +46,11 @@ def test_broken_vocabulary_is_named(monkeypatch, tmp_path):
 
 def test_sizes_are_read_off_the_state_dict():
     clip = build_clip(tiny_clip_state())
-    assert (clip.visual.resolution, clip.visual.conv1[-1].stride, clip.context) == (32, (2, 2), 40)
+    assert (clip.visual.resolution, clip.visual.conv1[-1].stride, clip.context_length) == (
+        32,
+        (2, 2),
+        40,
+    )
     assert clip.token_embedding.num_embeddings == 514
     assert sum(p.numel() for p in clip.parameters()) < 700_000
     assert not clip.training and not any(p.requires_grad for p in clip.parameters())
@@ -178,7 +182,7 @@ def test_attention_is_pytorch_s():
     torch.manual_seed(0)
     ours, theirs, x = (
         C.Attention(128, 2),
-        torch.nn.MultiheadAttention(128, 2, batch_first=True),
+        torch.nn.MultiheadAttention(128, 2, batch_num_out_tokens=True),
         torch.randn(2, 7, 128),
     )
     assert [k for k, _ in ours.named_parameters()] == [k for k, _ in theirs.named_parameters()]

@@ -28,9 +28,9 @@ class Attention(nn.Module):
     `nn.MultiheadAttention`.
     """
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, num_heads: int):
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -38,21 +38,23 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}"
+        return f"heads={self.num_heads}"
 
-    def forward(self, x: Tensor, mask: Tensor | None, first: int = 0) -> Tensor:
-        """[N, length, width] -> the same, or the output of the `first` tokens alone [N, first,
-        width].
+    def forward(self, x: Tensor, mask: Tensor | None, num_out_tokens: int = 0) -> Tensor:
+        """[N, length, width] -> the same, or the output of the first `num_out_tokens`
+        tokens only.
         """
-        if first:
+        if num_out_tokens:
             width = x.shape[-1]
-            q = F.linear(x[:, :first], self.in_proj_weight[:width], self.in_proj_bias[:width])
+            q = F.linear(
+                x[:, :num_out_tokens], self.in_proj_weight[:width], self.in_proj_bias[:width]
+            )
             k, v = F.linear(x, self.in_proj_weight[width:], self.in_proj_bias[width:]).chunk(2, -1)
         else:
             q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
-        # [N, heads, length, width/heads]
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
-        mask = None if mask is None else mask[: first or None].to(q.dtype)
+        # [N, num_heads, length, width/num_heads]
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
+        mask = None if mask is None else mask[: num_out_tokens or None].to(q.dtype)
         return self.out_proj(
             F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
         )
@@ -62,9 +64,9 @@ ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's; that of mos
 
 
 class Block(nn.Module):
-    def __init__(self, width: int, heads: int = 0, activation: str = "quickgelu"):
+    def __init__(self, width: int, num_heads: int = 0, activation: str = "quickgelu"):
         super().__init__()
-        self.attn = Attention(width, heads or max(width // 64, 1))
+        self.attn = Attention(width, num_heads or max(width // 64, 1))
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         gelu = ACTIVATIONS[activation]()
         layers = [
@@ -74,9 +76,9 @@ class Block(nn.Module):
         ]
         self.mlp = nn.Sequential(OrderedDict(layers))
 
-    def forward(self, x: Tensor, mask: Tensor | None, first: int = 0) -> Tensor:
-        y = self.attn(self.ln_1(x), mask, first)
-        x = (x[:, :first] if first else x) + y
+    def forward(self, x: Tensor, mask: Tensor | None, num_out_tokens: int = 0) -> Tensor:
+        y = self.attn(self.ln_1(x), mask, num_out_tokens)
+        x = (x[:, :num_out_tokens] if num_out_tokens else x) + y
         return x + self.mlp(self.ln_2(x))
 
 
@@ -84,16 +86,17 @@ class Transformer(nn.Module):
     """Pre-norm blocks on [N, length, width]; `mask` [length, length] is added to the attention
     logits.
 
-    Where only the `first` tokens are wanted, the last block computes no others: [N, first, width].
+    With `num_out_tokens` the last block computes the first so many tokens only: [N, num_out_tokens,
+    width].
     """
 
-    def __init__(self, width: int, layers: int, heads: int = 0, activation: str = "quickgelu"):
+    def __init__(self, width: int, layers: int, num_heads: int = 0, activation: str = "quickgelu"):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, num_heads, activation) for _ in range(layers))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, first: int = 0) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, num_out_tokens: int = 0) -> Tensor:
         for i, block in enumerate(self.resblocks, 1):
-            x = block(x, mask, first if i == len(self.resblocks) else 0)
+            x = block(x, mask, num_out_tokens if i == len(self.resblocks) else 0)
         return x
 
 
@@ -128,9 +131,9 @@ class VisionTransformer(nn.Module):
         patch: int,
         width: int,
         layers: int,
-        embed: int,
+        embed_dim: int,
         stem: list[int] = (),
-        heads: int = 0,
+        num_heads: int = 0,
         activation: str = "quickgelu",
     ):
         super().__init__()
@@ -142,10 +145,10 @@ class VisionTransformer(nn.Module):
         tokens = (resolution // patch) ** 2 + 1
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.transformer = Transformer(width, layers, heads, activation)
-        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed))
+        self.transformer = Transformer(width, layers, num_heads, activation)
+        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
 
-    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def embed_patches(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """The tokens that enter the transformer [N, 1 + H/p * W/p, width], and (H/p, W/p)."""
         plain = isinstance(self.conv1, nn.Conv2d)
         # [N, width, H/p, W/p]
@@ -163,8 +166,8 @@ class VisionTransformer(nn.Module):
         """Normalised images [N, 3, H, W] -> [N, D], or with `dense` one feature a patch [N, H/p,
         W/p, D].
         """
-        x, grid = self.embed(images)
-        x = self.transformer(x, first=0 if dense else 1)
+        x, grid = self.embed_patches(images)
+        x = self.transformer(x, num_out_tokens=0 if dense else 1)
         if not dense:
             return self.ln_post(x[:, 0]) @ self.proj
         return (self.ln_post(x[:, 1:]) @ self.proj).unflatten(1, grid)
@@ -175,7 +178,7 @@ class VisionTransformer(nn.Module):
 
         Without the last attention a patch keeps its own meaning (MaskCLIP, Zhou et al. 2022).
         """
-        x, grid = self.embed(images)
+        x, grid = self.embed_patches(images)
         *blocks, last = self.transformer.resblocks
         for block in blocks:
             x = block(x, None)
@@ -198,7 +201,7 @@ class VisionTransformer(nn.Module):
         they were trained on: one another and the usual class token. So what the patches become does
         not depend on the regions.
         """
-        x, grid = self.embed(image)
+        x, grid = self.embed_patches(image)
         P, N = len(masks), x.shape[1]
         share = F.adaptive_avg_pool2d(masks, grid).flatten(1)  # [P, N - 1]
         under = (share > 0.5) | (share == share.amax(1, keepdim=True))
@@ -206,7 +209,7 @@ class VisionTransformer(nn.Module):
         bias[:P, :P].fill_diagonal_(0)
         bias[:P, P + 1 :].masked_fill_(under, 0)
         bias[P:, P:] = 0
-        x = self.transformer(torch.cat([x[:, :1].expand(-1, P, -1), x], 1), bias, first=P)
+        x = self.transformer(torch.cat([x[:, :1].expand(-1, P, -1), x], 1), bias, num_out_tokens=P)
         return self.ln_post(x[0]) @ self.proj
 
     @property
@@ -275,12 +278,12 @@ class Bottleneck(nn.Module):
 class AttentionPool(nn.Module):
     """Attention over the grid and its mean; the mean's output is the image feature."""
 
-    def __init__(self, side: int, width: int, heads: int, embed: int):
+    def __init__(self, side: int, width: int, num_heads: int, embed_dim: int):
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(side * side + 1, width))
         self.k_proj, self.q_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
-        self.c_proj = nn.Linear(width, embed)
+        self.c_proj = nn.Linear(width, embed_dim)
 
     def forward(self, x: Tensor, dense: bool) -> Tensor:
         height, width = x.shape[-2:]
@@ -290,8 +293,8 @@ class AttentionPool(nn.Module):
         query = x[:, 1:] if dense else x[:, :1]
         q, k, v = (
             proj(y)
-            .unflatten(-1, (self.heads, -1))
-            .transpose(1, 2)  # [N, heads, length, width/heads]
+            .unflatten(-1, (self.num_heads, -1))
+            .transpose(1, 2)  # [N, num_heads, length, width/num_heads]
             for proj, y in ((self.q_proj, query), (self.k_proj, x), (self.v_proj, x))
         )
         # [N, length, D]
@@ -304,7 +307,9 @@ class ModifiedResNet(nn.Module):
 
     stride = 32
 
-    def __init__(self, layers: list[int], width: int, resolution: int, embed: int, heads: int = 0):
+    def __init__(
+        self, layers: list[int], width: int, resolution: int, embed_dim: int, num_heads: int = 0
+    ):
         super().__init__()
         self.resolution = resolution
         half = width // 2
@@ -323,7 +328,9 @@ class ModifiedResNet(nn.Module):
             ]
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             channels = 4 * planes
-        self.attnpool = AttentionPool(resolution // 32, channels, heads or channels // 64, embed)
+        self.attnpool = AttentionPool(
+            resolution // 32, channels, num_heads or channels // 64, embed_dim
+        )
 
     def forward(self, images: Tensor, dense: bool = False) -> Tensor:
         """Normalised images [N, 3, H, W] -> [N, D], or with `dense` [N, H/32, W/32, D]."""
@@ -342,8 +349,8 @@ class CLIP(nn.Module):
     def __init__(
         self,
         visual: nn.Module,
-        embed: int,
-        context: int,
+        embed_dim: int,
+        context_length: int,
         vocab_size: int,
         width: int,
         layers: int,
@@ -351,20 +358,23 @@ class CLIP(nn.Module):
     ):
         super().__init__()
         self.visual = visual
+        self.embed_dim = embed_dim
         self.max_batch = 0  # that memory had room for at once, where it ended; 0: not met
         self.token_embedding = nn.Embedding(vocab_size, width)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, width))
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
         self.transformer = Transformer(width, layers, activation=activation)
         self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed))
+        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.register_buffer(
-            "causal_mask", torch.full((context, context), -math.inf).triu(1), persistent=False
+            "causal_mask",
+            torch.full((context_length, context_length), -math.inf).triu(1),
+            persistent=False,
         )
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
     @property
-    def context(self) -> int:
+    def context_length(self) -> int:
         return len(self.positional_embedding)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -375,21 +385,21 @@ class CLIP(nn.Module):
         return self.visual(images, dense)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """int64 [N, context] -> [N, D], read at the end token (the largest id)."""
+        """int64 [N, context_length] -> [N, D], read at the end token (the largest id)."""
         return self.encode_embedded(self.token_embedding(tokens), tokens.argmax(-1))
 
     def encode_embedded(self, x: Tensor, end: Tensor) -> Tensor:
-        """Token embeddings [N, context, width] and the position of the end token [N] -> [N, D]."""
+        """Token embeddings [N, context_length, width] and each end token's position [N] -> [N, D]."""
         x = self.transformer(x + self.positional_embedding, self.causal_mask)
         x = self.ln_final(x[torch.arange(len(x), device=x.device), end])
         return x @ self.text_projection
 
 
-def build_clip(state: dict[str, Tensor], activation: str = "quickgelu", heads: int = 0) -> CLIP:
+def build_clip(state: dict[str, Tensor], activation: str = "quickgelu", num_heads: int = 0) -> CLIP:
     """The model whose weights `state` holds (OpenAI names; any float dtype), in fp32, frozen, in
     eval mode.
 
-    What the weights do not tell: the MLPs' `activation`, and the `heads` of the image tower's
+    What the weights do not tell: the MLPs' `activation`, and `num_heads` of the image tower's
     attention (0: width / 64). Raises UserError when `state` is not a whole CLIP, or its width
     cannot be shared by so many heads.
     """
@@ -399,16 +409,16 @@ def build_clip(state: dict[str, Tensor], activation: str = "quickgelu", heads: i
             for k, v in state.items()
             if k not in ("input_resolution", "context_length", "vocab_size")
         }
-        embed = state["text_projection"].shape[1]
+        embed_dim = state["text_projection"].shape[1]
         vocab_size, width = state["token_embedding.weight"].shape
         text = (
-            embed,
+            embed_dim,
             len(state["positional_embedding"]),
             vocab_size,
             width,
             depth(state, "transformer.resblocks"),
         )
-        clip = CLIP(build_visual(state, embed, activation, heads), *text, activation)
+        clip = CLIP(build_visual(state, embed_dim, activation, num_heads), *text, activation)
         clip.load_state_dict(
             {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
         )
@@ -419,24 +429,26 @@ def build_clip(state: dict[str, Tensor], activation: str = "quickgelu", heads: i
     return clip.eval().requires_grad_(False)
 
 
-def build_visual(state: dict[str, Tensor], embed: int, activation: str, heads: int) -> nn.Module:
+def build_visual(
+    state: dict[str, Tensor], embed_dim: int, activation: str, num_heads: int
+) -> nn.Module:
     """The image tower of a CLIP whose weights `state` holds."""
     widths = [
         len(state[k])
         for k in ("visual.class_embedding", "visual.attnpool.q_proj.weight")
         if k in state
     ]
-    if heads and widths and widths[0] % heads:
+    if num_heads and widths and widths[0] % num_heads:
         raise UserError(
             "clip.heads",
-            f"is {heads}, and the image tower's width {widths[0]}",
+            f"is {num_heads}, and the image tower's width {widths[0]}",
             "give a divisor of that, or 0",
         )
     if "visual.proj" not in state:
         layers = [depth(state, f"visual.layer{i}") for i in (1, 2, 3, 4)]
         side = math.isqrt(len(state["visual.attnpool.positional_embedding"]) - 1)
         return ModifiedResNet(
-            layers, len(state["visual.layer1.0.conv1.weight"]), 32 * side, embed, heads
+            layers, len(state["visual.layer1.0.conv1.weight"]), 32 * side, embed_dim, num_heads
         )
     width, layers = (
         len(state["visual.class_embedding"]),
@@ -445,11 +457,20 @@ def build_visual(state: dict[str, Tensor], embed: int, activation: str, heads: i
     side = math.isqrt(len(state["visual.positional_embedding"]) - 1)
     if "visual.conv1.weight" in state:
         patch = state["visual.conv1.weight"].shape[-1]
-        return VisionTransformer(side * patch, patch, width, layers, embed, (), heads, activation)
+        return VisionTransformer(
+            side * patch, patch, width, layers, embed_dim, (), num_heads, activation
+        )
     convs = [v for k, v in state.items() if k.startswith("visual.conv1.") and v.ndim == 4]
     patch = 2 ** len(convs)
     return VisionTransformer(
-        side * patch, patch, width, layers, embed, [len(w) for w in convs[:-1]], heads, activation
+        side * patch,
+        patch,
+        width,
+        layers,
+        embed_dim,
+        [len(w) for w in convs[:-1]],
+        num_heads,
+        activation,
     )
 
 

@@ -47,7 +47,7 @@ class PromptClassifier(nn.Module):
         super().__init__()
         vocab_size, _ = clip.token_embedding.weight.shape
         self.clip, self.prompts, self.names = clip, nn.ModuleList(prompts), names
-        self.tokenizer = Tokenizer(vocab_size, clip.context)
+        self.tokenizer = Tokenizer(vocab_size, clip.context_length)
         tokens, ends = prompts[0].layout(self.tokenizer, names)
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("ends", ends, persistent=False)

@@ -78,7 +78,7 @@ class Segmenter(nn.Module):
                 "clip.regions", "is tokens, which wants a ViT as CLIP", "use pool or crops"
             )
         vocab_size, width = self.clip.token_embedding.weight.shape
-        self.tokenizer = Tokenizer(vocab_size, self.clip.context)
+        self.tokenizer = Tokenizer(vocab_size, self.clip.context_length)
         self.proposing = config.model.proposals
         self.maskformer = (MaskFormer if self.proposing else PerPixel)(
             config.model, self.clip.text_projection.shape[1]

@@ -49,7 +49,7 @@ def plain_attention(self, x, mask, first=0):
     """`nn.MultiheadAttention`, with PyTorch's own fast path for inference."""
     if not hasattr(self, "plain"):
         layer = torch.nn.MultiheadAttention(
-            x.shape[-1], self.heads, batch_first=True, device="meta"
+            x.shape[-1], self.num_heads, batch_first=True, device="meta"
         ).eval()
         layer.in_proj_weight, layer.in_proj_bias, layer.out_proj = (
             self.in_proj_weight,

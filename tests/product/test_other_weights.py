@@ -152,7 +152,7 @@ def test_another_clip_has_heads_of_its_own(root, trained):
     torch.save(tiny_clip_state(1), root / "other.pt")
     config = load_config(None, [f"clip.weights={root}/other.pt"], content["config"])
     segmenter = load_segmenter(content, config, root, "x")
-    assert {block.attn.heads for block in segmenter.clip.visual.transformer.resblocks} == {1}
+    assert {block.attn.num_heads for block in segmenter.clip.visual.transformer.resblocks} == {1}
     assert config.clip.activation == "quickgelu" and config.clip.heads == 0
 
 

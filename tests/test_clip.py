@@ -182,7 +182,7 @@ def test_attention_is_pytorch_s():
     torch.manual_seed(0)
     ours, theirs, x = (
         C.Attention(128, 2),
-        torch.nn.MultiheadAttention(128, 2, batch_num_out_tokens=True),
+        torch.nn.MultiheadAttention(128, 2, batch_first=True),
         torch.randn(2, 7, 128),
     )
     assert [k for k, _ in ours.named_parameters()] == [k for k, _ in theirs.named_parameters()]

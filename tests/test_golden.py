@@ -34,7 +34,7 @@ from zsseg.clip import build_clip
 from zsseg.config import Config
 from zsseg.datasets import dataset
 from zsseg.distributed import Process
-from zsseg.losses import normalizers, segmentation_losses
+from zsseg.losses import loss_normalizers, segmentation_losses
 from zsseg.matcher import Targets, assign, matching_cost
 from zsseg.metrics import confusion, summarize
 from zsseg.regions import mask_boxes, normalize, region_crops
@@ -234,7 +234,7 @@ def test_training_step(file, key_file, backbone, process):
             assert matched[layer, i, target].tolist() == query.tolist()
 
     losses = segmentation_losses(
-        logits, masks, targets, normalizers(targets.counts, 100, 0.1, process), 20.0, 1.0, 0.1
+        logits, masks, targets, loss_normalizers(targets.counts, 100, 0.1, process), 20.0, 1.0, 0.1
     )
     reference = dict(
         zip(arrays["loss_names"].tolist(), arrays["loss_values"].tolist(), strict=True)

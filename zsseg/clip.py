@@ -389,7 +389,7 @@ class CLIP(nn.Module):
         return self.encode_embedded(self.token_embedding(tokens), tokens.argmax(-1))
 
     def encode_embedded(self, x: Tensor, end: Tensor) -> Tensor:
-        """Token embeddings [N, context_length, width] and each end token's position [N] -> [N, D]."""
+        """Token embeddings [N, context_length, width] and the end tokens at [N] -> [N, D]."""
         x = self.transformer(x + self.positional_embedding, self.causal_mask)
         x = self.ln_final(x[torch.arange(len(x), device=x.device), end])
         return x @ self.text_projection

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from zsseg import checkpoint, distributed
-from zsseg.losses import normalizers, segmentation_losses
+from zsseg.losses import loss_normalizers, segmentation_losses
 from zsseg.maskformer import MaskFormer
 from zsseg.matcher import Targets
 from zsseg.regions import classify_crops
@@ -82,7 +82,7 @@ def loss_case(T: int, counts: list[int], device: str = "cpu") -> tuple:
         torch.arange(T, device=device).expand(len(counts), T),
         torch.tensor(counts, device=device),
     )
-    return logits, masks, targets, normalizers(targets.counts, 20, 0.1, PROCESS), 20.0, 1.0, 0.1
+    return logits, masks, targets, loss_normalizers(targets.counts, 20, 0.1, PROCESS), 20.0, 1.0, 0.1
 
 
 @pytest.mark.parametrize("device", DEVICES)

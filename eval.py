@@ -30,6 +30,7 @@ from datetime import timedelta
 from kernels.jit import Switch
 from zsseg import checkpoint, command_line
 from zsseg.analysis import budget, report_budget
+from zsseg.build import load_segmenter
 from zsseg.config import Config, load_config
 from zsseg.datasets import dataset, find_pairs
 from zsseg.distributed import Process, can_compile, init_distributed
@@ -40,7 +41,7 @@ from zsseg.metrics import report
 from zsseg.predict import Names, Results, find_images, made_with, segment_images
 from zsseg.published import compare
 from zsseg.report import Report
-from zsseg.segmenter import Segmenter, load_segmenter
+from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError, path_of
 from zsseg.vocabulary import Words, read_words, seen_classes, trained_names, words_of
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from kernels.jit import Switch
 from zsseg import checkpoint, command_line
+from zsseg.build import build_segmenter
 from zsseg.config import Config, load_config
 from zsseg.data import TrainImages, collate, stream
 from zsseg.datasets import find_pairs, has_split, training_set
@@ -44,7 +45,6 @@ from zsseg.log import Log, Speed
 from zsseg.losses import loss_normalizers, per_pixel_loss, segmentation_losses
 from zsseg.metrics import report
 from zsseg.prompt_learning import Prompts
-from zsseg.segmenter import build_segmenter
 from zsseg.selftrain import pseudo_labels
 from zsseg.shapes_clip import Contrast
 from zsseg.utils import UserError, format_time, git_commit, mix_seed, print_main
@@ -71,7 +71,7 @@ class Segment:
         )
         self.segmenter = build_segmenter(config, root, saved).to(process.device)
         self.segmenter.set_classes(training_set(config.data).training_names)
-        self.text = self.segmenter.text
+        self.text = self.segmenter.text_features
         self.model, self.state, self.load = (
             self.segmenter.maskformer,
             self.segmenter.learned_state,

@@ -41,7 +41,7 @@ def random_segmenter(*settings: str) -> Segmenter:
     torch.manual_seed(0)
     segmenter = Segmenter(tiny_config(*settings), tiny_clip_state()).eval()
     with torch.no_grad():
-        if segmenter.proposing:
+        if segmenter.two_stage:
             segmenter.maskformer.mask_embed[-1].weight.mul_(20)  # masks that are decided
     return segmenter
 
@@ -69,7 +69,9 @@ def test_a_sweep_equals_separate_evaluations(shapes_root):
     objectness = segmenter.variants(proposals, [])["clip_objectness"]
     assert torch.allclose(
         objectness,
-        proposals.region * proposals.head.sum(1, keepdim=True) * proposals.valid[:, None],
+        proposals.clip_probs
+        * proposals.class_probs.sum(1, keepdim=True)
+        * proposals.valid[:, None],
     )
 
 
@@ -141,10 +143,10 @@ def test_views_are_the_mean_of_score_maps(ways, monkeypatch):
         assert torch.equal(labels, wanted) and torch.allclose(top, mean.amax(0), atol=1e-6)
     assert len(wanted.unique()) > 1
     # Room for the first; the others wait in files.
-    monkeypatch.setattr(views, "BUDGET", found[0].proposals.logits.nbytes)
+    monkeypatch.setattr(views, "BUDGET", found[0].proposals.mask_logits.nbytes)
     waiting = views.segment_views(segmenter, images, size, True, 64)
     assert all(
-        torch.equal(a.proposals.logits, b.proposals.logits)
+        torch.equal(a.proposals.mask_logits, b.proposals.mask_logits)
         for a, b in zip(found, waiting, strict=True)
     )
     assert Path("/proc/self/maps").read_text().count("(deleted)") >= len(found) - 1
@@ -198,7 +200,9 @@ def test_one_pass_classifiers_see_the_region():
 
             dense = segmenter.clip.visual.values(resize_for_clip(segmenter.clip, image, 64))[0]
             for i, patches in ((1, dense[:4].flatten(0, 1)), (2, dense[0, 1:2])):
-                wanted = 100 * F.normalize(patches.mean(0), dim=0) @ segmenter.region_text.T
+                wanted = (
+                    100 * F.normalize(patches.mean(0), dim=0) @ segmenter.region_text_features.T
+                )
                 assert torch.allclose(logits[i], wanted, atol=2e-2), i
 
 
@@ -246,7 +250,9 @@ def test_per_pixel_label_map_is_the_argmax_of_its_logits():
     torch.manual_seed(1)
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
-        logits = segmenter.maskformer(segmenter.maskformer.prepare(image[None]), segmenter.text)
+        logits = segmenter.maskformer(
+            segmenter.maskformer.prepare(image[None]), segmenter.text_features
+        )
     wanted = F.interpolate(logits.log_softmax(1), (64, 64), mode="bilinear")[0].argmax(0)
     assert (segmenter(image, (64, 64)) == wanted).float().mean() > 0.999 and len(
         wanted.unique()
@@ -377,9 +383,9 @@ def test_with_perfect_masks_only_classes_cost(shapes_root, monkeypatch):
     def perfect(image):
         proposals = propose(image)
         small = F.interpolate(
-            truth["labels"][None, None].float(), proposals.logits.shape[-2:], mode="nearest"
+            truth["labels"][None, None].float(), proposals.mask_logits.shape[-2:], mode="nearest"
         )[0]
-        proposals.logits = 40 * (small == torch.arange(24)[:, None, None]).float() - 20
+        proposals.mask_logits = 40 * (small == torch.arange(24)[:, None, None]).float() - 20
         return proposals
 
     monkeypatch.setattr(module, "oracle_labels", remember)

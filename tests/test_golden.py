@@ -106,7 +106,7 @@ def test_learned_prompt(process):
     state = original_state(keys("upstream_keys.json", "voc_r50_learnable"))
     segmenter = build(state, "R50", prompt="learned").to(process.device)
     segmenter.set_classes([str(n) for n in arrays["names"]])
-    features = torch.cat([segmenter.text, F.normalize(segmenter.maskformer.non_object)])
+    features = torch.cat([segmenter.text_features, F.normalize(segmenter.maskformer.non_object)])
     assert relative_error(features, arrays["features"]) < tolerance(process)
 
 
@@ -149,16 +149,17 @@ def test_proposals(inference, process):
     (arrays, segmenter, image), most = prepared(inference, process), tolerance(process)
     with torch.no_grad():
         embeds, masks = (
-            x[-1, 0]
-            for x in segmenter.maskformer.propose(segmenter.maskformer.prepare(image[None]))
+            x[-1, 0] for x in segmenter.maskformer.decode(segmenter.maskformer.prepare(image[None]))
         )
     assert relative_error(embeds, arrays["pred_logits"]) < most
     assert relative_error(masks[:12], arrays["pred_masks_first12"]) < most
     assert relative_error(masks.mean((1, 2)), arrays["pred_masks_mean"]) < most
     assert relative_error(masks.std((1, 2), unbiased=False), arrays["pred_masks_std"]) < most
-    text = torch.cat([segmenter.text, F.normalize(segmenter.maskformer.non_object)])
+    text = torch.cat([segmenter.text_features, F.normalize(segmenter.maskformer.non_object)])
     assert relative_error(text, arrays["text_features"]) < most
-    assert relative_error(segmenter.region_text, arrays["region_text_features"][:-1]) < most
+    assert (
+        relative_error(segmenter.region_text_features, arrays["region_text_features"][:-1]) < most
+    )
     proposals = segmenter.propose(image)
     assert np.array_equal(proposals.valid.cpu().numpy(), arrays["valid"])
     differ = segmenter.binary_masks(proposals) != stored_masks(arrays, process)
@@ -184,8 +185,8 @@ def test_regions(inference, process):
     )
 
     proposals = segmenter.propose(image)
-    proposals.valid, proposals.region = valid, torch.ones_like(proposals.region)
-    proposals.region[valid] = (
+    proposals.valid, proposals.clip_probs = valid, torch.ones_like(proposals.clip_probs)
+    proposals.clip_probs[valid] = (
         torch.from_numpy(arrays["clip_logits"][:, :-1]).to(process.device).softmax(-1)
     )
     size, classes = tuple(arrays["output_size"].tolist()), segmenter.ensemble(proposals)
@@ -222,7 +223,7 @@ def test_training_step(file, key_file, backbone, process):
     classes = torch.tensor([present, [*present[:3], 0]])
     targets = Targets(torch.stack(labels), classes, torch.tensor([4, 3])).to(device)
     model = segmenter.maskformer.train()
-    logits, masks = model(model.prepare(images), segmenter.text)
+    logits, masks = model(model.prepare(images), segmenter.text_features)
 
     matched, _ = assign(
         matching_cost(logits.detach(), masks.detach(), targets, 20, 1), targets.counts

@@ -24,7 +24,7 @@ def test_masks_are_at_stride_4_of_the_padded_image(size):
     embeds, masks = model(model.prepare(images), F.normalize(torch.randn(5, 64), dim=-1))
     padded = [-(-s // 32) * 8 for s in size]
     assert embeds.shape == (3, 2, 8, 6) and masks.shape == (3, 2, 8, *padded)
-    embeds, masks = model.eval().propose(model.prepare(images))
+    embeds, masks = model.eval().decode(model.prepare(images))
     assert embeds.shape == (1, 2, 8, 64) and masks.shape == (1, 2, 8, *padded)
 
 
@@ -33,8 +33,8 @@ def test_images_of_a_batch_do_not_see_each_other():
     images = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8)
     with torch.no_grad():
         together, alone = (
-            model.propose(model.prepare(images)),
-            model.propose(model.prepare(images[1:2])),
+            model.decode(model.prepare(images)),
+            model.decode(model.prepare(images[1:2])),
         )
     for a, b in zip(together, alone, strict=True):
         assert torch.allclose(a[:, 1:2], b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
@@ -116,7 +116,7 @@ def test_bf16_autocast_stays_close():
     model = build().eval()
     images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
-        _, exact = model.propose(model.prepare(images))
+        _, exact = model.decode(model.prepare(images))
         with torch.autocast("cpu", torch.bfloat16):
-            _, rough = model.propose(model.prepare(images))
+            _, rough = model.decode(model.prepare(images))
     assert float((exact - rough.float()).abs().max() / exact.abs().max()) < 0.1

@@ -18,7 +18,6 @@ from zsseg import checkpoint, shapes
 from zsseg.config import load_config
 from zsseg.prompt_learning import HeldOut, PromptClassifier, Regions, resized_crop_box
 from zsseg.prompts import FixedPrompt, text_features
-from zsseg.tokenizer import Tokenizer
 
 WORDS = ["--config", "configs/voc_prompts.toml", "--device", "cpu"]
 for setting in (
@@ -189,14 +188,14 @@ def test_random_resized_crops_stay_inside(size):
 
 def test_text_features_are_computed_once(small_clip, tmp_path, monkeypatch):
     monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path))
-    tokenizer, prompt = Tokenizer(514, 40), FixedPrompt(["a {}."])
+    prompt = FixedPrompt(["a {}."])
     calls, encode = [], small_clip.encode_text
     monkeypatch.setattr(
         small_clip, "encode_text", lambda tokens: calls.append(len(tokens)) or encode(tokens)
     )
 
     def features(prompt=prompt, names=("cat", "dog")):
-        return text_features(small_clip, tokenizer, prompt, list(names))
+        return text_features(small_clip, prompt, list(names))
 
     first = features()
     assert torch.equal(first, features()) and calls == [2]
@@ -225,7 +224,7 @@ def test_text_features_are_computed_once(small_clip, tmp_path, monkeypatch):
 def test_an_unwritable_cache_is_said_and_survived(small_clip, tmp_path, monkeypatch, capsys):
     (tmp_path / "text").write_text("a file where the folder should be")
     monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path))
-    features = text_features(small_clip, Tokenizer(514, 40), FixedPrompt(["a {}."]), ["cat"])
+    features = text_features(small_clip, FixedPrompt(["a {}."]), ["cat"])
     assert features.shape == (1, 64) and "not kept" in capsys.readouterr().out
 
 
@@ -282,7 +281,7 @@ def test_many_names_are_computed_prompt_by_prompt(shapes_root, tmp_path, monkeyp
     """
     gradients = []
     for together in (512, 0):
-        monkeypatch.setattr(PromptClassifier, "TOGETHER", together)
+        monkeypatch.setattr(PromptClassifier, "GROUP_SIZE", together)
         config = load_config(
             str(ROOT / "configs/voc_prompts.toml"),
             ["data.name=shapes", "clip.weights={root}/shapes/clip.pt", "train.seeds=[0, 1]"],

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from zsseg import clip as C
-from zsseg.regions import classify_crops, mask_boxes, region_crops
+from zsseg.clip import cosine_logits
+from zsseg.regions import encode_crops, mask_boxes, region_crops
 
 
 def literal_box(mask: torch.Tensor) -> list[int]:
@@ -64,12 +65,12 @@ def test_outside_the_mask_is_zero_after_normalising():
 def test_no_regions(small_clip):
     image, masks = torch.zeros(3, 8, 8), torch.zeros(0, 8, 8, dtype=torch.bool)
     crops = region_crops(image, masks, torch.zeros(0, 4, dtype=torch.int64), 32)
-    assert classify_crops(small_clip, crops, torch.zeros(5, 64), 10).shape == (0, 5)
+    assert encode_crops(small_clip, crops, 10).shape == (0, 64)
 
 
 def test_chunks_do_not_change_the_logits(small_clip):
     torch.manual_seed(0)
     crops, text = torch.randn(7, 3, 32, 32), F.normalize(torch.randn(5, 64), dim=-1)
-    whole = classify_crops(small_clip, crops, text)
-    assert torch.allclose(whole, classify_crops(small_clip, crops, text, 3), atol=1e-3)
+    whole = cosine_logits(encode_crops(small_clip, crops), text)
+    assert torch.allclose(whole, cosine_logits(encode_crops(small_clip, crops, 3), text), atol=1e-3)
     assert whole.abs().max() <= 100.01

@@ -36,7 +36,9 @@ def test_ensemble_weights_seen_and_unseen_the_other_way_round(segmenter):
     alone = segmenter.ensemble(proposals, 0)
     assert torch.equal(alone[valid], region[valid]) and (alone[~valid] == 0).all()
     maps = segmenter.score_map(alone, proposals, (30, 31))
-    few = Proposals(proposals.logits[valid], (30, 31), head[valid], region[valid], valid[valid])
+    few = Proposals(
+        proposals.mask_logits[valid], (30, 31), head[valid], region[valid], valid[valid]
+    )
     assert torch.allclose(maps, segmenter.score_map(region[valid], few, (30, 31)), rtol=1e-5)
     assert torch.equal(segmenter.label_map(alone, proposals, (30, 31))[0], maps.argmax(0))
 
@@ -53,15 +55,15 @@ def test_without_a_split_all_classes_count_as_unseen(segmenter):
 def test_invalid_queries_leave_the_class_to_the_head(segmenter):
     segmenter.config.mask_threshold = 1.0  # no pixel exceeds it
     proposals = segmenter.propose(random_image())
-    assert not proposals.valid.any() and (proposals.region == 1).all()
+    assert not proposals.valid.any() and (proposals.clip_probs == 1).all()
     assert segmenter.score_map(segmenter.ensemble(proposals, 0), proposals, (5, 5)).abs().sum() == 0
 
 
 def test_ensemble_can_be_switched_off(segmenter):
     segmenter.config.ensemble = False
     proposals = segmenter.propose(random_image())
-    assert proposals.region is None
-    assert segmenter.ensemble(proposals) is proposals.head
+    assert proposals.clip_probs is None
+    assert segmenter.ensemble(proposals) is proposals.class_probs
 
 
 def test_class_order_only_renames_the_classes(segmenter):
@@ -84,11 +86,13 @@ def test_regions_may_have_a_prompt_of_their_own(segmenter):
     separate = Segmenter(config, tiny_clip_state()).eval()
     separate.maskformer.load_state_dict(segmenter.maskformer.state_dict())
     separate.set_classes(segmenter.names, [0, 1])
-    assert torch.equal(separate.text, segmenter.text) and not torch.allclose(
-        separate.region_text, separate.text, atol=1e-3
+    assert torch.equal(separate.text_features, segmenter.text_features) and not torch.allclose(
+        separate.region_text_features, separate.text_features, atol=1e-3
     )
     ours, other = separate.propose(random_image()), segmenter.propose(random_image())
-    assert torch.equal(ours.head, other.head) and not torch.equal(ours.region, other.region)
+    assert torch.equal(ours.class_probs, other.class_probs) and not torch.equal(
+        ours.clip_probs, other.clip_probs
+    )
     parts = separate.learned_state()
     assert set(parts) == {"maskformer", "region_prompt"}
     again = Segmenter(config, tiny_clip_state(1))
@@ -118,8 +122,10 @@ def test_on_a_cpu_bf16_is_for_clip_alone(segmenter):
         rough = segmenter.propose(image)
     hook.remove()
     assert dtypes == {torch.bfloat16}
-    assert torch.equal(rough.logits, plain.logits) and torch.equal(rough.head, plain.head)
-    assert 0 < (rough.region - plain.region).abs().max() < 0.05
+    assert torch.equal(rough.mask_logits, plain.mask_logits) and torch.equal(
+        rough.class_probs, plain.class_probs
+    )
+    assert 0 < (rough.clip_probs - plain.clip_probs).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(
@@ -168,7 +174,7 @@ def test_on_a_cpu_clip_is_compiled_for_many_images(
             torch, "compile", lambda f: lambda x: subprocess.run([compiler], check=True)
         )
     evaluation.compile_for(images, segmenter, tiny_config(), Process(torch.device("cpu")))
-    assert segmenter.bucketed == compiled and not segmenter.compiled
+    assert segmenter.clip.bucketed == compiled and not segmenter.maskformer.compiled
     assert (segmenter.clip.visual._compiled_call_impl is not None) == compiled
     assert segmenter.maskformer._compiled_call_impl is None
     assert ("not compiled" in capsys.readouterr().out) == bool(compiler)

@@ -62,20 +62,24 @@ def oracle_labels(
     query, target = (
         torch.from_numpy(x).to(image.device) for x in linear_sum_assignment(-overlap.cpu().numpy())
     )
-    scores = torch.zeros_like(proposals.head)
+    scores = torch.zeros_like(proposals.class_probs)
     scores[query, classes[target]] = (overlap[query, target] > 0).float()
     maps["true_classes"] = segmenter.label_map(scores, proposals, size)[0]
     # A true mask without proposal: CLIP decides alone.
-    head = proposals.head.new_ones(len(classes), len(data.names))
+    head = proposals.class_probs.new_ones(len(classes), len(data.names))
     touching = overlap[query, target] > 0
-    head[target[touching]] = proposals.head[query[touching]]
+    head[target[touching]] = proposals.class_probs[query[touching]]
     region = None
     if segmenter.clip is not None:
         with autocast():
             region = segmenter.region_logits(image, masks, mask_boxes(masks)[0]).softmax(-1)
     valid = torch.ones(len(classes), dtype=torch.bool, device=image.device)
     both = Proposals(
-        proposals.logits, proposals.size, head, region if segmenter.config.ensemble else None, valid
+        proposals.mask_logits,
+        proposals.input_size,
+        head,
+        region if segmenter.config.ensemble else None,
+        valid,
     )
     chosen = segmenter.ensemble(both).argmax(1)
     for row, decided in (("true_masks", chosen), ("both", classes)):

@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from zsseg import checkpoint
+from zsseg.build import load_segmenter
 from zsseg.config import Config, load_config
 from zsseg.data import test_size, to_tensor
 from zsseg.datasets import dataset
 from zsseg.distributed import Process, init_distributed
 from zsseg.images import as_rgb, read_image
-from zsseg.segmenter import Segmenter, load_segmenter
+from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError, path_of
 from zsseg.views import all_finite, label_map, segment_views
 from zsseg.visualize import label_type

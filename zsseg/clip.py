@@ -4,6 +4,7 @@ dict.
 Parameter names are OpenAI's, so its weights load strictly and without a map.
 """
 
+import functools
 import math
 from collections import OrderedDict
 
@@ -11,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zsseg.tokenizer import Tokenizer
 from zsseg.utils import UserError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
+LOGIT_SCALE = 100  # that CLIP's trained temperature ends at
 
 
 class QuickGELU(nn.Module):
@@ -101,11 +104,11 @@ class Transformer(nn.Module):
 
 
 def cosine_logits(features: Tensor, text: Tensor) -> Tensor:
-    """100 x cosine: features [..., D], normalised text features [C, D] -> [..., C], in fp32 under
-    autocast, too: the steps of bf16 would be 0.1 wide and more.
+    """100 x cosine: features [..., D], normalised text features [..., C, D] -> [..., C], in fp32
+    under autocast, too: the steps of bf16 would be 0.1 wide and more.
     """
     with torch.autocast(text.device.type, enabled=False):
-        return 100 * F.normalize(features.float(), dim=-1) @ text.float().T
+        return LOGIT_SCALE * F.normalize(features.float(), dim=-1) @ text.float().mT
 
 
 def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
@@ -359,6 +362,8 @@ class CLIP(nn.Module):
         super().__init__()
         self.visual = visual
         self.embed_dim = embed_dim
+        self.width = width  # of the text tower
+        self.bucketed = False  # compiled: batches of few sizes, see `regions.encode_crops`
         self.max_batch = 0  # that memory had room for at once, where it ended; 0: not met
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
@@ -376,6 +381,14 @@ class CLIP(nn.Module):
     @property
     def context_length(self) -> int:
         return len(self.positional_embedding)
+
+    @property
+    def device(self) -> torch.device:
+        return self.text_projection.device
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.token_embedding.num_embeddings, self.context_length)
 
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Both towers, for contrastive training: features [N, D] each."""

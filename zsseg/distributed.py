@@ -118,7 +118,7 @@ class Process:
         for training there.
 
         At inference on a CPU that is CLIP's image tower alone, nearly all of the work; see
-        `Segmenter.propose_masks`.
+        `Segmenter.propose`.
         """
         if setting != "auto":
             return setting == "on"

@@ -82,7 +82,7 @@ class Proposer(nn.Module):
     def __init__(self, segmenter: Segmenter):
         super().__init__()
         self.maskformer = segmenter.maskformer
-        self.register_buffer("text", segmenter.text)  # None with a linear class head
+        self.register_buffer("text", segmenter.text_features)  # None with a linear class head
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         classes, masks = self.maskformer(self.maskformer.prepare(images), self.text)
@@ -90,12 +90,14 @@ class Proposer(nn.Module):
 
 
 class Tower(nn.Module):
-    """Crops [P, 3, R, R] as CLIP sees them -> logits [P, C], as `classify_crops` computes them."""
+    """Crops [P, 3, R, R] as CLIP sees them -> logits [P, C], as `Segmenter.region_logits` computes
+    them.
+    """
 
     def __init__(self, segmenter: Segmenter, bf16: bool):
         super().__init__()
         self.visual, self.bf16 = segmenter.clip.visual, bf16
-        self.register_buffer("text", segmenter.region_text)
+        self.register_buffer("text", segmenter.region_text_features)
 
     def forward(self, crops: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
@@ -114,7 +116,7 @@ def export(segmenter: Segmenter, config: Config, words: Words, out: Path) -> Non
     """
     with_clip = segmenter.clip is not None and config.clip.ensemble
     bf16 = Process(torch.device("cpu")).bf16(config.model.bf16)
-    if not segmenter.proposing:
+    if not segmenter.two_stage:
         why = "is for mask proposals, not the per-pixel baseline"
         raise UserError("--export", why, "give another checkpoint")
     if with_clip and config.clip.regions != "crops":

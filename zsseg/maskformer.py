@@ -29,14 +29,14 @@ def conv_norm(channels: int, out: int, kernel: int) -> nn.Sequential:
 
 
 class PixelDecoder(nn.Module):
-    """FPN: res2..res5 -> mask features [B, hidden, h, w] at stride 4."""
+    """FPN: res2..res5 -> mask features [B, hidden_dim, h, w] at stride 4."""
 
-    def __init__(self, channels: list[int], hidden: int):
+    def __init__(self, channels: list[int], hidden_dim: int):
         super().__init__()
-        self.top = conv_norm(channels[-1], hidden, 3)
-        self.lateral = nn.ModuleList(conv_norm(c, hidden, 1) for c in channels[:-1])
-        self.output = nn.ModuleList(conv_norm(hidden, hidden, 3) for _ in channels[:-1])
-        self.mask_features = nn.Conv2d(hidden, hidden, 3, padding=1)
+        self.top = conv_norm(channels[-1], hidden_dim, 3)
+        self.lateral = nn.ModuleList(conv_norm(c, hidden_dim, 1) for c in channels[:-1])
+        self.output = nn.ModuleList(conv_norm(hidden_dim, hidden_dim, 3) for _ in channels[:-1])
+        self.mask_features = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         y = F.relu(self.top(features[-1]))
@@ -48,11 +48,11 @@ class PixelDecoder(nn.Module):
         return self.mask_features(y)
 
 
-def sine_positions(height: int, width: int, hidden: int, device: torch.device) -> Tensor:
-    """Normalised sine position encoding [height*width, hidden], y before x (DETR; temperature
+def sine_positions(height: int, width: int, hidden_dim: int, device: torch.device) -> Tensor:
+    """Normalised sine position encoding [height*width, hidden_dim], y before x (DETR; temperature
     10000, scale 2 pi).
     """
-    axis = hidden // 2
+    axis = hidden_dim // 2
     frequency = 10000 ** (2 * (torch.arange(axis, device=device, dtype=torch.float32) // 2) / axis)
 
     def encode(n: int) -> Tensor:
@@ -68,17 +68,20 @@ def sine_positions(height: int, width: int, hidden: int, device: torch.device) -
 class DecoderLayer(nn.Module):
     """Post-norm decoder layer; positions are added to queries and keys, never to values."""
 
-    def __init__(self, hidden: int, heads: int, feedforward: int, dropout: float):
+    def __init__(self, hidden_dim: int, num_heads: int, feedforward: int, dropout: float):
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(hidden, heads, dropout)
-        self.cross_attn = nn.MultiheadAttention(hidden, heads, dropout)
-        self.linear1, self.linear2 = nn.Linear(hidden, feedforward), nn.Linear(feedforward, hidden)
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(hidden) for _ in range(3))
+        self.self_attn = nn.MultiheadAttention(hidden_dim, num_heads, dropout)
+        self.cross_attn = nn.MultiheadAttention(hidden_dim, num_heads, dropout)
+        self.linear1, self.linear2 = (
+            nn.Linear(hidden_dim, feedforward),
+            nn.Linear(feedforward, hidden_dim),
+        )
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(hidden_dim) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, query_pos: Tensor, memory: Tensor, keys: Tensor) -> Tensor:
-        """x [Q, B, hidden], query_pos [Q, B, hidden], memory and keys (memory + positions) [h*w, B,
-        hidden] -> like x.
+        """x and query_pos [Q, B, D], memory and keys (memory + positions) [h*w, B, D] -> like x,
+        D = hidden_dim.
         """
         q = x + query_pos
         x = self.norm1(x + self.dropout(self.self_attn(q, q, x, need_weights=False)[0]))
@@ -97,34 +100,35 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 class MaskFormer(nn.Module):
-    """Everything of the segmenter that learns. `embed` is CLIP's feature width D, or with a linear
-    class head C + 1.
+    """Everything of the segmenter that learns. `embed_dim` is CLIP's feature width D, or with a
+    linear class head C + 1.
     """
 
-    def __init__(self, config: ModelConfig, embed: int):
+    def __init__(self, config: ModelConfig, embed_dim: int):
         super().__init__()
-        hidden = config.hidden
+        hidden_dim = config.hidden
+        self.compiled = False  # for inference, see `at_inference`
         self.backbone = build_backbone(config)
-        self.pixel_decoder = PixelDecoder(self.backbone.channels, hidden)
-        self.input_proj = nn.Conv2d(self.backbone.channels[-1], hidden, 1)
-        layer = (hidden, config.heads, config.feedforward, config.dropout)
+        self.pixel_decoder = PixelDecoder(self.backbone.channels, hidden_dim)
+        self.input_proj = nn.Conv2d(self.backbone.channels[-1], hidden_dim, 1)
+        layer = (hidden_dim, config.heads, config.feedforward, config.dropout)
         self.layers = nn.ModuleList(DecoderLayer(*layer) for _ in range(config.decoder_layers))
-        self.norm = nn.LayerNorm(hidden)
+        self.norm = nn.LayerNorm(hidden_dim)
         for p in self.layers.parameters():
             if p.ndim > 1:
                 nn.init.xavier_uniform_(p)
         for conv in (self.input_proj, self.pixel_decoder.mask_features):
             nn.init.kaiming_uniform_(conv.weight, a=1)
             nn.init.zeros_(conv.bias)
-        self.query_embed = nn.Embedding(config.queries, hidden)
-        self.mask_embed = mlp(hidden, hidden, hidden, hidden)
+        self.query_embed = nn.Embedding(config.queries, hidden_dim)
+        self.mask_embed = mlp(hidden_dim, hidden_dim, hidden_dim, hidden_dim)
         # Fully supervised MaskFormer: the embeddings are the logits.
         if config.class_head == "linear":
-            self.class_embed, self.non_object = nn.Linear(hidden, embed), None
+            self.class_embed, self.non_object = nn.Linear(hidden_dim, embed_dim), None
         else:
-            self.class_embed = mlp(hidden, config.class_hidden, embed)
-            self.non_object = nn.Parameter(torch.empty(1, embed))
-            nn.init.normal_(self.non_object, std=embed**-0.5)
+            self.class_embed = mlp(hidden_dim, config.class_hidden, embed_dim)
+            self.non_object = nn.Parameter(torch.empty(1, embed_dim))
+            nn.init.normal_(self.non_object, std=embed_dim**-0.5)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
 
@@ -141,25 +145,27 @@ class MaskFormer(nn.Module):
             else x
         )
 
-    def propose(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Proposals of `prepare`d images [B, 3, H, W].
+    def decode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries of `prepare`d images [B, 3, H, W].
 
         Returns class embeddings [L, B, Q, D] and mask logits [L, B, Q, h, w] at stride 4; in eval
         mode of the last layer only (L = 1).
         """
         features = self.backbone(images)
-        mask_features = self.pixel_decoder(features)  # [B, hidden, h, w]
-        memory = self.input_proj(features[-1])  # [B, hidden, H/32, W/32]
+        mask_features = self.pixel_decoder(features)  # [B, hidden_dim, h, w]
+        memory = self.input_proj(features[-1])  # [B, hidden_dim, H/32, W/32]
         positions = sine_positions(*memory.shape[-2:], memory.shape[1], memory.device)
-        memory = memory.flatten(2).permute(2, 0, 1)  # [H/32 * W/32, B, hidden]
+        memory = memory.flatten(2).permute(2, 0, 1)  # [H/32 * W/32, B, hidden_dim]
         keys = memory + positions[:, None]
-        query_pos = self.query_embed.weight[:, None].expand(-1, len(images), -1)  # [Q, B, hidden]
+        query_pos = self.query_embed.weight[:, None].expand(
+            -1, len(images), -1
+        )  # [Q, B, hidden_dim]
         y = torch.zeros_like(query_pos)
         outputs = []
         for layer in self.layers:
             y = layer(y, query_pos, memory, keys)
             outputs.append(y)
-        # [L, B, Q, hidden]
+        # [L, B, Q, hidden_dim]
         y = self.norm(torch.stack(outputs if self.training else outputs[-1:])).transpose(1, 2)
         masks = torch.einsum("lbqc,bchw->lbqhw", self.mask_embed(y), mask_features)
         return self.class_embed(y), masks
@@ -177,10 +183,29 @@ class MaskFormer(nn.Module):
     def forward(self, images: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
         """`prepare`d images [B, 3, H, W] and text features [C, D], what torch.compile and DDP wrap.
 
-        Class logits [L, B, Q, C+1] and mask logits [L, B, Q, h, w]; see `propose` and `classify`.
+        Class logits [L, B, Q, C+1] and mask logits [L, B, Q, h, w]; see `decode` and `classify`.
         """
-        embeds, masks = self.propose(images)
-        return self.classify(embeds, text), masks
+        embeds, mask_logits = self.decode(images)
+        return self.classify(embeds, text), mask_logits
+
+    def propose(self, image: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Inference on RGB in 0..255 [3, H, W] with text features [C, D]: mask logits fp32
+        [Q, h, w] and class probabilities [Q, C], no-object dropped.
+        """
+        class_logits, mask_logits = at_inference(self, image, text)
+        return mask_logits[-1, 0].float(), class_logits[-1, 0].softmax(-1)[:, :-1]
+
+
+def at_inference(model: nn.Module, image: Tensor, text: Tensor | None) -> Tensor | tuple:
+    """The outputs for a single image [3, H, W], by the program that was compiled for inference, not
+    the one that training compiled.
+    """
+    prepared = model.prepare(image[None])
+    if not model.compiled:
+        return model.forward(prepared, text)
+    for dim in (2, 3):
+        torch._dynamo.maybe_mark_dynamic(prepared, dim)
+    return model(prepared, text)
 
 
 class PerPixel(nn.Module):
@@ -188,13 +213,14 @@ class PerPixel(nn.Module):
     CLIP's width D a pixel.
     """
 
-    def __init__(self, config: ModelConfig, embed: int):
+    def __init__(self, config: ModelConfig, embed_dim: int):
         super().__init__()
+        self.compiled = False
         self.backbone = build_backbone(config)
         self.pixel_decoder = PixelDecoder(self.backbone.channels, config.hidden)
         nn.init.kaiming_uniform_(self.pixel_decoder.mask_features.weight, a=1)
         nn.init.zeros_(self.pixel_decoder.mask_features.bias)
-        self.pixel_embed = nn.Conv2d(config.hidden, embed, 1)
+        self.pixel_embed = nn.Conv2d(config.hidden, embed_dim, 1)
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
 
@@ -206,3 +232,10 @@ class PerPixel(nn.Module):
         """
         x = self.pixel_embed(self.pixel_decoder(self.backbone(images)))
         return cosine_logits(x.movedim(1, -1), text).movedim(-1, 1)
+
+    def propose(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """As `MaskFormer.propose`, one proposal a class: the mask of class c is its probability p,
+        whose logit here is log p, so that its sigmoid p / (1 + p) grows with p and never saturates.
+        """
+        logits = at_inference(self, image, text)[0]  # [C, h, w]
+        return logits.log_softmax(0), torch.eye(len(logits), device=logits.device)

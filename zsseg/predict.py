@@ -33,7 +33,6 @@ from zsseg.distributed import Process
 from zsseg.download import locked
 from zsseg.files import MARK, atomic_write, decode, refuse_foreign, result, split_lines, walk
 from zsseg.images import image_endings, read_image, remarks_on
-from zsseg.regions import crops_at_once
 from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError, did_you_mean_file, left_out, path_of, progress, several
 from zsseg.views import all_finite, label_map, segment_views, whole
@@ -353,7 +352,9 @@ def made_with(segmenter: Segmenter, config: Config, words: Words, process: Proce
     model["bf16"] = process.bf16(config.model.bf16)
     # Of the vocabulary file, what it makes of these words.
     tokens = (
-        [] if segmenter.clip is None else [segmenter.tokenizer.encode(name) for name in words.names]
+        []
+        if segmenter.clip is None
+        else [segmenter.clip.tokenizer.encode(name) for name in words.names]
     )
     settings = [
         clip,
@@ -378,8 +379,7 @@ def group_size(segmenter: Segmenter, config: Config, device: torch.device) -> in
         return 1
     if device.type == "cuda":
         return GROUP_SIZE  # many queries have no region
-    crops = crops_at_once(segmenter.clip.visual.resolution, device, config.clip.chunk)
-    return min(max(crops // config.model.queries, 1), GROUP_SIZE)
+    return 1
 
 
 @torch.inference_mode()
@@ -565,7 +565,7 @@ def segment_groups(
                     for i, p in zip(images, whole_ones, strict=True)
                 ]
             else:
-                proposals = segmenter.propose_together([i[0] for i in images])
+                proposals = [segmenter.propose(i[0]) for i in images]
                 views = [
                     [whole(p, item.size)] for p, item in zip(proposals, whole_ones, strict=True)
                 ]

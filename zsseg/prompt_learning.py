@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import Dataset
 
 from zsseg import checkpoint
-from zsseg.clip import CLIP, build_clip
+from zsseg.build import load_clip
+from zsseg.clip import CLIP, build_clip, cosine_logits
 from zsseg.config import Config
 from zsseg.data import stream, to_tensor, training_statistics
 from zsseg.datasets import find_pairs, training_set
@@ -27,8 +28,6 @@ from zsseg.images import read_image, read_labels
 from zsseg.metrics import percent
 from zsseg.prompts import LearnedPrompt, build_prompt
 from zsseg.regions import mask_boxes, region_crops
-from zsseg.segmenter import load_clip
-from zsseg.tokenizer import Tokenizer
 from zsseg.utils import UserError, mix_seed, print_main
 
 
@@ -45,17 +44,12 @@ class PromptClassifier(nn.Module):
 
     def __init__(self, clip: CLIP, prompts: list[LearnedPrompt], names: list[str]):
         super().__init__()
-        vocab_size, _ = clip.token_embedding.weight.shape
-        self.clip, self.prompts, self.names = clip, nn.ModuleList(prompts), names
-        self.tokenizer = Tokenizer(vocab_size, clip.context_length)
-        tokens, ends = prompts[0].layout(self.tokenizer, names)
+        self.clip = clip
+        self.prompts = nn.ModuleList(prompts)
+        self.names = names
+        tokens, ends = prompts[0].layout(clip.tokenizer, names)
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("ends", ends, persistent=False)
-
-    @torch.no_grad()
-    def image_features(self, crops: Tensor) -> Tensor:
-        """Crops as CLIP wants them [B, 3, R, R] -> normalised features [B, D]."""
-        return F.normalize(self.clip.encode_image(crops).float(), dim=-1)
 
     def text(self) -> Tensor:
         """Normalised text features of every prompt [S, C, D]."""
@@ -73,7 +67,9 @@ class PromptClassifier(nn.Module):
 
     def forward(self, crops: Tensor) -> Tensor:
         """Crops [B, 3, R, R] -> logits [S, B, C]."""
-        return 100 * self.image_features(crops) @ self.text().mT
+        with torch.no_grad():
+            features = self.clip.encode_image(crops)
+        return cosine_logits(features, self.text())
 
     def train(self, mode: bool = True) -> "PromptClassifier":
         return self  # a frozen CLIP stays in eval mode
@@ -95,8 +91,7 @@ class Prompts:
         self.seeds, prompts = config.train.seeds or [config.train.seed], []
         for seed in self.seeds:
             torch.manual_seed(mix_seed(seed, 0))
-            width = clip.token_embedding.weight.shape[1]
-            prompts.append(LearnedPrompt(width, config.clip.prompt_prefix))
+            prompts.append(LearnedPrompt(clip.width, config.clip.prompt_prefix))
         self.model = PromptClassifier(clip, prompts, training_set(config.data).training_names).to(
             process.device
         )
@@ -145,7 +140,7 @@ class Prompts:
         """Accuracy of every seed on the held-out regions in percent: over regions ("top1") and its
         mean over classes.
         """
-        single = build_prompt("single", 0)(self.model.clip, self.model.tokenizer, self.model.names)
+        single = build_prompt("single", 0)(self.model.clip, self.model.names)
         S, C, device = len(self.seeds), len(self.model.names), self.process.device
         text = torch.cat([self.model.text(), single[None]])  # a fixed prompt for comparison
         right, count = torch.zeros(S + 1, C, device=device), torch.zeros(C, device=device)
@@ -156,7 +151,8 @@ class Prompts:
             held, numbers, 64, workers, self.collate, lambda error: print_main(f"left out: {error}")
         ):
             classes = classes.to(device)
-            named = (self.model.image_features(crops.to(device)) @ text.mT).argmax(-1)  # [S + 1, B]
+            features = self.model.clip.encode_image(crops.to(device))
+            named = cosine_logits(features, text).argmax(-1)  # [S + 1, B]
             right.index_add_(1, classes, (named == classes).float())
             count.index_add_(0, classes, torch.ones_like(classes, dtype=torch.float))
         right, count = self.process.sum(right), self.process.sum(count)

@@ -40,10 +40,10 @@ class FixedPrompt(nn.Module):
                 )
         self.templates = templates
 
-    def forward(self, clip: CLIP, tokenizer: Tokenizer, names: list[str]) -> Tensor:
+    def forward(self, clip: CLIP, names: list[str]) -> Tensor:
         """Names -> normalised features [C, D]."""
         texts = [template.replace("{}", name) for template in self.templates for name in names]
-        tokens = tokenizer(texts).to(clip.text_projection.device)
+        tokens = clip.tokenizer(texts).to(clip.device)
         features = torch.cat([clip.encode_text(chunk) for chunk in tokens.split(256)])
         features = F.normalize(features, dim=-1).view(len(self.templates), len(names), -1)
         return F.normalize(features.mean(0), dim=-1)
@@ -60,7 +60,7 @@ class LearnedPrompt(nn.Module):
         """Token ids [C, context] with zeros where the prompt goes, and the position of the end
         token [C], on the CPU.
         """
-        tokens = torch.zeros(len(names), tokenizer.context, dtype=torch.int64)
+        tokens = torch.zeros(len(names), tokenizer.context_length, dtype=torch.int64)
         ends = []
         for row, name in zip(tokens, names, strict=True):
             ids = tokenizer.encode(name)
@@ -71,8 +71,9 @@ class LearnedPrompt(nn.Module):
                 *tokenizer.encode("."),
                 tokenizer.end,
             ]
-            if len(ids) > tokenizer.context:
-                why = f"needs {len(ids)} tokens with its prompt, CLIP reads {tokenizer.context}"
+            if len(ids) > tokenizer.context_length:
+                most = tokenizer.context_length
+                why = f"needs {len(ids)} tokens with its prompt, CLIP reads {most}"
                 raise UserError(f"class name {name!r}", why, "shorten it")
             row[: len(ids)] = torch.tensor(ids)
             ends.append(len(ids) - 1)
@@ -85,9 +86,9 @@ class LearnedPrompt(nn.Module):
             [x[:, :1], self.prefix.expand(len(x), -1, -1), x[:, 1 + len(self.prefix) :]], 1
         )
 
-    def forward(self, clip: CLIP, tokenizer: Tokenizer, names: list[str]) -> Tensor:
+    def forward(self, clip: CLIP, names: list[str]) -> Tensor:
         """Names -> normalised features [C, D]; differentiable in the prompt."""
-        tokens, ends = (t.to(self.prefix.device) for t in self.layout(tokenizer, names))
+        tokens, ends = (t.to(self.prefix.device) for t in self.layout(clip.tokenizer, names))
         return F.normalize(clip.encode_embedded(self.embed(clip, tokens), ends), dim=-1)
 
 
@@ -107,17 +108,16 @@ def build_prompt(spec: str | list[str], width: int, prefix: int = 16) -> nn.Modu
 
 
 @torch.no_grad()
-def text_features(clip: CLIP, tokenizer: Tokenizer, prompt: nn.Module, names: list[str]) -> Tensor:
+def text_features(clip: CLIP, prompt: nn.Module, names: list[str]) -> Tensor:
     """`prompt`'s features [C, D], kept in the cache under a digest of all that they depend on."""
-    device = clip.text_projection.device
     # Of this vocabulary file.
-    tokens = [tokenizer.encode(text) for text in (*names, *getattr(prompt, "templates", ()))]
+    tokens = [clip.tokenizer.encode(text) for text in (*names, *getattr(prompt, "templates", ()))]
     words = [
         getattr(prompt, "templates", None),
         names,
         tokens,
-        tokenizer.context,
-        device.type,
+        clip.context_length,
+        clip.device.type,
         torch.__version__,
         str(clip),
     ]
@@ -133,12 +133,9 @@ def text_features(clip: CLIP, tokenizer: Tokenizer, prompt: nn.Module, names: li
     file = cache_dir() / "text" / f"{digest.hexdigest()}.pt"
     with contextlib.suppress(UserError):  # not there, or damaged: computed again
         features = read_torch(file, "text features")
-        if isinstance(features, Tensor) and features.shape == (
-            len(names),
-            clip.text_projection.shape[1],
-        ):
-            return features.to(device)
-    features = prompt(clip, tokenizer, names)
+        if isinstance(features, Tensor) and features.shape == (len(names), clip.embed_dim):
+            return features.to(clip.device)
+    features = prompt(clip, names)
     content = io.BytesIO()
     torch.save(features.cpu(), content)
     try:

@@ -7,8 +7,8 @@ from torch import Tensor
 from kernels import region_crop as kernel
 from kernels.jit import use_triton
 from kernels.mask_pool import mask_pool
-from zsseg import clip as clip_module
-from zsseg.clip import CLIP, cosine_logits
+from zsseg.clip import CLIP, MEAN, STD, cosine_logits
+from zsseg.config import ClipConfig
 from zsseg.utils import out_of_memory, print_main
 
 STRIDE = 4  # from mask logits to the padded network input
@@ -68,11 +68,8 @@ def expand_boxes(boxes: Tensor, ratio: float, size: tuple[int, int]) -> Tensor:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """RGB in 0..255 [..., 3, H, W] as CLIP wants it, fp32."""
-    mean, std = (
-        torch.tensor(v, device=images.device).view(3, 1, 1)
-        for v in (clip_module.MEAN, clip_module.STD)
-    )
+    """RGB in 0..255 [..., 3, H, W] as CLIP takes it, fp32."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
     return (images / 255 - mean) / std
 
 
@@ -90,9 +87,9 @@ def region_crops(
     index = torch.arange(len(masks), device=masks.device) if index is None else index
     dtype = torch.bfloat16 if torch.is_autocast_enabled(image.device.type) else torch.float32
     if use_triton(image) and image.dtype == torch.uint8:
-        mean, std = list(clip_module.MEAN), list(clip_module.STD)
+        masks = masks.to(torch.uint8)
         return kernel.region_crop(
-            image, masks.to(torch.uint8), index, boxes, mean, std, resolution, dtype
+            image, masks, index, boxes, list(MEAN), list(STD), resolution, dtype
         )
     image = normalize(image)
     crops = image.new_empty(len(index), 3, resolution, resolution)
@@ -107,7 +104,7 @@ def region_crops(
 
 
 def resize_for_clip(clip: CLIP, image: Tensor, edge: int) -> Tensor:
-    """An image [3, H, W] in 0..255 as a pass over the whole of it wants it: normalised [1, 3, H',
+    """An image [3, H, W] in 0..255 for a pass over the whole of it: normalised [1, 3, H',
     W'], the shorter edge about `edge`, both a multiple of CLIP's stride.
     """
     scale, step = edge / min(image.shape[-2:]), clip.visual.stride
@@ -123,72 +120,84 @@ def dense_logits(clip: CLIP, image: Tensor, text: Tensor, edge: int) -> Tensor:
     return cosine_logits(dense, text).permute(2, 0, 1)
 
 
-def classify_in_one_pass(
-    clip: CLIP, image: Tensor, masks: Tensor, text: Tensor, way: str, edge: int
+def crop_features(
+    clip: CLIP, image: Tensor, masks: Tensor, boxes: Tensor, index: Tensor, config: ClipConfig
 ) -> Tensor:
-    """CLIP's logits of regions from a single pass over the image: image [3, H, W] in 0..255, masks
-    [P, H, W] in 0..1, text features [C, D] -> fp32 [P, C].
+    """The paper's: CLIP's feature of the masked crop of each region."""
+    crops = region_crops(image, masks, boxes, clip.visual.resolution, index)
+    return encode_crops(clip, crops, config.chunk)
 
-    The resized's shorter edge is brought to about `edge` pixels. "pool": the mean of the dense
-    features under each mask. "tokens": a class token for each region
-    (`VisionTransformer.region_tokens`).
+
+def pooled_features(
+    clip: CLIP, image: Tensor, masks: Tensor, boxes: Tensor, index: Tensor, config: ClipConfig
+) -> Tensor:
+    """The mean of CLIP's dense features under each mask, from a single pass over the image, its
+    shorter edge about `clip.dense_edge` pixels.
     """
-    if not len(masks):
-        return text.new_zeros(0, len(text))
-    resized = resize_for_clip(clip, image, edge)
-    if way == "tokens":
-        features = clip.visual.region_tokens(resized, masks.float())
+    image = resize_for_clip(clip, image, config.dense_edge)
+    if hasattr(clip.visual, "values"):
+        dense = clip.visual.values(image)
     else:
-        dense = (
-            clip.visual.values(resized)
-            if hasattr(clip.visual, "values")
-            else clip.encode_image(resized, dense=True)
-        )
-        dense = dense.permute(0, 3, 1, 2).float()  # [1, D, h, w]
-        share = F.adaptive_avg_pool2d(masks.float()[None], dense.shape[-2:])  # [1, P, h, w]
-        # Or others outweigh a region of few pixels.
-        share = share / share.amax((2, 3), keepdim=True).clamp(min=1e-12)
-        if use_triton(dense):
-            features = mask_pool(dense.contiguous(), share.logit(1e-6))[0]
-        else:
-            # [P, D]: the mean, but for its length
-            features = share[0].flatten(1) @ dense[0].flatten(1).T
-    return cosine_logits(features, text)
+        dense = clip.encode_image(image, dense=True)
+    dense = dense.permute(0, 3, 1, 2).float()  # [1, D, h, w]
+    share = F.adaptive_avg_pool2d(masks[index].float()[None], dense.shape[-2:])  # [1, P, h, w]
+    # Or others outweigh a region of few pixels.
+    share = share / share.amax((2, 3), keepdim=True).clamp(min=1e-12)
+    if use_triton(dense):
+        return mask_pool(dense.contiguous(), share.logit(1e-6))[0]
+    return share[0].flatten(1) @ dense[0].flatten(1).T  # [P, D]: the mean, but for its length
 
 
-def crops_at_once(resolution: int, device: torch.device, chunk: int = 0) -> int:
-    """Crops in a batch of CLIP's: `chunk`, or as much as 100 of 224 x 224 on a GPU, 8 on a CPU."""
-    return chunk or max((100 if device.type == "cuda" else 8) * 224**2 // resolution**2, 1)
-
-
-def classify_crops(
-    clip: CLIP, crops: Tensor, text: Tensor, chunk: int = 0, bucketed: bool = False
+def token_features(
+    clip: CLIP, image: Tensor, masks: Tensor, boxes: Tensor, index: Tensor, config: ClipConfig
 ) -> Tensor:
-    """CLIP's logits, 100 x cosine: crops [P, 3, R, R], text features [C, D] -> fp32 [P, C].
+    """A class token for each region (`VisionTransformer.region_tokens`), from a single pass over
+    the image, its shorter edge about `clip.dense_edge` pixels.
+    """
+    image = resize_for_clip(clip, image, config.dense_edge)
+    return clip.visual.region_tokens(image, masks[index].float())
 
-    `chunk` crops go through CLIP at once; 0: what suits the device. With `few_sizes`, for a
-    compiled CLIP, the last chunk is filled up to a whole, a half, a quarter or an eighth of
-    `chunk`. Where memory ends, chunks are halved for good.
+
+# `clip.regions`: (clip, image [3, H, W] in 0..255, masks [Q, H, W], boxes [Q, 4], index [P] of the
+# regions among them, config) -> CLIP features [P, D] of any length.
+CLASSIFIERS = {"crops": crop_features, "pool": pooled_features, "tokens": token_features}
+
+
+def batch_size(clip: CLIP, device: torch.device, chunk: int = 0) -> int:
+    """Crops that go through CLIP at once: `chunk`, or as much as 100 of 224 x 224 on a GPU, 8 on a
+    CPU; never more than memory was found to have room for.
+    """
+    pixels = (100 if device.type == "cuda" else 8) * 224**2
+    size = chunk or max(pixels // clip.visual.resolution**2, 1)
+    size = min(size, clip.max_batch or size)
+    # The largest compiled program need not serve more crops than there are queries.
+    return min(size, 128) if clip.bucketed else size
+
+
+def encode_crops(clip: CLIP, crops: Tensor, chunk: int = 0) -> Tensor:
+    """CLIP's features of crops [P, 3, R, R], fp32 [P, D], `chunk` crops at once (see `batch_size`).
+
+    With `clip.bucketed`, for a compiled CLIP, the last batch is filled up to a whole, a half, a
+    quarter or an eighth of the others. Out of memory, the batch size is halved permanently.
     """
     if not len(crops):
-        return text.new_zeros(0, len(text))
-    chunk = crops_at_once(crops.shape[-1], crops.device, chunk)
-    chunk = min(chunk, clip.max_batch or chunk)
-    # The largest program need not serve more crops than there are queries.
-    chunk = min(chunk, 128) if bucketed else chunk
-    features, done = [], 0
+        return crops.new_zeros(0, clip.embed_dim, dtype=torch.float32)
+    size = batch_size(clip, crops.device, chunk)
+    features = []
+    done = 0
     while done < len(crops):
-        part = crops[done : done + chunk]
-        count = len(part)
-        if bucketed:
-            size = min(s for s in (chunk, chunk // 2, chunk // 4, chunk // 8) if s >= count)
-            part = F.pad(part, (0, 0, 0, 0, 0, 0, 0, size - count))
+        batch = crops[done : done + size]
+        count = len(batch)
+        if clip.bucketed:
+            filled = min(s for s in (size, size // 2, size // 4, size // 8) if s >= count)
+            batch = F.pad(batch, (0, 0, 0, 0, 0, 0, 0, filled - count))
         try:
-            features.append(clip.encode_image(part)[:count].float())
+            features.append(clip.encode_image(batch)[:count].float())
             done += count
         except RuntimeError as error:
-            if chunk == 1 or not out_of_memory(error):
+            if size == 1 or not out_of_memory(error):
                 raise
-            chunk = clip.max_batch = chunk // 2
-            print_main(f"out of memory: {chunk} crops at once from here on")
-    return cosine_logits(torch.cat(features), text)
+            size //= 2
+            clip.max_batch = size
+            print_main(f"out of memory: {size} crops at once from here on")
+    return torch.cat(features)

@@ -3,8 +3,8 @@ map.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,84 +12,93 @@ from torch import Tensor, nn
 
 from kernels.jit import use_triton
 from kernels.semantic_map import semantic_map
-from zsseg import checkpoint, weights
-from zsseg.backbone import load_backbone
-from zsseg.clip import build_clip
-from zsseg.config import Config, load_config
+from zsseg import checkpoint
+from zsseg.clip import build_clip, cosine_logits
+from zsseg.config import Config
 from zsseg.datasets import dataset
 from zsseg.maskformer import MaskFormer, PerPixel
 from zsseg.prompts import LearnedPrompt, build_prompt, text_features
 from zsseg.regions import (
+    CLASSIFIERS,
     STRIDE,
-    classify_crops,
-    classify_in_one_pass,
     dense_logits,
     expand_boxes,
     mask_probabilities,
-    region_crops,
     region_masks,
 )
-from zsseg.tokenizer import Tokenizer, check_names
-from zsseg.utils import UserError, first_of, print_main
+from zsseg.tokenizer import check_names
+from zsseg.utils import UserError
 
-BUDGET = 2**28  # bytes of score maps that a label map holds at once
+MAX_SCORE_BYTES = 2**28  # of score maps that a label map computes at once
 
 
 @dataclass
 class Proposals:
-    """What one image gives before the classes are decided; kept so that ensembles can be tried
-    without new passes.
+    """The masks of one image and what both classifiers say of each; other ensembles and label maps
+    follow from it without another pass.
     """
 
-    logits: Tensor  # [Q, h, w] of the masks, fp32, at stride 4 of the padded network input
-    size: tuple[int, int]  # (H, W) of the network input before padding
-    head: Tensor  # [Q, C] class probabilities of the segmenter, no-object dropped
-    # [Q, C] CLIP's class probabilities, 1 where invalid; None without the ensemble
-    region: Tensor | None
+    mask_logits: Tensor  # [Q, h, w] fp32, at stride 4 of the padded network input
+    input_size: tuple[int, int]  # (H, W) of the network input before padding
+    class_probs: Tensor  # [Q, C] class probabilities of the proposer, no-object dropped
+    # [Q, C] class probabilities of CLIP, 1 where a mask is empty; None without the ensemble
+    clip_probs: Tensor | None
     valid: Tensor  # [Q] bool: the mask has a pixel above the threshold
 
 
 class Segmenter(nn.Module):
-    """MaskFormer and a frozen CLIP over a vocabulary that `set_classes` fixes and may change at any
-    time.
+    """A mask proposer and a frozen CLIP over a vocabulary that `set_classes` fixes and may change
+    at any time.
+
+    proposer: any f(image, text_features) -> (mask_logits [Q, h, w] fp32 at stride 4 of the image
+    padded to multiples of 32, class_probs [Q, C]), image RGB [3, H, W] in 0..255 and text_features
+    [C, D]; by default `MaskFormer.propose`, or `PerPixel.propose` for `model.proposals = false`.
+    One that names no classes gives ones, for `clip.ensemble_weight = 0`.
 
     Fully supervised (`model.class_head = "linear"`) there is no CLIP, and the classes are those of
     the data set.
     """
 
-    def __init__(self, config: Config, clip_state: checkpoint.State | None):
+    def __init__(
+        self,
+        config: Config,
+        clip_state: checkpoint.State | None,
+        proposer: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ):
         super().__init__()
         self.config = config.clip
-        self.text = self.region_text = None  # [C, D]
+        self.text_features = None  # [C, D]
+        self.region_text_features = None
         self.names: list[str] = []
-        self.compiled = self.bucketed = (
-            False  # the proposer; CLIP's image tower, which then takes few sizes of batches
-        )
-        self.proposing = True
-        self.clip = self.prompt = self.region_prompt = None
+        self.two_stage = config.model.proposals
+        self.clip = None
+        self.prompt = None
+        self.region_prompt = None
+        self.maskformer = None
+
         if config.model.class_head == "linear":
             self.maskformer = MaskFormer(config.model, len(dataset(config.data).names) + 1)
-            return
-        self.clip = build_clip(
-            clip_state, config.clip.activation.replace("auto", "quickgelu"), config.clip.heads
-        )
+        else:
+            self.build_clip(config, clip_state)
+            if proposer is None:
+                model = MaskFormer if self.two_stage else PerPixel
+                self.maskformer = model(config.model, self.clip.embed_dim)
+        self.proposer = proposer or self.maskformer.propose
+
+    def build_clip(self, config: Config, state: checkpoint.State) -> None:
+        """CLIP and the prompts."""
+        activation = config.clip.activation.replace("auto", "quickgelu")
+        self.clip = build_clip(state, activation, config.clip.heads)
         if config.clip.regions == "tokens" and not hasattr(self.clip.visual, "region_tokens"):
             raise UserError(
-                "clip.regions", "is tokens, which wants a ViT as CLIP", "use pool or crops"
+                "clip.regions", "is tokens, which needs a ViT as CLIP", "use pool or crops"
             )
-        vocab_size, width = self.clip.token_embedding.weight.shape
-        self.tokenizer = Tokenizer(vocab_size, self.clip.context_length)
-        self.proposing = config.model.proposals
-        self.maskformer = (MaskFormer if self.proposing else PerPixel)(
-            config.model, self.clip.text_projection.shape[1]
-        )
-        learned = (width, config.clip.prompt_prefix)
-        self.prompt = build_prompt(config.clip.prompt, *learned)
+        shape = (self.clip.width, config.clip.prompt_prefix)
+        self.prompt = build_prompt(config.clip.prompt, *shape)
         # The paper's VOC setting: fixed prompts for the segmenter's head, learned ones for the
         # regions.
-        self.region_prompt = (
-            build_prompt(config.clip.region_prompt, *learned) if config.clip.region_prompt else None
-        )
+        if config.clip.region_prompt:
+            self.region_prompt = build_prompt(config.clip.region_prompt, *shape)
 
     @torch.no_grad()
     def set_classes(
@@ -101,9 +110,8 @@ class Segmenter(nn.Module):
         The text features of a class are the mean over its name and its `synonyms`.
         """
         self.names = check_names(names)
-        self.seen = torch.zeros(
-            len(names), dtype=torch.bool, device=self.maskformer.pixel_mean.device
-        )
+        device = next(self.parameters()).device
+        self.seen = torch.zeros(len(names), dtype=torch.bool, device=device)
         self.seen[list(seen)] = True
         if self.clip is None:
             if len(names) + 1 != self.maskformer.class_embed.out_features:
@@ -113,23 +121,21 @@ class Segmenter(nn.Module):
                     "evaluate on its own data set",
                 )
             return
-        texts = [
-            (i, text)
-            for i, name in enumerate(self.names)
-            for text in (name, *(synonyms or {}).get(name, []))
-        ]
 
-        def features(prompt: nn.Module) -> Tensor:
-            found = text_features(self.clip, self.tokenizer, prompt, [text for _, text in texts])
-            if len(texts) == len(self.names):
-                return found
-            index = torch.tensor([i for i, _ in texts], device=found.device)
-            return F.normalize(
-                found.new_zeros(len(self.names), found.shape[1]).index_add(0, index, found), dim=-1
-            )
+        texts = [[name, *(synonyms or {}).get(name, [])] for name in self.names]
+        self.text_features = self.encode_names(self.prompt, texts)
+        self.region_text_features = self.text_features
+        if self.region_prompt is not None:
+            self.region_text_features = self.encode_names(self.region_prompt, texts)
 
-        self.text = features(self.prompt)
-        self.region_text = self.text if self.region_prompt is None else features(self.region_prompt)
+    def encode_names(self, prompt: nn.Module, texts: list[list[str]]) -> Tensor:
+        """The names of each class -> normalised mean of their text features [C, D]."""
+        features = text_features(self.clip, prompt, [name for names in texts for name in names])
+        counts = [len(names) for names in texts]
+        if max(counts) == 1:
+            return features
+        means = [part.mean(0) for part in features.split(counts)]
+        return F.normalize(torch.stack(means), dim=-1)
 
     def compile_parts(self) -> None:
         """Hand the mask proposer and CLIP's image tower to torch.compile, in place: names in state
@@ -138,143 +144,97 @@ class Segmenter(nn.Module):
         One program of the proposer serves images of every size, since they are padded to multiples
         of 32 and no further.
         """
-        self.compiled = True
-        self.maskformer.compile(fullgraph=True)
+        if self.maskformer is not None:
+            self.maskformer.compiled = True
+            self.maskformer.compile(fullgraph=True)
         self.compile_tower()
 
     def compile_tower(self) -> None:
-        """CLIP's image tower alone, which is most of the work: one program for each of a few
+        """CLIP's image tower only, which is most of the work: one program for each of a few
         numbers of crops.
         """
         if self.clip is not None:
-            self.bucketed = True
+            self.clip.bucketed = True
             self.clip.visual.compile(fullgraph=True, dynamic=False)
 
+    @torch.inference_mode()
     def propose(self, image: Tensor) -> Proposals:
         """image: RGB uint8 or float in 0..255 [3, H, W] at network-input size."""
-        return self.propose_together([image])[0]
-
-    @torch.inference_mode()
-    def propose_together(self, images: list[Tensor]) -> list[Proposals]:
-        """`propose` for several images, whose region crops share CLIP's batches."""
-        found, crops = [], []
-        for image in images:
-            proposals, masks = self.propose_masks(image)
-            found.append(proposals)
-            if proposals.region is None:
-                continue
-            index = proposals.valid.nonzero()[:, 0]
-            if self.config.regions == "crops":
-                crops.append(region_crops(image, *masks, self.clip.visual.resolution, index))
-            else:
-                proposals.region[proposals.valid] = self.region_logits(
-                    image, *masks, index
-                ).softmax(-1)
-        if crops:
-            logits = classify_crops(
-                self.clip, torch.cat(crops), self.region_text, self.config.chunk, self.bucketed
-            )
-            for proposals, part in zip(found, logits.split([len(c) for c in crops]), strict=True):
-                proposals.region[proposals.valid] = part.softmax(-1)
-        return found
-
-    def propose_masks(self, image: Tensor) -> tuple[Proposals, tuple[Tensor, Tensor]]:
-        """The proposals of an image, `region` still 1 everywhere, and their masks [Q, H, W] and
-        boxes [Q, 4].
-        """
-        height, width = image.shape[-2:]
-        prepared = self.maskformer.prepare(image[None])
-        for side in (2, 3) if self.compiled else ():
-            torch._dynamo.maybe_mark_dynamic(prepared, side)
-        # Not the program that training compiled.
-        proposer = self.maskformer if self.compiled else self.maskformer.forward
+        input_size = tuple(image.shape[-2:])
         # A CPU computes it in fp32: it is little of the work there, and its masks are decided at a
         # threshold.
         with torch.autocast("cpu", enabled=False):
-            outputs = proposer(prepared, self.text)
-        if not self.proposing:
-            return self.per_pixel(image, outputs[0]), ()
-        classes, masks = outputs
-        head = classes[-1, 0].softmax(-1)[:, :-1]  # [Q, C]
-        logits, cut = masks[-1, 0].float(), (height, width)
-        binary, boxes, valid = region_masks(logits, cut, self.config.mask_threshold)
-        region = torch.ones_like(head) if self.config.ensemble and self.clip is not None else None
-        return Proposals(logits, cut, head, region, valid), (
-            binary,
-            expand_boxes(boxes, self.config.expand_ratio, cut),
-        )
+            mask_logits, class_probs = self.proposer(image, self.text_features)
+        ensemble = self.config.ensemble and self.clip is not None
+        if not self.two_stage:
+            if ensemble:
+                mask_logits = self.ensemble_per_pixel(image, mask_logits)
+            valid = torch.ones(len(mask_logits), dtype=torch.bool, device=mask_logits.device)
+            return Proposals(mask_logits, input_size, class_probs, None, valid)
 
-    def per_pixel(self, image: Tensor, logits: Tensor) -> Proposals:
-        """The one-stage baseline's class logits [C, h, w] as proposals, one a class: the mask of
-        class c is its probability p, whose logit here is log p, so that its sigmoid p / (1 + p)
-        grows with p and never saturates.
-
-        With the ensemble, p is that of the pixel and of CLIP's dense feature there.
-        """
-        size, C = tuple(image.shape[-2:]), len(logits)
-        scores = logits.log_softmax(0)
-        if self.config.ensemble:
-            # [C, h', w']
-            dense = dense_logits(
-                self.clip, image, self.region_text, self.config.dense_edge
-            ).log_softmax(0)
-            H, W = (STRIDE * s for s in logits.shape[-2:])
-            inner = [-(-s // STRIDE) for s in size]
-            dense = F.interpolate(dense[None], inner, mode="bilinear", align_corners=False)[0]
-            dense = F.pad(
-                dense[None],
-                (0, W // STRIDE - inner[1], 0, H // STRIDE - inner[0]),
-                mode="replicate",
-            )[0]
-            w = self.config.ensemble_weight
-            power = (
-                torch.where(self.seen, w, 1 - w).view(-1, 1, 1) if w else torch.zeros_like(scores)
-            )
-            scores = power * scores + (1 - power) * dense
-        valid = torch.ones(C, dtype=torch.bool, device=image.device)
-        return Proposals(scores, size, torch.eye(C, device=image.device), None, valid)
+        masks, boxes, valid = region_masks(mask_logits, input_size, self.config.mask_threshold)
+        proposals = Proposals(mask_logits, input_size, class_probs, None, valid)
+        if ensemble:
+            boxes = expand_boxes(boxes, self.config.expand_ratio, input_size)
+            logits = self.region_logits(image, masks, boxes, valid.nonzero()[:, 0])
+            proposals.clip_probs = torch.ones_like(class_probs)
+            proposals.clip_probs[valid] = logits.softmax(-1)
+        return proposals
 
     @torch.inference_mode()
     def region_logits(
         self, image: Tensor, masks: Tensor, boxes: Tensor, index: Tensor | None = None
     ) -> Tensor:
-        """CLIP's class logits [P, C] of the regions masks [Q, H, W] with boxes [Q, 4] that `index`
-        [P] chooses (all).
+        """CLIP's class logits, fp32 [P, C], of the regions masks [Q, H, W] with boxes [Q, 4] that
+        `index` [P] chooses (all).
         """
-        if self.config.regions != "crops":
-            chosen = masks if index is None else masks[index]
-            return classify_in_one_pass(
-                self.clip,
-                image,
-                chosen,
-                self.region_text,
-                self.config.regions,
-                self.config.dense_edge,
-            )
-        crops = region_crops(image, masks, boxes, self.clip.visual.resolution, index)
-        return classify_crops(self.clip, crops, self.region_text, self.config.chunk, self.bucketed)
+        if index is None:
+            index = torch.arange(len(masks), device=masks.device)
+        if not len(index):
+            return self.region_text_features.new_zeros(0, len(self.names))
+        classifier = CLASSIFIERS[self.config.regions]
+        features = classifier(self.clip, image, masks, boxes, index, self.config)
+        return cosine_logits(features, self.region_text_features)
+
+    def ensemble_per_pixel(self, image: Tensor, scores: Tensor) -> Tensor:
+        """The one-stage baseline's ensemble: log p of every class [C, h, w], with the probability
+        of CLIP's dense feature at the pixel as the second classifier.
+        """
+        dense = dense_logits(self.clip, image, self.region_text_features, self.config.dense_edge)
+        dense = dense.log_softmax(0)  # [C, h', w']
+        h, w = scores.shape[-2:]
+        inner = [-(-s // STRIDE) for s in image.shape[-2:]]
+        dense = F.interpolate(dense[None], inner, mode="bilinear", align_corners=False)
+        dense = F.pad(dense, (0, w - inner[1], 0, h - inner[0]), mode="replicate")[0]
+        weight = self.config.ensemble_weight
+        power = torch.zeros_like(scores)
+        if weight:
+            power = torch.where(self.seen, weight, 1 - weight).view(-1, 1, 1)
+        return power * scores + (1 - power) * dense
 
     def ensemble(self, proposals: Proposals, weight: float | None = None) -> Tensor:
         """Class scores [Q, C] with ensemble weight w (the configuration's where None).
 
-        Seen classes head^w region^(1-w), unseen ones head^(1-w) region^w; w = 0 is CLIP only, valid
-        queries only.
+        p of the proposer, c of CLIP: seen classes p^w c^(1-w), unseen ones p^(1-w) c^w; w = 0 is
+        CLIP only, valid queries only.
         """
         w = self.config.ensemble_weight if weight is None else weight
-        if proposals.region is None:
-            return proposals.head
+        if proposals.clip_probs is None:
+            return proposals.class_probs
         if w == 0:
-            return proposals.region * proposals.valid[:, None]
-        power = torch.where(self.seen, w, 1 - w)  # [C], of the head
-        return proposals.head**power * proposals.region ** (1 - power)
+            return proposals.clip_probs * proposals.valid[:, None]
+        power = torch.where(self.seen, w, 1 - w)  # [C], of the proposer
+        return proposals.class_probs**power * proposals.clip_probs ** (1 - power)
 
     def binary_masks(self, proposals: Proposals) -> Tensor:
         """Where each proposal is above the threshold, at network-input size: bool [Q, H, W]."""
-        return region_masks(proposals.logits, proposals.size, self.config.mask_threshold)[0] != 0
+        return region_masks(
+            proposals.mask_logits, proposals.input_size, self.config.mask_threshold
+        )[0].bool()
 
     def variant_names(self, weights: list[float]) -> list[str]:
         """What `variants` gives."""
-        if not self.proposing or self.clip is None:
+        if not self.two_stage or self.clip is None:
             # nothing apart: a pixel's class is the head's and CLIP's at once; or there is no CLIP
             return []
         if not self.config.ensemble:
@@ -285,39 +245,37 @@ class Segmenter(nn.Module):
         """Class scores [Q, C] of the method's parts and of other ensemble weights, from one
         pass.
         """
-        found = {"head_only": proposals.head}
-        if proposals.region is not None:
-            found["clip_only"] = self.ensemble(proposals, 0)
+        scores = {"head_only": proposals.class_probs}
+        if proposals.clip_probs is not None:
+            scores["clip_only"] = self.ensemble(proposals, 0)
             # 1 - p(no object).
-            found["clip_objectness"] = found["clip_only"] * proposals.head.sum(1, keepdim=True)
-            found |= {f"weight_{w:g}": self.ensemble(proposals, w) for w in weights}
-        return found
+            scores["clip_objectness"] = scores["clip_only"] * proposals.class_probs.sum(
+                1, keepdim=True
+            )
+            scores |= {f"weight_{w:g}": self.ensemble(proposals, w) for w in weights}
+        return scores
 
     @torch.inference_mode()
     def label_map(
-        self, classes: Tensor, proposals: Proposals, size: tuple[int, int]
+        self, scores: Tensor, proposals: Proposals, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """The class with the largest score at every pixel of the original `size` (height, width),
-        int64, and that score.
+        """Class scores [Q, C] -> the class with the largest score at every pixel of the original
+        `size` (height, width), int64, and that score.
         """
-        if use_triton(classes):
-            return semantic_map(
-                proposals.logits, classes.float(), list(proposals.size), list(size), False
-            )[:2]
-        return best_class(proposals.logits, classes.float(), proposals.size, size)
+        logits, input_size = proposals.mask_logits, proposals.input_size
+        if use_triton(scores):
+            return semantic_map(logits, scores.float(), list(input_size), list(size), False)[:2]
+        return best_class(logits, scores.float(), input_size, size)
 
     @torch.inference_mode()
-    def score_map(self, classes: Tensor, proposals: Proposals, size: tuple[int, int]) -> Tensor:
+    def score_map(self, scores: Tensor, proposals: Proposals, size: tuple[int, int]) -> Tensor:
         """Sum over queries of class score x mask, resized to the original `size` (height, width):
         [C, *size].
         """
-        if use_triton(classes):
-            return semantic_map(
-                proposals.logits, classes.float(), list(proposals.size), list(size), True
-            )[2]
-        return class_scores(
-            mask_probabilities(proposals.logits, proposals.size), classes.float(), size
-        )
+        logits, input_size = proposals.mask_logits, proposals.input_size
+        if use_triton(scores):
+            return semantic_map(logits, scores.float(), list(input_size), list(size), True)[2]
+        return class_scores(mask_probabilities(logits, input_size), scores.float(), size)
 
     def forward(self, image: Tensor, size: tuple[int, int]) -> Tensor:
         """Image [3, H, W] -> label map int64 `size`."""
@@ -362,178 +320,31 @@ class Segmenter(nn.Module):
                 checkpoint.load_strict(module, parts[name], what, "set clip.prompt_prefix")
 
 
-def class_scores(masks: Tensor, classes: Tensor, size: tuple[int, int]) -> Tensor:
-    """score[c] = sum over q of classes[q, c] masks[q], resized: masks [Q, H, W], classes [Q, C] ->
+def class_scores(masks: Tensor, scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """map[c] = sum over q of scores[q, c] masks[q], resized: masks [Q, H, W], scores [Q, C] ->
     [C, *size].
     """
-    scores = torch.einsum("qc,qhw->chw", classes.to(masks.dtype), masks)
-    return F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
+    maps = torch.einsum("qc,qhw->chw", scores.to(masks.dtype), masks)
+    return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
 
 
 def best_class(
-    logits: Tensor, classes: Tensor, input_size: tuple[int, int], size: tuple[int, int]
+    mask_logits: Tensor, scores: Tensor, input_size: tuple[int, int], size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Argmax and maximum of `class_scores` over the classes, a few classes at a time: int64 and
     float `size`.
     """
-    C, masks = classes.shape[1], mask_probabilities(logits, input_size)
-    tile = max(BUDGET // (4 * max(math.prod(input_size), math.prod(size))), 1)
-    best, labels = masks.new_full(size, -1.0), masks.new_zeros(size, dtype=torch.int64)
-    for first in range(0, C, tile):
-        scores = class_scores(masks, classes[:, first : first + tile], size)
-        if tile >= C:
-            top, labels = scores.max(0)
-            return labels, top
-        for i, value in enumerate(scores, first):
-            labels.masked_fill_(value > best, i)
+    C = scores.shape[1]
+    masks = mask_probabilities(mask_logits, input_size)
+    tile = max(MAX_SCORE_BYTES // (4 * max(math.prod(input_size), math.prod(size))), 1)
+    if tile >= C:
+        best, labels = class_scores(masks, scores, size).max(0)
+        return labels, best
+    best = masks.new_full(size, -1.0)
+    labels = masks.new_zeros(size, dtype=torch.int64)
+    for start in range(0, C, tile):
+        maps = class_scores(masks, scores[:, start : start + tile], size)
+        for c, value in enumerate(maps, start):
+            labels.masked_fill_(value > best, c)
             torch.maximum(best, value, out=best)
     return labels, best
-
-
-def build_segmenter(
-    config: Config, root: Path, saved: dict[str, checkpoint.State] | None = None
-) -> Segmenter:
-    """A segmenter to train: the configuration's CLIP, prompts and initial backbone, else fresh
-    weights; then those of the checkpoint `train.init`, as far as they fit.
-
-    With `saved`, the learned parts of a run that is resumed, prompts and backbone are in there and
-    not read again.
-    """
-    supervised = config.model.class_head == "linear"
-    segmenter = Segmenter(config, None if supervised else load_clip(config, root))
-    if saved is not None:
-        segmenter.load_learned(saved, "last.pt")
-        return segmenter
-    prompts = read_prompts(config.clip.prompts) if config.clip.prompts else {}
-    found = start_from(segmenter, config.train.init, prompts) if config.train.init else {}
-    segmenter.load_prompts(
-        found | prompts, f"train.init {config.train.init}" if found else "configuration"
-    )
-    if config.model.weights and not any(
-        name.startswith("backbone.") for name in found.get("maskformer", ())
-    ):
-        load_backbone(segmenter.maskformer.backbone, config.model.backbone, config.model.weights)
-    return segmenter
-
-
-def load_clip(config: Config, root: Path, changed: bool = False) -> checkpoint.State:
-    """The state dict of the configured CLIP; its activation goes into the configuration, and so
-    into checkpoints.
-
-    `changed`: the configuration's activation and heads are those of another CLIP.
-    """
-    state = weights.load_clip_state(config.clip.weights, root)
-    config.clip.activation, config.clip.heads = weights.find_shape(
-        config.clip, state, root, changed
-    )
-    return state
-
-
-def start_from(
-    segmenter: Segmenter, file: str, prompts: dict[str, checkpoint.State]
-) -> dict[str, checkpoint.State]:
-    """Load all weights of another segmenter's checkpoint, ours or the original's, that fit
-    `segmenter` by name and shape; of its learned prompts those that are not among `prompts`.
-
-    Returns them by part, and prints how many were used, which were not, and which of the model's
-    start afresh. UserError where none fits.
-    """
-    what, content = f"train.init {file}", checkpoint.load(file, "train.init")
-    unknown: list[str] = []
-    parts = (
-        content["model"]
-        if "config" in content
-        else weights.import_original(content["model"], what, unknown)[0]
-    )
-    parts = {
-        part: checkpoint.unwrapped(state, what)
-        for part, state in parts.items()
-        if isinstance(state, dict)
-    }
-    own, used, dropped, fresh = segmenter.learned_state(), {}, unknown, []
-    for part, state in parts.items():
-        fits = own.get(part, {}) if part not in prompts else {}
-        used[part] = {
-            k: v
-            for k, v in state.items()
-            if k in fits and isinstance(v, Tensor) and v.shape == fits[k].shape
-        }
-        dropped += [f"{part}.{k}" for k in state if k not in used[part]]
-        checkpoint.check_finite(used[part], what)
-    if not used.get("maskformer"):
-        raise UserError(
-            what,
-            "holds no weight that fits this model",
-            "give a segmenter's checkpoint, and its [model]",
-        )
-    for name, tensor in own["maskformer"].items():
-        if name in used["maskformer"]:
-            tensor.copy_(used["maskformer"][name])
-        else:
-            fresh.append(name)
-    checkpoint.say_loaded(what, sum(map(len, used.values())), dropped)
-    if fresh:
-        names = first_of(fresh, 5)
-        print_main(
-            f"{what}: {len(fresh)} of the model's tensors are not in it, or of another shape, and "
-            f"start afresh: {names}"
-        )
-    return {part: state for part, state in used.items() if state}
-
-
-def read_prompts(path: str) -> dict[str, checkpoint.State]:
-    """The learned prompt of a checkpoint (ours or the original's prompt learning), for head and
-    regions alike.
-    """
-    content, what = checkpoint.load(path, "clip.prompts"), f"clip.prompts {path}"
-    ours = "config" in content
-    parts, dropped = (
-        (content["model"], []) if ours else weights.import_original(content["model"], what)
-    )
-    name = "prompt" if "prompt" in parts else "region_prompt"
-    if name not in parts:
-        raise UserError(what, "holds no learned prompt", "give a checkpoint of prompt learning")
-    dropped += [
-        f"{part}.{k}"
-        for part in parts
-        if part != name and "of_seed" not in part
-        for k in parts[part]
-    ]
-    checkpoint.say_loaded(what, len(parts[name]), dropped)
-    return {"prompt": parts[name], "region_prompt": parts[name]}
-
-
-def load_segmenter(content: dict, config: Config, root: Path, name: str) -> Segmenter:
-    """The segmenter of a loaded checkpoint, ours or the original's."""
-    what = f"checkpoint {name}"
-    if "config" in content:
-        if "maskformer" not in content["model"]:
-            raise UserError(what, "holds no segmenter", "give a checkpoint of task segment")
-        supervised = config.model.class_head == "linear"
-        recorded = load_config(None, [], content["config"]).clip
-        same = (config.clip.activation, config.clip.heads) == (recorded.activation, recorded.heads)
-        changed = config.clip.weights != recorded.weights and same
-        parts, clip = content["model"], None if supervised else load_clip(config, root, changed)
-        other_prompts = config.clip.prompts != recorded.prompts  # else the checkpoint holds them
-    else:
-        content = content | {"model": checkpoint.unwrapped(content["model"], what)}
-        parts, dropped = weights.import_original(content["model"], what)
-        other_prompts = True
-        clip = parts.get("clip") if config.model.class_head == "text" else None
-        if clip is None and config.model.class_head == "text":
-            raise UserError(what, "holds no CLIP", "give a zero-shot checkpoint of zsseg.baseline")
-    segmenter = Segmenter(config, clip)
-    prompts = read_prompts(config.clip.prompts) if config.clip.prompts and other_prompts else {}
-    segmenter.load_learned(parts | prompts, what)
-    if "config" not in content:
-        used = {*segmenter.learned_state(), "clip"} - ({"clip"} if clip is None else set())
-        used -= prompts.keys()
-        # Where the parts are that a setting may leave unused.
-        adapter = [k for k in content["model"] if "clip_adapter" in k]
-        dropped += [
-            k
-            for k in adapter
-            if (weights.our_name(k) or "").partition(".")[0] in parts.keys() - used
-        ]
-        checkpoint.say_loaded(what, len(content["model"]) - len(dropped), dropped)
-    return segmenter

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from zsseg import checkpoint
+from zsseg.build import load_segmenter
 from zsseg.config import Config, load_config
 from zsseg.data import TestImages, stream
 from zsseg.datasets import DataSet, dataset, find_pairs
@@ -19,7 +20,6 @@ from zsseg.distributed import Process
 from zsseg.files import atomic_write
 from zsseg.images import read_values
 from zsseg.label_statistics import files_version
-from zsseg.segmenter import load_segmenter
 from zsseg.utils import UserError, parallel, print_main, progress
 from zsseg.visualize import save_label_map
 

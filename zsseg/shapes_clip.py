@@ -18,7 +18,6 @@ from zsseg.datasets import dataset, find_pairs
 from zsseg.distributed import Process
 from zsseg.images import read_image, read_labels
 from zsseg.regions import mask_boxes, region_crops
-from zsseg.tokenizer import Tokenizer
 from zsseg.utils import mix_seed
 
 
@@ -30,7 +29,8 @@ class Contrast:
     ):
         self.config, self.process = config, process
         self.model = build_small_clip(config.contrast).to(process.device)
-        self.tokenizer = Tokenizer(self.model.token_embedding.num_embeddings, self.model.context)
+            self.model.token_embedding.num_embeddings, self.model.context_length
+        )
         self.samples, self.collate, self.batch_size = (
             RegionsWithCaptions(config, root),
             list,
@@ -43,7 +43,7 @@ class Contrast:
     def loss(self, model: nn.Module, batch: list) -> tuple[Tensor, dict[str, Tensor]]:
         crops, captions = zip(*batch, strict=True)
         G, N = len(crops), len(crops[0])
-        tokens = self.tokenizer([text for group in captions for text in group]).to(
+        tokens = self.model.tokenizer([text for group in captions for text in group]).to(
             self.process.device
         )
         with self.process.autocast(self.config.model.bf16, training=True):

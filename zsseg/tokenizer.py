@@ -97,8 +97,8 @@ class Tokenizer:
     514).
     """
 
-    def __init__(self, vocab_size: int, context: int):
-        self.context = context
+    def __init__(self, vocab_size: int, context_length: int):
+        self.context_length = context_length
         self.symbol_of_byte = byte_symbols()
         symbols = list(self.symbol_of_byte.values())
         merges = read_merges(vocab_size - BYTES_ONLY) if vocab_size > BYTES_ONLY else []
@@ -140,12 +140,12 @@ class Tokenizer:
         return [self.index[part] for part in parts]
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """Texts -> int64 [N, context], zero-padded. A text that does not fit is a UserError."""
-        tokens = torch.zeros(len(texts), self.context, dtype=torch.int64)
+        """Texts -> int64 [N, context_length], zero-padded. UserError if a text does not fit."""
+        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
         for row, text in zip(tokens, texts, strict=True):
             ids = [self.start, *self.encode(text), self.end]
-            if len(ids) > self.context:
-                why = f"has {len(ids)} tokens, CLIP reads {self.context}"
+            if len(ids) > self.context_length:
+                why = f"has {len(ids)} tokens, CLIP reads {self.context_length}"
                 raise UserError(f"text {text!r}", why, "shorten the class name or the prompt")
             row[: len(ids)] = torch.tensor(ids)
         return tokens

@@ -59,7 +59,7 @@ def all_finite(views: list[View], scores: list[Tensor]) -> Tensor:
     """Whether an image's masks and class scores are numbers, a bool on the device: argmax would
     make labels of NaN, too.
     """
-    found = [view.proposals.logits for view in views] + scores
+    found = [view.proposals.mask_logits for view in views] + scores
     return torch.stack([tensor.isfinite().all().to(scores[0].device) for tensor in found]).all()
 
 
@@ -82,9 +82,9 @@ def segment_views(
             )
             for mirrored in (False, True)[: 1 + flip]:
                 proposals = segmenter.propose(part.flip(-1) if mirrored else part)
-                held += proposals.logits.nbytes
+                held += proposals.mask_logits.nbytes
                 if held > BUDGET:
-                    proposals = replace(proposals, logits=parked(proposals.logits))
+                    proposals = replace(proposals, mask_logits=parked(proposals.mask_logits))
                 views.append(View(proposals, box, mirrored))
     return views
 
@@ -100,7 +100,7 @@ def parked(tensor: Tensor) -> Tensor:
 
 
 def fetched(proposals: Proposals, device: torch.device) -> Proposals:
-    return replace(proposals, logits=proposals.logits.to(device))
+    return replace(proposals, mask_logits=proposals.mask_logits.to(device))
 
 
 @torch.inference_mode()

@@ -83,15 +83,18 @@ def vary(segmenter, image: torch.Tensor) -> None:
 
     def directions(x: torch.Tensor) -> torch.Tensor:
         """Random words [C, D] among the directions in which x [N, D] varies."""
-        words = torch.randn(len(segmenter.text), len(x), generator=generator).to(x.device) @ (
-            x - x.mean(0)
-        )
+        words = torch.randn(len(segmenter.text_features), len(x), generator=generator).to(
+            x.device
+        ) @ (x - x.mean(0))
         return F.normalize(
             words - words @ F.normalize(x.mean(0), dim=0)[:, None] * F.normalize(x.mean(0), dim=0),
             dim=-1,
         )
 
-    segmenter.text, segmenter.region_text = directions(embeds[-1, 0]), directions(features)
+    segmenter.text_features, segmenter.region_text_features = (
+        directions(embeds[-1, 0]),
+        directions(features),
+    )
 
 
 def inference(done: set[str], args: argparse.Namespace) -> dict:

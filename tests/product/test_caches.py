@@ -16,18 +16,17 @@ def test_text_features_depend_on_activation_heads_and_vocabulary(root, monkeypat
     """What the cache is asked by must hold all that its content follows from."""
     from zsseg.clip import build_clip
     from zsseg.prompts import FixedPrompt, text_features
-    from zsseg.tokenizer import Tokenizer
 
     state, prompt = tiny_clip_state(), FixedPrompt(["a {}."])
-    tokenizer = Tokenizer(514, 40)
     found = [
-        text_features(build_clip(state, activation), tokenizer, prompt, ["cat"])
+        text_features(build_clip(state, activation), prompt, ["cat"])
         for activation in ("quickgelu", "gelu")
     ]
     assert not torch.equal(*found)
-    plain = tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda text: plain(text[::-1]))  # another vocabulary
-    assert not torch.equal(text_features(build_clip(state), tokenizer, prompt, ["cat"]), found[0])
+    clip = build_clip(state)
+    encode = clip.tokenizer.encode
+    clip.tokenizer.encode = lambda text: encode(text[::-1])  # another vocabulary
+    assert not torch.equal(text_features(clip, prompt, ["cat"]), found[0])
 
 
 def test_label_statistics_follow_every_change(root):

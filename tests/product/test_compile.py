@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from zsseg import checkpoint, distributed
+from zsseg.clip import cosine_logits
 from zsseg.losses import loss_normalizers, segmentation_losses
 from zsseg.maskformer import MaskFormer
 from zsseg.matcher import Targets
-from zsseg.regions import classify_crops
+from zsseg.regions import encode_crops
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -52,9 +53,9 @@ def test_one_program_serves_images_of_all_sizes(segmenter, aot_eager):
     images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
     segmenter.config.chunk = 16
     wanted = [segmenter(image, (90, 70)) for image in images]
-    text, side = segmenter.text, segmenter.clip.visual.resolution
+    text, side = segmenter.text_features, segmenter.clip.visual.resolution
     crops = torch.randn(39, 3, side, side)
-    logits = classify_crops(segmenter.clip, crops, text)
+    logits = cosine_logits(encode_crops(segmenter.clip, crops), text)
     segmenter.config.ensemble = False
     segmenter.compile_parts()
     for image in images:
@@ -63,7 +64,7 @@ def test_one_program_serves_images_of_all_sizes(segmenter, aot_eager):
     segmenter.config.ensemble = True
     with torch.inference_mode():
         for count in (1, 2, 3, 7, 8, 9, 16, 17, 31, 39, 5, 30):
-            few = classify_crops(segmenter.clip, crops[:count], text, 16, bucketed=True)
+            few = cosine_logits(encode_crops(segmenter.clip, crops[:count], 16), text)
             assert few.shape == (count, 3) and torch.allclose(few, logits[:count], atol=1e-3)
     assert graphs() == 1 + 4
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -82,7 +83,15 @@ def loss_case(T: int, counts: list[int], device: str = "cpu") -> tuple:
         torch.arange(T, device=device).expand(len(counts), T),
         torch.tensor(counts, device=device),
     )
-    return logits, masks, targets, loss_normalizers(targets.counts, 20, 0.1, PROCESS), 20.0, 1.0, 0.1
+    return (
+        logits,
+        masks,
+        targets,
+        loss_normalizers(targets.counts, 20, 0.1, PROCESS),
+        20.0,
+        1.0,
+        0.1,
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)

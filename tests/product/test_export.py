@@ -18,13 +18,13 @@ from torch.export import Dim
 
 from kernels.region_crop import region_masks
 from zsseg import shapes
-from zsseg.clip import ModifiedResNet
+from zsseg.clip import ModifiedResNet, cosine_logits
 from zsseg.config import Config
 from zsseg.data import test_size as network_size
 from zsseg.data import to_tensor
 from zsseg.datasets import dataset
 from zsseg.export import CROPS, Tower, export, write
-from zsseg.regions import classify_crops, region_crops
+from zsseg.regions import encode_crops, mask_boxes, region_crops
 from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError
 from zsseg.vocabulary import read_words, words_of
@@ -86,13 +86,15 @@ def build(config: Config, clip: dict[str, Tensor] | None) -> Segmenter:
             head[-1].bias -= head(queries[0]).mean((0, 1, 2))
             head[-1].weight *= scale
             head[-1].bias *= scale
-        crops = region_crops(
-            image, *segmenter.propose_masks(image)[1], segmenter.clip.visual.resolution
-        )
+        proposals = segmenter.propose(image)
+        masks = segmenter.binary_masks(proposals)
+        crops = region_crops(image, masks, mask_boxes(masks)[0], segmenter.clip.visual.resolution)
         usual = F.normalize(segmenter.clip.encode_image(crops).mean(0), dim=0)
-        text, regions = torch.randn(2, *segmenter.text.shape)
-        segmenter.text = F.normalize(text, dim=-1)
-        segmenter.region_text = F.normalize(regions - (regions @ usual)[:, None] * usual, dim=-1)
+        text, regions = torch.randn(2, *segmenter.text_features.shape)
+        segmenter.text_features = F.normalize(text, dim=-1)
+        segmenter.region_text_features = F.normalize(
+            regions - (regions @ usual)[:, None] * usual, dim=-1
+        )
     return segmenter
 
 
@@ -100,14 +102,17 @@ def of_proposer(segmenter: Segmenter) -> list[tuple[Tensor, tuple[Tensor, ...]]]
     """Inputs and what the segmenter's own way makes of them."""
     images = [torch.randint(0, 256, (3, *size)) for size in SIZES]
     found = [(image[None].float(), segmenter.propose(image)) for image in images]
-    return [(x, (proposals.head, proposals.logits)) for x, proposals in found]
+    return [(x, (proposals.class_probs, proposals.mask_logits)) for x, proposals in found]
 
 
 def of_clip(segmenter: Segmenter) -> list[tuple[Tensor, Tensor]]:
     """The same for CLIP."""
     R = segmenter.clip.visual.resolution
     crops = [torch.randn(count, 3, R, R) for count in (1, 5)]
-    return [(c, classify_crops(segmenter.clip, c, segmenter.region_text)) for c in crops]
+    return [
+        (c, cosine_logits(encode_crops(segmenter.clip, c), segmenter.region_text_features))
+        for c in crops
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -23,10 +23,10 @@ from torch.nn.functional import normalize
 
 import train
 from zsseg import checkpoint, command_line, metrics, segmenter
-from zsseg.clip import CLIP
+from zsseg.clip import CLIP, cosine_logits
 from zsseg.faults import restore
 from zsseg.label_statistics import label_statistics
-from zsseg.regions import classify_crops
+from zsseg.regions import encode_crops
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
@@ -529,7 +529,11 @@ def test_chunks_shrink_where_memory_ends(small_clip, monkeypatch, capsys):
     """
     crops = torch.randn(21, 3, 32, 32)
     text = normalize(torch.randn(5, 64), dim=-1)
-    wanted, real, sizes = classify_crops(small_clip, crops, text, 16), CLIP.encode_image, []
+    wanted, real, sizes = (
+        cosine_logits(encode_crops(small_clip, crops, 16), text),
+        CLIP.encode_image,
+        [],
+    )
 
     def limited(self: CLIP, images: torch.Tensor, **options: bool) -> torch.Tensor:
         sizes.append(len(images))
@@ -539,7 +543,9 @@ def test_chunks_shrink_where_memory_ends(small_clip, monkeypatch, capsys):
 
     monkeypatch.setattr(CLIP, "encode_image", limited)
     for _ in range(2):
-        assert torch.allclose(classify_crops(small_clip, crops, text, 16), wanted, atol=1e-4)
+        assert torch.allclose(
+            cosine_logits(encode_crops(small_clip, crops, 16), text), wanted, atol=1e-4
+        )
     assert (
         sizes == [16, 8, *2 * [4, 4, 4, 4, 4, 1]]
         and capsys.readouterr().out.count("out of memory") == 2
@@ -548,7 +554,7 @@ def test_chunks_shrink_where_memory_ends(small_clip, monkeypatch, capsys):
         CLIP, "encode_image", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("always"))
     )
     with pytest.raises(torch.OutOfMemoryError):
-        classify_crops(small_clip, crops, text, 16)
+        cosine_logits(encode_crops(small_clip, crops, 16), text)
 
 
 def test_label_maps_in_pieces_are_the_same(monkeypatch):

@@ -9,8 +9,8 @@ from conftest import command, fails_in_one_line, tiny_clip_state
 from own_data import CONFIG, measure, train
 
 from zsseg import checkpoint, utils, weights
+from zsseg.build import load_segmenter
 from zsseg.config import load_config
-from zsseg.segmenter import load_segmenter
 
 
 def test_checkpoints_with_numbers_and_arrays_of_numpy(tmp_path):

@@ -6,10 +6,10 @@ from conftest import PROCESS
 from own_data import measure
 
 from zsseg import checkpoint
+from zsseg.build import build_segmenter
 from zsseg.config import load_config
 from zsseg.datasets import dataset
 from zsseg.evaluate import evaluate
-from zsseg.segmenter import build_segmenter
 from zsseg.vocabulary import seen_classes
 
 

@@ -88,9 +88,9 @@ def test_words_that_were_trained_on_are_seen():
 
 def test_synonyms_are_averaged(segmenter):
     segmenter.set_classes(["sofa", "couch", "settee", "cat"])
-    each = segmenter.text
+    each = segmenter.text_features
     segmenter.set_classes(["sofa", "cat"], [], {"sofa": ["couch", "settee"]})
     wanted = torch.nn.functional.normalize(torch.stack([each[:3].mean(0), each[3]]), dim=-1)
-    assert torch.allclose(segmenter.text, wanted, atol=1e-6) and torch.equal(
-        segmenter.region_text, segmenter.text
+    assert torch.allclose(segmenter.text_features, wanted, atol=1e-6) and torch.equal(
+        segmenter.region_text_features, segmenter.text_features
     )

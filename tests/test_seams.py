@@ -40,13 +40,13 @@ def test_another_backbone(monkeypatch):
 
 
 def test_a_proposer_that_is_not_maskformer():
-    """A grid of squares, with no class of its own: CLIP names every cell."""
+    """A grid of squares without class features: CLIP names every cell."""
 
-    def grid(image: torch.Tensor, text_features: torch.Tensor) -> tuple:
+    def grid(image: torch.Tensor) -> tuple:
         h, w = (-(-side // 32) * 8 for side in image.shape[-2:])
         cells = torch.arange(h)[:, None] // 8 * (w // 8) + torch.arange(w) // 8
         masks = F.one_hot(cells).permute(2, 0, 1).float()  # [Q, h, w]
-        return 40 * masks - 20, torch.ones(len(masks), len(text_features))
+        return 40 * masks - 20, None
 
     settings = tiny_config("clip.ensemble_weight=0")
     segmenter = Segmenter(settings, tiny_clip_state(), proposer=grid).eval()

@@ -218,9 +218,9 @@ def describe(data: DataSet, listing: Listing, split: str) -> str:
                 if digest == data.digests[split]
                 else ", but NOT the published ids"
             )
-    if alone := len(listing.alone):
+    if count := len(listing.unpaired):
         text += (
-            f"; {several(alone, 'file')} without a partner {'is' if alone == 1 else 'are'} left "
+            f"; {several(count, 'file')} without a partner {'is' if count == 1 else 'are'} left "
             f"out (--check names them)"
         )
     return text
@@ -280,8 +280,8 @@ def check_split(
     data = dataset(config)
     tables = data.lut(), data.lut(training=True)
     unseen = [data.values[data.names.index(n)] for n in data.unseen]
-    broken = [str(twin) for twin in listing.twins] + [
-        f"{file} has no partner" for file in listing.alone
+    broken = [str(error) for error in listing.duplicates] + [
+        f"{file} has no partner" for file in listing.unpaired
     ]
     # Of each label map: pixels of unseen classes, and how many of them a target would show.
     hidden, survivors = ([], [])
@@ -336,11 +336,7 @@ def remarks_on(
         - len(statistics.broken)
     )
     twice = sorted(digests.keys() & contents.keys(), key=digests.get)
-    remarks = (
-        statistics.oddities(data, split)
-        + listing.remarks
-        + listing.left_out(split)[bool(listing.alone) :]
-    )
+    remarks = statistics.oddities(data, split) + listing.remarks + listing.left_out(split)
     if empty:
         remarks.append(f"{several(empty, 'label map shows', 'label maps show')} no class at all")
     if twice:

@@ -82,7 +82,15 @@ def loss_case(T: int, counts: list[int], device: str = "cpu") -> tuple:
         torch.arange(T, device=device).expand(len(counts), T),
         torch.tensor(counts, device=device),
     )
-    return logits, masks, targets, loss_normalizers(targets.counts, 20, 0.1, PROCESS), 20.0, 1.0, 0.1
+    return (
+        logits,
+        masks,
+        targets,
+        loss_normalizers(targets.counts, 20, 0.1, PROCESS),
+        20.0,
+        1.0,
+        0.1,
+    )
 
 
 @pytest.mark.parametrize("device", DEVICES)

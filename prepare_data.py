@@ -336,7 +336,7 @@ def remarks_on(
         - len(statistics.broken)
     )
     twice = sorted(digests.keys() & contents.keys(), key=digests.get)
-    remarks = statistics.oddities(data, split) + listing.remarks + listing.left_out(split)
+    remarks = statistics.possible_mistakes(data, split) + listing.remarks + listing.left_out(split)
     if empty:
         remarks.append(f"{several(empty, 'label map shows', 'label maps show')} no class at all")
     if twice:

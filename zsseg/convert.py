@@ -16,7 +16,7 @@ from PIL import Image
 
 from zsseg.datasets import dataset, read_lines
 from zsseg.files import atomic_write
-from zsseg.images import read_image
+from zsseg.images import open_image
 from zsseg.utils import UserError, parallel
 
 MAX_PIXELS = 2**28
@@ -211,15 +211,16 @@ def read_ade20k(jpeg: Path, lut: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     segmentation = jpeg.with_name(f"{jpeg.stem}_seg.png")
     what = f"label map {segmentation}"
-    colours = np.array(read_image(segmentation, None, "label map"))
+    with open_image(segmentation, "label map") as image:
+        colours = np.array(image)
     if colours.ndim != 3 or colours.dtype != np.uint8:
         raise UserError(what, "is not a colour image", "replace the file")
-    image = read_image(jpeg, None)
-    pixels = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    with open_image(jpeg, "image") as image:
+        pixels = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
     values = lut[colours[..., 0].astype(int) // 10 * 256 + colours[..., 1]]
     H, W = values.shape
     if pixels.shape[:2] != (H, W):
-        why = f"is {W} x {H}, its image {image.width} x {image.height}"
+        why = f"is {W} x {H}, its image {pixels.shape[1]} x {pixels.shape[0]}"
         raise UserError(what, why, "make the two the same size")
     if min(H, W) > 512:
         h, w = (round(side / min(H, W) * 512) for side in (H, W))

@@ -186,7 +186,7 @@ def test_unpacking_takes_what_is_missing(tmp_path, ending):
     }
     assert found == wanted | {"list.txt": "mine"}
     assert not (folder / ".unpacking").exists()
-    with pytest.raises(UserError, match="holds no top/c"):
+    with pytest.raises(UserError, match="contains no top/c"):
         unpack(archive, [("top/b", "B2"), ("top/c", "C")], folder, "data")
     assert not (folder / "B2").exists()
 

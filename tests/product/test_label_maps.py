@@ -143,7 +143,7 @@ def test_one_of_several_pages_is_refused(tmp_path):
     pages = [Image.fromarray(VALUES), Image.fromarray(VALUES[::-1].copy())]
     for name in ("x.tif", "x.gif", "x.png"):
         pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
-        with pytest.raises(UserError, match="holds 2 pages"):
+        with pytest.raises(UserError, match="contains 2 pages"):
             read_values(tmp_path / name, 8)
 
 

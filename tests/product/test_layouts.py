@@ -79,12 +79,15 @@ def test_layouts_that_the_rules_accept_are_found(images, labels, files, ids, tmp
         described(f"data.images={images}", f"data.labels={labels}"), tmp_path, "val"
     )
     assert (
-        len(listing.pairs) == ids and not listing.alone and not listing.twins and not listing.others
+        len(listing.pairs) == ids
+        and not listing.unpaired
+        and not listing.duplicates
+        and not listing.unmatched
     )
     assert all(image != label for image, label in listing.pairs)
 
 
-def test_a_label_map_without_a_image_is_alone_once(tmp_path):
+def test_a_file_without_a_partner_is_named_once(tmp_path):
     for file in ("a.png", "a_mask.png", "b_mask.png", "c.png", "d.tif"):
         (tmp_path / "val" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "val" / file).touch()
@@ -94,8 +97,8 @@ def test_a_label_map_without_a_image_is_alone_once(tmp_path):
         "val",
     )
     assert [p.name for p, _ in listing.pairs] == ["a.png"]
-    assert sorted(f.name for f in listing.alone) == ["b_mask.png", "c.png"] and [
-        Path(f).name for f in listing.others
+    assert sorted(f.name for f in listing.unpaired) == ["b_mask.png", "c.png"] and [
+        Path(f).name for f in listing.unmatched
     ] == ["d.tif"]
 
 
@@ -129,7 +132,7 @@ def test_names_that_are_one_to_clip(names, root):
 
 
 @pytest.mark.slow
-def test_a_list_of_two_columns_wants_ids(root, tmp_path):
+def test_a_list_requires_ids(root, tmp_path):
     for file in ("JPEGImages/x.jpg", "SegmentationClassAug/x.png"):
         (tmp_path / "VOC2012" / file).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (4, 4)).save(tmp_path / "VOC2012" / file)
@@ -139,7 +142,7 @@ def test_a_list_of_two_columns_wants_ids(root, tmp_path):
         offline = {"ZSSEG_CACHE": str(tmp_path / "cache")}
         fails_in_one_line(
             command("prepare_data.py", "voc", "--root", tmp_path, env=offline),
-            ".txt: wants ids, one a line",
+            ".txt: requires ids, one a line",
             "{id}",
         )
         assert not (tmp_path / "cache").exists()  # nothing was asked of the network
@@ -147,7 +150,7 @@ def test_a_list_of_two_columns_wants_ids(root, tmp_path):
         (tmp_path / "VOC2012" / f"{split}.txt").write_bytes(b"\xef\xbb\xbfx\r\nx\r\n")
     assert len(find_pairs("voc", tmp_path, "val")) == 2
     assert find_listing("voc", tmp_path, "val").remarks == [
-        "1 line of val.txt stand there twice, and count twice"
+        "1 duplicate line in val.txt, counted twice"
     ]
 
 

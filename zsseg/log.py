@@ -98,7 +98,7 @@ class Log:
             and (step, f"{split}/per_class") not in self.known
         ):
             with self.may_fail():
-                self.send(step, {f"{split}/images": self.wandb_images()})
+                self.send(step, {f"{split}/predictions": self.wandb_images()})
             # Unlike all else, it asks the network, which may be away for a while.
             with self.may_fail("a table"):
                 self.send(step, {f"{split}/per_class_table": self.table(result["per_class"])})
@@ -123,7 +123,7 @@ class Log:
                     "mask_data": np.pad(values, room, constant_values=max(labels)),
                     "class_labels": labels,
                 }
-                for name, values in zip(("truth", "prediction"), maps[3:], strict=True)
+                for name, values in zip(("ground_truth", "prediction"), maps[3:], strict=True)
             }
             images.append(
                 wandb.Image(

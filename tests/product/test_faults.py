@@ -1,4 +1,4 @@
-"""Nothing wastes a run: kills, numbers that are not finite, broken files, processes that die, a
+"""Nothing wastes a run: kills, NaN/Inf, broken files, processes that die, a
 lack of memory.
 """
 
@@ -224,7 +224,7 @@ def test_too_many_bad_steps_stop_the_run(shapes_root, tmp_path, monkeypatch):
         "train.steps=12", "train.checkpoint_every=1", "train.bad_steps=4", "eval.compare=false"
     )
     with pytest.raises(
-        train.UserError, match=r"not finite in 4 steps in a row, the last one step 7; .*--resume"
+        train.UserError, match=r"NaN/Inf in 4 steps in a row, the last one step 7; .*--resume"
     ):
         train.train(config, shapes_root, tmp_path, PROCESS, {})
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 3

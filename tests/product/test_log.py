@@ -265,7 +265,7 @@ def test_images_with_masks(offline, shapes_root):
         lambda path: np.asarray(Image.open(path)),
     )
     for step in (2, 4):
-        entry = {key[1]: value for key, value in rows[step].items() if key[0] == "val/images"}
+        entry = {key[1]: value for key, value in rows[step].items() if key[0] == "val/predictions"}
         assert entry["captions"] == [label.stem for _, label in pairs]
         for (image, label), name, masks in zip(
             pairs, entry["filenames"], entry["all_masks"], strict=True
@@ -273,7 +273,7 @@ def test_images_with_masks(offline, shapes_root):
             photo, values = read(folder / name), read_values(label, 8)
             assert np.abs(photo.astype(int) - read(image)).max() <= 1
             truth, prediction = (
-                read(folder / masks[kind]["path"]) for kind in ("truth", "prediction")
+                read(folder / masks[kind]["path"]) for kind in ("ground_truth", "prediction")
             )
             assert np.array_equal(truth, np.where(values == data.ignore, 24, values))
             assert prediction.shape == truth.shape and prediction.max() < 24
@@ -284,8 +284,8 @@ def test_images_with_masks(offline, shapes_root):
         for item in record.config.update
         if item.key == "_wandb"
     ][-1]
-    for kind in ("truth", "prediction"):
-        classes = json.loads(update)["mask/class_labels"][f"val/images_wandb_delimeter_{kind}"][
+    for kind in ("ground_truth", "prediction"):
+        classes = json.loads(update)["mask/class_labels"][f"val/predictions_wandb_delimeter_{kind}"][
             "value"
         ]
         assert classes == {str(i): name for i, name in enumerate([*data.names, "ignored"])}
@@ -312,7 +312,7 @@ def test_large_images_and_many_classes_are_made_to_fit(tmp_path):
     table = log.table({name: {"IoU": 1.0, "Acc": None} for name in log.data.names})
     # No split.
     assert table.columns == ["class", "IoU", "Acc"] and table.data[846][1:] == [1.0, None]
-    for image in log.images():
+    for image in log.wandb_images():
         masks = [np.asarray(Image.open(mask._path)) for mask in image._masks.values()]
         assert image.image.size == (512, 512) and all(mask.shape == (512, 512) for mask in masks)
         assert masks[0].max() == 255 and len(np.unique(masks[0])) == 256

@@ -102,7 +102,7 @@ def test_clips_that_are_not_openai_s(root, monkeypatch, capsys):
 
     torch.manual_seed(0)
     made = CLIP(
-        VisionTransformer(32, 16, 160, 2, 64, heads=2, activation="gelu"),
+        VisionTransformer(32, 16, 160, 2, 64, num_heads=2, activation="gelu"),
         64,
         40,
         514,

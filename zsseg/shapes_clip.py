@@ -30,7 +30,9 @@ class Contrast:
     ):
         self.config, self.process = config, process
         self.model = build_small_clip(config.contrast).to(process.device)
-        self.tokenizer = Tokenizer(self.model.token_embedding.num_embeddings, self.model.context_length)
+        self.tokenizer = Tokenizer(
+            self.model.token_embedding.num_embeddings, self.model.context_length
+        )
         self.samples, self.collate, self.batch_size = (
             RegionsWithCaptions(config, root),
             list,

@@ -28,10 +28,11 @@ from argparse import Namespace
 from datetime import timedelta
 
 from kernels.jit import Switch
-from zsseg import checkpoint, command_line
-from zsseg.analysis import budget, report_budget
+from zsseg import command_line
+from zsseg.analysis import oracle_analysis, write_analysis
+from zsseg.api import checkpoint_and_config
 from zsseg.build import load_segmenter
-from zsseg.config import Config, load_config
+from zsseg.config import Config
 from zsseg.datasets import dataset, find_pairs
 from zsseg.distributed import Process, can_compile, init_distributed
 from zsseg.evaluate import evaluate
@@ -48,22 +49,24 @@ from zsseg.vocabulary import Words, read_words, seen_classes, trained_names, wor
 MIN_IMAGES_TO_COMPILE = 1000  # images a process: for fewer, compiling takes longer than it saves
 # For processes whose share of many images takes longer than the others'.
 DIST_TIMEOUT = timedelta(days=30)
+MEASURING = {
+    "--save-predictions": "write OUT/predictions/<stem>.png, class ids",
+    "--budget": "what masks and classes cost: oracles, recall, confusions",
+    "--report": "write OUT/report.html: metrics, confusions, curves, images",
+    "--reproduce": "print the paper's numbers beside ours",
+}
+USES_OWN = "is for images of your own"
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    content = checkpoint.load(args.checkpoint)
-    if "config" not in content and not args.config:
-        raise UserError(
-            f"checkpoint {args.checkpoint}", "holds no configuration", "give its --config"
-        )
-    config = load_config(args.config, args.set, content.get("config"))
+    content, config = checkpoint_and_config(args.checkpoint, args.config, args.set)
     Switch.on = config.model.kernels
     if args.images:
         segment(args, content, config)
     elif args.export:
         if init_distributed("cpu").is_main:
-            words = words_wanted(args, config)
+            words = requested_words(args, config)
             segmenter = load_segmenter(content, config, args.root, args.checkpoint).eval()
             set_words(segmenter, words, content, config)
             export(segmenter, config, words, args.export)
@@ -76,24 +79,8 @@ def parse(argv: list[str]) -> Namespace:
     parser = command_line.parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=path_of)
     measuring = parser.add_argument_group("measuring")
-    measuring.add_argument(
-        "--save-predictions",
-        action="store_true",
-        help="write OUT/predictions/<stem>.png, class ids",
-    )
-    measuring.add_argument(
-        "--budget",
-        action="store_true",
-        help="what masks and classes cost: oracles, recall, confusions",
-    )
-    measuring.add_argument(
-        "--report",
-        action="store_true",
-        help="write OUT/report.html: metrics, confusions, curves, images",
-    )
-    measuring.add_argument(
-        "--reproduce", action="store_true", help="print the paper's numbers beside ours"
-    )
+    for option, text in MEASURING.items():
+        measuring.add_argument(option, action="store_true", help=text)
     own = parser.add_argument_group("any images, any words")
     own.add_argument(
         "--images", metavar="IMAGE", nargs="+", help="files, folders, patterns, or - for a list"
@@ -113,22 +100,28 @@ def parse(argv: list[str]) -> Namespace:
         help="write programs for these words that run without this project",
     )
     args = parser.parse_args(argv)
-    if args.classes is not None and not (args.images or args.export):
-        raise UserError("--classes", "is for images of your own", "add --images or --export")
-    if (args.images or args.export) and (
-        args.save_predictions or args.budget or args.report or args.reproduce
-    ):
-        raise UserError(
-            "--images and --export", "measure nothing", "leave the options for measuring out"
-        )
-    if args.images and args.export:
-        raise UserError("--images and --export", "are two things", "give one after the other")
-    if args.resume and not args.images:
-        raise UserError("--resume", "is for images of your own", "add --images")
+
+    both = "--images and --export"
+    of_own = args.images or args.export
+    measures = args.save_predictions or args.budget or args.report or args.reproduce
+    conflicts = [
+        (
+            args.classes is not None and not of_own,
+            "--classes",
+            USES_OWN,
+            "add --images or --export",
+        ),
+        (of_own and measures, both, "measure nothing", "leave the options for measuring out"),
+        (args.images and args.export, both, "are two things", "give one after the other"),
+        (args.resume and not args.images, "--resume", USES_OWN, "add --images"),
+    ]
+    for conflict, what, why, todo in conflicts:
+        if conflict:
+            raise UserError(what, why, todo)
     return args
 
 
-def words_wanted(args: Namespace, config: Config) -> Words:
+def requested_words(args: Namespace, config: Config) -> Words:
     return words_of(dataset(config.data)) if args.classes is None else read_words(args.classes)
 
 
@@ -137,73 +130,63 @@ def set_words(segmenter: Segmenter, words: Words, content: dict, config: Config)
     segmenter.set_classes(words.names, words.among(trained_names(content, config)), words.synonyms)
 
 
-def compile_for(images: int, segmenter: Segmenter, config: Config, process: Process) -> None:
-    """Compile what pays for it, and say what the run computes on."""
+def load_compiled(
+    args: Namespace, content: dict, config: Config, process: Process, images: int
+) -> Segmenter:
+    """The segmenter on its device. What pays for it with so many images is compiled, and what the
+    run computes on is printed.
+    """
+    segmenter = load_segmenter(content, config, args.root, args.checkpoint).to(process.device)
     process.describe(config.model.bf16)
     many = config.model.compile == "on" or images >= MIN_IMAGES_TO_COMPILE * process.world_size
     if many and process.compiles(config.model.compile):
         segmenter.compile_parts()
     elif many and config.model.compile == "auto" and segmenter.clip is not None and can_compile():
         segmenter.compile_tower()  # on a CPU all else is little beside it
+    return segmenter.eval()
 
 
 def segment(args: Namespace, content: dict, config: Config) -> None:
     """Images of the user's own."""
-    out, words = args.out or args.checkpoint.parent / "segmented", words_wanted(args, config)
+    out = args.out or args.checkpoint.parent / "segmented"
+    words = requested_words(args, config)
     process = init_distributed(args.device, DIST_TIMEOUT)
     # Before anything is downloaded.
     names = Names(process.broadcast_object(lambda: find_images(args.images, out)))
-    segmenter = (
-        load_segmenter(content, config, args.root, args.checkpoint).to(process.device).eval()
-    )
-    compile_for(len(names), segmenter, config, process)
+    segmenter = load_compiled(args, content, config, process, len(names))
     set_words(segmenter, words, content, config)
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
-    results = Results(
-        out,
-        names,
-        words,
-        process.broadcast_object(lambda: made_with(segmenter, config, words, process)),
-    )
-    segment_images(segmenter, config, results, process, args.resume or again)
+    digest = process.broadcast_object(lambda: made_with(segmenter, config, words, process))
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    results = Results(out, names, words, digest)
+    segment_images(segmenter, config, results, process, args.resume or restarted)
 
 
 def measure(args: Namespace, content: dict, config: Config) -> None:
     """The metrics on a split of a data set, and what belongs to them."""
-    pairs = find_pairs(config.data, args.root, config.data.split)  # before anything is downloaded
-    process, out = init_distributed(args.device), args.out or args.checkpoint.parent / "eval"
-    writes = ["metrics.json", "samples.png", *["report.html"] * args.report]
-    writes = [
-        *["budget.json", "budget.png"] * args.budget,
-        *writes * (not args.budget or args.report),
-    ]
-    process.broadcast_object(lambda: check_writable(out, writes))  # now, and not after hours
+    split = config.data.split
+    pairs = find_pairs(config.data, args.root, split)  # before anything is downloaded
+    process = init_distributed(args.device)
+    out = args.out or args.checkpoint.parent / "eval"
+    metrics = args.report or not args.budget
+    files = ["report.html"] if args.report else []
+    files += ["budget.json", "budget.png"] if args.budget else []
+    files += ["metrics.json", "samples.png"] if metrics else []
+    process.broadcast_object(lambda: check_writable(out, files))  # now, and not after hours
     if "config" not in content and config.model.bf16 == "auto" and process.device.type == "cpu":
-        config.model.bf16 = (
-            "off"  # what an original checkpoint gives is compared with the original's numbers
-        )
-    segmenter = (
-        load_segmenter(content, config, args.root, args.checkpoint).to(process.device).eval()
-    )
-    compile_for(len(pairs), segmenter, config, process)
+        # What an original checkpoint gives is compared with the original's numbers.
+        config.model.bf16 = "off"
+    segmenter = load_compiled(args, content, config, process, len(pairs))
     seen = seen_classes(dataset(config.data), content, config)
+
     if args.budget:
-        result = budget(segmenter, config, args.root, process, config.data.split, seen)
+        result = oracle_analysis(segmenter, config, args.root, process, split, seen)
         if process.is_main:
-            report_budget(result, out)
-        if not args.report:
-            return
+            write_analysis(result, out)
+    if not metrics:
+        return
     page = Report(config, process) if args.report else None
     result = evaluate(
-        segmenter,
-        config,
-        args.root,
-        process,
-        config.data.split,
-        out,
-        args.save_predictions,
-        page,
-        seen,
+        segmenter, config, args.root, process, split, out, args.save_predictions, page, seen
     )
     if page:
         page.gather()

@@ -47,6 +47,17 @@ def test_size(width: int, height: int, short: int, longest: int) -> tuple[int, i
     return max(int(w + 0.5), 1), max(int(h + 0.5), 1)
 
 
+def network_inputs(
+    image: Image.Image, config: DataConfig, short_edges: list[int] = ()
+) -> list[Tensor]:
+    """uint8 [3, h, w] at each network-input size: with these shorter edges, one of
+    `data.test_short_edge` where there are none.
+    """
+    edges = short_edges or [config.test_short_edge]
+    sizes = [test_size(*image.size, edge, config.max_size) for edge in edges]
+    return [to_tensor(image.resize(size, Image.Resampling.BILINEAR)) for size in sizes]
+
+
 class TestImages(Dataset):
     """Item i: (image uint8 [3, h, w] at each input size, class ids uint8 or int32 [H, W] at the
     image's own size, name).
@@ -57,7 +68,7 @@ class TestImages(Dataset):
     def __init__(self, config: DataConfig, root: Path, split: str, edges: list[int] = ()):
         self.config = config
         self.lut = dataset(config).lut()
-        self.edges = edges or [config.test_short_edge]
+        self.edges = edges
         self.pairs = find_pairs(config, root, split)
         self.names = unique_names([image for image, _ in self.pairs])
 
@@ -68,9 +79,7 @@ class TestImages(Dataset):
         image_file, label_file = self.pairs[i]
         image = read_image(image_file, turn=self.config.exif_turn)
         labels = torch.from_numpy(read_labels(label_file, self.lut, image.size))
-        sizes = [test_size(*image.size, edge, self.config.max_size) for edge in self.edges]
-        images = [to_tensor(image.resize(size, Image.Resampling.BILINEAR)) for size in sizes]
-        return images, labels, self.names[i]
+        return network_inputs(image, self.config, self.edges), labels, self.names[i]
 
 
 def unique_names(files: list[Path]) -> list[str]:

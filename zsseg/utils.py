@@ -111,6 +111,19 @@ def first_of(names: list[str], most: int) -> str:
     return ", ".join(names[:most]) + more
 
 
+def format_table(heads: Iterable, rows: Iterable[Iterable]) -> str:
+    """Lines of a table: the first column aligned to the left, the others to the right."""
+    lines = [[str(cell) for cell in row] for row in (heads, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        first.ljust(widths[0])
+        + "".join(
+            f"{cell:>{max(width + 2, 9)}}" for cell, width in zip(cells, widths[1:], strict=True)
+        )
+        for first, *cells in lines
+    )
+
+
 def several(count: int, one: str, many: str = "") -> str:
     """A number and its noun."""
     return f"{count} {one if count == 1 else many or one + 's'}"

@@ -567,7 +567,7 @@ def test_label_maps_in_pieces_are_the_same(monkeypatch):
     labels, found = torch.randint(0, 11, (61, 37)), whole
     labels[:3] = 255
     matrix = metrics.confusion(labels, found, 11, 255)
-    monkeypatch.setattr(metrics, "PIXELS", 100)
+    monkeypatch.setattr(metrics, "MAX_PIXELS", 100)
     assert (
         torch.equal(metrics.confusion(labels, found, 11, 255), matrix) and matrix.sum() == 58 * 37
     )

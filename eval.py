@@ -15,6 +15,13 @@ Segment images: files, folders, patterns, or - for a list on standard input. Eac
 Lines of words.txt: `cat`, with synonyms `sofa = couch, settee`, or `other: sky, wall` for what is
 predicted but shown as "other". Without --classes, the classes are the data set's.
 
+Ask for other words without computing again: keep what the networks make of images, then read that:
+    python eval.py CHECKPOINT --images photos/ --features DIR
+    python eval.py CHECKPOINT --features DIR --classes "cat, dog"
+
+Try words on a page of this machine:
+    python eval.py CHECKPOINT --serve
+
 Export programs that run without this one:
     python eval.py CHECKPOINT --export DIR --classes "cat, dog, grass"
 
@@ -37,12 +44,14 @@ from zsseg.datasets import dataset, find_pairs
 from zsseg.distributed import Process, can_compile, init_distributed
 from zsseg.evaluate import evaluate
 from zsseg.export import export
+from zsseg.features import FeatureFiles, KeptFeatures, features_digest, find_features
 from zsseg.files import check_writable
 from zsseg.metrics import report
-from zsseg.predict import Names, Results, find_images, made_with, segment_images
+from zsseg.predict import InputImages, Names, Results, find_images, made_with, segment_images
 from zsseg.published import compare
 from zsseg.report import Report
 from zsseg.segmenter import Segmenter
+from zsseg.serve import Session, open_port, serve
 from zsseg.utils import UserError, path_of
 from zsseg.vocabulary import Words, read_words, seen_classes, trained_names, words_of
 
@@ -62,8 +71,10 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     content, config = checkpoint_and_config(args.checkpoint, args.config, args.set)
     Switch.on = config.model.kernels
-    if args.images:
+    if args.images or args.features:
         segment(args, content, config)
+    elif args.serve is not None:
+        serve_page(args, content, config)
     elif args.export:
         if init_distributed("cpu").is_main:
             words = requested_words(args, config)
@@ -94,6 +105,20 @@ def parse(argv: list[str]) -> Namespace:
         "--resume", action="store_true", help="segment only the images that are not done yet"
     )
     own.add_argument(
+        "--features",
+        metavar="DIR",
+        type=path_of,
+        help="with --images keep features there, without them label the images kept there",
+    )
+    own.add_argument(
+        "--serve",
+        metavar="PORT",
+        type=int,
+        nargs="?",
+        const=8000,
+        help="a page on 127.0.0.1 (port 8000) to try images and words on",
+    )
+    own.add_argument(
         "--export",
         metavar="DIR",
         type=path_of,
@@ -101,19 +126,26 @@ def parse(argv: list[str]) -> Namespace:
     )
     args = parser.parse_args(argv)
 
-    both = "--images and --export"
-    of_own = args.images or args.export
+    tasks = {
+        "--images": args.images or args.features,
+        "--serve": args.serve is not None,
+        "--export": args.export,
+    }
+    own = [name for name, given in tasks.items() if given]
     measures = args.save_predictions or args.budget or args.report or args.reproduce
+    both = " and ".join(own)
+    keeps = args.images and args.features
     conflicts = [
-        (
-            args.classes is not None and not of_own,
-            "--classes",
-            USES_OWN,
-            "add --images or --export",
-        ),
-        (of_own and measures, both, "measure nothing", "leave the options for measuring out"),
-        (args.images and args.export, both, "are two things", "give one after the other"),
+        (args.classes is not None and not own, "--classes", USES_OWN, "add --images or --export"),
+        (own and measures, both, "measures nothing", "leave the options for measuring out"),
+        (len(own) > 1, both, "are two things", "give one after the other"),
         (args.resume and not args.images, "--resume", USES_OWN, "add --images"),
+        (
+            keeps and args.classes is not None,
+            "--classes",
+            "is for features that are kept already",
+            "give --images and --features first",
+        ),
     ]
     for conflict, what, why, todo in conflicts:
         if conflict:
@@ -147,18 +179,42 @@ def load_compiled(
 
 
 def segment(args: Namespace, content: dict, config: Config) -> None:
-    """Images of the user's own."""
-    out = args.out or args.checkpoint.parent / "segmented"
+    """Images of the user's own: label maps, or with --features what they follow from; without
+    --images label maps of what was kept.
+    """
+    kept = args.features and not args.images
+    keep = args.features and args.images
+    out = args.features if keep else args.out or args.checkpoint.parent / "segmented"
     words = requested_words(args, config)
     process = init_distributed(args.device, DIST_TIMEOUT)
     # Before anything is downloaded.
-    names = Names(process.broadcast_object(lambda: find_images(args.images, out)))
-    segmenter = load_compiled(args, content, config, process, len(names))
+    find = (lambda: find_features(args.features)) if kept else lambda: find_images(args.images, out)
+    names = Names(process.broadcast_object(find))
+    segmenter = load_compiled(args, content, config, process, 0 if kept else len(names))
     set_words(segmenter, words, content, config)
-    digest = process.broadcast_object(lambda: made_with(segmenter, config, words, process))
+    digest = ""
+    if args.features:
+        digest = process.broadcast_object(lambda: features_digest(segmenter, config, process))
+    items = KeptFeatures(names.files, digest) if kept else InputImages(names.files, config)
+    if keep:
+        results = FeatureFiles(out, names, digest)
+    else:
+        made = process.broadcast_object(lambda: made_with(segmenter, config, words, process))
+        results = Results(out, names, words, made)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    results = Results(out, names, words, digest)
-    segment_images(segmenter, config, results, process, args.resume or restarted)
+    segment_images(segmenter, config, results, items, process, args.resume or restarted)
+
+
+def serve_page(args: Namespace, content: dict, config: Config) -> None:
+    """A page to try images and words on, until it is interrupted."""
+    words = requested_words(args, config)
+    process = init_distributed(args.device)
+    if process.world_size > 1:
+        raise UserError("--serve", "is for one process", "start it without torchrun")
+    server = open_port(args.serve)  # before anything is downloaded
+    segmenter = load_compiled(args, content, config, process, 0)
+    session = Session(segmenter, config, process, trained_names(content, config), words)
+    serve(server, session)
 
 
 def measure(args: Namespace, content: dict, config: Config) -> None:

@@ -49,7 +49,10 @@ def open_image(file: Path, what: str, limited: bool = True) -> Iterator[Image.Im
             image = stack.enter_context(Image.open(file))
             # Pillow turns a TIFF that is mapped from its file wrongly.
             if image.format == "TIFF" and orientation(image) != 1:
-                image = stack.enter_context(Image.open(io.BytesIO(Path(file).read_bytes())))
+                content = (
+                    file if isinstance(file, io.BytesIO) else io.BytesIO(Path(file).read_bytes())
+                )
+                image = stack.enter_context(Image.open(content))
             if limited and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 size = f"{image.width} x {image.height}"
                 raise ValueError(f"{size} is more than {Image.MAX_IMAGE_PIXELS} pixels")

@@ -32,7 +32,7 @@ from zsseg.distributed import Process
 from zsseg.download import locked
 from zsseg.files import MARK, atomic_write, decode, refuse_foreign, result, split_lines, walk
 from zsseg.images import image_endings, read_image, remarks_on
-from zsseg.segmenter import Segmenter
+from zsseg.segmenter import Proposals, Segmenter
 from zsseg.utils import (
     UserError,
     did_you_mean_file,
@@ -202,6 +202,7 @@ class InputImage:
     size: tuple[int, int] = (0, 0)  # (height, width) of the image itself
     version: list[int] = field(default_factory=list)  # see `version_of`
     extra_pages: int = 0  # pages or frames after the first
+    proposals: Proposals | None = None  # where the features were kept
     error: str = ""
 
     def pin_memory(self) -> "InputImage":
@@ -300,12 +301,25 @@ class Results:
         except (OSError, KeyError, TypeError):
             return None
 
-    def write(
-        self, item: InputImage, labels: np.ndarray, pixels: list[int], scores: list[float]
-    ) -> None:
-        """labels: uint8 or uint16 [H, W]. pixels, scores: number and sum of scores of each shown
-        class's pixels, [C].
-        """
+    def segment(
+        self, segmenter: Segmenter, config: Config, process: Process, item: InputImage
+    ) -> tuple[np.ndarray, list[int], list[float]]:
+        """The label map, as `count_classes` gives it."""
+        if item.proposals is None:
+            file = self.names.files[item.number]
+            labels, top = segment_image(segmenter, config, process, item.inputs, item.size, file)
+        else:
+            proposals = segmenter.classify(item.proposals.to(process.device))
+            labels, top = segmenter.label_map(segmenter.ensemble(proposals), proposals, item.size)
+        return count_classes(labels, top, len(self.words.shown_names))
+
+    def count(self, found: tuple[np.ndarray, list[int], list[float]]) -> dict[int, int]:
+        """{class id: pixels} of what `segment` gives."""
+        return {i: count for i, count in enumerate(found[1]) if count}
+
+    def write(self, item: InputImage, found: tuple[np.ndarray, list[int], list[float]]) -> None:
+        """What `segment` gives."""
+        labels, pixels, scores = found
         names = self.words.shown_names
         label_file, overlay_file, json_file = self.files(item.number)
         save_label_map(labels, label_file, len(names), self.colours)
@@ -392,12 +406,18 @@ def segment_image(
 
 @torch.inference_mode()
 def segment_images(
-    segmenter: Segmenter, config: Config, results: Results, process: Process, resume: bool
+    segmenter: Segmenter,
+    config: Config,
+    results: Results,
+    items: Dataset,
+    process: Process,
+    resume: bool,
 ) -> None:
     """Segment all images, shared among the processes; with `resume` those that are not done yet.
 
-    `segmenter` has its vocabulary. At the end, OUT/failed.txt lists images that cannot be read,
-    which are a UserError unless torchrun would start again for it.
+    results: `Results`, or `features.FeatureFiles`; items: `InputImages` or `features.KeptFeatures`
+    of the files that `results` names. `segmenter` has its vocabulary. At the end, OUT/failed.txt
+    lists images that cannot be read, which are a UserError unless torchrun would start again for it.
     """
     names = results.names
     share = range(process.rank, len(names), process.world_size)
@@ -415,7 +435,7 @@ def segment_images(
 
     started = time.perf_counter()
     workers = config.data.workers
-    items = (item for [item] in stream(InputImages(names.files, config), numbers, 1, workers))
+    items = (item for [item] in stream(items, numbers, 1, workers))
     label = process.progress_label("segment")
     writing: deque = deque()
     with ThreadPoolExecutor(max(workers, 1)) as pool:
@@ -424,11 +444,10 @@ def segment_images(
             if item.error:
                 summary.failed.append(f"{file}: {item.error}")
                 continue
-            labels, top = segment_image(segmenter, config, process, item.inputs, item.size, file)
-            labels, pixels, scores = count_classes(labels, top, len(results.words.shown_names))
-            summary.add("segmented", {i: count for i, count in enumerate(pixels) if count})
+            found = results.segment(segmenter, config, process, item)
+            summary.add("segmented", results.count(found))
             summary.counts["extra pages"] += item.extra_pages
-            writing.append(pool.submit(results.write, item, labels, pixels, scores))
+            writing.append(pool.submit(results.write, item, found))
             if len(writing) > MAX_PENDING_WRITES:
                 writing.popleft().result()
         for future in writing:
@@ -438,7 +457,7 @@ def segment_images(
     seconds = time.perf_counter() - started
     if process.is_main:
         note_failed(results.out, names, summary.failed)
-        summary.report(results.words, results.out, seconds)
+        summary.report(results, seconds)
 
 
 def count_classes(
@@ -545,17 +564,18 @@ class Summary:
             self.failed + other.failed,
         )
 
-    def report(self, words: Words, out: Path, seconds: float) -> None:
+    def report(self, results: Results, seconds: float) -> None:
         """Print how much of the images each class covers. Images that could not be read are a
         UserError unless torchrun would start again for it.
         """
-        names = words.shown_names
+        out = results.out
         segmented, done = self.counts["segmented"], self.counts["done"]
         if pages := self.counts["extra pages"]:
             count = several(pages, "page or frame", "pages or frames")
             left_out(f"{count} of images that have more than one")
 
         if self.pixels:
+            names = results.words.shown_names
             total = self.pixels.total()
             rows = [
                 (names[i][:31], f"{100 * count / total:.1f}%", self.images[i])

@@ -48,6 +48,10 @@ class Proposals:
     class_features: Tensor | None = None  # [Q, D] of the proposer
     region_features: Tensor | None = None  # [P, D] of CLIP, fp32, for the P valid masks
 
+    def to(self, device: torch.device) -> "Proposals":
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
 
 class Segmenter(nn.Module):
     """A mask proposer and a frozen CLIP over a vocabulary that `set_classes` fixes and may change

@@ -117,7 +117,11 @@ def read_words(text: str) -> Words:
     """
     file = path_of(text.strip())
     in_file = os.path.isfile(file) or ("," not in text and is_path(text))
-    lines = read_lines(file, text) if in_file else text.split(";")
+    return parse_words(read_lines(file, text) if in_file else text.split(";"), in_file)
+
+
+def parse_words(lines: list[str], in_file: bool = False) -> Words:
+    """The words in lines as `read_words` describes them; nothing is read."""
     classes: list[list[str]] = []  # the names of each, its own first
     background: list[str] = []
     for line in map(str.strip, lines):

@@ -417,7 +417,7 @@ def segment_images(
 
     results: `Results`, or `features.FeatureFiles`; items: `InputImages` or `features.KeptFeatures`
     of the files that `results` names. `segmenter` has its vocabulary. At the end, OUT/failed.txt
-    lists images that cannot be read, which are a UserError unless torchrun would start again for it.
+    lists images that cannot be read: a UserError unless torchrun would start again for it.
     """
     names = results.names
     share = range(process.rank, len(names), process.world_size)

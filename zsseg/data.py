@@ -166,6 +166,7 @@ def training_statistics(config: DataConfig, root: Path) -> LabelStatistics:
 
 @functools.lru_cache(maxsize=1)
 def permutation(seed: int, length: int) -> np.ndarray:
+    """The order of an epoch, kept until the next one: int64 [length]."""
     return np.random.default_rng(seed).permutation(length)
 
 

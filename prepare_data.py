@@ -33,8 +33,7 @@ from zsseg.distributed import init_distributed
 from zsseg.download import check_file, fetch, unpack
 from zsseg.faults import load_last
 from zsseg.files import atomic_write, release
-from zsseg.images import read_image
-from zsseg.label_statistics import Count, count_classes, count_split, label_statistics
+from zsseg.label_statistics import count_split, label_statistics
 from zsseg.utils import UserError, cache_dir, path_of, several
 
 
@@ -66,14 +65,11 @@ def main(argv: list[str]) -> None:
         why = f"describes {config.name}" if args.config else "is missing"
         raise UserError("--config", why, f'give a file with [data] name = "{args.dataset}"')
 
-    if args.check:
-        check(config, args.root, args.workers)
-        return
-    if args.dataset == "shapes":
+    if args.dataset == "shapes" and not args.check:
         prepare_shapes(args.root, args.workers)
-    elif args.dataset != "folder":
+    elif args.dataset != "folder" and not args.check:
         prepare(args.dataset, args.root, args.workers, args.train)
-    summarize(config, args.root, args.workers)
+    summarize(config, args.root, args.workers, args.check)
 
 
 def prepare_shapes(root: Path, workers: int) -> None:
@@ -179,32 +175,9 @@ def describe(data: DataSet, listing: Listing, split: str) -> str:
     return text
 
 
-def summarize(config: DataConfig, root: Path, workers: int) -> None:
-    """Print the splits; count the labels of the training split, which training needs."""
-    data = dataset(config)
-    for split in data.splits:
-        try:
-            listing = find_listing(config, root, split)
-        except MissingSplit:
-            if split == config.split:
-                raise
-            if split == "train":
-                fetch = "" if data.name == "folder" else "; --train fetches it"
-                print(f"{data.name} train: none (only training needs it{fetch})")
-            continue
-        text = describe(data, listing, split)
-        if split == "train" and data.unseen:
-            statistics = label_statistics(config, root, split, workers)
-            if count := len(statistics.broken):
-                why = f"{count} broken label maps, the first: {statistics.broken[0]}"
-                raise UserError(f"data set {data.name}", why, "--check")
-            text += f"; {len(statistics.images_with(data.trained))} show a class that is trained on"
-        print(text)
-
-
-def check(config: DataConfig, root: Path, workers: int) -> None:
-    """Read every file of every split and print all problems; broken files and files without a
-    partner are then a UserError.
+def summarize(config: DataConfig, root: Path, workers: int, check: bool) -> None:
+    """Print what each split contains. `check`: read every file and print all problems; broken files
+    and files without a partner are then a UserError.
     """
     data = dataset(config)
     problems = 0
@@ -213,13 +186,21 @@ def check(config: DataConfig, root: Path, workers: int) -> None:
         try:
             listing = find_listing(config, root, split)
         except UserError as error:
-            if split == config.split or not isinstance(error, MissingSplit):
-                print(f"{data.name} {split}:\n  broken: {error}")
-                problems += 1
-            elif split == "train":
-                print(f"{data.name} train: none (only training needs it)")
+            if isinstance(error, MissingSplit) and split != config.split:
+                if split == "train":
+                    fetch = "" if data.name == "folder" else "; --train fetches it"
+                    print(f"{data.name} train: none (only training needs it{fetch})")
+                continue
+            if not check:
+                raise
+            print(f"{data.name} {split}:\n  broken: {error}")
+            problems += 1
             continue
-        problems += check_split(config, root, split, listing, workers, contents)
+        print(describe(data, listing, split), flush=True)
+        if check:
+            problems += check_split(config, split, listing, workers, contents)
+        elif split == "train" and data.unseen:
+            count_training_images(config, root, workers)
     if problems:
         have = "has" if problems == 1 else "have"
         files = several(problems, "file is", "files are")
@@ -227,31 +208,27 @@ def check(config: DataConfig, root: Path, workers: int) -> None:
         raise UserError(f"data set {config.name}", why, "replace them")
 
 
+def count_training_images(config: DataConfig, root: Path, workers: int) -> None:
+    """Count the labels of the training split now, since training needs the statistics."""
+    statistics = label_statistics(config, root, "train", workers)
+    if count := len(statistics.broken):
+        why = f"{count} broken label maps, the first: {statistics.broken[0]}"
+        raise UserError(f"data set {config.name}", why, "--check")
+    images = statistics.images_with(dataset(config).trained)
+    print(f"  {len(images)} images show a class that is trained on")
+
+
 def check_split(
-    config: DataConfig,
-    root: Path,
-    split: str,
-    listing: Listing,
-    workers: int,
-    contents: dict[bytes, Path],
+    config: DataConfig, split: str, listing: Listing, workers: int, contents: dict[bytes, Path]
 ) -> int:
     """Print what is in a split; the number of files that are broken or have no partner.
 
     `contents`: SHA-256 of an image -> its file, of the splits before; this split's are added.
     """
     data = dataset(config)
-    luts = (data.lut(), data.lut(training=True))
     digests = {}
-
-    def count(pair: tuple[Path, Path]) -> Count:
-        image = pair[0]
-        size = read_image(image, turn=config.exif_turn).size
-        with open(image, "rb") as file:
-            digests[hashlib.file_digest(file, "sha256").digest()] = image
-        return count_classes(pair, data, luts, size, config.exif_turn)
-
-    statistics = count_split(listing.pairs, count, workers, f"check {data.name} {split}")
-    print(describe(data, listing, split))
+    name = f"check {data.name} {split}"
+    statistics = count_split(listing.pairs, data, config.exif_turn, workers, name, digests)
     pixels = statistics.histogram(len(data.names))
     share = 100 * pixels / max(pixels.sum(), 1)
     for label, percent in zip([*data.names, "ignored"], share, strict=True):
@@ -259,7 +236,7 @@ def check_split(
     if split == "train" and data.unseen:
         values = statistics.values
         unseen = np.isin(values, [data.values[data.names.index(name)] for name in data.unseen])
-        survive = unseen & (luts[1][values] != data.ignore)
+        survive = unseen & (data.lut(training=True)[values] != data.ignore)
         total, left = (statistics.value_pixels[mask].sum() for mask in (unseen, survive))
         targets = f"{len(listing.pairs) - len(statistics.broken)} training targets"
         classes = f"{len(data.unseen)} unseen classes ({', '.join(data.unseen)})"

@@ -20,7 +20,7 @@ test_size.__test__ = TestImages.__test__ = False  # pytest would take them for t
 
 
 @pytest.mark.parametrize(
-    ("size", "short", "longest", "wanted"),
+    ("size", "short", "longest", "expected"),
     [
         ((640, 480), 512, 2048, (683, 512)),
         ((170, 230), 512, 2048, (512, 693)),
@@ -30,8 +30,8 @@ test_size.__test__ = TestImages.__test__ = False  # pytest would take them for t
         ((10000, 1), 640, 2560, (2560, 1)),
     ],
 )
-def test_sizes_at_test_time(size, short, longest, wanted):
-    assert test_size(*size, short, longest) == wanted
+def test_sizes_at_test_time(size, short, longest, expected):
+    assert test_size(*size, short, longest) == expected
 
 
 def test_no_pixel_and_no_name_of_an_unseen_class_reaches_the_segmenter(shapes_root):
@@ -152,10 +152,10 @@ def test_the_crop_is_resized_as_a_part_of_the_whole(size):
             (pixels.permute(1, 2, 0), image, "BILINEAR"),
             (mask, Image.fromarray(labels), "NEAREST"),
         ):
-            whole = np.array(theirs.resize((width, height), Image.Resampling[method]))[
+            full = np.array(theirs.resize((width, height), Image.Resampling[method]))[
                 top : top + h, left : left + w
             ]
-            apart = (whole[:, ::-1] if flipped else whole).astype(int) - ours[:h, :w].numpy()
+            apart = (full[:, ::-1] if flipped else full).astype(int) - ours[:h, :w].numpy()
             assert (apart != 0).mean() < (1e-3 if method == "BILINEAR" else 1e-9) and np.abs(
                 apart
             ).max() <= 1, (method, seed)

@@ -90,11 +90,8 @@ def decode_runs(segmentation: dict) -> np.ndarray:
     height, width = segmentation["size"]
     check_size(height, width)
     counts = segmentation["counts"]
-    if isinstance(counts, str):
-        counts = decompress(counts)
-    counts = np.array(counts, np.int64)
-    valid = counts.ndim == 1 and ((counts >= 0) & (counts <= height * width)).all()
-    if not valid or counts.sum() != height * width:
+    counts = decompress(counts) if isinstance(counts, str) else counts
+    if any(count < 0 for count in counts) or sum(counts) != height * width:
         raise ValueError("run lengths that do not add up to the image")
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 

@@ -173,6 +173,12 @@ def training_statistics(config: DataConfig, root: Path) -> LabelStatistics:
     return statistics
 
 
+@functools.lru_cache(maxsize=1)
+def permutation(seed: int, length: int) -> np.ndarray:
+    """The order of an epoch, kept until the next one: int64 [length]."""
+    return np.random.default_rng(seed).permutation(length)
+
+
 class TrainImages(Dataset):
     """Sample n of an endless stream: the images in a fresh order every epoch, augmented.
 
@@ -199,15 +205,9 @@ class TrainImages(Dataset):
         if not self.pairs:
             why = "no training image shows a class that is trained on"
             raise UserError(f"data set {config.data.name}", why, "check it")
-        self.epoch = -1
-        self.permutation = np.empty(0)
 
     def order(self, epoch: int) -> np.ndarray:
-        if epoch != self.epoch:
-            rng = np.random.default_rng(mix_seed(self.seed, 1, epoch))
-            self.permutation = rng.permutation(len(self.pairs))
-            self.epoch = epoch
-        return self.permutation
+        return permutation(mix_seed(self.seed, 1, epoch), len(self.pairs))
 
     def pair(self, n: int) -> tuple[Path, Path]:
         """The files of sample n."""

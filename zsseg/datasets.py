@@ -18,7 +18,15 @@ from zsseg.config import DataConfig
 from zsseg.files import decode, split_lines, walk
 from zsseg.images import IMAGE_LIKE, image_endings
 from zsseg.tokenizer import check_names
-from zsseg.utils import UserError, did_you_mean, did_you_mean_file, left_out, print_once, several
+from zsseg.utils import (
+    UserError,
+    did_you_mean,
+    did_you_mean_file,
+    first_of,
+    left_out,
+    print_once,
+    several,
+)
 
 
 class MissingSplit(UserError):
@@ -222,9 +230,7 @@ def read_lines(file: Path) -> list[str]:
 def endings(files: Iterable[str]) -> str:
     """How file names end, the most frequent first: "3 .heic, 1 .dng"."""
     names = sorted(os.path.splitext(file)[1].lower() or "without an ending" for file in files)
-    counts = Counter(names).most_common()
-    more = f" and {len(counts) - 5} more kinds" if len(counts) > 5 else ""
-    return ", ".join(f"{count} {ending}" for ending, count in counts[:5]) + more
+    return first_of([f"{count} {ending}" for ending, count in Counter(names).most_common()], 5)
 
 
 def read_table(file: Path) -> dict[str, DataSet]:

@@ -6,7 +6,6 @@ import hashlib
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from zsseg import images
 from zsseg.config import DataConfig
 from zsseg.datasets import DataSet, dataset, find_pairs
 from zsseg.files import atomic_write
-from zsseg.images import FIRST_PAGE, TURNED, check_values, read_samples, remarks_on
+from zsseg.images import FIRST_PAGE, TURNED, check_values, read_image, read_samples, remarks_on
 from zsseg.utils import UserError, cache_dir, first_of, parallel, several
 
 
@@ -91,17 +90,22 @@ def count_classes(
     pair: tuple[Path, Path],
     data: DataSet,
     luts: tuple[np.ndarray, np.ndarray],
-    size: tuple[int, int] | None = None,
     turn: bool = False,
+    digests: dict[bytes, Path] | None = None,
 ) -> Count:
     """The classes of an (image, label map) pair; `luts` are the data set's for evaluation and
-    training, `size` the image's (width, height), which is checked if given.
+    training.
 
-    `turn`: the image is turned as its EXIF entry says. Raises AssertionError where the training
-    table would let an unseen class through, UserError for a bad label map.
+    `turn`: the image is turned as its EXIF entry says. With `digests`, the image is read, too, its
+    size is compared, and its SHA-256 is added. Raises AssertionError where the training table would
+    let an unseen class through, UserError for a bad file.
     """
     image, file = pair
     full, training = luts
+    size = None
+    if digests is not None:
+        size = read_image(image, turn=turn).size
+        digests[hashlib.sha256(image.read_bytes()).digest()] = image
     samples, remark = read_samples(file)
     pixels = np.bincount(check_values(samples, file, data.bits, size).ravel())
     values = pixels.nonzero()[0]
@@ -128,17 +132,24 @@ def count_classes(
     return Count(rows, np.stack([values, pixels], 1), remarks)
 
 
-def count_split(pairs: list, count: Callable, workers: int, name: str) -> LabelStatistics:
-    """The statistics of (image, label map) pairs by `count`, which gives a pair's `Count`.
-
-    What it raises as UserError is listed, and the pair counts as empty.
+def count_split(
+    pairs: list[tuple[Path, Path]],
+    data: DataSet,
+    turn: bool,
+    workers: int,
+    name: str,
+    digests: dict[bytes, Path] | None = None,
+) -> LabelStatistics:
+    """The statistics of (image, label map) pairs; see `count_classes`, whose UserErrors are listed.
+    A pair with an error counts as empty.
     """
+    luts = (data.lut(), data.lut(training=True))
     broken = []
     empty = np.empty((0, 2), np.int64)
 
     def attempt(pair: tuple[Path, Path]) -> Count:
         try:
-            return count(pair)
+            return count_classes(pair, data, luts, turn, digests)
         except UserError as error:
             broken.append(str(error))
             return Count(empty, empty)
@@ -169,18 +180,16 @@ def label_statistics(
     """
     data = dataset(name_or_config)
     pairs = find_pairs(name_or_config, root, split)
-    luts = (data.lut(), data.lut(training=True))
     turn = isinstance(name_or_config, DataConfig) and name_or_config.exif_turn
     folder = data.folder(root)
-    settings = b"".join(lut.tobytes() for lut in luts) + bytes([turn])
+    settings = data.lut().tobytes() + data.lut(training=True).tobytes() + bytes([turn])
     version = files_version(folder, pairs, settings)
     caches = folder / ".zsseg" / f"{split}.npz", cache_dir() / "statistics" / f"{version}.npz"
     for cache in caches:
         if cached := read_statistics(cache, version):
             return cached
 
-    count = lambda pair: count_classes(pair, data, luts, turn=turn)
-    statistics = count_split(pairs, count, workers, f"count {data.name} {split}")
+    statistics = count_split(pairs, data, turn, workers, f"count {data.name} {split}")
     if len(statistics.broken):  # these files may be replaced
         return statistics
     for cache in caches:

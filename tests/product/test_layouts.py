@@ -1,4 +1,4 @@
-"""Data sets of one's own: which files are found, names that are one to CLIP, lists, mistakes."""
+"""Data sets of one's own: which files match, names that are one to CLIP, lists, mistakes."""
 
 import os
 import shutil
@@ -22,13 +22,13 @@ from zsseg.vocabulary import read_words
 
 
 def test_hidden_folders_hold_no_data(root):
-    for kind in ("images", "masks"):
+    for part in ("images", "masks"):
         for split in ("train", "val"):
-            (root / "a" / kind / split / ".ipynb_checkpoints").mkdir()
-            if kind == "images" or split == "val":  # also on one side only
+            (root / "a" / part / split / ".ipynb_checkpoints").mkdir()
+            if part == "images" or split == "val":  # also on one side only
                 shutil.copy(
-                    root / f"a/{kind}/{split}/0.png",
-                    root / f"a/{kind}/{split}/.ipynb_checkpoints/0-checkpoint.png",
+                    root / f"a/{part}/{split}/0.png",
+                    root / f"a/{part}/{split}/.ipynb_checkpoints/0-checkpoint.png",
                 )
     done = check(root)
     assert (
@@ -224,7 +224,7 @@ def test_ten_mistakes_at_once_are_all_named(root):
 
 
 def test_the_check_goes_on_after_what_ends_other_commands(root, capsys):
-    """Two files of one id, and a split that is not there."""
+    """Two files of one id, and a missing split."""
     shutil.copy(root / "a/images/val/0.png", root / "a/images/val/0.webp")
     shutil.rmtree(root / "a/images/train")
     text = CONFIG.replace("images/{split}/{id}.png", "images/{split}/{id}.*")

@@ -1,6 +1,4 @@
-"""Evaluation: exact integer confusion matrices over all processes, the metrics, a table, a
-image.
-"""
+"""Metrics of semantic segmentation from exact integer confusion matrices, and their table."""
 
 from pathlib import Path
 
@@ -16,15 +14,16 @@ PIXELS = 2**24  # of an image that are counted at once
 
 
 def confusion(labels: Tensor, predicted: Tensor, classes: int, ignore: int) -> Tensor:
-    """Pixel counts int64 [C, C], rows true classes, columns predicted ones; `ignore` pixels are
-    left out.
+    """Pixel counts int64 [C, C], rows target classes, columns predicted ones, without pixels of
+    the label `ignore`. Labels and predictions: int64 [H, W].
     """
     matrix = torch.zeros(classes * classes, dtype=torch.int64, device=labels.device)
-    for true, found in zip(
+    for target, prediction in zip(
         labels.flatten().split(PIXELS), predicted.flatten().split(PIXELS), strict=True
     ):
-        known = true != ignore
-        matrix += torch.bincount(true[known] * classes + found[known], minlength=classes * classes)
+        valid = target != ignore
+        pairs = target[valid] * classes + prediction[valid]
+        matrix += torch.bincount(pairs, minlength=classes * classes)
     return matrix.view(classes, classes)
 
 
@@ -37,37 +36,37 @@ def summarize(matrix: Tensor, data: DataSet) -> dict:
     harmonic mean of seen and unseen mIoU.
     """
     matrix = matrix.cpu().numpy().astype(np.float64)
-    hit, truth, predicted = np.diag(matrix), matrix.sum(1), matrix.sum(0)
-    there, touched = truth > 0, truth + predicted > 0
-    iou = 100 * hit / np.maximum(truth + predicted - hit, 1)
-    accuracy = 100 * hit / np.maximum(truth, 1)
+    correct = np.diag(matrix)
+    target = matrix.sum(1)
+    union = target + matrix.sum(0) - correct
+    measured = target > 0
+    iou = 100 * correct / np.maximum(union, 1)
+    accuracy = 100 * correct / np.maximum(target, 1)
 
     def ratio(a: float, b: float) -> float | None:
         return float(a / b) if b else None  # nothing to measure is no zero
 
-    def part(chosen: np.ndarray) -> tuple[float | None, float | None]:
-        measured = (there & chosen).any()  # without ground truth there is nothing to be right about
-        miou = ratio(iou[there & chosen].sum(), measured and (touched & chosen).sum())
-        return miou, ratio(100 * hit[chosen].sum(), truth[chosen].sum())
+    def over(chosen: np.ndarray) -> tuple[float | None, float | None]:
+        """mIoU and pixel accuracy of some classes."""
+        with_target = measured & chosen
+        miou = ratio(iou[with_target].sum(), with_target.any() and (union[chosen] > 0).sum())
+        return miou, ratio(100 * correct[chosen].sum(), target[chosen].sum())
 
-    miou, pixels = part(np.ones_like(there))
+    miou, pixel_accuracy = over(np.ones_like(measured))
     result = {
         "mIoU": miou,
-        "mIoU_gt": ratio(iou[there].sum(), there.sum()),
-        "fwIoU": ratio((iou * truth).sum(), truth.sum()),
-        "mAcc": ratio(accuracy[there].sum(), there.sum()),
-        "pAcc": pixels,
+        "mIoU_gt": ratio(iou[measured].sum(), measured.sum()),
+        "fwIoU": ratio((iou * target).sum(), target.sum()),
+        "mAcc": ratio(accuracy[measured].sum(), measured.sum()),
+        "pAcc": pixel_accuracy,
     }
     if data.seen:
-        is_seen = np.isin(np.arange(len(truth)), data.seen)
-        seen, result["pAcc_seen"] = part(is_seen)
-        unseen, result["pAcc_unseen"] = part(~is_seen)
+        is_seen = np.isin(np.arange(len(target)), data.seen)
+        seen, result["pAcc_seen"] = over(is_seen)
+        unseen, result["pAcc_unseen"] = over(~is_seen)
         result |= {"mIoU_seen": seen, "mIoU_unseen": unseen, "hIoU": harmonic_mean(seen, unseen)}
     result["per_class"] = {
-        name: {
-            "IoU": float(iou[i]) if there[i] else None,
-            "Acc": float(accuracy[i]) if there[i] else None,
-        }
+        name: {"IoU": ratio(iou[i], measured[i]), "Acc": ratio(accuracy[i], measured[i])}
         for i, name in enumerate(data.names)
     }
     return result
@@ -84,24 +83,20 @@ def report(result: dict, config: Config, out: Path) -> None:
     """Print the table of what is in `metrics.json`, and what does not count in it."""
     data = dataset(config.data)
     print(table(result, method(config), data.unseen))
-    without = [name for name, values in result["per_class"].items() if values["IoU"] is None]
-    if without:
-        names = first_of(without, 20)
+    missing = [name for name, values in result["per_class"].items() if values["IoU"] is None]
+    if missing:
         print(
-            f"not measured, without a pixel of ground truth: {len(without)} of {len(data.names)} "
-            f"classes: {names}"
+            f"not measured, without a pixel of ground truth: {len(missing)} of {len(data.names)} "
+            f"classes: {first_of(missing, 20)}"
         )
     if result["ignored"] >= 0.05:
         print(f"{result['ignored']:.1f}% of the pixels have no class and do not count")
-    published = data.counts.get(config.data.split, result["images"])
-    note = (
-        f" (the published {config.data.split} split has {published})"
-        if published != result["images"]
-        else ""
-    )
+    split = config.data.split
+    published = data.counts.get(split, result["images"])
+    note = f" (the published {split} split has {published})"
     print(
-        f"{result['images']} images{note}, {result['images_per_second']:.2f} images/s -> "
-        f"{out / 'metrics.json'}"
+        f"{result['images']} images{note if published != result['images'] else ''}, "
+        f"{result['images_per_second']:.2f} images/s -> {out / 'metrics.json'}"
     )
 
 
@@ -126,20 +121,14 @@ def rows(result: dict, name: str) -> tuple[tuple[str, ...], list[tuple[str, dict
         "clip_only": "CLIP only",
         "clip_objectness": "CLIP x objectness",
     }
-    titles |= {
-        k: f"ensemble, weight {k.removeprefix('weight_')}"
-        for k in result
-        if k.startswith("weight_")
-    }
-    split = "hIoU" in result
-    keys = (
-        ("mIoU_seen", "mIoU_unseen", "hIoU", "mIoU", "pAcc")
-        if split
-        else ("mIoU", "mIoU_gt", "fwIoU", "mAcc", "pAcc")
-    )
-    return keys, [
-        (title, result[k]) for k, title in titles.items() if k in result and title != name
-    ] + [(name, result)]
+    for key in result:
+        if key.startswith("weight_"):
+            titles[key] = f"ensemble, weight {key.removeprefix('weight_')}"
+    keys = ("mIoU", "mIoU_gt", "fwIoU", "mAcc", "pAcc")
+    if "hIoU" in result:
+        keys = ("mIoU_seen", "mIoU_unseen", "hIoU", "mIoU", "pAcc")
+    parts = [(title, result[key]) for key, title in titles.items() if key in result]
+    return keys, [part for part in parts if part[0] != name] + [(name, result)]
 
 
 def table(result: dict, name: str = "ensemble", unseen: list[str] = ()) -> str:
@@ -147,20 +136,19 @@ def table(result: dict, name: str = "ensemble", unseen: list[str] = ()) -> str:
     class.
     """
     keys, parts = rows(result, name)
-    lines = ["".join([f"{'':24}", *(f"{k.removeprefix('mIoU_'):>9}" for k in keys)])]
-    lines += [
-        "".join([f"{title:24}", *(percent(values[k], 9) for k in keys)]) for title, values in parts
-    ]
+    lines = [f"{'':24}" + "".join(f"{key.removeprefix('mIoU_'):>9}" for key in keys)]
+    for title, values in parts:
+        lines.append(f"{title:24}" + "".join(percent(values[key], 9) for key in keys))
     if clip := result.get("clip_true_masks"):
-        shown = [clip[k] for k in ("accuracy_seen", "accuracy_unseen") if k in clip]
-        text = "".join(percent(v, 9) for v in shown)
-        text += f"   all {percent(clip['accuracy'], 0)} (accuracy, {clip['regions']} regions)"
-        lines.append(f"{'CLIP on the true masks':24}{text}")
+        cells = [percent(clip[k], 9) for k in ("accuracy_seen", "accuracy_unseen") if k in clip]
+        lines.append(
+            f"{'CLIP on GT masks':24}{''.join(cells)}   all {percent(clip['accuracy'], 0)} "
+            f"(accuracy, {clip['regions']} regions)"
+        )
+    lines += ["", "IoU of each class (* unseen)" if unseen else "IoU of each class"]
     cells = [
-        f"{name[:15] + ' *' * (name in unseen):17} {percent(v['IoU'], 5)}"
-        for name, v in result["per_class"].items()
+        f"{name[:15] + (' *' if name in unseen else ''):17} {percent(values['IoU'], 5)}"
+        for name, values in result["per_class"].items()
     ]
-    head = "IoU of each class" + " (* unseen)" * bool(unseen)
-    return "\n".join(
-        [*lines, "", head, *("  ".join(cells[i : i + 4]) for i in range(0, len(cells), 4))]
-    )
+    lines += ["  ".join(cells[i : i + 4]) for i in range(0, len(cells), 4)]
+    return "\n".join(lines)

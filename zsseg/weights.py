@@ -38,8 +38,8 @@ LAYER = HEAD + r"transformer\.decoder\.layers\.(?P<i>\d+)\."
 LEAF = r"(?P<leaf>\w+)"
 ADAPTER = r"(?P<region>(?:_region_)?)clip_adapter\."
 # (pattern of the original's name, our name); {x} is a named group, {x-1} and {2x} a number made
-# from one. Our names begin with a part: "maskformer", "clip" or "prompt", and the last two also with
-# "region_" for a separate region adapter.
+# from one. Our names begin with a part: "maskformer", "clip" or "prompt", and the last two also
+# with "region_" for a separate region adapter.
 NAMES = [
     (r"backbone\.stem\.conv1\.(?P<leaf>weight)", "maskformer.backbone.conv1.{leaf}"),
     (r"backbone\.stem\.conv1\.norm\." + LEAF, "maskformer.backbone.bn1.{leaf}"),

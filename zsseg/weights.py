@@ -152,14 +152,14 @@ class ArrayUnpickler(pickle.Unpickler):
         return without_arrays(super().load())
 
 
-OPENAI_MODELS = {  # name: (SHA-256 of the file, its name)
-    "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762", "RN50.pt"),
-    "RN101": ("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599", "RN101.pt"),
-    "RN50x4": ("7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd", "RN50x4.pt"),
-    "RN50x16": ("52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa", "RN50x16.pt"),
-    "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", "ViT-B-32.pt"),
-    "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "ViT-B-16.pt"),
-    "ViT-L/14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "ViT-L-14.pt"),
+OPENAI_MODELS = {  # name: SHA-256 of the file
+    "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
+    "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
+    "RN50x4": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
+    "RN50x16": "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
 }
 
 
@@ -178,7 +178,7 @@ KNOWN_ACTIVATIONS = {
         "512ea0fb",
         "3c686425",
         "885b7ec1",
-        *(digest[:8] for digest, _ in OPENAI_MODELS.values()),
+        *OPENAI_MODELS.values(),
     ),
 }
 
@@ -207,7 +207,8 @@ def clip_file(weights: str, root: Path) -> tuple[str, Path]:
     """What messages call `clip.weights`, and its file, which is downloaded where it is OpenAI's."""
     what = f"clip.weights {weights.replace('{root}', str(root))}"
     if weights in OPENAI_MODELS:
-        digest, file = OPENAI_MODELS[weights]
+        digest = OPENAI_MODELS[weights]
+        file = f"{weights.replace('/', '-')}.pt"
         url = f"https://openaipublic.azureedge.net/clip/models/{digest}/{file}"
         return what, fetch([url], cache_dir() / file, f"sha256:{digest}", what)
     path = path_of(weights.replace("{root}", str(root)))

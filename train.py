@@ -226,8 +226,8 @@ def train(config: Config, root: Path, out: Path, process: Process, saved: dict) 
     False where a signal stopped it early, after a checkpoint.
     """
     Switch.on = config.model.kernels
-    task, optimizer, model = set_up(config, root, out, process, saved)
-    run = Run(task, optimizer, config, out, process, saved)
+    run = Run(config, root, out, process, saved)
+    task = run.task
     start = saved.get("step", 0)
     steps = config.train.steps
     numbers = sample_numbers(start, steps, task.batch_size, process)
@@ -247,12 +247,12 @@ def train(config: Config, root: Path, out: Path, process: Process, saved: dict) 
         for step, batch in zip(bar, run.speed.timed(batches), strict=True):
             # Dropout: stateless, so resumable.
             torch.manual_seed(mix_seed(config.train.seed, 4, step, process.rank))
-            for group in optimizer.param_groups:
+            for group in run.optimizer.param_groups:
                 group["lr"] = group["base"] * lr_factor(step, config)
 
             # forward, losses, backward, update; nothing here waits for the GPU
             loss, parts, norm, bad = train_step(
-                task, model, optimizer, batch, config.train.clip_grad
+                task, run.model, run.optimizer, batch, config.train.clip_grad
             )
             run.bad_steps.add(step, bad)
             done = step + 1
@@ -260,13 +260,13 @@ def train(config: Config, root: Path, out: Path, process: Process, saved: dict) 
             last = done == steps or stopping
 
             # log; the host waits for the GPU
-            if done % config.log.every == 0 or last:
+            if done % config.log.every == 0 or done == steps:
                 run.bad_steps.read()
                 run.log_step(done, loss, parts, norm, bar)
 
             # One that is due in a bad step waits for a good one: the weights may be the cause.
-            due = due or done % config.train.checkpoint_every == 0
-            if last or (due and not run.bad_steps.read()):
+            due = due or last or done % config.train.checkpoint_every == 0
+            if due and (not run.bad_steps.read() or last):
                 run.save("last.pt", done)
                 due = False
             if stopping and done < steps:
@@ -277,25 +277,6 @@ def train(config: Config, root: Path, out: Path, process: Process, saved: dict) 
             run.validate(done)
     run.finish()
     return True
-
-
-def set_up(config: Config, root: Path, out: Path, process: Process, saved: dict) -> tuple:
-    """The task, its optimizer, and the model as it is called: compiled, wrapped in DDP."""
-    torch.manual_seed(mix_seed(config.train.seed, 0))
-    task = TASKS[config.train.task](config, root, out, process, saved.get("model"))
-    check_batch_size(task, config, process)
-    optimizer = build_optimizer(task.model, config)
-    if saved:
-        task.load(saved["model"], f"checkpoint {out / 'last.pt'}")
-        restore(optimizer, saved["optimizer"], f"checkpoint {out / 'last.pt'}")
-    process.describe(config.model.bf16, training=True)
-
-    task.model.train()
-    if process.compiles(config.model.compile):
-        # before DDP wraps the model, and in place: names in the state dict stay as they are
-        task.compile()
-    model = DistributedDataParallel(task.model) if process.world_size > 1 else task.model
-    return task, optimizer, model
 
 
 def check_batch_size(task: Segment | Prompts | Contrast, config: Config, process: Process) -> None:
@@ -311,7 +292,7 @@ def check_batch_size(task: Segment | Prompts | Contrast, config: Config, process
 
 
 class Run:
-    """What goes on around the steps of a training: log, checkpoints, evaluations."""
+    """A training run: its task, model and optimizer; log, checkpoints and evaluations."""
 
     OUTPUTS = (
         "best.pt",
@@ -322,20 +303,28 @@ class Run:
         "bad_batch.pt",
     )
 
-    def __init__(
-        self,
-        task: Segment | Prompts | Contrast,
-        optimizer: torch.optim.Optimizer,
-        config: Config,
-        out: Path,
-        process: Process,
-        saved: dict,
-    ):
-        self.task = task
-        self.optimizer = optimizer
+    def __init__(self, config: Config, root: Path, out: Path, process: Process, saved: dict):
         self.config = config
         self.out = out
         self.process = process
+        train = config.train
+        torch.manual_seed(mix_seed(train.seed, 0))
+        self.task = task = TASKS[train.task](config, root, out, process, saved.get("model"))
+        check_batch_size(task, config, process)
+        self.optimizer = build_optimizer(task.model, config)
+        if saved:
+            what = f"checkpoint {out / 'last.pt'}"
+            task.load(saved["model"], what)
+            restore(self.optimizer, saved["optimizer"], what)
+        process.describe(config.model.bf16, training=True)
+
+        # compiled before DDP wraps the model, and in place: names in the state dict stay the same
+        self.model = task.model.train()
+        if process.compiles(config.model.compile):
+            task.compile()
+        if process.world_size > 1:
+            self.model = DistributedDataParallel(task.model)
+
         process.broadcast_object(lambda: hold(out))
         # What an earlier run has left that came to no checkpoint, or what is not ours.
         if process.is_main and not saved:
@@ -343,9 +332,8 @@ class Run:
         start = saved.get("step", 0)
         self.log = Log(out, process, config, start, saved.get("wandb"))
         self.speed = Speed(process, task.batch_size, start)
-        self.bad_steps = BadSteps(
-            task, out, self.log, process, config.train.bad_steps, saved.get("skipped", 0)
-        )
+        skipped = saved.get("skipped", 0)
+        self.bad_steps = BadSteps(task, out, self.log, process, train.bad_steps, skipped)
         self.best = saved.get("best", [-math.inf])
 
     def save(self, name: str, step: int) -> None:

@@ -13,7 +13,7 @@ from zsseg import shapes
 from zsseg.data import TestImages, TrainImages, augment, collate, ssd_jitter, stream, test_size
 from zsseg.datasets import DATASETS, find_pairs
 from zsseg.images import read_image, read_labels
-from zsseg.shapes_clip import RegionsWithCaptions, rough_mask
+from zsseg.shapes_clip import RegionsWithCaptions, perturb_mask
 from zsseg.utils import UserError
 
 test_size.__test__ = TestImages.__test__ = False  # pytest would take them for tests
@@ -312,11 +312,11 @@ def test_a_contrastive_sample_has_every_class_once(shapes_root):
     assert torch.equal(crops, again) and captions == same
 
 
-def test_rough_masks_are_never_empty():
+def test_perturb_masks_are_never_empty():
     rng = np.random.default_rng(0)
     for size in ((64, 64), (13, 9)):
         mask = torch.zeros(size, dtype=torch.bool)
         mask[4, 5] = True
         for _ in range(30):
-            rough = rough_mask(mask, rng)
+            rough = perturb_mask(mask, rng)
             assert rough.shape == size and rough.any() and not rough.all()

@@ -76,11 +76,11 @@ def test_weights_that_are_not_finite_are_named(root, trained):
     name = next(iter(content["model"]["maskformer"]))
     content["model"]["maskformer"][name][:] = math.nan
     torch.save(content, root / "nan.pt")
-    fails_in_one_line(measure(root / "nan.pt", root), "nan.pt", name, "not finite")
+    fails_in_one_line(measure(root / "nan.pt", root), "nan.pt", name, "NaN/Inf")
     clip = torch.load(root / "clip.pt")
     clip["visual.proj"][0, 0] = math.inf
     torch.save(clip, root / "clip.pt")
-    fails_in_one_line(measure(trained, root), "clip.pt", "visual.proj", "not finite")
+    fails_in_one_line(measure(trained, root), "clip.pt", "visual.proj", "NaN/Inf")
 
 
 def test_scores_that_are_not_finite_give_no_labels(root, trained):

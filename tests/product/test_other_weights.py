@@ -173,7 +173,7 @@ def test_checkpoints_all_of_numpy(root, trained):
     found = checkpoint.load(root / "odd.pt")["model"]
     assert found["x"].shape == (0, 3) and isinstance(found["y"], torch.Tensor) and found["y"] == 7
     torch.save({"model": {"x": np.zeros(2, np.complex64)}}, root / "odd.pt")
-    with pytest.raises(utils.UserError, match="holds an array of kind 'c8'"):
+    with pytest.raises(utils.UserError, match="an array of dtype 'c8'"):
         checkpoint.load(root / "odd.pt")
 
 

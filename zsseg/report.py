@@ -21,7 +21,7 @@ from zsseg.files import result as written
 from zsseg.log import read_lines
 from zsseg.metrics import marginals, mean_iou, method, rows, split_keys
 from zsseg.published import nearest
-from zsseg.utils import git_commit
+from zsseg.utils import first_of, git_commit
 from zsseg.visualize import palette
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -106,12 +106,15 @@ class Report:
         del self.cards[MAX_CARDS:-MAX_CARDS]
 
     def write(self, result: dict, checkpoint: str, step: int | None, out: Path) -> None:
-        """Write OUT/report.html about the metrics `result` of a checkpoint saved after `step`
-        (None: the configured one).
+        """Write OUT/report.html, on the first process, about the metrics `result` of a checkpoint
+        saved after `step` (None: the configured one).
 
         It also shows OUT/budget.json, where that belongs to these metrics, and the metrics.jsonl
         beside the checkpoint.
         """
+        self.gather()
+        if not self.process.is_main:
+            return
         checkpoint = Path(checkpoint)
         config, data = self.config, self.data
         matrix = self.matrix.cpu().numpy()
@@ -185,19 +188,15 @@ def overview(config: Config, result: dict, step: int) -> list[tuple[str, str]]:
         "trained on": f"{data.train_on} classes, {training}",
     }
     if model.class_head == "text":
-        values |= {
-            "CLIP": clip.weights,
-            "prompt": prompt_text(clip.prompt),
-            "prompt of the regions": prompt_text(clip.region_prompt),
-            "ensemble weight": f"{clip.ensemble_weight:g}" if clip.ensemble else "no ensemble",
-        }
+        values["CLIP"] = clip.weights
+        for name, prompt in (
+            ("prompt", clip.prompt),
+            ("prompt of the regions", clip.region_prompt),
+        ):
+            values[name] = prompt if isinstance(prompt, str) else first_of(prompt, 1)
+        weight = f"{clip.ensemble_weight:g}"
+        values["ensemble weight"] = weight if clip.ensemble else "no ensemble"
     return [(name, value) for name, value in values.items() if value]
-
-
-def prompt_text(prompt: str | list[str]) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return prompt[0] if len(prompt) == 1 else f"{prompt[0]} and {len(prompt) - 1} more"
 
 
 def miou_gain(matrix: np.ndarray) -> np.ndarray:
@@ -220,11 +219,10 @@ def confusions(matrix: np.ndarray) -> list[tuple]:
     percent, points of mIoU).
     """
     gain = miou_gain(matrix)
-    share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     worst = np.argsort(-gain, axis=None, kind="stable")[:MAX_CONFUSIONS].tolist()
     pairs = [divmod(k, len(matrix)) for k in worst]
     return [
-        (i, j, float(matrix[i, j]), float(share[i, j]), float(gain[i, j]))
+        (i, j, int(matrix[i, j]), float(100 * matrix[i, j] / matrix[i].sum()), float(gain[i, j]))
         for i, j in pairs
         if gain[i, j] > 0
     ]

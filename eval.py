@@ -244,14 +244,12 @@ def measure(args: Namespace, content: dict, config: Config) -> None:
     result = evaluate(
         segmenter, config, args.root, process, split, out, args.save_predictions, page, seen
     )
-    if page:
-        page.gather()
     if process.is_main:
         report(result, config, out)
-        if page:
-            page.write(result, args.checkpoint, content.get("step"), out)
-        if args.reproduce:
-            print(compare(result, config))
+    if page:
+        page.write(result, args.checkpoint, content.get("step"), out)
+    if process.is_main and args.reproduce:
+        print(compare(result, config))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """The paper's experiments: parts and weights from one pass, views, the one-stage baseline,
-self-training, the error budget.
+self-training, the oracle analysis.
 """
 
 import json
@@ -337,7 +337,7 @@ def test_self_training_is_resumable_and_blind_to_hidden_labels(
     assert {f.name: f.read_bytes() for f in again.glob("*.png")} == maps
 
 
-# --- error budget
+# --- oracle analysis
 
 
 def test_overlaps_are_iou_over_known_pixels():
@@ -369,7 +369,7 @@ def test_the_budget_s_oracles(trained, shapes_root, tmp_path, capsys):
 
 
 def test_with_perfect_masks_only_classes_cost(shapes_root, monkeypatch):
-    """A segmenter whose proposals are the true masks: true classes give 100."""
+    """A segmenter whose proposals are the ground-truth masks: GT classes give 100."""
     import zsseg.analysis as module
 
     segmenter, config = random_segmenter("model.queries=24"), tiny_config("model.queries=24")

@@ -77,7 +77,7 @@ def test_table_shows_the_parts_side_by_side():
     }
     lines = table(result).splitlines()
     assert lines[0].split() == ["seen", "unseen", "hIoU", "mIoU", "pAcc"]
-    assert [line[:10] for line in lines[1:4]] == ["MaskFormer", "ensemble  ", "CLIP on GT"]
+    assert [line[:10] for line in lines[1:4]] == ["MaskFormer", "ensemble  ", "CLIP on th"]
     assert "91.2" in lines[3] and "d " in lines[-1]
 
 

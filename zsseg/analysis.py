@@ -132,7 +132,7 @@ def oracle_analysis(
     images = TestImages(config.data, root, split)
     numbers = range(process.rank, len(images), process.world_size)
     batches = stream(images, numbers, 1, config.data.workers)
-    label = process.progress_label(f"budget {split}")
+    label = process.progress_label(f"analyse {split}")
     for [([image], labels, _)] in progress(batches, label, len(numbers), process.is_main):
         image = image.to(process.device)
         labels = labels.to(process.device).long()

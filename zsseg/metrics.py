@@ -37,6 +37,22 @@ def ratio(a: float, b: float) -> float | None:
     return float(a / b) if b else None
 
 
+def marginals(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a confusion matrix [C, C], each class's pixels that are right, of the ground truth, and
+    predicted: [C].
+    """
+    return matrix.diagonal(), matrix.sum(1), matrix.sum(0)
+
+
+def mean_iou(hits: np.ndarray, gt: np.ndarray, predicted: np.ndarray) -> float | None:
+    """The original's mIoU in percent, from `marginals`; None without ground truth."""
+    if not gt.any():
+        return None
+    union = gt + predicted - hits
+    iou = 100 * hits / np.maximum(union, 1)
+    return float(iou[gt > 0].sum() / (union > 0).sum())
+
+
 def summarize(matrix: Tensor, data: DataSet) -> dict:
     """All metrics of a confusion matrix, in percent; null where there is no ground truth to
     measure.
@@ -46,20 +62,15 @@ def summarize(matrix: Tensor, data: DataSet) -> dict:
     harmonic mean of seen and unseen mIoU.
     """
     matrix = matrix.cpu().numpy().astype(np.float64)
-    hits = matrix.diagonal()
-    gt = matrix.sum(1)
-    predicted = matrix.sum(0)
+    hits, gt, predicted = marginals(matrix)
     has_gt = gt > 0
     iou = 100 * hits / np.maximum(gt + predicted - hits, 1)
     accuracy = 100 * hits / np.maximum(gt, 1)
 
     def part(classes: np.ndarray) -> tuple[float | None, float | None]:
         """mIoU and pixel accuracy of some classes, bool [C]."""
-        measured = has_gt & classes
-        counted = measured.any() and ((gt + predicted > 0) & classes).sum()
-        return ratio(iou[measured].sum(), counted), ratio(
-            100 * hits[classes].sum(), gt[classes].sum()
-        )
+        miou = mean_iou(hits[classes], gt[classes], predicted[classes])
+        return miou, ratio(100 * hits[classes].sum(), gt[classes].sum())
 
     miou, pixel_accuracy = part(np.ones_like(has_gt))
     result = {

@@ -14,9 +14,8 @@ import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +38,7 @@ from zsseg.utils import (
     first_of,
     format_table,
     left_out,
+    parallel,
     path_of,
     progress,
     several,
@@ -56,7 +56,7 @@ OVERLAY_EDGES = (480, 1280)  # the longer side of an overlay is within these, wh
 MAX_NAME_BYTES = 200  # of a file's name; 255 less what endings and temporary names add
 MAX_PENDING_WRITES = 16  # images that are segmented and not yet written
 MAX_CLASSES_PRINTED = 30
-RESUME_BATCH = 256  # images whose results are looked for at once
+RESUME_THREADS = 16  # that look for the results of other runs
 
 
 # --- which images, and what their results are called
@@ -204,9 +204,6 @@ class InputImage:
     extra_pages: int = 0  # pages or frames after the first
     proposals: Proposals | None = None  # where the features were kept
     error: str = ""
-
-    def pin_memory(self) -> "InputImage":
-        return replace(self, inputs=[image.pin_memory() for image in self.inputs])
 
 
 class InputImages(Dataset):
@@ -427,9 +424,12 @@ def segment_images(
     summary = Summary()
     done = torch.zeros(len(names), dtype=torch.uint8)
     if resume:
-        for number, pixels in finished(results, share, process):
-            done[number] = 1
-            summary.add("done", pixels)
+        label = process.progress_label("look for results")
+        found = parallel(results.pixels, share, RESUME_THREADS, label)
+        for number, pixels in zip(share, found, strict=True):
+            if pixels is not None:
+                done[number] = 1
+                summary.add("done", pixels)
     left = (process.sum(done) == 0).nonzero()[:, 0]  # what is left is shared anew
     numbers = left[process.rank :: process.world_size].tolist()
 
@@ -472,20 +472,6 @@ def count_classes(
     scores = torch.bincount(ids, top.flatten().double(), minlength=classes)
     labels = labels.int().cpu().numpy().astype(label_type(classes))
     return labels, pixels.tolist(), scores.tolist()
-
-
-def finished(
-    results: Results, numbers: range, process: Process
-) -> Iterator[tuple[int, dict[int, int]]]:
-    """(number, {class id: pixels}) of the images that are done already."""
-    batches = [numbers[i : i + RESUME_BATCH] for i in range(0, len(numbers), RESUME_BATCH)]
-    label = process.progress_label("look for results")
-    with ThreadPoolExecutor() as pool:
-        found = (pixels for batch in batches for pixels in pool.map(results.pixels, batch))
-        found = progress(found, label, len(numbers), process.is_main)
-        for number, pixels in zip(numbers, found, strict=True):
-            if pixels is not None:
-                yield number, pixels
 
 
 def create_output(out: Path, process: Process) -> None:

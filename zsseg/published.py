@@ -46,27 +46,29 @@ def differences(config: Config, row: dict) -> list[str]:
     return [f"{k}: {v} ({theirs[k]})" for k, v in flatten(config).items() if v != theirs[k]]
 
 
-def nearest(config: Config) -> tuple[dict, list[str]] | None:
-    """The published row on the same data set with the fewest settings that differ, and those; None
-    where there is no row.
+def nearest(result: dict, config: Config) -> dict | None:
+    """The published row on the same data set with the fewest settings that differ, those, and its
+    values of the metrics in `result`; None where there is no row.
     """
-    rows = [
-        (row, differences(config, row))
-        for row in ROWS
-        if config_of(row).data.name == config.data.name
-    ]
-    return min(rows, key=lambda pair: len(pair[1]), default=None)
+    rows = [row for row in ROWS if config_of(row).data.name == config.data.name]
+    if not rows:
+        return None
+    row = min(rows, key=lambda row: len(differences(config, row)))
+    return {
+        "name": row["name"],
+        "config": f"configs/{row['config']}.toml",
+        "differing": differences(config, row),
+        "values": {key: row[key] for key in METRICS if key in row and key in result},
+    }
 
 
 def compare(result: dict, config: Config) -> str:
     """A table of our metrics and those of the nearest published row on the same data set."""
-    if not (match := nearest(config)):
+    if not (row := nearest(result, config)):
         return f"the paper has no result on {config.data.name}"
-    row, differing = match
-    keys = [key for key in METRICS if key in row and key in result]
     lines = [
-        metric_table(keys, [("the paper", row), ("ours", result)]),
-        f"the paper's row: {row['name']} (configs/{row['config']}.toml)",
-        "settings that differ, ours (theirs):" if differing else "all settings are the same",
+        metric_table(list(row["values"]), [("the paper", row["values"]), ("ours", result)]),
+        f"the paper's row: {row['name']} ({row['config']})",
+        "settings that differ, ours (theirs):" if row["differing"] else "all settings are the same",
     ]
-    return "\n".join(lines + differing)
+    return "\n".join(lines + row["differing"])

@@ -188,10 +188,10 @@ def parallel(function: Callable, items: Iterable, workers: int, name: str) -> It
     interpreter), with progress.
     """
     items = list(items)
+    parts = (items[i : i + 256] for i in range(0, len(items), 256))  # there may be a million
     with ThreadPoolExecutor(max(workers, 1)) as pool:
+        results = (result for part in parts for result in pool.map(function, part))
         try:
-            yield from progress(
-                pool.map(function, items), name, len(items), os.environ.get("RANK", "0") == "0"
-            )
+            yield from progress(results, name, len(items), os.environ.get("RANK", "0") == "0")
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -144,10 +144,11 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     groups: dict[tuple, list] = {}
     for prefix, module in model.named_modules():
         plain = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.Embedding))
-        for parameter in module.parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False):
+            table = name == "relative_position_bias_table"  # Swin's: no decay, as its authors do
             if parameter.requires_grad:
                 rate = train.lr * (train.backbone_lr if prefix.startswith("backbone") else 1)
-                groups.setdefault((rate, 0.0 if plain else train.weight_decay), []).append(
+                groups.setdefault((rate, 0.0 if plain or table else train.weight_decay), []).append(
                     parameter
                 )
     groups = [

@@ -46,9 +46,11 @@ class DataConfig:
 @dataclass
 class ModelConfig:
     backbone: str = (
-        "R101c"  # R50 | R101c | small (a few layers with batch norm, trained from scratch)
+        # R50 | R101c | SwinB (window 12) | small (a few layers with batch norm, from scratch)
+        "R101c"
     )
-    # initial backbone: "" (random), a file (torchvision .pth, detectron2 .pkl) or "imagenet"
+    # initial backbone: "" (random), a file (torchvision .pth, detectron2 .pkl, Swin's own .pth) or
+    # "imagenet"
     weights: str = ""
     small_widths: list[int] = field(default_factory=lambda: [32, 64, 96, 128])
     queries: int = 100
@@ -85,11 +87,15 @@ class ClipConfig:
     ensemble_weight: float = (
         0.8  # w: seen classes head^w clip^(1-w), unseen the other way round; 0: CLIP only
     )
+    # False: all classes are weighted as unseen ones (OVSeg, which is trained on all)
+    ensemble_seen: bool = True
     mask_threshold: float = 0.5
     expand_ratio: float = 1.0
     regions: str = (
         "crops"  # crops (the paper's) | pool | tokens: one pass over the image (zsseg/regions.py)
     )
+    # of a CLIP that was adapted to masked crops (OVSeg) and holds one; others have none
+    mask_prompt: bool = True
     dense_edge: int = 224  # of the image's shorter side in that pass
     chunk: int = 0  # region crops in one pass through CLIP; 0: what suits the device
 
@@ -197,7 +203,7 @@ CHOICES = {
     "model.class_head": ("text", "linear"),
     "clip.activation": ("auto", "quickgelu", "gelu"),
     "clip.regions": ("crops", "pool", "tokens"),
-    "model.backbone": ("R50", "R101c", "small"),
+    "model.backbone": ("R50", "R101c", "SwinB", "small"),
     "model.compile": ("auto", "on", "off"),
     "model.bf16": ("auto", "on", "off"),
     "train.task": ("segment", "prompts", "clip"),

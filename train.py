@@ -152,7 +152,9 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         lr = train.lr * (train.backbone_lr if prefix.startswith("backbone") else 1)
         no_decay = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.Embedding))
         key = (lr, 0.0 if no_decay else train.weight_decay)
-        for parameter in module.parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "relative_position_bias_table":  # Swin's: no decay, as its authors do
+                key = (lr, 0.0)
             if parameter.requires_grad:
                 groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(

@@ -15,7 +15,7 @@ from conftest import ROOT, keys, tiny_config
 import eval as evaluation
 import prepare_data
 from zsseg import checkpoint, weights
-from zsseg.backbone import DETECTRON_MODELS, DeepResNet, load_backbone
+from zsseg.backbone import BACKBONE_FILES, DeepResNet, load_backbone
 from zsseg.checkpoint import load_strict
 from zsseg.clip import build_clip
 from zsseg.config import ModelConfig
@@ -173,7 +173,7 @@ def test_detectron_files_are_downloaded_by_name(tmp_path, monkeypatch):
         pickle.dump({"model": to_detectron(state)}, file)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(DETECTRON_MODELS, "R-50.pkl", (tmp_path / "server" / "R-50.pkl").as_uri())
+    monkeypatch.setitem(BACKBONE_FILES, "R-50.pkl", (tmp_path / "server" / "R-50.pkl").as_uri())
     backbone = DeepResNet("R50")
     load_backbone(backbone, "R50", "R-50.pkl")
     assert (

@@ -1,5 +1,5 @@
-"""Backbones: image -> features at strides 4, 8, 16, 32; R50, R101c, or a small one that learns from
-scratch; their weights.
+"""Backbones: image -> features at strides 4, 8, 16, 32; R50, R101c, SwinB, or a small one that
+learns from scratch; their weights.
 
 To add one: a module whose forward gives the four maps and whose `channels` says how wide they are,
 and a row in BACKBONES.
@@ -7,16 +7,30 @@ and a row in BACKBONES.
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import ops
-from torchvision.models import ResNet50_Weights
+from torchvision.models import ResNet50_Weights, Swin_B_Weights
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.swin_transformer import (
+    ShiftedWindowAttention,
+    SwinTransformer,
+    SwinTransformerBlock,
+)
 
-from zsseg.checkpoint import State, load_strict, read_torch, say_loaded, unwrapped
+from zsseg.checkpoint import (
+    State,
+    check_finite,
+    load_strict,
+    read_torch,
+    say_fresh,
+    say_loaded,
+    unwrapped,
+)
 from zsseg.config import ModelConfig
 from zsseg.download import fetch
 from zsseg.utils import UserError, cache_dir
@@ -71,6 +85,81 @@ class DeepResNet(ResNet):
         return [x := layer(x) for layer in (self.layer1, self.layer2, self.layer3, self.layer4)]
 
 
+class WindowAttention(ShiftedWindowAttention):
+    """torchvision's, except that odd blocks shift maps of a single window, too, as Swin's own code
+    does (Liu et al. 2021); torchvision's do not, which changes such maps by more than half of their
+    largest value.
+    """
+
+    def define_relative_position_index(self) -> None:
+        super().define_relative_position_index()
+        # Computed, so in no checkpoint.
+        self.register_buffer(
+            "relative_position_index", self.relative_position_index, persistent=False
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> the same; padding takes part in the attention."""
+        H, W, C = x.shape[1:]
+        w, shift = self.window_size[0], self.shift_size[0]
+        x = F.pad(x, (0, 0, 0, -W % w, 0, -H % w)).roll((-shift, -shift), (1, 2))
+        Hp, Wp = x.shape[1:3]
+        bias = self.get_relative_position_bias()  # [1, heads, w*w, w*w]
+        if shift:
+            bias = bias + shift_mask(Hp, Wp, w, shift, x.device).repeat(len(x), 1, 1)[:, None]
+
+        x = x.view(-1, Hp // w, w, Wp // w, w, C).transpose(2, 3).reshape(-1, w * w, C)
+        # [B * windows, heads, w*w, C/heads]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype)).transpose(1, 2)
+
+        x = self.proj(x.flatten(2)).view(-1, Hp // w, Wp // w, w, w, C).transpose(2, 3)
+        return x.reshape(-1, Hp, Wp, C).roll((shift, shift), (1, 2))[:, :H, :W]
+
+
+def shift_mask(height: int, width: int, w: int, shift: int, device: torch.device) -> Tensor:
+    """What keeps tokens of a rolled map apart that are not neighbours in the image: 0 or -100,
+    [windows, w*w, w*w].
+    """
+    sides = [torch.arange(side, device=device) for side in (height, width)]
+    # 0, 1 or 2: before the last window, in its first part, in what was rolled in
+    y, x = ((side >= len(side) - w).int() + (side >= len(side) - shift) for side in sides)
+    part = 3 * y[:, None] + x  # [height, width]
+    part = part.view(height // w, w, width // w, w).transpose(1, 2).reshape(-1, w * w)
+    return -100.0 * (part[:, None] != part[:, :, None])
+
+
+class SwinB(SwinTransformer):
+    """torchvision's Swin-B with windows of 12, without the classifier, with a layer norm of its own
+    for each of the four maps.
+    """
+
+    def __init__(self):
+        super().__init__(
+            [4, 4],
+            128,
+            [2, 2, 18, 2],
+            [4, 8, 16, 32],
+            [12, 12],
+            stochastic_depth_prob=0.3,
+            block=partial(SwinTransformerBlock, attn_layer=WindowAttention),
+        )
+        del self.norm, self.permute, self.avgpool, self.flatten, self.head
+        self.channels = [128, 256, 512, 1024]
+        for i, channels in enumerate(self.channels):
+            self.add_module(f"norm{i}", nn.LayerNorm(channels))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        H, W = x.shape[-2:]
+        x = F.pad(x, (0, -W % 4, 0, -H % 4))  # or torchvision would cut the rest off
+        maps = []
+        for i, layer in enumerate(self.features):  # patches, stage, merging, stage, ...
+            x = layer(x)
+            if i % 2:
+                maps.append(self.get_submodule(f"norm{i // 2}")(x).permute(0, 3, 1, 2))
+        return maps
+
+
 class SmallResNet(nn.Module):
     """One basic block a stage, batch norm: learns from scratch on 64 x 64 images in minutes."""
 
@@ -105,6 +194,7 @@ class SmallResNet(nn.Module):
 BACKBONES: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "R50": lambda config: DeepResNet("R50"),
     "R101c": lambda config: DeepResNet("R101c"),
+    "SwinB": lambda config: SwinB(),
     "small": lambda config: SmallResNet(config.small_widths),
 }
 
@@ -116,27 +206,32 @@ def build_backbone(config: ModelConfig) -> nn.Module:
     return BACKBONES[config.backbone](config)
 
 
-DETECTRON_MODELS = {  # no checksum is published; the reader executes nothing
+BACKBONE_FILES = {  # no checksum is published; the reader executes nothing
     "R-50.pkl": "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/torchvision/R-50.pkl",
     "R-103.pkl": "https://dl.fbaipublicfiles.com/detectron2/DeepLab/R-103.pkl",
+    "swin_base_patch4_window12_384_22k.pth": (
+        "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
+        "swin_base_patch4_window12_384_22k.pth"
+    ),
 }
+IMAGENET = {"R50": ResNet50_Weights.IMAGENET1K_V1, "SwinB": Swin_B_Weights.IMAGENET1K_V1}
 
 
 def load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
-    """Initial weights of R50 or R101c: a torchvision `.pth`, a detectron2 `.pkl`, or "imagenet".
+    """Initial weights of R50, R101c or SwinB: a torchvision `.pth`, a detectron2 `.pkl`, Swin's own
+    `.pth`, or "imagenet".
 
-    "imagenet" (R50), "R-50.pkl" and "R-103.pkl" (R101c) are downloaded where there is no such file.
+    "imagenet" (R50, SwinB) and the names in `BACKBONE_FILES` are downloaded where there is no such
+    file.
     """
     what, hint = f"model.weights {weights}", f"give ImageNet weights of {name}"
-    if weights in DETECTRON_MODELS and not Path(weights).exists():
-        weights = str(fetch([DETECTRON_MODELS[weights]], cache_dir() / weights, "", what))
+    if weights in BACKBONE_FILES and not Path(weights).exists():
+        weights = str(fetch([BACKBONE_FILES[weights]], cache_dir() / weights, "", what))
     if weights == "imagenet":
-        if name != "R50":
+        if name not in IMAGENET:
             raise UserError(what, f"torchvision has none for {name}", "set model.weights=R-103.pkl")
         try:
-            state = ResNet50_Weights.IMAGENET1K_V1.get_state_dict(
-                model_dir=cache_dir(), check_hash=True
-            )
+            state = IMAGENET[name].get_state_dict(model_dir=cache_dir(), check_hash=True)
         except OSError as error:
             raise UserError(
                 what, f"cannot be downloaded ({error})", "give a file as model.weights"
@@ -152,11 +247,37 @@ def load_backbone(backbone: nn.Module, name: str, weights: str) -> None:
     if not isinstance(state, dict):
         raise UserError(what, "is not a state dict", hint)
     state = unwrapped(state, what)
+    if name == "SwinB":
+        load_swin(backbone, state, what, hint)
+        return
     # Classifier, counters.
     dropped = [k for k in state if re.search(r"(^|\.)fc|num_batches_tracked$", k)]
     state = {k: v for k, v in state.items() if k not in dropped}
     load_strict(backbone, state, what, hint)
     say_loaded(what, len(state), dropped)
+
+
+def load_swin(backbone: nn.Module, state: State, what: str, hint: str) -> None:
+    """Weights of torchvision or of Swin's own code, as far as they fit: position biases of windows
+    of 7 do not, and the norms of the four maps are not among them.
+    """
+    if "patch_embed.proj.weight" in state:
+        state = {f"backbone.{name}": tensor for name, tensor in state.items()}
+        parts, dropped = import_original(state, what, unknown := [])
+        state = parts["maskformer"] | dict.fromkeys([*dropped, *unknown])
+    state = {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
+    own = backbone.state_dict()
+    used = {
+        k: v
+        for k, v in state.items()
+        if k in own and isinstance(v, Tensor) and v.shape == own[k].shape
+    }
+    if not used:
+        raise UserError(what, "holds no weight that fits", hint)
+    check_finite(used, what)
+    backbone.load_state_dict(used, strict=False)
+    say_loaded(what, len(used), [k for k in state if k not in used])
+    say_fresh(what, [k for k in own if k not in used])
 
 
 def read_detectron(path: Path, what: str, hint: str) -> State:

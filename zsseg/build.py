@@ -10,7 +10,7 @@ from zsseg import checkpoint, weights
 from zsseg.backbone import load_backbone
 from zsseg.config import Config, load_config
 from zsseg.segmenter import Segmenter
-from zsseg.utils import UserError, first_of, print_main
+from zsseg.utils import UserError
 
 
 def build_segmenter(
@@ -95,12 +95,7 @@ def start_from(
         else:
             fresh.append(name)
     checkpoint.say_loaded(what, sum(map(len, used.values())), dropped)
-    if fresh:
-        names = first_of(fresh, 5)
-        print_main(
-            f"{what}: {len(fresh)} of the model's tensors are not in it, or of another shape, and "
-            f"start afresh: {names}"
-        )
+    checkpoint.say_fresh(what, fresh)
     return {part: state for part, state in used.items() if state}
 
 

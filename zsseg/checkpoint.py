@@ -178,6 +178,15 @@ def rebuild_scalar(dtype: PickledType, data: bytes) -> float | int | bool:
     return rebuild_array(data, dtype, (), "C").item()
 
 
+def say_fresh(what: str, names: list[str]) -> None:
+    """One line: the model's tensors that a file gave nothing for."""
+    if names:
+        print_main(
+            f"{what}: {len(names)} of the model's tensors are not in it, or of another shape, and "
+            f"start afresh: {first_of(names, 5)}"
+        )
+
+
 def encode_latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 

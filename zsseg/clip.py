@@ -90,15 +90,17 @@ class Transformer(nn.Module):
     logits.
 
     With `num_out_tokens` the last block computes the first so many tokens only: [N, num_out_tokens,
-    width].
+    width]. With `first`, the blocks before that one are left out.
     """
 
     def __init__(self, width: int, layers: int, num_heads: int = 0, activation: str = "quickgelu"):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, num_heads, activation) for _ in range(layers))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, num_out_tokens: int = 0) -> Tensor:
-        for i, block in enumerate(self.resblocks, 1):
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, num_out_tokens: int = 0, first: int = 0
+    ) -> Tensor:
+        for i, block in enumerate(self.resblocks[first:], first + 1):
             x = block(x, mask, num_out_tokens if i == len(self.resblocks) else 0)
         return x
 
@@ -150,27 +152,50 @@ class VisionTransformer(nn.Module):
         self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, num_heads, activation)
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
+        # [depth, H/p * W/p or 1, width]: the mask prompt, of a CLIP that was adapted to masks
+        self.register_parameter("mask_embedding", None)
 
-    def embed_patches(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The tokens that enter the transformer [N, 1 + H/p * W/p, width], and (H/p, W/p)."""
+    def embed_patches(
+        self, images: Tensor, token_mask: Tensor | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """The tokens that enter the transformer [N, 1 + H/p * W/p, width], and (H/p, W/p);
+        `token_mask` as in `forward`.
+        """
         plain = isinstance(self.conv1, nn.Conv2d)
         # [N, width, H/p, W/p]
         x = patch_tokens(images, self.conv1.weight) if plain else self.conv1(images)
         height, width = x.shape[-2:]
         # [N, H/p * W/p, width]; tokens stay fp32 between the blocks under autocast
-        x = x.flatten(2).transpose(1, 2).float()
+        x = self.prompted(x.flatten(2).transpose(1, 2).float(), token_mask, 0)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
         return self.ln_pre(x + resize_positions(self.positional_embedding, height, width)), (
             height,
             width,
         )
 
-    def forward(self, images: Tensor, dense: bool = False) -> Tensor:
+    def prompted(self, x: Tensor, token_mask: Tensor | None, layer: int) -> Tensor:
+        """Patches [N, T, width], those that `token_mask` [N, T] leaves out as the mask prompt has
+        them behind `layer` blocks (Liang et al. 2023, section 3.3).
+        """
+        if token_mask is None:
+            return x
+        return torch.where(token_mask[..., None], x, self.mask_embedding[layer])
+
+    def forward(
+        self, images: Tensor, dense: bool = False, token_mask: Tensor | None = None
+    ) -> Tensor:
         """Normalised images [N, 3, H, W] -> [N, D], or with `dense` one feature a patch [N, H/p,
         W/p, D].
+
+        token_mask: bool [N, H/p * W/p], the patches that show the region; the others become the
+        mask prompt, in front of each of the first blocks. The class token stays.
         """
-        x, grid = self.embed_patches(images)
-        x = self.transformer(x, num_out_tokens=0 if dense else 1)
+        x, grid = self.embed_patches(images, token_mask)
+        first = 0 if token_mask is None else len(self.mask_embedding) - 1
+        for layer, block in enumerate(self.transformer.resblocks[:first], 1):
+            x = block(x, None)
+            x = torch.cat([x[:, :1], self.prompted(x[:, 1:], token_mask, layer)], 1)
+        x = self.transformer(x, num_out_tokens=0 if dense else 1, first=first)
         if not dense:
             return self.ln_post(x[:, 0]) @ self.proj
         return (self.ln_post(x[:, 1:]) @ self.proj).unflatten(1, grid)
@@ -309,6 +334,7 @@ class ModifiedResNet(nn.Module):
     """CLIP's ResNet: three-convolution stem, anti-aliased strides, attention pool."""
 
     stride = 32
+    mask_embedding = None
 
     def __init__(
         self, layers: list[int], width: int, resolution: int, embed_dim: int, num_heads: int = 0
@@ -394,8 +420,15 @@ class CLIP(nn.Module):
         """Both towers, for contrastive training: features [N, D] each."""
         return self.encode_image(images), self.encode_text(tokens)
 
-    def encode_image(self, images: Tensor, dense: bool = False) -> Tensor:
-        return self.visual(images, dense)
+    def encode_image(
+        self, images: Tensor, dense: bool = False, token_mask: Tensor | None = None
+    ) -> Tensor:
+        """See `VisionTransformer.forward`; `token_mask` wants a mask prompt."""
+        return (
+            self.visual(images, dense)
+            if token_mask is None
+            else self.visual(images, dense, token_mask)
+        )
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """int64 [N, context_length] -> [N, D], read at the end token (the largest id)."""
@@ -435,7 +468,10 @@ def build_clip(state: dict[str, Tensor], activation: str = "quickgelu", num_head
             width,
             depth(state, "transformer.resblocks"),
         )
-        clip = CLIP(build_visual(state, embed_dim, activation, num_heads), *text, activation)
+        visual = build_visual(state, embed_dim, activation, num_heads)
+        if "visual.mask_embedding" in state:
+            visual.mask_embedding = mask_prompt(visual, state["visual.mask_embedding"])
+        clip = CLIP(visual, *text, activation)
         clip.load_state_dict(
             {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
         )
@@ -489,6 +525,17 @@ def build_visual(
         num_heads,
         activation,
     )
+
+
+def mask_prompt(visual: VisionTransformer, embedding: Tensor) -> nn.Parameter:
+    """Room for a mask prompt [depth, T, width]; ValueError for one that does not fit the tower: T
+    is 1 or the number of its patches, depth at most that of its blocks.
+    """
+    depth, T, width = embedding.shape
+    tokens, blocks = len(visual.positional_embedding) - 1, len(visual.transformer.resblocks)
+    if not 0 < depth <= blocks or T not in (1, tokens) or width != visual.proj.shape[0]:
+        raise ValueError(f"a mask prompt of shape {list(embedding.shape)}")
+    return nn.Parameter(torch.empty(embedding.shape))
 
 
 def depth(state: dict[str, Tensor], prefix: str) -> int:

@@ -55,9 +55,10 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    # small: a few layers with batch norm, trained from scratch
-    backbone: Literal["R50", "R101c", "small"] = "R101c"
-    # initial backbone: "" (random), a file (torchvision .pth, detectron2 .pkl) or "imagenet"
+    # SwinB: window 12; small: a few layers with batch norm, trained from scratch
+    backbone: Literal["R50", "R101c", "SwinB", "small"] = "R101c"
+    # initial backbone: "" (random), a file (torchvision .pth, detectron2 .pkl, Swin's own .pth) or
+    # "imagenet"
     weights: str = ""
     small_widths: list[PositiveInt] = field(default_factory=lambda: [32, 64, 96, 128])
     queries: PositiveInt = 100
@@ -92,10 +93,14 @@ class ClipConfig:
     ensemble: bool = True  # False: only the segmenter's own class probabilities
     # w: seen classes head^w clip^(1-w), unseen the other way round; 0: CLIP only
     ensemble_weight: Fraction = 0.8
+    # False: all classes are weighted as unseen ones (OVSeg, which is trained on all)
+    ensemble_seen: bool = True
     mask_threshold: Fraction = 0.5
     expand_ratio: PositiveFloat = 1.0
     # crops (the paper's) | pool | tokens: one pass over the image (zsseg/regions.py)
     regions: Literal["crops", "pool", "tokens"] = "crops"
+    # of a CLIP that was adapted to masked crops (OVSeg) and holds one; others have none
+    mask_prompt: bool = True
     dense_edge: PositiveInt = 224  # of the image's shorter side in that pass
     chunk: NonNegativeInt = 0  # region crops in one pass through CLIP; 0: what suits the device
 

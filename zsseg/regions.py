@@ -103,6 +103,26 @@ def region_crops(
     return crops.to(dtype)
 
 
+def resize_masks(masks: Tensor, boxes: Tensor, resolution: int, index: Tensor) -> Tensor:
+    """Masks [Q, H, W] cut to boxes [Q, 4] and resized to R x R, the nearest pixel as
+    `F.interpolate` finds it: bool [P, R, R] of those that `index` [P] chooses.
+    """
+    first, end = boxes[index, :, None].unflatten(1, (2, 2)).unbind(1)  # [P, 2, 1]: of x and of y
+    # In fp32, as there: for a side of 62 and others, exact arithmetic gives another pixel.
+    step = (end - first).float() / resolution
+    place = (step * torch.arange(resolution, device=masks.device)).long()  # [P, 2, R]
+    x, y = (first + place.minimum(end - first - 1)).unbind(1)
+    return masks[index[:, None, None], y[:, :, None], x[:, None]] != 0
+
+
+def token_masks(regions: Tensor, patch: int) -> Tensor:
+    """Masks bool [P, R, R] -> bool [P, R/p * R/p]: the patches of p x p with a pixel of the mask
+    (Liang et al. 2023, section 3.3).
+    """
+    side = regions.shape[-1] // patch
+    return regions.view(-1, side, patch, side, patch).any(4).any(2).flatten(1)
+
+
 def resize_for_clip(clip: CLIP, image: Tensor, edge: int) -> Tensor:
     """An image [3, H, W] in 0..255 for a pass over the whole of it: normalised [1, 3, H',
     W'], the shorter edge about `edge`, both a multiple of CLIP's stride.
@@ -123,9 +143,15 @@ def dense_logits(clip: CLIP, image: Tensor, text: Tensor, edge: int) -> Tensor:
 def crop_features(
     clip: CLIP, image: Tensor, masks: Tensor, boxes: Tensor, index: Tensor, config: ClipConfig
 ) -> Tensor:
-    """The paper's: CLIP's feature of the masked crop of each region."""
+    """The paper's: CLIP's feature of the masked crop of each region; of a CLIP with a mask prompt,
+    what that puts in the place of empty patches, too (`clip.mask_prompt`).
+    """
     crops = region_crops(image, masks, boxes, clip.visual.resolution, index)
-    return encode_crops(clip, crops, config.chunk)
+    token_mask = None
+    if config.mask_prompt and clip.visual.mask_embedding is not None:
+        regions = resize_masks(masks, boxes, clip.visual.resolution, index)
+        token_mask = token_masks(regions, clip.visual.stride)
+    return encode_crops(clip, crops, config.chunk, token_mask)
 
 
 def pooled_features(
@@ -174,8 +200,11 @@ def batch_size(clip: CLIP, device: torch.device, chunk: int = 0) -> int:
     return min(size, 128) if clip.bucketed else size
 
 
-def encode_crops(clip: CLIP, crops: Tensor, chunk: int = 0) -> Tensor:
-    """CLIP's features of crops [P, 3, R, R], fp32 [P, D], `chunk` crops at once (see `batch_size`).
+def encode_crops(
+    clip: CLIP, crops: Tensor, chunk: int = 0, token_mask: Tensor | None = None
+) -> Tensor:
+    """CLIP's features of crops [P, 3, R, R], fp32 [P, D], `chunk` crops at once (see `batch_size`);
+    with a mask prompt where `token_mask` [P, T] is given.
 
     With `clip.bucketed`, for a compiled CLIP, the last batch is filled up to a whole, a half, a
     quarter or an eighth of the others. Out of memory, the batch size is halved permanently.
@@ -187,12 +216,14 @@ def encode_crops(clip: CLIP, crops: Tensor, chunk: int = 0) -> Tensor:
     done = 0
     while done < len(crops):
         batch = crops[done : done + size]
+        shown = None if token_mask is None else token_mask[done : done + size]
         count = len(batch)
         if clip.bucketed:
             filled = min(s for s in (size, size // 2, size // 4, size // 8) if s >= count)
             batch = F.pad(batch, (0, 0, 0, 0, 0, 0, 0, filled - count))
+            shown = None if shown is None else F.pad(shown, (0, 0, 0, filled - count))
         try:
-            features.append(clip.encode_image(batch)[:count].float())
+            features.append(clip.encode_image(batch, token_mask=shown)[:count].float())
             done += count
         except RuntimeError as error:
             if size == 1 or not out_of_memory(error):

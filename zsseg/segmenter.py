@@ -113,14 +113,14 @@ class Segmenter(nn.Module):
         self, names: list[str], seen: list[int] = (), synonyms: dict[str, list[str]] | None = None
     ) -> None:
         """Fix the vocabulary. `seen` holds the class ids that were trained on; none where there is
-        no such split.
+        no such split, or with `clip.ensemble_seen = false`.
 
         The text features of a class are the mean over its name and its `synonyms`.
         """
         self.names = check_names(names)
         device = next(self.parameters()).device
         self.seen = torch.zeros(len(names), dtype=torch.bool, device=device)
-        self.seen[list(seen)] = True
+        self.seen[list(seen)] = self.config.ensemble_seen
         if self.clip is None:
             if len(names) + 1 != self.maskformer.class_embed.out_features:
                 raise UserError(

@@ -32,6 +32,8 @@ from zsseg.utils import UserError, cache_dir, did_you_mean, did_you_mean_file, p
 
 BLOCK = r"backbone\.res(?P<stage>[2-5])\.(?P<block>\d+)\."
 BLOCK_TO = "maskformer.backbone.layer{stage-1}.{block}."
+SWIN = r"backbone\.layers\.(?P<i>\d)\.blocks\.(?P<block>\d+)\."
+SWIN_TO = "maskformer.backbone.features.{2i+1}.{block}."
 PIXEL, PIXEL_TO = r"sem_seg_head\.pixel_decoder\.", "maskformer.pixel_decoder."
 HEAD = r"sem_seg_head\.predictor\."
 LAYER = HEAD + r"transformer\.decoder\.layers\.(?P<i>\d+)\."
@@ -47,6 +49,16 @@ NAMES = [
     (BLOCK + r"conv(?P<i>[123])\.norm\." + LEAF, BLOCK_TO + "bn{i}.{leaf}"),
     (BLOCK + r"shortcut\.weight", BLOCK_TO + "downsample.0.weight"),
     (BLOCK + r"shortcut\.norm\." + LEAF, BLOCK_TO + "downsample.1.{leaf}"),
+    (r"backbone\.patch_embed\.proj\." + LEAF, "maskformer.backbone.features.0.0.{leaf}"),
+    (r"backbone\.patch_embed\.norm\." + LEAF, "maskformer.backbone.features.0.2.{leaf}"),
+    (SWIN + r"mlp\.fc1\." + LEAF, SWIN_TO + "mlp.0.{leaf}"),
+    (SWIN + r"mlp\.fc2\." + LEAF, SWIN_TO + "mlp.3.{leaf}"),
+    (SWIN + r"(?P<rest>(?:norm[12]|attn\.qkv|attn\.proj|attn)\.\w+)", SWIN_TO + "{rest}"),
+    (
+        r"backbone\.layers\.(?P<i>\d)\.downsample\.(?P<rest>.+)",
+        "maskformer.backbone.features.{2i+2}.{rest}",
+    ),
+    (r"backbone\.(?P<rest>norm[0-3]\.\w+)", "maskformer.backbone.{rest}"),
     (PIXEL + r"adapter_(?P<i>[123])\.weight", PIXEL_TO + "lateral.{i-1}.0.weight"),
     (PIXEL + r"adapter_(?P<i>[123])\.norm\." + LEAF, PIXEL_TO + "lateral.{i-1}.1.{leaf}"),
     (PIXEL + r"layer_(?P<i>[123])\.weight", PIXEL_TO + "output.{i-1}.0.weight"),
@@ -84,6 +96,7 @@ DEEP_STEM = [  # R101c: conv1 is a sequence of convolution, norm, relu, and so o
 DROPPED = (
     r"criterion\.empty_weight|_region_clip_adapter\.non_object_embedding|(?:_region_)?clip_adapter\."
     r"(?:pixel_(?:mean|std)|prompt_learner\.(?:start|dot|end|pad)_signal)"
+    r"|.+\.(?:relative_position_index|attn_mask)"
 )
 
 
@@ -99,7 +112,8 @@ def our_name(name: str, deep_stem: bool = False) -> str | None:
             numbers = {key: int(text) for key, text in groups.items() if text.isdecimal()}
             for key, number in numbers.items():
                 groups[f"{key}-1"] = number - 1
-                groups[f"2{key}"] = 2 * number
+                for n in ("", 1, 2):
+                    groups[f"2{key}+{n}".removesuffix("+")] = 2 * number + (n or 0)
             return ours.format(**groups).removeprefix("_")
     raise KeyError(name)
 

@@ -114,7 +114,7 @@ def test_proposals(ovseg):
 
 def test_regions(ovseg):
     """From the stored masks, all of the later stages."""
-    arrays, segmenter, image = ovseg
+    arrays, _, image = ovseg
     masks = stored_masks(arrays)
     boxes, valid = mask_boxes(masks)
     assert np.array_equal(valid.numpy(), arrays["valid"])
@@ -138,7 +138,8 @@ def test_label_maps(ovseg, prompt, monkeypatch):
     assert np.array_equal(proposals.valid.numpy(), arrays["valid"])
     name = "clip_logits" if prompt else "clip_logits_prompt_off"
     boxes, valid = mask_boxes(stored_masks(arrays))
-    logits = segmenter.region_logits(image, stored_masks(arrays), boxes, valid.nonzero()[:, 0])
+    masks = stored_masks(arrays)[valid]
+    logits = segmenter.region_logits(image, masks, boxes[valid])
     assert relative_error(logits, arrays[name][:, :-1]) < MOST
 
     size = tuple(arrays["output_size"].tolist())

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from conftest import tiny_clip_state, tiny_config
 from torch import nn
 
-from zsseg import backbone, config, regions
+from zsseg import backbone, regions
 from zsseg.segmenter import Segmenter
 
 NAMES = ["red disc", "blue square", "striped wall"]
@@ -29,8 +29,9 @@ def test_another_backbone(monkeypatch):
             return [stage(images) for stage in self.stages]
 
     monkeypatch.setitem(backbone.BACKBONES, "patches", lambda config: Patches())
-    monkeypatch.setitem(config.CHOICES, "model.backbone", ("R101c", "patches"))
-    segmenter = Segmenter(tiny_config("model.backbone=patches"), tiny_clip_state()).eval()
+    config = tiny_config()
+    config.model.backbone = "patches"
+    segmenter = Segmenter(config, tiny_clip_state()).eval()
     segmenter.set_classes(NAMES, [0, 1])
     assert segmenter(IMAGE, (50, 70)).shape == (50, 70)
     segmenter.train().maskformer(
@@ -71,8 +72,9 @@ def test_another_region_classifier(monkeypatch):
         return regions.encode_crops(clip, regions.normalize(images), config.chunk)
 
     monkeypatch.setitem(regions.CLASSIFIERS, "mean", mean_colour)
-    monkeypatch.setitem(config.CHOICES, "clip.regions", ("crops", "mean"))
-    segmenter = Segmenter(tiny_config("clip.regions=mean"), tiny_clip_state()).eval()
+    config = tiny_config()
+    config.clip.regions = "mean"
+    segmenter = Segmenter(config, tiny_clip_state()).eval()
     segmenter.set_classes(NAMES, [0, 1])
     plain = torch.full((3, 50, 70), 128, dtype=torch.uint8)
     masks = torch.zeros(2, 50, 70, dtype=torch.uint8)

@@ -298,10 +298,10 @@ class Results:
             return None
 
     def write(
-        self, item: InputImage, labels: np.ndarray, pixels: list[int], scores: list[float]
+        self, item: InputImage, labels: np.ndarray, pixels: dict[int, int], scores: list[float]
     ) -> None:
-        """labels: uint8 or uint16 [H, W]. pixels, scores: number and sum of scores of each shown
-        class's pixels, [C].
+        """labels: uint8 or uint16 [H, W]. pixels: {class id: its pixels}. scores: the sum of scores
+        of each class's pixels.
         """
         names = self.words.shown_names
         label_file, overlay_file, json_file = self.files(item.number)
@@ -315,8 +315,7 @@ class Results:
                 "share": round(count / labels.size, 6),
                 "score": round(scores[i] / count, 4),
             }
-            for i, count in Counter(dict(enumerate(pixels))).most_common()
-            if count
+            for i, count in Counter(pixels).most_common()
         ]
         legend = [
             (c["id"], f"{c['name']}  {100 * c['pixels'] / labels.size:.1f}%") for c in classes
@@ -424,7 +423,7 @@ def segment_images(
                 continue
             labels, top = segment_image(segmenter, config, process, item.inputs, item.size, file)
             labels, pixels, scores = count_classes(labels, top, len(results.words.shown_names))
-            summary.add("segmented", {i: count for i, count in enumerate(pixels) if count})
+            summary.add("segmented", pixels)
             summary.counts["extra pages"] += item.extra_pages
             writing.append(pool.submit(results.write, item, labels, pixels, scores))
             if len(writing) > MAX_PENDING_WRITES:
@@ -441,16 +440,17 @@ def segment_images(
 
 def count_classes(
     labels: Tensor, top: Tensor, classes: int
-) -> tuple[np.ndarray, list[int], list[float]]:
-    """Of the label map and its scores [H, W]: ids of shown classes uint8 or uint16 [H, W]; the
-    number and the sum of scores of each one's pixels.
+) -> tuple[np.ndarray, dict[int, int], list[float]]:
+    """Of the label map and its scores [H, W]: ids of shown classes uint8 or uint16 [H, W]; {class
+    id: its pixels}, without those that have none; the sum of scores of each class's pixels.
     """
     labels = labels.clamp(max=classes - 1)  # background words come last
     ids = labels.flatten()
-    pixels = torch.bincount(ids, minlength=classes)
-    scores = torch.bincount(ids, top.flatten().double(), minlength=classes)
+    counts = torch.bincount(ids).tolist()
+    pixels = {i: count for i, count in enumerate(counts) if count}
+    scores = torch.bincount(ids, top.flatten().double())
     labels = labels.int().cpu().numpy().astype(label_type(classes))
-    return labels, pixels.tolist(), scores.tolist()
+    return labels, pixels, scores.tolist()
 
 
 def create_output(out: Path, process: Process) -> None:

@@ -56,7 +56,7 @@ def checkpoint_and_config(
     """
     content = checkpoint.load(path)
     if "config" not in content and not config:
-        raise UserError(f"checkpoint {path}", "contains no configuration", "give its config file")
+        raise UserError(f"checkpoint {path}", "contains no configuration", "give its --config")
     return content, load_config(config, settings, content.get("config"))
 
 

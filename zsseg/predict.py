@@ -300,7 +300,7 @@ class Results:
 
     def segment(
         self, segmenter: Segmenter, config: Config, process: Process, item: InputImage
-    ) -> tuple[np.ndarray, list[int], list[float]]:
+    ) -> tuple[np.ndarray, dict[int, int], list[float]]:
         """The label map, as `count_classes` gives it."""
         if item.proposals is None:
             file = self.names.files[item.number]
@@ -310,11 +310,11 @@ class Results:
             labels, top = segmenter.label_map(segmenter.ensemble(proposals), proposals, item.size)
         return count_classes(labels, top, len(self.words.shown_names))
 
-    def count(self, found: tuple[np.ndarray, list[int], list[float]]) -> dict[int, int]:
+    def count(self, found: tuple[np.ndarray, dict[int, int], list[float]]) -> dict[int, int]:
         """{class id: pixels} of what `segment` gives."""
-        return {i: count for i, count in enumerate(found[1]) if count}
+        return found[1]
 
-    def write(self, item: InputImage, found: tuple[np.ndarray, list[int], list[float]]) -> None:
+    def write(self, item: InputImage, found: tuple[np.ndarray, dict[int, int], list[float]]) -> None:
         """What `segment` gives."""
         labels, pixels, scores = found
         names = self.words.shown_names
@@ -329,8 +329,7 @@ class Results:
                 "share": round(count / labels.size, 6),
                 "score": round(scores[i] / count, 4),
             }
-            for i, count in Counter(dict(enumerate(pixels))).most_common()
-            if count
+            for i, count in Counter(pixels).most_common()
         ]
         legend = [
             (c["id"], f"{c['name']}  {100 * c['pixels'] / labels.size:.1f}%") for c in classes
@@ -462,16 +461,17 @@ def segment_images(
 
 def count_classes(
     labels: Tensor, top: Tensor, classes: int
-) -> tuple[np.ndarray, list[int], list[float]]:
-    """Of the label map and its scores [H, W]: ids of shown classes uint8 or uint16 [H, W]; the
-    number and the sum of scores of each one's pixels.
+) -> tuple[np.ndarray, dict[int, int], list[float]]:
+    """Of the label map and its scores [H, W]: ids of shown classes uint8 or uint16 [H, W]; {class
+    id: its pixels}, without those that have none; the sum of scores of each class's pixels.
     """
     labels = labels.clamp(max=classes - 1)  # background words come last
     ids = labels.flatten()
-    pixels = torch.bincount(ids, minlength=classes)
-    scores = torch.bincount(ids, top.flatten().double(), minlength=classes)
+    counts = torch.bincount(ids).tolist()
+    pixels = {i: count for i, count in enumerate(counts) if count}
+    scores = torch.bincount(ids, top.flatten().double())
     labels = labels.int().cpu().numpy().astype(label_type(classes))
-    return labels, pixels.tolist(), scores.tolist()
+    return labels, pixels, scores.tolist()
 
 
 def create_output(out: Path, process: Process) -> None:

@@ -285,9 +285,9 @@ def test_images_with_masks(offline, shapes_root):
         if item.key == "_wandb"
     ][-1]
     for kind in ("ground_truth", "prediction"):
-        classes = json.loads(update)["mask/class_labels"][f"val/predictions_wandb_delimeter_{kind}"][
-            "value"
-        ]
+        classes = json.loads(update)["mask/class_labels"][
+            f"val/predictions_wandb_delimeter_{kind}"
+        ]["value"]
         assert classes == {str(i): name for i, name in enumerate([*data.names, "ignored"])}
 
 

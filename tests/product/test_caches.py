@@ -20,14 +20,16 @@ def test_text_features_depend_on_activation_heads_and_vocabulary(root, monkeypat
 
     state, prompt = tiny_clip_state(), FixedPrompt(["a {}."])
     tokenizer = Tokenizer(514, 40)
-    found = [
+    features = [
         text_features(build_clip(state, activation), tokenizer, prompt, ["cat"])
         for activation in ("quickgelu", "gelu")
     ]
-    assert not torch.equal(*found)
+    assert not torch.equal(*features)
     plain = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda text: plain(text[::-1]))  # another vocabulary
-    assert not torch.equal(text_features(build_clip(state), tokenizer, prompt, ["cat"]), found[0])
+    assert not torch.equal(
+        text_features(build_clip(state), tokenizer, prompt, ["cat"]), features[0]
+    )
 
 
 def test_label_statistics_follow_every_change(root):

@@ -335,7 +335,8 @@ class Run:
         self.log = Log(out, process, config, start, saved.get("wandb"))
         self.speed = Speed(process, task.batch_size, start)
         skipped = saved.get("skipped", 0)
-        self.bad_steps = BadSteps(task, out, self.log, process, train.bad_steps, skipped)
+        file = out / "bad_batch.pt"
+        self.bad_steps = BadSteps(task, file, self.log, process, train.bad_steps, skipped)
         self.best = saved.get("best", [-math.inf])
 
     def save(self, name: str, step: int) -> None:

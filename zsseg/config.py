@@ -1,7 +1,8 @@
 """Every option of the program with its default, read from a TOML file and `--set
 section.key=value`.
 
-A field exists here or it is an error: an unknown key or a wrong type names the nearest known key.
+An unknown option is an error that names the nearest one, an impossible value one that says what is
+possible.
 Numbers are those of the paper's COCO-Stuff setting unless a file in `configs/` says otherwise.
 """
 

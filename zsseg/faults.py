@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -142,25 +143,23 @@ def running_statistics(model: nn.Module) -> list[Tensor]:
     return [buffer for norm in norms for buffer in norm.buffers()]
 
 
+@dataclass
 class BadSteps:
     """Counts the steps with NaN/Inf in the loss, the matching cost or the gradient, names their
     images, and gives up in time.
 
-    Such a step changed nothing (`train.train_step`). The first one's batch is kept in
-    OUT/bad_batch.pt: samples follow from their numbers, so it is read once more for that.
+    Such a step changed nothing (`train.train_step`). The first one's batch is kept in `file`:
+    samples follow from their numbers, so it is read once more for that.
     """
 
-    def __init__(
-        self, task: object, out: Path, log: Log, process: Process, max_in_a_row: int, count: int = 0
-    ):
-        self.task = task
-        self.file = out / "bad_batch.pt"
-        self.log = log
-        self.process = process
-        self.max_in_a_row = max_in_a_row
-        self.count = count
-        self.in_a_row = 0
-        self.flags: list[tuple[int, Tensor]] = []
+    task: object
+    file: Path
+    log: Log
+    process: Process
+    max_in_a_row: int
+    count: int = 0
+    in_a_row: int = 0
+    flags: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def add(self, step: int, bad: Tensor) -> None:
         """The flag (1 or 0, on the device, equal in all processes) of the step that started from

@@ -314,7 +314,9 @@ class Results:
         """{class id: pixels} of what `segment` gives."""
         return found[1]
 
-    def write(self, item: InputImage, found: tuple[np.ndarray, dict[int, int], list[float]]) -> None:
+    def write(
+        self, item: InputImage, found: tuple[np.ndarray, dict[int, int], list[float]]
+    ) -> None:
         """What `segment` gives."""
         labels, pixels, scores = found
         names = self.words.shown_names

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import semantic_map
 from kernels.jit import use_triton
-from kernels.semantic_map import semantic_map
 from zsseg import checkpoint, weights
 from zsseg.backbone import load_backbone
-from zsseg.clip import build_clip
+from zsseg.clip import build_clip, cosine_logits
 from zsseg.config import Config, load_config
 from zsseg.datasets import dataset
 from zsseg.maskformer import MaskFormer, PerPixel
@@ -23,8 +23,10 @@ from zsseg.regions import (
     STRIDE,
     classify_crops,
     classify_in_one_pass,
+    dense_features,
     dense_logits,
     expand_boxes,
+    mask_pool,
     mask_probabilities,
     region_crops,
     region_masks,
@@ -157,30 +159,32 @@ class Segmenter(nn.Module):
     @torch.inference_mode()
     def propose_together(self, images: list[Tensor]) -> list[Proposals]:
         """`propose` for several images, whose region crops share CLIP's batches."""
-        found, crops = [], []
+        found, crops, indices = [], [], []
         for image in images:
             proposals, masks = self.propose_masks(image)
             found.append(proposals)
-            if proposals.region is None:
+            if proposals.region is None or not masks:
                 continue
+            # The one wait for a GPU: it sizes CLIP's batch.
             index = proposals.valid.nonzero()[:, 0]
             if self.config.regions == "crops":
                 crops.append(region_crops(image, *masks, self.clip.visual.resolution, index))
+                indices.append(index)
             else:
-                proposals.region[proposals.valid] = self.region_logits(
-                    image, *masks, index
-                ).softmax(-1)
+                logits = self.region_logits(image, *masks, index)
+                proposals.region[index] = logits.softmax(-1)
         if crops:
             logits = classify_crops(
                 self.clip, torch.cat(crops), self.region_text, self.config.chunk, self.few_sizes
             )
-            for proposals, part in zip(found, logits.split([len(c) for c in crops]), strict=True):
-                proposals.region[proposals.valid] = part.softmax(-1)
+            parts = logits.split([len(c) for c in crops])
+            for proposals, index, part in zip(found, indices, parts, strict=True):
+                proposals.region[index] = part.softmax(-1)
         return found
 
     def propose_masks(self, image: Tensor) -> tuple[Proposals, tuple[Tensor, Tensor]]:
         """The proposals of an image, `region` still 1 everywhere, and their masks [Q, H, W] and
-        boxes [Q, 4].
+        boxes [Q, 4]; where regions are pooled, `region` is final and nothing else is needed.
         """
         height, width = image.shape[-2:]
         prepared = self.maskformer.prepare(image[None])
@@ -197,8 +201,13 @@ class Segmenter(nn.Module):
         classes, masks = outputs
         head = classes[-1, 0].softmax(-1)[:, :-1]  # [Q, C]
         logits, cut = masks[-1, 0].float(), (height, width)
-        binary, boxes, valid = region_masks(logits, cut, self.config.mask_threshold)
         region = torch.ones_like(head) if self.config.ensemble and self.clip is not None else None
+        if region is not None and self.config.regions == "pool":
+            dense = dense_features(self.clip, image, self.config.dense_edge)  # [h', w', D]
+            pooled, valid = mask_pool(dense, logits, cut, self.config.mask_threshold)
+            found = cosine_logits(pooled, self.region_text).softmax(-1)
+            return Proposals(logits, cut, head, found.where(valid[:, None], region), valid), ()
+        binary, boxes, valid = region_masks(logits, cut, self.config.mask_threshold)
         return Proposals(logits, cut, head, region, valid), (
             binary,
             expand_boxes(boxes, self.config.expand_ratio, cut),
@@ -300,10 +309,9 @@ class Segmenter(nn.Module):
         """The class with the largest score at every pixel of the original `size` (height, width),
         int64, and that score.
         """
-        if use_triton(classes):
-            return semantic_map(
-                proposals.logits, classes.float(), list(proposals.size), list(size), False
-            )[:2]
+        if use_triton(classes) and semantic_map.is_supported(proposals.logits):
+            sizes = list(proposals.size), list(size)
+            return semantic_map.semantic_map(proposals.logits, classes.float(), *sizes, False)[:2]
         return best_class(proposals.logits, classes.float(), proposals.size, size)
 
     @torch.inference_mode()
@@ -311,10 +319,9 @@ class Segmenter(nn.Module):
         """Sum over queries of class score x mask, resized to the original `size` (height, width):
         [C, *size].
         """
-        if use_triton(classes):
-            return semantic_map(
-                proposals.logits, classes.float(), list(proposals.size), list(size), True
-            )[2]
+        if use_triton(classes) and semantic_map.is_supported(proposals.logits):
+            sizes = list(proposals.size), list(size)
+            return semantic_map.semantic_map(proposals.logits, classes.float(), *sizes, True)[2]
         return class_scores(
             mask_probabilities(proposals.logits, proposals.size), classes.float(), size
         )

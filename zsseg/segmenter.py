@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import semantic_map
 from kernels.jit import use_triton
-from kernels.semantic_map import semantic_map
 from zsseg import checkpoint
 from zsseg.clip import build_clip, cosine_logits
 from zsseg.config import Config
@@ -21,8 +21,10 @@ from zsseg.prompts import LearnedPrompt, build_prompt, text_features
 from zsseg.regions import (
     CLASSIFIERS,
     STRIDE,
+    dense_features,
     dense_logits,
     expand_boxes,
+    mask_pool,
     mask_probabilities,
     region_masks,
 )
@@ -175,9 +177,16 @@ class Segmenter(nn.Module):
             mask_logits, class_features = self.proposer(image)
 
         size = tuple(image.shape[-2:])
-        masks, boxes, valid = region_masks(mask_logits, size, self.config.mask_threshold)
+        threshold = self.config.mask_threshold
+        ensemble = self.config.ensemble and self.clip is not None
         region_features = None
-        if self.config.ensemble and self.clip is not None:
+        if ensemble and self.config.regions == "pool":  # straight from the mask logits
+            dense = dense_features(self.clip, image, self.config.dense_edge)
+            features, valid = mask_pool(dense, mask_logits, size, threshold)
+            region_features = features[valid]
+        else:
+            masks, boxes, valid = region_masks(mask_logits, size, threshold)
+        if ensemble and region_features is None:
             boxes = expand_boxes(boxes, self.config.expand_ratio, size)
             region_features = self.encode_regions(image, masks, boxes, valid.nonzero()[:, 0])
         empty = mask_logits.new_zeros(len(mask_logits), 0)
@@ -305,8 +314,9 @@ class Segmenter(nn.Module):
         `size` (height, width), int64, and that score.
         """
         logits, input_size = proposals.mask_logits, proposals.input_size
-        if use_triton(scores):
-            return semantic_map(logits, scores.float(), list(input_size), list(size), False)[:2]
+        if use_triton(scores) and semantic_map.is_supported(logits):
+            sizes = list(input_size), list(size)
+            return semantic_map.semantic_map(logits, scores.float(), *sizes, False)[:2]
         return best_class(logits, scores.float(), input_size, size)
 
     @torch.inference_mode()
@@ -315,8 +325,9 @@ class Segmenter(nn.Module):
         [C, *size].
         """
         logits, input_size = proposals.mask_logits, proposals.input_size
-        if use_triton(scores):
-            return semantic_map(logits, scores.float(), list(input_size), list(size), True)[2]
+        if use_triton(scores) and semantic_map.is_supported(logits):
+            sizes = list(input_size), list(size)
+            return semantic_map.semantic_map(logits, scores.float(), *sizes, True)[2]
         return class_scores(mask_probabilities(logits, input_size), scores.float(), size)
 
     def forward(self, image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> Namespace:
-    """The command line; UserError for options that do not go together."""
+    """The command line."""
     parser = command_line.parser(__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=path_of)
     measuring = parser.add_argument_group("measuring")
@@ -125,7 +125,12 @@ def parse(argv: list[str]) -> Namespace:
         help="write programs for these words that run without this project",
     )
     args = parser.parse_args(argv)
+    check_options(args)
+    return args
 
+
+def check_options(args: Namespace) -> None:
+    """UserError for options that do not go together."""
     tasks = {
         "--images": args.images or args.features,
         "--serve": args.serve is not None,
@@ -150,7 +155,6 @@ def parse(argv: list[str]) -> Namespace:
     for conflict, what, why, todo in conflicts:
         if conflict:
             raise UserError(what, why, todo)
-    return args
 
 
 def requested_words(args: Namespace, config: Config) -> Words:

@@ -140,6 +140,11 @@ def dense_logits(clip: CLIP, image: Tensor, text: Tensor, edge: int) -> Tensor:
     return cosine_logits(dense, text).permute(2, 0, 1)
 
 
+def uses_mask_prompt(clip: CLIP, config: ClipConfig) -> bool:
+    """Whether region crops go through CLIP with their masks."""
+    return config.mask_prompt and clip.visual.mask_embedding is not None
+
+
 def crop_features(
     clip: CLIP, image: Tensor, masks: Tensor, boxes: Tensor, index: Tensor, config: ClipConfig
 ) -> Tensor:
@@ -148,7 +153,7 @@ def crop_features(
     """
     crops = region_crops(image, masks, boxes, clip.visual.resolution, index)
     token_mask = None
-    if config.mask_prompt and clip.visual.mask_embedding is not None:
+    if uses_mask_prompt(clip, config):
         regions = resize_masks(masks, boxes, clip.visual.resolution, index)
         token_mask = token_masks(regions, clip.visual.stride)
     return encode_crops(clip, crops, config.chunk, token_mask)

@@ -100,52 +100,57 @@ class WindowAttention(ShiftedWindowAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> the same; padding takes part in the attention."""
-        H, W, C = x.shape[1:]
+        B, H, W, C = x.shape
         w, shift = self.window_size[0], self.shift_size[0]
-        x = F.pad(x, (0, 0, 0, -W % w, 0, -H % w)).roll((-shift, -shift), (1, 2))
-        Hp, Wp = x.shape[1:3]
+        rows, columns = -(-H // w), -(-W // w)  # of windows
+        x = F.pad(x, (0, 0, 0, columns * w - W, 0, rows * w - H)).roll((-shift, -shift), (1, 2))
         bias = self.get_relative_position_bias()  # [1, heads, w*w, w*w]
         if shift:
-            bias = bias + shift_mask(Hp, Wp, w, shift, x.device).repeat(len(x), 1, 1)[:, None]
+            bias = bias + shift_mask(rows, columns, w, shift, x.device).repeat(B, 1, 1)[:, None]
 
-        x = x.view(-1, Hp // w, w, Wp // w, w, C).transpose(2, 3).reshape(-1, w * w, C)
+        x = x.view(B, rows, w, columns, w, C).transpose(2, 3)
+        x = x.reshape(B * rows * columns, w * w, C)
         # [B * windows, heads, w*w, C/heads]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype)).transpose(1, 2)
 
-        x = self.proj(x.flatten(2)).view(-1, Hp // w, Wp // w, w, w, C).transpose(2, 3)
-        return x.reshape(-1, Hp, Wp, C).roll((shift, shift), (1, 2))[:, :H, :W]
+        x = self.proj(x.flatten(2)).view(B, rows, columns, w, w, C).transpose(2, 3)
+        x = x.reshape(B, rows * w, columns * w, C)
+        return x.roll((shift, shift), (1, 2))[:, :H, :W]
 
 
-def shift_mask(height: int, width: int, w: int, shift: int, device: torch.device) -> Tensor:
+def shift_mask(rows: int, columns: int, w: int, shift: int, device: torch.device) -> Tensor:
     """What keeps tokens of a rolled map apart that are not neighbours in the image: 0 or -100,
-    [windows, w*w, w*w].
+    [rows * columns, w*w, w*w].
     """
-    sides = [torch.arange(side, device=device) for side in (height, width)]
     # 0, 1 or 2: before the last window, in its first part, in what was rolled in
-    y, x = ((side >= len(side) - w).int() + (side >= len(side) - shift) for side in sides)
-    part = 3 * y[:, None] + x  # [height, width]
-    part = part.view(height // w, w, width // w, w).transpose(1, 2).reshape(-1, w * w)
+    within = torch.arange(w, device=device) >= w - shift
+    y, x = (
+        (torch.arange(1, count + 1, device=device) >= count)[:, None] * (1 + within.int())
+        for count in (rows, columns)
+    )
+    part = 3 * y[:, None, :, None] + x[:, None]  # [rows, columns, w, w]
+    part = part.reshape(rows * columns, w * w)
     return -100.0 * (part[:, None] != part[:, :, None])
 
 
-class SwinB(SwinTransformer):
-    """torchvision's Swin-B with windows of 12, without the classifier, with a layer norm of its own
-    for each of the four maps.
+class Swin(SwinTransformer):
+    """torchvision's Swin, by default Swin-B, with windows of 12, without the classifier, with a
+    layer norm of its own for each of the four maps.
     """
 
-    def __init__(self):
+    def __init__(self, width: int = 128, depths: tuple[int, ...] = (2, 2, 18, 2)):
         super().__init__(
             [4, 4],
-            128,
-            [2, 2, 18, 2],
-            [4, 8, 16, 32],
+            width,
+            list(depths),
+            [width // 32 * 2**i for i in range(4)],
             [12, 12],
             stochastic_depth_prob=0.3,
             block=partial(SwinTransformerBlock, attn_layer=WindowAttention),
         )
         del self.norm, self.permute, self.avgpool, self.flatten, self.head
-        self.channels = [128, 256, 512, 1024]
+        self.channels = [width * 2**i for i in range(4)]
         for i, channels in enumerate(self.channels):
             self.add_module(f"norm{i}", nn.LayerNorm(channels))
 
@@ -194,7 +199,7 @@ class SmallResNet(nn.Module):
 BACKBONES: dict[str, Callable[[ModelConfig], nn.Module]] = {
     "R50": lambda config: DeepResNet("R50"),
     "R101c": lambda config: DeepResNet("R101c"),
-    "SwinB": lambda config: SwinB(),
+    "SwinB": lambda config: Swin(),
     "small": lambda config: SmallResNet(config.small_widths),
 }
 

@@ -18,6 +18,7 @@ from zsseg.config import Config
 from zsseg.distributed import Process
 from zsseg.files import MARK, atomic_write, refuse_foreign
 from zsseg.files import result as written
+from zsseg.regions import token_masks, uses_mask_prompt
 from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError, print_main
 from zsseg.vocabulary import Words
@@ -66,6 +67,10 @@ REGIONS = [
     "they are c, and 0 where a "
     "region is empty.",
 ]
+MASK_CHANNEL = (
+    "A fourth channel of the crop: the region (1, else 0), cut to the box, resized to R x R by "
+    "F.interpolate's mode nearest, in fp32."
+)
 LABELS = [
     "Score map: sum over queries of s x mask, resized to the image's own size (bilinear); the "
     "label is its argmax.",
@@ -90,18 +95,22 @@ class Proposer(nn.Module):
 
 
 class Tower(nn.Module):
-    """Crops [P, 3, R, R] as CLIP sees them -> logits [P, C], as `Segmenter.region_logits` computes
-    them.
+    """Crops [P, 3, R, R] as CLIP sees them, or with a mask prompt [P, 4, R, R], the mask in the
+    last channel -> logits [P, C], as `Segmenter.region_logits` computes them.
     """
 
     def __init__(self, segmenter: Segmenter, bf16: bool):
         super().__init__()
         self.visual, self.bf16 = segmenter.clip.visual, bf16
+        self.mask_prompt = uses_mask_prompt(segmenter.clip, segmenter.config)
         self.register_buffer("text", segmenter.region_text_features)
 
     def forward(self, crops: Tensor) -> Tensor:
+        shown = []
+        if self.mask_prompt:
+            shown = [token_masks(crops[:, 3] != 0, self.visual.stride)]
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            features = self.visual(crops)
+            features = self.visual(crops[:, :3], False, *shown)
         return cosine_logits(features, self.text)
 
 
@@ -145,18 +154,24 @@ def export(segmenter: Segmenter, config: Config, words: Words, out: Path) -> Non
     (out / "clip.pt2").unlink(missing_ok=True)
     if with_clip:
         R = segmenter.clip.visual.resolution
-        crops = [torch.randn(count, 3, R, R, generator=random) for count in CROPS]
-        write(Tower(segmenter, bf16), crops, {0: Dim.DYNAMIC}, out / "clip.pt2")
+        tower = Tower(segmenter, bf16)
+        channels = 3 + tower.mask_prompt
+        crops = [torch.randn(count, channels, R, R, generator=random) for count in CROPS]
+        for crop in crops:
+            crop[:, 3:, R // 2 :] = 0
+        write(tower, crops, {0: Dim.DYNAMIC}, out / "clip.pt2")
         settings["clip"] = {
             "resolution": R,
             "mean": clip_module.MEAN,
             "std": clip_module.STD,
+            "mask_channel": tower.mask_prompt,
         } | CLIP
         settings |= {
             k: getattr(config.clip, k)
             for k in ("mask_threshold", "expand_ratio", "ensemble_weight")
         }
-        settings["steps"] = [*MASKS, *REGIONS, *LABELS]
+        channel = [MASK_CHANNEL] * tower.mask_prompt
+        settings["steps"] = [*MASKS, *REGIONS[:2], *channel, *REGIONS[2:], *LABELS]
     with written(out / "example.py") as file:
         shutil.copyfile(Path(__file__).with_name("export_example.py"), file)
     with written(out / "settings.json") as file:

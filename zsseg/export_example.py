@@ -74,6 +74,10 @@ def segment(photo: Image.Image, s: dict, proposer: Callable, clip: Callable | No
             rows, columns = (span(region.any(axis), s["expand_ratio"]) for axis in (1, 0))
             crop = (normal * region)[None, :, rows, columns]
             crops.append(F.interpolate(crop, (R, R), mode="bicubic", align_corners=False))
+            if s["clip"]["mask_channel"]:
+                cut = region[None, None, rows, columns].float()
+                cut = F.interpolate(cut, (R, R), mode="nearest")
+                crops[-1] = torch.cat([crops[-1], cut], 1)
         opinion, w = torch.ones_like(scores), s["ensemble_weight"]
         if crops:
             opinion[valid] = torch.cat(

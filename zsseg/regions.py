@@ -172,6 +172,11 @@ def mask_pool(
     return pool_features(features, mask_probabilities(logits, size) > threshold)
 
 
+def uses_mask_prompt(clip: CLIP, config: ClipConfig) -> bool:
+    """Whether region crops go through CLIP with their masks."""
+    return config.mask_prompt and clip.visual.mask_embedding is not None
+
+
 def crop_features(
     clip: CLIP, image: Tensor, masks: Tensor, boxes: Tensor, index: Tensor, config: ClipConfig
 ) -> Tensor:
@@ -180,7 +185,7 @@ def crop_features(
     """
     crops = region_crops(image, masks, boxes, clip.visual.resolution, index)
     token_mask = None
-    if config.mask_prompt and clip.visual.mask_embedding is not None:
+    if uses_mask_prompt(clip, config):
         regions = resize_masks(masks, boxes, clip.visual.resolution, index)
         token_mask = token_masks(regions, clip.visual.stride)
     return encode_crops(clip, crops, config.chunk, token_mask)

@@ -242,9 +242,11 @@ class Segmenter(nn.Module):
         classifier = CLASSIFIERS[self.config.regions]
         return classifier(self.clip, image, masks, boxes, index, self.config)
 
-    def region_logits(self, image: Tensor, masks: Tensor, boxes: Tensor) -> Tensor:
-        """CLIP's class logits, fp32 [P, C], of the regions masks [P, H, W] with boxes [P, 4]."""
-        features = self.encode_regions(image, masks, boxes)
+    def region_logits(
+        self, image: Tensor, masks: Tensor, boxes: Tensor, index: Tensor | None = None
+    ) -> Tensor:
+        """CLIP's class logits, fp32 [P, C], of the same regions."""
+        features = self.encode_regions(image, masks, boxes, index)
         return cosine_logits(features, self.region_text_features)
 
     def ensemble_per_pixel(self, image: Tensor, scores: Tensor) -> Tensor:

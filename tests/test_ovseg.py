@@ -156,6 +156,7 @@ def test_label_maps(ovseg, monkeypatch):
     monkeypatch.setattr(segmenter.config, "mask_prompt", False)
     logits = segmenter.region_logits(image, masks, boxes, index)
     assert relative_error(logits, arrays["clip_logits_prompt_off"][:, :-1]) < MOST
+    proposals.clip_probs = proposals.clip_probs.clone()
     proposals.clip_probs[proposals.valid] = logits.softmax(-1)
     found["prompt_off_w07"] = segmenter.ensemble(proposals)
 

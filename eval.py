@@ -18,14 +18,16 @@ predicted but shown as "other". Without --classes, the classes are the data set'
 Export programs that run without this one:
     python eval.py CHECKPOINT --export DIR --classes "cat, dog, grass"
 
-CHECKPOINT is one of train.py (its configuration is inside) or an original zsseg.baseline
-model_final.pth (give its --config). Results go to --out (else eval/ or, of images, segmented/
-beside the checkpoint), and never take the place of a file that this program did not write.
+CHECKPOINT is one of train.py (its configuration is inside), an original zsseg.baseline
+model_final.pth (give its --config), or the name of a published model, which is downloaded. Results
+go to --out (else eval/ or, of images, segmented/ beside the checkpoint, or in runs/NAME/), and
+never take the place of a file that this program did not write.
 """
 
 import os
 from argparse import Namespace
 from datetime import timedelta
+from pathlib import Path
 
 from kernels.jit import Switch
 from zsseg import checkpoint, command_line
@@ -38,6 +40,7 @@ from zsseg.evaluate import evaluate
 from zsseg.export import export
 from zsseg.files import check_writable
 from zsseg.metrics import report
+from zsseg.models import MODELS, find_model
 from zsseg.predict import Names, Results, find_images, made_with, segment_images
 from zsseg.published import compare
 from zsseg.report import Report
@@ -52,6 +55,11 @@ DIST_TIMEOUT = timedelta(days=30)
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
+    name = args.checkpoint
+    args.checkpoint, config = find_model(name)
+    if config:
+        args.config = args.config or config
+        args.out = args.out or Path("runs") / name / ("segmented" if args.images else "eval")
     content = checkpoint.load(args.checkpoint)
     if "config" not in content and not args.config:
         raise UserError(
@@ -74,7 +82,8 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> Namespace:
     """The command line; UserError for options that do not go together."""
     parser = command_line.parser(__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=path_of)
+    names = f"a file, or a published model: {', '.join(MODELS)}"
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=path_of, help=names)
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument(
         "--save-predictions",

@@ -21,6 +21,7 @@ from zsseg.data import test_size, to_tensor
 from zsseg.datasets import dataset
 from zsseg.distributed import Process, init_distributed
 from zsseg.images import as_rgb, read_image
+from zsseg.models import find_model
 from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError, path_of
 from zsseg.views import all_finite, label_map, segment_views
@@ -36,13 +37,14 @@ def load(
     settings: list[str] = (),
 ) -> "Predictor":
     """A segmenter from a checkpoint of ours or the original's (which needs the `config` file of its
-    training).
+    training), or from the name of a published model, such as "ovseg-swinb", which is downloaded.
 
     root: data root, where `{root}` in the configuration points. device: "auto", "cpu" or "cuda".
     settings: overrides such as "clip.ensemble_weight=0.6". Device and precision are chosen as by
     eval.py. Raises UserError.
     """
-    path = path_of(path)
+    path, published = find_model(path)
+    config = config or published
     content = checkpoint.load(path)
     if "config" not in content and config is None:
         raise UserError(f"checkpoint {path}", "holds no configuration", "give its config")

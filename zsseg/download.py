@@ -25,6 +25,11 @@ from zsseg.utils import UserError
 
 BLOCK = 1 << 20
 TRIES = 5  # in a row without a single new byte
+PAGES = {  # what Google's say, in lower case
+    "quota": "its quota is spent for now",
+    "virus": "it asks for a confirmation",
+    "sign in": "it asks for a login",
+}
 RATIO = 50  # an archive that unpacks to more than this many times its size is a bomb
 
 
@@ -33,7 +38,8 @@ def fetch(urls: list[str], path: Path, checksum: str, what: str, size: int = 0) 
     way.
 
     What has arrived stays in `<path>.part`, and the next try or the next run goes on from there.
-    `checksum` is "sha256:<hex>" or the like, or "" where none is known; `size` in bytes, 0 where
+    `checksum` is "sha256:<hex>" or the like, of which the first digits do, or "" where none is
+    known; `size` in bytes, 0 where
     not known. Raises UserError.
     """
     part = path.with_name(path.name + ".part")
@@ -86,7 +92,7 @@ def check_file(file: Path, checksum: str, what: str, size: int = 0, delete: bool
         method, _, wanted = checksum.partition(":")
         with open(file, "rb") as content:
             found = hashlib.file_digest(content, method).hexdigest()
-        problem = "" if found == wanted else f"has {method} {found} instead of {wanted}"
+        problem = "" if found.startswith(wanted) else f"has {method} {found} instead of {wanted}"
     if problem:
         if delete:
             file.unlink()
@@ -123,6 +129,19 @@ def transfer(url: str, part: Path, what: str, size: int) -> None:
         time.sleep(min(0.1 * 2**failures, 5))
 
 
+def refuse_page(answer: IO[bytes], url: str, path: Path, what: str, resumed: bool) -> None:
+    """UserError where a web page comes in the place of a file, as Google Drive answers now and
+    then.
+    """
+    begins = b"" if resumed else answer.peek(64).lstrip()
+    if answer.headers.get_content_type() != "text/html" and not begins.startswith(b"<"):
+        return
+    text = answer.read(BLOCK).decode("utf-8", "replace").lower()
+    why = next((why for sign, why in PAGES.items() if sign in text), "it does not say why")
+    todo = f"open that link in a browser, and put the file at {path}"
+    raise UserError(what, f"{url} gives a web page, not the file ({why})", todo)
+
+
 def append(url: str, part: Path, had: int, what: str) -> bool:
     """One request for the bytes from `had` on; True when the server sent all that it announced."""
     request = urllib.request.Request(
@@ -130,6 +149,7 @@ def append(url: str, part: Path, had: int, what: str) -> bool:
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
         resumed = had > 0 and answer.status == 206
+        refuse_page(answer, url, part.with_suffix(""), what, resumed)
         announced = answer.headers.get("Content-Length")
         start = had if resumed else 0
         total = start + int(announced) if announced else None

@@ -15,6 +15,13 @@ Segment images: files, folders, patterns, or - for a list on standard input. Eac
 Lines of words.txt: `cat`, with synonyms `sofa = couch, settee`, or `other: sky, wall` for what is
 predicted but shown as "other". Without --classes, the classes are the data set's.
 
+Ask for other words without computing again: keep what the networks make of images, then read that:
+    python eval.py CHECKPOINT --images photos/ --features DIR
+    python eval.py CHECKPOINT --features DIR --classes "cat, dog"
+
+Try words on a page of this machine:
+    python eval.py CHECKPOINT --serve
+
 Export programs that run without this one:
     python eval.py CHECKPOINT --export DIR --classes "cat, dog, grass"
 
@@ -30,48 +37,56 @@ from datetime import timedelta
 from pathlib import Path
 
 from kernels.jit import Switch
-from zsseg import checkpoint, command_line
-from zsseg.analysis import budget, report_budget
+from zsseg import command_line
+from zsseg.analysis import oracle_analysis, write_analysis
+from zsseg.api import checkpoint_and_config
 from zsseg.build import load_segmenter
-from zsseg.config import Config, load_config
+from zsseg.config import Config
 from zsseg.datasets import dataset, find_pairs
 from zsseg.distributed import Process, can_compile, init_distributed
 from zsseg.evaluate import evaluate
 from zsseg.export import export
+from zsseg.features import FeatureFiles, KeptFeatures, features_digest, find_features
 from zsseg.files import check_writable
 from zsseg.metrics import report
 from zsseg.models import MODELS, find_model
-from zsseg.predict import Names, Results, find_images, made_with, segment_images
+from zsseg.predict import InputImages, Names, Results, find_images, made_with, segment_images
 from zsseg.published import compare
 from zsseg.report import Report
 from zsseg.segmenter import Segmenter
+from zsseg.serve import Session, open_port, serve
 from zsseg.utils import UserError, path_of
 from zsseg.vocabulary import Words, read_words, seen_classes, trained_names, words_of
 
 MIN_IMAGES_TO_COMPILE = 1000  # images a process: for fewer, compiling takes longer than it saves
 # For processes whose share of many images takes longer than the others'.
 DIST_TIMEOUT = timedelta(days=30)
+MEASURING = {
+    "--save-predictions": "write OUT/predictions/<stem>.png, class ids",
+    "--budget": "what masks and classes cost: oracles, recall, confusions",
+    "--report": "write OUT/report.html: metrics, confusions, curves, images",
+    "--reproduce": "print the paper's numbers beside ours",
+}
+USES_OWN = "is for images of your own"
 
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
-    name = args.checkpoint
-    args.checkpoint, config = find_model(name)
-    if config:
-        args.config = args.config or config
-        args.out = args.out or Path("runs") / name / ("segmented" if args.images else "eval")
-    content = checkpoint.load(args.checkpoint)
-    if "config" not in content and not args.config:
-        raise UserError(
-            f"checkpoint {args.checkpoint}", "holds no configuration", "give its --config"
-        )
-    config = load_config(args.config, args.set, content.get("config"))
+    named = args.checkpoint
+    args.checkpoint, published = find_model(named)
+    if published:
+        segmented = args.images or args.features
+        args.config = args.config or published
+        args.out = args.out or Path("runs") / named / ("segmented" if segmented else "eval")
+    content, config = checkpoint_and_config(args.checkpoint, args.config, args.set)
     Switch.on = config.model.kernels
-    if args.images:
+    if args.images or args.features:
         segment(args, content, config)
+    elif args.serve is not None:
+        serve_page(args, content, config)
     elif args.export:
         if init_distributed("cpu").is_main:
-            words = words_wanted(args, config)
+            words = requested_words(args, config)
             segmenter = load_segmenter(content, config, args.root, args.checkpoint).eval()
             set_words(segmenter, words, content, config)
             export(segmenter, config, words, args.export)
@@ -80,29 +95,13 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> Namespace:
-    """The command line; UserError for options that do not go together."""
+    """The command line."""
     parser = command_line.parser(__doc__)
     names = f"a file, or a published model: {', '.join(MODELS)}"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=path_of, help=names)
     measuring = parser.add_argument_group("measuring")
-    measuring.add_argument(
-        "--save-predictions",
-        action="store_true",
-        help="write OUT/predictions/<stem>.png, class ids",
-    )
-    measuring.add_argument(
-        "--budget",
-        action="store_true",
-        help="what masks and classes cost: oracles, recall, confusions",
-    )
-    measuring.add_argument(
-        "--report",
-        action="store_true",
-        help="write OUT/report.html: metrics, confusions, curves, images",
-    )
-    measuring.add_argument(
-        "--reproduce", action="store_true", help="print the paper's numbers beside ours"
-    )
+    for option, text in MEASURING.items():
+        measuring.add_argument(option, action="store_true", help=text)
     own = parser.add_argument_group("any images, any words")
     own.add_argument(
         "--images", metavar="IMAGE", nargs="+", help="files, folders, patterns, or - for a list"
@@ -116,28 +115,59 @@ def parse(argv: list[str]) -> Namespace:
         "--resume", action="store_true", help="segment only the images that are not done yet"
     )
     own.add_argument(
+        "--features",
+        metavar="DIR",
+        type=path_of,
+        help="with --images keep features there, without them label the images kept there",
+    )
+    own.add_argument(
+        "--serve",
+        metavar="PORT",
+        type=int,
+        nargs="?",
+        const=8000,
+        help="a page on 127.0.0.1 (port 8000) to try images and words on",
+    )
+    own.add_argument(
         "--export",
         metavar="DIR",
         type=path_of,
         help="write programs for these words that run without this project",
     )
     args = parser.parse_args(argv)
-    if args.classes is not None and not (args.images or args.export):
-        raise UserError("--classes", "is for images of your own", "add --images or --export")
-    if (args.images or args.export) and (
-        args.save_predictions or args.budget or args.report or args.reproduce
-    ):
-        raise UserError(
-            "--images and --export", "measure nothing", "leave the options for measuring out"
-        )
-    if args.images and args.export:
-        raise UserError("--images and --export", "are two things", "give one after the other")
-    if args.resume and not args.images:
-        raise UserError("--resume", "is for images of your own", "add --images")
+    check_options(args)
     return args
 
 
-def words_wanted(args: Namespace, config: Config) -> Words:
+def check_options(args: Namespace) -> None:
+    """UserError for options that do not go together."""
+    tasks = {
+        "--images": args.images or args.features,
+        "--serve": args.serve is not None,
+        "--export": args.export,
+    }
+    own = [name for name, given in tasks.items() if given]
+    measures = args.save_predictions or args.budget or args.report or args.reproduce
+    both = " and ".join(own)
+    keeps = args.images and args.features
+    conflicts = [
+        (args.classes is not None and not own, "--classes", USES_OWN, "add --images or --export"),
+        (own and measures, both, "measures nothing", "leave the options for measuring out"),
+        (len(own) > 1, both, "are two things", "give one after the other"),
+        (args.resume and not args.images, "--resume", USES_OWN, "add --images"),
+        (
+            keeps and args.classes is not None,
+            "--classes",
+            "is for features that are kept already",
+            "give --images and --features first",
+        ),
+    ]
+    for conflict, what, why, todo in conflicts:
+        if conflict:
+            raise UserError(what, why, todo)
+
+
+def requested_words(args: Namespace, config: Config) -> Words:
     return words_of(dataset(config.data)) if args.classes is None else read_words(args.classes)
 
 
@@ -146,82 +176,94 @@ def set_words(segmenter: Segmenter, words: Words, content: dict, config: Config)
     segmenter.set_classes(words.names, words.among(trained_names(content, config)), words.synonyms)
 
 
-def compile_for(images: int, segmenter: Segmenter, config: Config, process: Process) -> None:
-    """Compile what pays for it, and say what the run computes on."""
+def load_compiled(
+    args: Namespace, content: dict, config: Config, process: Process, images: int
+) -> Segmenter:
+    """The segmenter on its device. What pays for it with so many images is compiled, and what the
+    run computes on is printed.
+    """
+    segmenter = load_segmenter(content, config, args.root, args.checkpoint).to(process.device)
     process.describe(config.model.bf16)
     many = config.model.compile == "on" or images >= MIN_IMAGES_TO_COMPILE * process.world_size
     if many and process.compiles(config.model.compile):
         segmenter.compile_parts()
     elif many and config.model.compile == "auto" and segmenter.clip is not None and can_compile():
         segmenter.compile_tower()  # on a CPU all else is little beside it
+    return segmenter.eval()
 
 
 def segment(args: Namespace, content: dict, config: Config) -> None:
-    """Images of the user's own."""
-    out, words = args.out or args.checkpoint.parent / "segmented", words_wanted(args, config)
+    """Images of the user's own: label maps, or with --features what they follow from; without
+    --images label maps of what was kept.
+    """
+    kept = args.features and not args.images
+    keep = args.features and args.images
+    out = args.features if keep else args.out or args.checkpoint.parent / "segmented"
+    words = requested_words(args, config)
     process = init_distributed(args.device, DIST_TIMEOUT)
     # Before anything is downloaded.
-    names = Names(process.broadcast_object(lambda: find_images(args.images, out)))
-    segmenter = (
-        load_segmenter(content, config, args.root, args.checkpoint).to(process.device).eval()
-    )
-    compile_for(len(names), segmenter, config, process)
+    find = (lambda: find_features(args.features)) if kept else lambda: find_images(args.images, out)
+    names = Names(process.broadcast_object(find))
+    segmenter = load_compiled(args, content, config, process, 0 if kept else len(names))
     set_words(segmenter, words, content, config)
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun --max-restarts
-    results = Results(
-        out,
-        names,
-        words,
-        process.broadcast_object(lambda: made_with(segmenter, config, words, process)),
-    )
-    segment_images(segmenter, config, results, process, args.resume or again)
+    digest = ""
+    if args.features:
+        digest = process.broadcast_object(lambda: features_digest(segmenter, config, process))
+    items = KeptFeatures(names.files, digest) if kept else InputImages(names.files, config)
+    if keep:
+        results = FeatureFiles(out, names, digest)
+    else:
+        made = process.broadcast_object(lambda: made_with(segmenter, config, words, process))
+        results = Results(out, names, words, made)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    segment_images(segmenter, config, results, items, process, args.resume or restarted)
+
+
+def serve_page(args: Namespace, content: dict, config: Config) -> None:
+    """A page to try images and words on, until it is interrupted."""
+    words = requested_words(args, config)
+    process = init_distributed(args.device)
+    if process.world_size > 1:
+        raise UserError("--serve", "is for one process", "start it without torchrun")
+    server = open_port(args.serve)  # before anything is downloaded
+    segmenter = load_compiled(args, content, config, process, 0)
+    session = Session(segmenter, config, process, trained_names(content, config), words)
+    serve(server, session)
 
 
 def measure(args: Namespace, content: dict, config: Config) -> None:
     """The metrics on a split of a data set, and what belongs to them."""
-    pairs = find_pairs(config.data, args.root, config.data.split)  # before anything is downloaded
-    process, out = init_distributed(args.device), args.out or args.checkpoint.parent / "eval"
-    writes = ["metrics.json", "samples.png", *["report.html"] * args.report]
-    writes = [
-        *["budget.json", "budget.png"] * args.budget,
-        *writes * (not args.budget or args.report),
-    ]
-    process.broadcast_object(lambda: check_writable(out, writes))  # now, and not after hours
+    split = config.data.split
+    pairs = find_pairs(config.data, args.root, split)  # before anything is downloaded
+    process = init_distributed(args.device)
+    out = args.out or args.checkpoint.parent / "eval"
+    metrics = args.report or not args.budget
+    files = ["report.html"] if args.report else []
+    files += ["budget.json", "budget.png"] if args.budget else []
+    files += ["metrics.json", "samples.png"] if metrics else []
+    process.broadcast_object(lambda: check_writable(out, files))  # now, and not after hours
     if "config" not in content and config.model.bf16 == "auto" and process.device.type == "cpu":
-        config.model.bf16 = (
-            "off"  # what an original checkpoint gives is compared with the original's numbers
-        )
-    segmenter = (
-        load_segmenter(content, config, args.root, args.checkpoint).to(process.device).eval()
-    )
-    compile_for(len(pairs), segmenter, config, process)
+        # What an original checkpoint gives is compared with the original's numbers.
+        config.model.bf16 = "off"
+    segmenter = load_compiled(args, content, config, process, len(pairs))
     seen = seen_classes(dataset(config.data), content, config)
+
     if args.budget:
-        result = budget(segmenter, config, args.root, process, config.data.split, seen)
+        result = oracle_analysis(segmenter, config, args.root, process, split, seen)
         if process.is_main:
-            report_budget(result, out)
-        if not args.report:
-            return
+            write_analysis(result, out)
+    if not metrics:
+        return
     page = Report(config, process) if args.report else None
     result = evaluate(
-        segmenter,
-        config,
-        args.root,
-        process,
-        config.data.split,
-        out,
-        args.save_predictions,
-        page,
-        seen,
+        segmenter, config, args.root, process, split, out, args.save_predictions, page, seen
     )
-    if page:
-        page.gather()
     if process.is_main:
         report(result, config, out)
-        if page:
-            page.write(result, args.checkpoint, content.get("step"), out)
-        if args.reproduce:
-            print(compare(result, config))
+    if page:
+        page.write(result, args.checkpoint, content.get("step"), out)
+    if process.is_main and args.reproduce:
+        print(compare(result, config))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@
     python prepare_data.py voc --check   reads every file: counts, broken files, label histogram
     python prepare_data.py folder --config my.toml --check   the same for a data set of your own
 
-What lies below the root in its official layout is used as it is; else it is downloaded where that
-is allowed (to $ZSSEG_CACHE, else ~/.cache/zsseg) or one line says what to put where. Running it
-again changes nothing; killed half-way and run again it finishes.
+Files below the root in their official layout are used as they are; else they are downloaded where
+that is allowed (to $ZSSEG_CACHE, else ~/.cache/zsseg) or one line says what to put where. Running
+it again changes nothing; killed half-way and run again it finishes.
 """
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +33,7 @@ from zsseg.distributed import init_distributed
 from zsseg.download import check_file, fetch, unpack
 from zsseg.faults import load_last
 from zsseg.files import atomic_write, release
-from zsseg.images import read_image, read_labels, read_values
-from zsseg.label_statistics import (
-    Count,
-    LabelStatistics,
-    count_classes,
-    count_split,
-    label_statistics,
-)
+from zsseg.label_statistics import count_split, label_statistics
 from zsseg.utils import UserError, cache_dir, path_of, several
 
 
@@ -48,7 +42,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "dataset",
         choices=[*DATASETS, "folder"],
-        help="ade20k_full and cityscapes want a registration",
+        help="ade20k_full and cityscapes require a registration",
     )
     parser.add_argument(
         "--config", metavar="FILE", type=path_of, help="TOML file that describes data set folder"
@@ -58,7 +52,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--train",
         action="store_true",
-        help="get the training images, too, where only the test split is there",
+        help="get the training images, too, where only the test split exists",
     )
     parser.add_argument(
         "--check",
@@ -70,288 +64,205 @@ def main(argv: list[str]) -> None:
     if config.name != args.dataset or (args.dataset == "folder" and not args.config):
         why = f"describes {config.name}" if args.config else "is missing"
         raise UserError("--config", why, f'give a file with [data] name = "{args.dataset}"')
-    if args.check:
-        check(config, args.root, args.workers)
-        return
-    if args.dataset == "shapes":
+
+    if args.dataset == "shapes" and not args.check:
         prepare_shapes(args.root, args.workers)
-    elif args.dataset != "folder":
+    elif args.dataset != "folder" and not args.check:
         prepare(args.dataset, args.root, args.workers, args.train)
-    summarize(config, args.root, args.workers)
+    summarize(config, args.root, args.workers, args.check)
 
 
 def prepare_shapes(root: Path, workers: int) -> None:
+    """Draw the synthetic data set and train its CLIP, each unless it is complete."""
     folder = root / dataset("shapes").folders[0]
     shapes.generate(folder)
     if (folder / "clip.pt").exists():
         return
-    last = folder / "clip" / "last.pt"
-    config = load_config(
-        str(Path(__file__).parent / "configs" / "shapes_clip.toml"), [f"data.workers={workers}"]
-    )
-    there = last.exists() or last.with_name("previous.pt").exists()
+    out = folder / "clip"
+    config_file = Path(__file__).parent / "configs" / "shapes_clip.toml"
+    config = load_config(str(config_file), [f"data.workers={workers}"])
+    resume = (out / "last.pt").exists() or (out / "previous.pt").exists()
     try:
-        finished = train(
-            config,
-            root,
-            last.parent,
-            init_distributed("cpu"),
-            load_last(last.parent) if there else {},
-        )
+        content = load_last(out) if resume else {}
+        finished = train(config, root, out, init_distributed("cpu"), content)
     finally:
-        release(last.parent)
+        release(out)
     if not finished:
         raise SystemExit("run it again to go on")
-    checkpoint.save(folder / "clip.pt", model=checkpoint.load(last)["model"])
+    checkpoint.save(folder / "clip.pt", model=checkpoint.load(out / "last.pt")["model"])
 
 
 def prepare(name: str, root: Path, workers: int, train: bool) -> None:
-    """Bring the official files into the layout that is read, unless it is there.
+    """Bring the official files into the layout that is read, unless they are in it.
 
-    A test split alone is taken as it is (evaluation needs no more) unless `train` asks for both.
+    A test split is enough (evaluation needs no more) unless `train` asks for both.
     """
     data = dataset(name)
     folder = data.folder(root)
     if name == "ade20k_full" and (folder / "images").is_dir():
-        convert.ade20k_full(folder, workers, train)  # skips what is there
-    needed = (
-        ["train", "val"] if train or (data.lists and (folder / "train.txt").exists()) else ["val"]
-    )
-    if all(is_there(name, root, split) for split in needed):
+        convert.ade20k_full(folder, workers, train)  # skips what it has written before
+    both = train or (data.lists and (folder / "train.txt").exists())
+    if has_files(name, root, "val") and (not both or has_files(name, root, "train")):
         return
+
+    if not data.archives:
+        raise UserError(f"data set {name}", f"nothing in {folder}", data.register)
     if name == "voc":
         obtain(data.archives[0], name, root, folder)
-        places = (
-            folder / "SBD",
-            root / "SBD",
-            root / "sbd",
-            root / "benchmark_RELEASE" / "dataset",
-        )
-        sbd = next((p for p in places if (p / "cls").is_dir()), places[0])
-        if sbd == places[0]:
+        folders = [root / path for path in ("SBD", "sbd", "benchmark_RELEASE/dataset")]
+        sbd = next((f for f in [folder / "SBD", *folders] if (f / "cls").is_dir()), None)
+        if sbd is None:
+            sbd = folder / "SBD"
             obtain(data.archives[1], name, root, folder)
         convert.voc_trainaug(folder, sbd, workers)
-    elif not data.archives:
-        raise UserError(f"data set {name}", f"nothing in {folder}", data.register)
     else:
         for archive in data.archives:
             obtain(archive, name, root, folder)
     if name == "pcontext":
         convert.pascal_context(folder, workers)
-    if not is_there(name, root, "val"):
-        raise UserError(
-            f"data set {name}",
-            f"{folder} is not complete",
-            "move it away, or put in the official files",
-        )
+    if not has_files(name, root, "val"):
+        todo = "move it away, or put in the official files"
+        raise UserError(f"data set {name}", f"{folder} is not complete", todo)
 
 
-def is_there(name: str, root: Path, split: str) -> bool:
-    """The split has files; where they are listed, most of them are there (--check names the
-    others).
-    """
+def has_files(name: str, root: Path, split: str) -> bool:
+    """Whether most of the files of a split exist (--check names the others)."""
     try:
         pairs = find_pairs(name, root, split)
     except MissingSplit:
         return False
-    files = {
-        f
-        for folder in {f.parent for pair in pairs for f in pair}
-        if folder.is_dir()
-        for f in folder.iterdir()
-    }
-    return sum(image in files and label in files for image, label in pairs) > len(pairs) / 2
+    return sum(image.exists() and label.exists() for image, label in pairs) > len(pairs) / 2
 
 
 def obtain(archive: Archive, name: str, root: Path, folder: Path) -> None:
-    """Unpack an archive that lies below the root or in the cache, else download it first."""
-    if all((folder / outside).exists() for _, outside in archive.take):
+    """Unpack an archive from the root or the cache; if it is in neither, download it first."""
+    if all((folder / path).exists() for _, path in archive.take):
         return
-    what, cached = (f"data set {name}, {archive.file}", cache_dir() / "downloads" / archive.file)
-    file = next((p for p in (root / archive.file, folder / archive.file) if p.is_file()), cached)
-    if file != cached:
+    what = f"data set {name}, {archive.file}"
+    file = cache_dir() / "downloads" / archive.file
+    given = next((p for p in (root / archive.file, folder / archive.file) if p.is_file()), None)
+    if given:
+        file = given
         check_file(file, archive.checksum, what, archive.bytes, delete=False)
     elif archive.urls:
         fetch(archive.urls, file, archive.checksum, what, archive.bytes)
     elif not file.exists():
-        raise UserError(
-            f"data set {name}",
-            f"no {archive.file} in {root}, nothing in {folder}",
-            dataset(name).register,
-        )
-    inside, outside = archive.take[0]
+        why = f"no {archive.file} in {root}, nothing in {folder}"
+        raise UserError(f"data set {name}", why, dataset(name).register)
+
+    inside, path = archive.take[0]
     if inside:
         unpack(file, archive.take, folder, what, verified=bool(archive.checksum))
-    elif file != folder / outside:  # a single file
-        with atomic_write(folder / outside) as temporary:
-            temporary.write_bytes(file.read_bytes())
-
-
-def present(config: DataConfig, root: Path) -> list[str]:
-    """The splits that are there; the one that is measured on must be."""
-    splits = []
-    for split in dataset(config).splits:
-        try:
-            find_listing(config, root, split)
-            splits.append(split)
-        except MissingSplit:
-            if split == config.split:
-                raise
-            if split == "train":
-                fetched = "" if config.name == "folder" else "; --train fetches it"
-                print(f"{config.name} train: none (only training needs it{fetched})")
-    return splits
+    elif file != folder / path:  # a single file
+        with atomic_write(folder / path) as temporary:
+            shutil.copyfile(file, temporary)
 
 
 def describe(data: DataSet, listing: Listing, split: str) -> str:
     """Counts of a split beside the published ones."""
-    pairs = listing.pairs
-    text = f"{data.name} {split}: {len(pairs)} images"
+    count = len(listing.pairs)
+    text = f"{data.name} {split}: {count} images"
     if published := data.counts.get(split):
         text += f" (published: {published})"
-        if len(pairs) == published and split in data.digests:
-            digest = hashlib.sha256(
-                "".join(sorted(f"{p.stem}\n" for p, _ in pairs)).encode()
-            ).hexdigest()
-            text += (
-                ", the published ids"
-                if digest == data.digests[split]
-                else ", but NOT the published ids"
-            )
-    if alone := len(listing.alone):
-        text += (
-            f"; {several(alone, 'file')} without a partner {'is' if alone == 1 else 'are'} left "
-            f"out (--check names them)"
-        )
+        if count == published and split in data.digests:
+            ids = "".join(sorted(f"{image.stem}\n" for image, _ in listing.pairs))
+            same = hashlib.sha256(ids.encode()).hexdigest() == data.digests[split]
+            text += f", {'' if same else 'but NOT '}the published ids"
+    if count := len(listing.unpaired):
+        are = "is" if count == 1 else "are"
+        files = several(count, "file")
+        text += f"; {files} without a partner {are} left out (--check names them)"
     return text
 
 
-def summarize(config: DataConfig, root: Path, workers: int) -> None:
-    """Print what is there; count the labels of the training split, which training needs."""
-    data = dataset(config)
-    for split in present(config, root):
-        text = describe(data, find_listing(config, root, split), split)
-        if split == "train" and data.unseen:
-            statistics = label_statistics(config, root, split, workers)
-            if count := len(statistics.broken):
-                why = f"{count} broken label maps, the first: {statistics.broken[0]}"
-                raise UserError(f"data set {data.name}", why, "--check")
-            text += f"; {len(statistics.images_with(data.trained))} show a class that is trained on"
-        print(text)
-
-
-def check(config: DataConfig, root: Path, workers: int) -> None:
-    """Read every file of every split and print what is wrong, all of it; broken and lonely files
-    are then a UserError.
+def summarize(config: DataConfig, root: Path, workers: int, check: bool) -> None:
+    """Print what each split contains. `check`: read every file and print all problems; broken files
+    and files without a partner are then a UserError.
     """
-    data, problems, contents = dataset(config), 0, {}
+    data = dataset(config)
+    problems = 0
+    contents = {}
     for split in data.splits:
         try:
             listing = find_listing(config, root, split)
         except UserError as error:
-            if split == config.split or not isinstance(error, MissingSplit):
-                print(f"{data.name} {split}:\n  broken: {error}")
-                problems += 1
-            elif split == "train":
-                print(f"{data.name} train: none (only training needs it)")
+            if isinstance(error, MissingSplit) and split != config.split:
+                if split == "train":
+                    fetch = "" if data.name == "folder" else "; --train fetches it"
+                    print(f"{data.name} train: none (only training needs it{fetch})")
+                continue
+            if not check:
+                raise
+            print(f"{data.name} {split}:\n  broken: {error}")
+            problems += 1
             continue
-        problems += check_split(config, root, split, listing, workers, contents)
+        print(describe(data, listing, split), flush=True)
+        if check:
+            problems += check_split(config, split, listing, workers, contents)
+        elif split == "train" and data.unseen:
+            count_training_images(config, root, workers)
     if problems:
         have = "has" if problems == 1 else "have"
-        why = (
-            f"{several(problems, 'file is', 'files are')} broken or {have} no partner (listed "
-            f"above)"
-        )
+        files = several(problems, "file is", "files are")
+        why = f"{files} broken or {have} no partner (listed above)"
         raise UserError(f"data set {config.name}", why, "replace them")
 
 
+def count_training_images(config: DataConfig, root: Path, workers: int) -> None:
+    """Count the labels of the training split now, since training needs the statistics."""
+    statistics = label_statistics(config, root, "train", workers)
+    if count := len(statistics.broken):
+        why = f"{count} broken label maps, the first: {statistics.broken[0]}"
+        raise UserError(f"data set {config.name}", why, "--check")
+    images = statistics.images_with(dataset(config).trained)
+    print(f"  {len(images)} images show a class that is trained on")
+
+
 def check_split(
-    config: DataConfig,
-    root: Path,
-    split: str,
-    listing: Listing,
-    workers: int,
-    contents: dict[bytes, str],
+    config: DataConfig, split: str, listing: Listing, workers: int, contents: dict[bytes, Path]
 ) -> int:
     """Print what is in a split; the number of files that are broken or have no partner.
 
-    `contents`: what the images of other splits hold, as digests.
+    `contents`: SHA-256 of an image -> its file, of the splits before; this split's are added.
     """
     data = dataset(config)
-    tables = data.lut(), data.lut(training=True)
-    unseen = [data.values[data.names.index(n)] for n in data.unseen]
-    broken = [str(twin) for twin in listing.twins] + [
-        f"{file} has no partner" for file in listing.alone
-    ]
-    # Of each label map: pixels of unseen classes, and how many of them a target would show.
-    hidden, survivors = ([], [])
-    digests: dict[bytes, str] = {}
-
-    def count(pair: tuple[Path, Path]) -> Count:
-        size = read_image(pair[0], turn=config.exif_turn).size
-        with open(pair[0], "rb") as file:
-            digests[hashlib.file_digest(file, "sha256").digest()] = str(pair[0])
-        found = count_classes(pair, data, tables, size, config.exif_turn)
-        # By the function that training reads with, against the values in the file.
-        values = read_values(pair[1], data.bits)
-        targets = read_labels(pair[1], tables[1], size)[np.isin(values, unseen)]
-        hidden.append(len(targets))
-        survivors.append(int((targets != data.ignore).sum()))
-        return found
-
-    statistics = count_split(listing.pairs, count, workers, f"check {data.name} {split}")
-    broken += statistics.broken.tolist()
+    digests = {}
+    name = f"check {data.name} {split}"
+    statistics = count_split(listing.pairs, data, config.exif_turn, workers, name, digests)
     pixels = statistics.histogram(len(data.names))
-    print(describe(data, listing, split))
     share = 100 * pixels / max(pixels.sum(), 1)
     for label, percent in zip([*data.names, "ignored"], share, strict=True):
         print(f"  {label[:40]:40}{percent:7.2f} %")
-    if split == "train" and unseen:
-        print(
-            f"  {len(hidden)} training targets: of {sum(hidden)} pixels of the {len(unseen)} "
-            f"unseen classes "
-            f"({', '.join(data.unseen)}), {sum(survivors)} survive"
-        )
-    remarks = remarks_on(data, split, listing, statistics, digests, contents)
+    if split == "train" and data.unseen:
+        values = statistics.values
+        unseen = np.isin(values, [data.values[data.names.index(name)] for name in data.unseen])
+        survive = unseen & (data.lut(training=True)[values] != data.ignore)
+        total, left = (statistics.value_pixels[mask].sum() for mask in (unseen, survive))
+        targets = f"{len(listing.pairs) - len(statistics.broken)} training targets"
+        classes = f"{len(data.unseen)} unseen classes ({', '.join(data.unseen)})"
+        print(f"  {targets}: of {total} pixels of the {classes}, {left} survive")
+
+    remarks = statistics.possible_mistakes(data, split) + listing.remarks + listing.left_out(split)
+    shown = len(statistics.images_with(list(range(len(data.names)))))
+    if empty := len(listing.pairs) - shown - len(statistics.broken):
+        remarks.append(f"{several(empty, 'label map shows', 'label maps show')} no class at all")
+    if twice := sorted(digests.keys() & contents.keys(), key=digests.get):
+        example = f"{digests[twice[0]]} is {contents[twice[0]]}"
+        images = several(len(twice), "image is", "images are")
+        remarks.append(f"{images} in another split, too: {example}")
+    if hidden := {*listing.hidden}:
+        files = several(len(hidden), "hidden file or folder", "hidden files and folders")
+        remarks.append(f"{files} left out: {listing.hidden[0]}")
     contents |= digests
+
+    broken = [str(error) for error in listing.duplicates]
+    broken += [f"{file} has no partner" for file in listing.unpaired]
+    broken += statistics.broken.tolist()
     for line in remarks:
         print(f"  look at: {line}")
     for line in sorted(broken):
         print(f"  broken: {line}")
     return len(broken)
-
-
-def remarks_on(
-    data: DataSet,
-    split: str,
-    listing: Listing,
-    statistics: LabelStatistics,
-    digests: dict[bytes, str],
-    contents: dict[bytes, str],
-) -> list[str]:
-    """What may be a mistake in a split, a line each; `digests`: its images' contents."""
-    empty = (
-        len(listing.pairs)
-        - len(statistics.images_with(list(range(len(data.names)))))
-        - len(statistics.broken)
-    )
-    twice = sorted(digests.keys() & contents.keys(), key=digests.get)
-    remarks = (
-        statistics.oddities(data, split)
-        + listing.remarks
-        + listing.left_out(split)[bool(listing.alone) :]
-    )
-    if empty:
-        remarks.append(f"{several(empty, 'label map shows', 'label maps show')} no class at all")
-    if twice:
-        example = f"{digests[twice[0]]} is {contents[twice[0]]}"
-        remarks.append(
-            f"{several(len(twice), 'image is', 'images are')} in another split, too: {example}"
-        )
-    if listing.hidden:
-        count = several(len({*listing.hidden}), "hidden file or folder", "hidden files and folders")
-        remarks.append(f"{count} left out: {listing.hidden[0]}")
-    return remarks
 
 
 if __name__ == "__main__":

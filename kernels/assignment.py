@@ -9,58 +9,69 @@ minus that column's price.
 import torch
 from torch import Tensor
 
-from kernels.jit import contiguous, jit, power_of_two, tl
+from kernels.jit import jit, next_power_of_2, tl
 
-MAX_QUERIES, MAX_TARGETS = 128, 64  # what fits one program; see `fits`
+MAX_QUERIES, MAX_TARGETS = 128, 64  # what fits one program; see `is_supported`
 LIMIT = 1e6  # costs that are not finite count as this much
 
 
-def fits(cost: Tensor) -> bool:
+def is_supported(cost: Tensor) -> bool:
     """Whether a problem fits one program: cost [L, B, Q, T]."""
     return cost.shape[2] <= MAX_QUERIES and cost.shape[3] <= MAX_TARGETS
 
 
 @jit
-def kernel(
-    cost,  # fp32 [L*B, Q, T]
-    counts,  # int32 [B]
-    matched,  # out: int64 [L*B, T], filled with -1
-    bad,  # out: int8 [L*B]
+def assignment_solve_kernel(
+    cost_ptr,  # fp32 [L*B, Q, T], any strides
+    counts_ptr,  # int32 [B]
+    matched_ptr,  # out: int64 [L*B, T], filled with -1
+    bad_ptr,  # out: int8 [L*B]
     B,
     Q,
     T,
+    stride_problem,
+    stride_q,
+    stride_t,
     limit,
-    COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
+    """matched = argmin over assignments a of sum over rows i of cost[i, a(i)]; rows are the fewer
+    of targets and queries, columns the others. The block owns one problem: BLOCK_N columns, in
+    registers.
+
+    Row by row the shortest augmenting path to a free column is found (Dijkstra on the costs less
+    the dual prices) and the assignment flipped along it.
+    """
     problem = tl.program_id(0)
-    count = tl.load(counts + problem % B)
-    swapped = count > Q  # rows are the fewer: targets, or else queries
-    rows, columns = tl.minimum(count, Q), tl.maximum(count, Q)
-    row_stride, column_stride = tl.where(swapped, T, 1), tl.where(swapped, 1, T)
-    base = cost + problem.to(tl.int64) * Q * T
-    column = tl.arange(0, COLUMNS)
+    count = tl.load(counts_ptr + problem % B)
+    swapped = count > Q  # rows are queries
+    rows = tl.minimum(count, Q)
+    columns = tl.maximum(count, Q)
+    stride_row = tl.where(swapped, stride_q, stride_t)
+    stride_column = tl.where(swapped, stride_t, stride_q)
+    column = tl.arange(0, BLOCK_N)
     inside = column < columns
+    base = cost_ptr + problem.to(tl.int64) * stride_problem + column * stride_column
     infinity = float("inf")
-    price = tl.zeros((COLUMNS,), tl.float32)
-    owner = tl.full((COLUMNS,), -1, tl.int32)  # the row of each column
+    price = tl.zeros((BLOCK_N,), tl.float32)
+    owner = tl.full((BLOCK_N,), -1, tl.int32)  # the row of each column
     odd = 0
     row = 0
     while row < rows:
-        shortest = tl.full((COLUMNS,), infinity, tl.float32)
-        before = tl.full((COLUMNS,), -1, tl.int32)  # the row from which the path comes
+        shortest = tl.full((BLOCK_N,), infinity, tl.float32)
+        before = tl.full((BLOCK_N,), -1, tl.int32)  # the row from which the path comes
         scanned = column < 0
+        here = column < 0  # the column that `current` has
         current = row
         reached = 0.0  # length of the path so far
-        own = 0.0  # the current row's price
         sink = -1
         steps = 0
         while (sink < 0) & (steps <= rows):
-            c = tl.load(
-                base + current * row_stride + column * column_stride, mask=inside, other=0.0
-            )
+            c = tl.load(base + current * stride_row, mask=inside, other=0.0)
             finite = tl.abs(c) < infinity  # false for NaN, too
             odd = tl.maximum(odd, tl.max(tl.where(finite, 0, 1), 0))
             c = tl.where(c == c, tl.minimum(tl.maximum(c, -limit), limit), limit)
+            own = tl.sum(tl.where(here, c - price, 0.0), 0)  # the row's price; 0 at first
             length = reached + (c - price - own)
             open_ = inside & (scanned == 0)
             better = open_ & (length < shortest)
@@ -69,23 +80,14 @@ def kernel(
             reached = tl.min(tl.where(open_, shortest, infinity), 0)
             # Among equally near columns a free one ends the search.
             nearest = open_ & (shortest == reached)
-            free = tl.min(tl.where(nearest & (owner < 0), column, COLUMNS), 0)
-            nearest_column = tl.min(tl.where(nearest, column, COLUMNS), 0)
-            chosen = tl.where(free < COLUMNS, free, nearest_column)
+            free = tl.min(tl.where(nearest & (owner < 0), column, BLOCK_N), 0)
+            nearest_column = tl.min(tl.where(nearest, column, BLOCK_N), 0)
+            chosen = tl.where(free < BLOCK_N, free, nearest_column)
             here = column == chosen
             scanned = scanned | here
             next_row = tl.max(tl.where(here, owner, -1), 0)
             sink = tl.where(next_row < 0, chosen, -1)
             current = tl.where(next_row < 0, current, next_row)
-            assigned = tl.load(
-                base + current * row_stride + chosen * column_stride,
-                mask=chosen < columns,
-                other=0.0,
-            )
-            assigned = tl.where(
-                assigned == assigned, tl.minimum(tl.maximum(assigned, -limit), limit), limit
-            )
-            own = assigned - tl.sum(tl.where(here, price, 0.0), 0)
             steps += 1
         price = tl.where(scanned, price - (reached - shortest), price)
         at = sink
@@ -99,14 +101,11 @@ def kernel(
             unfinished = tl.where(source == row, 0, 1)
             steps += 1
         row += 1
-    out = matched + problem.to(tl.int64) * T
-    taken = inside & (owner >= 0)
-    tl.store(
-        out + tl.where(swapped, column, owner),
-        tl.where(swapped, owner, column).to(tl.int64),
-        mask=taken,
-    )
-    tl.store(bad + problem, odd.to(tl.int8))
+    target = tl.where(swapped, column, owner)
+    query = tl.where(swapped, owner, column)
+    out = matched_ptr + problem.to(tl.int64) * T + target
+    tl.store(out, query.to(tl.int64), mask=inside & (owner >= 0))
+    tl.store(bad_ptr + problem, odd.to(tl.int8))
 
 
 def launch(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,9 +119,19 @@ def launch(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     matched = torch.full((L, B, T), -1, dtype=torch.int64, device=cost.device)
     bad = torch.zeros(L, B, dtype=torch.int8, device=cost.device)
     if cost.numel():
-        cost, counts = contiguous(cost.float(), counts.to(cost.device, torch.int32))
-        kernel[(L * B,)](
-            cost, counts, matched, bad, B, Q, T, LIMIT, COLUMNS=power_of_two(max(Q, T)), num_warps=1
+        cost = cost.float().flatten(0, 1)
+        assignment_solve_kernel[(L * B,)](
+            cost,
+            counts.to(cost.device, torch.int32).contiguous(),
+            matched,
+            bad,
+            B,
+            Q,
+            T,
+            *cost.stride(),
+            LIMIT,
+            BLOCK_N=next_power_of_2(max(Q, T)),
+            num_warps=1,
         )
     return matched, bad.bool()
 

@@ -1,134 +1,214 @@
 """Compile every kernel for GPUs that need not be there, and say what it takes: `python -m
 kernels.compile_check`.
 
-One line a kernel and architecture: registers a thread, bytes of spilled registers, bytes of shared
-memory.
+A row for each kernel and architecture: registers a thread, bytes of spilled registers and of shared
+memory, asynchronous copies in its code (cp.async; TMA), and the occupancy that follows: how many
+of a multiprocessor's 64 warps can be resident. Then a row for each operation: bytes that must be
+read or written, floating-point operations, and the time that no H100 can beat.
 """
 
-import json
+import dataclasses
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import KernelInterface
 
 from kernels import assignment, mask_loss, mask_pool, matching_cost, region_crop, semantic_map
 
-ARCHITECTURES = (80, 90)
-SHARED = {80: 166_912, 90: 232_448}  # bytes a block may have; the compiler does not check it
-# (kernel, types of what is neither an fp32 pointer nor an int32 number, constants and num_warps)
-POINTERS = re.compile(
-    "masks|focal|overlap|area|logits|cost|sums|weights|corners|grad|features|totals|shift|out|scores"
-)
-ASSIGN = {"counts": "*i32", "matched": "*i64", "bad": "*i8", "limit": "fp32"}
-FINISH = {"classes": "*i32", "focal_weight": "fp32", "dice_weight": "fp32"}
-LOSS = {"matched": "*i64", "labels": "*u8", "classes": "*i32"}
-POOL = {"SOFT": True, **mask_pool.SAFE}
-MAP = {
-    "high": "*fp16",
-    "low": "*fp16",
-    "labels": "*i32",
-    "top_scores": "*fp32",
-    "scale_y": "fp32",
-    "scale_x": "fp32",
-}
-BYTES = {"masks": "*u8", "image": "*u8", "index": "*i32", "boxes": "*i32", "crops": "*bf16"}
-BYTES |= {f"{channel}_{what}": "fp32" for channel in "rgb" for what in ("scale", "shift")}
-KERNELS = {
-    "matching_cost.partial": (
-        matching_cost.partial_kernel,
-        {"labels": "*i32", "classes": "*i32"},
-        matching_cost.SAFE,
-    ),
-    "matching_cost.finish": (
-        matching_cost.finish_kernel,
-        FINISH,
-        {"ROWS": 16, "COLUMNS": 64, "CLASSES": 256},
-    ),
-    "assignment": (assignment.kernel, ASSIGN, {"COLUMNS": 128, "num_warps": 1}),
-    "mask_loss.forward": (mask_loss.forward_kernel, LOSS, {"R": 4, **mask_loss.SAFE}),
-    "mask_loss.backward": (mask_loss.backward_kernel, LOSS, {"R": 4, **mask_loss.SAFE}),
-    "mask_loss.combine": (mask_loss.combine_kernel, {"matched": "*i64"}, {"PIXELS": 1024}),
-    "mask_pool.forward": (mask_pool.forward_kernel, {"level": "fp32"}, POOL),
-    "mask_pool.forward, bf16": (
-        mask_pool.forward_kernel,
-        {"features": "*bf16", "level": "fp32"},
-        POOL,
-    ),
-    "mask_pool.mask_gradient": (mask_pool.mask_gradient_kernel, {}, mask_pool.MASK_GRADIENT),
-    "mask_pool.feature_gradient": (
-        mask_pool.feature_gradient_kernel,
-        {"level": "fp32"},
-        {"SOFT": True, **mask_pool.FEATURE_GRADIENT},
-    ),
-    "region_crop.masks": (
-        region_crop.mask_kernel,
-        {"masks": "*u8", "bounds": "*i32", "level": "fp32"},
-        region_crop.SAFE_MASKS,
-    ),
-    "region_crop.crops": (
-        region_crop.crop_kernel,
-        BYTES,
-        {"A": region_crop.CUBIC, **region_crop.SAFE_CROPS},
-    ),
-    "semantic_map": (
-        semantic_map.kernel,
-        MAP,
-        {"QUERIES": 128, "SCORES": False, **semantic_map.SAFE},
-    ),
+BLOCK_SHARED = {80: 166_912, 90: 232_448}  # bytes a block may have; the compiler does not check it
+SHARED = {80: 167_936, 90: 233_472}  # bytes of a multiprocessor, of which each block costs 1,024
+BANDWIDTH, RATE = 3.35e12, 990e12  # of an H100 SXM: bytes, dense bf16 operations a second
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
 }
 
 
-def compile_for(name: str, architecture: int) -> dict[str, int]:
-    """{"registers", "spilled", "shared"} of a kernel compiled for sm_<architecture>. Raises what
-    the compiler raises.
-    """
-    kernel, types, launch = KERNELS[name]
-    warps, constants = (
-        launch.get("num_warps", 4),
-        {k: v for k, v in launch.items() if k != "num_warps"},
-    )
-    names = kernel.arg_names
-    kind = lambda n: (
-        "constexpr"
-        if n in constants
-        else types.get(n) or ("*fp32" if POINTERS.fullmatch(n) else "i32")
-    )
-    signature = {n: kind(n) for n in names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")
+@dataclasses.dataclass
+class Sizes:
+    """COCO: training at 640 x 640, four images a GPU, and inference on one of them."""
+
+    L: int = 6
+    B: int = 4
+    Q: int = 100
+    T: int = 31
+    C: int = 171
+    h: int = 160
+    w: int = 160
+    D: int = 512
+    grid: int = 28  # cells of dense features a side
+    side: int = 224  # of a crop
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclasses.dataclass
+class Launch:
+    kernel: KernelInterface
+    grid: tuple[int, ...]
+    arguments: dict[str, object]  # in the kernel's order
+    options: dict[str, int]  # num_warps, num_stages
+
+
+def recorded(call: Callable[[], object]) -> list[Launch]:
+    """What `call` would launch. Nothing runs, so that its tensors may be on the meta device."""
+    found = []
+
+    def record(kernel: KernelInterface, grid: tuple[int, ...]) -> Callable:
+        def launch(*arguments: object, **options: object) -> None:
+            names = iter(kernel.arg_names)
+            given = {next(names): value for value in arguments}
+            given |= {name: options.pop(name) for name in names}
+            found.append(Launch(kernel, grid, given, options))
+
+        return launch
+
+    with patch.object(KernelInterface, "__getitem__", record):
+        call()
+    return found
+
+
+def calls(s: Sizes) -> dict[str, Callable[[], object]]:
+    """A call of every operation's launcher, on tensors without values."""
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    masks = new(s.B, s.L, s.Q, s.h, s.w, dtype=s.dtype).transpose(0, 1)  # as the network leaves it
+    labels, coarse = (new(s.B, k * s.h, k * s.w, dtype=torch.uint8) for k in (4, 1))
+    classes, counts = new(s.B, s.T, dtype=torch.int64), new(s.B, dtype=torch.int64)
+    class_logits = new(s.L, s.B, s.Q, s.C + 1)
+    cost = new(s.L, s.B, s.T, s.Q).transpose(2, 3)
+    matched, losses = new(s.L, s.B, s.T, dtype=torch.int64), new(s.L, s.B, s.T)
+    sums, pairs = new(s.L, s.B, s.T, 4), (masks, matched, labels, classes)
+    logits, size = new(s.Q, s.h, s.w), (4 * s.h, 4 * s.w)
+    image, binary = new(3, *size, dtype=torch.uint8), new(s.Q, *size, dtype=torch.uint8)
+    index, boxes = (new(s.Q, *n, dtype=torch.int64) for n in ((), (4,)))
+    crops = (index, boxes, [0.5] * 3, [0.2] * 3, s.side, s.dtype)
+    features = new(s.grid, s.grid, s.D, dtype=s.dtype)
+    return {
+        "matching_cost": lambda: matching_cost.launch(
+            class_logits, masks, coarse, classes, 20.0, 1.0
+        ),
+        "assignment": lambda: assignment.launch(cost, counts),
+        "mask_loss": lambda: mask_loss.launch_forward(*pairs),
+        "mask_loss, backward": lambda: mask_loss.launch_backward(losses, losses, sums, *pairs),
+        "region_masks": lambda: region_crop.launch_masks(logits, size, 0.5),
+        "region_crop": lambda: region_crop.launch_crops(image, binary, *crops),
+        "semantic_map": lambda: semantic_map.launch(logits, new(s.Q, s.C), size, size),
+        "mask_pool": lambda: mask_pool.launch(features, logits, size, 0.5),
     }
-    source = ASTSource(
-        kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned
-    )
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps}
+
+
+def work(s: Sizes) -> dict[str, tuple[int, int]]:
+    """{operation: (bytes that must be read or written, floating-point operations)}. A product of
+    M x K and K x N counts as 2 M N K; an element of a loss as 30, of a bilinear mean as 10, of a
+    bicubic one as 100.
+    """
+    size = s.dtype.itemsize
+    queries, pairs, pixels = s.L * s.B * s.Q, s.L * s.B * s.T, s.h * s.w
+    planes = size * pairs * pixels + 16 * s.B * pixels  # of matched masks; labels as bytes
+    inference = 4 * s.Q * pixels  # fp32 mask logits
+    output, full = 4 * 16 * pixels, s.Q * 16 * pixels
+    crops = s.Q * 3 * s.side**2
+    return {
+        "matching_cost": (
+            size * queries * pixels + 4 * queries * (s.C + 1 + s.T) + s.B * pixels,
+            queries * pixels * (4 * s.T + 30),
+        ),
+        "assignment": (4 * queries * s.T, 0),
+        "mask_loss": (planes, 30 * pairs * 16 * pixels),
+        "mask_loss, backward": (planes + size * queries * pixels, 50 * pairs * 16 * pixels),
+        "region_masks": (inference + full, 10 * full),
+        "region_crop": (full + 3 * 16 * pixels + size * crops, 100 * crops),
+        "semantic_map": (inference + 4 * s.Q * s.C + 2 * output, full * (2 * s.C + 10)),
+        "mask_pool": (
+            inference + size * s.grid**2 * s.D + 4 * s.Q * s.D,
+            10 * full + 2 * s.Q * s.grid**2 * s.D,
+        ),
+    }
+
+
+def floor(moved: int, operations: int) -> float:
+    """Milliseconds that an H100 needs at least."""
+    return 1000 * max(moved / BANDWIDTH, operations / RATE)
+
+
+def compiled(launch: Launch, architecture: int) -> dict[str, int]:
+    """{"registers", "spilled", "shared", "copies", "tma", "warps"} of a kernel compiled for
+    sm_<architecture> as this launch would have it: numbers that are 1 or multiples of 16 are known
+    to the compiler. Raises what the compiler raises.
+    """
+    signature, constants, hints = {}, {}, {}
+    annotations = {p.name for p in launch.kernel.params if p.is_constexpr}
+    for i, (name, value) in enumerate(launch.arguments.items()):
+        if name in annotations or (isinstance(value, int) and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+            continue
+        aligned = True
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[name], aligned = "fp32", False
+        else:
+            signature[name], aligned = "i32" if value < 2**31 else "i64", value % 16 == 0
+        hints |= {(i,): [["tt.divisibility", 16]]} if aligned else {}
+    result = triton.compile(
+        ASTSource(launch.kernel, signature, constants, hints),
+        target=GPUTarget("cuda", architecture, 32),
+        options=launch.options,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(result.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         usage = subprocess.run(
             [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    spilled = int(found["STACK"]) + int(found["LOCAL"])
-    return {"registers": int(found["REG"]), "spilled": spilled, "shared": compiled.metadata.shared}
+    used = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    shared, warps = result.metadata.shared, launch.options.get("num_warps", 4)
+    return {
+        "registers": used["REG"],
+        "spilled": used["STACK"] + used["LOCAL"],
+        "shared": shared,
+        "copies": len(re.findall(r"cp\.async\.c[ag]\.", result.asm["ptx"])),
+        "tma": len(re.findall(r"cp\.async\.bulk\.", result.asm["ptx"])),
+        "warps": resident_warps(used["REG"], shared, warps, architecture),
+    }
+
+
+def resident_warps(registers: int, shared: int, warps: int, architecture: int) -> int:
+    """Of a multiprocessor's 64. It has four times 16,384 registers, dealt out 256 at a time."""
+    a_warp = -(-registers * 32 // 256) * 256
+    blocks = min(64, 4 * (16_384 // a_warp)) // warps
+    return warps * min(blocks, SHARED[architecture] // (shared + 1024), 32)
 
 
 def main() -> None:
-    for name in KERNELS:
-        for architecture in ARCHITECTURES:
-            print(
-                name,
-                f"sm_{architecture}",
-                json.dumps(compile_for(name, architecture)),
-                sep="\t",
-                flush=True,
-            )
+    columns = ("registers", "spilled", "shared", "copies", "tma", "warps")
+    print("kernel\tsm", *columns, sep="\t")
+    for call in calls(Sizes()).values():
+        for launch in recorded(call):
+            for architecture in (80, 90):
+                found = compiled(launch, architecture)
+                numbers = (found[column] for column in columns)
+                print(launch.kernel.__name__, architecture, *numbers, sep="\t", flush=True)
+    print("\noperation\tMiB\tGFLOP\tfloor on an H100 (us)")
+    for name, (moved, operations) in work(Sizes()).items():
+        microseconds = 1000 * floor(moved, operations)
+        print(f"{name}\t{moved / 2**20:.1f}\t{operations / 1e9:.1f}\t{microseconds:.1f}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""What every kernel file shares: Triton where there is one, the switch, small arithmetic."""
+"""What every kernel file shares: Triton where there is one, the switch, strides, numerics."""
 
+import math
+
+import torch
 from torch import Tensor
 
 try:
     import triton.language as tl
-    from triton import jit
+    from triton import cdiv, jit, next_power_of_2
 except ImportError:  # not on this platform: plain PyTorch serves
+    cdiv = next_power_of_2 = None
 
     def jit(function):
         return function
@@ -27,14 +31,46 @@ def use_triton(tensor: Tensor) -> bool:
     return Switch.on and tensor.is_cuda
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << max(n - 1, 0).bit_length()
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks run at the same time at least; an H100's 132 where there is no device."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def contiguous(*tensors: Tensor) -> list[Tensor]:
     return [t.contiguous() for t in tensors]
+
+
+def plane_contiguous(x: Tensor) -> Tensor:
+    """x [..., h, w] with every h x w plane dense in memory; the planes may lie in any order, so
+    that nearly always nothing is copied.
+    """
+    return x if x.stride()[-2:] == (x.shape[-1], 1) else x.contiguous()
+
+
+def logit(probability: float) -> float:
+    """Where the sigmoid is `probability`; infinite beyond 0 and 1."""
+    if not 0 < probability < 1:
+        return math.copysign(math.inf, probability - 0.5)
+    return math.log(probability / (1 - probability))
+
+
+@jit
+def sigmoid_parts(x):
+    """p = sigmoid(x), 1 - p and log(1 + exp(-|x|)), each without cancellation."""
+    e = tl.exp(-tl.abs(x))
+    p = tl.where(x >= 0, 1.0, e) / (1.0 + e)
+    q = tl.where(x >= 0, e, 1.0) / (1.0 + e)
+    return p, q, tl.log(1.0 + e)
+
+
+@jit
+def dot_exact(a, b, acc):
+    """acc + a b in fp32's accuracy on tensor cores, where b [K, N] is exact in fp16: a [M, K], fp32
+    below 65,504, is multiplied in two fp16 pieces.
+    """
+    high = a.to(tl.float16)
+    low = (a - high.to(tl.float32)).to(tl.float16)
+    b = b.to(tl.float16)
+    return tl.dot(high, b, tl.dot(low, b, acc))

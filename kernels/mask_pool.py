@@ -1,279 +1,124 @@
-"""Mask pooling: the mean of dense features under each mask, soft or thresholded, forward and
-backward.
+"""Mask pooling: the mean of dense features under each mask, straight from mask logits at stride 4.
 
-One product of mask weights with features, in which the weights (a sigmoid, or a comparison) are
-made on the fly from the logits, and their sum comes with it: no [Q, hw] weights in memory.
+A feature's cell counts as far as its pixels are in the mask. Neither full-size masks [Q, H, W] nor
+their shares of the cells [Q, h' w'] are kept in memory. Forward only: nothing trains through it.
 """
-
-import math
 
 import torch
 from torch import Tensor
 
-from kernels.jit import cdiv, contiguous, jit, tl
+from kernels.jit import cdiv, contiguous, jit, logit, tl
 
-SAFE = {"QUERIES": 32, "WIDTH": 64, "PIXELS": 32, "num_warps": 8}
-# 4 warps hold too much each.
-MASK_GRADIENT = {"QUERIES": 64, "WIDTH": 32, "PIXELS": 64, "num_warps": 8}
-FEATURE_GRADIENT = {"QUERIES": 32, "WIDTH": 64, "PIXELS": 64, "num_warps": 4}
-
-
-def logit(threshold: float) -> float:
-    """Where the sigmoid is `threshold`."""
-    return (
-        math.inf
-        if threshold >= 1
-        else -math.inf
-        if threshold <= 0
-        else math.log(threshold / (1 - threshold))
-    )
+CONFIG = {"BLOCK_Q": 16, "BLOCK_CELL": 32, "BLOCK_W": 64, "BLOCK_D": 64}
+CONFIG |= {"num_warps": 4, "num_stages": 3}
 
 
 @jit
-def weight(x, level, SOFT: tl.constexpr):
-    if SOFT:
-        e = tl.exp(-tl.abs(x))
-        w = tl.where(x >= 0, 1.0, e) / (1.0 + e)
-    else:
-        w = tl.where(x > level, 1.0, 0.0)
-    return w
-
-
-@jit
-def forward_kernel(
-    features,  # [B, D, hw]
-    masks,  # [B, Q, hw]
-    sums,  # out: fp32 [S, B, Q, D]: of S parts of the pixels
-    totals,  # out: fp32 [S, B, Q]: sum of the weights
-    B,
+def mask_pool_sums_kernel(
+    features_ptr,  # [rows, columns, D], any float
+    logits_ptr,  # [Q, h, w], any float
+    sums_ptr,  # out: fp32 [rows, tiles, Q, D]
+    shares_ptr,  # out: fp32 [rows, tiles, Q]
     Q,
     D,
-    HW,
-    part,
+    h,
+    w,
+    H,
+    W,
+    rows,
+    columns,
     level,
-    SOFT: tl.constexpr,
-    QUERIES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PIXELS: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_CELL: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    width_tiles = tl.cdiv(D, WIDTH)
-    query = (tl.program_id(0) // width_tiles) * QUERIES + tl.arange(0, QUERIES)
-    d = (tl.program_id(0) % width_tiles) * WIDTH + tl.arange(0, WIDTH)
-    image, split = tl.program_id(1), tl.program_id(2)
-    mask_rows = masks + (image.to(tl.int64) * Q + query[:, None]) * HW
-    feature_rows = features + (image.to(tl.int64) * D + d[None, :]) * HW
-    acc = tl.zeros((QUERIES, WIDTH), tl.float32)
-    total = tl.zeros((QUERIES,), tl.float32)
-    first = split * part
-    while first < tl.minimum((split + 1) * part, HW):
-        pixel = first + tl.arange(0, PIXELS)
-        inside = pixel < HW
-        there = (query[:, None] < Q) & inside[None, :]
-        x = tl.load(mask_rows + pixel[None, :], mask=there, other=0.0).to(tl.float32)
-        w = tl.where(there, weight(x, level, SOFT), 0.0)
-        f = tl.load(
-            feature_rows + pixel[:, None], mask=inside[:, None] & (d[None, :] < D), other=0.0
-        )
-        if f.dtype == tl.float32:
-            acc = tl.dot(w, f, acc, input_precision="tf32x3")
-        else:
-            acc = tl.dot(w.to(f.dtype), f, acc)
-        total += tl.sum(w, 1)
-        first += PIXELS
-    base = (split * B + image).to(tl.int64) * Q + query
-    tl.store(
-        sums + base[:, None] * D + d[None, :], acc, mask=(query[:, None] < Q) & (d[None, :] < D)
-    )
-    first_tile = tl.where(tl.program_id(0) % width_tiles == 0, Q, 0)
-    tl.store(totals + base, total, mask=query < first_tile)
-
-
-@jit
-def mask_gradient_kernel(
-    features,
-    masks,  # as in forward_kernel
-    grad,  # fp32 [B, Q, D], of the pooled features, divided by the sum of the weights
-    shift,  # fp32 [B, Q]: grad . pooled
-    out,  # [B, Q, hw]
-    Q,
-    D,
-    HW,
-    QUERIES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PIXELS: tl.constexpr,
-):
-    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
-    pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
-    image = tl.program_id(2).to(tl.int64)
-    acc = tl.zeros((QUERIES, PIXELS), tl.float32)
-    first = 0
-    while first < D:
-        d = first + tl.arange(0, WIDTH)
-        here = (query[:, None] < Q) & (d[None, :] < D)
-        g = tl.load(grad + (image * Q + query[:, None]) * D + d[None, :], mask=here, other=0.0)
-        here = (d[:, None] < D) & (pixel[None, :] < HW)
-        f = tl.load(features + (image * D + d[:, None]) * HW + pixel[None, :], mask=here, other=0.0)
-        acc = tl.dot(g, f.to(tl.float32), acc, input_precision="tf32x3")
-        first += WIDTH
-    there = (query[:, None] < Q) & (pixel[None, :] < HW)
-    place = (image * Q + query[:, None]) * HW + pixel[None, :]
-    x = tl.load(masks + place, mask=there, other=0.0).to(tl.float32)
-    e = tl.exp(-tl.abs(x))
-    slope = e / ((1.0 + e) * (1.0 + e))
-    s = tl.load(shift + image * Q + query, mask=query < Q, other=0.0)
-    tl.store(out + place, ((acc - s[:, None]) * slope).to(out.dtype.element_ty), mask=there)
-
-
-@jit
-def feature_gradient_kernel(
-    masks,
-    grad,  # as in mask_gradient_kernel
-    out,  # [B, D, hw]
-    Q,
-    D,
-    HW,
-    level,
-    SOFT: tl.constexpr,
-    QUERIES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PIXELS: tl.constexpr,
-):
-    d = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    pixel = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
-    image = tl.program_id(2).to(tl.int64)
-    acc = tl.zeros((WIDTH, PIXELS), tl.float32)
-    first = 0
-    while first < Q:
-        query = first + tl.arange(0, QUERIES)
-        there = (query[:, None] < Q) & (pixel[None, :] < HW)
-        x = tl.load(
-            masks + (image * Q + query[:, None]) * HW + pixel[None, :], mask=there, other=0.0
-        ).to(tl.float32)
-        w = tl.where(there, weight(x, level, SOFT), 0.0)
-        here = (query[None, :] < Q) & (d[:, None] < D)
-        g = tl.load(grad + (image * Q + query[None, :]) * D + d[:, None], mask=here, other=0.0)
-        acc = tl.dot(g, w, acc, input_precision="tf32x3")
-        first += QUERIES
-    there = (d[:, None] < D) & (pixel[None, :] < HW)
-    tl.store(
-        out + (image * D + d[:, None]) * HW + pixel[None, :],
-        acc.to(out.dtype.element_ty),
-        mask=there,
-    )
-
-
-def launch_forward(features: Tensor, masks: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """features [B, D, h, w], mask logits [B, Q, h, w] -> the mean feature under each mask [B, Q,
-    D], zero under an empty one, in the features' type, and the sum of each mask's weights [B, Q].
-
-    A weight is sigmoid(mask) or, with a `threshold` from 0 to 1, whether that is above it
-    (negative: soft).
+    """sums[q] = sum over cells of share[q, cell] features[cell], and the sum of the shares, where
+    share is the mean over the cell's pixels of (bilinear mean of logits > level); row i of cells
+    has the pixel rows floor(i H / rows) to ceil((i + 1) H / rows), columns likewise. The block owns
+    BLOCK_Q masks and BLOCK_CELL cells of one row.
     """
-    B, D = features.shape[:2]
-    Q, HW = masks.shape[1], masks.shape[2] * masks.shape[3]
-    features, masks = contiguous(features, masks)
-    parameters = dict(SAFE)
-    tiles, pixels = (
-        cdiv(Q, parameters["QUERIES"]) * cdiv(D, parameters["WIDTH"]),
-        parameters["PIXELS"],
-    )
-    splits = max(min(cdiv(264, max(tiles * B, 1)), HW // (16 * pixels)), 1)
-    part = cdiv(cdiv(HW, splits), pixels) * pixels
-    splits = cdiv(HW, part)
-    sums = features.new_zeros(splits, B, Q, D, dtype=torch.float32)
-    totals = features.new_zeros(splits, B, Q, dtype=torch.float32)
-    if sums.numel():
-        forward_kernel[(tiles, B, splits)](
-            features,
-            masks,
-            sums,
-            totals,
-            B,
-            Q,
-            D,
-            HW,
-            part,
-            logit(max(threshold, 0.0)),
-            SOFT=threshold < 0,
-            **parameters,
-        )
-    total = totals.sum(0)
-    return (sums.sum(0) / total.where(total > 0, 1)[..., None]).to(features.dtype), total
+    q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    row = tl.program_id(1)
+    tile = tl.program_id(2)
+    cell = tile * BLOCK_CELL + tl.arange(0, BLOCK_CELL)
+    mask_q = q < Q
+    mask_cell = cell < columns
+    first_y = row * H // rows
+    last_y = tl.cdiv((row + 1) * H, rows)
+    first_x = tl.where(mask_cell, cell * W // columns, W)
+    last_x = tl.where(mask_cell, tl.cdiv((cell + 1) * W, columns), 0)
+    plane_ptrs = logits_ptr + (q.to(tl.int64) * h * w)[:, None]
+    share = tl.zeros((BLOCK_Q, BLOCK_CELL), tl.float32)
+    for start in tl.range(tl.min(first_x, 0), tl.max(last_x, 0), BLOCK_W, num_stages=1):
+        x = start + tl.arange(0, BLOCK_W)
+        at_x = tl.maximum((x.to(tl.float32) + 0.5) * 0.25 - 0.5, 0.0)
+        u0 = tl.minimum(at_x.to(tl.int32), w - 1)
+        u1 = tl.minimum(u0 + 1, w - 1)
+        fx = (at_x - u0.to(tl.float32))[None, :]
+        mask = mask_q[:, None] & (x < W)[None, :]
+        count = tl.zeros((BLOCK_Q, BLOCK_W), tl.float32)
+        for y in tl.range(first_y, last_y, num_stages=1):
+            at_y = tl.maximum((y + 0.5) * 0.25 - 0.5, 0.0)
+            v0 = tl.minimum(at_y.to(tl.int32), h - 1)
+            v1 = tl.minimum(v0 + 1, h - 1)
+            fy = at_y - v0
+            a = tl.load(plane_ptrs + (v0 * w + u0)[None, :], mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(plane_ptrs + (v0 * w + u1)[None, :], mask=mask, other=0.0).to(tl.float32)
+            c = tl.load(plane_ptrs + (v1 * w + u0)[None, :], mask=mask, other=0.0).to(tl.float32)
+            d = tl.load(plane_ptrs + (v1 * w + u1)[None, :], mask=mask, other=0.0).to(tl.float32)
+            upper = a * (1.0 - fx) + b * fx
+            lower = c * (1.0 - fx) + d * fx
+            count += tl.where(mask & (upper * (1.0 - fy) + lower * fy > level), 1.0, 0.0)
+        # Which pixel columns a cell has: counts are whole numbers, so fp16 holds them.
+        belongs = (x[:, None] >= first_x[None, :]) & (x[:, None] < last_x[None, :])
+        share = tl.dot(count.to(tl.float16), belongs.to(tl.float16), share)
+    area = (last_y - first_y) * tl.maximum(last_x - first_x, 1)
+    share = share / area.to(tl.float32)[None, :]
+    part = row * tl.num_programs(2) + tile
+    offs_q = part.to(tl.int64) * Q + q
+    tl.store(shares_ptr + offs_q, tl.sum(share, 1), mask=mask_q)
+    feature_ptrs = features_ptr + (row * columns + cell).to(tl.int64)[:, None] * D
+    for start in tl.range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        mask = mask_cell[:, None] & (d < D)[None, :]
+        f = tl.load(feature_ptrs + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        acc = tl.dot(share, f, input_precision="tf32x3")
+        mask = mask_q[:, None] & (d < D)[None, :]
+        tl.store(sums_ptr + offs_q[:, None] * D + d[None, :], acc, mask=mask)
 
 
-def launch_backward(
-    grad: Tensor, pooled: Tensor, total: Tensor, features: Tensor, masks: Tensor, threshold: float
+def launch(
+    features: Tensor, logits: Tensor, size: tuple[int, int], threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of features and mask logits (zero where thresholded)."""
-    B, D = features.shape[:2]
-    Q, HW = masks.shape[1], masks.shape[2] * masks.shape[3]
-    features, masks = contiguous(features, masks)
-    scaled = (
-        grad.float() / total.where(total > 0, 1)[..., None] * (total > 0)[..., None]
-    ).contiguous()
-    of_features, of_masks = (x.new_zeros(x.shape) for x in (features, masks))
-    if not scaled.numel():
-        return of_features, of_masks
-    feature_gradient_kernel[
-        (cdiv(D, FEATURE_GRADIENT["WIDTH"]), cdiv(HW, FEATURE_GRADIENT["PIXELS"]), B)
-    ](
-        masks,
-        scaled,
-        of_features,
-        Q,
-        D,
-        HW,
-        logit(max(threshold, 0.0)),
-        SOFT=threshold < 0,
-        **FEATURE_GRADIENT,
-    )
-    if threshold < 0:
-        shift = (scaled * pooled.float()).sum(-1)
-        mask_gradient_kernel[
-            (cdiv(Q, MASK_GRADIENT["QUERIES"]), cdiv(HW, MASK_GRADIENT["PIXELS"]), B)
-        ](features, masks, scaled, shift, of_masks, Q, D, HW, **MASK_GRADIENT)
-    return of_features, of_masks
+    """features [h', w', D], mask logits [Q, h, w] at stride 4 of a padded image whose own size is
+    `size` -> the mean feature under each mask fp32 [Q, D], 0 under an empty one, and valid [Q]: the
+    mask has a pixel whose sigmoid is above the threshold.
+    """
+    (rows, columns, D), (Q, h, w) = features.shape, logits.shape
+    features, logits = contiguous(features, logits)
+    tiles = cdiv(columns, CONFIG["BLOCK_CELL"])
+    sums = features.new_empty(rows, tiles, Q, D, dtype=torch.float32)
+    shares = features.new_empty(rows, tiles, Q, dtype=torch.float32)
+    if sums.numel():
+        sizes = (Q, D, h, w, *size, rows, columns, logit(threshold))
+        mask_pool_sums_kernel[(cdiv(Q, CONFIG["BLOCK_Q"]), rows, tiles)](
+            features, logits, sums, shares, *sizes, **CONFIG
+        )
+    total = shares.sum((0, 1))
+    return sums.sum((0, 1)) / total.where(total > 0, 1)[:, None], total > 0
 
 
 @torch.library.custom_op("zsseg::mask_pool", mutates_args=(), device_types="cuda")
-def mask_pool_op(features: Tensor, masks: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """See `launch_forward`."""
-    return launch_forward(features, masks, threshold)
-
-
-@torch.library.custom_op("zsseg::mask_pool_backward", mutates_args=(), device_types="cuda")
-def mask_pool_backward(
-    grad: Tensor, pooled: Tensor, total: Tensor, features: Tensor, masks: Tensor, threshold: float
+def mask_pool(
+    features: Tensor, logits: Tensor, size: list[int], threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """See `launch_backward`."""
-    return launch_backward(grad, pooled, total, features, masks, threshold)
+    """See `launch`."""
+    return launch(features, logits, tuple(size), threshold)
 
 
-@mask_pool_op.register_fake
-def _(features, masks, threshold):
-    B, Q = masks.shape[:2]
-    return features.new_empty(B, Q, features.shape[1]), masks.new_empty(B, Q, dtype=torch.float32)
-
-
-@mask_pool_backward.register_fake
-def _(grad, pooled, total, features, masks, threshold):
-    return features.new_empty(features.shape), masks.new_empty(masks.shape)
-
-
-def setup_context(ctx, inputs, output):
-    features, masks, ctx.threshold = inputs
-    ctx.save_for_backward(*output, features, masks)
-
-
-def backward(ctx, grad, _):
-    return *mask_pool_backward(grad, *ctx.saved_tensors, ctx.threshold), None
-
-
-mask_pool_op.register_autograd(backward, setup_context=setup_context)
-
-
-def mask_pool(features: Tensor, masks: Tensor, threshold: float = -1.0) -> Tensor:
-    """features [B, D, h, w], mask logits [B, Q, h, w] -> mean features [B, Q, D]. See
-    `launch_forward`.
-    """
-    return mask_pool_op(features, masks, threshold)[0]
+@mask_pool.register_fake
+def _(features, logits, size, threshold):
+    Q = len(logits)
+    pooled = features.new_empty(Q, features.shape[-1], dtype=torch.float32)
+    return pooled, logits.new_empty(Q, dtype=torch.bool)

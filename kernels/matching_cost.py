@@ -2,147 +2,165 @@
 images in one launch.
 
 `-p[class] + focal_weight * focal + dice_weight * dice`, from mask logits and label maps at stride
-4. The kernel keeps no [Q, hw] intermediate in memory: a tile of logits becomes its focal terms in
-registers, and products with the 0/1 targets (compared on the fly from label map and class)
-accumulate over the pixels.
+4. No [Q, hw] intermediate is kept in memory: a tile of logits becomes its focal terms in registers,
+and products with the 0/1 targets (compared on the fly from label map and class) accumulate over the
+pixels.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.jit import cdiv, contiguous, jit, power_of_two, tl
+from kernels.jit import (
+    cdiv,
+    contiguous,
+    dot_exact,
+    jit,
+    multiprocessors,
+    next_power_of_2,
+    plane_contiguous,
+    sigmoid_parts,
+    tl,
+)
 
-SAFE = {"ROWS": 64, "COLUMNS": 64, "PIXELS": 32, "num_warps": 8}
+SUMS = {"BLOCK_Q": 64, "BLOCK_HW": 32, "num_warps": 4, "num_stages": 3}
+LOGITS_HELD = 8192  # class logits that a block of the second kernel holds
 
 
 @jit
-def partial_kernel(
-    masks,  # [L, B, Q, hw], any float
-    labels,  # int32 [B, hw]
-    classes,  # int32 [B, T]
-    focal,  # out: fp32 [S, B, L*Q, columns], the sums of S parts of the pixels
-    overlap,  # out: the same for p . t; column T holds the sum of p
-    area,  # out: fp32 [S, B, columns], the sum of t
+def matching_cost_sums_kernel(
+    masks_ptr,  # [L, B, Q, hw], any float, the pixels dense
+    labels_ptr,  # int32 [B, hw]
+    classes_ptr,  # int32 [B, T]
+    focal_ptr,  # out: fp32 [S, B, L*Q, T], of S parts of the pixels
+    overlap_ptr,  # out: fp32 [S, B, L*Q, T]
+    mask_area_ptr,  # out: fp32 [S, B, L*Q]
+    target_area_ptr,  # out: fp32 [S, B, T]
     B,
     Q,
     T,
     HW,
     rows,
-    columns,
     part,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PIXELS: tl.constexpr,
+    stride_l,
+    stride_b,
+    stride_q,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_HW: tl.constexpr,
 ):
-    column_tiles = tl.cdiv(columns, COLUMNS)
-    row_tile = tl.program_id(0) // column_tiles
-    image, split = tl.program_id(1), tl.program_id(2)
-    row = row_tile * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    start = (((row // Q) * B + image) * Q + row % Q).to(tl.int64) * HW
-    wanted = tl.load(classes + image * T + column, mask=column < T, other=-1)
-    focal_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    overlap_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    area_sum = tl.zeros((COLUMNS,), tl.float32)
-    first = split * part
-    while first < tl.minimum((split + 1) * part, HW):
-        pixel = first + tl.arange(0, PIXELS)
-        inside = pixel < HW
-        there = (row[:, None] < rows) & inside[None, :]
-        x = tl.load(masks + start[:, None] + pixel[None, :], mask=there, other=0.0).to(tl.float32)
-        label = tl.load(labels + image.to(tl.int64) * HW + pixel, mask=inside, other=-2)
-        # [PIXELS, COLUMNS], exact
-        t = ((label[:, None] == wanted[None, :]) | (column[None, :] == T)).to(tl.float16)
-        e = tl.exp(-tl.abs(x))
-        p = tl.where(x >= 0, 1.0, e) / (1.0 + e)
-        q = tl.where(x >= 0, e, 1.0) / (1.0 + e)  # 1 - p without cancellation
-        soft = tl.log(1.0 + e)
-        positive = 0.25 * q * q * (soft + tl.maximum(-x, 0.0))
-        negative = 0.75 * p * p * (soft + tl.maximum(x, 0.0))
-        p = tl.where(there, p, 0.0)
-        negative = tl.where(there, negative, 0.0)
-        other = 1.0 - t.to(tl.float32)
-        # The targets are exact in fp16, so two fp16 pieces of the other factor give fp32's accuracy
-        # on tensor cores.
-        focal_sum = split_dot(positive, t, focal_sum)
-        focal_sum = split_dot(negative, other.to(tl.float16), focal_sum)
-        overlap_sum = split_dot(p, t, overlap_sum)
-        area_sum += tl.sum(tl.where(inside[:, None], t.to(tl.float32), 0.0), 0)
-        first += PIXELS
+    """With p = sigmoid(x), over one part of the pixels n,
+
+        focal[q, t] = sum_n negative[q, n] + sum_n (positive - negative)[q, n] target[t, n]
+        overlap[q, t] = sum_n p[q, n] target[t, n]
+
+    where positive = 0.25 (1 - p)^2 softplus(-x) is a pixel's loss if the target is 1 there, and
+    negative = 0.75 p^2 softplus(x) if it is 0; and the areas sum_n p, sum_n target. The block owns
+    BLOCK_Q of the L*Q rows and BLOCK_T targets of one image, for one part.
+    """
+    tiles_t = tl.cdiv(T, BLOCK_T)
+    tile_q = tl.program_id(0) // tiles_t
+    tile_t = tl.program_id(0) % tiles_t
+    image = tl.program_id(1)
+    split = tl.program_id(2)
+    row = tile_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    t = tile_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_row = row < rows
+    mask_t = t < T
+    offs_row = (row // Q).to(tl.int64) * stride_l + (row % Q).to(tl.int64) * stride_q
+    x_ptrs = masks_ptr + image.to(tl.int64) * stride_b + offs_row[:, None]
+    label_ptrs = labels_ptr + image.to(tl.int64) * HW
+    wanted = tl.load(classes_ptr + image * T + t, mask=mask_t, other=-1)
+    acc_focal = tl.zeros((BLOCK_Q, BLOCK_T), tl.float32)
+    acc_overlap = tl.zeros((BLOCK_Q, BLOCK_T), tl.float32)
+    acc_negative = tl.zeros((BLOCK_Q,), tl.float32)
+    acc_p = tl.zeros((BLOCK_Q,), tl.float32)
+    acc_target = tl.zeros((BLOCK_T,), tl.float32)
+    for start in tl.range(split * part, tl.minimum((split + 1) * part, HW), BLOCK_HW):
+        n = start + tl.arange(0, BLOCK_HW)
+        mask_n = n < HW
+        mask = mask_row[:, None] & mask_n[None, :]
+        # Far below any threshold, so that p and both losses of the padding are 0.
+        x = tl.load(x_ptrs + n[None, :], mask=mask, other=float("-inf")).to(tl.float32)
+        label = tl.load(label_ptrs + n, mask=mask_n, other=-2)
+        target = (label[:, None] == wanted[None, :]).to(tl.float32)  # [BLOCK_HW, BLOCK_T]
+        p, q, log1pexp = sigmoid_parts(x)
+        positive = 0.25 * q * q * (log1pexp + tl.maximum(-x, 0.0))
+        positive = tl.where(mask, positive, 0.0)
+        negative = 0.75 * p * p * (log1pexp + tl.maximum(x, 0.0))
+        acc_focal = dot_exact(positive - negative, target, acc_focal)
+        acc_overlap = dot_exact(p, target, acc_overlap)
+        acc_negative += tl.sum(negative, 1)
+        acc_p += tl.sum(p, 1)
+        acc_target += tl.sum(target, 0)
     base = (split * B + image).to(tl.int64)
-    there = (row[:, None] < rows) & (column[None, :] < columns)
-    out = (base * rows + row[:, None]) * columns + column[None, :]
-    tl.store(focal + out, focal_sum, mask=there)
-    tl.store(overlap + out, overlap_sum, mask=there)
-    tl.store(
-        area + base * columns + column, area_sum, mask=column < tl.where(row_tile == 0, columns, 0)
-    )
+    mask = mask_row[:, None] & mask_t[None, :]
+    offs = (base * rows + row[:, None]) * T + t[None, :]
+    tl.store(focal_ptr + offs, acc_focal + acc_negative[:, None], mask=mask)
+    tl.store(overlap_ptr + offs, acc_overlap, mask=mask)
+    # The same in every tile of the other axis: the first one writes.
+    tl.store(mask_area_ptr + base * rows + row, acc_p, mask=mask_row & (tile_t == 0))
+    tl.store(target_area_ptr + base * T + t, acc_target, mask=mask_t & (tile_q == 0))
 
 
 @jit
-def split_dot(a, b, total):
-    high = a.to(tl.float16)
-    low = (a - high.to(tl.float32)).to(tl.float16)
-    return tl.dot(high, b, tl.dot(low, b, total))
-
-
-@jit
-def finish_kernel(
-    logits,  # [L, B, Q, C], any float; C counts the no-object column
-    classes,  # int32 [B, T]
-    focal,
-    overlap,
-    area,  # of partial_kernel
-    cost,  # out: fp32 [L, B, Q, T]
+def matching_cost_combine_kernel(
+    logits_ptr,  # [L, B, Q, C], any float; C counts the no-object column
+    classes_ptr,  # int32 [B, T]
+    focal_ptr,
+    overlap_ptr,
+    mask_area_ptr,
+    target_area_ptr,  # of matching_cost_sums_kernel
+    cost_ptr,  # out: fp32 [L, B, T, Q]
     B,
     Q,
     T,
     C,
     HW,
     rows,
-    columns,
     splits,
     focal_weight,
     dice_weight,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CLASSES: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """cost[q, t] = -softmax(logits[q])[class of t] + focal_weight focal[q, t] / hw
+    + dice_weight (1 - (2 overlap[q, t] + 1) / (mask area[q] + target area[t] + 1)),
+    the sums being those over the parts. The block owns BLOCK_Q of the L*Q rows of one image, with
+    all targets and all classes.
+    """
+    row = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     image = tl.program_id(1)
-    column = tl.arange(0, COLUMNS)
-    here = row < rows
-    there = here[:, None] & (column[None, :] < columns)
-    focal_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    overlap_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
-    area_sum = tl.zeros((COLUMNS,), tl.float32)
-    split = 0
-    while split < splits:
+    t = tl.arange(0, BLOCK_T)
+    mask_row = row < rows
+    mask_t = t < T
+    mask = mask_row[:, None] & mask_t[None, :]
+    focal = tl.zeros((BLOCK_Q, BLOCK_T), tl.float32)
+    overlap = tl.zeros((BLOCK_Q, BLOCK_T), tl.float32)
+    mask_area = tl.zeros((BLOCK_Q,), tl.float32)
+    target_area = tl.zeros((BLOCK_T,), tl.float32)
+    for split in tl.range(0, splits):
         base = (split * B + image).to(tl.int64)
-        place = (base * rows + row[:, None]) * columns + column[None, :]
-        focal_sum += tl.load(focal + place, mask=there, other=0.0)
-        overlap_sum += tl.load(overlap + place, mask=there, other=0.0)
-        area_sum += tl.load(area + base * columns + column, mask=column < columns, other=0.0)
-        split += 1
-    p_sum = tl.sum(tl.where(column[None, :] == T, overlap_sum, 0.0), 1)  # [ROWS]
-    dice = 1.0 - (2.0 * overlap_sum + 1.0) / (p_sum[:, None] + area_sum[None, :] + 1.0)
-    index = ((row // Q) * B + image) * Q + row % Q
-    kind = tl.arange(0, CLASSES)
-    z = tl.load(
-        logits + index[:, None].to(tl.int64) * C + kind[None, :],
-        mask=here[:, None] & (kind[None, :] < C),
-        other=-float("inf"),
-    ).to(tl.float32)
-    top = tl.max(z, 1)
+        offs = (base * rows + row[:, None]) * T + t[None, :]
+        focal += tl.load(focal_ptr + offs, mask=mask, other=0.0)
+        overlap += tl.load(overlap_ptr + offs, mask=mask, other=0.0)
+        mask_area += tl.load(mask_area_ptr + base * rows + row, mask=mask_row, other=0.0)
+        target_area += tl.load(target_area_ptr + base * T + t, mask=mask_t, other=0.0)
+    dice = 1.0 - (2.0 * overlap + 1.0) / (mask_area[:, None] + target_area[None, :] + 1.0)
+    layer = row // Q
+    index = ((layer * B + image) * Q + row % Q).to(tl.int64)  # of [L, B, Q]
+    c = tl.arange(0, BLOCK_C)
+    mask_c = mask_row[:, None] & (c[None, :] < C)
+    logit_ptrs = logits_ptr + index[:, None] * C
+    z = tl.load(logit_ptrs + c[None, :], mask=mask_c, other=float("-inf")).to(tl.float32)
+    top = tl.where(mask_row, tl.max(z, 1), 0.0)
     total = tl.sum(tl.exp(z - top[:, None]), 1)
-    wanted = tl.load(classes + image * T + column, mask=column < T, other=0)
-    kept = here[:, None] & (column[None, :] < T)
-    chosen = tl.load(
-        logits + index[:, None].to(tl.int64) * C + wanted[None, :], mask=kept, other=0.0
-    ).to(tl.float32)
-    probability = tl.exp(chosen - top[:, None]) / total[:, None]
-    result = -probability + focal_weight * focal_sum / HW + dice_weight * dice
-    tl.store(cost + index[:, None].to(tl.int64) * T + column[None, :], result, mask=kept)
+    wanted = tl.load(classes_ptr + image * T + t, mask=mask_t, other=0)
+    z = tl.load(logit_ptrs + wanted[None, :], mask=mask, other=0.0).to(tl.float32)
+    p = tl.exp(z - top[:, None]) / total[:, None]
+    cost = -p + focal_weight * focal / HW + dice_weight * dice
+    offs = ((layer * B + image)[:, None].to(tl.int64) * T + t[None, :]) * Q + (row % Q)[:, None]
+    tl.store(cost_ptr + offs, cost, mask=mask)
 
 
 def launch(
@@ -154,56 +172,48 @@ def launch(
     dice_weight: float,
 ) -> Tensor:
     """logits [L, B, Q, C+1], masks [L, B, Q, h, w], labels [B, h, w], classes [B, T] -> fp32 [L, B,
-    Q, T].
+    Q, T], the queries of a target side by side in memory: so the assignment reads them.
 
     Columns beyond an image's number of targets mean nothing.
     """
     L, B, Q, h, w = masks.shape
     T, C, HW, rows = classes.shape[1], logits.shape[-1], h * w, L * Q
-    cost = masks.new_empty(L, B, Q, T, dtype=torch.float32)
+    cost = masks.new_empty(L, B, T, Q, dtype=torch.float32)
     if not cost.numel():
-        return cost
-    logits, masks, labels, classes = contiguous(logits, masks, labels.int(), classes.int())
-    columns = max(power_of_two(T + 1), 16)  # one more than targets: it sums p
-    parameters = dict(SAFE)
-    parameters["COLUMNS"] = min(columns, parameters["COLUMNS"])
-    row_tiles, column_tiles, pixels = (
-        cdiv(rows, parameters["ROWS"]),
-        cdiv(columns, parameters["COLUMNS"]),
-        parameters["PIXELS"],
-    )
-    # Enough parts of the pixels to fill the device, each of at least 16 tiles.
-    splits = max(min(cdiv(264, row_tiles * column_tiles * B), HW // (16 * pixels)), 1)
-    part = cdiv(cdiv(HW, splits), pixels) * pixels
+        return cost.transpose(2, 3)
+    logits, labels, classes = contiguous(logits, labels.int(), classes.int())
+    masks = plane_contiguous(masks)
+    BLOCK_T = min(max(next_power_of_2(T), 16), 64)
+    tiles = cdiv(rows, SUMS["BLOCK_Q"]) * cdiv(T, BLOCK_T)
+    # Enough parts of the pixels for two blocks a multiprocessor, each of at least 8 tiles.
+    splits = cdiv(2 * multiprocessors(masks.device), tiles * B)
+    splits = max(min(splits, HW // (8 * SUMS["BLOCK_HW"])), 1)
+    part = cdiv(cdiv(HW, splits), SUMS["BLOCK_HW"]) * SUMS["BLOCK_HW"]
     splits = cdiv(HW, part)
-    focal, overlap = (cost.new_empty(splits, B, rows, columns) for _ in range(2))
-    area = cost.new_empty(splits, B, columns)
-    partial_kernel[(row_tiles * column_tiles, B, splits)](
-        masks, labels, classes, focal, overlap, area, B, Q, T, HW, rows, columns, part, **parameters
+    focal, overlap = (cost.new_empty(splits, B, rows, T) for _ in range(2))
+    mask_area, target_area = (cost.new_empty(splits, B, n) for n in (rows, T))
+    sums = (focal, overlap, mask_area, target_area)
+    sizes = (B, Q, T, HW, rows, part, *masks.stride()[:3])
+    matching_cost_sums_kernel[(tiles, B, splits)](
+        masks, labels, classes, *sums, *sizes, BLOCK_T=BLOCK_T, **SUMS
     )
-    finish_kernel[(cdiv(rows, 16), B)](
+    BLOCK_C = next_power_of_2(C)
+    BLOCK_Q = max(min(LOGITS_HELD // BLOCK_C, 16), 1)
+    sizes = (B, Q, T, C, HW, rows, splits)
+    matching_cost_combine_kernel[(cdiv(rows, BLOCK_Q), B)](
         logits,
         classes,
-        focal,
-        overlap,
-        area,
+        *sums,
         cost,
-        B,
-        Q,
-        T,
-        C,
-        HW,
-        rows,
-        columns,
-        splits,
+        *sizes,
         focal_weight,
         dice_weight,
-        ROWS=16,
-        COLUMNS=columns,
-        CLASSES=power_of_two(C),
+        BLOCK_Q=BLOCK_Q,
+        BLOCK_T=next_power_of_2(T),
+        BLOCK_C=BLOCK_C,
         num_warps=4,
     )
-    return cost
+    return cost.transpose(2, 3)
 
 
 @torch.library.custom_op("zsseg::matching_cost", mutates_args=(), device_types="cuda")
@@ -221,4 +231,6 @@ def matching_cost(
 
 @matching_cost.register_fake
 def _(logits, masks, labels, classes, focal_weight, dice_weight):
-    return masks.new_empty(*masks.shape[:3], classes.shape[1], dtype=torch.float32)
+    L, B, Q = masks.shape[:3]
+    cost = masks.new_empty(L, B, classes.shape[1], Q, dtype=torch.float32)
+    return cost.transpose(2, 3)

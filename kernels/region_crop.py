@@ -1,4 +1,4 @@
-"""What CLIP sees of each region, straight from mask logits at stride 4 and the picture's bytes (Xu
+"""What CLIP sees of each region, straight from mask logits at stride 4 and the image's bytes (Xu
 et al. 2021).
 
 Two kernels: the first upsamples the logits bilinearly, compares them with the threshold, writes the
@@ -6,65 +6,69 @@ mask as bytes and each row block's bounds; the second samples the masked, normal
 every box bicubically. The host learns nothing in between, so that there is no sync.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-from kernels.jit import cdiv, contiguous, jit, tl
+from kernels.jit import cdiv, contiguous, jit, logit, tl
 
 STRIDE = 4  # of the logits, to the padded network input
-SAFE_MASKS = {"ROWS": 16, "COLUMNS": 64, "num_warps": 4}
-SAFE_CROPS = {"PIXELS": 256, "num_warps": 4}
+MASKS = {"BLOCK_H": 16, "BLOCK_W": 64, "num_warps": 4, "num_stages": 1}
+CROPS = {"BLOCK": 256, "num_warps": 4, "num_stages": 1}
 CUBIC = -0.75  # PyTorch's
 
 
 @jit
-def mask_kernel(
-    logits,  # [Q, h, w], any float
-    masks,  # out: uint8 [Q, H, W]
-    bounds,  # out: int32 [Q, blocks, 4]: x0, y0, x1, y1 of each row block; x1 = 0 where it is empty
+def region_masks_kernel(
+    logits_ptr,  # [Q, h, w], any float
+    masks_ptr,  # out: uint8 [Q, H, W]
+    bounds_ptr,  # out: int32 [Q, blocks, 4]: x0, y0, x1, y1 of each row block; x1 = 0 where empty
     h,
     w,
     H,
     W,
     blocks,
     level,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
-    query, block = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    y = block * ROWS + tl.arange(0, ROWS)
+    """mask = (bilinear mean of logits > level), and its bounds. The block owns BLOCK_H rows of one
+    mask, and goes through them BLOCK_W columns at a time.
+    """
+    query = tl.program_id(1).to(tl.int64)
+    block = tl.program_id(0)
+    y = block * BLOCK_H + tl.arange(0, BLOCK_H)
     at_y = tl.maximum((y.to(tl.float32) + 0.5) * 0.25 - 0.5, 0.0)
     v0 = tl.minimum(at_y.to(tl.int32), h - 1)
-    v1, fy = tl.minimum(v0 + 1, h - 1), at_y - v0.to(tl.float32)
-    x0, x1 = W + tl.zeros((ROWS,), tl.int32), tl.zeros((ROWS,), tl.int32)
-    start = 0
-    while start < W:
-        x = start + tl.arange(0, COLUMNS)
+    v1 = tl.minimum(v0 + 1, h - 1)
+    fy = (at_y - v0.to(tl.float32))[:, None]
+    upper_ptrs = logits_ptr + query * h * w + v0[:, None] * w
+    lower_ptrs = logits_ptr + query * h * w + v1[:, None] * w
+    out_ptrs = masks_ptr + (query * H + y[:, None]) * W
+    x0 = tl.zeros((BLOCK_H,), tl.int32) + W
+    x1 = tl.zeros((BLOCK_H,), tl.int32)
+    for start in tl.range(0, W, BLOCK_W):
+        x = start + tl.arange(0, BLOCK_W)
         at_x = tl.maximum((x.to(tl.float32) + 0.5) * 0.25 - 0.5, 0.0)
         u0 = tl.minimum(at_x.to(tl.int32), w - 1)
-        u1, fx = tl.minimum(u0 + 1, w - 1), at_x - u0.to(tl.float32)
-        there = (y[:, None] < H) & (x[None, :] < W)
-        base = logits + query * h * w
-        a = tl.load(base + v0[:, None] * w + u0[None, :], mask=there, other=0.0).to(tl.float32)
-        b = tl.load(base + v0[:, None] * w + u1[None, :], mask=there, other=0.0).to(tl.float32)
-        c = tl.load(base + v1[:, None] * w + u0[None, :], mask=there, other=0.0).to(tl.float32)
-        d = tl.load(base + v1[:, None] * w + u1[None, :], mask=there, other=0.0).to(tl.float32)
-        upper, lower = (
-            a * (1.0 - fx)[None, :] + b * fx[None, :],
-            c * (1.0 - fx)[None, :] + d * fx[None, :],
-        )
-        inside = there & (upper * (1.0 - fy)[:, None] + lower * fy[:, None] > level)
-        tl.store(masks + (query * H + y[:, None]) * W + x[None, :], inside.to(tl.uint8), mask=there)
+        u1 = tl.minimum(u0 + 1, w - 1)[None, :]
+        fx = (at_x - u0.to(tl.float32))[None, :]
+        u0 = u0[None, :]
+        mask = (y[:, None] < H) & (x[None, :] < W)
+        a = tl.load(upper_ptrs + u0, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(upper_ptrs + u1, mask=mask, other=0.0).to(tl.float32)
+        c = tl.load(lower_ptrs + u0, mask=mask, other=0.0).to(tl.float32)
+        d = tl.load(lower_ptrs + u1, mask=mask, other=0.0).to(tl.float32)
+        upper = a * (1.0 - fx) + b * fx
+        lower = c * (1.0 - fx) + d * fx
+        inside = mask & (upper * (1.0 - fy) + lower * fy > level)
+        tl.store(out_ptrs + x[None, :], inside.to(tl.uint8), mask=mask)
         x0 = tl.minimum(x0, tl.min(tl.where(inside, x[None, :], W), 1))
         x1 = tl.maximum(x1, tl.max(tl.where(inside, x[None, :] + 1, 0), 1))
-        start += COLUMNS
-    out = bounds + (query * blocks + block) * 4
-    tl.store(out, tl.min(x0, 0))
-    tl.store(out + 1, tl.min(tl.where(x1 > 0, y, H), 0))
-    tl.store(out + 2, tl.max(x1, 0))
-    tl.store(out + 3, tl.max(tl.where(x1 > 0, y + 1, 0), 0))
+    out_ptr = bounds_ptr + (query * blocks + block) * 4
+    tl.store(out_ptr, tl.min(x0, 0))
+    tl.store(out_ptr + 1, tl.min(tl.where(x1 > 0, y, H), 0))
+    tl.store(out_ptr + 2, tl.max(x1, 0))
+    tl.store(out_ptr + 3, tl.max(tl.where(x1 > 0, y + 1, 0), 0))
 
 
 @jit
@@ -83,61 +87,63 @@ def cubic(t, k: tl.constexpr, A: tl.constexpr):
 
 
 @jit
-def crop_kernel(
-    image,  # uint8 [3, H, W]
-    masks,  # uint8 [Q, H, W]
-    index,  # int32 [P]: the mask of each crop
-    boxes,  # int32 [Q, 4]
+def region_crop_kernel(
+    image_ptr,  # uint8 [3, H, W]
+    masks_ptr,  # uint8 [Q, H, W]
+    index_ptr,  # int32 [P]: the mask of each crop
+    boxes_ptr,  # int32 [Q, 4]
+    crops_ptr,  # out: [P, 3, side, side]
     r_scale,
     g_scale,
     b_scale,
     r_shift,
     g_shift,
     b_shift,  # the normalised image is byte * scale + shift
-    crops,  # out: [P, 3, side, side]
     H,
     W,
     side,
-    PIXELS: tl.constexpr,
+    BLOCK: tl.constexpr,
     A: tl.constexpr,
 ):
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    """crop = sum over 4 x 4 taps of weight_y weight_x mask normalised image, in all three colours.
+    The block owns BLOCK pixels of one crop.
+    """
+    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     crop = tl.program_id(1).to(tl.int64)
-    query = tl.load(index + crop).to(tl.int64)
-    there = pixel < side * side
-    x0, y0 = tl.load(boxes + query * 4), tl.load(boxes + query * 4 + 1)
-    width, height = tl.load(boxes + query * 4 + 2) - x0, tl.load(boxes + query * 4 + 3) - y0
-    py = ((pixel // side).to(tl.float32) + 0.5) * (height.to(tl.float32) / side) - 0.5
-    px = ((pixel % side).to(tl.float32) + 0.5) * (width.to(tl.float32) / side) - 0.5
-    floor_y, floor_x = tl.floor(py), tl.floor(px)
-    ty, tx = py - floor_y, px - floor_x
-    r = tl.zeros((PIXELS,), tl.float32)
-    g = tl.zeros((PIXELS,), tl.float32)
-    b = tl.zeros((PIXELS,), tl.float32)
+    query = tl.load(index_ptr + crop).to(tl.int64)
+    mask = pixel < side * side
+    x0 = tl.load(boxes_ptr + query * 4)
+    y0 = tl.load(boxes_ptr + query * 4 + 1)
+    width = tl.load(boxes_ptr + query * 4 + 2) - x0
+    height = tl.load(boxes_ptr + query * 4 + 3) - y0
+    at_y = ((pixel // side).to(tl.float32) + 0.5) * (height.to(tl.float32) / side) - 0.5
+    at_x = ((pixel % side).to(tl.float32) + 0.5) * (width.to(tl.float32) / side) - 0.5
+    floor_y = tl.floor(at_y)
+    floor_x = tl.floor(at_x)
+    ty = at_y - floor_y
+    tx = at_x - floor_x
+    r = tl.zeros((BLOCK,), tl.float32)
+    g = tl.zeros((BLOCK,), tl.float32)
+    b = tl.zeros((BLOCK,), tl.float32)
     for i in tl.static_range(4):
         y = tl.minimum(tl.maximum(floor_y.to(tl.int32) + (i - 1), 0), height - 1) + y0
         wy = cubic(ty, i, A)
         for j in tl.static_range(4):
             x = tl.minimum(tl.maximum(floor_x.to(tl.int32) + (j - 1), 0), width - 1) + x0
-            inside = tl.load(masks + (query * H + y) * W + x, mask=there, other=0) != 0
+            inside = mask & (tl.load(masks_ptr + (query * H + y) * W + x, mask=mask, other=0) != 0)
             weight = tl.where(inside, wy * cubic(tx, j, A), 0.0)
-            place = image + y * W + x
-            r += weight * (
-                tl.load(place, mask=there & inside, other=0).to(tl.float32) * r_scale + r_shift
-            )
-            g += weight * (
-                tl.load(place + H * W, mask=there & inside, other=0).to(tl.float32) * g_scale
-                + g_shift
-            )
-            b += weight * (
-                tl.load(place + 2 * H * W, mask=there & inside, other=0).to(tl.float32) * b_scale
-                + b_shift
-            )
-    out = crops + crop * 3 * side * side + pixel
-    kind = crops.dtype.element_ty
-    tl.store(out, r.to(kind), mask=there)
-    tl.store(out + side * side, g.to(kind), mask=there)
-    tl.store(out + 2 * side * side, b.to(kind), mask=there)
+            tap_ptrs = image_ptr + y * W + x
+            red = tl.load(tap_ptrs, mask=inside, other=0).to(tl.float32)
+            green = tl.load(tap_ptrs + H * W, mask=inside, other=0).to(tl.float32)
+            blue = tl.load(tap_ptrs + 2 * H * W, mask=inside, other=0).to(tl.float32)
+            r += weight * (red * r_scale + r_shift)
+            g += weight * (green * g_scale + g_shift)
+            b += weight * (blue * b_scale + b_shift)
+    out_ptrs = crops_ptr + crop * 3 * side * side + pixel
+    kind = crops_ptr.dtype.element_ty
+    tl.store(out_ptrs, r.to(kind), mask=mask)
+    tl.store(out_ptrs + side * side, g.to(kind), mask=mask)
+    tl.store(out_ptrs + 2 * side * side, b.to(kind), mask=mask)
 
 
 def launch_masks(
@@ -148,22 +154,14 @@ def launch_masks(
     whole), and valid [Q]: the mask is not empty.
     """
     (Q, h, w), (H, W) = logits.shape, size
-    level = (
-        math.inf
-        if threshold >= 1
-        else -math.inf
-        if threshold <= 0
-        else math.log(threshold / (1 - threshold))
-    )
-    parameters = dict(SAFE_MASKS)
-    blocks = cdiv(H, parameters["ROWS"])
+    blocks = cdiv(H, MASKS["BLOCK_H"])
     masks = torch.empty(Q, H, W, dtype=torch.uint8, device=logits.device)
     bounds = torch.empty(Q, blocks, 4, dtype=torch.int32, device=logits.device)
     if Q:
-        (logits,) = contiguous(logits)
-        mask_kernel[(blocks, Q)](logits, masks, bounds, h, w, H, W, blocks, level, **parameters)
-    # [Q] each
-    (x0, y0), (x1, y1) = (bounds[..., :2].amin(1).unbind(1), bounds[..., 2:].amax(1).unbind(1))
+        sizes = (h, w, H, W, blocks, logit(threshold))
+        region_masks_kernel[(blocks, Q)](logits.contiguous(), masks, bounds, *sizes, **MASKS)
+    x0, y0 = bounds[..., :2].amin(1).unbind(1)
+    x1, y1 = bounds[..., 2:].amax(1).unbind(1)
     valid = x1 > 0
     boxes = (x0.where(valid, 0), y0.where(valid, 0), x1.where(valid, W), y1.where(valid, H))
     return masks, torch.stack(boxes, 1).long(), valid
@@ -188,11 +186,12 @@ def launch_crops(
     crops = torch.empty(len(index), 3, side, side, dtype=kind, device=image.device)
     if not len(index):
         return crops
-    scale, shift = [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
+    scale = [1 / (255 * s) for s in std]
+    shift = [-m / s for m, s in zip(mean, std, strict=True)]
     image, masks, index, boxes = contiguous(image, masks, index.int(), boxes.int())
-    parameters = dict(SAFE_CROPS)
-    crop_kernel[(cdiv(side * side, parameters["PIXELS"]), len(index))](
-        image, masks, index, boxes, *scale, *shift, crops, H, W, side, A=CUBIC, **parameters
+    numbers = (*scale, *shift, H, W, side)
+    region_crop_kernel[(cdiv(side * side, CROPS["BLOCK"]), len(index))](
+        image, masks, index, boxes, crops, *numbers, A=CUBIC, **CROPS
     )
     return crops
 

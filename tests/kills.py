@@ -232,9 +232,7 @@ def labelling(root: Path, model: Path, out: Path, *more: str):
     data set's.
     """
     import eval as evaluation
-    from zsseg import command_line, predict
-
-    predict.GROUP_SIZE = 2  # of few images, groups that are done and groups that are not
+    from zsseg import command_line
 
     def action() -> None:
         sys.argv = [

@@ -100,11 +100,11 @@ def test_frozen_batch_norm_equals_batch_norm_with_and_without_gradients():
     for buffer in (frozen.weight, frozen.bias, frozen.running_mean, frozen.running_var):
         buffer.uniform_(0.5, 2)
     x = torch.randn(2, 64, 5, 5)
-    wanted = torch.nn.functional.batch_norm(
+    expected = torch.nn.functional.batch_norm(
         x, frozen.running_mean, frozen.running_var, frozen.weight, frozen.bias, eps=1e-5
     )
-    assert torch.equal(frozen(x), wanted)
-    assert torch.allclose(frozen(x.clone().requires_grad_()), wanted, atol=1e-5)
+    assert torch.equal(frozen(x), expected)
+    assert torch.allclose(frozen(x.clone().requires_grad_()), expected, atol=1e-5)
     assert not list(frozen.parameters())
 
 
@@ -153,8 +153,8 @@ def test_backbone_weights_from_torchvision_and_detectron2(tmp_path, capsys):
         x = torch.randn(1, 3, 64, 64)
         with torch.no_grad():
             y = source.eval().maxpool(source.relu(source.bn1(source.conv1(x))))
-            wanted = source.layer2(source.layer1(y))
-            assert torch.allclose(backbone.eval()(x)[1], wanted, rtol=1e-4, atol=1e-4)
+            expected = source.layer2(source.layer1(y))
+            assert torch.allclose(backbone.eval()(x)[1], expected, rtol=1e-4, atol=1e-4)
         with pytest.raises(UserError, match="does not fit"):
             load_backbone(DeepResNet("R101c"), "R101c", str(tmp_path / name))
     with pytest.raises(UserError, match="none for R101c"):
@@ -266,7 +266,7 @@ class Raw:
         return self.call
 
 
-def hostile_pickles() -> dict[str, bytes]:
+def malicious_pickles() -> dict[str, bytes]:
     from numpy._core import multiarray
 
     pointer = Raw(np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0))
@@ -290,9 +290,9 @@ def hostile_pickles() -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("kind", hostile_pickles())
-def test_hostile_and_broken_pickles_are_one_line(kind, tmp_path):
-    (tmp_path / "R-50.pkl").write_bytes(hostile_pickles()[kind])
+@pytest.mark.parametrize("name", malicious_pickles())
+def test_malicious_and_broken_pickles_are_one_line(name, tmp_path):
+    (tmp_path / "R-50.pkl").write_bytes(malicious_pickles()[name])
     with pytest.raises(UserError, match=r"R-50\.pkl"):
         load_backbone(DeepResNet("R50"), "R50", str(tmp_path / "R-50.pkl"))
 
@@ -312,10 +312,8 @@ def test_arrays_of_every_protocol_are_read(protocol, tmp_path):
     with open(tmp_path / "a.pkl", "rb") as file:
         read = weights.ArrayUnpickler(file, encoding="latin1").load()["model"]
     for name, array in arrays.items():
-        assert (
-            np.array_equal(read[name].array, array)
-            and read[name].array.dtype.kind == array.dtype.kind
-        )
+        values = np.asarray(read[name])
+        assert np.array_equal(values, array) and values.dtype.kind == array.dtype.kind
 
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04junk", b"<html>", b"", b"\x80\x02}q\x00."])
@@ -372,5 +370,5 @@ def test_saving_replaces_or_leaves_the_file(tmp_path):
 @pytest.mark.parametrize("content", [{"model": 3}, [1, 2], {"state": {}}])
 def test_what_is_no_checkpoint_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
-    with pytest.raises(UserError, match="holds no model"):
+    with pytest.raises(UserError, match="contains no model"):
         checkpoint.load(tmp_path / "x.pt")

@@ -216,13 +216,13 @@ def test_every_configuration_builds_its_model(name, monkeypatch):
 @pytest.mark.parametrize("name", sorted(ORIGINAL))
 def test_values_are_the_original_s(name):
     """Everything that changes numbers, key by key."""
-    config, wanted = configured(name), ORIGINAL[name]
+    config, expected = configured(name), ORIGINAL[name]
     solver, adapter = (
-        (lambda k: wanted[f"SOLVER.{k}"]),
-        (lambda k: wanted.get(f"MODEL.CLIP_ADAPTER.{k}")),
+        (lambda k: expected[f"SOLVER.{k}"]),
+        (lambda k: expected.get(f"MODEL.CLIP_ADAPTER.{k}")),
     )
     prompts, supervised = config.train.task == "prompts", config.model.class_head == "linear"
-    assert wanted["MODEL.META_ARCHITECTURE"] == (
+    assert expected["MODEL.META_ARCHITECTURE"] == (
         "ProposalClipClassifier"
         if prompts
         else "MaskFormer"
@@ -249,10 +249,10 @@ def test_values_are_the_original_s(name):
         "pcontext": "pcontext_",
         "cityscapes": "cityscapes_",
     }
-    assert wanted["DATASETS.TEST"].startswith(f'("{sets[config.data.name]}')
+    assert expected["DATASETS.TEST"].startswith(f'("{sets[config.data.name]}')
     cross = name in ("voc_cross", "ade20k", "ade20k_full", "pcontext", "cityscapes")
     if not cross:
-        assert ("_base_" in wanted["DATASETS.TRAIN"]) == (config.data.train_on == "seen")
+        assert ("_base_" in expected["DATASETS.TRAIN"]) == (config.data.train_on == "seen")
         assert (config.train.steps, config.train.batch_size) == (
             solver("MAX_ITER"),
             solver("IMS_PER_BATCH"),
@@ -263,16 +263,16 @@ def test_values_are_the_original_s(name):
         )
     if prompts:
         assert solver("OPTIMIZER") == "SGD" and solver("LR_SCHEDULER_NAME") == "WarmupCosineLR"
-        assert config.prompts.samples_per_class == wanted["DATASETS.SAMPLE_PER_CLASS"]
+        assert config.prompts.samples_per_class == expected["DATASETS.SAMPLE_PER_CLASS"]
         assert (config.prompts.warmup_steps, config.prompts.warmup_factor) == (
             solver("WARMUP_ITERS"),
             solver("WARMUP_FACTOR"),
         )
         return
-    assert config.model.backbone == {50: "R50", 101: "R101c"}[wanted["MODEL.RESNETS.DEPTH"]]
+    assert config.model.backbone == {50: "R50", 101: "R101c"}[expected["MODEL.RESNETS.DEPTH"]]
     assert (config.data.test_short_edge, config.data.max_size) == (
-        wanted["INPUT.MIN_SIZE_TEST"],
-        wanted["INPUT.MAX_SIZE_TEST"],
+        expected["INPUT.MIN_SIZE_TEST"],
+        expected["INPUT.MAX_SIZE_TEST"],
     )
     if not supervised:
         assert config.clip.ensemble and config.clip.ensemble_weight == adapter(
@@ -286,10 +286,10 @@ def test_values_are_the_original_s(name):
         return
     crop = f"({config.data.crop}, {config.data.crop})"
     assert (crop, config.data.short_edges) == (
-        wanted["INPUT.CROP.SIZE"],
-        wanted["INPUT.MIN_SIZE_TRAIN"],
+        expected["INPUT.CROP.SIZE"],
+        expected["INPUT.MIN_SIZE_TRAIN"],
     )
-    assert config.data.max_size == wanted["INPUT.MAX_SIZE_TRAIN"]
+    assert config.data.max_size == expected["INPUT.MAX_SIZE_TRAIN"]
     assert (
         solver("OPTIMIZER") == "ADAMW"
         and solver("LR_SCHEDULER_NAME") == "WarmupPolyLR"
@@ -297,7 +297,11 @@ def test_values_are_the_original_s(name):
     )
     assert config.train.backbone_lr == solver("BACKBONE_MULTIPLIER")
     assert config.train.clip_grad == solver("CLIP_GRADIENTS.CLIP_VALUE")
-    former, model, train = (lambda k: wanted[f"MODEL.MASK_FORMER.{k}"]), config.model, config.train
+    former, model, train = (
+        (lambda k: expected[f"MODEL.MASK_FORMER.{k}"]),
+        config.model,
+        config.train,
+    )
     sizes = (model.queries, model.decoder_layers, model.hidden)
     assert sizes == tuple(map(former, ("NUM_OBJECT_QUERIES", "DEC_LAYERS", "HIDDEN_DIM")))
     weights = (train.focal_weight, train.dice_weight, train.no_object_weight)

@@ -13,14 +13,14 @@ from zsseg import shapes
 from zsseg.data import TestImages, TrainImages, augment, collate, ssd_jitter, stream, test_size
 from zsseg.datasets import DATASETS, find_pairs
 from zsseg.images import read_image, read_labels
-from zsseg.shapes_clip import RegionsWithCaptions, rough_mask
+from zsseg.shapes_clip import RegionsWithCaptions, perturb_mask
 from zsseg.utils import UserError
 
 test_size.__test__ = TestImages.__test__ = False  # pytest would take them for tests
 
 
 @pytest.mark.parametrize(
-    ("size", "short", "longest", "wanted"),
+    ("size", "short", "longest", "expected"),
     [
         ((640, 480), 512, 2048, (683, 512)),
         ((170, 230), 512, 2048, (512, 693)),
@@ -30,8 +30,8 @@ test_size.__test__ = TestImages.__test__ = False  # pytest would take them for t
         ((10000, 1), 640, 2560, (2560, 1)),
     ],
 )
-def test_sizes_at_test_time(size, short, longest, wanted):
-    assert test_size(*size, short, longest) == wanted
+def test_sizes_at_test_time(size, short, longest, expected):
+    assert test_size(*size, short, longest) == expected
 
 
 def test_no_pixel_and_no_name_of_an_unseen_class_reaches_the_segmenter(shapes_root):
@@ -152,10 +152,10 @@ def test_the_crop_is_resized_as_a_part_of_the_whole(size):
             (pixels.permute(1, 2, 0), image, "BILINEAR"),
             (mask, Image.fromarray(labels), "NEAREST"),
         ):
-            whole = np.array(theirs.resize((width, height), Image.Resampling[method]))[
+            full = np.array(theirs.resize((width, height), Image.Resampling[method]))[
                 top : top + h, left : left + w
             ]
-            apart = (whole[:, ::-1] if flipped else whole).astype(int) - ours[:h, :w].numpy()
+            apart = (full[:, ::-1] if flipped else full).astype(int) - ours[:h, :w].numpy()
             assert (apart != 0).mean() < (1e-3 if method == "BILINEAR" else 1e-9) and np.abs(
                 apart
             ).max() <= 1, (method, seed)
@@ -312,11 +312,11 @@ def test_a_contrastive_sample_has_every_class_once(shapes_root):
     assert torch.equal(crops, again) and captions == same
 
 
-def test_rough_masks_are_never_empty():
+def test_perturb_masks_are_never_empty():
     rng = np.random.default_rng(0)
     for size in ((64, 64), (13, 9)):
         mask = torch.zeros(size, dtype=torch.bool)
         mask[4, 5] = True
         for _ in range(30):
-            rough = rough_mask(mask, rng)
+            rough = perturb_mask(mask, rng)
             assert rough.shape == size and rough.any() and not rough.all()

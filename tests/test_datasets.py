@@ -64,7 +64,7 @@ def test_official_files_become_class_ids(name, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluation_on_each_data_set(name, tmp_path):
-    """Metrics and saved label maps of a whole run equal counting by hand."""
+    """Metrics and saved label maps of a complete run equal counting by hand."""
     expected = trees.BUILDERS[name](tmp_path)
     prepare_data.main([name, "--root", str(tmp_path)])
     torch.manual_seed(0)
@@ -86,23 +86,23 @@ def test_evaluation_on_each_data_set(name, tmp_path):
         tmp_path / "out",
         True,
     )
-    hit, truth, predicted = (np.zeros(len(data.names)) for _ in range(3))
+    hit, gt, predicted = (np.zeros(len(data.names)) for _ in range(3))
     for stem, labels in expected.items():
         saved = np.array(Image.open(tmp_path / "out" / "predictions" / f"{stem}.png"))
         assert saved.shape == labels.shape and saved.dtype == (
             np.uint16 if name == "ade20k_full" else np.uint8
         )
-        known = labels != data.ignore
+        valid = labels != data.ignore
         for c in range(len(data.names)):
             hit[c] += ((labels == c) & (saved == c)).sum()
-            truth[c] += (labels == c).sum()
-            predicted[c] += ((saved == c) & known).sum()
-    iou = 100 * hit / np.maximum(truth + predicted - hit, 1)
+            gt[c] += (labels == c).sum()
+            predicted[c] += ((saved == c) & valid).sum()
+    iou = 100 * hit / np.maximum(gt + predicted - hit, 1)
     assert result["images"] == len(expected) and ("hIoU" in result) == (
         name in ("voc", "coco_stuff")
     )
-    assert result["mIoU"] == pytest.approx(iou[truth > 0].sum() / (truth + predicted > 0).sum())
-    assert result["mIoU_gt"] == pytest.approx(iou[truth > 0].mean())
+    assert result["mIoU"] == pytest.approx(iou[gt > 0].sum() / (gt + predicted > 0).sum())
+    assert result["mIoU_gt"] == pytest.approx(iou[gt > 0].mean())
 
 
 def test_trainaug_is_voc_and_sbd_without_val(tmp_path):
@@ -165,9 +165,9 @@ def test_a_test_split_alone_is_enough(name, tmp_path, capsys):
 
 def test_images_are_not_turned_and_not_misread(tmp_path):
     """EXIF asks for a quarter turn that the label map did not get; grey and CMYK become RGB."""
-    for kind in range(4):
-        trees.image(tmp_path / f"{kind}.jpg", 30, 40, kind, 0)
-        image = read_image(tmp_path / f"{kind}.jpg")
+    for mode in range(4):
+        trees.image(tmp_path / f"{mode}.jpg", 30, 40, mode, 0)
+        image = read_image(tmp_path / f"{mode}.jpg")
         assert image.size == (40, 30) and image.mode == "RGB"
     grey = np.array(read_image(tmp_path / "1.jpg"))
     assert (grey[..., 0] == grey[..., 1]).all()
@@ -184,21 +184,21 @@ def test_no_unseen_class_is_in_what_training_reads(name, tmp_path):
     prepare_data.main([name, "--root", str(tmp_path)])
     data = DATASETS[name]
     samples = TrainImages(tiny_config(f"data.name={name}"), tmp_path)
-    hidden = [data.values[data.names.index(n)] for n in data.unseen]
+    unseen = [data.values[data.names.index(n)] for n in data.unseen]
     dropped = len(find_pairs(name, tmp_path, "train")) - len(samples.pairs)
     assert dropped >= 1  # images without any seen class
-    found = 0
+    unseen_pixels = 0
     for n, (image, label) in enumerate(samples.pairs):
         raw = np.array(Image.open(label))
         ids = read_labels(label, samples.lut, read_image(image).size)
-        found += np.isin(raw, hidden).sum()
-        assert (ids[np.isin(raw, hidden)] == 255).all() and (ids != 255).any()
+        unseen_pixels += np.isin(raw, unseen).sum()
+        assert (ids[np.isin(raw, unseen)] == 255).all() and (ids != 255).any()
         kept = ids != 255
         names = np.array(data.names)[np.searchsorted(data.values, raw[kept])]
         assert (np.array(data.training_names)[ids[kept]] == names).all()
         number = samples.order(0).tolist().index(n)
         assert set(samples[number][2].tolist()) <= set(np.unique(ids[kept]).tolist())
-    assert found > 0
+    assert unseen_pixels > 0
     everything = TrainImages(tiny_config(f"data.name={name}", "data.train_on=all"), tmp_path)
     assert everything.lut.tolist() == data.lut().tolist()
     # COCO's third image has no class at all.
@@ -226,7 +226,7 @@ def test_one_region_samples(tmp_path):
 
 
 def test_a_region_and_its_mask_move_together(tmp_path):
-    """On images whose colour is their label; a region of a few lonely pixels is never missed."""
+    """On images whose colour is their label; a region of a few single pixels is never missed."""
     folder = tmp_path / "VOC2012"
     (folder / "JPEGImages").mkdir(parents=True)
     labels = np.zeros((375, 500), np.uint8)
@@ -282,20 +282,20 @@ def test_statistics_count_and_are_counted_once(tmp_path, monkeypatch):
     trees.coco_stuff(tmp_path)
     data, split = DATASETS["coco_stuff"], "val"
     statistics = label_statistics("coco_stuff", tmp_path, split)
-    wanted = np.zeros(172, int)
+    expected = np.zeros(172, int)
     for i, (image, label) in enumerate(find_pairs("coco_stuff", tmp_path, split)):
         ids = read_labels(label, data.lut(), read_image(image).size)
         classes, pixels = np.unique(np.where(ids == 255, 171, ids), return_counts=True)
         rows = statistics.image == i
         assert statistics.category[rows].tolist() == classes.tolist()
         assert statistics.pixels[rows].tolist() == pixels.tolist()
-        np.add.at(wanted, classes, pixels)
+        np.add.at(expected, classes, pixels)
         assert (i in statistics.images_with([int(classes[0])])) and (
             len(classes) > 1
             or classes[0] != 171
             or i not in statistics.images_with(list(range(171)))
         )
-    assert statistics.histogram(171).tolist() == wanted.tolist()
+    assert statistics.histogram(171).tolist() == expected.tolist()
 
     def forbidden(*args: object, **options: object):
         raise RuntimeError("counted again")
@@ -317,7 +317,7 @@ def test_statistics_count_and_are_counted_once(tmp_path, monkeypatch):
     monkeypatch.setattr(label_statistics_module, "count_classes", real)
     cache.write_bytes(cache.read_bytes()[:100])
     again = label_statistics("coco_stuff", tmp_path, split)
-    assert again.histogram(171).tolist() == wanted.tolist()
+    assert again.histogram(171).tolist() == expected.tolist()
 
 
 def test_statistics_of_a_read_only_root(tmp_path, monkeypatch):

@@ -1,5 +1,5 @@
 """The paper's experiments: parts and weights from one pass, views, the one-stage baseline,
-self-training, the error budget.
+self-training, the oracle analysis.
 """
 
 import json
@@ -16,8 +16,9 @@ from PIL import Image
 import eval as evaluation
 import train
 from zsseg import checkpoint, published, views
-from zsseg.analysis import budget, overlaps, report_budget
+from zsseg.analysis import mask_iou, oracle_analysis, write_analysis
 from zsseg.checkpoint import load_strict
+from zsseg.clip import cosine_logits
 from zsseg.config import ModelConfig, load_config
 from zsseg.datasets import dataset, find_pairs
 from zsseg.distributed import Process
@@ -190,11 +191,11 @@ def test_one_pass_classifiers_see_the_region():
             and torch.isfinite(logits).all()
             and not torch.allclose(logits[0], logits[1], atol=1e-2)
         )
-        few = segmenter.region_logits(image, masks, None, torch.tensor([2, 0]))
+        index = torch.tensor([2, 0])
+        few = segmenter.encode_regions(image, masks, None, index)
+        few = cosine_logits(few, segmenter.region_text_features)
         assert torch.allclose(few, logits[[2, 0]], atol=1e-3)
-        assert segmenter.region_logits(
-            image, masks, None, torch.tensor([], dtype=torch.int64)
-        ).shape == (0, 3)
+        assert segmenter.region_logits(image, masks[:0], None).shape == (0, 3)
         if way == "pool":
             from zsseg.regions import resize_for_clip
 
@@ -336,22 +337,22 @@ def test_self_training_is_resumable_and_blind_to_hidden_labels(
     assert {f.name: f.read_bytes() for f in again.glob("*.png")} == maps
 
 
-# --- error budget
+# --- oracle analysis
 
 
 def test_overlaps_are_iou_over_known_pixels():
     ours, truth = torch.zeros(2, 4, 4, dtype=torch.bool), torch.zeros(1, 4, 4, dtype=torch.bool)
     ours[0, :2], ours[1, 3], truth[0, 1:3] = True, True, True
     known = torch.ones(4, 4, dtype=torch.bool)
-    assert overlaps(ours, truth, known)[:, 0].tolist() == pytest.approx([4 / 12, 0])
+    assert mask_iou(ours, truth, known)[:, 0].tolist() == pytest.approx([4 / 12, 0])
     known[0] = False
-    assert float(overlaps(ours, truth, known)[0, 0]) == pytest.approx(4 / 8)
+    assert float(mask_iou(ours, truth, known)[0, 0]) == pytest.approx(4 / 8)
 
 
 def test_the_budget_s_oracles(trained, shapes_root, tmp_path, capsys):
     config = load_config(None, base=checkpoint.load(trained)["config"])
     segmenter = random_segmenter()
-    result = budget(segmenter, config, shapes_root, PROCESS, "test")
+    result = oracle_analysis(segmenter, config, shapes_root, PROCESS, "test")
     plain = evaluate(segmenter, config, shapes_root, PROCESS, "test")
     assert result["as_is"] == {k: plain[k] for k in result["as_is"]}
     assert all(result["both"][k] == 100 for k in ("mIoU_gt", "pAcc"))
@@ -359,8 +360,8 @@ def test_the_budget_s_oracles(trained, shapes_root, tmp_path, capsys):
     assert result["recall"]["0.5"] >= result["recall"]["0.7"] >= result["recall"]["0.9"]
     assert result["masks"] == plain["clip_true_masks"]["regions"]
     assert result["clip_accuracy"] == pytest.approx(plain["clip_true_masks"]["accuracy"])
-    report_budget(result, tmp_path)
-    assert "true masks, predicted classes" in capsys.readouterr().out
+    write_analysis(result, tmp_path)
+    assert "GT masks, predicted classes" in capsys.readouterr().out
     assert (
         json.loads((tmp_path / "budget.json").read_text()) == result
         and Image.open(tmp_path / "budget.png").width == 760
@@ -368,7 +369,7 @@ def test_the_budget_s_oracles(trained, shapes_root, tmp_path, capsys):
 
 
 def test_with_perfect_masks_only_classes_cost(shapes_root, monkeypatch):
-    """A segmenter whose proposals are the true masks: true classes give 100."""
+    """A segmenter whose proposals are the ground-truth masks: GT classes give 100."""
     import zsseg.analysis as module
 
     segmenter, config = random_segmenter("model.queries=24"), tiny_config("model.queries=24")
@@ -390,7 +391,7 @@ def test_with_perfect_masks_only_classes_cost(shapes_root, monkeypatch):
 
     monkeypatch.setattr(module, "oracle_labels", remember)
     monkeypatch.setattr(segmenter, "propose", perfect)
-    result = budget(segmenter, config, shapes_root, PROCESS, "test")
+    result = oracle_analysis(segmenter, config, shapes_root, PROCESS, "test")
     assert (
         result["true_classes"]["mIoU_gt"] > 75 > result["as_is"]["mIoU_gt"]
         and result["average_best_overlap"] > 75

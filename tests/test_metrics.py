@@ -15,9 +15,9 @@ SPLIT = dataclasses.replace(PLAIN, unseen=["c", "d"])
 
 
 def literal_iou(labels: np.ndarray, predicted: np.ndarray, c: int) -> float:
-    known = labels != 255
-    both = ((labels == c) & (predicted == c) & known).sum()
-    either = (((labels == c) | (predicted == c)) & known).sum()
+    valid = labels != 255
+    both = ((labels == c) & (predicted == c) & valid).sum()
+    either = (((labels == c) | (predicted == c)) & valid).sum()
     return 100 * both / either
 
 
@@ -35,11 +35,11 @@ def test_confusion_and_iou_on_random_maps():
     )
     seen, unseen = np.mean(ious[:2]), np.mean(ious[2:])
     assert result["hIoU"] == pytest.approx(2 * seen * unseen / (seen + unseen))
-    known = labels != 255
-    assert result["pAcc"] == pytest.approx(100 * (labels == predicted)[known].mean())
+    valid = labels != 255
+    assert result["pAcc"] == pytest.approx(100 * (labels == predicted)[valid].mean())
     accuracies = [100 * (predicted == labels)[labels == c].mean() for c in range(4)]
     assert result["mAcc"] == pytest.approx(np.mean(accuracies))
-    weights = [(labels == c).sum() / known.sum() for c in range(4)]
+    weights = [(labels == c).sum() / valid.sum() for c in range(4)]
     assert result["fwIoU"] == pytest.approx(np.dot(weights, ious))
 
 

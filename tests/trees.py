@@ -21,17 +21,17 @@ SIZES = [(37, 53), (64, 48), (1, 1), (50, 33)]  # (height, width)
 IGNORE = 255
 
 
-def image(file: Path, height: int, width: int, kind: int, seed: int) -> None:
+def image(file: Path, height: int, width: int, variant: int, seed: int) -> None:
     """A JPEG: colour, grey, CMYK, or colour with an EXIF note that asks to turn it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8)).resize((width, height))
     options = {}
-    if kind == 1:
+    if variant == 1:
         image = image.convert("L")
-    elif kind == 2:
+    elif variant == 2:
         image = image.convert("CMYK")
-    elif kind == 3:
+    elif variant == 3:
         exif = Image.Exif()
         exif[0x0112] = 6  # turn by 90 degrees
         options["exif"] = exif
@@ -39,16 +39,16 @@ def image(file: Path, height: int, width: int, kind: int, seed: int) -> None:
 
 
 def values_like(
-    rng: np.random.Generator, allowed: list[int], height: int, width: int, kind: int
+    rng: np.random.Generator, allowed: list[int], height: int, width: int, variant: int
 ) -> np.ndarray:
-    """A label map of blocks; kind 1 has a class of a single pixel, kind 2 holds nothing but the
+    """A label map of blocks; variant 1 has a class of a single pixel, variant 2 has only the
     last allowed value.
     """
-    if kind == 2:
+    if variant == 2:
         return np.full((height, width), allowed[-1])
     small = rng.choice(allowed, (4, 4))
     values = small[np.arange(height)[:, None] * 4 // height, np.arange(width) * 4 // width]
-    if kind == 1:
+    if variant == 1:
         values[height // 2, width // 2] = allowed[0]
     return values
 
@@ -141,8 +141,8 @@ def ade20k(root: Path) -> dict[str, np.ndarray]:
 
 
 def ade20k_full(root: Path) -> dict[str, np.ndarray]:
-    """Also an image of 600 x 700, which is made smaller, and one of class 255, which is no ignore
-    value here.
+    """Also an image of 600 x 700, which is made smaller, and one of class 255, which is a class, not
+    the ignore value.
     """
     objects = DATASETS["ade20k_full"].objects
     ids_of = {o: i for i, o in enumerate(objects)}
@@ -332,10 +332,10 @@ def cityscapes(root: Path) -> dict[str, np.ndarray]:
                 i,
             )
             values = values_like(rng, list(range(33, -1, -1)), height, width, i)
-            for kind in ("labelIds", "instanceIds"):
+            for variant in ("labelIds", "instanceIds"):
                 save_map(
                     values,
-                    root / "cityscapes" / "gtFine" / split / city / f"{stem}_gtFine_{kind}.png",
+                    root / "cityscapes" / "gtFine" / split / city / f"{stem}_gtFine_{variant}.png",
                 )
             if split == "val":
                 expected[f"{stem}_leftImg8bit"] = np.vectorize(lambda v: ids_of.get(v, IGNORE))(
@@ -348,7 +348,7 @@ BUILDERS = {f.__name__: f for f in (voc, coco_stuff, ade20k, ade20k_full, pconte
 
 
 def pack(folder: Path, archive: Path, *names: str) -> Path:
-    """An archive of what lies in `folder` (or of some of it), of the kind that its ending says."""
+    """An archive of what is in `folder` (or of some of it), of the format that its ending says."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     files = sorted(
         f
@@ -367,7 +367,7 @@ def pack(folder: Path, archive: Path, *names: str) -> Path:
 
 
 def hostile(archive: Path, name: str, link: bool = False) -> Path:
-    """An archive with one good file and one that wants to be elsewhere."""
+    """An archive with one good file and one that leads outside."""
     content = b"owned"
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive, "w") as z:

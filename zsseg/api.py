@@ -12,19 +12,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from zsseg import checkpoint
 from zsseg.build import load_segmenter
 from zsseg.config import Config, load_config
-from zsseg.data import test_size, to_tensor
+from zsseg.data import network_inputs
 from zsseg.datasets import dataset
 from zsseg.distributed import Process, init_distributed
 from zsseg.images import as_rgb, read_image
 from zsseg.models import find_model
+from zsseg.predict import segment_image
 from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError, path_of
-from zsseg.views import all_finite, label_map, segment_views
 from zsseg.visualize import label_type
 from zsseg.vocabulary import Words, trained_names
 
@@ -44,28 +43,34 @@ def load(
     eval.py. Raises UserError.
     """
     path, published = find_model(path)
-    config = config or published
-    content = checkpoint.load(path)
-    if "config" not in content and config is None:
-        raise UserError(f"checkpoint {path}", "holds no configuration", "give its config")
-    loaded = load_config(config, settings, content.get("config"))
+    content, loaded = checkpoint_and_config(path, config or published, settings)
     process = init_distributed(device)
     segmenter = load_segmenter(content, loaded, path_of(root), path).to(process.device).eval()
     return Predictor(segmenter, loaded, process, trained_names(content, loaded))
 
 
+def checkpoint_and_config(
+    path: Path, config: str | Path | None, settings: list[str]
+) -> tuple[dict, Config]:
+    """The content of a checkpoint, and its configuration with that of a file and settings put
+    over it. UserError where there is none.
+    """
+    content = checkpoint.load(path)
+    if "config" not in content and not config:
+        raise UserError(f"checkpoint {path}", "contains no configuration", "give its --config")
+    return content, load_config(config, settings, content.get("config"))
+
+
 class Predictor:
-    """Segments images one by one; its classes, at first those of the configured data set, may be
-    changed at any time.
+    """Segments images one by one. Its classes are those of the configured data set until
+    `set_classes` gives others, at any time.
     """
 
     def __init__(self, segmenter: Segmenter, config: Config, process: Process, trained: list[str]):
-        self.segmenter, self.config, self.process, self.trained = (
-            segmenter,
-            config,
-            process,
-            trained,
-        )
+        self.segmenter = segmenter
+        self.config = config
+        self.process = process
+        self.trained = trained  # names of the classes of the training
         self.set_classes(dataset(config.data).names)
 
     def set_classes(self, names: list[str], synonyms: dict[str, list[str]] | None = None) -> None:
@@ -87,32 +92,16 @@ class Predictor:
         `return_scores`, also the score of that class, fp32 [H, W]: the sum over the queries of
         class score x mask.
         """
-        image = (
-            read_image(path_of(image), shown=True)
-            if isinstance(image, str | Path)
-            else as_image(image)
+        if isinstance(image, str | Path):
+            image = read_image(path_of(image), shown=True)
+        else:
+            image = as_image(image)
+        inputs = network_inputs(image, self.config.data, self.config.eval.sizes)
+        labels, scores = segment_image(
+            self.segmenter, self.config, self.process, inputs, image.size[::-1]
         )
-        data, wanted = self.config.data, self.config.eval
-        edges, size = wanted.sizes or [data.test_short_edge], image.size[::-1]
-        inputs = [
-            self.resized(image, test_size(*image.size, edge, data.max_size)) for edge in edges
-        ]
-        with self.process.autocast(self.config.model.bf16):
-            views = segment_views(self.segmenter, inputs, size, wanted.flip, wanted.window)
-        scores = [self.segmenter.ensemble(view.proposals) for view in views]
-        if not all_finite(views, scores):
-            raise UserError(
-                "the model",
-                "gives scores that are not finite",
-                "check its weights, or set model.bf16=off",
-            )
-        labels, top = label_map(self.segmenter, views, scores, size)
         labels = labels.cpu().numpy().astype(label_type(len(self.names)))
-        return (labels, top.float().cpu().numpy()) if return_scores else labels
-
-    def resized(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
-        """uint8 [3, h, w] on the device, for a network input of `size` (width, height)."""
-        return to_tensor(image.resize(size, Image.Resampling.BILINEAR)).to(self.process.device)
+        return (labels, scores.float().cpu().numpy()) if return_scores else labels
 
 
 def as_image(image: Image.Image | np.ndarray) -> Image.Image:
@@ -120,15 +109,14 @@ def as_image(image: Image.Image | np.ndarray) -> Image.Image:
     if isinstance(image, Image.Image):
         return as_rgb(image)
     array = np.asarray(image)
+    channels = array.shape[2:] if array.ndim == 3 else ()
     if (
         array.dtype != np.uint8
-        or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)))
+        or array.ndim not in (2, 3)
+        or channels not in ((), (3,), (4,))
         or not array.size
     ):
         why = f"is an array of {array.dtype} {list(array.shape)}"
-        raise UserError(
-            "image",
-            why,
-            "give uint8 [H, W, 3] in RGB, [H, W, 4] or [H, W], a Pillow image or a file",
-        )
+        todo = "give uint8 [H, W, 3] in RGB, [H, W, 4] or [H, W], a Pillow image or a file"
+        raise UserError("image", why, todo)
     return as_rgb(Image.fromarray(array))

@@ -291,7 +291,7 @@ def read_detectron(path: Path, what: str, hint: str) -> State:
         with open(path, "rb") as file:
             content = ArrayUnpickler(file, encoding="latin1").load()
         arrays = {
-            k.removeprefix("backbone."): torch.from_numpy(v.array)
+            k.removeprefix("backbone."): torch.as_tensor(v)
             for k, v in content.get("model", content).items()
         }
     except Exception as error:  # a broken pickle raises anything

@@ -1,7 +1,8 @@
-"""Checkpoints: written whole, read without being executed, loaded strictly. Other people's weights
-are in `weights.py`.
+"""Checkpoints: written atomically, read without being executed, loaded strictly. Other people's
+weights are in `weights.py`.
 """
 
+import os
 import pickle
 import re
 import zipfile
@@ -16,11 +17,10 @@ from zsseg.files import atomic_write
 from zsseg.utils import UserError, did_you_mean_file, first_of, print_main
 
 State = dict[str, Tensor]
-WRAPPERS = ("module.", "_orig_mod.")
 
 
 def save(path: Path, previous: Path | None = None, **content: object) -> None:
-    """Write a checkpoint so that `path` is always whole: the old one (kept as `previous`, where
+    """Write a checkpoint so that `path` is always complete: the old one (kept as `previous`, where
     given) or the new one.
     """
     with atomic_write(path, previous) as temporary:
@@ -36,28 +36,25 @@ def load(path: str | Path, what: str = "checkpoint") -> dict:
     """
     content = read_torch(Path(path), f"{what} {path}")
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise UserError(
-            f"{what} {path}", "holds no model", "give a checkpoint of train.py or a model_final.pth"
-        )
+        todo = "give a checkpoint of train.py or a model_final.pth"
+        raise UserError(f"{what} {path}", "contains no model", todo)
     return content
 
 
 class UnreadableCheckpoint(UserError):
-    """A file of tensors that is gone or not whole, so that another one must take its place."""
+    """A file of tensors that is missing or broken, so that another one must take its place."""
 
 
 def read_torch(path: Path, what: str) -> object:
+    """The content of a file of `torch.save`, tensors and plain values, on the CPU."""
     if path.is_dir():
-        there = (path / "last.pt").is_file()
-        raise UnreadableCheckpoint(
-            what, "is a folder", f"did you mean {path / 'last.pt'}?" if there else "give a file"
-        )
+        last = path / "last.pt"
+        todo = f"did you mean {last}?" if last.is_file() else "give a file"
+        raise UnreadableCheckpoint(what, "is a folder", todo)
     if not path.is_file():
-        folder = path.parent.is_dir() or path.parent.name == ""
+        missing = path if path.parent.is_dir() else path.parent
         raise UnreadableCheckpoint(
-            what,
-            "no such file",
-            did_you_mean_file(path if folder else path.parent, "check the path"),
+            what, "no such file", did_you_mean_file(missing, "check the path")
         )
     try:
         if zipfile.is_zipfile(path):
@@ -69,24 +66,11 @@ def read_torch(path: Path, what: str) -> object:
         raise UserError(what, f"cannot be read ({error})", "check the disk") from None
     except MemoryError:
         raise
-    except (
-        Exception
-    ) as error:  # torch raises many kinds, with advice to load such a file all the same
-        if found := re.search(
-            r"[Uu]nsupported (?:global|class|operand|type)\S*(?: GLOBAL)? ?([\w.]+\.\w+)",
-            str(error),
-        ):
-            why = f"cannot be read as tensors (it holds a {found[1]}, which would have to be run)"
-            raise UnreadableCheckpoint(
-                what, why, "where it was written, save tensors and plain values alone"
-            ) from None
-        if found := re.search(r"an array of [^;\n]{1,60}", str(error)):
-            raise UnreadableCheckpoint(
-                what, f"cannot be read as tensors (it holds {found[0]})", "save it as numbers"
-            ) from None
-        raise UnreadableCheckpoint(
-            what, "cannot be read as tensors (broken, or more than tensors)", "check the file"
-        ) from None
+    except Exception as error:  # torch raises many types, with advice to load such a file anyway
+        reason = re.search(r"[Uu]nsupported \w+:? (GLOBAL )?[\w.]+|an array of [^;\n]+", str(error))
+        why = f"cannot be read as tensors ({reason[0] if reason else 'broken'})"
+        todo = "check the file; it may contain only tensors and plain values"
+        raise UnreadableCheckpoint(what, why, todo) from None
 
 
 def refuse_compressed(entries: list[zipfile.ZipInfo]) -> None:
@@ -102,17 +86,14 @@ def load_strict(module: nn.Module, state: State, what: str, hint: str) -> None:
     """`load_state_dict` whose complaint is one line: the first few missing, unknown and mis-shaped
     names.
 
-    Raises UserError also for weights that are not finite, which would give labels all the same.
+    Raises UserError also for weights with NaN/Inf, which would give labels all the same.
     """
-    own = module.state_dict()
-    if not isinstance(state, dict) or not all(
-        isinstance(tensor, Tensor) for tensor in state.values()
-    ):
-        raise UserError(what, "holds something else where a state dict should be", hint)
+    if not is_state_dict(state):
+        raise UserError(what, "contains something else instead of a state dict", hint)
     state = unwrapped(state, what)
-    problems = [f"{k} is missing" for k in own if k not in state] + [
-        f"{k} is unknown" for k in state if k not in own
-    ]
+    own = module.state_dict()
+    problems = [f"{k} is missing" for k in own if k not in state]
+    problems += [f"{k} is unknown" for k in state if k not in own]
     for k in own.keys() & state.keys():
         if state[k].shape != own[k].shape:
             problems.append(f"{k} has shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}")
@@ -122,53 +103,79 @@ def load_strict(module: nn.Module, state: State, what: str, hint: str) -> None:
     module.load_state_dict(state)
 
 
+def is_state_dict(state: object) -> bool:
+    return isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
+
+
 def unwrapped(state: State, what: str) -> State:
     """A state dict without what DataParallel ("module."), torch.compile ("_orig_mod.") or a trainer
     put before every name.
     """
-    prefix = ""
-    while all(name.startswith(WRAPPERS) for name in state) and state:
-        first = next(wrapper for wrapper in WRAPPERS if next(iter(state)).startswith(wrapper))
-        if not all(name.startswith(first) for name in state):
-            break
-        state, prefix = (
-            {name.removeprefix(first): tensor for name, tensor in state.items()},
-            prefix + first,
-        )
+    prefix = re.match(r"(module\.|_orig_mod\.)*", os.path.commonprefix(list(state)))[0]  # noqa: RUF071
     if prefix:
-        print_main(f"{what}: {prefix!r} is taken off all names")
-    return state
+        print_main(f"{what}: prefix {prefix!r} removed from all names")
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
 
 
 def check_finite(state: State, what: str) -> None:
-    """UserError for weights with NaN or infinity in them."""
-    known = {
-        k: tensor
-        for k, tensor in state.items()
-        if tensor.is_floating_point() and not tensor.is_meta
-    }
-    broken = [k for k, tensor in known.items() if not tensor.isfinite().all()]
+    """UserError for weights with NaN/Inf in them."""
+    broken = [
+        name
+        for name, tensor in state.items()
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all()
+    ]
     if broken:
-        why = f"holds numbers that are not finite, in {first_of(broken, 3)}"
-        raise UserError(what, why, "take another checkpoint; casts to half precision may do that")
+        todo = "take another checkpoint; casts to half precision may do that"
+        raise UserError(what, f"contains NaN/Inf, in {first_of(broken, 3)}", todo)
 
 
 def say_loaded(what: str, loaded: int, dropped: list[str]) -> None:
     """One line: how many tensors were used, and every name that was not (many of one module as
     `module.*`).
     """
-    modules = Counter(
-        name.rpartition(".")[0].split(".resblocks")[0].split(".layer")[0] for name in dropped
+    modules = [re.split(r"\.resblocks|\.layer|\.\w+$", name)[0] for name in dropped]
+    counts = Counter(modules)
+    names = dict.fromkeys(
+        name if counts[module] < 4 else f"{module}.* ({counts[module]})"
+        for name, module in zip(dropped, modules, strict=True)
     )
-    names = []
-    for name in dropped:
-        module = name.rpartition(".")[0].split(".resblocks")[0].split(".layer")[0]
-        names.append(name if modules[module] < 4 else f"{module}.* ({modules[module]})")
-    print_main(
-        f"{what}: {loaded} tensors loaded, {len(dropped)} dropped"
-        + ": " * bool(names)
-        + ", ".join(dict.fromkeys(names))
-    )
+    text = f": {', '.join(names)}" if names else ""
+    print_main(f"{what}: {loaded} tensors loaded, {len(dropped)} dropped{text}")
+
+
+class PickledType:
+    """A pickled NumPy dtype, numbers only. Nothing of NumPy's own reads what the file says."""
+
+    def __init__(self, text: str, *_: object):
+        if not re.fullmatch(r"[fiu][1248]|b1", str(text)):
+            raise pickle.UnpicklingError(f"an array of dtype {text!r}")
+        self.dtype = np.dtype(text)
+
+    def __setstate__(self, state: tuple) -> None:
+        _, byte_order, *_ = state
+        self.dtype = self.dtype.newbyteorder(byte_order)
+
+
+class PickledArray:
+    """A pickled NumPy array: shape, dtype and bytes, checked against each other."""
+
+    def __init__(self, *_: object):
+        self.tensor = torch.empty(0)
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, fortran, data = state
+        if isinstance(data, str):
+            data = data.encode("latin1")
+        self.tensor = rebuild_array(data, dtype, shape, "F" if fortran else "C")
+
+
+def rebuild_array(data: bytes, dtype: PickledType, shape: tuple[int, ...], order: str) -> Tensor:
+    array = np.frombuffer(bytes(data), dtype.dtype).reshape(shape, order=order)
+    return torch.from_numpy(array.astype(dtype.dtype.newbyteorder("=")))
+
+
+def rebuild_scalar(dtype: PickledType, data: bytes) -> float | int | bool:
+    return rebuild_array(data, dtype, (), "C").item()
 
 
 def say_fresh(what: str, names: list[str]) -> None:
@@ -189,69 +196,12 @@ def no_bytes() -> bytes:
     return b""
 
 
-class CheckpointKind:
-    """A pickled NumPy dtype, as text: nothing of NumPy's own reads what the file says."""
-
-    def __init__(self, text: str, *_: object):
-        if not re.fullmatch(r"[fiu][1248]|b1", str(text)):
-            raise pickle.UnpicklingError(f"an array of kind {text!r}")
-        self.text, self.order = text, "="
-
-    def __setstate__(self, state: tuple) -> None:
-        if state[1] not in ("<", ">", "|", "=") or any(state[2:5]):
-            raise pickle.UnpicklingError("an array of a structured kind")
-        self.order = state[1]
-
-
-class PickledArray:
-    """A pickled NumPy array: shape, kind and bytes, checked against each other."""
-
-    def __init__(self, *_: object):
-        self.array = np.zeros(0)
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, kind, columns_first, data = state
-        self.fill(
-            data.encode("latin1") if isinstance(data, str) else data,
-            kind,
-            shape,
-            "F" if columns_first else "C",
-        )
-
-    def fill(
-        self, data: bytes, kind: CheckpointKind, shape: tuple[int, ...], order: str
-    ) -> "PickledArray":
-        # frombuffer refuses an empty one.
-        array = (
-            np.frombuffer(bytes(data), np.dtype(kind.order + kind.text)) if data else np.zeros(0)
-        )
-        self.array = array.reshape(shape, order=order).astype(kind.text)
-        return self
-
-
-class PickledNumber(PickledArray):
-    """A pickled NumPy number."""
-
-
-def rebuild_scalar(kind: CheckpointKind, data: bytes) -> PickledArray:
-    return PickledNumber().fill(data, kind, (), "C")
-
-
-def rebuild_array(
-    data: bytes, kind: CheckpointKind, shape: tuple[int, ...], order: str
-) -> PickledArray:
-    return PickledArray().fill(data, kind, shape, order)
-
-
 # NumPy's arrays and numbers in checkpoints, under the names that its versions gave them.
 NUMPY = [
     PickledArray,
-    PickledNumber,
-    CheckpointKind,
+    PickledType,
     (PickledArray, "numpy.ndarray"),
-    (CheckpointKind, "numpy.dtype"),
-]
-NUMPY += [
+    (PickledType, "numpy.dtype"),
     (encode_latin1, "_codecs.encode"),
     (no_bytes, "builtins.bytes"),
     (no_bytes, "__builtin__.bytes"),
@@ -265,13 +215,9 @@ for package in ("numpy.core", "numpy._core"):
 
 
 def without_arrays(content: object) -> object:
-    """A checkpoint's content with tensors in the place of NumPy's arrays, and plain numbers in that
-    of its numbers.
-    """
-    if isinstance(content, PickledNumber):
-        return content.array.item()
+    """A checkpoint's content with tensors in the place of NumPy's arrays."""
     if isinstance(content, PickledArray):
-        return torch.from_numpy(content.array)
+        return content.tensor
     if type(content) in (dict, OrderedDict):
         return type(content)((k, without_arrays(v)) for k, v in content.items())
     if type(content) in (list, tuple):

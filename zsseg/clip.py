@@ -435,8 +435,12 @@ class CLIP(nn.Module):
         return self.encode_embedded(self.token_embedding(tokens), tokens.argmax(-1))
 
     def encode_embedded(self, x: Tensor, end: Tensor) -> Tensor:
-        """Token embeddings [N, context_length, width] and the end tokens at [N] -> [N, D]."""
-        x = self.transformer(x + self.positional_embedding, self.causal_mask)
+        """Token embeddings [N, length, width] and the end tokens at [N] -> [N, D]; length at most
+        context_length, since no token sees what follows it.
+        """
+        length = x.shape[1]
+        mask = self.causal_mask[:length, :length]
+        x = self.transformer(x + self.positional_embedding[:length], mask)
         x = self.ln_final(x[torch.arange(len(x), device=x.device), end])
         return x @ self.text_projection
 

@@ -21,7 +21,7 @@ EXIT_DELAY = 2  # seconds: torchrun ends the other processes sooner once the fir
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one line like every other user error."""
+    """argparse whose errors are one line like every other user error."""
 
     def __init__(self, doc: str):
         super().__init__(
@@ -31,31 +31,22 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_root(self) -> None:
-        root = path_of(os.environ.get("ZSSEG_DATA") or "datasets")
         self.add_argument(
             "--root",
             metavar="DIR",
             type=path_of,
-            default=root,
+            default=os.environ.get("ZSSEG_DATA") or "datasets",
             help="data root ($ZSSEG_DATA, else ./datasets)",
         )
 
     def error(self, message: str):
-        names = [
-            str(name)
-            for action in self._actions
-            for name in (*action.option_strings, *(action.choices or ()))
-        ]
-        found = re.search(r"(?:unrecognized arguments: |invalid choice: ')([\w-]+)", message)
-        choices = re.search(r"\(choose from (.*)\)$", message)
-        todo, message = f"see {self.prog} --help", message.partition(" (choose from")[0]
-        todo = f"choose one of {choices[1]}" if choices else todo
-        few = choices and choices[1].count(",") < 3  # "gpu" is not a mistyped "cpu"
-        raise UserError(
-            "command line",
-            message,
-            did_you_mean(found[1], names, todo) if found and not few else todo,
-        )
+        message, _, choices = message.partition(" (choose from ")
+        names = re.findall(r"[\w-]+", choices) or list(self._option_string_actions)
+        todo = f"choose one of {', '.join(names)}" if choices else f"see {self.prog} --help"
+        word = re.search(r"(?:unrecognized arguments: |invalid choice: ')([\w-]+)", message)
+        if word and len(names) > 3:  # "gpu" is not a mistyped "cpu"
+            todo = did_you_mean(word[1], names, todo)
+        raise UserError("command line", message, todo)
 
 
 class Stream:
@@ -109,7 +100,7 @@ def guard_streams() -> None:
 def command(main: Callable[[list[str]], None]) -> None:
     """Run a script's `main(argv)`; a UserError becomes `error: ...` on stderr and exit code 2.
 
-    At the end stands what was left out on the way.
+    What was left out is printed at the end.
     """
     guard_streams()
     try:

@@ -35,7 +35,7 @@ class Process:
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so; the devices are not waited for."""
+        """Whether the flag is set in any process; the devices are not waited for."""
         return bool(self.sum(torch.tensor(float(flag))))
 
     def from_main(self, value: int) -> int:
@@ -44,34 +44,39 @@ class Process:
 
     def broadcast_object(self, build: Callable):
         """The first process's build() in every process; where it is a UserError, all end."""
-        found = [None]
+        result = None
         if self.is_main:
             try:
-                found = [build()]
+                result = build()
             except UserError as error:
-                found = [error]
+                result = error
         if self.world_size > 1:
-            dist.broadcast_object_list(found)
-        if not isinstance(found[0], UserError):
-            return found[0]
+            box = [result]
+            dist.broadcast_object_list(box)
+            [result] = box
+        if isinstance(result, UserError):
+            self.fail(result)
+        return result
+
+    def fail(self, error: UserError) -> None:
+        """End all processes; the first one prints why."""
         if self.is_main:
-            raise found[0]
-        sys.exit(2)  # the first one says why
+            raise error
+        sys.exit(2)
 
     def check_all(self, check: Callable[[], None]) -> None:
         """check() of a part in every process; where one raises a UserError, all end, and the first
-        process says why.
+        process prints it.
         """
-        error = None
+        errors = []
         try:
             check()
-        except UserError as found:
-            error = found
-        errors = [e for e in self.gather([error]) if e is not None]
-        if self.any(error is not None):
-            if self.is_main:
-                raise errors[0]
-            sys.exit(2)
+        except UserError as error:
+            errors = [error]
+        failed = self.any(bool(errors))
+        errors = self.gather(errors)
+        if failed:
+            self.fail(errors[0] if errors else None)
 
     def progress_label(self, name: str) -> str:
         """The name of work of which each process does a part, beside a count of this one's."""
@@ -79,25 +84,25 @@ class Process:
 
     def gather(self, values: list) -> list:
         """The values of all processes, one process's after another's, on the first one."""
-        parts = [None] * self.world_size if self.is_main else None
         if self.world_size == 1:
             return values
+        parts = [None] * self.world_size if self.is_main else None
         dist.gather_object(values, parts)
         return [value for part in parts or () for value in part]
 
     def main_process_first(self, build: Callable):
-        """build() here, after the first process has done it, so that the others find what it
+        """build() in every process, in the first one before the others, which find what it
         caches.
         """
         if not self.is_main:
             self.wait()
-        built = build()
+        result = build()
         if self.is_main:
             self.wait()
-        return built
+        return result
 
     def wait(self) -> None:
-        """Go on when all processes have come here."""
+        """A barrier."""
         self.sum(torch.zeros(1, device=self.device)).item()  # reading it makes the host wait, too
 
     def broadcast_buffers(self, module: torch.nn.Module) -> None:
@@ -117,8 +122,7 @@ class Process:
         """Whether products are in bf16. "auto": on CUDA, and on a CPU that multiplies in bf16, but
         for training there.
 
-        At inference on a CPU that is CLIP's image tower alone, nearly all of the work; see
-        `Segmenter.propose`.
+        At inference on a CPU only CLIP's image tower is, nearly all of the work.
         """
         if setting != "auto":
             return setting == "on"
@@ -129,22 +133,17 @@ class Process:
         return setting == "on" or (setting == "auto" and self.device.type == "cuda")
 
     def describe(self, setting: str, training: bool = False) -> None:
-        """Say what this run computes on, and in which precision: both decide how fast it is, and
-        the last digits.
+        """Print the device and the precision of this run: both decide how fast it is, and the last
+        digits.
         """
         precision = "bf16" if self.bf16(setting, training) else "fp32"
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
         else:
-            name = (
-                f"CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} "
-                f"threads"
-            )
-            precision = (
-                "CLIP in bf16, the rest in fp32"
-                if precision == "bf16" and not training
-                else precision
-            )
+            capability = torch.backends.cpu.get_cpu_capability()
+            name = f"CPU with {capability}, {torch.get_num_threads()} threads"
+            if precision == "bf16" and not training:
+                precision = "CLIP in bf16, the rest in fp32"
         print_main(f"computing on {name}: {precision}")
 
 
@@ -163,41 +162,42 @@ def can_compile() -> bool:
     """
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8))
-    except Exception as error:  # of many kinds, a compiler's own among them
+    except Exception as error:  # of any type, a compiler's own among them
         print_main(f"not compiled ({str(error).strip().splitlines()[0][:200]})")
         return False
     return True
 
 
-def init_distributed(device: str = "auto", patience: timedelta = DIST_TIMEOUT) -> Process:
-    """Pick the device and join the process group when torchrun started us; processes wait so long
-    for one another.
-    """
+def init_distributed(device: str = "auto", timeout: timedelta = DIST_TIMEOUT) -> Process:
+    """Pick the device and join the process group if torchrun started this process."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda", "no CUDA device is available", "use --device cpu")
-    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    rank, world, local = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    if kind == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                "torchrun",
-                f"process {local} has no GPU of its own",
-                "start as many processes as there are GPUs",
-            )
-        torch.cuda.set_device(local)
+    cuda = device != "cpu" and torch.cuda.is_available()
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda:
+        if local_rank >= torch.cuda.device_count():
+            why = f"process {local_rank} has no GPU of its own"
+            raise UserError("torchrun", why, "start as many processes as there are GPUs")
+        torch.cuda.set_device(local_rank)
         torch.backends.cudnn.allow_tf32 = False  # where bf16 is off, fp32 means fp32
-    if world > 1 and not dist.is_initialized():
-        # torchrun keeps its store over restarts, with the addresses of the dead in it: every start
-        # takes a place of its own.
-        # With several machines its count of restarts differs between them; there, its own way must
-        # do.
-        store, restarts = None, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if world_size > 1 and not dist.is_initialized():
+        # torchrun keeps its store over restarts, with the addresses of dead processes in it: every
+        # start gets a prefix of its own. With several machines the count of restarts differs
+        # between them; there, torchrun's own way must do.
+        store = None
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            store = dist.PrefixStore(
-                f"start {restarts}", next(dist.rendezvous("env://", timeout=patience))[0]
-            )
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
-    return Process(torch.device(kind, local) if kind == "cuda" else torch.device(kind), rank, world)
+            restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+            store = dist.PrefixStore(f"start {restarts}", store)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+    return Process(
+        torch.device("cuda", local_rank) if cuda else torch.device("cpu"), rank, world_size
+    )

@@ -23,7 +23,7 @@ from zsseg.regions import mask_boxes
 from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError, progress, several
 from zsseg.views import View, all_finite, label_map, segment_views
-from zsseg.visualize import column, save_label_map
+from zsseg.visualize import comparison_strip, save_label_map
 
 SAMPLES = 8  # images in samples.png
 # What is called with an image's number in the split, its name, uint8 [3, h, w] at network-input
@@ -83,7 +83,7 @@ def evaluate(
             save_label_map(predicted, out / "predictions" / f"{name}.png", C)
         if process.is_main and len(samples) < SAMPLES:
             known = labels.where(labels != data.ignore, C)
-            samples.append(column(inputs[0].cpu(), known.cpu(), predicted.cpu(), C))
+            samples.append(comparison_strip(inputs[0].cpu(), known.cpu(), predicted.cpu(), C))
         count_variants(segmenter, views, labels, wanted.weights, counts, data.ignore)
 
     rate = len(images) * process.world_size / counts.reduce(process, started)

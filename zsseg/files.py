@@ -1,10 +1,9 @@
-"""Files: text that users write, folders that they keep, and results that never take the place of a
-file of theirs.
-"""
+"""Files: text that users write, folders, and results that never replace a file of the user's."""
 
 import codecs
 import contextlib
 import fcntl
+import itertools
 import os
 import uuid
 from collections.abc import Iterator
@@ -15,9 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from zsseg.utils import UserError, print_main
 
-# Stands in every result, so that the next run knows that it may replace the file
-MARK = "written by zsseg"
-EDGE = 4096  # bytes at either end of a file in which it is looked for
+MARK = "written by zsseg"  # in every result: the next run may replace the file
+EDGE = 4096  # bytes at either end of a file in which the mark is searched
 PNG_MARK = PngInfo()
 PNG_MARK.add_text("Software", MARK)
 
@@ -25,8 +23,7 @@ PNG_MARK.add_text("Software", MARK)
 def decode(content: bytes) -> str:
     """Text as editors and shells save it: UTF-8 with or without a byte-order mark, UTF-16 with one.
 
-    Bytes that are no UTF-8 become surrogates, as in Python's file names; what must be text refuses
-    them, see `read_text`.
+    Other bytes become surrogates, as in Python's file names; `read_text` refuses them.
     """
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return content.decode("utf-16", "replace")  # half a letter at the end must not raise
@@ -35,13 +32,14 @@ def decode(content: bytes) -> str:
 
 def split_lines(text: str) -> list[str]:
     """Lines end at a newline, with or without a carriage return, and at nothing else: a name may
-    hold any other sign.
+    contain any other character.
 
-    Where there is no newline at all, carriage returns end lines, as old editors write them.
+    Without any newline, carriage returns end lines, as old editors write them.
     """
     if "\n" not in text:
         text = text.replace("\r", "\n")
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return [line.removesuffix("\r") for line in lines]
 
 
 def read_text(file: str | Path, what: str, todo: str) -> str:
@@ -61,12 +59,13 @@ def read_text(file: str | Path, what: str, todo: str) -> str:
 
 
 def walk(folder: str | Path, skip: str = "", hidden: list[str] | None = None) -> Iterator[str]:
-    """The files below a folder in the order of their names, links followed but for those that lead
-    back up.
+    """The files below a folder in the order of their names. Links are followed, except those that
+    lead back up.
 
-    What begins with a dot, file or folder, is skipped and put into `hidden`; the folder whose real
-    path is `skip` is just skipped. UserError for a folder that cannot be read.
+    Files and folders that begin with a dot are skipped and added to `hidden`; the folder whose real
+    path is `skip` is only skipped. UserError for a folder that cannot be read.
     """
+    hidden = [] if hidden is None else hidden
 
     def below(parent: str, above: tuple[str, ...]) -> Iterator[str]:
         real = os.path.realpath(parent)
@@ -77,12 +76,11 @@ def walk(folder: str | Path, skip: str = "", hidden: list[str] | None = None) ->
                 entries = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             why = f"cannot be read ({error.strerror})"
-            raise UserError(
-                f"folder {parent}", why, "check its rights, or give a list (--images -)"
-            ) from None
+            todo = "check its rights, or give a list (--images -)"
+            raise UserError(f"folder {parent}", why, todo) from None
         for entry in entries:
             if entry.name.startswith("."):
-                hidden is not None and hidden.append(entry.path)
+                hidden.append(entry.path)
             elif entry.is_dir():
                 yield from below(entry.path, (*above, real))
             else:
@@ -92,7 +90,7 @@ def walk(folder: str | Path, skip: str = "", hidden: list[str] | None = None) ->
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file says that this program wrote it."""
+    """Whether this program wrote a file, by its mark."""
     try:
         with open(path, "rb") as file:
             head = file.read(EDGE)
@@ -103,77 +101,70 @@ def is_ours(path: Path) -> bool:
 
 
 def refuse_foreign(*paths: Path) -> None:
-    """UserError for the first path at which there is something that this program did not write."""
+    """UserError for the first path that exists and was not written by this program."""
     for path in paths:
         if os.path.lexists(path) and not is_ours(path):
-            raise UserError(
-                f"file {path}",
-                "is there, and not one that this program wrote",
-                "give another folder, or move it",
-            )
+            why = "is there, and not one that this program wrote"
+            raise UserError(f"file {path}", why, "give another folder, or move it")
 
 
-HELD: dict[Path, IO] = {}  # locks, which end with the process
+LOCKS: dict[Path, IO] = {}  # of folders; they end with the process
 
 
 def hold(folder: Path) -> None:
-    """Keep other runs out of a folder until `release`, or this process ends. UserError where one is
-    writing there.
+    """Keep other runs out of a folder until `release`, or until this process ends. UserError where
+    another run is writing to it, or where it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # noqa: SIM115
+        LOCKS[folder] = open(folder / ".lock", "w")  # noqa: SIM115
     except OSError as error:
         why = f"cannot be written ({error.strerror})"
         raise UserError(f"output {folder}", why, "check the folder and the disk") from None
-    HELD[folder] = file
     try:
-        # Not inherited: workers that outlive their parent hold nothing.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Not inherited: workers that outlive their parent have no lock.
+        fcntl.lockf(LOCKS[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        HELD.pop(folder).close()
-        raise UserError(
-            f"output {folder}", "another run is writing there", "give another --out"
-        ) from None
+        LOCKS.pop(folder).close()
+        why = "another run is writing there"
+        raise UserError(f"output {folder}", why, "give another --out") from None
     except OSError:
         pass  # a file system without locks
 
 
 def release(folder: Path) -> None:
-    if file := HELD.pop(folder, None):
+    if file := LOCKS.pop(folder, None):
         (folder / ".lock").unlink(missing_ok=True)
         file.close()
 
 
 def check_writable(folder: Path, names: list[str]) -> None:
-    """UserError where results of these names cannot be written to a folder, or would replace what
-    is not ours.
+    """UserError where results of these names cannot be written to a folder, or would replace a file
+    of the user's.
     """
     refuse_foreign(*(folder / name for name in names))
-    there = folder.exists()
-    probe = folder / ".writable"  # one name: what a kill leaves, the next try removes
+    existed = folder.exists()
+    probe = folder / ".writable"  # always one name: the next try removes what a kill leaves
     with atomic_write(probe) as file:
         file.touch()
     probe.unlink(missing_ok=True)
-    if not there:
+    if not existed:
         folder.rmdir()
 
 
 @contextlib.contextmanager
 def result(path: Path) -> Iterator[Path]:
-    """As `replacing`, for a result: it must bear MARK, and never replaces a file that does not."""
+    """As `atomic_write`, for a result: it must contain MARK, and never replaces a file without."""
     refuse_foreign(path)
     with atomic_write(path) as temporary:
         yield temporary
 
 
 def set_aside(folder: Path, names: tuple[str, ...]) -> None:
-    """Give files of these names another one, so that a run may begin in their folder, and say
-    so.
-    """
+    """Rename files of these names, so that a run may begin in their folder, and print that."""
     for path in (folder / name for name in names):
         if path.exists() and path.stat().st_size:
-            numbered = (path.with_stem(f"{path.stem}.{i}") for i in range(1, 1_000_000))
+            numbered = (path.with_stem(f"{path.stem}.{i}") for i in itertools.count(1))
             other = next(p for p in numbered if not os.path.lexists(p))
             path.rename(other)
             print_main(f"{path} was there already; it is kept as {other.name}")
@@ -181,55 +172,58 @@ def set_aside(folder: Path, names: tuple[str, ...]) -> None:
 
 @contextlib.contextmanager
 def atomic_write(path: Path, previous: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the name only when the block ends without an
-    error and is on the disk.
+    """Yield a temporary path beside `path`, which is renamed to `path` when the block ends without
+    an error and its content is on the disk.
 
-    With `previous`, the file that is there takes that name. Raises UserError where the file system
-    refuses. Several processes may write one path at once: each has a temporary file of its own.
+    With `previous`, the old file is renamed to that. Raises UserError where the file system
+    refuses. Several processes may write one path at once: each has its own temporary file.
     """
-    temporary, lock = None, None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary, lock = temporary_for(path)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            second = previous.with_name(f".{previous.name}.tmp")
-            second.unlink(missing_ok=True)
-            try:
-                os.link(path, second)  # so that `path` is there at every moment
-            except OSError:  # a file system without links
-                os.replace(path, second)
-            os.replace(second, previous)
-        os.replace(temporary, path)
-        temporary = None  # the name is the next writer's
+        temporary, lock = lock_temporary(path)
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            if previous and path.exists():
+                keep_as(path, previous)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        finally:
+            os.close(lock)
         if previous:  # the names, too, must outlive a power cut
             folder = os.open(path.parent, os.O_RDONLY)
             with contextlib.suppress(OSError):  # not every file system can
                 os.fsync(folder)
             os.close(folder)
     except OSError as error:
-        raise UserError(
-            f"file {path}", f"cannot be written ({error.strerror})", "check the folder and the disk"
-        ) from None
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-        if lock is not None:
-            os.close(lock)
+        why = f"cannot be written ({error.strerror})"
+        raise UserError(f"file {path}", why, "check the folder and the disk") from None
 
 
-def temporary_for(path: Path) -> tuple[Path, int]:
-    """A temporary file beside `path` that is this process's alone, and the lock on it.
+def keep_as(path: Path, previous: Path) -> None:
+    """Give a file a second name, replacing that one, so that both exist at every moment."""
+    second = previous.with_name(f".{previous.name}.tmp")
+    second.unlink(missing_ok=True)
+    try:
+        os.link(path, second)
+    except OSError:  # a file system without links
+        os.replace(path, second)
+    os.replace(second, previous)
 
-    The name is always the same, so that the next try replaces what a kill has left; while another
-    process holds it, a new one.
+
+def lock_temporary(path: Path) -> tuple[Path, int]:
+    """A temporary file beside `path` and the lock on it, which no other process has.
+
+    The name is always the same, so that the next try replaces what a kill has left, except while
+    another process has the lock.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     lock = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
-    # OSError: another one holds it, or has just given it its name; or there are no locks here.
+    # OSError: another process has the lock or has just renamed the file; or there are no locks.
     with contextlib.suppress(OSError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(lock), os.stat(temporary)):

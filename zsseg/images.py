@@ -1,4 +1,4 @@
-"""Image files: photographs as a viewer shows them, label maps as the numbers that they hold."""
+"""Image files: photographs as RGB, label maps as the numbers in the file."""
 
 import contextlib
 import functools
@@ -13,52 +13,49 @@ from PIL import Image, ImageOps
 
 from zsseg.utils import UserError
 
-# `open_image` has limits of its own.
+# `open_image` has its own limit.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 ORIENTATION = 0x0112  # the EXIF entry that says how the camera was held
-# Of images that Pillow does not read, or not without more packages.
+# Endings of images that Pillow does not read, or only with more packages.
 IMAGE_LIKE = frozenset(
     ".heic .heif .hif .avif .jxl .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .pef .srw .raw .psd "  # noqa: SIM905
     ".svg .exr .hdr .webp .jp2 .eps .xcf .mpo".split()
 )
-# Whose samples come through Pillow, or can be had back.
+# Pillow leaves their samples as they are, or in a way that can be undone.
 LABEL_FORMATS = ("PNG", "TIFF", "BMP", "DIB", "GIF", "PPM")
 FIRST_PAGE = "the image has more than one page or frame; the first is read"
 TURNED = (
     "the camera turned the image (EXIF), which is not applied; labels drawn on the turned one "
-    "want data.exif_turn = true"
+    "require data.exif_turn = true"
 )
-GREY = "the palette is grey but not in order; what counts are its indices, not its greys"
+GREY = "the palette is grey but not in order; the labels are its indices, not its greys"
 
 
 @functools.cache
 def image_endings() -> set[str]:
-    """Of the files that Pillow reads as images, without those that need another program."""
+    """Of the files that Pillow reads without another program."""
     Image.init()
-    others = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
-    return {
-        ending
-        for ending, kind in Image.EXTENSION.items()
-        if kind in Image.OPEN and kind not in others
-    }
+    formats = Image.OPEN.keys() - {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
+    return {ending for ending, format in Image.EXTENSION.items() if format in formats}
 
 
 @contextlib.contextmanager
 def open_image(file: Path, what: str, limited: bool = True) -> Iterator[Image.Image]:
-    """An image file that is open and not decoded yet; what goes wrong while it is read is a
-    UserError that names it.
+    """An image file, opened and not decoded yet; errors while it is read are a UserError that names
+    it. `limited`: at most Image.MAX_IMAGE_PIXELS, else Pillow's own limit of twice as many.
     """
     try:
         with contextlib.ExitStack() as stack:
             image = stack.enter_context(Image.open(file))
-            # Mapped from the file, Pillow would turn it wrongly.
+            # Pillow turns a TIFF that is mapped from its file wrongly.
             if image.format == "TIFF" and orientation(image) != 1:
-                image = stack.enter_context(Image.open(io.BytesIO(Path(file).read_bytes())))
-            # Pillow itself refuses twice as many.
-            if limited and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(
-                    f"{image.width} x {image.height} is more than {Image.MAX_IMAGE_PIXELS} pixels"
+                content = (
+                    file if isinstance(file, io.BytesIO) else io.BytesIO(Path(file).read_bytes())
                 )
+                image = stack.enter_context(Image.open(content))
+            if limited and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                size = f"{image.width} x {image.height}"
+                raise ValueError(f"{size} is more than {Image.MAX_IMAGE_PIXELS} pixels")
             if image.format == "EPS":
                 raise ValueError("PostScript is a program, and is not run")
             yield image
@@ -67,60 +64,49 @@ def open_image(file: Path, what: str, limited: bool = True) -> Iterator[Image.Im
 
 
 def orientation(image: Image.Image) -> int:
-    """How the camera was held, 1 to 8; 1, not turned, where it does not say."""
-    with contextlib.suppress(Exception):  # broken notes raise anything
+    """The EXIF orientation, 1 to 8; 1, not turned, where there is none."""
+    with contextlib.suppress(Exception):  # broken EXIF data raise anything
         if (value := image.getexif().get(ORIENTATION, 1)) in range(1, 9):
             return value
     return 1
 
 
 def as_stored(image: Image.Image, turned: int) -> Image.Image:
-    """A decoded image with its pixels where the file has them: Pillow turns TIFFs by itself."""
+    """A decoded image with its pixels as they are in the file: Pillow turns TIFFs by itself."""
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # of `Image.Transpose`
     return image.transpose(undo[turned]) if image.format == "TIFF" and turned != 1 else image
 
 
 def remarks_on(file: Path) -> tuple[bool, int]:
-    """Whether a viewer would turn or mirror an image, and how many pages or frames it has beside
-    the first, which is the one that is read (a telephone's previews do not count); nothing where it
-    cannot be read.
+    """(Whether its EXIF entry turns or mirrors an image, the number of pages or frames after the
+    first, which is the one that is read); (False, 0) where it cannot be read.
     """
     with contextlib.suppress(UserError), open_image(file, "image", limited=False) as image:
-        return orientation(image) != 1, getattr(
-            image, "n_frames", 1
-        ) - 1 if image.format != "MPO" else 0
+        # The further images of an MPO are a telephone's previews.
+        pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        return orientation(image) != 1, pages - 1
     return False, 0
 
 
-def read_image(
-    file: Path,
-    mode: str | None = "RGB",
-    what: str = "image",
-    shown: bool = False,
-    turn: bool = False,
-) -> Image.Image:
-    """An image, whole and in `mode`: transparent parts on white, 16 bits brought to 8. None: as it
-    is in the file.
+def read_image(file: Path, shown: bool = False, turn: bool = False) -> Image.Image:
+    """An image in RGB: transparent parts on white, 16 bits reduced to 8.
 
-    `turn`: as its camera says. `shown`: that too, and of up to twice as many pixels. A missing or
-    broken file is a UserError that names it.
+    `turn`: turned as its EXIF entry says. `shown`: that too, and of up to twice as many pixels. A
+    missing or broken file is a UserError that names it.
     """
-    with open_image(file, what, limited=not shown) as image:
+    with open_image(file, "image", limited=not shown) as image:
         turned = orientation(image)
         image.load()
-        if not (turn or shown):
-            image = as_stored(image, turned)
-        if mode is None:
-            return image
         if turn or shown:
-            # Where the camera's notes are broken, nothing is turned.
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # broken EXIF data turn nothing
                 image = ImageOps.exif_transpose(image)
-        return as_rgb(image, mode)
+        else:
+            image = as_stored(image, turned)
+        return as_rgb(image)
 
 
-def as_rgb(image: Image.Image, mode: str = "RGB") -> Image.Image:
-    """An image in `mode`, 16 bits brought to 8, transparent parts on white; ValueError for one of
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image in RGB, 16 bits reduced to 8, transparent parts on white; ValueError for one of
     fractions.
     """
     if image.mode.startswith("I"):
@@ -131,58 +117,60 @@ def as_rgb(image: Image.Image, mode: str = "RGB") -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
+    return image.convert("RGB")
 
 
 def read_samples(file: Path) -> tuple[np.ndarray, str]:
-    """The numbers in a label map as the file holds them [H, W] (or [H, W, channels]), and a remark
+    """The numbers in a label map as they are in the file [H, W] (or [H, W, channels]), and a remark
     where they may surprise.
 
-    Pillow decodes images: it stretches samples of fewer than 8 bits to 0..255, inverts TIFFs whose
-    white is 0, and scales PGMs to their largest value. All of that is undone here; what cannot be
-    undone, as JPEG's losses, is a UserError.
+    Pillow stretches samples of fewer than 8 bits to 0..255, inverts TIFFs whose white is 0, and
+    scales PGMs to their largest value. All of that is undone here; what cannot be undone, as JPEG's
+    losses, is a UserError.
     """
     what = f"label map {file}"
+    remark = ""
     with open_image(file, "label map") as image:
         pages = getattr(image, "n_frames", 1)
-        # It would decode a PNG, and Pillow turns TIFFs alone.
+        # Asking a PNG would decode it, and Pillow turns only TIFFs.
         turned = orientation(image) if image.format == "TIFF" else 1
-        if image.format not in LABEL_FORMATS or "jpeg" in str(image.info.get("compression")):
-            kind = image.format if image.format not in LABEL_FORMATS else "compressed as JPEG"
-            raise UserError(what, f"is {kind}, which changes values", "write PNG")
+        compressed = "jpeg" in str(image.info.get("compression"))
+        if image.format not in LABEL_FORMATS or compressed:
+            lossy = "compressed as JPEG" if compressed else image.format
+            raise UserError(what, f"is {lossy}, which changes values", "write PNG")
         if pages > 1:
-            raise UserError(what, f"holds {pages} pages", "write one label map a file")
+            raise UserError(what, f"contains {pages} pages", "write one label map a file")
         if image.format in ("BMP", "DIB") and image.mode == "1" and bits_of_bmp(file) != 1:
-            raise UserError(
-                what,
-                "is a BMP of two greys in more than one bit, which Pillow misreads",
-                "write PNG",
-            )
+            why = "is a BMP of two greys in more than one bit, which Pillow misreads"
+            raise UserError(what, why, "write PNG")
         if not image.tile:
-            raise ValueError("it holds no pixels")
-        decoder, arguments = image.tile[0][0], image.tile[0][3]
-        arguments = arguments if isinstance(arguments, tuple) else (arguments,)
+            raise ValueError("it contains no pixels")
+        decoder, _, _, arguments = image.tile[0]
+        if not isinstance(arguments, tuple):
+            arguments = (arguments,)
         image.load()
-        values, remark = np.array(as_stored(image, turned)), ""
+        values = np.array(as_stored(image, turned))
         if image.mode == "P":
             greys = np.array(image.getpalette("RGB")).reshape(-1, 3)
             used = np.unique(values)
             used = used[used < len(greys)]
             is_grey = (greys[used] == greys[used, :1]).all()
             remark = GREY if is_grey and (greys[used, 0] != used).any() else ""
+
     if values.dtype == bool:
         values = values.astype(np.uint8)
     if decoder.startswith("ppm") and image.mode in ("L", "I"):  # scaled to the type's largest value
-        full, largest = 255 if image.mode == "L" else 65535, arguments[-1]
-        values = np.rint(values * (largest / full)).astype(values.dtype)
+        full = 255 if image.mode == "L" else 65535
+        values = np.rint(values * (arguments[-1] / full)).astype(values.dtype)
     elif packed := re.fullmatch(r"[1L];?([24]?)(I?)R?", str(arguments[0])):
-        values = (1 if image.mode == "1" else 255) - values if packed[2] else values
+        if packed[2]:  # inverted
+            values = (1 if image.mode == "1" else 255) - values
         values = values // {"2": 85, "4": 17, "": 1}[packed[1]]
     return values, remark
 
 
 def bits_of_bmp(file: Path) -> int:
-    """The bits of a pixel, as a Windows bitmap says."""
+    """Bits per pixel, from the header of a Windows bitmap."""
     with open(file, "rb") as content:
         return int.from_bytes(content.read(30)[28:], "little")
 
@@ -190,49 +178,37 @@ def bits_of_bmp(file: Path) -> int:
 def check_values(
     values: np.ndarray, file: Path, bits: int, size: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """`read_samples`' numbers as label values [H, W], uint8 or uint16. `size`: the image's
-    (width, height).
+    """The numbers of `read_samples` as label values [H, W], uint8 or uint16. `size`: the image's
+    (width, height). Raises UserError.
     """
-    if values.dtype.kind == "u" and values.itemsize == 2:
-        values = values.astype(np.uint16)  # whichever byte came first in the file
-    if (
-        bits == 16
-        and values.dtype == np.int32
-        and values.size
-        and 0 <= values.min() <= values.max() < 65536
-    ):
-        values = values.astype(np.uint16)  # how Pillow opens some 16-bit files
-    if values.ndim != 2 or values.dtype not in (
-        (np.uint8,) if bits == 8 else (np.uint8, np.uint16)
-    ):
-        found = (
-            f"has {values.shape[2]} channels"
-            if values.ndim == 3
-            else f"holds values of type {values.dtype}"
-        )
-        raise UserError(
-            f"label map {file}",
-            found,
-            f"write one channel of {'8' if bits == 8 else '8 or 16'} bits",
-        )
+    what = f"label map {file}"
+    # Pillow opens some 16-bit files as int32, others with the high byte first.
+    if bits == 16 and values.dtype in (np.int32, ">u2"):
+        narrow = values.astype(np.uint16)
+        values = narrow if np.array_equal(narrow, values) else values
+    why = ""
+    if values.ndim == 3:
+        why = f"has {values.shape[2]} channels"
+    elif values.dtype not in ([np.uint8] if bits == 8 else [np.uint8, np.uint16]):
+        why = f"contains values of type {values.dtype}"
+    if why:
+        todo = f"write one channel of {'8' if bits == 8 else '8 or 16'} bits"
+        raise UserError(what, why, todo)
     if size and values.shape[::-1] != size:
-        sizes = f"is {values.shape[1]} x {values.shape[0]}, its image {size[0]} x {size[1]}"
-        turned = (
-            ", or set data.exif_turn if its camera turned the image" if values.shape == size else ""
-        )
-        raise UserError(f"label map {file}", sizes, f"make the two the same size{turned}")
+        why = f"is {values.shape[1]} x {values.shape[0]}, its image {size[0]} x {size[1]}"
+        turn = ", or set data.exif_turn if its camera turned the image"
+        todo = f"make the two the same size{turn if values.shape == size else ''}"
+        raise UserError(what, why, todo)
     return values
 
 
 def read_values(file: Path, bits: int, size: tuple[int, int] | None = None) -> np.ndarray:
-    """The label values [H, W] of a map, uint8 or uint16. `size`: its image's (width, height).
+    """The label values [H, W] of a file, uint8 or uint16. `size`: its image's (width, height).
     Raises UserError.
     """
     return check_values(read_samples(file)[0], file, bits, size)
 
 
 def read_labels(file: Path, lut: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A label map through `lut`: [H, W] of the table's type; `size` is its image's (width,
-    height).
-    """
+    """A label map through `lut`: [H, W] of its dtype. `size`: its image's (width, height)."""
     return lut[read_values(file, 8 if len(lut) == 256 else 16, size)]

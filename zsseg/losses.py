@@ -54,7 +54,7 @@ def mask_losses(
     """Focal and dice loss [L] each of the matched pairs, at the label map's size, summed and
     divided by `num_masks`.
     """
-    if use_triton(masks) and mask_loss.fits(masks, targets.labels):
+    if use_triton(masks) and mask_loss.is_supported(masks, targets.labels):
         focal, dice = mask_loss.mask_loss(masks, matched, targets.labels, targets.classes)
     else:
         focal, dice = focal_and_dice(masks, matched, targets.labels, targets.classes)
@@ -68,10 +68,10 @@ def focal_and_dice(
     W], classes [B, T] -> focal and dice loss of each pair [L, B, T], 0 where there is no match.
     fp32, or fp64 where the masks are.
     """
-    L, (B, T), (h, w) = len(masks), classes.shape, masks.shape[-2:]
+    T, (h, w) = classes.shape[1], masks.shape[-2:]
     dtype = torch.promote_types(masks.dtype, torch.float32)
     if not T:
-        return tuple(masks.new_zeros(2, L, B, 0, dtype=dtype))
+        return (masks[:, :, :0, 0, 0].to(dtype),) * 2  # so that the masks get a gradient, of zeros
     t = (labels[:, None] == classes[:, :, None, None]).to(dtype)  # [B, T, H, W]
     focal, dice = [], []
     for layer_masks, query in zip(masks, matched, strict=True):
@@ -108,17 +108,16 @@ def segmentation_losses(
     never waits.
     """
     num_masks, weights = normalizers
-    # Once for all operators: the network's product leaves [B, L, Q, h, w] in memory.
-    masks = masks.contiguous()
     with torch.no_grad():
         matched, bad = assign(
             matching_cost(logits, masks, targets, focal_weight, dice_weight), targets.counts
         )
     focal, dice = mask_losses(masks, matched, targets, num_masks)
-    nan_if_bad = torch.where(bad.any(1), torch.nan, 0.0) * masks.float().mean((1, 2, 3, 4))
+    # So that every gradient is NaN, too.
+    focal = focal * torch.where(bad.any(1), torch.nan, 1.0)
     return {
         "class": class_loss(logits, matched, targets.classes, no_object_weight, weights),
-        "focal": focal_weight * focal + nan_if_bad,
+        "focal": focal_weight * focal,
         "dice": dice_weight * dice,
     }
 

@@ -107,7 +107,7 @@ class MaskFormer(nn.Module):
     def __init__(self, config: ModelConfig, embed_dim: int):
         super().__init__()
         hidden_dim = config.hidden
-        self.compiled = False  # for inference, see `at_inference`
+        self.inference = self.decode
         self.backbone = build_backbone(config)
         self.pixel_decoder = PixelDecoder(self.backbone.channels, hidden_dim)
         self.input_proj = nn.Conv2d(self.backbone.channels[-1], hidden_dim, 1)
@@ -188,24 +188,23 @@ class MaskFormer(nn.Module):
         embeds, mask_logits = self.decode(images)
         return self.classify(embeds, text), mask_logits
 
-    def propose(self, image: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Inference on RGB in 0..255 [3, H, W] with text features [C, D]: mask logits fp32
-        [Q, h, w] and class probabilities [Q, C], no-object dropped.
+    def propose(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Inference on RGB in 0..255 [3, H, W]: mask logits fp32 [Q, h, w] and class features
+        [Q, D] for `classify`.
         """
-        class_logits, mask_logits = at_inference(self, image, text)
-        return mask_logits[-1, 0].float(), class_logits[-1, 0].softmax(-1)[:, :-1]
+        embeds, mask_logits = self.inference(any_size(self.prepare(image[None])))
+        return mask_logits[-1, 0].float(), embeds[-1, 0]
+
+    def compile_inference(self) -> None:
+        """Another program than the one that training compiles."""
+        self.inference = torch.compile(self.decode, fullgraph=True)
 
 
-def at_inference(model: nn.Module, image: Tensor, text: Tensor | None) -> Tensor | tuple:
-    """The outputs for a single image [3, H, W], by the program that was compiled for inference, not
-    the one that training compiled.
-    """
-    prepared = model.prepare(image[None])
-    if not model.compiled:
-        return model.forward(prepared, text)
+def any_size(images: Tensor) -> Tensor:
+    """The images, for one compiled program of any height and width."""
     for dim in (2, 3):
-        torch._dynamo.maybe_mark_dynamic(prepared, dim)
-    return model(prepared, text)
+        torch._dynamo.maybe_mark_dynamic(images, dim)
+    return images
 
 
 class PerPixel(nn.Module):
@@ -215,7 +214,7 @@ class PerPixel(nn.Module):
 
     def __init__(self, config: ModelConfig, embed_dim: int):
         super().__init__()
-        self.compiled = False
+        self.inference = self.forward
         self.backbone = build_backbone(config)
         self.pixel_decoder = PixelDecoder(self.backbone.channels, config.hidden)
         nn.init.kaiming_uniform_(self.pixel_decoder.mask_features.weight, a=1)
@@ -233,9 +232,9 @@ class PerPixel(nn.Module):
         x = self.pixel_embed(self.pixel_decoder(self.backbone(images)))
         return cosine_logits(x.movedim(1, -1), text).movedim(-1, 1)
 
-    def propose(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """As `MaskFormer.propose`, one proposal a class: the mask of class c is its probability p,
-        whose logit here is log p, so that its sigmoid p / (1 + p) grows with p and never saturates.
-        """
-        logits = at_inference(self, image, text)[0]  # [C, h, w]
-        return logits.log_softmax(0), torch.eye(len(logits), device=logits.device)
+    def propose(self, image: Tensor, text: Tensor) -> Tensor:
+        """Inference: RGB in 0..255 [3, H, W], text features [C, D] -> class logits [C, h, w]."""
+        return self.inference(any_size(self.prepare(image[None])), text)[0]
+
+    def compile_inference(self) -> None:
+        self.inference = torch.compile(self.forward, fullgraph=True)

@@ -96,7 +96,7 @@ def assign(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     -1 where a target is padding, or is left without a query because there are fewer queries than
     targets. Costs that are not finite count as a million; bool [L, B] says where there were any.
     """
-    if use_triton(cost) and assignment.fits(cost):
+    if use_triton(cost) and assignment.is_supported(cost):
         return assignment.assignment(cost, counts)
     return hungarian(cost, counts)
 

@@ -1,23 +1,21 @@
-"""Any images: a label map, an overlay and counts for each of a list that may be a million long.
+"""Segment any images with any words: for each of a list that may be a million long, a label map, an
+overlay and a JSON file of its classes.
 
-The list is the same in every process, and cut into groups whose regions share CLIP's batches. A
-group is segmented as a whole or not at all, so that what comes out does not depend on how many
-processes there are or how often they were killed.
+The list is the same in every process, and each process takes its share. An image is segmented by
+itself, so that its results do not depend on the number of processes, nor on how often they were
+killed.
 """
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import json
 import os
 import sys
 import time
-import uuid
 from collections import Counter, deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,480 +25,471 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from zsseg.config import Config
-from zsseg.data import stream, test_size, to_tensor
+from zsseg.data import network_inputs, stream, to_tensor
 from zsseg.datasets import endings
 from zsseg.distributed import Process
 from zsseg.download import locked
 from zsseg.files import MARK, atomic_write, decode, refuse_foreign, result, split_lines, walk
 from zsseg.images import image_endings, read_image, remarks_on
-from zsseg.segmenter import Segmenter
-from zsseg.utils import UserError, did_you_mean_file, left_out, path_of, progress, several
-from zsseg.views import all_finite, label_map, segment_views, whole
+from zsseg.segmenter import Proposals, Segmenter
+from zsseg.utils import (
+    UserError,
+    did_you_mean_file,
+    first_of,
+    format_table,
+    left_out,
+    parallel,
+    path_of,
+    progress,
+    several,
+)
+from zsseg.views import all_finite, label_map, segment_views
 from zsseg.visualize import label_type, overlay, palette, save_label_map
 from zsseg.vocabulary import Words
 
-GROUP_SIZE = 8  # images in a group, at most
-EDGES = 480, 1280  # the longer side of an overlay is within these, whatever the image's
-MAX_NAME_BYTES = 200  # bytes of a file's name; 255 less what endings and temporary names add
-MAX_PENDING_WRITES = 16  # images segmented and not yet written, at most
+RESULT_ENDINGS = (
+    ".png",
+    ".overlay.jpg",
+    ".json",
+)  # of an image's results; the last is written last
+OVERLAY_EDGES = (480, 1280)  # the longer side of an overlay is within these, whatever the image's
+MAX_NAME_BYTES = 200  # of a file's name; 255 less what endings and temporary names add
+MAX_PENDING_WRITES = 16  # images that are segmented and not yet written
+MAX_CLASSES_PRINTED = 30
+RESUME_THREADS = 16  # that look for the results of other runs
+
+
+# --- which images, and what their results are called
 
 
 class Names:
-    """The images to segment and the name of each one's results: its path below the folder that all
-    of them are in.
-
-    Endings are left out where the name stays unique without.
+    """The images to segment and the name of each one's results: its path below the folder that
+    contains all of them, without its ending where the name stays unique.
     """
 
     def __init__(self, found: list[str]):
-        self.base, *self.files = found
-        plain = [os.path.splitext(file)[0] for file in self.files]
-        self.shared = {name for name, count in Counter(plain).items() if count > 1}
-        if len({self[i] for i in range(len(self))}) < len(self):  # a.jpg, a.png and a.jpg.png
-            self.shared = set(plain)
+        base, *self.files = found
+        stems = [os.path.splitext(file)[0] for file in self.files]
+        counts = Counter(stems)
+        names = [
+            stem if counts[stem] == 1 else file
+            for stem, file in zip(stems, self.files, strict=True)
+        ]
+        if len(set(names)) < len(names):  # a.jpg, a.png and a.jpg.png
+            names = self.files
+        self.names = [shorten(name[len(base) :].lstrip(os.sep)) for name in names]
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, i: int) -> str:
-        name = os.path.splitext(self.files[i])[0]
-        name = (self.files[i] if name in self.shared else name)[len(self.base) :].lstrip(os.sep)
-        folder, last = os.path.split(os.fsencode(name))
-        if len(last) > MAX_NAME_BYTES:
-            last = (
-                last[: MAX_NAME_BYTES - 17].decode(errors="ignore").encode()
-                + b"-"
-                + hashlib.sha256(last).hexdigest()[:16].encode()
-            )
-        return os.fsdecode(os.path.join(folder, last))
+        return self.names[i]
+
+
+def shorten(name: str) -> str:
+    """A path whose last part has at most MAX_NAME_BYTES bytes; a digest keeps it unique."""
+    folder, last = os.path.split(name)
+    content = os.fsencode(last)
+    if len(content) <= MAX_NAME_BYTES:
+        return name
+    kept = content[: MAX_NAME_BYTES - 17].decode(errors="ignore")
+    return os.path.join(folder, f"{kept}-{hashlib.sha256(content).hexdigest()[:16]}")
 
 
 def find_images(given: list[str], out: Path) -> list[str]:
-    """The images that `--images` means, sorted, after the folder that all of them are in.
+    """The images that `--images` means, sorted, after the folder that contains all of them.
 
     Files, folders (all below them that Pillow reads), patterns, `-` for a list on standard input.
-    The command says at its end what in the folders was left out. Raises UserError where something
-    is not there.
+    The command says at its end what was left out. Raises UserError where something does not exist,
+    and where images are in the folder of the results, which might replace them.
     """
-    files, bases, known = set(), [], image_endings()
-    results = os.path.join(os.path.realpath(out), "")
+    results = os.path.realpath(out)
+    files: set[str] = set()
+    bases: list[str] = []
     for word in given:
         path = os.fspath(path_of(word))
-        if word == "-":
-            if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-                raise UserError(
-                    "--images -", "cannot be read again after a restart", "give folders or patterns"
-                )
-            found = listed()
-        elif os.path.isdir(path):
-            hidden: list[str] = []
-            there = list(walk(path, results.rstrip(os.sep), hidden))
-            found = [file for file in there if os.path.splitext(file)[1].lower() in known]
-            say_what_is_not_taken(sorted({*there}.difference(found)), hidden, out, path)
-            bases.append(os.path.abspath(path))
-        elif os.path.isfile(path):
-            found = [path]
-        elif glob.has_magic(path):
-            found = matching(path, results, word)
-        else:
-            raise UserError(
-                f"--images {word}",
-                "no such file or folder",
-                did_you_mean_file(path, "give images, folders, patterns or -"),
-            )
-        asked = {*map(os.path.dirname, found), *([path] if word != "-" else [])}
-        # Label maps might replace images.
-        if any(os.path.join(os.path.realpath(f), "").startswith(results) for f in asked):
-            raise UserError(
-                f"--images {word}", f"lies in {out}, where results go", "give another --out"
-            )
-        if not found:
-            why = "holds no image" if os.path.isdir(path) else "names no image"
-            raise UserError(
-                f"--images {word}",
-                why,
-                "give images that Pillow reads (.jpg, .png, .webp, .tif, ...)",
-            )
-        found = [os.path.abspath(file) for file in found]
-        files.update(found)
-        if not os.path.isdir(path):
-            bases += {os.path.dirname(file) for file in found}
+        matches = [os.path.abspath(file) for file in images_of(word, path, results)]
+        folders = {os.path.dirname(file) for file in matches}
+        checked = folders if word == "-" else folders | {path}
+        if any(is_below(folder, results) for folder in checked):
+            why = f"lies in {out}, where results go"
+            raise UserError(f"--images {word}", why, "give another --out")
+        if not matches:
+            todo = "give images that Pillow reads (.jpg, .png, .webp, .tif, ...)"
+            raise UserError(f"--images {word}", "contains no image", todo)
+        files.update(matches)
+        bases += [os.path.abspath(path)] if os.path.isdir(path) else folders
     return [os.path.commonpath(bases), *sorted(files)]
 
 
-def listed() -> list[str]:
-    """The names on standard input, separated by newlines or, if there are any, by zeros."""
-    text = decode(sys.stdin.buffer.read() if sys.stdin else b"")
-    lines = text.split("\0") if "\0" in text else split_lines(text)
-    return [line for line in lines if line.strip()]
+def images_of(word: str, path: str, results: str) -> list[str]:
+    """The images of one argument of `--images`; see `find_images`."""
+    if word == "-":
+        if may_restart():
+            todo = "give folders or patterns"
+            raise UserError("--images -", "cannot be read again after a restart", todo)
+        text = decode(sys.stdin.buffer.read() if sys.stdin else b"")
+        lines = text.split("\0") if "\0" in text else split_lines(text)
+        return [line for line in lines if line.strip()]
+    if os.path.isdir(path):
+        return images_below(path, results)
+    if os.path.isfile(path):
+        return [path]
+    if glob.has_magic(path):
+        return images_matching(path, results, word)
+    todo = did_you_mean_file(path, "give images, folders, patterns or -")
+    raise UserError(f"--images {word}", "no such file or folder", todo)
 
 
-def matching(pattern: str, results: str, word: str) -> list[str]:
-    """The files that match a pattern, each once, without those below the folder `results`."""
+def images_below(folder: str, results: str) -> list[str]:
+    """The images below a folder, but for those below the folder `results`."""
+    dotted: list[str] = []
+    images, others = [], []
+    for file in walk(folder, results, dotted):
+        (images if is_image_name(file) else others).append(file)
+    if others:
+        count = several(len(others), "file")
+        left_out(f"{count} that Pillow does not read as images ({endings(others)})")
+    if dotted:
+        left_out(several(len(dotted), "hidden file or folder", "hidden files and folders"))
+
+    if os.path.isdir(results) and is_below(results, os.path.realpath(folder)):
+        files = set(walk(results))
+        stems = [file.removesuffix(".json") for file in files if file.endswith(".json")]
+        ours = {stem + ending for stem in stems for ending in RESULT_ENDINGS}
+        if foreign := list(filter(is_image_name, files - ours)):
+            left_out(f"{several(len(foreign), 'image')} in {results}, where results go")
+    return images
+
+
+def images_matching(pattern: str, results: str, word: str) -> list[str]:
+    """The files that match a pattern, each once, but for those below the folder `results`."""
     matches = glob.glob(pattern, recursive=True)
-    links = {file: os.path.realpath(file) for file in matches if os.path.isfile(file)}
-    files_in = sorted(
-        (file for file in links if not links[file].startswith(results)), key=len, reverse=True
-    )
-    found = list({links[file]: file for file in files_in}.values())  # links may loop
     if "**" not in pattern and (folders := sum(map(os.path.isdir, matches))):
         left_out(f"{several(folders, 'folder')} that {word} names (** looks into folders)")
-    if twice := len(files_in) - len(found):
-        left_out(f"{several(twice, 'link')} to images that {word} names already")
-    return found
+    files = [file for file in matches if os.path.isfile(file) and not is_below(file, results)]
+    # Links may loop: of all names of a file the shortest.
+    unique = {os.path.realpath(file): file for file in sorted(files, key=len, reverse=True)}
+    if links := len(files) - len(unique):
+        left_out(f"{several(links, 'link')} to images that {word} names already")
+    return list(unique.values())
 
 
-def say_what_is_not_taken(others: list[str], hidden: list[str], out: Path, folder: str) -> None:
-    """Have the command say what in a folder is left out: files of other kinds, hidden ones, images
-    among the results.
-    """
-    if others:
-        left_out(
-            f"{several(len(others), 'file')} that Pillow does not read as images "
-            f"({endings(others)})"
-        )
-    if hidden:
-        left_out(several(len(hidden), "hidden file or folder", "hidden files and folders"))
-    if (
-        os.path.realpath(out).startswith(os.path.join(os.path.realpath(folder), ""))
-        and out.is_dir()
-    ):
-        files = set(walk(out))
-        # Results have one beside them.
-        made = {file.removesuffix(".json") for file in files if file.endswith(".json")}
-        stem = lambda file: (
-            file.removesuffix(".overlay.jpg")
-            if file.endswith(".overlay.jpg")
-            else os.path.splitext(file)[0]
-        )
-        foreign = [
-            f
-            for f in files
-            if os.path.splitext(f)[1].lower() in image_endings() and stem(f) not in made
-        ]
-        if foreign:
-            left_out(f"{several(len(foreign), 'image')} in {out}, where results go")
+def is_image_name(file: str) -> bool:
+    return os.path.splitext(file)[1].lower() in image_endings()
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether a path, its links followed, is a folder or lies in it."""
+    return Path(os.path.realpath(path)).is_relative_to(folder)
+
+
+def may_restart() -> bool:
+    """Whether torchrun starts the command again when it fails."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
+# --- reading images, writing results
 
 
 @dataclass
 class InputImage:
-    """What an image's label map and overlay are made of; only the error where it cannot be
-    read.
-    """
+    """An image as the network and the overlay need it; only `error` where it cannot be read."""
 
     number: int
-    images: list[Tensor]  # uint8 [3, h, w] at each network-input size
-    shown: Tensor | None  # uint8 [3, h, w] of the overlay
-    size: tuple[int, int]  # (H, W) of its own
-    version: list[int]  # see `version_of`
-    pages: int = 0  # beside the first
+    inputs: list[Tensor] = field(default_factory=list)  # uint8 [3, H, W] at each network-input size
+    preview: Tensor | None = None  # uint8 [3, h, w] of the overlay
+    size: tuple[int, int] = (0, 0)  # (height, width) of the image itself
+    version: list[int] = field(default_factory=list)  # see `version_of`
+    extra_pages: int = 0  # pages or frames after the first
+    proposals: Proposals | None = None  # where the features were kept
     error: str = ""
-
-    def pin_memory(self) -> "InputImage":
-        return replace(self, images=[image.pin_memory() for image in self.images])
 
 
 class InputImages(Dataset):
-    """Images as a viewer would show them, at the network's sizes."""
+    """Item i: the InputImage of a file, as a viewer would show it."""
 
     def __init__(self, files: list[str], config: Config):
-        self.files, self.config = files, config
+        self.files = files
+        self.config = config
 
     def __getitem__(self, i: int) -> InputImage:
+        file = self.files[i]
         try:
-            version = version_of(self.files[i])
-            image = read_image(self.files[i], shown=True)
-        except (
-            Exception
-        ) as error:  # whatever a decoder makes of a file must not end a run of a million
+            version = version_of(file)
+            image = read_image(file, shown=True)
+        except Exception as error:  # whatever a decoder raises must not end a run of a million
             why = error.args[1] if isinstance(error, UserError) else repr(error)
-            return InputImage(
-                i,
-                [],
-                None,
-                (0, 0),
-                [],
-                error=why if os.path.exists(self.files[i]) else "no such file",
-            )
-        data, edges = self.config.data, self.config.eval.sizes or [self.config.data.test_short_edge]
-        resized = lambda size: to_tensor(image.resize(size, Image.Resampling.BILINEAR))
+            return InputImage(i, error=why if os.path.exists(file) else "no such file")
+
         longest = max(image.size)
-        scale = min(max(longest, EDGES[0]), EDGES[1]) / longest
-        shown = tuple(max(round(scale * side), 1) for side in image.size)
-        images = [resized(test_size(*image.size, edge, data.max_size)) for edge in edges]
+        scale = np.clip(longest, *OVERLAY_EDGES) / longest
+        size = [max(round(scale * side), 1) for side in image.size]
         return InputImage(
-            i, images, resized(shown), image.size[::-1], version, remarks_on(Path(self.files[i]))[1]
+            number=i,
+            inputs=network_inputs(image, self.config.data, self.config.eval.sizes),
+            preview=to_tensor(image.resize(size, Image.Resampling.BILINEAR)),
+            size=image.size[::-1],
+            version=version,
+            extra_pages=remarks_on(Path(file))[1],
         )
 
 
 def version_of(file: str) -> list[int]:
-    """A file's size in bytes and when it was changed, in ns: another image, or a new one of that
-    name, has others.
-    """
+    """A file's size in bytes and time of change in ns: another image of that name has others."""
     stat = os.stat(file)
     return [stat.st_size, stat.st_mtime_ns]
 
 
 class Results:
-    """Writes what was found in an image: OUT/<name>.png, .overlay.jpg and, last, .json. Safe to
-    call from threads.
+    """Writes an image's OUT/<name>.png, .overlay.jpg and, last, .json. Safe to call from threads.
+
+    made_with: digest of the model, words and settings, see `made_with`.
     """
 
     def __init__(self, out: Path, names: Names, words: Words, made_with: str):
-        self.out, self.names, self.words, self.made_with = out, names, words, made_with
+        self.out = out
+        self.names = names
+        self.words = words
+        self.made_with = made_with
         C = len(words.shown_names)
         self.colours = palette(C)[:-1]
         if words.shown < C:
-            self.colours[-1] = 96  # grey
+            self.colours[-1] = 96  # background words are grey
 
-    def file(self, number: int, ending: str) -> Path:
-        return self.out / (self.names[number] + ending)
+    def files(self, number: int) -> list[Path]:
+        return [self.out / (self.names[number] + ending) for ending in RESULT_ENDINGS]
 
-    def refuse_foreign(self, numbers: list[int]) -> None:
-        """UserError where a result would take the place of a file that this program did not write,
-        or of another image's.
+    def refuse_foreign(self, numbers: range) -> None:
+        """UserError where a result would replace a file that this program did not write, or the
+        result of another image.
         """
         if not any(self.out.iterdir()):
             return
         read_failed(self.out)
         for number in numbers:
-            refuse_foreign(
-                *(self.file(number, ending) for ending in (".png", ".overlay.jpg", ".json"))
-            )
-            other, image = self.image(number), self.names.files[number]
-            if other not in ("", image) and os.path.exists(other):  # else it was moved
+            refuse_foreign(*self.files(number))
+            image = self.names.files[number]
+            other = str(self.read(number).get("image", image))
+            if other != image and os.path.exists(other):  # else it was moved
                 why = f"is the result of another image, {other}, not of {image}"
-                raise UserError(f"file {self.file(number, '.json')}", why, "give another --out")
+                raise UserError(f"file {self.files(number)[-1]}", why, "give another --out")
 
-    def image(self, number: int) -> str:
-        """The image whose result there is; "" where there is none, or a broken one."""
+    def read(self, number: int) -> dict:
+        """What the JSON file says; {} where there is none, or a broken one."""
         try:
-            return str(json.loads(self.file(number, ".json").read_text("utf-8"))["image"])
-        except (OSError, ValueError, TypeError, KeyError):
-            return ""
+            content = json.loads(self.files(number)[-1].read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
 
-    def counts(self, number: int) -> dict[int, int] | None:
-        """The pixels of each class in an image that is done as it is, with these words and
-        settings; else None.
+    def pixels(self, number: int) -> dict[int, int] | None:
+        """{class id: pixels} of an image that is done as it is now, with these words and settings;
+        else None.
         """
+        content = self.read(number)
         try:
-            content = json.loads(self.file(number, ".json").read_text("utf-8"))
-            # Else it was moved.
-            if content["image"] != self.names.files[number] and os.path.exists(content["image"]):
-                return None
-            if content["made_with"] != self.made_with or content["version"] != version_of(
-                self.names.files[number]
-            ):
-                return None
-            if not all(self.file(number, ending).exists() for ending in (".png", ".overlay.jpg")):
-                return None
-            return {c["id"]: c["pixels"] for c in content["classes"]}
-        except (OSError, ValueError, TypeError, KeyError):
+            done = (
+                content["made_with"] == self.made_with
+                and content["version"] == version_of(self.names.files[number])
+                and all(file.exists() for file in self.files(number))
+            )
+            return {c["id"]: c["pixels"] for c in content["classes"]} if done else None
+        except (OSError, KeyError, TypeError):
             return None
 
+    def segment(
+        self, segmenter: Segmenter, config: Config, process: Process, item: InputImage
+    ) -> tuple[np.ndarray, dict[int, int], list[float]]:
+        """The label map, as `count_classes` gives it."""
+        if item.proposals is None:
+            file = self.names.files[item.number]
+            labels, top = segment_image(segmenter, config, process, item.inputs, item.size, file)
+        else:
+            proposals = segmenter.classify(item.proposals.to(process.device))
+            labels, top = segmenter.label_map(segmenter.ensemble(proposals), proposals, item.size)
+        return count_classes(labels, top, len(self.words.shown_names))
+
+    def count(self, found: tuple[np.ndarray, dict[int, int], list[float]]) -> dict[int, int]:
+        """{class id: pixels} of what `segment` gives."""
+        return found[1]
+
     def write(
-        self, item: InputImage, labels: np.ndarray, pixels: list[int], scores: list[float]
+        self, item: InputImage, found: tuple[np.ndarray, dict[int, int], list[float]]
     ) -> None:
-        """labels uint8 or uint16 [H, W]; pixels and the sum of scores of each class that is
-        shown.
-        """
-        shown, total = self.words.shown_names, labels.size
-        order = sorted((i for i, n in enumerate(pixels) if n), key=lambda i: -pixels[i])
-        save_label_map(labels, self.file(item.number, ".png"), len(shown), self.colours)
-        image = item.shown.permute(1, 2, 0).numpy()
-        small = np.asarray(
-            Image.fromarray(labels).resize(image.shape[1::-1], Image.Resampling.NEAREST)
-        )
-        legend = [(i, f"{shown[i]}  {100 * pixels[i] / total:.1f}%") for i in order]
-        with result(self.file(item.number, ".overlay.jpg")) as file:
-            overlay(image, small, self.colours, legend).save(file, "JPEG", quality=90, comment=MARK)
+        """What `segment` gives."""
+        labels, pixels, scores = found
+        names = self.words.shown_names
+        label_file, overlay_file, json_file = self.files(item.number)
+        save_label_map(labels, label_file, len(names), self.colours)
+
         classes = [
             {
                 "id": i,
-                "name": shown[i],
-                "pixels": pixels[i],
-                "share": round(pixels[i] / total, 6),
-                "score": round(scores[i] / pixels[i], 4),
+                "name": names[i],
+                "pixels": count,
+                "share": round(count / labels.size, 6),
+                "score": round(scores[i] / count, 4),
             }
-            for i in order
+            for i, count in Counter(pixels).most_common()
         ]
+        legend = [
+            (c["id"], f"{c['name']}  {100 * c['pixels'] / labels.size:.1f}%") for c in classes
+        ]
+        image = item.preview.permute(1, 2, 0).numpy()
+        small = Image.fromarray(labels).resize(image.shape[1::-1], Image.Resampling.NEAREST)
+        with result(overlay_file) as file:
+            drawn = overlay(image, np.asarray(small), self.colours, legend)
+            drawn.save(file, "JPEG", quality=90, comment=MARK)
+
         content = {
             "program": MARK,
             "image": self.names.files[item.number],
             "height": labels.shape[0],
             "width": labels.shape[1],
             "version": item.version,
+            "classes": classes,
+            "made_with": self.made_with,
         }
-        with result(self.file(item.number, ".json")) as file:
-            text = json.dumps(
-                content | {"classes": classes, "made_with": self.made_with},
-                indent=1,
-                allow_nan=False,
-            )
-            file.write_text(text + "\n")
+        with result(json_file) as file:
+            file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 def made_with(segmenter: Segmenter, config: Config, words: Words, process: Process) -> str:
-    """A digest of all that results depend on, the images apart; `segmenter` has its vocabulary."""
-    clip, model, data = (
-        asdict(config.clip),
-        asdict(config.model),
-        (config.data.test_short_edge, config.data.max_size),
-    )
-    del clip["chunk"], model["compile"], model["kernels"]  # a matter of memory and time
-    del clip["weights"], clip["prompts"], model["weights"]  # what was read from there is below
+    """A digest of all that results depend on besides the images; `segmenter` has its vocabulary."""
+    # None: what is a matter of memory and time only, and files whose content is in the weights.
+    clip = asdict(config.clip) | dict.fromkeys(["chunk", "weights", "prompts"])
+    model = asdict(config.model) | dict.fromkeys(["compile", "kernels", "weights"])
     model["bf16"] = process.bf16(config.model.bf16)
-    # Of the vocabulary file, what it makes of these words.
+    sizes = (config.data.test_short_edge, config.data.max_size)
+    # Of the tokenizer's vocabulary, what it makes of these words.
     tokens = (
-        []
-        if segmenter.clip is None
-        else [segmenter.clip.tokenizer.encode(name) for name in words.names]
+        [segmenter.clip.tokenizer.encode(name) for name in words.names] if segmenter.clip else []
     )
-    settings = [
-        clip,
-        model,
-        asdict(config.eval),
-        data,
-        asdict(words),
-        segmenter.seen.tolist(),
-        tokens,
-    ]
+    seen = segmenter.seen.tolist()
+    settings = [clip, model, asdict(config.eval), sizes, asdict(words), seen, tokens]
+
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in segmenter.state_dict().items():
-        digest.update(
-            name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
-def group_size(segmenter: Segmenter, config: Config, device: torch.device) -> int:
-    """Images whose crops fill a batch of CLIP's."""
-    if segmenter.clip is None or config.clip.regions != "crops" or not config.model.proposals:
-        return 1
-    if device.type == "cuda":
-        return GROUP_SIZE  # many queries have no region
-    return 1
+# --- segmenting
+
+
+def segment_image(
+    segmenter: Segmenter,
+    config: Config,
+    process: Process,
+    inputs: list[Tensor],
+    size: tuple[int, int],
+    name: str = "this image",
+) -> tuple[Tensor, Tensor]:
+    """The class of every pixel and its score, int64 and fp32 `size` (height, width).
+
+    inputs: uint8 [3, H, W] at each network-input size. The score is the sum over the queries of
+    class score x mask. Raises UserError where a score is NaN or infinite.
+    """
+    inputs = [image.to(process.device, non_blocking=True) for image in inputs]
+    with process.autocast(config.model.bf16):
+        views = segment_views(segmenter, inputs, size, config.eval.flip, config.eval.window)
+    scores = [segmenter.ensemble(view.proposals) for view in views]
+    if not all_finite(views, scores):
+        why = f"gives scores that are not finite for {name}"
+        raise UserError("the model", why, "check its weights, or set model.bf16=off")
+    return label_map(segmenter, views, scores, size)
 
 
 @torch.inference_mode()
 def segment_images(
-    segmenter: Segmenter, config: Config, results: Results, process: Process, resume: bool
+    segmenter: Segmenter,
+    config: Config,
+    results: Results,
+    items: Dataset,
+    process: Process,
+    resume: bool,
 ) -> None:
-    """Segment all images, each once, shared among the processes; with `resume` those that are not
-    done yet.
+    """Segment all images, shared among the processes; with `resume` those that are not done yet.
 
-    `segmenter` has its vocabulary. At the end, OUT/failed.txt lists images that cannot be read,
-    which are a UserError unless torchrun would start again for it.
+    results: `Results`, or `features.FeatureFiles`; items: `InputImages` or `features.KeptFeatures`
+    of the files that `results` names. `segmenter` has its vocabulary. At the end, OUT/failed.txt
+    lists images that cannot be read: a UserError unless torchrun would start again for it.
     """
-    names, words, out, device = results.names, results.words, results.out, process.device
-    C, size, failed = len(words.shown_names), group_size(segmenter, config, device), []
-    totals = np.zeros((C, 2), np.int64)  # pixels, images that show the class
-    # Segmented, done before, failed, pages beside the first of an image.
-    tally = torch.zeros(4, dtype=torch.int64)
-    groups = [range(i, min(i + size, len(names))) for i in range(0, len(names), size)]
-    missing = torch.zeros(len(groups), dtype=torch.uint8)
-    share_out(out, process)
-    process.check_all(
-        lambda: results.refuse_foreign(range(process.rank, len(names), process.world_size))
-    )
+    names = results.names
+    share = range(process.rank, len(names), process.world_size)
+    create_output(results.out, process)
+    process.check_all(lambda: results.refuse_foreign(share))
+
+    summary = Summary()
+    done = torch.zeros(len(names), dtype=torch.uint8)
     if resume:
-        look_for_results(results, groups, missing, totals, tally, process)
-    else:
-        missing[process.rank :: process.world_size] = 1
-    left = process.sum(missing).nonzero()[:, 0]  # what is left is shared anew
-    mine = left[process.rank :: process.world_size].tolist()
-    numbers = [i for g in mine for i in groups[g]]
-    started, writing = time.perf_counter(), deque()
-    batches = stream(InputImages(names.files, config), numbers, size, config.data.workers)
-    with ThreadPoolExecutor(max(config.data.workers, 1)) as pool:
-        segmented = segment_groups(segmenter, config, batches, process, words, names)
-        for image, labels, pixels, scores in progress(
-            segmented, process.progress_label("segment"), len(numbers), process.is_main
-        ):
-            tally[2 if image.error else 0] += 1
-            tally[3] += image.pages
-            if image.error:
-                failed.append(f"{names.files[image.number]}: {image.error}")
+        label = process.progress_label("look for results")
+        found = parallel(results.pixels, share, RESUME_THREADS, label)
+        for number, pixels in zip(share, found, strict=True):
+            if pixels is not None:
+                done[number] = 1
+                summary.add("done", pixels)
+    left = (process.sum(done) == 0).nonzero()[:, 0]  # what is left is shared anew
+    numbers = left[process.rank :: process.world_size].tolist()
+
+    started = time.perf_counter()
+    workers = config.data.workers
+    items = (item for [item] in stream(items, numbers, 1, workers))
+    label = process.progress_label("segment")
+    writing: deque = deque()
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        for item in progress(items, label, len(numbers), process.is_main):
+            file = names.files[item.number]
+            if item.error:
+                summary.failed.append(f"{file}: {item.error}")
                 continue
-            totals += np.stack([pixels, pixels > 0], 1)
-            writing.append(
-                pool.submit(results.write, image, labels, pixels.tolist(), scores.tolist())
-            )
-            while len(writing) > MAX_PENDING_WRITES:
+            found = results.segment(segmenter, config, process, item)
+            summary.add("segmented", results.count(found))
+            summary.counts["extra pages"] += item.extra_pages
+            writing.append(pool.submit(results.write, item, found))
+            if len(writing) > MAX_PENDING_WRITES:
                 writing.popleft().result()
         for future in writing:
             future.result()
-    for tensor in (torch.from_numpy(totals), tally):  # which share their memory
-        process.sum(tensor)
+
+    summary = sum(process.gather([summary]), Summary())
     seconds = time.perf_counter() - started
-    failed = process.gather(failed)
     if process.is_main:
-        note_failed(out, names, failed)
-        report(totals, tally.tolist(), words, out, seconds, failed)
+        note_failed(results.out, names, summary.failed)
+        summary.report(results, seconds)
 
 
-def look_for_results(
-    results: Results,
-    groups: list[range],
-    missing: Tensor,
-    totals: np.ndarray,
-    tally: Tensor,
-    process: Process,
-) -> None:
-    """Add what is done already to `totals` and `tally`; `missing` is 1 for groups that are not."""
-    share = range(process.rank, len(groups), process.world_size)
-    with ThreadPoolExecutor() as pool:
-        for g in progress(
-            share, process.progress_label("look for results"), len(share), process.is_main
-        ):
-            before = list(pool.map(results.counts, groups[g]))
-            if None in before:
-                missing[g] = 1
-                continue
-            tally[1] += len(groups[g])
-            for found in before:
-                for i, pixels in found.items():
-                    totals[i] += pixels, 1
+def count_classes(
+    labels: Tensor, top: Tensor, classes: int
+) -> tuple[np.ndarray, dict[int, int], list[float]]:
+    """Of the label map and its scores [H, W]: ids of shown classes uint8 or uint16 [H, W]; {class
+    id: its pixels}, without those that have none; the sum of scores of each class's pixels.
+    """
+    labels = labels.clamp(max=classes - 1)  # background words come last
+    ids = labels.flatten()
+    counts = torch.bincount(ids).tolist()
+    pixels = {i: count for i, count in enumerate(counts) if count}
+    scores = torch.bincount(ids, top.flatten().double())
+    labels = labels.int().cpu().numpy().astype(label_type(classes))
+    return labels, pixels, scores.tolist()
 
 
-def share_out(out: Path, process: Process) -> None:
-    """Make the folder of the results; UserError where it cannot be filled or shared."""
-    locks = []
-
-    def fill() -> str:
-        """Write a file of this run's own, since others may use the folder, too; remove those that a
-        kill has left.
-        """
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            for left in out.glob(".shared-*"):
-                with contextlib.suppress(OSError), open(left, "w") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    left.unlink()
-            token = f".shared-{uuid.uuid4().hex}"
-            locks.append(open(out / token, "w"))  # noqa: SIM115
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(locks[0], fcntl.LOCK_EX)
-        except OSError as error:
-            raise UserError(
-                f"output {out}",
-                f"cannot be written ({error.strerror})",
-                "check the folder and the disk",
-            ) from None
-        return token
-
-    token = out / process.broadcast_object(fill)
-    shared = token.exists()
-    process.wait()
+def create_output(out: Path, process: Process) -> None:
+    """Make the folder of the results; UserError where it cannot be written, or is not one folder
+    for all processes.
+    """
+    file = out / ".shared"
+    with contextlib.ExitStack() as stack:
+        temporary = process.broadcast_object(lambda: stack.enter_context(atomic_write(file)))
+        shared = temporary.exists()
+        process.wait()
     if process.is_main:
-        token.unlink(missing_ok=True)
-        locks[0].close()
+        file.unlink(missing_ok=True)
     if process.any(not shared):
-        raise UserError(
-            f"output {out}",
-            "is not one folder for all processes",
-            "put it where all machines see the same files",
-        )
+        why = "is not one folder for all processes"
+        raise UserError(f"output {out}", why, "put it where all machines see the same files")
 
 
 def read_failed(out: Path) -> list[str]:
@@ -512,26 +501,27 @@ def read_failed(out: Path) -> list[str]:
         return []
     lines = split_lines(decode(file.read_bytes()))
     if not lines or not all(line.startswith("/") and ": " in line for line in lines):
-        raise UserError(
-            f"file {file}",
-            "is there, and not one that this program wrote",
-            "give another --out, or move it",
-        )
+        why = "is there, and not one that this program wrote"
+        raise UserError(f"file {file}", why, "give another --out, or move it")
     return lines
 
 
 def note_failed(out: Path, names: Names, failed: list[str]) -> None:
-    """Bring OUT/failed.txt up to date: a line for every image that could not be read, those of
-    other runs are kept.
+    """Bring OUT/failed.txt up to date: a line for every image that could not be read. Lines of
+    images that only other runs were given are kept.
     """
-    file, mine = out / "failed.txt", {name.replace("\n", "\\n") for name in names.files}
-    failed = [line.replace("\n", "\\n") for line in failed]
+
+    def escape(text: str) -> str:
+        return text.replace("\n", "\\n")
+
+    file = out / "failed.txt"
+    given = {escape(name) for name in names.files}
     with locked(out):
-        lines = read_failed(out)
-        others = [(line, line.partition(": ")[0]) for line in lines]
-        lines = {
-            line for line, image in others if image not in mine and os.path.exists(image)
-        } | set(failed)
+        lines = {escape(line) for line in failed}
+        for line in read_failed(out):
+            image = line.partition(": ")[0]
+            if image not in given and os.path.exists(image):
+                lines.add(line)
         if not lines:
             file.unlink(missing_ok=True)
             return
@@ -540,97 +530,58 @@ def note_failed(out: Path, names: Names, failed: list[str]) -> None:
             temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
-def segment_groups(
-    segmenter: Segmenter,
-    config: Config,
-    batches: Iterator,
-    process: Process,
-    words: Words,
-    names: Names,
-) -> Iterator:
-    """For every image (it, labels uint8 or uint16 [H, W], pixels [C] and sum of scores [C] of the
-    shown classes).
-    """
-    C, wanted = len(words.shown_names), config.eval
-    alone = bool(wanted.sizes or wanted.flip or wanted.window)
-    for group in batches:
-        whole_ones = [item for item in group if not item.error]
-        images = [
-            [image.to(process.device, non_blocking=True) for image in p.images] for p in whole_ones
-        ]
-        with process.autocast(config.model.bf16):
-            if alone:
-                views = [
-                    segment_views(segmenter, i, p.size, wanted.flip, wanted.window)
-                    for i, p in zip(images, whole_ones, strict=True)
-                ]
-            else:
-                proposals = [segmenter.propose(i[0]) for i in images]
-                views = [
-                    [whole(p, item.size)] for p, item in zip(proposals, whole_ones, strict=True)
-                ]
-        found = iter(views)
-        for item in group:
-            if item.error:
-                yield item, None, None, None
-                continue
-            parts = next(found)
-            scores = [segmenter.ensemble(v.proposals) for v in parts]
-            if not all_finite(parts, scores):
-                todo = "check the checkpoint, or set model.bf16=off"
-                raise UserError(
-                    "the model",
-                    f"gives scores that are not finite for {names.files[item.number]}",
-                    todo,
-                )
-            labels, top = label_map(segmenter, parts, scores, item.size)
-            # Background words come last.
-            labels = labels.clamp(max=C - 1) if words.shown < len(words.names) else labels
-            pixels = torch.bincount(labels.flatten(), minlength=C)
-            scores = torch.bincount(labels.flatten(), top.flatten().double(), minlength=C)
-            kind = torch.uint8 if label_type(C) is np.uint8 else torch.int32
-            yield (
-                item,
-                labels.to(kind).cpu().numpy().astype(label_type(C)),
-                pixels.cpu().numpy(),
-                scores.cpu(),
-            )
+@dataclass
+class Summary:
+    """What is printed at the end, of one process or, added up, of all."""
 
+    pixels: Counter = field(default_factory=Counter)  # of each class id
+    images: Counter = field(default_factory=Counter)  # that show each class id
+    counts: Counter = field(default_factory=Counter)  # images segmented, done; extra pages
+    failed: list[str] = field(default_factory=list)  # "image: reason"
 
-def report(
-    totals: np.ndarray, tally: list[int], words: Words, out: Path, seconds: float, failed: list[str]
-) -> None:
-    """Print how much of the images each class covers. Images that could not be read are a UserError
-    unless torchrun would start again for it.
-    """
-    segmented, before, broken, pages = tally
-    if pages:
-        left_out(
-            f"{several(pages, 'page or frame', 'pages or frames')} of images that have more "
-            f"than one"
+    def add(self, count: str, pixels: dict[int, int]) -> None:
+        self.counts[count] += 1
+        self.pixels.update(pixels)
+        self.images.update(pixels.keys())
+
+    def __add__(self, other: "Summary") -> "Summary":
+        return Summary(
+            self.pixels + other.pixels,
+            self.images + other.images,
+            self.counts + other.counts,
+            self.failed + other.failed,
         )
-    pixels = max(int(totals[:, 0].sum()), 1)
-    rows = sorted(
-        (row for row in zip(totals.tolist(), words.shown_names, strict=True) if row[0][0]),
-        reverse=True,
-    )
-    if rows:
-        print(f"{'class':32}{'share':>8}{'images':>10}")
-    for (share, images), name in rows[:30]:
-        print(f"{name[:31]:32}{100 * share / pixels:7.1f}%{images:10}")
-    if len(rows) > 30:
-        print(f"and {len(rows) - 30} more")
-    absent = [
-        name for name, pixels in zip(words.shown_names, totals[:, 0], strict=True) if not pixels
-    ]
-    if rows and absent:
-        print("not found:", ", ".join(absent) if len(absent) <= 20 else f"{len(absent)} classes")
-    done = f", {before} done before" if before else ""
-    counted = f"{segmented} image{'s' * (segmented != 1)}"
-    print(f"{counted} in {seconds:.1f} s, {segmented / seconds:.2f} images/s{done} -> {out}")
-    if failed:
-        why = f"{broken} of {segmented + before + broken} failed, the first: {min(failed)}"
-        problem = UserError("images", why, f"see {out / 'failed.txt'}")
-        if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-            raise problem
-        print(f"error: {problem}", file=sys.stderr)  # torchrun would start all over again
+
+    def report(self, results: Results, seconds: float) -> None:
+        """Print how much of the images each class covers. Images that could not be read are a
+        UserError unless torchrun would start again for it.
+        """
+        out = results.out
+        segmented, done = self.counts["segmented"], self.counts["done"]
+        if pages := self.counts["extra pages"]:
+            count = several(pages, "page or frame", "pages or frames")
+            left_out(f"{count} of images that have more than one")
+
+        if self.pixels:
+            names = results.words.shown_names
+            total = self.pixels.total()
+            rows = [
+                (names[i][:31], f"{100 * count / total:.1f}%", self.images[i])
+                for i, count in self.pixels.most_common(MAX_CLASSES_PRINTED)
+            ]
+            print(format_table(("class", "share", "images"), rows))
+            if len(self.pixels) > MAX_CLASSES_PRINTED:
+                print(f"and {len(self.pixels) - MAX_CLASSES_PRINTED} more")
+            if absent := [name for i, name in enumerate(names) if i not in self.pixels]:
+                print("not found:", first_of(absent, 20))
+        before = f", {done} done before" if done else ""
+        speed = f"{seconds:.1f} s, {segmented / seconds:.2f} images/s"
+        print(f"{several(segmented, 'image')} in {speed}{before} -> {out}")
+
+        if self.failed:
+            count = f"{len(self.failed)} of {segmented + done + len(self.failed)} failed"
+            why = f"{count}, the first: {min(self.failed)}"
+            error = UserError("images", why, f"see {out / 'failed.txt'}")
+            if not may_restart():
+                raise error
+            print(f"error: {error}", file=sys.stderr)  # torchrun would start all over again

@@ -43,7 +43,9 @@ class FixedPrompt(nn.Module):
     def forward(self, clip: CLIP, names: list[str]) -> Tensor:
         """Names -> normalised features [C, D]."""
         texts = [template.replace("{}", name) for template in self.templates for name in names]
-        tokens = clip.tokenizer(texts).to(clip.device)
+        tokens = clip.tokenizer(texts)
+        length = int(tokens.argmax(-1).max()) + 1  # nothing reads what follows the last end token
+        tokens = tokens[:, :length].to(clip.device)
         features = torch.cat([clip.encode_text(chunk) for chunk in tokens.split(256)])
         features = F.normalize(features, dim=-1).view(len(self.templates), len(names), -1)
         return F.normalize(features.mean(0), dim=-1)

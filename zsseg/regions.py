@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels import region_crop as kernel
 from kernels.jit import use_triton
-from kernels.mask_pool import mask_pool
+from kernels.mask_pool import mask_pool as mask_pool_kernel
 from zsseg.clip import CLIP, MEAN, STD, cosine_logits
 from zsseg.config import ClipConfig
 from zsseg.utils import out_of_memory, print_main
@@ -140,6 +140,38 @@ def dense_logits(clip: CLIP, image: Tensor, text: Tensor, edge: int) -> Tensor:
     return cosine_logits(dense, text).permute(2, 0, 1)
 
 
+def dense_features(clip: CLIP, image: Tensor, edge: int) -> Tensor:
+    """CLIP's feature of every patch, [h', w', D]: image [3, H, W] in 0..255, its shorter edge
+    brought to about `edge` pixels; the last block's values where CLIP is a ViT.
+    """
+    image = resize_for_clip(clip, image, edge)
+    if hasattr(clip.visual, "values"):
+        return clip.visual.values(image)[0]
+    return clip.encode_image(image, dense=True)[0]
+
+
+def pool_features(features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask pooling: features [h', w', D], masks [P, H, W] in 0..1 -> the mean feature under each
+    mask [P, D], 0 under an empty one, fp32 or fp64, and valid [P]: the mask is not empty.
+
+    A feature counts as far as its part of the image is in the mask.
+    """
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    share = F.adaptive_avg_pool2d(masks.to(features.dtype)[None], features.shape[:2])[0]
+    total = share.sum((1, 2))
+    sums = share.flatten(1) @ features.flatten(0, 1)  # [P, h'w'] @ [h'w', D]
+    return sums / total.where(total > 0, 1)[:, None], total > 0
+
+
+def mask_pool(
+    features: Tensor, logits: Tensor, size: tuple[int, int], threshold: float
+) -> tuple[Tensor, Tensor]:
+    """`pool_features` under the masks of the mask logits [P, h, w]: see `region_masks`."""
+    if use_triton(features):
+        return mask_pool_kernel(features, logits, list(size), threshold)
+    return pool_features(features, mask_probabilities(logits, size) > threshold)
+
+
 def uses_mask_prompt(clip: CLIP, config: ClipConfig) -> bool:
     """Whether region crops go through CLIP with their masks."""
     return config.mask_prompt and clip.visual.mask_embedding is not None
@@ -162,21 +194,8 @@ def crop_features(
 def pooled_features(
     clip: CLIP, image: Tensor, masks: Tensor, boxes: Tensor, index: Tensor, config: ClipConfig
 ) -> Tensor:
-    """The mean of CLIP's dense features under each mask, from a single pass over the image, its
-    shorter edge about `clip.dense_edge` pixels.
-    """
-    image = resize_for_clip(clip, image, config.dense_edge)
-    if hasattr(clip.visual, "values"):
-        dense = clip.visual.values(image)
-    else:
-        dense = clip.encode_image(image, dense=True)
-    dense = dense.permute(0, 3, 1, 2).float()  # [1, D, h, w]
-    share = F.adaptive_avg_pool2d(masks[index].float()[None], dense.shape[-2:])  # [1, P, h, w]
-    # Or others outweigh a region of few pixels.
-    share = share / share.amax((2, 3), keepdim=True).clamp(min=1e-12)
-    if use_triton(dense):
-        return mask_pool(dense.contiguous(), share.logit(1e-6))[0]
-    return share[0].flatten(1) @ dense[0].flatten(1).T  # [P, D]: the mean, but for its length
+    """The mean of CLIP's dense features under each mask, from a single pass over the image."""
+    return pool_features(dense_features(clip, image, config.dense_edge), masks[index])[0]
 
 
 def token_features(

@@ -1,4 +1,4 @@
-"""An evaluation on one page that holds its images and fetches nothing: report.html."""
+"""An evaluation on one page that contains its images and fetches nothing: report.html."""
 
 import base64
 import bisect
@@ -19,16 +19,16 @@ from zsseg.datasets import dataset
 from zsseg.distributed import Process
 from zsseg.files import result as written
 from zsseg.log import read_lines
-from zsseg.metrics import method, rows
+from zsseg.metrics import marginals, mean_iou, method, rows, split_keys
 from zsseg.published import nearest
-from zsseg.utils import git_commit
+from zsseg.utils import first_of, git_commit
 from zsseg.visualize import palette
 
 TEMPLATE = Path(__file__).with_name("report.html")
-KEPT = 16  # worst images, and as many best ones
-EDGE = 320  # longest, of an image on the page
-TOP = 12  # confusions
-POINTS = 600  # of a curve, at most
+MAX_CARDS = 16  # worst images, and as many best ones
+MAX_EDGE = 320  # of an image on the page
+MAX_CONFUSIONS = 12
+MAX_POINTS = 600  # of a curve
 # (title, whether its scale is logarithmic, {key in metrics.jsonl: name of its line})
 CHARTS = [
     ("Loss of all layers", True, {"loss": "loss"}),
@@ -43,17 +43,19 @@ CHARTS = [
             "val/mIoU": "mIoU",
         },
     ),
-    ("Learning rate", False, {"lr": "rate"}),
+    ("Learning rate", False, {"lr": "lr"}),
 ]
 
 
 class Report:
-    """What `evaluate` shows: the confusion matrix of all images, and the worst and the best of
-    them, ready for the page.
+    """The `on_image` of `evaluate`: the confusion matrix of all images, and the worst and the best
+    of them, ready for the page.
     """
 
     def __init__(self, config: Config, process: Process):
-        self.config, self.process, self.data = config, process, dataset(config.data)
+        self.config = config
+        self.process = process
+        self.data = dataset(config.data)
         C = len(self.data.names)
         self.matrix = torch.zeros(C, C, dtype=torch.int64, device=process.device)
         self.cards: list[tuple[float, int, dict]] = []  # (score, number, what is shown), sorted
@@ -67,74 +69,73 @@ class Report:
         predicted: Tensor,
         matrix: Tensor,
     ) -> None:
-        """See `evaluate`. An image's score is the mean IoU of the classes in its truth; without
-        any, it is left out.
+        """See `evaluate`. An image's score is the mean IoU of the classes in its ground truth;
+        without any, it is left out.
         """
         self.matrix += matrix
-        counts = matrix.cpu().numpy()
-        truth, found = counts.sum(1), counts.sum(0)
-        if not (there := truth > 0).any():
+        hits, gt, pred = marginals(matrix.cpu().numpy())
+        if not gt.any():
             return
-        iou = 100 * counts.diagonal() / np.maximum(truth + found - counts.diagonal(), 1)
-        score = float(iou[there].mean())
-        place = bisect.bisect(self.cards, (score, number))
-        if len(self.cards) == 2 * KEPT and place == KEPT:
+        iou = 100 * hits / np.maximum(gt + pred - hits, 1)
+        score = float(iou[gt > 0].mean())
+        index = bisect.bisect(self.cards, (score, number))
+        if len(self.cards) == 2 * MAX_CARDS and index == MAX_CARDS:
             return  # neither among the worst nor among the best
+
         # The most frequent ones first; a palette has 255 colours besides "no label".
-        classes = [
-            int(c) for c in np.argsort(-truth - found, kind="stable") if truth[c] + found[c]
-        ][:255]
-        known = labels != self.data.ignore
-        maps = [
-            map_uri(m.where(known, -1).cpu().numpy(), classes, len(truth))
-            for m in (labels, predicted)
-        ]
+        order = np.argsort(-gt - pred, kind="stable")
+        classes = order[(gt + pred)[order] > 0][:255].tolist()
+        valid = labels != self.data.ignore
+        maps = (m.where(valid, -1).cpu().numpy() for m in (labels, predicted))
+        gt_map, predicted_map = (map_uri(m, classes, len(gt)) for m in maps)
         card = {
             "name": name,
             "score": score,
             "image": image_uri(image),
-            "truth": maps[0],
-            "prediction": maps[1],
-            "classes": [[c, float(iou[c]) if there[c] else None] for c in classes],
+            "gt": gt_map,
+            "prediction": predicted_map,
+            "classes": [[c, float(iou[c]) if gt[c] else None] for c in classes],
         }
-        self.cards = ends([*self.cards[:place], (score, number, card), *self.cards[place:]])
+        self.cards.insert(index, (score, number, card))
+        del self.cards[MAX_CARDS:-MAX_CARDS]
 
     def gather(self) -> None:
         """Bring what all processes were shown to the first one."""
         self.process.sum(self.matrix)
-        self.cards = ends(sorted(self.process.gather(self.cards)))
+        self.cards = sorted(self.process.gather(self.cards))
+        del self.cards[MAX_CARDS:-MAX_CARDS]
 
     def write(self, result: dict, checkpoint: str, step: int | None, out: Path) -> None:
-        """Write OUT/report.html about the metrics `result` of a checkpoint saved after `step`
-        (None: the configured one).
+        """Write OUT/report.html, on the first process, about the metrics `result` of a checkpoint
+        saved after `step` (None: the configured one).
 
         It also shows OUT/budget.json, where that belongs to these metrics, and the metrics.jsonl
         beside the checkpoint.
         """
-        config, data, matrix = self.config, self.data, self.matrix.cpu().numpy()
+        self.gather()
+        if not self.process.is_main:
+            return
+        checkpoint = Path(checkpoint)
+        config, data = self.config, self.data
+        matrix = self.matrix.cpu().numpy()
         keys, parts = rows(result, method(config))
         page = {
-            "name": "/".join(Path(checkpoint).absolute().parts[-2:]),
-            "facts": facts(config, result, step or config.train.steps),
+            "name": "/".join(checkpoint.absolute().parts[-2:]),
+            "overview": overview(config, result, step or config.train.steps),
             "config": asdict(config),
             "classes": data.names,
             "seen": data.seen,
             "pixels": matrix.sum(1).tolist(),
-            "colours": [
-                f"#{r:02x}{g:02x}{b:02x}" for r, g, b in palette(len(data.names))[:-1].tolist()
-            ],
+            "colours": ["#" + bytes(colour).hex() for colour in palette(len(data.names))[:-1]],
             "per_class": [[v["IoU"], v["Acc"]] for v in result["per_class"].values()],
-            "metrics": {
-                "keys": keys,
-                "rows": [[title, {k: values[k] for k in keys}] for title, values in parts],
-            },
-            "paper": paper(result, config),
-            "true_masks": result.get("clip_true_masks"),
+            "metrics": metric_rows(keys, parts),
+            "published": nearest(result, config),
+            "clip_on_gt": result.get("clip_true_masks"),
             "confusions": confusions(matrix),
-            "budget": read_budget(out / "budget.json", Path(checkpoint), result),
-            "curves": curves(Path(checkpoint).parent / "metrics.jsonl"),
+            "analysis": read_analysis(out / "budget.json", checkpoint, result),
+            "curves": curves(checkpoint.parent / "metrics.jsonl"),
             "images": [card for _, _, card in self.cards],
-            "kept": KEPT,
+            "max_cards": MAX_CARDS,
         }
         # So that no name can end the script block.
         text = json.dumps(page, allow_nan=False).replace("<", "\\u003c")
@@ -143,20 +144,21 @@ class Report:
         print(f"-> {out / 'report.html'}")
 
 
-def ends(cards: list) -> list:
-    """The first and the last KEPT."""
-    return cards[:KEPT] + cards[KEPT:][-KEPT:]
+def metric_rows(keys: list[str], parts: list[tuple[str, dict]]) -> dict:
+    return {"keys": keys, "rows": [[title, {k: part[k] for k in keys}] for title, part in parts]}
 
 
-def data_uri(image: Image.Image, kind: str, **options: object) -> str:
-    image.save(buffer := io.BytesIO(), kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def data_uri(image: Image.Image, file_format: str, **options: object) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, **options)
+    content = base64.b64encode(buffer.getvalue()).decode()
+    return f"data:image/{file_format.lower()};base64,{content}"
 
 
 def image_uri(image: Tensor) -> str:
     """uint8 [3, h, w] as a small JPEG."""
     small = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-    small.thumbnail((EDGE, EDGE))
+    small.thumbnail((MAX_EDGE, MAX_EDGE))
     return data_uri(small, "JPEG", quality=85)
 
 
@@ -168,106 +170,86 @@ def map_uri(labels: np.ndarray, classes: list[int], count: int) -> str:
     index[classes] = np.arange(1, len(classes) + 1)
     small = Image.fromarray(index[labels])
     small.putpalette(palette(count)[[-1, *classes]].tobytes())
-    small.thumbnail((EDGE, EDGE), Image.Resampling.NEAREST)
+    small.thumbnail((MAX_EDGE, MAX_EDGE), Image.Resampling.NEAREST)
     return data_uri(small, "PNG", transparency=0)
 
 
-def facts(config: Config, result: dict, step: int) -> list[tuple[str, str]]:
-    """What the head of the page says of the evaluation."""
+def overview(config: Config, result: dict, step: int) -> list[tuple[str, str]]:
+    """What the head of the page says of the evaluation; empty values are left out."""
     data, model, clip = config.data, config.model, config.clip
-    shown = lambda prompt: (
-        prompt
-        if isinstance(prompt, str)
-        else prompt[0] + f" and {len(prompt) - 1} more" * (len(prompt) > 1)
-    )
-    found = {
+    commit, dash, dirty = git_commit().partition("-")
+    training = f"{step:,} steps of {config.train.batch_size} images"
+    values = {
         "data": f"{data.name}, {data.split} split",
         "images": f"{result['images']:,}",
         "speed": f"{result['images_per_second']:.2f} images/s",
-        "commit": git_commit().replace(git_commit()[12:40], ""),
+        "commit": commit[:12] + dash + dirty,
         "backbone": model.backbone,
-        "trained on": (
-            f"{data.train_on} classes, {step:,} steps of {config.train.batch_size} images"
-        ),
+        "trained on": f"{data.train_on} classes, {training}",
     }
     if model.class_head == "text":
-        found |= {
-            "CLIP": clip.weights,
-            "prompt": shown(clip.prompt),
-            "prompt of the regions": shown(clip.region_prompt),
-        }
-        found["ensemble weight"] = f"{clip.ensemble_weight:g}" if clip.ensemble else "no ensemble"
-    return [(k, v) for k, v in found.items() if v]
+        values["CLIP"] = clip.weights
+        for name, prompt in (
+            ("prompt", clip.prompt),
+            ("prompt of the regions", clip.region_prompt),
+        ):
+            values[name] = prompt if isinstance(prompt, str) else first_of(prompt, 1)
+        weight = f"{clip.ensemble_weight:g}"
+        values["ensemble weight"] = weight if clip.ensemble else "no ensemble"
+    return [(name, value) for name, value in values.items() if value]
 
 
-def paper(result: dict, config: Config) -> dict | None:
-    """The nearest published row, None where there is none."""
-    if not (found := nearest(config)):
-        return None
-    row, differing = found
-    return {
-        "name": row["name"],
-        "config": f"configs/{row['config']}.toml",
-        "differing": differing,
-        "values": {k: v for k, v in row.items() if k in result},
-    }
-
-
-def gains(matrix: np.ndarray) -> np.ndarray:
-    """By how many points mIoU (`summarize`'s) would rise if the pixels of class i taken for j were
-    right: [C, C].
+def miou_gain(matrix: np.ndarray) -> np.ndarray:
+    """By how many points mIoU would rise if the pixels of class i that are taken for j were right:
+    [C, C].
     """
-    matrix = matrix.astype(np.float64)
-    hit, truth, found = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-    union, there = truth + found - hit, truth > 0
-    iou = hit / np.maximum(union, 1)
-    more = matrix / np.maximum(union, 1)[:, None]  # of i: the union stays
-    # Of j, the union shrinks,
-    more += np.where(there, hit / np.maximum(union - matrix, 1) - iou, 0)
-    # or j counts no more, as it is neither in the truth nor predicted.
-    gone = ~there & (found == matrix) & (matrix > 0)
-    total, counted = iou[there].sum(), (union > 0).sum()
-    gain = 100 * ((total + more) / np.maximum(counted - gone, 1) - total / max(counted, 1))
-    np.fill_diagonal(gain, 0)
+    hits, gt, predicted = marginals(matrix)
+    before = mean_iou(hits, gt, predicted)
+    gain = np.zeros(matrix.shape)
+    one_hot = np.eye(len(matrix), dtype=matrix.dtype)
+    errors = matrix - np.diag(hits)
+    for i, j in np.argwhere(errors):
+        added, removed = errors[i, j] * one_hot[[i, j]]
+        gain[i, j] = mean_iou(hits + added, gt, predicted + added - removed) - before
     return gain
 
 
 def confusions(matrix: np.ndarray) -> list[tuple]:
-    """The TOP confusions that cost most: (class, taken for, pixels, their share of the class in
+    """The confusions that cost most: (class, taken for, pixels, their share of the class in
     percent, points of mIoU).
     """
-    gain, share = gains(matrix), 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    pairs = [divmod(int(k), len(matrix)) for k in np.argsort(-gain, axis=None, kind="stable")[:TOP]]
+    gain = miou_gain(matrix)
+    worst = np.argsort(-gain, axis=None, kind="stable")[:MAX_CONFUSIONS].tolist()
+    pairs = [divmod(k, len(matrix)) for k in worst]
     return [
-        (i, j, *(float(table[i, j]) for table in (matrix, share, gain)))
+        (i, j, int(matrix[i, j]), float(100 * matrix[i, j] / matrix[i].sum()), float(gain[i, j]))
         for i, j in pairs
         if gain[i, j] > 0
     ]
 
 
-def read_budget(file: Path, checkpoint: Path, result: dict) -> dict | None:
-    """The error budget that `eval.py --budget` wrote, with titles of its rows; None unless it
-    belongs to these metrics.
+def read_analysis(file: Path, checkpoint: Path, result: dict) -> dict | None:
+    """What `eval.py --budget` wrote, with titles of its rows; None unless it belongs to these
+    metrics.
     """
     try:
         if file.stat().st_mtime < checkpoint.stat().st_mtime:
             return None
-        found = json.loads(file.read_text("utf-8"))
-        same = [part["per_class"].keys() for part in (found["as_is"], result)]
-        if same[0] != same[1] or abs((found["as_is"]["mIoU"] or 0) - (result["mIoU"] or 0)) > 0.1:
+        analysis = json.loads(file.read_text("utf-8"))
+        base = analysis["as_is"]
+        if base["per_class"].keys() != result["per_class"].keys():
             return None
-    except (OSError, ValueError, LookupError, TypeError):
+        if abs((base["mIoU"] or 0) - (result["mIoU"] or 0)) > 0.1:
+            return None
+        parts = [(title, analysis[row]) for row, title in ROWS.items()]
+        return analysis | metric_rows(split_keys(result), parts)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    keys = [k for k in ("mIoU_seen", "mIoU_unseen", "hIoU", "mIoU") if k in result]
-    return found | {
-        "keys": keys,
-        "rows": [[title, {k: found[row][k] for k in keys}] for row, title in ROWS.items()],
-    }
 
 
 def curves(file: Path) -> list[dict]:
-    """The charts of what a run logged; a line has at most POINTS (step, value). What is broken or
-    not finite is left out.
+    """The charts of what a run logged; a line has at most MAX_POINTS (step, value). What is broken,
+    NaN or infinite is left out.
     """
     series: dict[str, list[tuple[float, float]]] = {}
     for line in read_lines(file):
@@ -276,19 +258,17 @@ def curves(file: Path) -> list[dict]:
                 series.setdefault(key, []).append((line["step"], value))
     charts = []
     for title, log, names in CHARTS:
-        lines = {name: series[key] for key, name in names.items() if len(series.get(key, ())) > 1}
+        lines = [
+            [name, downsample(series[key])]
+            for key, name in names.items()
+            if len(series.get(key, ())) > 1
+        ]
         if lines:
-            charts.append(
-                {
-                    "title": title,
-                    "log": log,
-                    "lines": [[name, thinned(points)] for name, points in lines.items()],
-                }
-            )
+            charts.append({"title": title, "log": log, "lines": lines})
     return charts
 
 
-def thinned(points: list[tuple[float, float]]) -> list[list[float]]:
-    """Means of neighbours, so that at most POINTS are left."""
-    parts = np.array_split(np.array(points), min(POINTS, len(points)))
+def downsample(points: list[tuple[float, float]]) -> list[list[float]]:
+    """Means of neighbours, so that at most MAX_POINTS are left."""
+    parts = np.array_split(np.array(points), min(MAX_POINTS, len(points)))
     return [[float(f"{v:.6g}") for v in part.mean(0)] for part in parts]

@@ -4,14 +4,14 @@ map.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import semantic_map
 from kernels.jit import use_triton
-from kernels.semantic_map import semantic_map
 from zsseg import checkpoint
 from zsseg.clip import build_clip, cosine_logits
 from zsseg.config import Config
@@ -21,8 +21,10 @@ from zsseg.prompts import LearnedPrompt, build_prompt, text_features
 from zsseg.regions import (
     CLASSIFIERS,
     STRIDE,
+    dense_features,
     dense_logits,
     expand_boxes,
+    mask_pool,
     mask_probabilities,
     region_masks,
 )
@@ -34,8 +36,8 @@ MAX_SCORE_BYTES = 2**28  # of score maps that a label map computes at once
 
 @dataclass
 class Proposals:
-    """The masks of one image and what both classifiers say of each; other ensembles and label maps
-    follow from it without another pass.
+    """The masks of one image, what both classifiers see in each, and what they make of it; other
+    classes, ensembles and label maps follow without another pass of the networks.
     """
 
     mask_logits: Tensor  # [Q, h, w] fp32, at stride 4 of the padded network input
@@ -44,16 +46,24 @@ class Proposals:
     # [Q, C] class probabilities of CLIP, 1 where a mask is empty; None without the ensemble
     clip_probs: Tensor | None
     valid: Tensor  # [Q] bool: the mask has a pixel above the threshold
+    # What does not depend on the words, see `Segmenter.classify`
+    class_features: Tensor | None = None  # [Q, D] of the proposer
+    region_features: Tensor | None = None  # [P, D] of CLIP, fp32, for the P valid masks
+
+    def to(self, device: torch.device) -> "Proposals":
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
 
 class Segmenter(nn.Module):
     """A mask proposer and a frozen CLIP over a vocabulary that `set_classes` fixes and may change
     at any time.
 
-    proposer: any f(image, text_features) -> (mask_logits [Q, h, w] fp32 at stride 4 of the image
-    padded to multiples of 32, class_probs [Q, C]), image RGB [3, H, W] in 0..255 and text_features
-    [C, D]; by default `MaskFormer.propose`, or `PerPixel.propose` for `model.proposals = false`.
-    One that names no classes gives ones, for `clip.ensemble_weight = 0`.
+    proposer: any f(image) -> (mask_logits [Q, h, w] fp32 at stride 4 of the image padded to
+    multiples of 32, class_features [Q, D] in CLIP's space or None), image RGB [3, H, W] in 0..255;
+    by default `MaskFormer.propose`. Without class features CLIP names the masks
+    (`clip.ensemble_weight = 0`). The words come later: neither the masks nor CLIP's features of the
+    regions depend on them.
 
     Fully supervised (`model.class_head = "linear"`) there is no CLIP, and the classes are those of
     the data set.
@@ -63,7 +73,7 @@ class Segmenter(nn.Module):
         self,
         config: Config,
         clip_state: checkpoint.State | None,
-        proposer: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+        proposer: Callable[[Tensor], tuple[Tensor, Tensor | None]] | None = None,
     ):
         super().__init__()
         self.config = config.clip
@@ -145,8 +155,7 @@ class Segmenter(nn.Module):
         of 32 and no further.
         """
         if self.maskformer is not None:
-            self.maskformer.compiled = True
-            self.maskformer.compile(fullgraph=True)
+            self.maskformer.compile_inference()
         self.compile_tower()
 
     def compile_tower(self) -> None:
@@ -160,40 +169,84 @@ class Segmenter(nn.Module):
     @torch.inference_mode()
     def propose(self, image: Tensor) -> Proposals:
         """image: RGB uint8 or float in 0..255 [3, H, W] at network-input size."""
-        input_size = tuple(image.shape[-2:])
         # A CPU computes it in fp32: it is little of the work there, and its masks are decided at a
         # threshold.
         with torch.autocast("cpu", enabled=False):
-            mask_logits, class_probs = self.proposer(image, self.text_features)
-        ensemble = self.config.ensemble and self.clip is not None
-        if not self.two_stage:
-            if ensemble:
-                mask_logits = self.ensemble_per_pixel(image, mask_logits)
-            valid = torch.ones(len(mask_logits), dtype=torch.bool, device=mask_logits.device)
-            return Proposals(mask_logits, input_size, class_probs, None, valid)
+            if not self.two_stage:
+                return self.propose_per_pixel(image)
+            mask_logits, class_features = self.proposer(image)
 
-        masks, boxes, valid = region_masks(mask_logits, input_size, self.config.mask_threshold)
-        proposals = Proposals(mask_logits, input_size, class_probs, None, valid)
-        if ensemble:
-            boxes = expand_boxes(boxes, self.config.expand_ratio, input_size)
-            logits = self.region_logits(image, masks, boxes, valid.nonzero()[:, 0])
-            proposals.clip_probs = torch.ones_like(class_probs)
-            proposals.clip_probs[valid] = logits.softmax(-1)
-        return proposals
+        size = tuple(image.shape[-2:])
+        threshold = self.config.mask_threshold
+        ensemble = self.config.ensemble and self.clip is not None
+        region_features = None
+        if ensemble and self.config.regions == "pool":  # straight from the mask logits
+            dense = dense_features(self.clip, image, self.config.dense_edge)
+            features, valid = mask_pool(dense, mask_logits, size, threshold)
+            region_features = features[valid]
+        else:
+            masks, boxes, valid = region_masks(mask_logits, size, threshold)
+        if ensemble and region_features is None:
+            boxes = expand_boxes(boxes, self.config.expand_ratio, size)
+            region_features = self.encode_regions(image, masks, boxes, valid.nonzero()[:, 0])
+        empty = mask_logits.new_zeros(len(mask_logits), 0)
+        return self.classify(
+            Proposals(mask_logits, size, empty, None, valid, class_features, region_features)
+        )
 
     @torch.inference_mode()
-    def region_logits(
+    def classify(self, proposals: Proposals) -> Proposals:
+        """The same masks with the probabilities of the present classes: one product with the text
+        features each.
+        """
+        features = proposals.class_features
+        if features is None:
+            class_probs = self.seen.new_ones(len(proposals.valid), len(self.names)).float()
+        elif self.maskformer is None:
+            class_probs = cosine_logits(features, self.text_features).softmax(-1)
+        else:
+            logits = self.maskformer.classify(features, self.text_features)
+            class_probs = logits.softmax(-1)[:, :-1]  # without no-object
+
+        clip_probs = None
+        if proposals.region_features is not None:
+            logits = cosine_logits(proposals.region_features, self.region_text_features)
+            clip_probs = torch.ones_like(class_probs)
+            clip_probs[proposals.valid] = logits.softmax(-1)
+        return replace(proposals, class_probs=class_probs, clip_probs=clip_probs)
+
+    def propose_per_pixel(self, image: Tensor) -> Proposals:
+        """The one-stage baseline, one proposal a class: the mask of class c is its probability p at
+        every pixel, whose logit here is log p, so that its sigmoid p / (1 + p) grows with p and
+        never saturates.
+        """
+        scores = self.maskformer.propose(image, self.text_features).log_softmax(0)  # [C, h, w]
+        if self.config.ensemble:
+            scores = self.ensemble_per_pixel(image, scores)
+        C = len(scores)
+        valid = torch.ones(C, dtype=torch.bool, device=scores.device)
+        size = tuple(image.shape[-2:])
+        return Proposals(scores, size, torch.eye(C, device=scores.device), None, valid)
+
+    @torch.inference_mode()
+    def encode_regions(
         self, image: Tensor, masks: Tensor, boxes: Tensor, index: Tensor | None = None
     ) -> Tensor:
-        """CLIP's class logits, fp32 [P, C], of the regions masks [Q, H, W] with boxes [Q, 4] that
+        """CLIP's features, fp32 [P, D], of the regions masks [Q, H, W] with boxes [Q, 4] that
         `index` [P] chooses (all).
         """
         if index is None:
             index = torch.arange(len(masks), device=masks.device)
         if not len(index):
-            return self.region_text_features.new_zeros(0, len(self.names))
+            return self.region_text_features.new_zeros(0, self.clip.embed_dim)
         classifier = CLASSIFIERS[self.config.regions]
-        features = classifier(self.clip, image, masks, boxes, index, self.config)
+        return classifier(self.clip, image, masks, boxes, index, self.config)
+
+    def region_logits(
+        self, image: Tensor, masks: Tensor, boxes: Tensor, index: Tensor | None = None
+    ) -> Tensor:
+        """CLIP's class logits, fp32 [P, C], of the same regions."""
+        features = self.encode_regions(image, masks, boxes, index)
         return cosine_logits(features, self.region_text_features)
 
     def ensemble_per_pixel(self, image: Tensor, scores: Tensor) -> Tensor:
@@ -263,8 +316,9 @@ class Segmenter(nn.Module):
         `size` (height, width), int64, and that score.
         """
         logits, input_size = proposals.mask_logits, proposals.input_size
-        if use_triton(scores):
-            return semantic_map(logits, scores.float(), list(input_size), list(size), False)[:2]
+        if use_triton(scores) and semantic_map.is_supported(logits):
+            sizes = list(input_size), list(size)
+            return semantic_map.semantic_map(logits, scores.float(), *sizes, False)[:2]
         return best_class(logits, scores.float(), input_size, size)
 
     @torch.inference_mode()
@@ -273,8 +327,9 @@ class Segmenter(nn.Module):
         [C, *size].
         """
         logits, input_size = proposals.mask_logits, proposals.input_size
-        if use_triton(scores):
-            return semantic_map(logits, scores.float(), list(input_size), list(size), True)[2]
+        if use_triton(scores) and semantic_map.is_supported(logits):
+            sizes = list(input_size), list(size)
+            return semantic_map.semantic_map(logits, scores.float(), *sizes, True)[2]
         return class_scores(mask_probabilities(logits, input_size), scores.float(), size)
 
     def forward(self, image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -16,21 +16,19 @@ from zsseg.datasets import DATASETS
 from zsseg.files import MARK, PNG_MARK, result
 from zsseg.utils import mix_seed, progress
 
-COLOURS, SHAPES = (
-    ("red", "green", "blue", "yellow", "purple"),
-    ("disc", "square", "triangle", "cross"),
-)
-THINGS, WALLS = DATASETS["shapes"].names[:20], DATASETS["shapes"].names[20:]
-SIDE = 64
-# Images; a split's seed is its position here.
-SPLITS = {"clip": 1200, "train": 1200, "val": 200, "test": 300}
-RGB = dict(
-    zip(
-        COLOURS,
-        [(205, 50, 45), (60, 165, 70), (50, 85, 205), (225, 200, 50), (140, 60, 165)],
-        strict=True,
-    )
-)
+RGB = {
+    "red": (205, 50, 45),
+    "green": (60, 165, 70),
+    "blue": (50, 85, 205),
+    "yellow": (225, 200, 50),
+    "purple": (140, 60, 165),
+}
+SHAPES = ("disc", "square", "triangle", "cross")
+NAMES = DATASETS["shapes"].names
+THINGS = NAMES[:20]  # every colour with every shape
+WALLS = NAMES[20:]
+SIDE = 64  # pixels
+SPLITS = {"clip": 1200, "train": 1200, "val": 200, "test": 300}  # images; the order gives the seeds
 CAPTIONS = (
     "a photo of a {}.",
     "an image of a {}.",
@@ -38,11 +36,11 @@ CAPTIONS = (
     "there is a {} here.",
     "a {}.",
 )
-VISIBLE = 0.5  # a thing of which less than this share is visible is drawn again
+MIN_VISIBLE = 0.5  # an image with a thing of which a smaller share is visible is drawn again
 
 
-def outline(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which points of the unit frame lie inside a shape; all four have about the same area."""
+def shape_mask(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Which points of the unit frame belong to a shape; all four have about the same area."""
     if shape == "disc":
         return x**2 + y**2 < 0.8
     if shape == "square":
@@ -52,24 +50,21 @@ def outline(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (np.minimum(abs(x), abs(y)) < 0.3) & (np.maximum(abs(x), abs(y)) < 1)
 
 
-def wall(kind: str, rng: np.random.Generator) -> np.ndarray:
-    """A greyish texture [64, 64, 3]."""
+def draw_wall(name: str, rng: np.random.Generator) -> np.ndarray:
+    """A greyish texture, float64 [64, 64, 3]."""
     y, x = np.mgrid[:SIDE, :SIDE] + rng.uniform(0, 10, 2)[:, None, None]
     period = rng.uniform(5, 8)
-    if kind == "striped wall":
+    if name == "striped wall":
         pattern = np.sin(2 * np.pi * y / period) > 0
-    elif kind == "checked wall":
+    elif name == "checked wall":
         pattern = np.sin(np.pi * x / period) * np.sin(np.pi * y / period) > 0
-    elif kind == "dotted wall":
-        pattern = (x % period - period / 2) ** 2 + (y % period - period / 2) ** 2 < (
-            0.32 * period
-        ) ** 2
+    elif name == "dotted wall":
+        dx, dy = (v % period - period / 2 for v in (x, y))
+        pattern = dx**2 + dy**2 < (0.32 * period) ** 2
     else:
         pattern = rng.random((SIDE // 2, SIDE // 2)).repeat(2, 0).repeat(2, 1) < 0.3
-    dark, light = (
-        rng.uniform(70, 110) + rng.uniform(-15, 15, 3),
-        rng.uniform(140, 180) + rng.uniform(-15, 15, 3),
-    )
+    dark = rng.uniform(70, 110) + rng.uniform(-15, 15, 3)
+    light = rng.uniform(140, 180) + rng.uniform(-15, 15, 3)
     return np.where(pattern[..., None], dark, light)
 
 
@@ -78,36 +73,33 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]
     rng = np.random.default_rng(mix_seed(list(SPLITS).index(split), index))
     y, x = np.mgrid[:SIDE, :SIDE]
     while True:
-        kind = int(rng.integers(len(WALLS)))
-        image, labels = (
-            wall(WALLS[kind], rng),
-            np.full((SIDE, SIDE), len(THINGS) + kind, np.uint8),
-        )
-        things = rng.choice(len(THINGS), int(rng.integers(2, 5)), replace=False)
+        wall = int(rng.integers(len(WALLS)))
+        image = draw_wall(WALLS[wall], rng)
+        labels = np.full((SIDE, SIDE), len(THINGS) + wall, np.uint8)
+        things = rng.choice(len(THINGS), int(rng.integers(2, 5)), replace=False).tolist()
         area = {}
         for thing in things:
-            colour, shape = divmod(int(thing), len(SHAPES))
-            angle, scale = rng.uniform(-0.25, 0.25), rng.uniform(9, 15)
+            colour, shape = THINGS[thing].split()
+            angle = rng.uniform(-0.25, 0.25)
+            scale = rng.uniform(9, 15)
             cx, cy = rng.uniform(10, SIDE - 10, 2)
             u = ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)) / scale
             v = ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / scale
-            inside = outline(SHAPES[shape], u, v)
-            labels[inside], area[thing] = thing, inside.sum()
-            shade = 1 + 0.15 * u[inside, None] * rng.uniform(-1, 1)
-            image[inside] = (np.array(RGB[COLOURS[colour]]) + rng.uniform(-20, 20, 3)) * shade
-        if all((labels == thing).sum() >= VISIBLE * area[thing] for thing in things):
+            mask = shape_mask(shape, u, v)
+            labels[mask] = thing
+            area[thing] = mask.sum()
+            shade = 1 + 0.15 * u[mask, None] * rng.uniform(-1, 1)
+            image[mask] = (np.array(RGB[colour]) + rng.uniform(-20, 20, 3)) * shade
+        if all((labels == thing).sum() >= MIN_VISIBLE * area[thing] for thing in things):
             break
     image = np.clip(image + rng.normal(0, 5, image.shape), 0, 255).astype(np.uint8)
-    names = [*THINGS, *WALLS]
-    captions = {
-        int(k): CAPTIONS[rng.integers(len(CAPTIONS))].format(names[k]) for k in np.unique(labels)
-    }
+    captions = {k: str(rng.choice(CAPTIONS)).format(NAMES[k]) for k in np.unique(labels).tolist()}
     return image, labels, captions
 
 
 def generate(folder: Path) -> None:
-    """Write `images/`, `labels/` and `captions.json`; what is complete is left alone."""
-    if (folder / "captions.json").exists():  # written last
+    """Write `images/`, `labels/` and, last, `captions.json`, unless all are there."""
+    if (folder / "captions.json").exists():
         return
     captions = {}
     for split, count in SPLITS.items():

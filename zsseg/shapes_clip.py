@@ -27,31 +27,33 @@ class Contrast:
     def __init__(
         self, config: Config, root: Path, out: Path, process: Process, saved: dict | None = None
     ):
-        self.config, self.process = config, process
+        self.config = config
+        self.process = process
         self.model = build_small_clip(config.contrast).to(process.device)
-        self.samples, self.collate, self.batch_size = (
-            RegionsWithCaptions(config, root),
-            list,
-            config.contrast.groups,
-        )
+        self.samples = RegionsWithCaptions(config, root)
+        self.collate = list
+        self.batch_size = config.contrast.groups
 
     def compile(self) -> None:
         self.model.compile(fullgraph=True)
 
     def loss(self, model: nn.Module, batch: list) -> tuple[Tensor, dict[str, Tensor]]:
-        crops, captions = zip(*batch, strict=True)
-        G, N = len(crops), len(crops[0])
-        tokens = self.model.tokenizer([text for group in captions for text in group]).to(
-            self.process.device
+        """G groups of N pairs: (crops [N, 3, R, R], N captions)."""
+        device = self.process.device
+        crops = torch.stack([crops for crops, _ in batch]).to(device)  # [G, N, 3, R, R]
+        G, N = crops.shape[:2]
+        tokens = self.model.tokenizer([text for _, captions in batch for text in captions]).to(
+            device
         )
         with self.process.autocast(self.config.model.bf16, training=True):
-            image, text = model(torch.cat(crops).to(self.process.device), tokens)  # [G*N, D] each
-        image, text = image.float().view(G, N, -1), text.float().view(G, N, -1)
-        loss = contrastive_loss(image, text, self.model.logit_scale)
-        right = (image @ F.normalize(text, dim=-1).mT).argmax(-1) == torch.arange(
-            N, device=image.device
+            image, text = model(crops.flatten(0, 1), tokens)  # [G*N, D] each
+        image = image.float().view(G, N, -1)
+        text = text.float().view(G, N, -1)
+        correct = (image @ F.normalize(text, dim=-1).mT).argmax(-1) == torch.arange(
+            N, device=device
         )
-        return loss, {"accuracy": 100 * right.float().mean()}
+        loss = contrastive_loss(image, text, self.model.logit_scale)
+        return loss, {"accuracy": 100 * correct.float().mean()}
 
     def state(self) -> dict:
         return self.model.state_dict()
@@ -60,28 +62,20 @@ class Contrast:
         checkpoint.load_strict(self.model, state, what, "use the configuration of its run")
 
     def evaluate(self, split: str, out: Path | None, on_image: Callable) -> None:
-        """Nothing: the segmenter's evaluation tells how CLIP does on true masks."""
+        """Nothing: the segmenter's evaluation measures CLIP on ground-truth masks."""
 
 
 def build_small_clip(config: ContrastConfig) -> CLIP:
     """A CLIP with a convolutional stem (plain patches learn too slowly) and the 514 byte tokens."""
-    patch = 2 ** (len(config.stem) + 1)
-    sizes = (
+    visual = VisionTransformer(
         config.resolution,
-        patch,
+        2 ** (len(config.stem) + 1),  # the patch size
         config.vision_width,
         config.vision_layers,
         config.embed,
         config.stem,
     )
-    return CLIP(
-        VisionTransformer(*sizes),
-        config.embed,
-        config.context,
-        514,
-        config.text_width,
-        config.text_layers,
-    )
+    return CLIP(visual, config.embed, config.context, 514, config.text_width, config.text_layers)
 
 
 class RegionsWithCaptions(Dataset):
@@ -93,46 +87,50 @@ class RegionsWithCaptions(Dataset):
     """
 
     def __init__(self, config: Config, root: Path):
-        self.seed, self.resolution = config.train.seed, config.contrast.resolution
+        self.seed = config.train.seed
+        self.resolution = config.contrast.resolution
         self.masked_share = config.contrast.masked_share
         data = dataset(config.data)
-        pairs = find_pairs(config.data, root, "clip")
-        self.images = [to_tensor(read_image(image)) for image, _ in pairs]
-        sizes = [(image.shape[2], image.shape[1]) for image in self.images]
-        self.labels = [
-            torch.from_numpy(read_labels(p[1], data.lut(), s))
-            for p, s in zip(pairs, sizes, strict=True)
-        ]
         captions = json.loads((data.folder(root) / "captions.json").read_text("utf-8"))
-        self.captions = [{int(k): v for k, v in captions[label.stem].items()} for _, label in pairs]
-        self.where = [
-            [i for i, c in enumerate(self.captions) if k in c] for k in range(len(data.names))
+        self.images = []
+        self.labels = []
+        self.captions = []  # {class: caption} of each image
+        for image_file, label_file in find_pairs(config.data, root, "clip"):
+            image = to_tensor(read_image(image_file))
+            size = (image.shape[2], image.shape[1])
+            self.images.append(image)
+            self.labels.append(torch.from_numpy(read_labels(label_file, data.lut(), size)))
+            self.captions.append({int(k): v for k, v in captions[label_file.stem].items()})
+        self.images_of_class = [
+            [i for i, texts in enumerate(self.captions) if c in texts]
+            for c in range(len(data.names))
         ]
 
     def __getitem__(self, n: int) -> tuple[Tensor, list[str]]:
         rng = np.random.default_rng(mix_seed(self.seed, 3, n))
-        crops, texts = [], []
-        for k, where in enumerate(self.where):
-            i = int(rng.choice(where))
-            mask = rough_mask(self.labels[i] == k, rng)[None]
+        crops = []
+        texts = []
+        for c, images in enumerate(self.images_of_class):
+            i = int(rng.choice(images))
+            mask = perturb_mask(self.labels[i] == c, rng)[None]
             boxes, _ = mask_boxes(mask, float(rng.uniform(0.9, 1.3)))
-            seen = mask if rng.random() < self.masked_share else torch.ones_like(mask)
-            crop = region_crops(self.images[i], seen, boxes, self.resolution)
+            if rng.random() >= self.masked_share:
+                mask = torch.ones_like(mask)
+            crop = region_crops(self.images[i], mask, boxes, self.resolution)
             crops.append(crop.flip(-1) if rng.random() < 0.5 else crop)
-            texts.append(self.captions[i][k])
+            texts.append(self.captions[i][c])
         return torch.cat(crops), texts
 
     def source(self, n: int) -> str:
         return f"sample {n}"  # a region of many images each
 
 
-def rough_mask(mask: Tensor, rng: np.random.Generator) -> Tensor:
-    """A mask [H, W] as a segmenter might propose it: blurred, cut at a random level, never
+def perturb_mask(mask: Tensor, rng: np.random.Generator) -> Tensor:
+    """A mask [H, W] as a segmenter might propose it: blurred, with a random threshold, never
     empty.
     """
-    height, width = mask.shape
     coarse = F.avg_pool2d(mask[None, None].float(), int(rng.choice([1, 2, 4])))
-    smooth = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)[0, 0]
+    smooth = F.interpolate(coarse, mask.shape, mode="bilinear", align_corners=False)[0, 0]
     return smooth > min(float(rng.uniform(0.15, 0.75)), 0.9 * float(smooth.max()))
 
 
@@ -142,5 +140,5 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """
     # [G, N, N]
     logits = scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).mT
-    truth = torch.arange(logits.shape[-1], device=logits.device).expand(len(logits), -1)
-    return (F.cross_entropy(logits.mT, truth) + F.cross_entropy(logits, truth)) / 2
+    target = torch.arange(logits.shape[-1], device=logits.device).expand(len(logits), -1)
+    return (F.cross_entropy(logits.mT, target) + F.cross_entropy(logits, target)) / 2

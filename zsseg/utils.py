@@ -1,6 +1,5 @@
 """What every part shares: user errors, paths, messages, stateless seeds, progress."""
 
-import contextlib
 import difflib
 import functools
 import os
@@ -18,11 +17,11 @@ import torch
 from tqdm import tqdm
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # that ask a run to stop
-MAX_NAMES_COMPARED = 5000  # names that one is compared with, at most: it takes a while
+MAX_NAMES_COMPARED = 5000  # of a folder, since it takes a while
 
 
 class UserError(Exception):
-    """Something the user can put right, as (what, why, what to do): one line, exit code 2, no
+    """An error that the user can correct, as (what, why, what to do): one line, exit code 2, no
     traceback.
     """
 
@@ -32,34 +31,33 @@ class UserError(Exception):
 
 
 def did_you_mean(word: str, names: Iterable[str], else_: str) -> str:
-    """What to do about a name that is none: take the nearest of those there are, or `else_` where
-    none is near.
+    """What to do about an unknown name: take the nearest of `names`, or `else_` where none is
+    near.
     """
     near = difflib.get_close_matches(word, names, 1, 0.65)
     return f"did you mean {near[0]}?" if near else else_
 
 
 def did_you_mean_file(path: str | Path, else_: str) -> str:
-    """The same for a file that is not there, among the files beside where it would be."""
-    path, beside = Path(path), []
-    with contextlib.suppress(OSError):
-        beside = [name for name in os.listdir(path.parent) if name != path.name]
-    near = difflib.get_close_matches(path.name, beside[:MAX_NAMES_COMPARED], 1, 0.65)
-    return f"did you mean {path.with_name(near[0])}?" if near else else_
+    """The same for a missing file, among the files of its folder."""
+    path = Path(path)
+    try:
+        names = [str(path.with_name(name)) for name in os.listdir(path.parent)]
+    except OSError:
+        return else_
+    return did_you_mean(str(path), names[:MAX_NAMES_COMPARED], else_)
 
 
 def path_of(text: str | Path) -> Path:
-    """A path as a shell would read it: `~` is the home folder, also where the shell has not seen to
-    that (--out=~/x).
-    """
+    """A path as a shell would read it: `~` is the home folder, also in --out=~/x."""
+    path = Path(text)
     try:
-        return Path(text).expanduser()
+        return path.expanduser()
     except RuntimeError:
-        if Path(text).parts[0] == "~":
-            raise UserError(
-                f"path {text}", "this user has no home folder", "give the whole path"
-            ) from None
-        return Path(text)  # the name begins with ~, and there is no such user
+        if path.parts[0] == "~":
+            why = "this user has no home folder"
+            raise UserError(f"path {text}", why, "give the absolute path") from None
+        return path  # the name begins with ~, and there is no such user
 
 
 def cache_dir() -> Path:
@@ -87,8 +85,8 @@ LEFT_OUT: list[str] = []
 
 
 def left_out(what: str) -> None:
-    """Have the command say at its end that this was left out: whoever drops data says how much of
-    what.
+    """Have the command print at its end that this was left out: whoever drops data reports how much
+    of what.
     """
     if os.environ.get("RANK", "0") == "0" and what not in LEFT_OUT:
         LEFT_OUT.append(what)
@@ -109,6 +107,19 @@ def first_of(names: list[str], most: int) -> str:
     """At most so many names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def format_table(heads: Iterable, rows: Iterable[Iterable]) -> str:
+    """Lines of a table: the first column aligned to the left, the others to the right."""
+    lines = [[str(cell) for cell in row] for row in (heads, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        first.ljust(widths[0])
+        + "".join(
+            f"{cell:>{max(width + 2, 9)}}" for cell, width in zip(cells, widths[1:], strict=True)
+        )
+        for first, *cells in lines
+    )
 
 
 def several(count: int, one: str, many: str = "") -> str:
@@ -134,54 +145,42 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 @functools.cache
 def git_commit() -> str:
-    """The version of this program as git tells it, with "-dirty" where files were changed; "" where
-    there is no git.
-    """
-    command = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    """The program's git commit, with "-dirty" where files were changed; "" without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    folder = Path(__file__).parent
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        return subprocess.check_output(
+            command, cwd=folder, stderr=subprocess.DEVNULL, text=True, timeout=10
+        ).strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
 def progress(items: Iterable, name: str, total: int, show: bool = True) -> Iterator:
-    """The items, with a progress bar on a terminal; elsewhere with a line every tenth of the way,
-    or every minute.
+    """The items, with a progress bar on a terminal; elsewhere with a line after every tenth of
+    them, or every minute.
     """
     if sys.stderr.isatty() or not show:
         yield from tqdm(items, name, total, disable=not show)
         return
-    started = said = time.perf_counter()
+    started = time.perf_counter()
+    printed = started
     for i, item in enumerate(items, 1):
         yield item
-        now, tenth = time.perf_counter(), 10 * i // total > 10 * (i - 1) // total
-        if i == total or now - said > (2 if tenth else 60):
-            each, said = (now - started) / i, now
-            print(
-                f"{name} {i}/{total}, {1 / each:.1f}/s, {format_time((total - i) * each)} left",
-                flush=True,
-            )
+        now = time.perf_counter()
+        is_tenth = 10 * i // total > 10 * (i - 1) // total
+        if i == total or now - printed > (2 if is_tenth else 60):
+            printed = now
+            each = (now - started) / i
+            left = format_time((total - i) * each)
+            print(f"{name} {i}/{total}, {1 / each:.1f}/s, {left} left", flush=True)
 
 
 def format_time(seconds: float) -> str:
     """As 0:22, 3:12 or 1:02:03."""
     minutes, seconds = divmod(round(seconds), 60)
-    return (
-        f"{minutes}:{seconds:02}"
-        if minutes < 60
-        else f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-    )
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def parallel(function: Callable, items: Iterable, workers: int, name: str) -> Iterator:
@@ -189,10 +188,10 @@ def parallel(function: Callable, items: Iterable, workers: int, name: str) -> It
     interpreter), with progress.
     """
     items = list(items)
+    parts = (items[i : i + 256] for i in range(0, len(items), 256))  # there may be a million
     with ThreadPoolExecutor(max(workers, 1)) as pool:
+        results = (result for part in parts for result in pool.map(function, part))
         try:
-            yield from progress(
-                pool.map(function, items), name, len(items), os.environ.get("RANK", "0") == "0"
-            )
+            yield from progress(results, name, len(items), os.environ.get("RANK", "0") == "0")
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

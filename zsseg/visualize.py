@@ -1,5 +1,6 @@
 """Label maps as images."""
 
+import colorsys
 from pathlib import Path
 
 import numpy as np
@@ -11,29 +12,28 @@ from zsseg.files import PNG_MARK, result
 
 def palette(count: int) -> np.ndarray:
     """`count` distinct colours and, last, black for ignored pixels: uint8 [count + 1, 3]."""
-    hue = (np.arange(count) * 0.618034) % 1  # golden-ratio steps keep neighbours apart
-    value = 0.95 - 0.35 * ((np.arange(count) // 7) % 3) / 2
-    phase = (hue[:, None] * 6 + np.array([5, 3, 1])) % 6
-    rgb = value[:, None] * (1 - 0.75 * np.clip(np.minimum(phase, 4 - phase), 0, 1))
-    return np.concatenate([(255 * rgb).astype(np.uint8), np.zeros((1, 3), np.uint8)])
+    colours = [
+        # Golden-ratio steps of the hue keep neighbours apart.
+        colorsys.hsv_to_rgb(0.618034 * i % 1, 0.75, 0.95 - 0.175 * (i // 7 % 3))
+        for i in range(count)
+    ]
+    return (255 * np.array([*colours, (0, 0, 0)])).astype(np.uint8)
 
 
-def column(
+def comparison_strip(
     image: Tensor, labels: Tensor, predicted: Tensor, classes: int, height: int = 160
 ) -> np.ndarray:
-    """Image, truth (`classes` where ignored) and prediction below one another, each `height`
-    pixels high.
+    """Image, ground truth (`classes` where ignored) and prediction below one another, each `height`
+    pixels high: uint8 [3 * height, width, 3].
+
+    image: uint8 [3, H, W]. labels, predicted: class ids [h, w].
     """
-    colours, width = (
-        palette(classes),
-        min(max(round(height * image.shape[2] / image.shape[1]), 1), 4 * height),
-    )
-    small = lambda array: np.array(
-        Image.fromarray(array).resize((width, height), Image.Resampling.NEAREST)
-    )
-    kind = np.uint8 if classes <= 255 else np.int32
-    maps = [colours[small(m.numpy().astype(kind))] for m in (labels, predicted)]
-    return np.concatenate([small(image.permute(1, 2, 0).numpy()), *maps])
+    width = round(height * image.shape[2] / image.shape[1])
+    size = (min(max(width, 1), 4 * height), height)
+    label_maps = (m.numpy().astype(label_type(classes)) for m in (labels, predicted))
+    images = [image.permute(1, 2, 0).numpy(), *(palette(classes)[m] for m in label_maps)]
+    nearest = Image.Resampling.NEAREST
+    return np.concatenate([np.array(Image.fromarray(i).resize(size, nearest)) for i in images])
 
 
 def label_type(classes: int) -> type:
@@ -42,16 +42,14 @@ def label_type(classes: int) -> type:
 
 
 def save_label_map(
-    predicted: Tensor | np.ndarray, path: Path, classes: int, colours: np.ndarray | None = None
+    labels: Tensor | np.ndarray, path: Path, classes: int, colours: np.ndarray | None = None
 ) -> None:
     """Class ids as a PNG of 8 bits, 16 above 255 classes; those of 8 bits with a palette where
-    there are `colours`.
+    there are `colours` uint8 [C, 3].
     """
-    image = Image.fromarray(
-        np.asarray(
-            predicted.cpu() if isinstance(predicted, Tensor) else predicted, label_type(classes)
-        )
-    )
+    if isinstance(labels, Tensor):
+        labels = labels.cpu().numpy()
+    image = Image.fromarray(labels.astype(label_type(classes)))
     if colours is not None and image.mode == "L":
         image.putpalette(colours.tobytes())
     with result(path) as temporary:
@@ -66,35 +64,32 @@ def overlay(
 
     `legend`: (class id, text) from the top to as far down as there is room; `colours` uint8 [C, 3].
     """
+    # In grey, since its colours would mix with those of the legend.
+    grey = np.asarray(Image.fromarray(image).convert("L"))[..., None]
+    tinted = (0.5 * grey + 0.5 * colours[labels]).astype(np.uint8)
+    across = labels[:, 1:] != labels[:, :-1]
+    down = labels[1:] != labels[:-1]
+    for part, edge in (
+        (tinted[:, 1:], across),
+        (tinted[:, :-1], across),
+        (tinted[1:], down),
+        (tinted[:-1], down),
+    ):
+        part[edge] = 255
+
     H, W = labels.shape
     size = max(H // 36, 14)
     font = ImageFont.load_default(size)
-    # Or its colours would mix with those of the legend.
-    grey = np.asarray(Image.fromarray(image).convert("L"))[..., None]
-    tinted = (0.5 * grey + 0.5 * colours[labels]).astype(np.uint8)
-    edge, across, down = (
-        np.zeros_like(labels, bool),
-        labels[:, 1:] != labels[:, :-1],
-        labels[1:] != labels[:-1],
-    )
-    for part, different in (
-        (edge[:, 1:], across),
-        (edge[:, :-1], across),
-        (edge[1:], down),
-        (edge[:-1], down),
-    ):
-        part |= different
-    tinted[edge] = 255
-    row = 2 * size
-    rows = max(H // row - 1, 1)
-    if len(legend) > rows:
-        legend = [*legend[: rows - 1], (-1, f"and {len(legend) - rows + 1} more")]
+    line = 2 * size
+    max_lines = max(H // line - 1, 1)
+    if len(legend) > max_lines:
+        legend = [*legend[: max_lines - 1], (-1, f"and {len(legend) - max_lines + 1} more")]
     width = 3 * size + max((int(font.getlength(text)) for _, text in legend), default=0)
-    canvas = Image.new("RGB", (W + width + size, max(H, row * (len(legend) + 1))), "white")
+    canvas = Image.new("RGB", (W + width + size, max(H, line * (len(legend) + 1))), "white")
     canvas.paste(Image.fromarray(tinted))
     draw = ImageDraw.Draw(canvas)
     for i, (category, text) in enumerate(legend):
-        y = size // 2 + row * i
+        y = size // 2 + line * i
         if category >= 0:
             draw.rectangle((W + size, y, W + 2 * size, y + size), tuple(colours[category].tolist()))
         draw.text((W + 3 * size, y + size // 2), text, "black", font, "lm")

@@ -1,13 +1,15 @@
-"""Any words: what to look for in images, with synonyms and background words."""
+"""Vocabularies: what to look for in images, with synonyms and background words."""
 
+import itertools
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from zsseg.config import Config, load_config
 from zsseg.datasets import DataSet, dataset
 from zsseg.files import read_text, split_lines
-from zsseg.tokenizer import clean
+from zsseg.tokenizer import check_names
 from zsseg.utils import UserError, did_you_mean_file, path_of, print_main
 
 OTHER = "other"  # what background words are shown as
@@ -17,7 +19,7 @@ ENDINGS = (
 )
 FILE = re.compile(rf"^(~|\.{{0,2}}/)|\.({ENDINGS})\s*$", re.IGNORECASE)
 # Columns, numbers before names, comments behind them.
-ODD = re.compile(r"\t|;|\s#|^\s*\d+\s*[:=)]|^\s*\d+\s*,\s*\D")
+OTHER_FORMAT = re.compile(r"\t|;|\s#|^\s*\d+\s*[:=)]|^\s*\d+\s*,\s*\D")
 OPENING, CLOSING = "[{(<\"'`“‘„«", "]}>\"'`”’»"
 
 
@@ -34,16 +36,31 @@ class Words:
     @property
     def shown_names(self) -> list[str]:
         """The names of the ids in a label map."""
-        return [*self.names[: self.shown], *([OTHER] if self.shown < len(self.names) else [])]
+        has_background = self.shown < len(self.names)
+        return self.names[: self.shown] + [OTHER] * has_background
 
     def among(self, trained: list[str]) -> list[int]:
         """The ids of the words that are among the names of trained classes, however they are spaced
         and capitalised.
         """
-        plain = lambda name: re.sub(r"[\W_]", "", name.casefold()) or name
-        seen = {*map(plain, trained)}
+        seen = set(map(normalise, trained))
         texts = ([name, *self.synonyms.get(name, [])] for name in self.names)
-        return [i for i, names in enumerate(texts) if seen & {*map(plain, names)}]
+        return [i for i, names in enumerate(texts) if seen & set(map(normalise, names))]
+
+
+def normalise(name: str) -> str:
+    """Letters and digits only, in lower case."""
+    return re.sub(r"[\W_]", "", name.casefold()) or name
+
+
+def words_of(data: DataSet) -> Words:
+    """The classes of a data set."""
+    return Words(data.names, {}, len(data.names))
+
+
+def training_set_of(content: dict) -> DataSet:
+    """The data set of a checkpoint's training."""
+    return dataset(load_config(base=content["config"]).data)
 
 
 def trained_names(content: dict, config: Config) -> list[str]:
@@ -51,13 +68,13 @@ def trained_names(content: dict, config: Config) -> list[str]:
     the ensemble.
 
     Of a data set without a seen/unseen split these are all. The original's checkpoints do not tell
-    what they were trained on; there `config` does, whose data set has a split or is only measured.
+    what they were trained on; for them `config` does, whose data set has a split or is only
+    measured.
     """
-    if "config" not in content:
-        data = dataset(config.data)
-        return [data.names[i] for i in data.seen]
-    data = dataset(load_config(None, [], content["config"]).data)
-    return data.training_names
+    if "config" in content:
+        return training_set_of(content).training_names
+    data = dataset(config.data)
+    return [data.names[i] for i in data.seen]
 
 
 def seen_classes(data: DataSet, content: dict, config: Config) -> list[int]:
@@ -67,18 +84,23 @@ def seen_classes(data: DataSet, content: dict, config: Config) -> list[int]:
     table, those of the training where it is the same; else those of its own split: none where there
     is no such split (all its classes are unseen).
     """
-    if "config" in content:
-        trained = dataset(load_config(None, [], content["config"]).data)
-        if data.name == "folder":
-            return words_of(data).among(trained.training_names)
-        if data.name == trained.name:
-            return trained.trained
-    return data.seen
+    if "config" not in content:
+        return data.seen
+    if data.name == "folder":
+        return words_of(data).among(trained_names(content, config))
+    trained = training_set_of(content)
+    return trained.trained if data.name == trained.name else data.seen
 
 
 def is_path(text: str) -> bool:
     """Whether somebody who writes this means a file rather than a word ("tv/monitor")."""
     return bool(FILE.search(text)) or ("/" in text and os.path.isdir(os.path.dirname(text)))
+
+
+def split(text: str, signs: str) -> list[str]:
+    """The words between any of these signs, each with single spaces; empty ones are left out."""
+    words = (" ".join(part.split()) for part in re.split(f"[{signs}]", text))
+    return [word for word in words if word]
 
 
 def read_words(text: str) -> Words:
@@ -90,79 +112,65 @@ def read_words(text: str) -> Words:
         other: sky, wall           background words
         # a comment
 
-    Raises UserError for a file that cannot be read, for no word at all, for a word that stands
-    twice, and for one that looks as if something else was meant: the name of a file, or a list of
-    another kind.
+    Raises UserError for a file that cannot be read, for no word at all, for a duplicate, and for
+    what looks as if something else was meant: the name of a file, or a list in another format.
     """
-    lines = text.split(";")
     file = path_of(text.strip())
-    if in_file := os.path.isfile(file) or ("," not in text and is_path(text)):
-        print_main(f"--classes: words from the file {file}")
-        todo = did_you_mean_file(file, "give a text file, or the words themselves")
-        lines = split_lines(read_text(file, f"--classes {text}", todo))
-        if odd := next(
-            (line for line in lines if ODD.search(line) and not line.strip().startswith("#")), None
-        ):
-            raise UserError(
-                f"--classes: {odd!r}",
-                "is not a line of names",
-                "write one name, and comments apart",
-            )
-    classes, background = [], []  # a class is a list of names, its own first
-    split = lambda text, signs: [
-        word for part in re.split(f"[{signs}]", text) if (word := " ".join(part.split()))
-    ]
+    in_file = os.path.isfile(file) or ("," not in text and is_path(text))
+    return parse_words(read_lines(file, text) if in_file else text.split(";"), in_file)
+
+
+def parse_words(lines: list[str], in_file: bool = False) -> Words:
+    """The words in lines as `read_words` describes them; nothing is read."""
+    classes: list[list[str]] = []  # the names of each, its own first
+    background: list[str] = []
     for line in map(str.strip, lines):
+        name, equals, _ = line.partition("=")
         if line.casefold().startswith(f"{OTHER}:"):
             background += split(line[len(OTHER) + 1 :], ",=")
-        elif in_file and "=" in line and not line.startswith("#"):
+        elif in_file and equals:
+            if len(split(name, ",")) != 1:
+                todo = "write one class with synonyms a line"
+                raise UserError(f"--classes: {line!r}", "has no single name before =", todo)
             classes.append(split(line, ",="))
-            if len(split(line.partition("=")[0], ",")) != 1:
-                raise UserError(
-                    f"--classes: {line!r}",
-                    "has no single name before =",
-                    "write one class with synonyms a line",
-                )
-        elif not (in_file and line.startswith("#")):
-            classes += [names for entry in line.split(",") if (names := split(entry, "="))]
+        else:
+            classes += filter(None, (split(entry, "=") for entry in line.split(",")))
     if not classes:
-        raise UserError("--classes", "holds no word", "write e.g. --classes 'cat, dog, grass'")
-    check_words(classes, background)
-    names = [words[0] for words in classes] + background
-    return Words(names, {words[0]: words[1:] for words in classes if words[1:]}, len(classes))
-
-
-def check_words(classes: list[list[str]], background: list[str]) -> None:
-    """UserError for a word that stands twice, or looks as if something else was meant."""
-    known = {OTHER} if background else set()
-    for word in (w for words in [*classes, background] for w in words):
-        if word.casefold().startswith(f"{OTHER}:"):
-            raise UserError(
-                f"--classes: {word!r}",
-                "stands within a list",
-                f"start with {OTHER}: after ; or on a new line",
-            )
-        if is_path(word):
-            raise UserError(
-                f"--classes: {word!r}",
-                "looks like the name of a file",
-                "give that alone, or words alone",
-            )
-        if word[0] in OPENING or word[-1] in CLOSING:
-            raise UserError(
-                f"--classes: {word!r}",
-                "has brackets or quotes",
-                "write the words alone: cat, dog, grass",
-            )
-        if clean(word) in known:
-            raise UserError(f"--classes: {word!r}", "stands twice", "give every word one place")
-        known.add(clean(word))
+        raise UserError("--classes", "contains no word", "write e.g. --classes 'cat, dog, grass'")
+    words = [*itertools.chain(*classes), *background]
+    check_words(words + [OTHER] * bool(background))
     if len(classes) >= 2**16:
-        raise UserError(
-            "--classes", f"holds {len(classes)} classes", "label maps have room for 65535"
-        )
+        why = f"contains {len(classes)} classes"
+        raise UserError("--classes", why, "label maps have room for 65535")
+    synonyms = {name: others for name, *others in classes if others}
+    return Words([names[0] for names in classes] + background, synonyms, len(classes))
 
 
-def words_of(data: DataSet) -> Words:
-    """The classes of a data set."""
-    return Words(data.names, {}, len(data.names))
+def read_lines(file: Path, text: str) -> list[str]:
+    """The lines of a word file that are no comments."""
+    print_main(f"--classes: words from the file {file}")
+    todo = did_you_mean_file(file, "give a text file, or the words themselves")
+    lines = split_lines(read_text(file, f"--classes {text}", todo))
+    lines = [line for line in lines if not line.strip().startswith("#")]
+    for line in filter(OTHER_FORMAT.search, lines):
+        todo = "write one name, and comments on lines of their own"
+        raise UserError(f"--classes: {line!r}", "is not a line of names", todo)
+    return lines
+
+
+def check_words(words: list[str]) -> None:
+    """UserError for duplicates, and for words that look as if something else was meant."""
+    for word in words:
+        if word.casefold().startswith(f"{OTHER}:"):
+            why = "is inside a list"
+            todo = f"start with {OTHER}: after ; or on a new line"
+        elif is_path(word):
+            why = "looks like the name of a file"
+            todo = "give only that, or only words"
+        elif word[0] in OPENING or word[-1] in CLOSING:
+            why = "has brackets or quotes"
+            todo = "write only the words: cat, dog, grass"
+        else:
+            continue
+        raise UserError(f"--classes: {word!r}", why, todo)
+    check_names(words, "--classes:")

@@ -19,10 +19,12 @@ from zsseg.checkpoint import (
     NUMPY,
     State,
     check_finite,
+    is_state_dict,
     read_torch,
     refuse_compressed,
     say_loaded,
     unwrapped,
+    without_arrays,
 )
 from zsseg.config import ClipConfig
 from zsseg.download import fetch
@@ -38,10 +40,8 @@ LAYER = HEAD + r"transformer\.decoder\.layers\.(?P<i>\d+)\."
 LEAF = r"(?P<leaf>\w+)"
 ADAPTER = r"(?P<region>(?:_region_)?)clip_adapter\."
 # (pattern of the original's name, our name); {x} is a named group, {x-1} and {2x} a number made
-# from one. Parts:
-# "maskformer", "clip" and "prompt", and the last two once more with "region_" for a separate region
-# adapter.
-# Fully supervised MaskFormer.
+# from one. Our names begin with a part: "maskformer", "clip" or "prompt", and the last two also
+# with "region_" for a separate region adapter.
 NAMES = [
     (r"backbone\.stem\.conv1\.(?P<leaf>weight)", "maskformer.backbone.conv1.{leaf}"),
     (r"backbone\.stem\.conv1\.norm\." + LEAF, "maskformer.backbone.bn1.{leaf}"),
@@ -106,16 +106,15 @@ def our_name(name: str, deep_stem: bool = False) -> str | None:
     """
     if re.fullmatch(DROPPED, name):
         return None
-    for pattern, ours in (DEEP_STEM if deep_stem else []) + NAMES:
+    for pattern, ours in DEEP_STEM + NAMES if deep_stem else NAMES:
         if match := re.fullmatch(pattern, name):
             groups = match.groupdict()
-            for key, text in match.groupdict().items():
-                if text.isdecimal():
-                    groups |= {f"{key}-1": str(int(text) - 1), f"2{key}": str(2 * int(text))}
-                    groups |= {f"2{key}+{n}": str(2 * int(text) + n) for n in (1, 2)}
-            for key, text in groups.items():
-                ours = ours.replace(f"{{{key}}}", text)
-            return ours.removeprefix("_")
+            numbers = {key: int(text) for key, text in groups.items() if text.isdecimal()}
+            for key, number in numbers.items():
+                groups[f"{key}-1"] = number - 1
+                for n in ("", 1, 2):
+                    groups[f"2{key}+{n}".removesuffix("+")] = 2 * number + (n or 0)
+            return ours.format(**groups).removeprefix("_")
     raise KeyError(name)
 
 
@@ -136,9 +135,8 @@ def import_original(
             ours = our_name(name, deep_stem)
         except KeyError:
             if unknown is None:
-                raise UserError(
-                    what, f"has an unknown entry {name}", "give a checkpoint of zsseg.baseline"
-                ) from None
+                todo = "give a checkpoint of zsseg.baseline"
+                raise UserError(what, f"has an unknown entry {name}", todo) from None
             unknown.append(name)
             continue
         if ours is None:
@@ -157,26 +155,29 @@ class ArrayUnpickler(pickle.Unpickler):
     """Reads NumPy arrays and plain containers (detectron2's .pkl) and refuses everything else."""
 
     def find_class(self, module: str, name: str) -> object:
-        known = {entry[1]: entry[0] for entry in NUMPY if isinstance(entry, tuple)} | {
-            "collections.OrderedDict": OrderedDict
-        }
-        if f"{module}.{name}" in known:
-            return known[f"{module}.{name}"]
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+        allowed = {entry[1]: entry[0] for entry in NUMPY if isinstance(entry, tuple)}
+        allowed["collections.OrderedDict"] = OrderedDict
+        if f"{module}.{name}" not in allowed:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+        return allowed[f"{module}.{name}"]
+
+    def load(self) -> object:
+        """The content with tensors in the place of arrays."""
+        return without_arrays(super().load())
 
 
-OPENAI_MODELS = {  # name: (SHA-256 of the file, its name)
-    "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762", "RN50.pt"),
-    "RN101": ("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599", "RN101.pt"),
-    "RN50x4": ("7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd", "RN50x4.pt"),
-    "RN50x16": ("52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa", "RN50x16.pt"),
-    "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", "ViT-B-32.pt"),
-    "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "ViT-B-16.pt"),
-    "ViT-L/14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "ViT-L-14.pt"),
+OPENAI_MODELS = {  # name: SHA-256 of the file
+    "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
+    "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
+    "RN50x4": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
+    "RN50x16": "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
 }
 
 
-# How the SHA-256 of files begins whose activation is known, beside OpenAI's: OpenCLIP's releases,
+# Beginnings of the SHA-256 of files whose activation is known: OpenAI's, OpenCLIP's releases,
 # MetaCLIP.
 KNOWN_ACTIVATIONS = {
     "gelu": ("55e67d44", "00efa78f", "8fb26589", "699c4b84", "3d133497", "69988bb6", "af8dbd0c"),
@@ -191,7 +192,7 @@ KNOWN_ACTIVATIONS = {
         "512ea0fb",
         "3c686425",
         "885b7ec1",
-        *(digest[:8] for digest, _ in OPENAI_MODELS.values()),
+        *OPENAI_MODELS.values(),
     ),
 }
 
@@ -201,23 +202,16 @@ def load_clip_state(weights: str, root: Path) -> State:
     state-dict file.
     """
     what, path = clip_file(weights, root)
-    if is_torchscript(path):
-        state = read_torchscript(path, what)
-    else:
-        state = read_torch(path, what)
-        for key in ("model", "state_dict"):  # ours, OpenCLIP's trainer's
-            state = (
-                state[key]
-                if isinstance(state, dict) and isinstance(state.get(key), dict)
-                else state
-            )
-    if not isinstance(state, dict) or not all(
-        isinstance(tensor, Tensor) for tensor in state.values()
-    ):
+    state = read_torchscript(path, what) if is_torchscript(path) else read_torch(path, what)
+    for key in ("model", "state_dict"):  # ours, OpenCLIP's trainer's
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not is_state_dict(state):
         raise UserError(what, "is not a state dict", "give a CLIP of OpenAI's")
     state = unwrapped(state, what)
-    dropped = [k for k in state if k in ("input_resolution", "context_length", "vocab_size")]
-    state = {k: v for k, v in state.items() if k not in dropped}
+    dropped = [k for k in ("input_resolution", "context_length", "vocab_size") if k in state]
+    for key in dropped:
+        del state[key]
     check_finite(state, what)
     say_loaded(what, len(state), dropped)
     return state
@@ -227,21 +221,16 @@ def clip_file(weights: str, root: Path) -> tuple[str, Path]:
     """What messages call `clip.weights`, and its file, which is downloaded where it is OpenAI's."""
     what = f"clip.weights {weights.replace('{root}', str(root))}"
     if weights in OPENAI_MODELS:
-        digest, file = OPENAI_MODELS[weights]
+        digest = OPENAI_MODELS[weights]
+        file = f"{weights.replace('/', '-')}.pt"
         url = f"https://openaipublic.azureedge.net/clip/models/{digest}/{file}"
         return what, fetch([url], cache_dir() / file, f"sha256:{digest}", what)
     path = path_of(weights.replace("{root}", str(root)))
     if not path.is_file():
-        todo = did_you_mean(
-            weights,
-            OPENAI_MODELS,
-            did_you_mean_file(path, f"give a file or one of {', '.join(OPENAI_MODELS)}"),
-        )
-        todo = (
-            "give the --root where it lies, or run prepare_data.py shapes"
-            if "{root}" in weights
-            else todo
-        )
+        todo = did_you_mean_file(path, f"give a file or one of {', '.join(OPENAI_MODELS)}")
+        todo = did_you_mean(weights, OPENAI_MODELS, todo)
+        if "{root}" in weights:
+            todo = "give the --root that contains it, or run prepare_data.py shapes"
         raise UserError(what, "no such file", todo)
     return what, path
 
@@ -250,11 +239,10 @@ def find_shape(
     config: ClipConfig, state: State, root: Path, changed: bool = False
 ) -> tuple[str, int]:
     """What a CLIP's weights do not tell: its activation, "quickgelu" or "gelu", and its image
-    tower's heads (0: width / 64).
+    tower's number of heads (0: width / 64).
 
-    As configured or, for "auto", as its file is known to want. `changed`: what is configured is
-    another CLIP's, and counts only where the file is not known; what such a file is taken for is
-    said.
+    As configured or, for "auto", by the SHA-256 of the file. `changed`: what is configured is
+    another CLIP's, and counts only where the file is not known, with a message.
     """
     if config.activation != "auto" and not changed:
         return config.activation, config.heads
@@ -265,17 +253,16 @@ def find_shape(
     what, path = clip_file(config.weights, root)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    for activation, known in KNOWN_ACTIVATIONS.items():
-        if digest.startswith(known):
+    for activation, digests in KNOWN_ACTIVATIONS.items():
+        if digest.startswith(digests):
             return activation, heads
-    taken = config.activation.replace("auto", "quickgelu")
+    activation = config.activation.replace("auto", "quickgelu")
     number = f" and {config.heads} heads" if config.heads else ""
     print_main(
-        f"{what}: not a known file; taken for one with {taken}{number} (quickgelu is OpenAI's, "
-        f"LAION's mostly want"
-        " clip.activation=gelu)"
+        f"{what}: not a known file; taken for one with {activation}{number} (quickgelu is "
+        f"OpenAI's; most of LAION's need clip.activation=gelu)"
     )
-    return taken, config.heads
+    return activation, config.heads
 
 
 def is_torchscript(path: Path) -> bool:
@@ -286,7 +273,11 @@ def is_torchscript(path: Path) -> bool:
         return False
 
 
-STORAGES = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "LongStorage": torch.int64}
+STORAGES = {
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.LongStorage": torch.int64,
+}
 
 
 class ScriptUnpickler(pickle.Unpickler):
@@ -305,15 +296,15 @@ class ScriptUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
         if module.startswith("__torch__"):
             return type(name, (self.Module,), {})
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self.tensor
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
         if module == "torch.jit._pickle" and name.startswith("build_"):
             return list
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+        allowed = STORAGES | {
+            "torch._utils._rebuild_tensor_v2": self.tensor,
+            "collections.OrderedDict": OrderedDict,
+        }
+        if f"{module}.{name}" not in allowed:
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
+        return allowed[f"{module}.{name}"]
 
     @staticmethod
     def tensor(
@@ -343,12 +334,9 @@ def read_torchscript(path: Path, what: str) -> State:
     try:
         with zipfile.ZipFile(path) as archive:
             refuse_compressed([entry for entry in archive.infolist() if "/data" in entry.filename])
-            prefix = next(n for n in archive.namelist() if n.endswith("/constants.pkl"))[
-                : -len("constants.pkl")
-            ]
-            collect(ScriptUnpickler(archive, prefix).load(), "")
+            constants = next(n for n in archive.namelist() if n.endswith("/constants.pkl"))
+            collect(ScriptUnpickler(archive, constants.removesuffix("constants.pkl")).load(), "")
     except Exception as error:  # a broken archive raises anything
-        raise UserError(
-            what, f"{path} cannot be read ({error!r:.200})", "delete it to download it again"
-        ) from None
+        why = f"{path} cannot be read ({error!r:.200})"
+        raise UserError(what, why, "delete it to download it again") from None
     return state

@@ -1,10 +1,11 @@
-"""Time every kernel against its plain version and torch.compile of that: `python -m
+"""Time every kernel against its plain version, eager and compiled: `python -m
 tests.benchmarks.kernels [--csv FILE]`.
 
+All get the same inputs, bf16 where training has them, at the sizes of `kernels.compile_check`.
 Median and 20% / 80% quantiles, effective GB/s of the bytes that must move and their share of this
-GPU's copy bandwidth, peak memory; first the copy bandwidth and the bf16 matrix rate. On a CPU
-(`--device cpu`) the sizes are small and both are plain PyTorch: that only shows that the benchmark
-runs.
+GPU's copy bandwidth, the time that no H100 can beat, peak memory, and how far the result is from
+the eager one; first the copy bandwidth and the bf16 matrix rate. On a CPU (`--device cpu`) the
+sizes are small and both are plain PyTorch: that only shows that the benchmark runs.
 """
 
 import argparse
@@ -22,13 +23,14 @@ import torch
 from torch import Tensor
 
 from kernels.assignment import assignment
+from kernels.compile_check import Sizes, floor, work
 from kernels.jit import Switch
 from kernels.mask_loss import mask_loss
 from kernels.mask_pool import mask_pool
 from kernels.matching_cost import matching_cost
 from kernels.region_crop import region_crop, region_masks
 from kernels.semantic_map import semantic_map
-from zsseg import matcher, regions
+from zsseg import clip, matcher, regions
 from zsseg.losses import focal_and_dice
 from zsseg.segmenter import best_class
 
@@ -40,7 +42,9 @@ FIELDS = (
     "high_ms",
     "GB_per_s",
     "percent_of_copy",
+    "h100_floor_ms",
     "peak_MiB",
+    "difference",
     "device",
     "torch",
     "triton",
@@ -88,97 +92,89 @@ def backward(
     return run
 
 
-def cases(device: str) -> dict[str, tuple[Callable, Callable, int]]:
-    """{kernel: (plain, ours, bytes that must be read or written)}, at the sizes of training and
-    inference.
+def difference(ours: object, plain: object) -> float:
+    """The largest over the results: of numbers the largest difference, relative to the largest
+    number; of indices, masks and labels the share that is another.
     """
+    ours, plain = (x if isinstance(x, tuple) else (x,) for x in (ours, plain))
+    worst = 0.0
+    for a, b in zip(ours, plain, strict=False):
+        if b.is_floating_point():
+            scale = b.abs().max().float().clamp(min=1e-30)
+            worst = max(worst, float((a.float() - b.float()).abs().max() / scale))
+        else:
+            worst = max(worst, float((a != b).float().mean()))
+    return worst
+
+
+def cases(device: str, s: Sizes) -> dict[str, tuple[Callable, Callable, tuple[str, ...]]]:
+    """{kernel: (plain, ours, operations that both do)}."""
     torch.manual_seed(0)
-    small = device == "cpu"
-    L, B, Q, C, T = (2, 1, 10, 12, 4) if small else (6, 4, 100, 172, 40)
-    h = w = 16 if small else 160
-    kind = torch.float32 if small else torch.bfloat16
-    logits, masks = (
-        torch.randn(L, B, Q, C, device=device),
-        torch.randn(L, B, Q, h, w, device=device, dtype=kind),
-    )
-    labels = torch.randint(0, T, (B, 4 * h, 4 * w), device=device, dtype=torch.uint8)
-    classes = torch.stack([torch.randperm(T) for _ in range(B)]).to(device)
+    make = lambda *shape, **given: torch.randn(*shape, device=device, **given)
+    H, W = 4 * s.h, 4 * s.w
+    logits = make(s.L, s.B, s.Q, s.C + 1)
+    # As the network leaves them in memory.
+    masks = make(s.B, s.L, s.Q, s.h, s.w, dtype=s.dtype).transpose(0, 1)
+    labels = torch.randint(0, s.T, (s.B, H, W), device=device, dtype=torch.uint8)
+    classes = torch.stack([torch.randperm(s.T) for _ in range(s.B)]).to(device)
     coarse = labels[:, ::4, ::4].int().contiguous()
-    counts = torch.full((B,), T, device=device)
-    cost = torch.randn(L, B, Q, T, device=device)
+    counts = torch.full((s.B,), s.T, device=device)
+    cost = make(s.L, s.B, s.T, s.Q).transpose(2, 3)
     matched = matcher.hungarian(cost, counts)[0]
-    image = torch.randint(0, 256, (3, 4 * h, 4 * w), device=device, dtype=torch.uint8)
-    single, cut = masks[0, 0].float(), [4 * h, 4 * w]  # as inference has them
-    side, index = 32 if small else 224, torch.arange(Q, device=device)
+    targets = matcher.Targets(labels, classes, counts)
+    image = torch.randint(0, 256, (3, H, W), device=device, dtype=torch.uint8)
+    single, cut = masks[0, 0].float(), [H, W]  # as inference has them
+    index = torch.arange(s.Q, device=device)
     with plain():
         foregrounds, boxes, _ = regions.region_masks(single, cut, 0.5)
-    sizes = ([0.48, 0.46, 0.41], [0.27, 0.26, 0.28], side, kind)
-    scores = torch.rand(Q, 847 if not small else 12, device=device)
-    features = torch.randn(B, 32 if small else 512, h, w, device=device, dtype=kind)
-    targets = matcher.Targets(labels, classes, counts)
-    read = lambda *tensors: sum(t.numel() * t.element_size() for t in tensors)
-    gradient = lambda function: backward(lambda x: function(x, matched, labels, classes), masks)
-    pool = lambda function: backward(function, features, masks[0])
-    ours = lambda function, other: function if device == "cuda" else other  # the kernels want a GPU
-
-    def plain_cost() -> Tensor:
-        with plain():
-            return matcher.matching_cost(logits, masks, targets, 20.0, 1.0)
-
-    def plain_masks() -> tuple[Tensor, ...]:
-        with plain():
-            return regions.region_masks(single, cut, 0.5)
-
-    def plain_crops() -> Tensor:
-        with plain():
-            return regions.region_crops(image, foregrounds, boxes, side)
-
-    def plain_map() -> tuple[Tensor, Tensor]:
-        return best_class(single, scores, tuple(cut), tuple(cut))
-
-    def pooled(features: Tensor, masks: Tensor) -> Tensor:
-        weights = masks.float().sigmoid().flatten(2)  # [B, Q, hw]
-        return torch.einsum("bqn,bdn->bqd", weights, features.float().flatten(2)) / weights.sum(
-            -1, keepdim=True
-        )
-
-    return {
+    crops = (clip.MEAN, clip.STD, s.side, s.dtype)
+    scores = torch.rand(s.Q, s.C, device=device)
+    features = make(s.grid, s.grid, s.D, dtype=s.dtype)
+    losses = lambda function: lambda: function(masks, matched, labels, classes)
+    both_ways = lambda function: backward(lambda x: function(x, matched, labels, classes), masks)
+    found = {
         "matching_cost": (
-            plain_cost,
-            ours(lambda: matching_cost(logits, masks, coarse, classes, 20.0, 1.0), plain_cost),
-            read(masks, logits),
+            lambda: matcher.matching_cost(logits, masks, targets, 20.0, 1.0),
+            lambda: matching_cost(logits, masks, coarse, classes, 20.0, 1.0),
+            ("matching_cost",),
         ),
         "assignment": (
             lambda: matcher.hungarian(cost, counts),
-            ours(lambda: assignment(cost, counts), lambda: matcher.hungarian(cost, counts)),
-            read(cost),
+            lambda: assignment(cost, counts),
+            ("assignment",),
         ),
+        "mask_loss": (losses(focal_and_dice), losses(mask_loss), ("mask_loss",)),
         "mask_loss, both ways": (
-            gradient(focal_and_dice),
-            gradient(ours(mask_loss, focal_and_dice)),
-            2 * L * B * T * h * w * masks.element_size() + 2 * read(labels),
+            both_ways(focal_and_dice),
+            both_ways(mask_loss),
+            ("mask_loss", "mask_loss, backward"),
         ),
         "region_crop": (
-            plain_crops,
-            ours(lambda: region_crop(image, foregrounds, index, boxes, *sizes), plain_crops),
-            read(foregrounds) + Q * 3 * side**2 * masks.element_size(),
+            lambda: regions.region_crops(image, foregrounds, boxes, s.side),
+            lambda: region_crop(
+                image, foregrounds, index, boxes, *map(list, crops[:2]), *crops[2:]
+            ),
+            ("region_crop",),
         ),
         "region_masks": (
-            plain_masks,
-            ours(lambda: region_masks(single, cut, 0.5), plain_masks),
-            read(single, foregrounds),
+            lambda: regions.region_masks(single, cut, 0.5),
+            lambda: region_masks(single, cut, 0.5),
+            ("region_masks",),
         ),
         "semantic_map": (
-            plain_map,
-            ours(lambda: semantic_map(single, scores, cut, cut, False), plain_map),
-            read(single, scores) + 4 * cut[0] * cut[1],
+            lambda: best_class(single, scores, tuple(cut), tuple(cut)),
+            lambda: semantic_map(single, scores, cut, cut, False),
+            ("semantic_map",),
         ),
-        "mask_pool, both ways": (
-            pool(pooled),
-            pool(ours(mask_pool, pooled)),
-            3 * read(features, masks[0]),
+        "mask_pool": (
+            lambda: regions.mask_pool(features, single, cut, 0.5),
+            lambda: mask_pool(features, single, cut, 0.5),
+            ("mask_pool",),
         ),
     }
+    if device == "cpu":  # the kernels want a GPU
+        found = {name: (plain, plain, parts) for name, (plain, _, parts) in found.items()}
+    return found
 
 
 @contextlib.contextmanager
@@ -242,39 +238,39 @@ def main() -> None:
         run(args, copy, about, file)
 
 
+SMALL = {"L": 2, "B": 1, "Q": 10, "T": 4, "C": 11, "h": 16, "w": 16, "D": 32, "grid": 4, "side": 32}
+
+
 def run(args: argparse.Namespace, copy: float, about: dict[str, str], file: TextIO | None) -> None:
     """Measure every case; rows go to `file` as they come."""
-    for kernel, (plain, ours, moved) in cases(args.device).items():
-        providers = {"plain": plain, "torch.compile": torch.compile(plain), "ours": ours}
+    sizes = Sizes() if args.device == "cuda" else Sizes(**SMALL, dtype=torch.float32)
+    amounts = work(sizes)
+    for kernel, (eager, ours, parts) in cases(args.device, sizes).items():
+        moved, operations = (sum(amounts[part][i] for part in parts) for i in (0, 1))
+        providers = {"plain": eager, "torch.compile": torch.compile(eager), "ours": ours}
         # SciPy cannot be compiled, nor a loop over boxes whose sizes the host must read.
         if args.no_compile or args.device == "cpu" or kernel in ("assignment", "region_crop"):
             del providers["torch.compile"]
         for provider, function in providers.items():
             try:
-                (low, median, high), peak = measure(function, args.device)
+                with plain():
+                    (low, median, high), peak = measure(function, args.device)
+                    apart = difference(function(), eager())
             except Exception as error:  # one that fails must not hide the others
                 print(f"{kernel:22}{provider:15}failed: {repr(error)[:90]}", file=sys.stderr)
                 continue
-            speed = moved / median / 1e6
-            share = 100 * speed / copy
+            speed, least = moved / median / 1e6, floor(moved, operations)
             print(
                 f"{kernel:22}{provider:15}{median:10.3f} ms  [{low:.3f} {high:.3f}] {speed:8.0f} "
-                f"GB/s {share:5.1f}%"
-                f" {peak:8.0f} MiB",
+                f"GB/s {100 * speed / copy:5.1f}%  floor {least:.3f} ms {peak:8.0f} MiB"
+                f"  difference {apart:.1e}",
                 flush=True,
             )
             if file:
-                numbers = (f"{x:.4f}" for x in (median, low, high))
-                row = [
-                    kernel,
-                    provider,
-                    *numbers,
-                    f"{speed:.1f}",
-                    f"{share:.1f}",
-                    f"{peak:.0f}",
-                    *about.values(),
-                ]
-                csv.writer(file).writerow(row)
+                numbers = [f"{x:.4f}" for x in (median, low, high)]
+                numbers += [f"{speed:.1f}", f"{100 * speed / copy:.1f}", f"{least:.4f}"]
+                numbers += [f"{peak:.0f}", f"{apart:.2e}"]
+                csv.writer(file).writerow([kernel, provider, *numbers, *about.values()])
                 file.flush()
 
 

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.ladder [--rounds 3] [--csv FILE] [--plot FILE.svg] [--train] [--regions] [--device cuda]
 
 Inference: an image of soft colours, R101c, ViT-B/16, 100 live regions, random weights, from the
-decoded image to the label map at its own size. With --train, a training step of R50 as well; with
+decoded image to the label map at its own size; last, what bf16 and torch.compile give without
+kernels, to compare with. With --train, a training step of R50 as well; with
 --regions, the one-pass region classifiers. Every row runs in a process of its own, in turn for
 every round; medians are printed, with the share of pixels whose label is that of the first row.
 """
@@ -36,12 +37,13 @@ WHAT = {
     "kernels": "+ Triton kernels",
     "bf16": "+ bf16 autocast",
     "compile": "+ torch.compile",
+    "baseline": "the same without Triton kernels: bf16 and torch.compile of plain PyTorch",
     "crops": "all 100 crops through CLIP",
     "pool": "one pass of CLIP, dense features pooled under the masks",
     "tokens": "one pass of CLIP, a class token for each region",
 }
 # Left out on these, unless asked for.
-ELSEWHERE = {"cpu": ("kernels", "compile"), "cuda": ("chunks", "isa")}
+ELSEWHERE = {"cpu": ("kernels", "compile", "baseline"), "cuda": ("chunks", "isa")}
 HELD = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
@@ -264,8 +266,11 @@ def plot(rows: list[dict], file: Path) -> None:
 def child(args: argparse.Namespace) -> None:
     part, row = args.row.split(":")
     names = TRAINING if part == "training" else INFERENCE
-    last = row if part != "regions" else "isa" if args.device == "cpu" else "compile"
-    done = set(names[: names.index(last) + 1]) - {"plain"}
+    if row == "baseline":
+        done = set(names) - {"plain", "kernels"}
+    else:
+        last = row if part != "regions" else "isa" if args.device == "cpu" else "compile"
+        done = set(names[: names.index(last) + 1]) - {"plain"}
     print(json.dumps((training if part == "training" else inference)(done, args)))
 
 
@@ -297,7 +302,8 @@ def main() -> None:
     if args.row:
         child(args)
         return
-    rows = [f"inference:{r}" for r in INFERENCE] + [f"training:{r}" for r in TRAINING if args.train]
+    rows = [f"inference:{r}" for r in (*INFERENCE, "baseline")]
+    rows += [f"training:{r}" for r in (*TRAINING, "baseline") if args.train]
     rows += [f"regions:{r}" for r in REGIONS if args.regions]
     rows = args.rows or [r for r in rows if r.split(":")[1] not in ELSEWHERE[args.device]]
     found: dict[str, list[dict]] = {row: [] for row in rows}

@@ -1,10 +1,8 @@
-"""How fast images come in and results go out, and what sharing CLIP's batches brings: `python -m
-tests.benchmarks.images`.
+"""How fast images come in and results go out: `python -m tests.benchmarks.predict`.
 
 Reading and writing are measured on one core, without a network: a machine needs so many cores for
-each of them as its GPU segments images a second, divided by the number printed. The last lines
-are the whole job with the small model of the synthetic data set (random weights), regions of one
-image and of eight in a batch, from the same run.
+each of them as its GPU segments images a second, divided by the number printed. The last line
+is the whole job with the small model of the synthetic data set (random weights).
 """
 
 import argparse
@@ -20,9 +18,9 @@ import torch
 from PIL import Image
 
 from tests.recipe import make_image, make_labels
-from zsseg import distributed, predict
+from zsseg import distributed
 from zsseg.config import Config, load_config
-from zsseg.predict import Images, Names, Results, find_images, segment_images
+from zsseg.predict import InputImages, Names, Results, find_images, segment_images
 from zsseg.segmenter import Segmenter
 from zsseg.shapes_clip import build_small_clip
 from zsseg.vocabulary import read_words
@@ -50,13 +48,15 @@ def host(folder: Path, size: tuple[int, int], count: int) -> None:
     for i in range(count):
         Image.fromarray(make_image(480, 640, i)).resize(size).save(photos / f"{i}.jpg", quality=90)
     names = Names(find_images([str(photos)], folder / "out"))
-    samples, results = Images(names.files, Config()), Results(folder / "out", names, WORDS, "")
+    samples = InputImages(names.files, Config())
+    results = Results(folder / "out", names, WORDS, "")
     labels = make_labels(480, 640, range(20), ignore=0).astype(np.uint8)
     labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
-    pixels = np.bincount(labels.ravel(), minlength=20).tolist()
+    counts = np.bincount(labels.ravel()).tolist()
+    pixels = {i: count for i, count in enumerate(counts) if count}
     whole = [samples[i] for i in range(count)]
     read = times(lambda i: samples[i], range(count))
-    write = times(lambda i: results.write(whole[i], labels, pixels, pixels), range(count))
+    write = times(lambda i: results.write(whole[i], labels, pixels, counts), range(count))
     print(
         f"{size[0]} x {size[1]}, a core: reads {1 / read:.1f} images/s, writes {1 / write:.1f} "
         f"(label map, overlay, JSON)"
@@ -64,9 +64,7 @@ def host(folder: Path, size: tuple[int, int], count: int) -> None:
 
 
 def whole_job(folder: Path, count: int, repeats: int) -> None:
-    """Print the images a second of the synthetic data set's model with groups of one image and of
-    eight.
-    """
+    """Print the images a second of the synthetic data set's model."""
     config = load_config(str(ROOT / "configs" / "shapes.toml"), ["data.workers=1"])
     torch.manual_seed(0)
     segmenter = Segmenter(config, build_small_clip(config.contrast).state_dict()).eval()
@@ -76,24 +74,19 @@ def whole_job(folder: Path, count: int, repeats: int) -> None:
     for i in range(count):
         Image.fromarray(make_image(64, 64, i)).save(photos / f"{i}.png")
     names, process = (
-        Names(find_images([str(photos)], folder / "out")),
+        Names(find_images([str(photos)], folder / "whole")),
         distributed.init_distributed("cpu"),
     )
-    seconds: dict[int, list[float]] = {1: [], 8: []}
+    seconds = []
     for _ in range(repeats):
-        for together in seconds:
-            predict.GROUP_SIZE = together
-            started = time.perf_counter()
-            with contextlib.redirect_stdout(io.StringIO()):
-                segment_images(
-                    segmenter, config, Results(folder / "out", names, WORDS, ""), process, False
-                )
-            seconds[together].append(time.perf_counter() - started)
-    one, eight = (count / median(s) for s in seconds.values())
+        started = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            results = Results(folder / "whole", names, WORDS, "")
+            segment_images(segmenter, config, results, process, False)
+        seconds.append(time.perf_counter() - started)
     print(
-        f"synthetic data set's model, {torch.get_num_threads()} threads: regions of one image "
-        f"in a batch {one:.1f} "
-        f"images/s, of eight {eight:.1f} ({eight / one:.2f} times)"
+        f"synthetic data set's model, {torch.get_num_threads()} threads: "
+        f"{count / median(seconds):.1f} images/s"
     )
 
 

@@ -114,7 +114,7 @@ def test_what_is_no_image_is_said(model, shapes_root):
 
 def test_an_original_checkpoint_needs_its_configuration(tmp_path):
     torch.save({"model": original_state({})}, tmp_path / "model_final.pth")
-    with pytest.raises(utils.UserError, match="holds no configuration"):
+    with pytest.raises(utils.UserError, match="contains no configuration"):
         load(tmp_path / "model_final.pth")
 
 

@@ -136,12 +136,12 @@ def test_a_broken_source_is_named(name, damage, tmp_path, capsys, monkeypatch):
     part = damage(tmp_path)
     fails(capsys, monkeypatch, prepare_data.main, [name, "--root", tmp_path], part)
     assert not list(tmp_path.rglob("*.tmp"))
-    # It would say that all is there.
+    # It would mark the conversion as complete.
     assert not (DATASETS[name].folder(tmp_path) / "val.txt").exists()
 
 
 @pytest.mark.parametrize(
-    ("place", "value"),
+    ("key", "value"),
     [
         ("height", 10**9),
         ("height", -1),
@@ -154,12 +154,12 @@ def test_a_broken_source_is_named(name, damage, tmp_path, capsys, monkeypatch):
         ("image_id", None),
     ],
 )
-def test_odd_annotations_are_named(place, value, tmp_path, capsys, monkeypatch):
+def test_odd_annotations_are_named(key, value, tmp_path, capsys, monkeypatch):
     trees.pcontext(tmp_path)
     file = tmp_path / "pcontext" / "trainval_merged.json"
     content = json.loads(file.read_text())
     for image in content["images"]:
-        image[place] = value
+        image[key] = value
     file.write_text(json.dumps(content))
     fails(
         capsys,
@@ -200,7 +200,7 @@ def test_registration_is_asked_for(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("bad", ["utf-16", "nothing else", "no images", "empty folders"])
 def test_half_a_tree_is_no_data_set(bad, tmp_path, capsys, monkeypatch):
-    """A list alone, or folders alone, do not pass for data; a list in UTF-16, as some shells write
+    """Only a list, or only folders, do not pass for data; a list in UTF-16, as some shells write
     it, is one.
     """
     monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path / "cache"))

@@ -55,7 +55,7 @@ def trained(shapes_root, tmp_path_factory) -> Path:
     )
     assert result.returncode == 0, result.stderr
     assert (
-        "CLIP on the true masks" in result.stdout
+        "CLIP on the ground-truth masks" in result.stdout
         and "MaskFormer only" in result.stdout
         and "hIoU" in result.stdout
     )

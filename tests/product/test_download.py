@@ -30,7 +30,7 @@ DATA = random.Random(0).randbytes(300_000)
 
 class Server:
     """Serves `files`; `cuts` bytes after which each of the next answers ends; `ranges` False:
-    always the whole file.
+    always the complete file.
     """
 
     def __init__(self):
@@ -89,7 +89,7 @@ def test_a_cut_transfer_goes_on_where_it_was(server, tmp_path):
     )
     assert path.read_bytes() == DATA and [f.name for f in path.parent.iterdir()] == ["data.bin"]
     assert [r for _, r in server.asked] == [None, "bytes=70000-", "bytes=70000-", "bytes=170000-"]
-    fetch([server.url("data.bin")], path, checksum(DATA), "data")  # it is there: nothing is asked
+    fetch([server.url("data.bin")], path, checksum(DATA), "data")  # it exists: nothing is requested
     with pytest.raises(UserError, match="replace"):  # but looked at
         fetch([server.url("data.bin")], path, "sha256:0", "data")
     assert len(server.asked) == 4 and path.exists()
@@ -176,17 +176,17 @@ def test_unpacking_takes_what_is_missing(tmp_path, ending):
     (folder / ".unpacking" / "0").mkdir(parents=True)
     (folder / ".unpacking" / "0" / "left by a kill").write_text("")
     unpack(archive, take, folder, "data")
-    found = {
+    unpacked = {
         f.relative_to(folder).as_posix(): f.read_text() for f in folder.rglob("*") if f.is_file()
     }
-    wanted = {
+    expected = {
         "A/1.txt": "top/a/1.txt",
         "A/deep/2.txt": "top/a/deep/2.txt",
         "deep/B/3.txt": "top/b/3.txt",
     }
-    assert found == wanted | {"list.txt": "mine"}
+    assert unpacked == expected | {"list.txt": "mine"}
     assert not (folder / ".unpacking").exists()
-    with pytest.raises(UserError, match="holds no top/c"):
+    with pytest.raises(UserError, match="contains no top/c"):
         unpack(archive, [("top/b", "B2"), ("top/c", "C")], folder, "data")
     assert not (folder / "B2").exists()
 
@@ -226,12 +226,12 @@ def test_cut_archives_leave_nothing(tmp_path, ending):
         (source / "top").mkdir(parents=True, exist_ok=True)
         (source / "top" / f"{i}.bin").write_bytes(DATA[: 5000 * i + 512])
     archive = trees.pack(source, tmp_path / f"x{ending}")
-    whole = archive.read_bytes()
-    ends = [0, 10, 512, 1024, len(whole) // 2, len(whole) - 12_000, len(whole) - 12_288]
+    complete = archive.read_bytes()
+    lengths = [0, 10, 512, 1024, len(complete) // 2, len(complete) - 12_000, len(complete) - 12_288]
     # Between two files; in the checksum.
-    ends += [whole.find(b"top/3.bin")] if ending == ".tar" else [len(whole) - 1]
-    for end in ends:
-        archive.write_bytes(whole[:end])
+    lengths += [complete.find(b"top/3.bin")] if ending == ".tar" else [len(complete) - 1]
+    for length in lengths:
+        archive.write_bytes(complete[:length])
         with pytest.raises(UserError, match=f"x{ending} cannot be unpacked"):
             unpack(archive, [("top", "top")], tmp_path / "out", "data")
         assert not list((tmp_path / "out").rglob("*"))
@@ -246,7 +246,7 @@ def test_a_bomb_is_not_unpacked(tmp_path):
     assert not list((tmp_path / "out").rglob("*"))
 
 
-# --- whole data sets
+# --- complete data sets
 
 PACKED = {  # the archives of each data set and which top-level folders of its tree they hold
     "voc": {"VOCtrainval_11-May-2012.tar": "VOCdevkit", "benchmark.tgz": "benchmark_RELEASE"},
@@ -325,13 +325,15 @@ def test_a_data_set_is_downloaded_whole(name, server, tmp_path, monkeypatch, cap
     official = tmp_path / "official"
     trees.BUILDERS[name](official)
     prepare_data.main([name, "--root", str(official)])
-    pairs, wanted = (
+    pairs, expected = (
         prepare_data.find_pairs(name, root, "val") for root in (tmp_path / "root", official)
     )
-    assert [[p.name for p in pair] for pair in pairs] == [[p.name for p in pair] for pair in wanted]
+    assert [[p.name for p in pair] for pair in pairs] == [
+        [p.name for p in pair] for pair in expected
+    ]
     assert all(
         a.read_bytes() == b.read_bytes()
-        for x, y in zip(pairs, wanted, strict=True)
+        for x, y in zip(pairs, expected, strict=True)
         for a, b in zip(x, y, strict=True)
     )
     before, asked = content(tmp_path / "root"), len(server.asked)
@@ -442,30 +444,30 @@ def run_and_kill(arguments: list[str], moment: str) -> int:
 @pytest.mark.parametrize("name", ["voc", "pcontext", "ade20k_full"])
 def test_killed_at_every_step_and_repeated_gives_the_same_bytes(name, tmp_path, monkeypatch):
     """From the archives on: killed after each single rename, and before and within many of them."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    complete, killed = tmp_path / "complete", tmp_path / "killed"
     if name == "ade20k_full":
-        for root in (whole, killed):
+        for root in (complete, killed):
             trees.ade20k_full(root)
     else:
         packed = archives_of(name, tmp_path / "archives", tmp_path / "source")
         monkeypatch.setitem(DATASETS, name, redirected(name, packed, None, keep_url=False))
-        for root in (whole, killed):
+        for root in (complete, killed):
             root.mkdir()
             for file, data in packed.items():
                 (root / file).write_bytes(data)
-    assert run_and_kill([name, "--workers", "1", "--root", str(whole)], "never") == 0
+    assert run_and_kill([name, "--workers", "1", "--root", str(complete)], "never") == 0
     arguments, kills = [name, "--workers", "2", "--root", str(killed)], 0
     for moments in 40 * [("before", "after"), ("within", "after")]:
-        ends = [run_and_kill(arguments, moment) for moment in moments]
-        kills += ends.count(signal.SIGKILL)
-        if ends[-1] == 0:
+        statuses = [run_and_kill(arguments, moment) for moment in moments]
+        kills += statuses.count(signal.SIGKILL)
+        if statuses[-1] == 0:
             break
-        assert ends[-1] == signal.SIGKILL
-    assert kills >= 4 and content(killed) == content(whole)
+        assert statuses[-1] == signal.SIGKILL
+    assert kills >= 4 and content(killed) == content(complete)
 
 
 def test_processes_that_want_the_same_file_wait_for_one_another(server, tmp_path):
-    """Four at once, as torchrun starts them: one download, one whole file."""
+    """Four at once, as torchrun starts them: one download, one complete file."""
     server.cuts = [1000, 70_000]
     children = []
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""Nothing wastes a run: kills, numbers that are not finite, broken files, processes that die, a
+"""Nothing wastes a run: kills, NaN/Inf, broken files, processes that die, a
 lack of memory.
 """
 
@@ -71,7 +71,7 @@ def test_kills_cost_nothing(shapes_root):
 def test_a_broken_last_checkpoint_costs_one_interval(shapes_root, tmp_path, capsys):
     config = tiny_config("train.steps=4", "train.checkpoint_every=1", "eval.compare=false")
     train.train(config, shapes_root, tmp_path, PROCESS, {})
-    wanted = weights(tmp_path)
+    expected = weights(tmp_path)
     words = [
         "--config",
         str(ROOT / "configs/shapes.toml"),
@@ -90,7 +90,7 @@ def test_a_broken_last_checkpoint_costs_one_interval(shapes_root, tmp_path, caps
         assert before["step"] == 3
         train.main(words)
         assert "going on from previous.pt, step 3" in capsys.readouterr().out
-        assert all(torch.equal(v, wanted[k]) for k, v in weights(tmp_path).items())
+        assert all(torch.equal(v, expected[k]) for k, v in weights(tmp_path).items())
         checkpoint.save(tmp_path / "previous.pt", **before)
 
 
@@ -102,12 +102,12 @@ def spoil(monkeypatch, steps: set[int], how: str) -> None:
         bad = next(count) in steps
         if bad and how == "masks":
             masks = masks * torch.inf
-        found = real(logits, masks, *rest)
+        values = real(logits, masks, *rest)
         if bad and how == "gradient":
-            found["class"].register_hook(lambda gradient: gradient * torch.nan)
+            values["class"].register_hook(lambda gradient: gradient * torch.nan)
         if bad and how == "loss":
-            found["class"] = found["class"].detach() + torch.inf  # its gradient is finite
-        return found
+            values["class"] = values["class"].detach() + torch.inf  # its gradient is finite
+        return values
 
     monkeypatch.setattr(train, "segmentation_losses", losses)
 
@@ -155,9 +155,9 @@ class Lion(torch.optim.Optimizer):
 
 
 @pytest.mark.parametrize(
-    "kind", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad, Lion]
+    "optimizer_class", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad, Lion]
 )
-def test_any_optimizer_may_be_put_in(kind, shapes_root, tmp_path, monkeypatch):
+def test_any_optimizer_may_be_put_in(optimizer_class, shapes_root, tmp_path, monkeypatch):
     """A bad step changes nothing, whether or not the optimizer reads `found_inf`; its state is
     saved and resumed.
     """
@@ -165,7 +165,7 @@ def test_any_optimizer_may_be_put_in(kind, shapes_root, tmp_path, monkeypatch):
     torch.manual_seed(0)
     task = train.Segment(tiny_config(), shapes_root, tmp_path, PROCESS)
     groups = train.build_optimizer(task.model.train(), task.config).param_groups
-    optimizer = kind([{"params": group["params"]} for group in groups])
+    optimizer = optimizer_class([{"params": group["params"]} for group in groups])
     states = []
     for step in range(3):
         batch = task.collate([task.samples[n] for n in range(4 * step, 4 * step + 4)])
@@ -173,7 +173,7 @@ def test_any_optimizer_may_be_put_in(kind, shapes_root, tmp_path, monkeypatch):
         states.append([t.clone() for t in [*task.model.state_dict().values(), *tensors(optimizer)]])
     assert all(torch.equal(a, b) for a, b in zip(*states[:2], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(*states[1:], strict=True))
-    other = kind([{"params": group["params"]} for group in groups])
+    other = optimizer_class([{"params": group["params"]} for group in groups])
     restore(other, optimizer.state_dict(), "checkpoint")
     assert all(torch.equal(a, b) for a, b in zip(tensors(optimizer), tensors(other), strict=True))
 
@@ -224,7 +224,7 @@ def test_too_many_bad_steps_stop_the_run(shapes_root, tmp_path, monkeypatch):
         "train.steps=12", "train.checkpoint_every=1", "train.bad_steps=4", "eval.compare=false"
     )
     with pytest.raises(
-        train.UserError, match=r"not finite in 4 steps in a row, the last one step 7; .*--resume"
+        train.UserError, match=r"NaN/Inf in 4 steps in a row, the last one step 7; .*--resume"
     ):
         train.train(config, shapes_root, tmp_path, PROCESS, {})
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 3
@@ -322,7 +322,7 @@ def test_a_broken_training_file_is_named_once_and_replaced(broken_root, tmp_path
         broken_root / "shapes/labels/train/train00005.png",
         broken_root / "shapes/labels/train/train00006.png",
     )
-    assert not len(label_statistics("shapes", broken_root, "train").broken)  # mended: counted again
+    assert not len(label_statistics("shapes", broken_root, "train").broken)  # fixed: counted again
     (broken_root / "shapes" / "labels" / "train" / "train00006.png").write_bytes(b"")
     statistics = label_statistics("shapes", broken_root, "train")
     assert len(statistics.broken) == 1 and not (statistics.image == 6).any()
@@ -401,8 +401,8 @@ def test_two_processes_train_as_one(pair, shapes_root):
 def workers_of(torchrun: subprocess.Popen) -> list[int]:
     """The processes that torchrun started."""
     file = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children")
-    found = [int(pid) for pid in file.read_text().split()]
-    return [pid for pid in found if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    children = [int(pid) for pid in file.read_text().split()]
+    return [pid for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def at_step(out: Path, step: int, run: subprocess.Popen) -> None:
@@ -564,10 +564,11 @@ def test_label_maps_in_pieces_are_the_same(monkeypatch):
     monkeypatch.setattr(segmenter, "BUDGET", 4 * 61 * 37 * 3)  # three classes at once
     labels, top = segmenter.best_class(logits, classes, (30, 45), (61, 37))
     assert torch.equal(labels, whole) and torch.allclose(top, best)
-    labels, found = torch.randint(0, 11, (61, 37)), whole
+    labels, predicted = torch.randint(0, 11, (61, 37)), whole
     labels[:3] = 255
-    matrix = metrics.confusion(labels, found, 11, 255)
-    monkeypatch.setattr(metrics, "PIXELS", 100)
+    matrix = metrics.confusion(labels, predicted, 11, 255)
+    monkeypatch.setattr(metrics, "MAX_PIXELS", 100)
     assert (
-        torch.equal(metrics.confusion(labels, found, 11, 255), matrix) and matrix.sum() == 58 * 37
+        torch.equal(metrics.confusion(labels, predicted, 11, 255), matrix)
+        and matrix.sum() == 58 * 37
     )

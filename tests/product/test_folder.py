@@ -56,8 +56,8 @@ def root(tmp_path) -> Path:
                 np.full((40, 60), 3, np.uint8),
             )
             labels[5:20, 5:20], labels[5:20, 30:50], labels[:2] = 1 + i % 2, 4, 9
-            for kind, array, ending in (("images", image, "jpg"), ("masks", labels, "png")):
-                file = tmp_path / "animals" / kind / split / f"{i}.{ending}"
+            for part, array, ending in (("images", image, "jpg"), ("masks", labels, "png")):
+                file = tmp_path / "animals" / part / split / f"{i}.{ending}"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(array).save(file)
     torch.save(tiny_clip_state(), tmp_path / "clip.pt")
@@ -163,12 +163,12 @@ def test_layouts(tmp_path):
     ("settings", "parts"),
     [
         (["data.classes=[]"], ["data.classes: is missing"]),
-        (["data.classes=['a','a']"], ["data.classes: 'a' stands twice"]),
-        (["data.unseen=['dgo']"], ["data.unseen: 'dgo' is none", "did you mean dog?"]),
+        (["data.classes=['a','a']"], ["data.classes: 'a' is given twice"]),
+        (["data.unseen=['dgo']"], ["data.unseen: 'dgo' is not one", "did you mean dog?"]),
         (["data.unseen=['cow']"], ["give some of data.classes"]),
         (["data.unseen=['cat','dog']"], ["data.unseen", "not all"]),
         (["data.values=[1]"], ["data.values", "each of the 2"]),
-        (["data.values=[1,1]"], ["data.values: 1 stands twice"]),
+        (["data.values=[1,1]"], ["data.values: 1 is given twice"]),
         (["data.values=[1,70000]"], ["65535"]),
         (["data.images="], ["data.images: is missing"]),
         (["data.images=images"], ["data.images", "{id}"]),
@@ -210,11 +210,13 @@ def test_paths_that_lead_nowhere_are_named(tmp_path):
                 tmp_path,
                 "val",
             )
-    whole = described("data.images=images/{split}/{id}.jpg", "data.labels=masks/{split}/{id}.png")
-    assert len(find_pairs(whole, tmp_path, "val")) == 1
+    complete = described(
+        "data.images=images/{split}/{id}.jpg", "data.labels=masks/{split}/{id}.png"
+    )
+    assert len(find_pairs(complete, tmp_path, "val")) == 1
     (tmp_path / "images/val/a.JPG").touch()
     (tmp_path / "images/val/a.json").touch()  # no image
-    assert not has_split(whole, tmp_path, "train")
+    assert not has_split(complete, tmp_path, "train")
     for on_image in (find_pairs, has_split):  # a split that is broken is not absent
         with pytest.raises(utils.UserError, match="has the id of"):
             on_image(

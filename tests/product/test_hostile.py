@@ -45,8 +45,8 @@ def test_a_script_that_is_a_bomb(tmp_path):
     ):
         for info in source.infolist():
             content = bytes(2**28) if "/data/" in info.filename else source.read(info)
-            kind = zipfile.ZIP_DEFLATED if "/data/" in info.filename else zipfile.ZIP_STORED
-            target.writestr(info.filename, content, kind)
+            compression = zipfile.ZIP_DEFLATED if "/data/" in info.filename else zipfile.ZIP_STORED
+            target.writestr(info.filename, content, compression)
     assert weights.load_clip_state(str(tmp_path / "clip.pt"), tmp_path).keys() == {"weight", "bias"}
     # Making it took more than reading may.
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -143,7 +143,7 @@ def test_one_of_several_pages_is_refused(tmp_path):
     pages = [Image.fromarray(VALUES), Image.fromarray(VALUES[::-1].copy())]
     for name in ("x.tif", "x.gif", "x.png"):
         pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
-        with pytest.raises(UserError, match="holds 2 pages"):
+        with pytest.raises(UserError, match="contains 2 pages"):
             read_values(tmp_path / name, 8)
 
 
@@ -155,8 +155,8 @@ def test_a_palette_of_greys_is_remarked_on(tmp_path):
         image = Image.fromarray(VALUES)
         image.putpalette([value for grey in greys for value in (grey, grey, grey)])
         image.save(tmp_path / "x.png")
-        samples, found = read_samples(tmp_path / "x.png")
-        assert np.array_equal(samples, VALUES) and found == remark
+        samples, actual = read_samples(tmp_path / "x.png")
+        assert np.array_equal(samples, VALUES) and actual == remark
     image.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0, 0, 0, 200])
     image.save(tmp_path / "x.png")
     assert read_samples(tmp_path / "x.png")[1] == ""
@@ -192,7 +192,7 @@ def test_images_are_read_one_way(tmp_path):
 @pytest.mark.parametrize("turned", [1, 2, 3, 5, 6, 8])
 def test_tiffs_that_say_they_are_turned(turned, compression, tmp_path):
     """Pillow turns them by itself: values and images are taken as they are stored, unless a turn
-    is wanted.
+    is asked for.
     """
     options = {"compression": compression} if compression else {}
     Image.fromarray(VALUES).save(tmp_path / "x.tif", tiffinfo={274: turned}, **options)
@@ -202,8 +202,8 @@ def test_tiffs_that_say_they_are_turned(turned, compression, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = turned
     Image.fromarray(VALUES).save(tmp_path / "x.png", exif=exif)
-    wanted = np.asarray(read_image(tmp_path / "x.png", turn=True))
-    assert np.array_equal(np.asarray(read_image(tmp_path / "x.tif", turn=True)), wanted)
+    expected = np.asarray(read_image(tmp_path / "x.png", turn=True))
+    assert np.array_equal(np.asarray(read_image(tmp_path / "x.tif", turn=True)), expected)
     assert remarks_on(tmp_path / "x.tif") == (turned != 1, 0)
 
 

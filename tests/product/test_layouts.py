@@ -1,4 +1,4 @@
-"""Data sets of one's own: which files are found, names that are one to CLIP, lists, mistakes."""
+"""Data sets of one's own: which files match, names that are one to CLIP, lists, mistakes."""
 
 import os
 import shutil
@@ -22,13 +22,13 @@ from zsseg.vocabulary import read_words
 
 
 def test_hidden_folders_hold_no_data(root):
-    for kind in ("images", "masks"):
+    for part in ("images", "masks"):
         for split in ("train", "val"):
-            (root / "a" / kind / split / ".ipynb_checkpoints").mkdir()
-            if kind == "images" or split == "val":  # also on one side only
+            (root / "a" / part / split / ".ipynb_checkpoints").mkdir()
+            if part == "images" or split == "val":  # also on one side only
                 shutil.copy(
-                    root / f"a/{kind}/{split}/0.png",
-                    root / f"a/{kind}/{split}/.ipynb_checkpoints/0-checkpoint.png",
+                    root / f"a/{part}/{split}/0.png",
+                    root / f"a/{part}/{split}/.ipynb_checkpoints/0-checkpoint.png",
                 )
     done = check(root)
     assert (
@@ -79,12 +79,15 @@ def test_layouts_that_the_rules_accept_are_found(images, labels, files, ids, tmp
         described(f"data.images={images}", f"data.labels={labels}"), tmp_path, "val"
     )
     assert (
-        len(listing.pairs) == ids and not listing.alone and not listing.twins and not listing.others
+        len(listing.pairs) == ids
+        and not listing.unpaired
+        and not listing.duplicates
+        and not listing.unmatched
     )
     assert all(image != label for image, label in listing.pairs)
 
 
-def test_a_label_map_without_a_image_is_alone_once(tmp_path):
+def test_a_file_without_a_partner_is_named_once(tmp_path):
     for file in ("a.png", "a_mask.png", "b_mask.png", "c.png", "d.tif"):
         (tmp_path / "val" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "val" / file).touch()
@@ -94,8 +97,8 @@ def test_a_label_map_without_a_image_is_alone_once(tmp_path):
         "val",
     )
     assert [p.name for p, _ in listing.pairs] == ["a.png"]
-    assert sorted(f.name for f in listing.alone) == ["b_mask.png", "c.png"] and [
-        Path(f).name for f in listing.others
+    assert sorted(f.name for f in listing.unpaired) == ["b_mask.png", "c.png"] and [
+        Path(f).name for f in listing.unmatched
     ] == ["d.tif"]
 
 
@@ -124,12 +127,12 @@ def test_names_that_are_one_to_clip(names, root):
         check_names(names)
     with pytest.raises(utils.UserError, match="is the same to CLIP as"):
         dataset(load_config(root / "a.toml", [f"data.classes=[{listed}]"]).data)
-    with pytest.raises(utils.UserError, match="stands twice"):
+    with pytest.raises(utils.UserError, match=r"stands twice|is the same to CLIP as"):
         read_words(", ".join(names).replace("&amp;", "&"))
 
 
 @pytest.mark.slow
-def test_a_list_of_two_columns_wants_ids(root, tmp_path):
+def test_a_list_requires_ids(root, tmp_path):
     for file in ("JPEGImages/x.jpg", "SegmentationClassAug/x.png"):
         (tmp_path / "VOC2012" / file).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (4, 4)).save(tmp_path / "VOC2012" / file)
@@ -139,7 +142,7 @@ def test_a_list_of_two_columns_wants_ids(root, tmp_path):
         offline = {"ZSSEG_CACHE": str(tmp_path / "cache")}
         fails_in_one_line(
             command("prepare_data.py", "voc", "--root", tmp_path, env=offline),
-            ".txt: wants ids, one a line",
+            ".txt: requires ids, one a line",
             "{id}",
         )
         assert not (tmp_path / "cache").exists()  # nothing was asked of the network
@@ -147,7 +150,7 @@ def test_a_list_of_two_columns_wants_ids(root, tmp_path):
         (tmp_path / "VOC2012" / f"{split}.txt").write_bytes(b"\xef\xbb\xbfx\r\nx\r\n")
     assert len(find_pairs("voc", tmp_path, "val")) == 2
     assert find_listing("voc", tmp_path, "val").remarks == [
-        "1 line of val.txt stand there twice, and count twice"
+        "1 duplicate line in val.txt, counted twice"
     ]
 
 
@@ -221,7 +224,7 @@ def test_ten_mistakes_at_once_are_all_named(root):
 
 
 def test_the_check_goes_on_after_what_ends_other_commands(root, capsys):
-    """Two files of one id, and a split that is not there."""
+    """Two files of one id, and a missing split."""
     shutil.copy(root / "a/images/val/0.png", root / "a/images/val/0.webp")
     shutil.rmtree(root / "a/images/train")
     text = CONFIG.replace("images/{split}/{id}.png", "images/{split}/{id}.*")

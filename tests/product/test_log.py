@@ -79,10 +79,10 @@ def records(folder: Path) -> Iterator:
         if (room := 32768 - at % 32768) < 7:
             at += room
             continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        _, length, record_type = struct.unpack("<IHB", data[at : at + 7])
         parts += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if record_type in (1, 4):  # whole, or the last part
             yield Record.FromString(parts)
             parts = b""
 
@@ -139,7 +139,7 @@ def offline(shapes_root, tmp_path_factory) -> tuple[Path, str, str]:
     return out, first.stdout, second.stdout
 
 
-def lives(out: Path) -> list[Path]:
+def offline_runs(out: Path) -> list[Path]:
     return sorted((out / "wandb").glob("offline-run-*"))
 
 
@@ -149,25 +149,27 @@ def test_a_run_without_a_network_is_logged_offline(offline):
     [line] = [line for line in said.splitlines() if line.startswith("wandb: ")]
     assert (
         "cannot go online (" in line
-        and f"logging offline (later: wandb sync {lives(out)[0]})" in line
+        and f"logging offline (later: wandb sync {offline_runs(out)[0]})" in line
     )
 
 
 def test_wandb_gets_the_configuration_and_every_number_once(offline):
     """A resumed run has the same id; the step that it repeats is not logged again."""
     out, *_ = offline
-    first, second = map(history, lives(out))
+    first, second = map(history, offline_runs(out))
     assert [row["_step"] for row in first] == [1, 2, 3, 4, 5] and [
         row["_step"] for row in second
     ] == [6]
     ids = [
         record.run.run_id
-        for life in lives(out)
-        for record in records(life)
+        for run_folder in offline_runs(out)
+        for record in records(run_folder)
         if record.HasField("run")
     ]
     assert set(ids) == {checkpoint.load(out / "last.pt")["wandb"]}
-    [started, *_] = [record.run for record in records(lives(out)[0]) if record.HasField("run")]
+    [started, *_] = [
+        record.run for record in records(offline_runs(out)[0]) if record.HasField("run")
+    ]
     config = {item.key: json.loads(item.value_json) for item in started.config.update}
     assert (
         config["train"]["steps"] == 6
@@ -224,7 +226,7 @@ def test_evaluations_are_logged_in_full(offline):
     result = {
         k: v for k, v in json.loads((out / "metrics.json").read_text()).items() if k != "program"
     }
-    found = {
+    by_split = {
         f"{split}/mIoU_unseen": line
         for line in lines(out)
         for split in ("val", "test")
@@ -233,61 +235,66 @@ def test_evaluations_are_logged_in_full(offline):
     assert {k: v for k, v in lines(out)[-1].items() if k != "step"} == {
         f"test/{k}": v for k, v in result.items()
     }
-    assert found["val/mIoU_unseen"].keys() == {
-        k.replace("test/", "val/") for k in found["test/mIoU_unseen"]
+    assert by_split["val/mIoU_unseen"].keys() == {
+        k.replace("test/", "val/") for k in by_split["test/mIoU_unseen"]
     }
     assert [line["step"] for line in lines(out) if "val/hIoU" in line] == [2, 4]
-    [row] = [row for row in history(lives(out)[0]) if row["_step"] == 4]
+    [row] = [row for row in history(offline_runs(out)[0]) if row["_step"] == 4]
     assert not any("per_class/" in key for key in row)
-    table = json.loads((lives(out)[0] / "files" / row["val/per_class_table", "path"]).read_text())
-    data, classes = dataset("shapes"), found["val/mIoU_unseen"]["val/per_class"]
+    table = json.loads(
+        (offline_runs(out)[0] / "files" / row["val/per_class_table", "path"]).read_text()
+    )
+    data, classes = dataset("shapes"), by_split["val/mIoU_unseen"]["val/per_class"]
     assert table["columns"] == ["class", "seen", "IoU", "Acc"] and len(classes) == 24
-    wanted = [
+    expected = [
         [name, i in data.seen, classes[name]["IoU"], classes[name]["Acc"]]
         for i, name in enumerate(data.names)
     ]
     assert (
-        table["data"] == wanted
-        and any(row[2] is None for row in wanted)
-        and any(row[2] is not None for row in wanted)
+        table["data"] == expected
+        and any(row[2] is None for row in expected)
+        and any(row[2] is not None for row in expected)
     )
 
 
 def test_images_with_masks(offline, shapes_root):
-    """The same ones each time: the photo, its prediction and its truth, with the classes'
+    """The same ones each time: the photo, its prediction and its ground truth, with the classes'
     names.
     """
     out, *_ = offline
-    folder, rows = lives(out)[0] / "files", {row["_step"]: row for row in history(lives(out)[0])}
+    folder, rows = (
+        offline_runs(out)[0] / "files",
+        {row["_step"]: row for row in history(offline_runs(out)[0])},
+    )
     pairs, data, read = (
         find_pairs("shapes", shapes_root, "val"),
         dataset("shapes"),
         lambda path: np.asarray(Image.open(path)),
     )
     for step in (2, 4):
-        entry = {key[1]: value for key, value in rows[step].items() if key[0] == "val/images"}
+        entry = {key[1]: value for key, value in rows[step].items() if key[0] == "val/predictions"}
         assert entry["captions"] == [label.stem for _, label in pairs]
         for (image, label), name, masks in zip(
             pairs, entry["filenames"], entry["all_masks"], strict=True
         ):
             photo, values = read(folder / name), read_values(label, 8)
             assert np.abs(photo.astype(int) - read(image)).max() <= 1
-            truth, prediction = (
-                read(folder / masks[kind]["path"]) for kind in ("truth", "prediction")
+            ground_truth, prediction = (
+                read(folder / masks[title]["path"]) for title in ("ground_truth", "prediction")
             )
-            assert np.array_equal(truth, np.where(values == data.ignore, 24, values))
-            assert prediction.shape == truth.shape and prediction.max() < 24
+            assert np.array_equal(ground_truth, np.where(values == data.ignore, 24, values))
+            assert prediction.shape == ground_truth.shape and prediction.max() < 24
     update = [
         item.value_json
-        for record in records(lives(out)[0])
+        for record in records(offline_runs(out)[0])
         if record.HasField("config")
         for item in record.config.update
         if item.key == "_wandb"
     ][-1]
-    for kind in ("truth", "prediction"):
-        classes = json.loads(update)["mask/class_labels"][f"val/images_wandb_delimeter_{kind}"][
-            "value"
-        ]
+    for title in ("ground_truth", "prediction"):
+        classes = json.loads(update)["mask/class_labels"][
+            f"val/predictions_wandb_delimeter_{title}"
+        ]["value"]
         assert classes == {str(i): name for i, name in enumerate([*data.names, "ignored"])}
 
 
@@ -312,7 +319,7 @@ def test_large_images_and_many_classes_are_made_to_fit(tmp_path):
     table = log.table({name: {"IoU": 1.0, "Acc": None} for name in log.data.names})
     # No split.
     assert table.columns == ["class", "IoU", "Acc"] and table.data[846][1:] == [1.0, None]
-    for image in log.images():
+    for image in log.wandb_images():
         masks = [np.asarray(Image.open(mask._path)) for mask in image._masks.values()]
         assert image.image.size == (512, 512) and all(mask.shape == (512, 512) for mask in masks)
         assert masks[0].max() == 255 and len(np.unique(masks[0])) == 256
@@ -345,7 +352,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_POST(self) -> None:
-        body, known = (
+        body, logged = (
             self.rfile.read(int(self.headers.get("Content-Length") or 0)),
             self.server.rows,
         )
@@ -362,9 +369,9 @@ class Handler(BaseHTTPRequestHandler):
             part = (
                 json.loads(body)
                 .get("files", {})
-                .get("wandb-history.jsonl", {"offset": len(known), "content": []})
+                .get("wandb-history.jsonl", {"offset": len(logged), "content": []})
             )
-            known[part["offset"] :] = part["content"]
+            logged[part["offset"] :] = part["content"]
         project = {"id": "p", "name": "zsseg", "entity": {"id": "e", "name": "me"}}
         bucket = {
             "id": "b",
@@ -373,8 +380,8 @@ class Handler(BaseHTTPRequestHandler):
             "config": "{}",
             "project": project,
             "tags": [],
-            "historyLineCount": len(known),
-            "historyTail": json.dumps(known[-1:]),
+            "historyLineCount": len(logged),
+            "historyTail": json.dumps(logged[-1:]),
             "summaryMetrics": "{}",
             "logLineCount": 0,
             "eventsLineCount": 0,
@@ -395,8 +402,8 @@ class Handler(BaseHTTPRequestHandler):
                     "teams": {"edges": []},
                 }
             },
-            "RunResumeStatus": {"model": project | {"bucket": bucket if known else None}},
-            "UpsertBucket": {"upsertBucket": {"bucket": bucket, "inserted": not known}},
+            "RunResumeStatus": {"model": project | {"bucket": bucket if logged else None}},
+            "UpsertBucket": {"upsertBucket": {"bucket": bucket, "inserted": not logged}},
             "CreateRunFiles": {
                 "createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}
             },
@@ -483,7 +490,7 @@ def test_a_network_that_never_answers(shapes_root, tmp_path):
         result = command("train.py", *words, "--set", "train.steps=1", env=env)
     assert result.returncode == 0 and time.monotonic() - started < 30, result.stderr
     assert "wandb: cannot go online" in result.stdout
-    assert [row["_step"] for row in history(lives(tmp_path / "run")[0])] == [1]
+    assert [row["_step"] for row in history(offline_runs(tmp_path / "run")[0])] == [1]
 
 
 @pytest.mark.slow
@@ -505,7 +512,10 @@ def test_without_a_login_a_run_is_logged_offline(shapes_root, tmp_path):
         result.returncode == 0
         and "wandb: no login (wandb login), logging offline (later: wandb sync" in result.stdout
     )
-    assert checkpoint.load(tmp_path / "run" / "last.pt")["wandb"] in lives(tmp_path / "run")[0].name
+    assert (
+        checkpoint.load(tmp_path / "run" / "last.pt")["wandb"]
+        in offline_runs(tmp_path / "run")[0].name
+    )
 
 
 @pytest.mark.slow

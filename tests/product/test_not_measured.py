@@ -33,14 +33,16 @@ def test_metrics_of_nothing_are_null():
     assert all(empty[k] is None for k in empty if k != "per_class")
     # No ground truth of c, though it is predicted.
     half = torch.tensor([[8, 0, 2], [0, 10, 0], [0, 0, 0]])
-    found = summarize(half, data)
-    assert found["mIoU_unseen"] is None and found["hIoU"] is None and found["pAcc_unseen"] is None
-    assert found["mIoU_seen"] == pytest.approx(90) and found["mIoU_gt"] == pytest.approx(90)
+    result = summarize(half, data)
+    assert (
+        result["mIoU_unseen"] is None and result["hIoU"] is None and result["pAcc_unseen"] is None
+    )
+    assert result["mIoU_seen"] == pytest.approx(90) and result["mIoU_gt"] == pytest.approx(90)
     # METHOD: divided by those with ground truth or predictions.
-    assert found["mIoU"] == pytest.approx((80 + 100) / 3)
+    assert result["mIoU"] == pytest.approx((80 + 100) / 3)
     missed = summarize(torch.tensor([[10, 0, 0], [0, 10, 0], [5, 0, 0]]), data)
     assert missed["mIoU_unseen"] == 0 and missed["hIoU"] == 0  # measured, and all wrong
-    for metrics in (empty, found):
+    for metrics in (empty, result):
         json.loads(json.dumps(metrics, allow_nan=False))
         assert "-" in table(metrics)
 
@@ -76,11 +78,11 @@ def test_weights_that_are_not_finite_are_named(root, trained):
     name = next(iter(content["model"]["maskformer"]))
     content["model"]["maskformer"][name][:] = math.nan
     torch.save(content, root / "nan.pt")
-    fails_in_one_line(measure(root / "nan.pt", root), "nan.pt", name, "not finite")
+    fails_in_one_line(measure(root / "nan.pt", root), "nan.pt", name, "NaN/Inf")
     clip = torch.load(root / "clip.pt")
     clip["visual.proj"][0, 0] = math.inf
     torch.save(clip, root / "clip.pt")
-    fails_in_one_line(measure(trained, root), "clip.pt", "visual.proj", "not finite")
+    fails_in_one_line(measure(trained, root), "clip.pt", "visual.proj", "NaN/Inf")
 
 
 def test_scores_that_are_not_finite_give_no_labels(root, trained):

@@ -22,13 +22,13 @@ def test_checkpoints_with_numbers_and_arrays_of_numpy(tmp_path):
         "list": [np.float32(2), (np.int8(1),)],
     }
     torch.save(content, tmp_path / "np.pt")
-    found = checkpoint.load(tmp_path / "np.pt")
-    assert found["score"] == 0.5 and found["step"] == 7 and found["list"] == [2.0, (1,)]
+    content = checkpoint.load(tmp_path / "np.pt")
+    assert content["score"] == 0.5 and content["step"] == 7 and content["list"] == [2.0, (1,)]
     assert (
-        torch.equal(found["array"], torch.arange(6.0).reshape(2, 3))
-        and found["model"]["w"].dtype == torch.float64
+        torch.equal(content["array"], torch.arange(6.0).reshape(2, 3))
+        and content["model"]["w"].dtype == torch.float64
     )
-    assert found["model"]["flags"].tolist() == [True, False]
+    assert content["model"]["flags"].tolist() == [True, False]
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
@@ -102,7 +102,7 @@ def test_clips_that_are_not_openai_s(root, monkeypatch, capsys):
 
     torch.manual_seed(0)
     made = CLIP(
-        VisionTransformer(32, 16, 160, 2, 64, heads=2, activation="gelu"),
+        VisionTransformer(32, 16, 160, 2, 64, num_heads=2, activation="gelu"),
         64,
         40,
         514,
@@ -113,10 +113,10 @@ def test_clips_that_are_not_openai_s(root, monkeypatch, capsys):
     state, image = made.state_dict(), torch.randn(2, 3, 32, 32)
     torch.save(state, root / "laion.pt")
     with torch.no_grad():
-        wanted = made.encode_image(image)
-        assert torch.allclose(build_clip(state, "gelu", 2).encode_image(image), wanted, atol=1e-6)
+        expected = made.encode_image(image)
+        assert torch.allclose(build_clip(state, "gelu", 2).encode_image(image), expected, atol=1e-6)
         for other in (build_clip(state, "quickgelu", 2), build_clip(state, "gelu", 4)):
-            assert not torch.allclose(other.encode_image(image), wanted, atol=1e-4)
+            assert not torch.allclose(other.encode_image(image), expected, atol=1e-4)
     with pytest.raises(utils.UserError, match=r"clip\.heads: is 3"):
         build_clip(state, "gelu", 3)
     words = [
@@ -170,10 +170,10 @@ def test_checkpoints_all_of_numpy(root, trained):
     torch.save(numpy(torch.load(root / "clip.pt")), root / "clip.pt")
     assert measure(root / "np.pt", root, "--out", root / "o").returncode == 0
     torch.save({"model": {"x": np.zeros((0, 3)), "y": np.array(7)}}, root / "odd.pt")
-    found = checkpoint.load(root / "odd.pt")["model"]
-    assert found["x"].shape == (0, 3) and isinstance(found["y"], torch.Tensor) and found["y"] == 7
+    model = checkpoint.load(root / "odd.pt")["model"]
+    assert model["x"].shape == (0, 3) and isinstance(model["y"], torch.Tensor) and model["y"] == 7
     torch.save({"model": {"x": np.zeros(2, np.complex64)}}, root / "odd.pt")
-    with pytest.raises(utils.UserError, match="holds an array of kind 'c8'"):
+    with pytest.raises(utils.UserError, match="an array of dtype 'c8'"):
         checkpoint.load(root / "odd.pt")
 
 

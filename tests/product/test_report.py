@@ -22,6 +22,7 @@ import train
 from zsseg import report
 from zsseg.config import Config, load_config
 from zsseg.datasets import dataset, find_pairs
+from zsseg.distributed import Process
 from zsseg.images import read_values
 from zsseg.metrics import confusion, summarize
 from zsseg.visualize import palette
@@ -120,7 +121,7 @@ def test_gains_are_those_of_counting_again():
     matrix = rng.integers(0, 50, (6, 6)) * (rng.random((6, 6)) < 0.7)
     matrix[4], matrix[5], matrix[:, 4], matrix[:, 5] = 0, 0, 0, 0
     matrix[1, 5] = 9
-    before, gains = summarize(torch.from_numpy(matrix), data)["mIoU"], report.gains(matrix)
+    before, gains = summarize(torch.from_numpy(matrix), data)["mIoU"], report.miou_gain(matrix)
     for i, j in np.ndindex(6, 6):
         right = matrix.copy()
         right[i, j], right[i, i] = (
@@ -144,11 +145,13 @@ def test_the_worst_and_the_best_are_kept(monkeypatch):
     config = own()
     every = shown(range(12), config).cards
     assert every == sorted(every, key=lambda card: card[:2]) and len(every) == 12
-    monkeypatch.setattr(report, "KEPT", 3)
+    monkeypatch.setattr(report, "MAX_CARDS", 3)
     expected = every[:3] + every[-3:]
     assert shown(range(12), config).cards == shown(reversed(range(12)), config).cards == expected
     parts = [shown(range(rank, 12, 2), config) for rank in (0, 1)]
-    assert report.ends(sorted(parts[0].cards + parts[1].cards)) == expected
+    monkeypatch.setattr(Process, "gather", lambda self, cards: cards + parts[1].cards)
+    parts[0].gather()
+    assert parts[0].cards == expected
     assert torch.equal(parts[0].matrix + parts[1].matrix, shown(range(12), config).matrix)
     page, ignored = shown([5], config), torch.full((8, 8), 255)
     page(
@@ -169,14 +172,14 @@ def test_a_card_shows_its_maps():
     assert score == pytest.approx(iou.mean()) and dict(card["classes"]) == pytest.approx(
         dict(enumerate(iou))
     )
-    images = {k: decoded(card[k]) for k in ("image", "truth", "prediction")}
+    images = {k: decoded(card[k]) for k in ("image", "gt", "prediction")}
     assert (
         images["image"].size == (72, 48)
         and images["image"].format == "JPEG"
-        and images["truth"].mode == "P"
+        and images["gt"].mode == "P"
     )
     labels = np.random.default_rng(3).choice([0, 1, 2, 3, 255], (24, 36))
-    truth, known = np.array(images["truth"].convert("RGBA")), labels != 255
+    truth, known = np.array(images["gt"].convert("RGBA")), labels != 255
     assert (truth[..., 3] == 255 * known).all() and (
         truth[known][:, :3] == palette(4)[labels[known]]
     ).all()
@@ -195,7 +198,7 @@ def test_more_classes_than_a_palette_holds():
         labels,
         confusion(labels, labels, 847, 65535),
     )
-    truth = np.array(decoded(page.cards[0][2]["truth"]).convert("RGBA"))
+    truth = np.array(decoded(page.cards[0][2]["gt"]).convert("RGBA"))
     assert (truth[..., 3] > 0).sum() == 2 * 255 and page.cards[0][0] == 100
 
 
@@ -224,7 +227,7 @@ def test_curves_leave_out_what_is_broken(tmp_path):
     assert [(c["title"], [name for name, _ in c["lines"]]) for c in charts] == [
         ("Loss of all layers", ["loss"]),
         ("Loss of the last layer", ["class"]),
-        ("Learning rate", ["rate"]),
+        ("Learning rate", ["lr"]),
     ]
     line = charts[0]["lines"][0][1]
     assert len(line) == 600 and line[0] == pytest.approx(
@@ -240,16 +243,16 @@ def test_a_budget_of_something_else_is_not_shown(made, trained, tmp_path):
         trained / "last.pt",
         tmp_path / "budget.json",
     )
-    assert report.read_budget(file, checkpoint, result) is None
+    assert report.read_analysis(file, checkpoint, result) is None
     file.write_text((made / "budget.json").read_text())
-    assert report.read_budget(file, checkpoint, result)["rows"][0][1]["mIoU"] == result["mIoU"]
-    assert report.read_budget(file, checkpoint, result | {"mIoU": result["mIoU"] + 1}) is None
-    assert report.read_budget(file, checkpoint, result | {"per_class": {}}) is None
+    assert report.read_analysis(file, checkpoint, result)["rows"][0][1]["mIoU"] == result["mIoU"]
+    assert report.read_analysis(file, checkpoint, result | {"mIoU": result["mIoU"] + 1}) is None
+    assert report.read_analysis(file, checkpoint, result | {"per_class": {}}) is None
     os.utime(file, (0, 0))
-    assert report.read_budget(file, checkpoint, result) is None
+    assert report.read_analysis(file, checkpoint, result) is None
     for text in ("{", "[]", "{}", '{"as_is": 3}'):
         file.write_text(text)
-        assert report.read_budget(file, checkpoint, result) is None
+        assert report.read_analysis(file, checkpoint, result) is None
 
 
 def test_the_command_writes_the_same_page_with_two_processes(made, trained, shapes_root, tmp_path):
@@ -268,11 +271,11 @@ def test_the_command_writes_the_same_page_with_two_processes(made, trained, shap
         result.stderr
     )
     one, two = read(made / "report.html"), read(tmp_path / "report.html")
-    assert one.pop("budget")["masks"] > 0 and two.pop("budget") is None
-    one["facts"], two["facts"] = (
-        [fact for fact in page["facts"] if fact[0] != "speed"] for page in (one, two)
+    assert one.pop("analysis")["masks"] > 0 and two.pop("analysis") is None
+    one["overview"], two["overview"] = (
+        [item for item in page["overview"] if item[0] != "speed"] for page in (one, two)
     )
-    assert one == two and len(one["images"]) == 4 and one["paper"] is None
+    assert one == two and len(one["images"]) == 4 and one["published"] is None
     metrics = json.loads((made / "metrics.json").read_text())
     assert [name for name, _ in one["metrics"]["rows"]] == [
         "MaskFormer only",
@@ -282,8 +285,8 @@ def test_the_command_writes_the_same_page_with_two_processes(made, trained, shap
     ]
     assert one["metrics"]["rows"][-1][1] == {k: metrics[k] for k in one["metrics"]["keys"]}
     assert one["per_class"] == [[v["IoU"], v["Acc"]] for v in metrics["per_class"].values()]
-    assert one["true_masks"] == metrics["clip_true_masks"] and one["seen"] == dataset("shapes").seen
-    assert dict(one["facts"])["trained on"] == "seen classes, 3 steps of 4 images"
+    assert one["clip_on_gt"] == metrics["clip_true_masks"] and one["seen"] == dataset("shapes").seen
+    assert dict(one["overview"])["trained on"] == "seen classes, 3 steps of 4 images"
     data = dataset("shapes")
     labels = [
         read_values(label, 8)
@@ -307,25 +310,25 @@ def test_the_command_writes_the_same_page_with_two_processes(made, trained, shap
 def test_the_paper_stands_beside_its_data_set_only(tmp_path):
     config = load_config(str(ROOT / "configs" / "voc_r101c.toml"), ["clip.ensemble_weight=0.5"])
     page = written(shown(range(3), config), tmp_path)
-    assert page["paper"]["values"] == {
+    assert page["published"]["values"] == {
         "pAcc": 90.0,
         "mIoU_seen": 83.5,
         "mIoU_unseen": 72.5,
         "hIoU": 77.5,
     }
     assert (
-        page["paper"]["differing"] == ["clip.ensemble_weight: 0.5 (0.7)"]
-        and ["CLIP", "ViT-B/16"] in page["facts"]
+        page["published"]["differing"] == ["clip.ensemble_weight: 0.5 (0.7)"]
+        and ["CLIP", "ViT-B/16"] in page["overview"]
     )
     supervised = own("model.class_head=linear", "clip.ensemble=false", "data.train_on=all")
     page = written(shown(range(3), supervised), tmp_path)
     assert (
-        page["paper"] is None
+        page["published"] is None
         and page["seen"] == []
         and page["metrics"]["rows"][0][0] == "MaskFormer only"
     )
     assert "mAcc" in page["metrics"]["keys"] and not {"CLIP", "prompt"} & {
-        name for name, _ in page["facts"]
+        name for name, _ in page["overview"]
     }
 
 

@@ -47,15 +47,15 @@ def test_word_lists(text, names, synonyms, shown, tmp_path):
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("", "holds no word"),
-        (" ,; = ", "holds no word"),
-        ("other: sky", "holds no word"),
-        ("cat, Cat", "'Cat': stands twice"),
+        ("", "contains no word"),
+        (" ,; = ", "contains no word"),
+        ("other: sky", "contains no word"),
+        ("cat, Cat", "'Cat': is the same to CLIP as 'cat'"),
         ("sofa = couch; couch", "stands twice"),
         ("cat; other: cat", "stands twice"),
         ("other; other: sky", "'other': stands twice"),
         ("absent.txt", "No such file"),
-        ("cat, dog, other: sky", "'other: sky': stands within a list"),
+        ("cat, dog, other: sky", "'other: sky': is inside a list"),
         (", ".join(map(str, range(70_000))), "room for 65535"),
     ],
 )

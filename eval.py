@@ -25,14 +25,16 @@ Try words on a page of this machine:
 Export programs that run without this one:
     python eval.py CHECKPOINT --export DIR --classes "cat, dog, grass"
 
-CHECKPOINT is one of train.py (its configuration is inside) or an original zsseg.baseline
-model_final.pth (give its --config). Results go to --out (else eval/ or, of images, segmented/
-beside the checkpoint), and never take the place of a file that this program did not write.
+CHECKPOINT is one of train.py (its configuration is inside), an original zsseg.baseline
+model_final.pth (give its --config), or the name of a published model, which is downloaded. Results
+go to --out (else eval/ or, of images, segmented/ beside the checkpoint, or in runs/NAME/), and
+never take the place of a file that this program did not write.
 """
 
 import os
 from argparse import Namespace
 from datetime import timedelta
+from pathlib import Path
 
 from kernels.jit import Switch
 from zsseg import command_line
@@ -47,6 +49,7 @@ from zsseg.export import export
 from zsseg.features import FeatureFiles, KeptFeatures, features_digest, find_features
 from zsseg.files import check_writable
 from zsseg.metrics import report
+from zsseg.models import MODELS, find_model
 from zsseg.predict import InputImages, Names, Results, find_images, made_with, segment_images
 from zsseg.published import compare
 from zsseg.report import Report
@@ -69,6 +72,12 @@ USES_OWN = "is for images of your own"
 
 def main(argv: list[str]) -> None:
     args = parse(argv)
+    named = args.checkpoint
+    args.checkpoint, published = find_model(named)
+    if published:
+        segmented = args.images or args.features
+        args.config = args.config or published
+        args.out = args.out or Path("runs") / named / ("segmented" if segmented else "eval")
     content, config = checkpoint_and_config(args.checkpoint, args.config, args.set)
     Switch.on = config.model.kernels
     if args.images or args.features:
@@ -88,7 +97,8 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> Namespace:
     """The command line."""
     parser = command_line.parser(__doc__)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=path_of)
+    names = f"a file, or a published model: {', '.join(MODELS)}"
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=path_of, help=names)
     measuring = parser.add_argument_group("measuring")
     for option, text in MEASURING.items():
         measuring.add_argument(option, action="store_true", help=text)

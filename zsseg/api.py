@@ -20,6 +20,7 @@ from zsseg.data import network_inputs
 from zsseg.datasets import dataset
 from zsseg.distributed import Process, init_distributed
 from zsseg.images import as_rgb, read_image
+from zsseg.models import find_model
 from zsseg.predict import segment_image
 from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError, path_of
@@ -35,14 +36,14 @@ def load(
     settings: list[str] = (),
 ) -> "Predictor":
     """A segmenter from a checkpoint of ours or the original's (which needs the `config` file of its
-    training).
+    training), or from the name of a published model, such as "ovseg-swinb", which is downloaded.
 
     root: data root, where `{root}` in the configuration points. device: "auto", "cpu" or "cuda".
     settings: overrides such as "clip.ensemble_weight=0.6". Device and precision are chosen as by
     eval.py. Raises UserError.
     """
-    path = path_of(path)
-    content, loaded = checkpoint_and_config(path, config, settings)
+    path, published = find_model(path)
+    content, loaded = checkpoint_and_config(path, config or published, settings)
     process = init_distributed(device)
     segmenter = load_segmenter(content, loaded, path_of(root), path).to(process.device).eval()
     return Predictor(segmenter, loaded, process, trained_names(content, loaded))

@@ -9,6 +9,7 @@ from torch import Tensor
 from zsseg import checkpoint, weights
 from zsseg.backbone import load_backbone
 from zsseg.config import Config, load_config
+from zsseg.models import find_model
 from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError
 
@@ -55,13 +56,17 @@ def load_clip(config: Config, root: Path, changed: bool = False) -> checkpoint.S
 def start_from(
     segmenter: Segmenter, file: str, prompts: dict[str, checkpoint.State]
 ) -> dict[str, checkpoint.State]:
-    """Load all weights of another segmenter's checkpoint, ours or the original's, that fit
+    """Load all weights of another segmenter's checkpoint, ours, the original's or a published
+    model's, that fit
     `segmenter` by name and shape; of its learned prompts those that are not among `prompts`.
 
     Returns them by part, and prints how many were used, which were not, and which of the model's
     start afresh. UserError where none fits.
     """
-    what, content = f"train.init {file}", checkpoint.load(file, "train.init")
+    what, content = (
+        f"train.init {file}",
+        checkpoint.load(find_model(file, "train.init")[0], "train.init"),
+    )
     unknown: list[str] = []
     parts = (
         content["model"]

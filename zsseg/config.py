@@ -123,8 +123,8 @@ class TrainConfig:
     focal_weight: float = 20.0
     dice_weight: float = 1.0
     no_object_weight: float = 0.1
-    # a segmenter's checkpoint, ours or the original's, whose weights training starts from
-    # (fine-tuning)
+    # a segmenter's checkpoint, ours or the original's, or the name of a published model, whose
+    # weights training starts from (fine-tuning)
     init: str = ""
     # self-training: a checkpoint whose predictions label the ignored pixels
     teacher: str = ""

@@ -23,6 +23,11 @@ from zsseg.utils import UserError
 
 BLOCK = 1 << 20  # bytes
 TRIES = 5  # in a row without a new byte
+PAGES = {  # words in web pages of Google Drive
+    "quota": "its quota is spent for now",
+    "virus": "it asks for a confirmation",
+    "sign in": "it asks for a login",
+}
 MAX_RATIO = 50  # an archive that unpacks to more than this many times its size is a bomb
 
 
@@ -30,8 +35,8 @@ def fetch(urls: list[str], path: Path, checksum: str, what: str, size: int = 0) 
     """Download `path` from the first of `urls` that works, unless it exists, and check it.
 
     An incomplete file stays in `<path>.part`, where the next try or the next run resumes.
-    `checksum` is "sha256:<hex>" or the like, or "" where none is known; `size` in bytes, 0 where
-    not known. Raises UserError.
+    `checksum` is "sha256:<hex>" or the like, of which the first digits do, or "" where none is
+    known; `size` in bytes, 0 where not known. Raises UserError.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -79,7 +84,7 @@ def check_file(file: Path, checksum: str, what: str, size: int = 0, delete: bool
     elif checksum:
         with open(file, "rb") as content:
             digest = hashlib.file_digest(content, method).hexdigest()
-        if digest != expected:
+        if not digest.startswith(expected):
             why = f"the file has {method} {digest} instead of {expected}"
     if why and delete:
         file.unlink()
@@ -112,6 +117,17 @@ def transfer(url: str, part: Path, what: str, size: int) -> None:
         time.sleep(min(0.1 * 2**failures, 5))
 
 
+def refuse_page(answer: BinaryIO, start: int, url: str, path: Path, what: str) -> None:
+    """UserError where a web page comes instead of a file, as Google Drive does it now and then."""
+    begins = b"" if start else answer.peek(64).lstrip()
+    if answer.headers.get_content_type() != "text/html" and not begins.startswith(b"<"):
+        return
+    text = answer.read(BLOCK).decode("utf-8", "replace").lower()
+    why = next((why for word, why in PAGES.items() if word in text), "it does not say why")
+    todo = f"open that link in a browser, and put the file at {path}"
+    raise UserError(what, f"{url} gives a web page, not the file ({why})", todo)
+
+
 def append(url: str, part: Path, start: int, what: str) -> None:
     """Request the bytes from `start` on. Raises OSError and HTTPException, also where fewer come
     than the server announced.
@@ -121,6 +137,7 @@ def append(url: str, part: Path, start: int, what: str) -> None:
     with urllib.request.urlopen(request, timeout=60) as answer:
         if answer.status != 206:  # the whole file
             start = 0
+        refuse_page(answer, start, url, part.with_suffix(""), what)
         length = answer.headers.get("Content-Length")
         total = start + int(length) if length else None
         resumed = f", going on at byte {start}" if start else ""

@@ -103,12 +103,13 @@ class Tower(nn.Module):
         super().__init__()
         self.visual, self.bf16 = segmenter.clip.visual, bf16
         self.mask_prompt = uses_mask_prompt(segmenter.clip, segmenter.config)
+        self.patch = self.visual.stride
         self.register_buffer("text", segmenter.region_text_features)
 
     def forward(self, crops: Tensor) -> Tensor:
         shown = []
         if self.mask_prompt:
-            shown = [token_masks(crops[:, 3] != 0, self.visual.stride)]
+            shown = [token_masks(crops[:, 3] != 0, self.patch)]
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             features = self.visual(crops[:, :3], False, *shown)
         return cosine_logits(features, self.text)

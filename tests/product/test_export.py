@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -18,6 +19,7 @@ from torch.export import Dim
 
 from kernels.region_crop import region_masks
 from zsseg import shapes
+from zsseg.backbone import BACKBONES, Swin
 from zsseg.clip import ModifiedResNet, cosine_logits
 from zsseg.config import Config
 from zsseg.data import test_size as network_size
@@ -245,3 +247,27 @@ def test_a_program_that_differs_is_noticed(tmp_path):
     with pytest.raises(AssertionError, match="zsseg"):
         write(Kernel(), inputs, {0: Dim.DYNAMIC}, tmp_path / "kernel.pt2")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("backbone", ["small", pytest.param("SwinB", marks=pytest.mark.slow)])
+def test_a_mask_prompt_is_exported(backbone, tmp_path, monkeypatch):
+    monkeypatch.setitem(BACKBONES, "SwinB", lambda config: Swin(32, (1, 1, 1, 1)))
+    settings = ("clip.mask_threshold=0.998", "model.bf16=off", f"model.backbone={backbone}")
+    config = tiny_config(*TINY, *settings)
+    torch.manual_seed(0)
+    clip = tiny_clip_state() | {"visual.mask_embedding": torch.randn(2, 16, 96)}
+    segmenter = build(config, clip)
+    export(segmenter, config, words_of(dataset("shapes")), tmp_path)
+    example = runpy.run_path(str(tmp_path / "example.py"))
+    described = json.loads((tmp_path / "settings.json").read_text())
+    programs = [
+        torch.export.load(tmp_path / name).module(check_guards=False)
+        for name in ("proposer.pt2", "clip.pt2")
+    ]
+    photo = Image.fromarray(shapes.draw("test", 5)[0]).resize((150, 70))
+    image = to_tensor(photo.resize(network_size(150, 70, 96, 128), Image.Resampling.BILINEAR))
+    labels = example["segment"](photo, described, *programs)
+    assert len(labels.unique()) > 1
+    assert (labels == segmenter(image, (70, 150))).float().mean() >= 0.999
+    segmenter.config = replace(segmenter.config, mask_prompt=False)
+    assert (labels == segmenter(image, (70, 150))).float().mean() < 0.99

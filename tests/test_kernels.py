@@ -544,6 +544,26 @@ def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
     assert "failed" not in capsys.readouterr().err
 
 
+def test_the_benchmark_compares_like_with_like():
+    """Kernel and plain version take the benchmark's inputs and give results of the same shapes, on
+    CUDA tensors without values.
+    """
+    with FakeTensorMode():
+        found = bench.cases("cuda", compile_check.Sizes(**bench.SMALL))
+        assert {part for *_, parts in found.values() for part in parts} == set(
+            compile_check.work(compile_check.Sizes())
+        )
+        for name in found.keys() - {"mask_loss, both ways", "region_crop", "assignment"}:
+            plain, ours, _ = found[name]
+            with plain_pytorch():
+                plain, ours = (x if isinstance(x, tuple) else (x,) for x in (plain(), ours()))
+            assert all(
+                a.shape == b.shape and a.is_cuda for a, b in zip(ours, plain, strict=False)
+            ), name
+        for name in ("region_crop", "assignment"):  # the plain versions read boxes and costs
+            assert found[name][1]() is not None
+
+
 def test_the_summary_of_a_gpu_says_what_to_keep(tmp_path):
     """From tables as the benchmarks write them, of which the last kernel and part are missing."""
     head = "kernel,provider,median_ms,h100_floor_ms,difference"

@@ -229,7 +229,7 @@ def training(done: set[str], args: argparse.Namespace) -> dict:
     for _ in range(5 if cuda else 2):
         started = time.perf_counter()
         for i in range(8 if cuda else 1):  # the host may run ahead
-            loss, _, _ = step(i)
+            loss = step(i)[0]
         if cuda:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - started) / (8 * B if cuda else B))

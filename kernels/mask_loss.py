@@ -238,9 +238,11 @@ def launch_backward(
     BLOCK_H = BLOCK_W = 16
     tiles = cdiv(h, BLOCK_H - 2) * cdiv(w, BLOCK_W - 2)
     sizes = (B, T, h, w, *masks.stride()[:3], *grad.stride()[:3])
-    blocks = {"R": R, "BLOCK_H": BLOCK_H, "BLOCK_W": BLOCK_W}
+    blocks = {"R": R, "BLOCK_H": BLOCK_H, "BLOCK_W": BLOCK_W, **BACKWARD}
+    if R <= 4:
+        blocks["maxnreg"] = 128  # four blocks a multiprocessor; wider tiles would spill
     mask_loss_backward_kernel[(L * B * T, tiles)](
-        masks, matched, labels, classes, factors, grad, *sizes, **blocks, **BACKWARD
+        masks, matched, labels, classes, factors, grad, *sizes, **blocks
     )
     return grad
 

@@ -22,7 +22,7 @@ from kernels.jit import (
     tl,
 )
 
-SUMS = {"BLOCK_Q": 64, "BLOCK_HW": 32, "num_warps": 4, "num_stages": 3}
+SUMS = {"BLOCK_Q": 64, "BLOCK_HW": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168}
 LOGITS_HELD = 8192  # class logits that a block of the second kernel holds
 
 

@@ -133,6 +133,8 @@ def launch(
     out = (labels, top, scores)
     sizes = (h, w, *cut, Ho, Wo, C, columns, cut[0] / Ho, cut[1] / Wo)
     blocks = {"BLOCK_HW": BLOCK_HW, "BLOCK_Q": BLOCK_Q, **CONFIG}
+    if BLOCK_Q <= 128:
+        blocks["maxnreg"] = 128  # two blocks a multiprocessor; with more queries it would spill
     semantic_map_argmax_kernel[(cdiv(Ho * Wo, BLOCK_HW),)](
         padded, high, low, *out, *sizes, SCORES=want_scores, **blocks
     )

@@ -245,7 +245,8 @@ class VisionTransformer(nn.Module):
         """Pixels from a patch to the next."""
         if isinstance(self.conv1, nn.Conv2d):
             return self.conv1.stride[0]
-        return math.prod(m.stride[0] for m in self.conv1 if isinstance(m, nn.Conv2d))
+        strides = [m.stride[0] for m in self.conv1 if isinstance(m, nn.Conv2d)]
+        return math.prod(strides)
 
 
 def patch_tokens(images: Tensor, weight: Tensor) -> Tensor:

@@ -114,7 +114,10 @@ def count_classes(
     ids = full[values].astype(np.int64)
     trained = training[values]
     kept = trained != data.ignore
-    if not np.array_equal(np.array(data.trained)[trained[kept]], ids[kept]):
+    unseen = [data.values[data.names.index(name)] for name in data.unseen]
+    same = np.array_equal(np.array(data.trained)[trained[kept]], ids[kept])
+    # Both: the tables for evaluation and training may be wrong together.
+    if not same or np.isin(values[kept], unseen).any():
         raise AssertionError(f"{file}: a pixel of an unseen class survived")
 
     ids[ids == data.ignore] = len(data.names)

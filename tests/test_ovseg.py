@@ -25,6 +25,7 @@ from zsseg.backbone import Swin, WindowAttention, load_backbone
 from zsseg.build import build_segmenter
 from zsseg.clip import build_clip
 from zsseg.config import ClipConfig, Config, load_config
+from zsseg.features import features_digest
 from zsseg.maskformer import PIXEL_MEAN, PIXEL_STD
 from zsseg.regions import (
     crop_features,
@@ -356,6 +357,14 @@ def test_one_row_of_a_mask_prompt_serves_all_patches():
 def test_a_mask_prompt_that_does_not_fit(depth, tokens):
     with pytest.raises(UserError, match="mask prompt of shape"):
         build_clip(prompted_clip(depth, tokens))
+
+
+def test_kept_features_depend_on_the_mask_prompt(segmenter):
+    digests = {
+        features_digest(segmenter, tiny_config(f"clip.mask_prompt={prompt}"), PROCESS)
+        for prompt in ("true", "false")
+    }
+    assert len(digests) == 2
 
 
 def test_no_class_counts_as_seen(segmenter):

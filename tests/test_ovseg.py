@@ -7,15 +7,25 @@ import pytest
 import recipe
 import torch
 import torch.nn.functional as F
-from conftest import golden, keys, original_state, relative_error, tiny_clip_state, tiny_config
+from conftest import (
+    ROOT,
+    golden,
+    keys,
+    original_state,
+    relative_error,
+    tiny_clip_state,
+    tiny_config,
+)
 from torchvision.models import swin_b
 from torchvision.models.swin_transformer import ShiftedWindowAttention
 
 import train
 from zsseg import backbone as backbones
 from zsseg.backbone import Swin, WindowAttention, load_backbone
+from zsseg.build import build_segmenter
 from zsseg.clip import build_clip
-from zsseg.config import ClipConfig, Config
+from zsseg.config import ClipConfig, Config, load_config
+from zsseg.features import features_digest
 from zsseg.maskformer import PIXEL_MEAN, PIXEL_STD
 from zsseg.regions import (
     crop_features,
@@ -163,13 +173,14 @@ def test_label_maps(ovseg, monkeypatch):
                 assert relative_error(ours[:, ::step, ::step], stored) < MOST
 
 
-@pytest.mark.parametrize("entry", ["swinB_vitL14", "R101c_vitB16"])
-def test_every_key_of_the_published_files_is_used_or_listed(entry):
+@pytest.mark.parametrize(
+    "entry, name", [("swinB_vitL14", "ovseg_swinb"), ("R101c_vitB16", "ovseg_r101c")]
+)
+def test_every_key_of_the_published_files_is_used_or_listed(entry, name):
     sizes = keys("ovseg/ovseg_upstream_keys.json", entry)
     state = {name: torch.empty(shape, device="meta") for name, shape in sizes.items()}
     parts, dropped = import_original(state, "reference")
-    config = Config()
-    config.model.backbone = entry.split("_")[0].replace("swin", "Swin")
+    config = load_config(ROOT / "configs" / f"{name}.toml")
     assert sum(map(len, parts.values())) + len(dropped) == len(sizes)
     assert all(name.endswith(("index", "_mean", "_std", "empty_weight")) for name in dropped)
     with torch.device("meta"):
@@ -348,6 +359,14 @@ def test_a_mask_prompt_that_does_not_fit(depth, tokens):
         build_clip(prompted_clip(depth, tokens))
 
 
+def test_kept_features_depend_on_the_mask_prompt(segmenter):
+    digests = {
+        features_digest(segmenter, tiny_config(f"clip.mask_prompt={prompt}"), PROCESS)
+        for prompt in ("true", "false")
+    }
+    assert len(digests) == 2
+
+
 def test_no_class_counts_as_seen(segmenter):
     segmenter.config.ensemble_seen = False
     segmenter.set_classes(["cat", "dog"], [0])
@@ -372,3 +391,34 @@ def test_compiled(monkeypatch):
         found = segmenter.propose(image)
         assert torch.allclose(found.mask_logits, expected.mask_logits, rtol=1e-3, atol=1e-3)
         assert torch.allclose(found.clip_probs, expected.clip_probs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, weight, threshold, sizes, lr",
+    [
+        ("ovseg_swinb", 0.7, 0.4, (640, 2560), 6e-5),
+        ("ovseg_swinb_ade20k", 0.7, 0.4, (640, 2560), 6e-5),
+        ("ovseg_swinb_ade20k_full", 0.7, 0.4, (640, 2560), 6e-5),
+        ("ovseg_swinb_pcontext", 0.6, 0.4, (640, 2560), 6e-5),
+        ("ovseg_swinb_voc", 0.45, 0.4, (640, 2560), 6e-5),
+        ("ovseg_r101c", 0.7, 0.5, (512, 2048), 2e-4),
+        ("ovseg_r101c_ade20k", 0.7, 0.5, (512, 2048), 2e-4),
+    ],
+)
+def test_configurations(name, weight, threshold, sizes, lr):
+    config = load_config(ROOT / "configs" / f"{name}.toml")
+    clip, data = config.clip, config.data
+    assert (clip.ensemble_weight, clip.mask_threshold, clip.prompt) == (weight, threshold, "vild")
+    assert (data.test_short_edge, data.max_size, config.train.lr) == (*sizes, lr)
+    assert data.train_on == "all" and clip.mask_prompt and not clip.ensemble_seen
+    assert config.train.steps == 120_000 and config.train.batch_size == 32
+
+
+def test_a_mask_adapted_clip_is_a_file(tmp_path):
+    """As OpenCLIP's trainer writes it; a segmenter trains and evaluates with its mask prompt."""
+    state = prompted_clip()
+    content = {"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 5}
+    torch.save(content, tmp_path / "adapted.pt")
+    config = tiny_config(f"clip.weights={tmp_path / 'adapted.pt'}")
+    found = build_segmenter(config, tmp_path).clip.visual.mask_embedding
+    assert torch.equal(found, state["visual.mask_embedding"]) and not found.requires_grad

@@ -52,7 +52,7 @@ def features_digest(segmenter: Segmenter, config: Config, process: Process) -> s
         raise UserError("--features", "keeps one view an image", todo)
     if segmenter.clip is None or not segmenter.two_stage:
         raise UserError("--features", "needs mask proposals and CLIP", "give another checkpoint")
-    keys = ("mask_threshold", "expand_ratio", "regions", "dense_edge", "ensemble")
+    keys = ("mask_threshold", "mask_prompt", "expand_ratio", "regions", "dense_edge", "ensemble")
     clip = {key: value for key, value in asdict(config.clip).items() if key in keys}
     sizes = (config.data.test_short_edge, config.data.max_size)
     settings = [clip, process.bf16(config.model.bf16), sizes]

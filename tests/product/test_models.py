@@ -1,21 +1,27 @@
 """Published models by name, from a server on this machine that answers as Google Drive does."""
 
 import hashlib
+import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+import trees
 from conftest import ROOT, command, fails_in_one_line, keys, original_state
 from PIL import Image
 
 import eval as evaluation
+import prepare_data
 import zsseg
 from zsseg import models, shapes
+from zsseg.build import start_from
 from zsseg.config import load_config
 from zsseg.models import DRIVE, MODELS, find_model
+from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError, cache_dir
+from zsseg.weights import import_original
 
 PAGES = {
     "confirmation": b"<!DOCTYPE html><html><title>Google Drive - Virus scan warning</title></html>",
@@ -166,3 +172,40 @@ def test_a_photo_and_words(monkeypatch, tmp_path, capsys):
     predictor.set_classes(["cat", "sofa"])
     assert (predictor("photo.jpg") == labels).all() and not predictor.segmenter.seen.any()
     assert cache_dir() == tmp_path / "cache"
+
+
+@pytest.mark.usefixtures("vocabulary")
+def test_measured_beside_the_published_row(monkeypatch, tmp_path, capsys):
+    """By name alone it is ADE20K's; the settings that differ are named."""
+    names = keys("keys_coco_r101c_tinyclip.json")
+    torch.save({"model": original_state(names)}, tmp_path / "weights.pth")
+    served(monkeypatch, tmp_path, (tmp_path / "weights.pth").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    trees.ade20k(tmp_path)
+    prepare_data.main(["ade20k", "--root", str(tmp_path)])
+    settings = ["--set", "data.test_short_edge=64", "--set", "data.max_size=64"]
+    words = ["ovseg-r101c", "--root", str(tmp_path), "--device", "cpu", "--reproduce", *settings]
+    evaluation.main(words)
+    text = capsys.readouterr().out
+    assert "OVSeg, R101c -> ADE20K-150 (configs/ovseg_r101c_ade20k.toml)" in text
+    assert re.search(r"the paper +24\.8\n", text)
+    assert "data.test_short_edge: 64 (512)" in text
+    result = json.loads((tmp_path / "runs" / "ovseg-r101c" / "eval" / "metrics.json").read_text())
+    assert len(result["per_class"]) == 150
+
+
+@pytest.mark.usefixtures("vocabulary")
+def test_training_starts_from_a_published_model(monkeypatch, tmp_path, capsys):
+    names = keys("keys_coco_r101c_tinyclip.json")
+    state = original_state(names)
+    torch.save({"model": state}, tmp_path / "weights.pth")
+    served(monkeypatch, tmp_path, (tmp_path / "weights.pth").read_bytes())
+    config = load_config(
+        str(ROOT / "configs" / "ovseg_r101c.toml"), ["train.init=ovseg-r101c", "model.weights="]
+    )
+    clip = import_original(state, "reference")[0]["clip"]
+    segmenter = Segmenter(config, clip)
+    start_from(segmenter, config.train.init, {})
+    expected = state["sem_seg_head.predictor.query_embed.weight"]
+    assert torch.equal(segmenter.maskformer.query_embed.weight, expected)
+    assert "train.init ovseg-r101c" in capsys.readouterr().out

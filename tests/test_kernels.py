@@ -335,16 +335,16 @@ def test_the_segmenter_pools_straight_from_the_mask_logits():
     (image,) = on_device(torch.randint(0, 256, (3, 45, 61), dtype=torch.uint8))
     segmenter.config.mask_threshold = 0.0
     whole = segmenter.propose(image)
-    segmenter.config.mask_threshold = float(whole.logits.sigmoid().median())
+    segmenter.config.mask_threshold = float(whole.mask_logits.sigmoid().median())
     proposals = segmenter.propose(image)
     masks = segmenter.binary_masks(proposals)
     valid = masks.flatten(1).any(1)
-    assert torch.equal(proposals.valid, valid) and valid.any() and not whole.logits.isnan().any()
+    assert torch.equal(proposals.valid, valid) and valid.any() and not whole.mask_logits.isnan().any()
     wanted = segmenter.region_logits(image, masks[valid], None).softmax(-1)
-    assert torch.allclose(proposals.region[valid], wanted, atol=1e-4)
+    assert torch.allclose(proposals.clip_probs[valid], wanted, atol=1e-4)
     segmenter.config.mask_threshold = 1.0
     nothing = segmenter.propose(image)
-    assert not nothing.valid.any() and (nothing.region == 1).all()
+    assert not nothing.valid.any() and (nothing.clip_probs == 1).all()
 
 
 # --- regions and label map

@@ -8,6 +8,7 @@ import recipe
 import torch
 import torch.nn.functional as F
 from conftest import (
+    PROCESS,
     ROOT,
     golden,
     keys,

@@ -106,6 +106,14 @@ class Tower(nn.Module):
         self.patch = self.visual.stride
         self.register_buffer("text", segmenter.region_text_features)
 
+    def examples(self, random: torch.Generator) -> list[Tensor]:
+        """Inputs of several sizes; of masks, the lower half is empty."""
+        R = self.visual.resolution
+        crops = [torch.randn(n, 3 + self.mask_prompt, R, R, generator=random) for n in CROPS]
+        for crop in crops:
+            crop[:, 3:, R // 2 :] = 0
+        return crops
+
     def forward(self, crops: Tensor) -> Tensor:
         shown = []
         if self.mask_prompt:
@@ -154,25 +162,9 @@ def export(segmenter: Segmenter, config: Config, words: Words, out: Path) -> Non
     }
     (out / "clip.pt2").unlink(missing_ok=True)
     if with_clip:
-        R = segmenter.clip.visual.resolution
         tower = Tower(segmenter, bf16)
-        channels = 3 + tower.mask_prompt
-        crops = [torch.randn(count, channels, R, R, generator=random) for count in CROPS]
-        for crop in crops:
-            crop[:, 3:, R // 2 :] = 0
-        write(tower, crops, {0: Dim.DYNAMIC}, out / "clip.pt2")
-        settings["clip"] = {
-            "resolution": R,
-            "mean": clip_module.MEAN,
-            "std": clip_module.STD,
-            "mask_channel": tower.mask_prompt,
-        } | CLIP
-        settings |= {
-            k: getattr(config.clip, k)
-            for k in ("mask_threshold", "expand_ratio", "ensemble_weight")
-        }
-        channel = [MASK_CHANNEL] * tower.mask_prompt
-        settings["steps"] = [*MASKS, *REGIONS[:2], *channel, *REGIONS[2:], *LABELS]
+        write(tower, tower.examples(random), {0: Dim.DYNAMIC}, out / "clip.pt2")
+        settings |= clip_settings(tower, config)
     with written(out / "example.py") as file:
         shutil.copyfile(Path(__file__).with_name("export_example.py"), file)
     with written(out / "settings.json") as file:
@@ -180,6 +172,20 @@ def export(segmenter: Segmenter, config: Config, words: Words, out: Path) -> Non
             json.dumps({"program": MARK} | settings | {"torch": torch.__version__}, indent=1) + "\n"
         )
     print_main(f"try: python {out / 'example.py'} photo.jpg")
+
+
+def clip_settings(tower: Tower, config: Config) -> dict:
+    """What settings.json says of CLIP."""
+    clip = {
+        "resolution": tower.visual.resolution,
+        "mean": clip_module.MEAN,
+        "std": clip_module.STD,
+        "mask_channel": tower.mask_prompt,
+    }
+    keys = ("mask_threshold", "expand_ratio", "ensemble_weight")
+    channel = [MASK_CHANNEL] * tower.mask_prompt
+    steps = [*MASKS, *REGIONS[:2], *channel, *REGIONS[2:], *LABELS]
+    return {"clip": clip | CLIP, "steps": steps} | {k: getattr(config.clip, k) for k in keys}
 
 
 def write(module: nn.Module, inputs: list[Tensor], dynamic: dict, path: Path) -> None:

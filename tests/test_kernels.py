@@ -339,7 +339,9 @@ def test_the_segmenter_pools_straight_from_the_mask_logits():
     proposals = segmenter.propose(image)
     masks = segmenter.binary_masks(proposals)
     valid = masks.flatten(1).any(1)
-    assert torch.equal(proposals.valid, valid) and valid.any() and not whole.mask_logits.isnan().any()
+    assert (
+        torch.equal(proposals.valid, valid) and valid.any() and not whole.mask_logits.isnan().any()
+    )
     wanted = segmenter.region_logits(image, masks[valid], None).softmax(-1)
     assert torch.allclose(proposals.clip_probs[valid], wanted, atol=1e-4)
     segmenter.config.mask_threshold = 1.0

@@ -8,7 +8,6 @@ import recipe
 import torch
 import torch.nn.functional as F
 from conftest import (
-    PROCESS,
     ROOT,
     golden,
     keys,

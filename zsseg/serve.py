@@ -37,11 +37,10 @@ MAX_EDGE = 1280  # of the map that the page shows
 TOP = 5  # classes shown for a pixel
 
 
-class NamedFeatures(nn.Module):
+class NamedFeatures:
     """Text features of single names, computed once each: a change of words costs the new ones."""
 
     def __init__(self, prompt: nn.Module):
-        super().__init__()
         self.prompt = prompt
         self.known: dict[str, Tensor] = {}
 
@@ -89,6 +88,7 @@ class Session:
         if segmenter.clip is not None:
             prompts = {segmenter.prompt, segmenter.region_prompt} - {None}
             self.caches = {prompt: NamedFeatures(prompt) for prompt in prompts}
+            # In place of the features kept on the disk, by list of words.
             segmenter.encode_names = lambda prompt, texts: self.caches[prompt].features(
                 segmenter.clip, texts
             )

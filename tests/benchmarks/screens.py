@@ -1,18 +1,25 @@
 """Make the README's images from a run on the synthetic data set: `python -m
 tests.benchmarks.screens runs/shapes`.
 
-overlay.png by `eval.py --images`, report.png from `eval.py --budget --report` in headless Chromium;
-to tests/screens/.
+overlay.png by `eval.py --images`, report.png from `eval.py --budget --report` and serve.png from
+`eval.py --serve` in headless Chromium; to tests/screens/.
 """
 
 import argparse
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 from PIL import Image
 
 import eval as evaluation
 from tests.browser import Browser
+from zsseg.api import checkpoint_and_config
+from zsseg.build import load_segmenter
+from zsseg.distributed import init_distributed
+from zsseg.serve import Session, open_port
+from zsseg.vocabulary import parse_words, trained_names
 
 SCREENS = Path(__file__).resolve().parents[1] / "screens"
 IMAGE = "test00136"
@@ -23,6 +30,26 @@ def save(image: Image.Image, name: str) -> None:
     """As a PNG of few colours, which is small."""
     SCREENS.mkdir(exist_ok=True)
     image.quantize(256, kmeans=2, dither=Image.Dither.NONE).save(SCREENS / name, optimize=True)
+
+
+def page_of_words(args: argparse.Namespace, file: Path, shot: Path) -> None:
+    """The page of `--serve` after a photo and words, as a screenshot."""
+    content, config = checkpoint_and_config(args.run / "last.pt", None, [])
+    process = init_distributed("cpu")
+    segmenter = load_segmenter(content, config, args.root, args.run).eval()
+    words = parse_words(WORDS.split(";"))
+    server = open_port(0)
+    server.session = Session(segmenter, config, process, trained_names(content, config), words)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with Browser() as browser:
+        browser.open(f"http://127.0.0.1:{server.server_address[1]}/", 900)
+        browser.value(
+            f"load(new File([Uint8Array.from({list(file.read_bytes())})], 'a.jpg')).then(() => 1)"
+        )
+        while not browser.value("document.querySelectorAll('#pixel li').length"):
+            time.sleep(0.1)
+        browser.screenshot(shot)
+    server.shutdown()
 
 
 def main() -> None:
@@ -41,6 +68,8 @@ def main() -> None:
         canvas.paste(Image.open(file).resize((480, 480)))
         canvas.paste(overlay, (490, 0))
         save(canvas, "overlay.png")
+        page_of_words(args, file, Path(out) / "serve.png")
+        save(Image.open(Path(out) / "serve.png").convert("RGB"), "serve.png")
         evaluation.main([*common, "--budget", "--report"])
         with Browser() as browser:
             browser.open(Path(out) / "report.html", 1000)

@@ -126,7 +126,7 @@ def test_views_are_the_mean_of_score_maps(ways, monkeypatch):
     images = [torch.randint(0, 256, (3, *s), dtype=torch.uint8) for s in ((64, 80), (96, 120))]
     size = (50, 61)
     found = views.segment_views(segmenter, images, size, True, 64)
-    assert len(found) == 2 * (1 * 2 + 3 * 4) and {v.mirrored for v in found} == {False, True}
+    assert len(found) == 2 * (1 * 2 + 3 * 4) and {v.flipped for v in found} == {False, True}
     assert all(segmenter.ensemble(v.proposals).shape == (8, 5) for v in found)
     # An untrained segmenter's favour one class everywhere.
     scores = [torch.rand(8, 5) ** 4 for _ in found]
@@ -134,7 +134,7 @@ def test_views_are_the_mean_of_score_maps(ways, monkeypatch):
     for view, s in zip(found, scores, strict=True):
         top, left, bottom, right = view.box
         part = segmenter.score_map(s, view.proposals, (bottom - top, right - left))
-        total[:, top:bottom, left:right] += part.flip(-1) if view.mirrored else part
+        total[:, top:bottom, left:right] += part.flip(-1) if view.flipped else part
         count[top:bottom, left:right] += 1
     mean = total / count
     wanted = mean.argmax(0)

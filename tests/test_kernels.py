@@ -335,16 +335,18 @@ def test_the_segmenter_pools_straight_from_the_mask_logits():
     (image,) = on_device(torch.randint(0, 256, (3, 45, 61), dtype=torch.uint8))
     segmenter.config.mask_threshold = 0.0
     whole = segmenter.propose(image)
-    segmenter.config.mask_threshold = float(whole.logits.sigmoid().median())
+    segmenter.config.mask_threshold = float(whole.mask_logits.sigmoid().median())
     proposals = segmenter.propose(image)
     masks = segmenter.binary_masks(proposals)
     valid = masks.flatten(1).any(1)
-    assert torch.equal(proposals.valid, valid) and valid.any() and not whole.logits.isnan().any()
+    assert (
+        torch.equal(proposals.valid, valid) and valid.any() and not whole.mask_logits.isnan().any()
+    )
     wanted = segmenter.region_logits(image, masks[valid], None).softmax(-1)
-    assert torch.allclose(proposals.region[valid], wanted, atol=1e-4)
+    assert torch.allclose(proposals.clip_probs[valid], wanted, atol=1e-4)
     segmenter.config.mask_threshold = 1.0
     nothing = segmenter.propose(image)
-    assert not nothing.valid.any() and (nothing.region == 1).all()
+    assert not nothing.valid.any() and (nothing.clip_probs == 1).all()
 
 
 # --- regions and label map
@@ -542,6 +544,26 @@ def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
         for row in rows
     )
     assert "failed" not in capsys.readouterr().err
+
+
+def test_the_benchmark_compares_like_with_like():
+    """Kernel and plain version take the benchmark's inputs and give results of the same shapes, on
+    CUDA tensors without values.
+    """
+    with FakeTensorMode():
+        found = bench.cases("cuda", compile_check.Sizes(**bench.SMALL))
+        assert {part for *_, parts in found.values() for part in parts} == set(
+            compile_check.work(compile_check.Sizes())
+        )
+        for name in found.keys() - {"mask_loss, both ways", "region_crop", "assignment"}:
+            plain, ours, _ = found[name]
+            with plain_pytorch():
+                plain, ours = (x if isinstance(x, tuple) else (x,) for x in (plain(), ours()))
+            assert all(
+                a.shape == b.shape and a.is_cuda for a, b in zip(ours, plain, strict=False)
+            ), name
+        for name in ("region_crop", "assignment"):  # the plain versions read boxes and costs
+            assert found[name][1]() is not None
 
 
 def test_the_summary_of_a_gpu_says_what_to_keep(tmp_path):

@@ -18,7 +18,7 @@ from zsseg.config import Config
 from zsseg.data import TestImages, stream
 from zsseg.datasets import DataSet, dataset
 from zsseg.distributed import Process
-from zsseg.evaluate import true_masks
+from zsseg.evaluate import gt_masks
 from zsseg.files import MARK, PNG_MARK
 from zsseg.files import result as written
 from zsseg.metrics import confusion, metric_table, percent, ratio, split_keys, summarize
@@ -63,7 +63,7 @@ def oracle_labels(
     C, size = len(data.names), tuple(labels.shape)
     with autocast():
         proposals = segmenter.propose(image)
-    classes, targets = true_masks(image, labels, data.ignore)  # [T], [T, H, W]
+    classes, targets = gt_masks(image, labels, data.ignore)  # [T], [T, H, W]
     iou = mask_iou(segmenter.binary_masks(proposals), targets, targets.any(0))
     matched = linear_sum_assignment(-iou.cpu().numpy())
     query, target = (torch.from_numpy(index).to(image.device) for index in matched)

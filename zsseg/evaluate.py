@@ -28,7 +28,7 @@ from zsseg.visualize import comparison_strip, save_label_map
 SAMPLES = 8  # images in samples.png
 # What is called with an image's number in the split, its name, uint8 [3, h, w] at network-input
 # size, class ids int64 [H, W] true (with `ignore`) and predicted, pixel counts [C, C].
-Look = Callable[[int, str, Tensor, Tensor, Tensor, Tensor], None]
+OnImage = Callable[[int, str, Tensor, Tensor, Tensor, Tensor], None]
 
 
 @torch.inference_mode()
@@ -40,14 +40,14 @@ def evaluate(
     split: str,
     out: Path | None = None,
     save_predictions: bool = False,
-    on_image: Look | None = None,
+    on_image: OnImage | None = None,
     seen: list[int] | None = None,
 ) -> dict:
     """Metrics of a split, its images shared among the processes; with `out`, written to
     metrics.json there, with a grid of images (rank 0).
 
     `seen`: ids of the classes that count as seen in the ensemble; those that the set is trained on
-    where None. `look` is shown every image of this process, see `Look`.
+    where None. `on_image` is called with every image of this process, see `OnImage`.
     """
     data, wanted, device = dataset(config.data), config.eval, process.device
     images = TestImages(config.data, root, split, wanted.sizes)
@@ -69,7 +69,7 @@ def evaluate(
         with process.autocast(config.model.bf16):
             views = segment_views(segmenter, inputs, size, wanted.flip, wanted.window)
             if wanted.compare and parts:
-                counts.regions += true_mask_accuracy(segmenter, inputs[0], labels, data)
+                counts.regions += gt_mask_accuracy(segmenter, inputs[0], labels, data)
         scores = [segmenter.ensemble(view.proposals) for view in views]
         counts.broken += ~all_finite(views, scores)
         counts.ignored += (labels == data.ignore).sum()
@@ -182,7 +182,7 @@ def write(result: dict, samples: list[np.ndarray], config: Config, out: Path) ->
         Image.fromarray(np.concatenate(samples, 1)).save(file, "PNG", pnginfo=PNG_MARK)
 
 
-def true_masks(image: Tensor, labels: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
+def gt_masks(image: Tensor, labels: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
     """The classes of a label map [T] and their masks at the network-input size of `image` [3, H,
     W]: bool [T, H, W].
     """
@@ -194,13 +194,11 @@ def true_masks(image: Tensor, labels: Tensor, ignore: int) -> tuple[Tensor, Tens
     return classes, labels == classes[:, None, None]
 
 
-def true_mask_accuracy(
-    segmenter: Segmenter, image: Tensor, labels: Tensor, data: DataSet
-) -> Tensor:
+def gt_mask_accuracy(segmenter: Segmenter, image: Tensor, labels: Tensor, data: DataSet) -> Tensor:
     """CLIP only on the ground-truth mask of every class present: int64 [2, 2], rows seen and
     unseen, right and all.
     """
-    classes, masks = true_masks(image, labels, data.ignore)
+    classes, masks = gt_masks(image, labels, data.ignore)
     right = segmenter.region_logits(image, masks, mask_boxes(masks)[0]).argmax(1) == classes
     seen = segmenter.seen[classes]
     return torch.stack(

@@ -1,4 +1,4 @@
-"""Test-time augmentation: several sizes, mirror images and sliding windows of one image, and the
+"""Test-time augmentation: several sizes, flipped images and sliding windows of one image, and the
 mean of their score maps.
 
 Of every view only the proposals are kept (masks at stride 4 and class scores: 10 MB for 100 queries
@@ -27,7 +27,7 @@ class View:
     proposals: Proposals
     # Where it lies in the image at its own size: top, left, bottom, right.
     box: tuple[int, int, int, int]
-    mirrored: bool
+    flipped: bool
 
 
 def windows(height: int, width: int, side: int) -> Iterator[tuple[int, int, int, int]]:
@@ -48,11 +48,6 @@ def windows(height: int, width: int, side: int) -> Iterator[tuple[int, int, int,
                 min(top + side, height) if side else height,
                 min(left + side, width) if side else width,
             )
-
-
-def whole(proposals: Proposals, size: tuple[int, int]) -> View:
-    """All of an image as a view."""
-    return View(proposals, (0, 0, *size), False)
 
 
 def all_finite(views: list[View], scores: list[Tensor]) -> Tensor:
@@ -80,16 +75,16 @@ def segment_views(
                 -(-bottom * size[0] // H),
                 -(-right * size[1] // W),
             )
-            for mirrored in (False, True)[: 1 + flip]:
-                proposals = segmenter.propose(part.flip(-1) if mirrored else part)
+            for flipped in (False, True) if flip else (False,):
+                proposals = segmenter.propose(part.flip(-1) if flipped else part)
                 held += proposals.mask_logits.nbytes
                 if held > BUDGET:
-                    proposals = replace(proposals, mask_logits=parked(proposals.mask_logits))
-                views.append(View(proposals, box, mirrored))
+                    proposals = replace(proposals, mask_logits=offloaded(proposals.mask_logits))
+                views.append(View(proposals, box, flipped))
     return views
 
 
-def parked(tensor: Tensor) -> Tensor:
+def offloaded(tensor: Tensor) -> Tensor:
     """The same numbers on the CPU, in a file that is gone with them: the system takes the memory
     back when it must.
     """
@@ -99,7 +94,7 @@ def parked(tensor: Tensor) -> Tensor:
     return torch.from_numpy(array)
 
 
-def fetched(proposals: Proposals, device: torch.device) -> Proposals:
+def loaded(proposals: Proposals, device: torch.device) -> Proposals:
     return replace(proposals, mask_logits=proposals.mask_logits.to(device))
 
 
@@ -114,11 +109,11 @@ def label_map(
     """
     C, device = scores[0].shape[1], scores[0].device
     if len(views) == 1:
-        return segmenter.label_map(scores[0], fetched(views[0].proposals, device), size)
+        return segmenter.label_map(scores[0], loaded(views[0].proposals, device), size)
     tile = max(BUDGET // (4 * size[0] * size[1]), 1)
-    covering = torch.zeros(size, device=device)
+    coverage = torch.zeros(size, device=device)
     for top, left, bottom, right in (view.box for view in views):
-        covering[top:bottom, left:right] += 1
+        coverage[top:bottom, left:right] += 1
     best, labels = (
         torch.full(size, -1.0, device=device),
         torch.zeros(size, dtype=torch.int64, device=device),
@@ -129,10 +124,10 @@ def label_map(
         total = torch.zeros(min(tile, C - first), *size, device=device)
         for view, classes in zip(views, scores, strict=True):
             top, left, bottom, right = view.box
-            proposals, place = fetched(view.proposals, device), (bottom - top, right - left)
+            proposals, place = loaded(view.proposals, device), (bottom - top, right - left)
             part = segmenter.score_map(classes[:, first : first + tile], proposals, place)
-            total[:, top:bottom, left:right] += part.flip(-1) if view.mirrored else part
+            total[:, top:bottom, left:right] += part.flip(-1) if view.flipped else part
         value, index = total.max(0)
         labels = torch.where(value > best, index + first, labels)
         best = torch.maximum(value, best)
-    return labels, best / covering
+    return labels, best / coverage

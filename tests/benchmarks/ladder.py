@@ -72,9 +72,9 @@ def vary(segmenter, image: torch.Tensor) -> None:
     hook = model.pixel_decoder.mask_features.register_forward_hook(
         lambda module, inputs, output: seen.append(output)
     )
-    embeds, _ = model.propose(model.prepare(image[None]))
+    embeds, _ = model.decode(model.prepare(image[None]))
     model.pixel_decoder.mask_features.bias.copy_(-seen[0].mean((0, 2, 3)))
-    scale = 10 / model.propose(model.prepare(image[None]))[1].std()
+    scale = 10 / model.decode(model.prepare(image[None]))[1].std()
     for tensor in model.pixel_decoder.mask_features.parameters():
         tensor.mul_(scale)
     hook.remove()
@@ -137,7 +137,7 @@ def inference(done: set[str], args: argparse.Namespace) -> dict:
     if "towers" not in done:
         whole = clip.Transformer.forward
         clip.Attention.forward = plain_attention
-        clip.Transformer.forward = lambda self, x, mask=None, first=0: whole(self, x, mask)
+        clip.Transformer.forward = lambda self, x, mask=None, num_out_tokens=0: whole(self, x, mask)
         clip.QuickGELU.forward = lambda self, x: x * torch.sigmoid(1.702 * x)
         clip.patch_tokens = lambda images, weight: F.conv2d(images, weight, stride=weight.shape[-1])
 
@@ -229,7 +229,7 @@ def training(done: set[str], args: argparse.Namespace) -> dict:
     for _ in range(5 if cuda else 2):
         started = time.perf_counter()
         for i in range(8 if cuda else 1):  # the host may run ahead
-            loss, _, _ = step(i)
+            loss = step(i)[0]
         if cuda:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - started) / (8 * B if cuda else B))

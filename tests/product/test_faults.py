@@ -550,9 +550,11 @@ def test_chunks_shrink_where_memory_ends(small_clip, monkeypatch, capsys):
         sizes == [16, 8, *2 * [4, 4, 4, 4, 4, 1]]
         and capsys.readouterr().out.count("out of memory") == 2
     )
-    monkeypatch.setattr(
-        CLIP, "encode_image", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("always"))
-    )
+
+    def none(self: CLIP, images: torch.Tensor, **options: bool) -> torch.Tensor:
+        raise torch.OutOfMemoryError("always")
+
+    monkeypatch.setattr(CLIP, "encode_image", none)
     with pytest.raises(torch.OutOfMemoryError):
         cosine_logits(encode_crops(small_clip, crops, 16), text)
 
@@ -561,7 +563,7 @@ def test_label_maps_in_pieces_are_the_same(monkeypatch):
     torch.manual_seed(0)
     logits, classes = torch.randn(6, 8, 12), torch.rand(6, 11)
     whole, best = segmenter.best_class(logits, classes, (30, 45), (61, 37))
-    monkeypatch.setattr(segmenter, "BUDGET", 4 * 61 * 37 * 3)  # three classes at once
+    monkeypatch.setattr(segmenter, "MAX_SCORE_BYTES", 4 * 61 * 37 * 3)  # three classes at once
     labels, top = segmenter.best_class(logits, classes, (30, 45), (61, 37))
     assert torch.equal(labels, whole) and torch.allclose(top, best)
     labels, predicted = torch.randint(0, 11, (61, 37)), whole

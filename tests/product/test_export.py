@@ -19,7 +19,7 @@ from torch.export import Dim
 
 from kernels.region_crop import region_masks
 from zsseg import shapes
-from zsseg.backbone import BACKBONES, Swin
+from zsseg.backbone import Swin
 from zsseg.clip import ModifiedResNet, cosine_logits
 from zsseg.config import Config
 from zsseg.data import test_size as network_size
@@ -249,11 +249,26 @@ def test_a_program_that_differs_is_noticed(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("backbone", ["small", pytest.param("SwinB", marks=pytest.mark.slow)])
-def test_a_mask_prompt_is_exported(backbone, tmp_path, monkeypatch):
-    monkeypatch.setitem(BACKBONES, "SwinB", lambda config: Swin(32, (1, 1, 1, 1)))
-    settings = ("clip.mask_threshold=0.998", "model.bf16=off", f"model.backbone={backbone}")
-    config = tiny_config(*TINY, *settings)
+@pytest.mark.slow
+def test_swin_is_exported_for_images_of_all_sizes(tmp_path):
+    """`write` compares the program with the module on all of them."""
+
+    class Maps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = Swin(32, (2, 1, 1, 1))
+
+        def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+            H, W = image.shape[-2:]
+            return tuple(self.backbone(F.pad(image, (0, -W % 32, 0, -H % 32))))
+
+    torch.manual_seed(0)
+    images = [torch.randn(1, 3, *size) for size in SIZES]
+    write(Maps(), images, {2: Dim.DYNAMIC, 3: Dim.DYNAMIC}, tmp_path / "swin.pt2")
+
+
+def test_a_mask_prompt_is_exported(tmp_path):
+    config = tiny_config(*TINY, "clip.mask_threshold=0.998", "model.bf16=off")
     torch.manual_seed(0)
     clip = tiny_clip_state() | {"visual.mask_embedding": torch.randn(2, 16, 96)}
     segmenter = build(config, clip)

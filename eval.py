@@ -152,7 +152,12 @@ def check_options(args: Namespace) -> None:
     keeps = args.images and args.features
     conflicts = [
         (args.classes is not None and not own, "--classes", USES_OWN, "add --images or --export"),
-        (own and measures, both, "measures nothing", "leave the options for measuring out"),
+        (
+            own and measures,
+            ", ".join(tasks),
+            "measure nothing",
+            "leave out what belongs to measuring",
+        ),
         (len(own) > 1, both, "are two things", "give one after the other"),
         (args.resume and not args.images, "--resume", USES_OWN, "add --images"),
         (

@@ -90,12 +90,21 @@ def restore(optimizer: torch.optim.Optimizer, state: dict, what: str) -> None:
         raise UserError(what, f"cannot resume ({error})", "undo the last --set") from None
 
 
+# Of the optimizers that `train.build_optimizer` makes.
+STATE_ENTRIES = {
+    torch.optim.AdamW: frozenset(("step", "exp_avg", "exp_avg_sq")),
+    torch.optim.SGD: frozenset(("momentum_buffer",)),
+}
+
+
 def check_state(optimizer: torch.optim.Optimizer) -> None:
     """ValueError where the state does not fit the parameters: a fused kernel would read and write
     beyond them.
     """
-    if len({frozenset(entries) for entries in optimizer.state.values()}) > 1:
-        raise ValueError("its parameters have different entries")
+    names = {frozenset(entries) for entries in optimizer.state.values()}
+    expected = STATE_ENTRIES.get(type(optimizer))
+    if len(names) > 1 or (expected and names - {expected}):
+        raise ValueError("its entries are not those of the optimizer")
     for parameter, entries in optimizer.state.items():
         for name, tensor in entries.items():
             shape = () if name == "step" else parameter.shape

@@ -87,6 +87,7 @@ def whole(shapes_root, tmp_path_factory) -> dict:
     [
         ({"optimizer": "short"}, "cannot resume .*exp_avg has shape"),
         ({"optimizer": "less"}, "cannot resume .*entries"),
+        ({"optimizer": "renamed"}, "cannot resume .*entries"),
         ({"step": "four"}, "training run"),
         ({"step": -1}, "training run"),
         ({"step": True}, "training run"),
@@ -115,9 +116,13 @@ def test_a_checkpoint_that_is_nonsense(change, part, whole, shapes_root, tmp_pat
     if isinstance(change.get("optimizer"), str):
         state = copy.deepcopy(whole["optimizer"])
         entry = state["state"][3]
-        entry.update(exp_avg=torch.zeros(1)) if change["optimizer"] == "short" else entry.pop(
-            "exp_avg"
-        )
+        if change["optimizer"] == "short":
+            entry["exp_avg"] = torch.zeros(1)
+        elif change["optimizer"] == "less":
+            del entry["exp_avg"]
+        else:
+            for entry in state["state"].values():
+                entry["other"] = entry.pop("exp_avg")
         change = {"optimizer": state}
     checkpoint.save(tmp_path / "last.pt", **whole | change)
     with pytest.raises(UserError, match=part):

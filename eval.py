@@ -184,17 +184,20 @@ def set_words(segmenter: Segmenter, words: Words, content: dict, config: Config)
 def load_compiled(
     args: Namespace, content: dict, config: Config, process: Process, images: int
 ) -> Segmenter:
-    """The segmenter on its device. What pays for it with so many images is compiled, and what the
-    run computes on is printed.
-    """
+    """The segmenter on its device, see `compile_for`."""
     segmenter = load_segmenter(content, config, args.root, args.checkpoint).to(process.device)
+    compile_for(images, segmenter, config, process)
+    return segmenter.eval()
+
+
+def compile_for(images: int, segmenter: Segmenter, config: Config, process: Process) -> None:
+    """Compile what pays for it with so many images, and print what the run computes on."""
     process.describe(config.model.bf16)
     many = config.model.compile == "on" or images >= MIN_IMAGES_TO_COMPILE * process.world_size
     if many and process.compiles(config.model.compile):
         segmenter.compile_parts()
     elif many and config.model.compile == "auto" and segmenter.clip is not None and can_compile():
         segmenter.compile_tower()  # on a CPU all else is little beside it
-    return segmenter.eval()
 
 
 def segment(args: Namespace, content: dict, config: Config) -> None:

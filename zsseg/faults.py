@@ -73,12 +73,14 @@ def is_fused(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict, what: str) -> None:
-    """Load an optimizer's state; learning rates, weight decay and the like stay as configured.
+    """Load an optimizer's state; base rates, weight decay and the like stay as configured.
 
     Raises UserError where it does not fit the parameters.
     """
+    # The rate itself is the last step's: a run that takes no further step saves what it loaded.
     configured = [
-        {k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups
+        {k: v for k, v in group.items() if k not in ("params", "lr")}
+        for group in optimizer.param_groups
     ]
     try:
         optimizer.load_state_dict(state)

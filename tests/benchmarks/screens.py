@@ -69,7 +69,7 @@ def main() -> None:
         canvas.paste(overlay, (490, 0))
         save(canvas, "overlay.png")
         page_of_words(args, file, Path(out) / "serve.png")
-        save(Image.open(Path(out) / "serve.png").convert("RGB"), "serve.png")
+        save(Image.open(Path(out) / "serve.png").convert("RGB").crop((0, 0, 900, 750)), "serve.png")
         evaluation.main([*common, "--budget", "--report"])
         with Browser() as browser:
             browser.open(Path(out) / "report.html", 1000)

@@ -16,6 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from zsseg.data import network_inputs
 from zsseg.distributed import Process
 from zsseg.images import read_image
 from zsseg.regions import mask_probabilities
-from zsseg.segmenter import Proposals, Segmenter, class_scores
+from zsseg.segmenter import Proposals, Segmenter
 from zsseg.utils import UserError
 from zsseg.visualize import palette
 from zsseg.vocabulary import Words, parse_words
@@ -51,7 +52,7 @@ class NamedFeatures:
         if new := sorted(names - self.known.keys()):
             self.known |= zip(new, self.prompt(clip, new), strict=True)
         means = [torch.stack([self.known[name] for name in names]).mean(0) for names in texts]
-        return nn.functional.normalize(torch.stack(means), dim=-1)
+        return F.normalize(torch.stack(means), dim=-1)
 
 
 @dataclass
@@ -61,7 +62,7 @@ class Kept:
     image: Tensor  # uint8 [3, H, W] at network-input size
     size: tuple[int, int]  # (height, width) of the map that the page shows
     proposals: Proposals
-    masks: Tensor | None = None  # [Q, H, W] probabilities, of the image that was asked for last
+    masks: Tensor | None = None  # see `Session.masks`, of the image that was asked for last
     words: Words | None = None  # that the proposals of the one-stage baseline are of
 
 
@@ -168,8 +169,7 @@ class Session:
                 raise UserError("pixel", "is outside the image", "choose another")
             scores = self.scores(kept)
             masks = self.masks(kept)
-            H, W = masks.shape[1:]
-            at = masks[:, min(y * H // height, H - 1), min(x * W // width, W - 1)]  # [Q]
+            at = masks[:, y, x]  # [Q]
             total = at @ scores  # [C]
             names = self.words.shown_names
             values, ids = total.topk(min(TOP, len(total)))
@@ -199,18 +199,21 @@ class Session:
         return self.segmenter.ensemble(kept.proposals).float()
 
     def masks(self, kept: Kept) -> Tensor:
-        """Its mask probabilities [Q, H, W], kept for one image at a time."""
+        """Its mask probabilities at the size of the map [Q, height, width], kept for one image at a
+        time. Resizing masks or, as `class_scores` does, their weighted sums is the same.
+        """
         if kept.masks is None:
             for other in self.images.values():
                 other.masks = None
             proposals = kept.proposals
-            kept.masks = mask_probabilities(proposals.mask_logits, proposals.input_size)
+            masks = mask_probabilities(proposals.mask_logits, proposals.input_size)[None]
+            kept.masks = F.interpolate(masks, kept.size, mode="bilinear", align_corners=False)[0]
         return kept.masks
 
     def score_maps(self, kept: Kept) -> Tensor:
         """[C, height, width] for the present words."""
         scores = self.scores(kept)
-        return class_scores(self.masks(kept), scores, kept.size)
+        return torch.einsum("qc,qhw->chw", scores, self.masks(kept))
 
 
 def decode_image(content: bytes) -> Image.Image:

@@ -52,10 +52,13 @@ def features_digest(segmenter: Segmenter, config: Config, process: Process) -> s
         raise UserError("--features", "keeps one view an image", todo)
     if segmenter.clip is None or not segmenter.two_stage:
         raise UserError("--features", "needs mask proposals and CLIP", "give another checkpoint")
-    keys = ("mask_threshold", "mask_prompt", "expand_ratio", "regions", "dense_edge", "ensemble")
-    clip = {key: value for key, value in asdict(config.clip).items() if key in keys}
+    # Words, prompts and weights of the ensemble come later.
+    late = ("prompt", "region_prompt", "prompts", "prompt_prefix", "ensemble_weight")
+    late += ("ensemble_seen", "chunk", "weights")
+    clip = asdict(config.clip) | dict.fromkeys(late)
+    model = asdict(config.model) | dict.fromkeys(["compile", "kernels", "weights", "bf16"])
     sizes = (config.data.test_short_edge, config.data.max_size)
-    settings = [clip, process.bf16(config.model.bf16), sizes]
+    settings = [clip, model, process.bf16(config.model.bf16), sizes]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for part in (segmenter.maskformer, segmenter.clip.visual):
         for name, tensor in part.state_dict().items():
@@ -94,7 +97,12 @@ class FeatureFiles:
         self, segmenter: Segmenter, config: Config, process: Process, item: InputImage
     ) -> Proposals:
         with process.autocast(config.model.bf16):
-            return segmenter.propose(item.inputs[0].to(process.device))
+            proposals = segmenter.propose(item.inputs[0].to(process.device))
+        parts = (proposals.mask_logits, proposals.class_features, proposals.region_features)
+        if any(part is not None and part.isnan().any() for part in parts):
+            why = f"gives NaN for {self.names.files[item.number]}"
+            raise UserError("the model", why, "check its weights, or set model.bf16=off")
+        return proposals
 
     def count(self, proposals: Proposals) -> dict[int, int]:
         return {}
@@ -164,6 +172,8 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     for name, (dtype, dimensions) in ARRAYS.items():
         if arrays[name].dtype != dtype or arrays[name].ndim != dimensions:
             raise UserError(f"features {path}", f"contains no {name}", TODO)
+        if dtype == np.float16 and np.isnan(arrays[name]).any():
+            raise UserError(f"features {path}", f"contains NaN in {name}", TODO)
     Q = len(arrays["mask_logits"])
     regions = arrays["region_features"]
     sizes = [*arrays["input_size"], *arrays["size"]]

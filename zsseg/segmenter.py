@@ -201,7 +201,7 @@ class Segmenter(nn.Module):
         """
         features = proposals.class_features
         if features is None:
-            class_probs = self.seen.new_ones(len(proposals.valid), len(self.names)).float()
+            class_probs = proposals.mask_logits.new_ones(len(proposals.valid), len(self.names))
         elif self.maskformer is None:
             class_probs = cosine_logits(features, self.text_features).softmax(-1)
         else:

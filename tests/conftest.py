@@ -123,7 +123,7 @@ def segmenter() -> Segmenter:
     """A small untrained segmenter over three classes, the first two seen."""
     torch.manual_seed(0)
     segmenter = Segmenter(tiny_config(), tiny_clip_state()).eval()
-    segmenter.set_classes(["red disc", "blue square", "striped wall"], [0, 1])
+    segmenter.set_classes(["star", "tree", "brick"], [0, 1])
     return segmenter
 
 

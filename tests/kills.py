@@ -323,7 +323,7 @@ def trial(job: str, kills: int, seed: int, root: Path, folder: Path) -> Lives:
         "--images",
         str(root / "shapes" / "images"),
         "--classes",
-        "red disc, blue square; other: wall",
+        "star, tree; other: wall",
         "--resume",
     )
     make = {
@@ -388,7 +388,7 @@ def folder_of_images(count: int, root: Path, folder: Path, rng: random.Random) -
         "--images",
         str(folder / "photos"),
         "--classes",
-        "red disc, blue square = azure box, wall; other: green cross",
+        "star, tree = azure box, wall; other: cup",
     ]
     settings = ["--set", "data.workers=1", "--set", "data.test_short_edge=64"]
 

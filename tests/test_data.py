@@ -13,7 +13,7 @@ from zsseg import shapes
 from zsseg.data import TestImages, TrainImages, augment, collate, ssd_jitter, stream, test_size
 from zsseg.datasets import DATASETS, find_pairs
 from zsseg.images import read_image, read_labels
-from zsseg.shapes_clip import RegionsWithCaptions, perturb_mask
+from zsseg.shapes_clip import RegionsWithCaptions
 from zsseg.utils import UserError
 
 test_size.__test__ = TestImages.__test__ = False  # pytest would take them for tests
@@ -277,22 +277,45 @@ def test_shapes_are_deterministic_and_their_splits_differ():
     assert len(set(images)) == len(images)
 
 
-def test_shapes_show_two_to_four_things_on_one_wall():
-    names = [*shapes.THINGS, *shapes.WALLS]
+def test_shapes_show_two_to_four_things_on_one_or_two_grounds():
+    counts = []
     for i in range(40):
         image, labels, captions = shapes.draw("train", i)
         present = np.unique(labels).tolist()
-        assert image.shape == (64, 64, 3) and image.dtype == labels.dtype == np.uint8
-        assert 2 <= sum(p < 20 for p in present) <= 4 and sum(p >= 20 for p in present) == 1
-        assert sorted(captions) == present and all(names[k] in text for k, text in captions.items())
+        counts.append((sum(p < 20 for p in present), sum(p >= 20 for p in present)))
+        assert image.shape == (96, 96, 3) and image.dtype == labels.dtype == np.uint8
+        assert sorted(captions) == present
+        assert all(shapes.NAMES[k] in text for k, text in captions.items())
+    assert {things for things, _ in counts} == {2, 3, 4}
+    assert {grounds for _, grounds in counts} <= {0, 1, 2}
 
 
-def test_every_colour_and_every_shape_is_seen():
+def test_no_class_of_shapes_is_made_of_others():
     data = DATASETS["shapes"]
-    seen = [n for n in data.names[:20] if n not in data.unseen]
-    assert len(data.unseen) == 5
-    assert {n.split()[0] for n in seen} == {n.split()[0] for n in data.names[:20]}
-    assert {n.split()[1] for n in seen} == {n.split()[1] for n in data.names[:20]}
+    assert (len(shapes.THINGS), len(shapes.STUFF)) == (20, 5)
+    for names in (shapes.THINGS, shapes.STUFF):  # every fifth one, whatever it is
+        assert sorted(names) == list(names)
+        assert [n for n in names if n in data.unseen] == list(names)[4::5]
+    assert not any(a in b for a in data.names for b in data.names if a != b)
+    masks = np.stack([shapes.silhouette(n, 48, 48, 44, 0)[1] > 0.5 for n in shapes.THINGS])
+    masks = masks.reshape(20, -1).astype(int)
+    both = masks @ masks.T
+    one = masks.sum(1)
+    iou = both / (one + one[:, None] - both)
+    assert np.triu(iou, 1).max() < 0.8 and (one > 0.1 * 96 * 96).all()
+
+
+def test_the_surface_of_a_thing_says_nothing_about_its_class():
+    """The mean hue of each class is spread over the circle."""
+    hues = {}
+    for i in range(150):
+        image, labels, _ = shapes.draw("clip", i)
+        hsv = np.asarray(Image.fromarray(image).convert("HSV"))
+        for thing in set(np.unique(labels).tolist()) & set(range(20)):
+            angle = hsv[labels == thing][:, 0] / 256 * 2 * np.pi
+            hues.setdefault(thing, []).append(np.exp(1j * angle).mean())
+    assert sorted(hues) == list(range(20))
+    assert all(abs(np.mean(found)) < 0.6 for found in hues.values())
 
 
 def test_generating_again_changes_nothing(shapes_root):
@@ -304,19 +327,15 @@ def test_generating_again_changes_nothing(shapes_root):
 def test_a_contrastive_sample_has_every_class_once(shapes_root):
     samples = RegionsWithCaptions(tiny_config(task="clip"), shapes_root)
     crops, captions = samples[5]
-    names = [*shapes.THINGS, *shapes.WALLS]
-    assert crops.shape == (24, 3, 32, 32) and all(
+    names = shapes.NAMES
+    assert crops.shape == (25, 3, 48, 48) and all(
         n in text for n, text in zip(names, captions, strict=True)
     )
     again, same = samples[5]
     assert torch.equal(crops, again) and captions == same
 
 
-def test_perturb_masks_are_never_empty():
-    rng = np.random.default_rng(0)
-    for size in ((64, 64), (13, 9)):
-        mask = torch.zeros(size, dtype=torch.bool)
-        mask[4, 5] = True
-        for _ in range(30):
-            rough = perturb_mask(mask, rng)
-            assert rough.shape == size and rough.any() and not rough.all()
+def test_the_small_clip_sees_no_masked_crop(shapes_root):
+    """Outside its mask a masked crop is 0, as normalised."""
+    crops, _ = RegionsWithCaptions(tiny_config(task="clip"), shapes_root)[0]
+    assert (crops == 0).float().mean() < 1e-3

@@ -65,7 +65,7 @@ def test_a_sweep_equals_separate_evaluations(shapes_root):
         )
         assert {k: alone[k] for k in once[name]} == once[name], name
     segmenter = random_segmenter()
-    segmenter.set_classes(["red disc", "blue square"], [0])
+    segmenter.set_classes(["star", "tree"], [0])
     proposals = segmenter.propose(torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8))
     objectness = segmenter.variants(proposals, [])["clip_objectness"]
     assert torch.allclose(
@@ -84,7 +84,7 @@ def test_predictions_do_not_depend_on_the_truth(trained, shapes_root, tmp_path):
     shutil.copytree(shapes_root, other)
     for _, label in find_pairs("shapes", other, "test"):
         values = np.asarray(Image.open(label))
-        Image.fromarray(np.where(values == 255, 255, (values + 7) % 24).astype(np.uint8)).save(
+        Image.fromarray(np.where(values == 255, 255, (values + 7) % 25).astype(np.uint8)).save(
             label
         )
     for name, root in (("a", shapes_root), ("b", other)):
@@ -120,7 +120,7 @@ def test_windows_cover_the_image_and_overlap(size, side):
 def test_views_are_the_mean_of_score_maps(ways, monkeypatch):
     segmenter = random_segmenter(*(f"{k}={v}" for k, v in ways.items()), "clip.dense_edge=32")
     segmenter.set_classes(
-        ["red disc", "blue square", "striped wall", "dotted wall", "green cross"], [0, 1]
+        ["star", "tree", "brick", "sand", "cup"], [0, 1]
     )
     torch.manual_seed(1)
     images = [torch.randint(0, 256, (3, *s), dtype=torch.uint8) for s in ((64, 80), (96, 120))]
@@ -184,7 +184,7 @@ def test_one_pass_classifiers_see_the_region():
     masks[0], masks[1, :32], masks[2, 5, 9] = 1, 1, 1
     for way in ("pool", "tokens"):
         segmenter = random_segmenter(f"clip.regions={way}", "clip.dense_edge=64")
-        segmenter.set_classes(["red disc", "blue square", "striped wall"], [0, 1])
+        segmenter.set_classes(["star", "tree", "brick"], [0, 1])
         logits = segmenter.region_logits(image, masks, None)
         assert (
             logits.shape == (3, 3)
@@ -247,7 +247,7 @@ def test_per_pixel_forward_and_loss_are_the_definition():
 
 def test_per_pixel_label_map_is_the_argmax_of_its_logits():
     segmenter = random_segmenter("model.proposals=false", "clip.ensemble=false")
-    segmenter.set_classes(["red disc", "blue square", "striped wall"], [0, 1])
+    segmenter.set_classes(["star", "tree", "brick"], [0, 1])
     torch.manual_seed(1)
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
@@ -305,7 +305,7 @@ def test_self_training_is_resumable_and_blind_to_hidden_labels(
     folder, data = tmp_path / "run" / "pseudo", dataset("shapes")
     maps = {f.name: f.read_bytes() for f in folder.glob("*.png")}
     assert len(maps) == 10
-    unseen = [i for i in range(24) if i not in data.seen]
+    unseen = [i for i in range(25) if i not in data.seen]
     for i, (_, label) in enumerate(find_pairs("shapes", shapes_root, "train")):
         truth, ours = np.asarray(Image.open(label)), np.asarray(Image.open(folder / f"{i:06}.png"))
         seen = np.isin(truth, data.seen)
@@ -372,7 +372,7 @@ def test_with_perfect_masks_only_classes_cost(shapes_root, monkeypatch):
     """A segmenter whose proposals are the ground-truth masks: GT classes give 100."""
     import zsseg.analysis as module
 
-    segmenter, config = random_segmenter("model.queries=24"), tiny_config("model.queries=24")
+    segmenter, config = random_segmenter("model.queries=25"), tiny_config("model.queries=25")
     truth, original = {}, module.oracle_labels
 
     def remember(segmenter, image, labels, *rest):
@@ -386,7 +386,7 @@ def test_with_perfect_masks_only_classes_cost(shapes_root, monkeypatch):
         small = F.interpolate(
             truth["labels"][None, None].float(), proposals.mask_logits.shape[-2:], mode="nearest"
         )[0]
-        proposals.mask_logits = 40 * (small == torch.arange(24)[:, None, None]).float() - 20
+        proposals.mask_logits = 40 * (small == torch.arange(25)[:, None, None]).float() - 20
         return proposals
 
     monkeypatch.setattr(module, "oracle_labels", remember)

@@ -330,7 +330,7 @@ def test_mask_pool_is_a_mean():
 def test_the_segmenter_pools_straight_from_the_mask_logits():
     """The same as from its binary masks; an empty one leaves the head's classes alone."""
     segmenter = Segmenter(tiny_config("clip.regions=pool"), tiny_clip_state()).to(DEVICE).eval()
-    segmenter.set_classes(["red disc", "blue square", "striped wall"], [0, 1])
+    segmenter.set_classes(["star", "tree", "brick"], [0, 1])
     torch.manual_seed(0)
     (image,) = on_device(torch.randint(0, 256, (3, 45, 61), dtype=torch.uint8))
     segmenter.config.mask_threshold = 0.0

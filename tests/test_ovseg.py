@@ -384,7 +384,7 @@ def test_compiled(monkeypatch):
     monkeypatch.setitem(backbones.BACKBONES, "SwinB", lambda config: small_swin())
     config = tiny_config("model.backbone=SwinB", "model.decoder_layers=1", "model.bf16=off")
     segmenter = Segmenter(config, prompted_clip()).eval()
-    segmenter.set_classes(["red disc", "blue square", "striped wall"])
+    segmenter.set_classes(["star", "tree", "brick"])
     images = [torch.randint(0, 256, (3, *size)) for size in ((64, 64), (40, 130), (96, 50))]
     eager = [segmenter.propose(image) for image in images]
     segmenter.maskformer.compiled = True

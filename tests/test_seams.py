@@ -8,7 +8,7 @@ from torch import nn
 from zsseg import backbone, regions
 from zsseg.segmenter import Segmenter
 
-NAMES = ["red disc", "blue square", "striped wall"]
+NAMES = ["star", "tree", "brick"]
 IMAGE = torch.randint(0, 256, (3, 50, 70), generator=torch.Generator().manual_seed(3)).byte()
 
 

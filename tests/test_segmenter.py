@@ -50,7 +50,7 @@ def test_words_may_change_after_the_pass(setting):
     """Bit-exact: neither masks nor features depend on the words."""
     torch.manual_seed(0)
     segmenter = Segmenter(tiny_config(setting), tiny_clip_state()).eval()
-    segmenter.set_classes(["red disc", "blue square", "striped wall"], [0, 1])
+    segmenter.set_classes(["star", "tree", "brick"], [0, 1])
     earlier = segmenter.propose(random_image())
     segmenter.set_classes(["cat", "a dog"], [1], {"cat": ["kitten"]})
     late, fresh = segmenter.classify(earlier), segmenter.propose(random_image())
@@ -60,7 +60,7 @@ def test_words_may_change_after_the_pass(setting):
 
 
 def test_without_a_split_all_classes_count_as_unseen(segmenter):
-    segmenter.set_classes(["red disc", "blue square"])
+    segmenter.set_classes(["star", "tree"])
     head, region = torch.rand(8, 2), torch.rand(8, 2)
     scores = segmenter.ensemble(
         Proposals(torch.rand(8, 8, 8), (30, 31), head, region, torch.ones(8).bool()), 0.8

@@ -3,7 +3,7 @@
 from zsseg import load
 
 segmenter = load("runs/shapes/last.pt")
-segmenter.set_classes(["red square", "blue disc", "striped wall"])
+segmenter.set_classes(["star", "cup", "brick"])
 labels = segmenter("photo.jpg")
 """
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from zsseg import checkpoint, weights
-from zsseg.backbone import load_backbone
+from zsseg.backbone import SmallResNet, load_backbone
+from zsseg.clip import ConvStem
 from zsseg.config import Config, load_config
 from zsseg.models import find_model
 from zsseg.segmenter import Segmenter
@@ -36,8 +37,23 @@ def build_segmenter(
     if config.model.weights and not any(
         name.startswith("backbone.") for name in found.get("maskformer", ())
     ):
-        load_backbone(segmenter.maskformer.backbone, config.model.backbone, config.model.weights)
+        if config.model.weights == "clip":
+            copy_backbone(segmenter)
+        else:
+            name = config.model.backbone
+            load_backbone(segmenter.maskformer.backbone, name, config.model.weights)
     return segmenter
+
+
+def copy_backbone(segmenter: Segmenter) -> None:
+    """Start the small backbone from the small CLIP's, as the paper's starts from ImageNet."""
+    stem = getattr(segmenter.clip.visual, "conv1", None) if segmenter.clip else None
+    what = "model.weights clip"
+    if not isinstance(stem, ConvStem) or not isinstance(segmenter.maskformer.backbone, SmallResNet):
+        raise UserError(what, "is for the small backbone and the small CLIP", "give a file")
+    state = stem.backbone.state_dict()
+    todo = "give model.small_widths that are contrast.stem"
+    checkpoint.load_strict(segmenter.maskformer.backbone, state, what, todo)
 
 
 def load_clip(config: Config, root: Path, changed: bool = False) -> checkpoint.State:

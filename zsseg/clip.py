@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zsseg.backbone import SmallResNet
 from zsseg.tokenizer import Tokenizer
 from zsseg.utils import UserError
 
@@ -126,8 +127,8 @@ def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
 
 
 class VisionTransformer(nn.Module):
-    """ViT image tower. `stem` gives the widths of a convolutional stem (the small CLIP); without
-    it, plain patches.
+    """ViT image tower. `stem` gives the widths of a small backbone in front (the small CLIP);
+    without it, plain patches.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.resolution = resolution
         self.conv1 = (
-            conv_stem(stem, width) if stem else nn.Conv2d(3, width, patch, patch, bias=False)
+            ConvStem(stem, width) if stem else nn.Conv2d(3, width, patch, patch, bias=False)
         )
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         tokens = (resolution // patch) ** 2 + 1
@@ -243,10 +244,7 @@ class VisionTransformer(nn.Module):
     @property
     def stride(self) -> int:
         """Pixels from a patch to the next."""
-        if isinstance(self.conv1, nn.Conv2d):
-            return self.conv1.stride[0]
-        strides = [m.stride[0] for m in self.conv1 if isinstance(m, nn.Conv2d)]
-        return math.prod(strides)
+        return self.conv1.stride[0] if isinstance(self.conv1, nn.Conv2d) else 16
 
 
 def patch_tokens(images: Tensor, weight: Tensor) -> Tensor:
@@ -263,17 +261,16 @@ def patch_tokens(images: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x.reshape(-1, h, w, 3 * p * p), weight.flatten(1)).permute(0, 3, 1, 2)
 
 
-def conv_stem(widths: list[int], out: int) -> nn.Sequential:
-    """Stride-2 3x3 convolutions; the last one makes the tokens."""
-    layers, channels = [], 3
-    for width in widths:
-        layers += [
-            nn.Conv2d(channels, width, 3, 2, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-        ]
-        channels = width
-    return nn.Sequential(*layers, nn.Conv2d(channels, out, 3, 2, 1))
+class ConvStem(nn.Module):
+    """The small CLIP's: a small backbone at stride 8, and a convolution that makes tokens at 16."""
+
+    def __init__(self, widths: list[int], width: int):
+        super().__init__()
+        self.backbone = SmallResNet(widths)
+        self.tokens = nn.Conv2d(widths[-1], width, 3, 2, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.tokens(self.backbone(images)[-1])
 
 
 class Bottleneck(nn.Module):
@@ -514,15 +511,14 @@ def build_visual(
         return VisionTransformer(
             side * patch, patch, width, layers, embed_dim, (), num_heads, activation
         )
-    convs = [v for k, v in state.items() if k.startswith("visual.conv1.") and v.ndim == 4]
-    patch = 2 ** len(convs)
+    stages = [f"visual.conv1.backbone.stages.{i}.conv1.weight" for i in range(4)]
     return VisionTransformer(
-        side * patch,
-        patch,
+        16 * side,
+        16,
         width,
         layers,
         embed_dim,
-        [len(w) for w in convs[:-1]],
+        [len(state[stage]) for stage in stages],
         num_heads,
         activation,
     )

@@ -58,8 +58,8 @@ class DataConfig:
 class ModelConfig:
     # SwinB: window 12; small: a few layers with batch norm, trained from scratch
     backbone: Literal["R50", "R101c", "SwinB", "small"] = "R101c"
-    # initial backbone: "" (random), a file (torchvision .pth, detectron2 .pkl, Swin's own .pth) or
-    # "imagenet"
+    # initial backbone: "" (random), a file (torchvision .pth, detectron2 .pkl, Swin's own .pth),
+    # "imagenet" or, for the small one, "clip": the small CLIP's
     weights: str = ""
     small_widths: list[PositiveInt] = field(default_factory=lambda: [32, 64, 96, 128])
     queries: PositiveInt = 100
@@ -158,15 +158,14 @@ class ContrastConfig:
     """
 
     embed: int = 64
-    resolution: int = 32
-    stem: list[int] = field(default_factory=lambda: [24, 48])
+    resolution: int = 48
+    stem: list[int] = field(default_factory=lambda: [32, 64, 96, 128])  # a small backbone's widths
     vision_width: int = 96
     vision_layers: int = 3
     text_width: int = 64
     text_layers: int = 2
     context: int = 40
     groups: int = 4  # sets of distinct classes a step
-    masked_share: Fraction = 0.5  # of crops that are masked; the others are plain boxes
 
 
 @dataclass

@@ -72,18 +72,18 @@ def focal_and_dice(
     dtype = torch.promote_types(masks.dtype, torch.float32)
     if not T:
         return (masks[:, :, :0, 0, 0].to(dtype),) * 2  # so that the masks get a gradient, of zeros
-    t = (labels[:, None] == classes[:, :, None, None]).to(dtype)  # [B, T, H, W]
+    t = labels[:, None] == classes[:, :, None, None]  # [B, T, H, W]
+    alpha = torch.where(t, ALPHA, 1 - ALPHA).to(dtype)
     focal, dice = [], []
     for layer_masks, query in zip(masks, matched, strict=True):
         index = query.clamp(min=0)[..., None, None].expand(-1, -1, h, w)
         x = layer_masks.gather(1, index).to(dtype)  # [B, T, h, w]
         # [B, T, H, W]
         x = F.interpolate(x, labels.shape[-2:], mode="bilinear", align_corners=False)
+        x_true = torch.where(t, x, -x)  # the logit of what is true
+        missed = (-x_true).sigmoid()  # 1 - p of it
+        loss = -(alpha * missed**2 * F.logsigmoid(x_true)).mean((2, 3))
         p = x.sigmoid()
-
-        cross_entropy = F.binary_cross_entropy_with_logits(x, t, reduction="none")
-        missed = p * (1 - t) + (1 - p) * t  # 1 - p of what is true
-        loss = ((ALPHA * t + (1 - ALPHA) * (1 - t)) * missed**2 * cross_entropy).mean((2, 3))
         ratio = (2 * (p * t).sum((2, 3)) + 1) / (p.sum((2, 3)) + t.sum((2, 3)) + 1)
         focal.append(torch.where(query >= 0, loss, 0))
         dice.append(torch.where(query >= 0, 1 - ratio, 0))

@@ -1,98 +1,239 @@
-"""The synthetic data set: 64 x 64 images of coloured shapes before textured walls, generated from
-fixed seeds.
+"""The synthetic data set: 96 x 96 images of silhouettes before textured ground, generated from fixed
+seeds.
 
-Five colour x shape combinations are unseen: the segmenter gets neither their masks nor their names,
-while every colour and every shape is seen in other combinations. The small CLIP is trained on
-images of its own (split "clip").
+Every fifth class of the two alphabetical lists is unseen: the segmenter gets neither its masks nor
+its name. A class is a silhouette or a texture with a plain noun for a name; the colour, texture,
+size and angle of a thing say nothing about its class, so no unseen class is made of seen ones.
+The small CLIP is trained on images of its own (split "clip").
 """
 
+import colorsys
 import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 
 from zsseg.datasets import DATASETS
 from zsseg.files import MARK, PNG_MARK, result
 from zsseg.utils import mix_seed, progress
 
-RGB = {
-    "red": (205, 50, 45),
-    "green": (60, 165, 70),
-    "blue": (50, 85, 205),
-    "yellow": (225, 200, 50),
-    "purple": (140, 60, 165),
-}
-SHAPES = ("disc", "square", "triangle", "cross")
 NAMES = DATASETS["shapes"].names
-THINGS = NAMES[:20]  # every colour with every shape
-WALLS = NAMES[20:]
-SIDE = 64  # pixels
-SPLITS = {"clip": 1200, "train": 1200, "val": 200, "test": 300}  # images; the order gives the seeds
+THINGS = NAMES[:20]
+STUFF = NAMES[20:]
+SIDE = 96  # pixels
+SPLITS = {"clip": 2000, "train": 2000, "val": 200, "test": 300}  # images; the order gives the seeds
 CAPTIONS = (
     "a photo of a {}.",
     "an image of a {}.",
-    "a sculpture of a {}.",
+    "a drawing of a {}.",
     "there is a {} here.",
     "a {}.",
+    "{}",
 )
-MIN_VISIBLE = 0.5  # an image with a thing of which a smaller share is visible is drawn again
+MIN_VISIBLE = 0.75  # an image with a thing of which a smaller share is visible is drawn again
+RIM = 1  # pixels of white around a thing, as around a sticker
+FINE = 4  # a silhouette is drawn with 4 x 4 points a pixel
 
 
-def shape_mask(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which points of the unit frame belong to a shape; all four have about the same area."""
-    if shape == "disc":
-        return x**2 + y**2 < 0.8
-    if shape == "square":
-        return np.maximum(abs(x), abs(y)) < 0.8
-    if shape == "triangle":
-        return (y < 0.8) & (y > 2.1 * abs(x) - 1.1)
-    return (np.minimum(abs(x), abs(y)) < 0.3) & (np.maximum(abs(x), abs(y)) < 1)
+def ellipse(x: float, y: float, rx: float, ry: float, start: int = 0, end: int = 360) -> list:
+    """Points of an ellipse around (x, y), or of its part between two angles in degrees, clockwise
+    from the right.
+    """
+    angles = np.radians(np.linspace(start, end, 33))
+    return [(x + rx * np.cos(a), y + ry * np.sin(a)) for a in angles]
 
 
-def draw_wall(name: str, rng: np.random.Generator) -> np.ndarray:
-    """A greyish texture, float64 [64, 64, 3]."""
-    y, x = np.mgrid[:SIDE, :SIDE] + rng.uniform(0, 10, 2)[:, None, None]
-    period = rng.uniform(5, 8)
-    if name == "striped wall":
-        pattern = np.sin(2 * np.pi * y / period) > 0
-    elif name == "checked wall":
-        pattern = np.sin(np.pi * x / period) * np.sin(np.pi * y / period) > 0
-    elif name == "dotted wall":
-        dx, dy = (v % period - period / 2 for v in (x, y))
-        pattern = dx**2 + dy**2 < (0.32 * period) ** 2
+def box(x: float, y: float, rx: float, ry: float) -> list:
+    """Corners of a box around (x, y)."""
+    return [(x - rx, y - ry), (x + rx, y - ry), (x + rx, y + ry), (x - rx, y + ry)]
+
+
+def rays(count: int, inner: float) -> list:
+    """Points of a star of radius 1 with `count` rays, the first one upwards."""
+    angles = np.pi * (np.arange(2 * count) / count - 0.5)
+    radii = np.where(np.arange(2 * count) % 2, inner, 1)
+    return list(zip(radii * np.cos(angles), radii * np.sin(angles), strict=True))
+
+
+# Polygons (x to the right, y down, from -1 to 1), drawn one after the other; (0, polygon) is a hole.
+SILHOUETTES = {
+    "arrow": [[(0, -1), (0.8, -0.1), (0.32, -0.1), (0.32, 1), (-0.32, 1), (-0.32, -0.1), (-0.8, -0.1)]],
+    "boat": [
+        [(-1, 0.35), (1, 0.35), (0.6, 0.95), (-0.6, 0.95)],
+        [(-0.05, -1), (-0.05, 0.2), (-0.85, 0.2)],
+        [(0.08, -0.7), (0.08, 0.2), (0.7, 0.2)],
+        box(0.02, 0, 0.07, 0.9),
+    ],
+    "bottle": [box(0, 0.4, 0.45, 0.6), ellipse(0, -0.15, 0.45, 0.4), box(0, -0.6, 0.18, 0.4)],
+    "crown": [
+        [(-0.9, 0.8), (-1, -0.6), (-0.45, 0.05), (0, -0.9), (0.45, 0.05), (1, -0.6), (0.9, 0.8)]
+    ],
+    "cup": [
+        ellipse(0.5, 0, 0.5, 0.5),
+        (0, ellipse(0.5, 0, 0.27, 0.27)),
+        [(-0.9, -0.8), (0.6, -0.8), (0.45, 0.8), (-0.75, 0.8)],
+    ],
+    "fish": [ellipse(-0.25, 0, 0.75, 0.5), [(0.2, 0), (1, -0.6), (0.8, 0), (1, 0.6)]],
+    "flower": [
+        *(
+            ellipse(0.58 * np.cos(a), 0.58 * np.sin(a), 0.42, 0.42)
+            for a in np.radians([18, 90, 162, 234, 306])
+        ),
+        ellipse(0, 0, 0.4, 0.4),
+        (0, ellipse(0, 0, 0.22, 0.22)),
+    ],
+    "hammer": [box(0, 0.3, 0.16, 0.7), box(0, -0.65, 0.8, 0.32)],
+    "heart": [
+        ellipse(-0.45, -0.35, 0.5, 0.5),
+        ellipse(0.45, -0.35, 0.5, 0.5),
+        [(-0.9, -0.12), (0, -0.4), (0.9, -0.12), (0, 1)],
+    ],
+    "hourglass": [
+        [(-0.7, -0.9), (0.7, -0.9), (0.12, 0), (0.7, 0.9), (-0.7, 0.9), (-0.12, 0)],
+        box(0, -0.9, 0.8, 0.12),
+        box(0, 0.9, 0.8, 0.12),
+    ],
+    "house": [
+        [(0, -1), (1, -0.1), (-1, -0.1)],
+        box(0, 0.4, 0.75, 0.55),
+        box(0.55, -0.6, 0.13, 0.35),
+        (0, box(0, 0.6, 0.2, 0.35)),
+    ],
+    "key": [
+        ellipse(-0.55, 0, 0.45, 0.45),
+        (0, ellipse(-0.55, 0, 0.2, 0.2)),
+        box(0.4, 0, 0.6, 0.14),
+        box(0.5, 0.28, 0.1, 0.22),
+        box(0.85, 0.28, 0.12, 0.22),
+    ],
+    "ladder": [
+        box(-0.5, 0, 0.14, 1),
+        box(0.5, 0, 0.14, 1),
+        *(box(0, y, 0.5, 0.11) for y in (-0.7, -0.23, 0.23, 0.7)),
+    ],
+    "lightning": [
+        [(0.25, -1), (-0.65, 0.15), (-0.1, 0.15), (-0.3, 1), (0.65, -0.25), (0.1, -0.25), (0.6, -1)]
+    ],
+    "moon": [ellipse(0, 0, 0.95, 0.95), (0, ellipse(0.45, -0.1, 0.75, 0.75))],
+    "mushroom": [ellipse(0, 0, 1, 0.85, 180, 360), box(0, 0.4, 0.28, 0.45), ellipse(0, 0.8, 0.4, 0.18)],
+    "ring": [ellipse(0, 0, 0.95, 0.95), (0, ellipse(0, 0, 0.55, 0.55))],
+    "star": [rays(5, 0.45)],
+    "tree": [
+        [(0, -1), (0.5, -0.3), (-0.5, -0.3)],
+        [(0, -0.65), (0.68, 0.15), (-0.68, 0.15)],
+        [(0, -0.2), (0.85, 0.62), (-0.85, 0.62)],
+        box(0, 0.8, 0.16, 0.2),
+    ],
+    "umbrella": [
+        ellipse(0, 0, 1, 0.9, 180, 360),
+        box(0, 0.3, 0.09, 0.5),
+        ellipse(0.18, 0.75, 0.27, 0.25, 0, 180),
+        (0, ellipse(0.18, 0.72, 0.1, 0.1)),
+    ],
+}
+
+
+def silhouette(
+    name: str, x: float, y: float, scale: float, angle: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The share of every pixel that a thing covers, with and without the rim around it, float64
+    [96, 96] each.
+    """
+    canvas = Image.new("L", (SIDE * FINE, SIDE * FINE))
+    pen = ImageDraw.Draw(canvas)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+    for part in SILHOUETTES[name]:
+        fill, points = part if part[0] == 0 else (255, part)
+        points = (np.array(points) @ turn * scale + (x, y)) * FINE
+        pen.polygon([tuple(p) for p in points.tolist()], fill=fill)
+    cover = canvas.reduce(FINE)
+    wide = cover.filter(ImageFilter.MaxFilter(2 * RIM + 1))
+    return np.asarray(wide) / 255, np.asarray(cover) / 255
+
+
+def colour(rng: np.random.Generator, hue: float, spread: float, *rest: float) -> np.ndarray:
+    """A colour near a hue of 0 to 1, of saturation and value near `rest`; float64 [3], 0..255."""
+    hsv = [(hue + rng.uniform(-spread, spread)) % 1]
+    hsv += [np.clip(part + rng.uniform(-0.1, 0.1), 0, 1) for part in rest]
+    return 255 * np.array(colorsys.hsv_to_rgb(*hsv))
+
+
+def noise(rng: np.random.Generator, *cells: int) -> np.ndarray:
+    """Smooth noise of 0 to 1 with that many cells down and across, float64 [96, 96]."""
+    coarse = Image.fromarray(rng.integers(0, 256, cells, np.uint8))
+    return np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) / 255
+
+
+def texture(name: str, rng: np.random.Generator) -> np.ndarray:
+    """A piece of ground, float64 [96, 96, 3]."""
+    y, x = np.mgrid[:SIDE, :SIDE] + rng.uniform(0, 50, 2)[:, None, None]
+    if name == "brick":
+        base, other = colour(rng, 0.03, 0.02, 0.4, 0.6), colour(rng, 0.1, 0.03, 0.15, 0.7)
+        high = rng.uniform(7, 11)
+        row = y // high
+        amount = (y % high < 1.6) | ((x + row % 2 * high) % (2 * high) < 1.6)
+        amount = np.maximum(amount, 0.3 * noise(rng, 12, 6))
+    elif name == "grass":
+        base, other = colour(rng, 0.3, 0.04, 0.4, 0.35), colour(rng, 0.25, 0.04, 0.4, 0.6)
+        amount = noise(rng, 12, 48) ** 2
+    elif name == "sand":
+        base, other = colour(rng, 0.11, 0.02, 0.25, 0.75), colour(rng, 0.09, 0.02, 0.35, 0.55)
+        amount = 0.4 * noise(rng, 4, 3) + 0.6 * (rng.random((SIDE, SIDE)) < 0.15)
+    elif name == "sky":
+        base, other = colour(rng, 0.57, 0.03, 0.35, 0.75), colour(rng, 0.57, 0.03, 0.1, 0.85)
+        amount = np.clip(2 * noise(rng, 5, 4) - 0.7, 0, 1)
     else:
-        pattern = rng.random((SIDE // 2, SIDE // 2)).repeat(2, 0).repeat(2, 1) < 0.3
-    dark = rng.uniform(70, 110) + rng.uniform(-15, 15, 3)
-    light = rng.uniform(140, 180) + rng.uniform(-15, 15, 3)
-    return np.where(pattern[..., None], dark, light)
+        base, other = colour(rng, 0.57, 0.04, 0.45, 0.45), colour(rng, 0.53, 0.04, 0.3, 0.65)
+        wave = y + 2 * np.sin(x / rng.uniform(3, 5)) + 3 * noise(rng, 6, 4)
+        amount = np.sin(2 * np.pi * wave / rng.uniform(7, 11)) * 0.5 + 0.5
+    return base + (other - base) * amount[..., None]
+
+
+def paint(rng: np.random.Generator) -> np.ndarray:
+    """The surface of a thing, whatever it is: any colour, plain or patterned; float64 [96, 96, 3]."""
+    hue = rng.random()
+    base = colour(rng, hue, 0, 0.85, 0.85)
+    other = colour(rng, hue, 0.06, 0.8, 0.65)
+    angle, period = rng.uniform(0, np.pi), rng.uniform(6, 10)
+    y, x = np.mgrid[:SIDE, :SIDE]
+    along, across = (
+        x * np.cos(a) + y * np.sin(a) for a in (angle, angle + np.pi / 2)
+    )
+    kind = rng.integers(4)
+    if kind == 0:
+        amount = np.zeros((SIDE, SIDE))
+    elif kind == 1:
+        amount = along % period < period / 2
+    elif kind == 2:
+        amount = (along % period - period / 2) ** 2 + (across % period - period / 2) ** 2 < 5
+    else:
+        amount = noise(rng, 4, 4)
+    return base + (other - base) * amount[..., None]
 
 
 def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Image uint8 [64, 64, 3], class ids uint8 [64, 64] and a caption for every class in it."""
+    """Image uint8 [96, 96, 3], class ids uint8 [96, 96] and a caption for every class in it."""
     rng = np.random.default_rng(mix_seed(list(SPLITS).index(split), index))
-    y, x = np.mgrid[:SIDE, :SIDE]
+    ground = int(rng.integers(len(STUFF)))
     while True:
-        wall = int(rng.integers(len(WALLS)))
-        image = draw_wall(WALLS[wall], rng)
-        labels = np.full((SIDE, SIDE), len(THINGS) + wall, np.uint8)
+        labels = np.full((SIDE, SIDE), len(THINGS) + ground, np.uint8)
         things = rng.choice(len(THINGS), int(rng.integers(2, 5)), replace=False).tolist()
-        area = {}
+        covers = []
         for thing in things:
-            colour, shape = THINGS[thing].split()
-            angle = rng.uniform(-0.25, 0.25)
-            scale = rng.uniform(9, 15)
-            cx, cy = rng.uniform(10, SIDE - 10, 2)
-            u = ((x - cx) * np.cos(angle) + (y - cy) * np.sin(angle)) / scale
-            v = ((y - cy) * np.cos(angle) - (x - cx) * np.sin(angle)) / scale
-            mask = shape_mask(shape, u, v)
-            labels[mask] = thing
-            area[thing] = mask.sum()
-            shade = 1 + 0.15 * u[mask, None] * rng.uniform(-1, 1)
-            image[mask] = (np.array(RGB[colour]) + rng.uniform(-20, 20, 3)) * shade
-        if all((labels == thing).sum() >= MIN_VISIBLE * area[thing] for thing in things):
+            where = (*rng.uniform(20, SIDE - 20, 2), rng.uniform(16, 23), rng.uniform(-0.3, 0.3))
+            covers.append(silhouette(THINGS[thing], *where))
+            labels[covers[-1][0] > 0.5] = thing
+        areas = [(wide > 0.5).sum() for wide, _ in covers]
+        visible = [(labels == thing).sum() for thing in things]
+        if all(v >= MIN_VISIBLE * a for v, a in zip(visible, areas, strict=True)):
             break
-    image = np.clip(image + rng.normal(0, 5, image.shape), 0, 255).astype(np.uint8)
+    image = texture(STUFF[ground], rng)
+    for wide, cover in covers:
+        image[2:, 1:] *= 1 - 0.4 * wide[:-2, :-1, None]  # its shadow
+        image += (245 - image) * wide[..., None]
+        image += (paint(rng) - image) * cover[..., None]
+    image = np.clip(image, 0, 255).astype(np.uint8)
     captions = {k: str(rng.choice(CAPTIONS)).format(NAMES[k]) for k in np.unique(labels).tolist()}
     return image, labels, captions
 

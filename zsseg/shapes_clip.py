@@ -17,7 +17,7 @@ from zsseg.data import to_tensor
 from zsseg.datasets import dataset, find_pairs
 from zsseg.distributed import Process
 from zsseg.images import read_image, read_labels
-from zsseg.regions import mask_boxes, region_crops
+from zsseg.regions import expand_boxes, mask_boxes, region_crops
 from zsseg.utils import mix_seed
 
 
@@ -66,10 +66,12 @@ class Contrast:
 
 
 def build_small_clip(config: ContrastConfig) -> CLIP:
-    """A CLIP with a convolutional stem (plain patches learn too slowly) and the 514 byte tokens."""
+    """A CLIP with a small backbone for a stem (plain patches learn too slowly) and the 514 byte
+    tokens.
+    """
     visual = VisionTransformer(
         config.resolution,
-        2 ** (len(config.stem) + 1),  # the patch size
+        16,  # the patch size
         config.vision_width,
         config.vision_layers,
         config.embed,
@@ -82,56 +84,41 @@ class RegionsWithCaptions(Dataset):
     """Sample n: one region of every class (so no two of them match each other's caption), for
     contrastive training.
 
-    Item: (crops fp32 [N, 3, R, R], captions, a list of N). Some of the regions are masked crops,
-    the others plain boxes.
+    Item: (crops fp32 [N, 3, R, R], captions, a list of N). A crop is the box around the region and
+    a little more or less; nothing is masked in it, as in what the real CLIP was trained on.
     """
 
     def __init__(self, config: Config, root: Path):
         self.seed = config.train.seed
         self.resolution = config.contrast.resolution
-        self.masked_share = config.contrast.masked_share
         data = dataset(config.data)
         captions = json.loads((data.folder(root) / "captions.json").read_text("utf-8"))
         self.images = []
-        self.labels = []
-        self.captions = []  # {class: caption} of each image
-        for image_file, label_file in find_pairs(config.data, root, "clip"):
+        self.regions = [[] for _ in data.names]  # (image, box [1, 4], caption) of each class
+        for i, (image_file, label_file) in enumerate(find_pairs(config.data, root, "clip")):
             image = to_tensor(read_image(image_file))
             size = (image.shape[2], image.shape[1])
+            labels = torch.from_numpy(read_labels(label_file, data.lut(), size))
             self.images.append(image)
-            self.labels.append(torch.from_numpy(read_labels(label_file, data.lut(), size)))
-            self.captions.append({int(k): v for k, v in captions[label_file.stem].items()})
-        self.images_of_class = [
-            [i for i, texts in enumerate(self.captions) if c in texts]
-            for c in range(len(data.names))
-        ]
+            for c, caption in captions[label_file.stem].items():
+                box, _ = mask_boxes((labels == int(c))[None])
+                self.regions[int(c)].append((i, box, caption))
 
     def __getitem__(self, n: int) -> tuple[Tensor, list[str]]:
         rng = np.random.default_rng(mix_seed(self.seed, 3, n))
         crops = []
-        texts = []
-        for c, images in enumerate(self.images_of_class):
-            i = int(rng.choice(images))
-            mask = perturb_mask(self.labels[i] == c, rng)[None]
-            boxes, _ = mask_boxes(mask, float(rng.uniform(0.9, 1.3)))
-            if rng.random() >= self.masked_share:
-                mask = torch.ones_like(mask)
-            crop = region_crops(self.images[i], mask, boxes, self.resolution)
+        captions = []
+        for regions in self.regions:
+            i, box, caption = regions[int(rng.integers(len(regions)))]
+            image = self.images[i]
+            box = expand_boxes(box, float(rng.uniform(0.9, 1.3)), image.shape[1:])
+            crop = region_crops(image, torch.ones_like(image[:1]), box, self.resolution)
             crops.append(crop.flip(-1) if rng.random() < 0.5 else crop)
-            texts.append(self.captions[i][c])
-        return torch.cat(crops), texts
+            captions.append(caption)
+        return torch.cat(crops), captions
 
     def source(self, n: int) -> str:
         return f"sample {n}"  # a region of many images each
-
-
-def perturb_mask(mask: Tensor, rng: np.random.Generator) -> Tensor:
-    """A mask [H, W] as a segmenter might propose it: blurred, with a random threshold, never
-    empty.
-    """
-    coarse = F.avg_pool2d(mask[None, None].float(), int(rng.choice([1, 2, 4])))
-    smooth = F.interpolate(coarse, mask.shape, mode="bilinear", align_corners=False)[0, 0]
-    return smooth > min(float(rng.uniform(0.15, 0.75)), 0.9 * float(smooth.max()))
 
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:

@@ -248,7 +248,7 @@ def find_shape(
         return config.activation, config.heads
     heads = 0 if changed else config.heads
     # The last is our own small CLIP.
-    if config.weights in OPENAI_MODELS or "visual.conv1.0.weight" in state:
+    if config.weights in OPENAI_MODELS or "visual.conv1.tokens.weight" in state:
         return "quickgelu", heads
     what, path = clip_file(config.weights, root)
     with open(path, "rb") as file:

@@ -1,7 +1,7 @@
 """Make the README's images from a run on the synthetic data set: `python -m
 tests.benchmarks.screens runs/shapes`.
 
-overlay.png by `eval.py --images`, report.png from `eval.py --budget --report` and serve.png from
+shapes.png from the first images of the test split, overlay.png by `eval.py --images`, report.png from `eval.py --budget --report` and serve.png from
 `eval.py --serve` in headless Chromium; to tests/screens/.
 """
 
@@ -11,14 +11,20 @@ import threading
 import time
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
 
 import eval as evaluation
 from tests.browser import Browser
-from zsseg.api import checkpoint_and_config
+from zsseg.api import checkpoint_and_config, load
 from zsseg.build import load_segmenter
+from zsseg.data import to_tensor
+from zsseg.datasets import dataset, find_pairs
 from zsseg.distributed import init_distributed
+from zsseg.images import read_image, read_values
 from zsseg.serve import Session, open_port
+from zsseg.visualize import comparison_strip, palette
 from zsseg.vocabulary import parse_words, trained_names
 
 SCREENS = Path(__file__).resolve().parents[1] / "screens"
@@ -30,6 +36,33 @@ def save(image: Image.Image, name: str) -> None:
     """As a PNG of few colours, which is small."""
     SCREENS.mkdir(exist_ok=True)
     image.quantize(256, kmeans=2, dither=Image.Dither.NONE).save(SCREENS / name, optimize=True)
+
+
+def grid(args: argparse.Namespace, count: int = 9) -> Image.Image:
+    """Test images, their ground truth and their prediction below one another, and a legend."""
+    data = dataset("shapes")
+    segmenter = load(args.run / "last.pt", root=args.root, device="cpu")
+    side = 120
+    strips = []
+    shown = set()
+    for image_file, label_file in find_pairs("shapes", args.root, "test")[:count]:
+        image = read_image(image_file)
+        labels = torch.from_numpy(read_values(label_file, 8).astype(np.int64))
+        predicted = torch.from_numpy(segmenter(image).astype(np.int64))
+        shown |= {*labels.unique().tolist(), *predicted.unique().tolist()}
+        strip = comparison_strip(to_tensor(image), labels, predicted, len(data.names), side)
+        strips.append(Image.fromarray(strip))
+    canvas = Image.new("RGB", (count * (side + 4), 3 * side + 44), "white")
+    for i, strip in enumerate(strips):
+        canvas.paste(strip, (i * (side + 4), 0))
+    pen = ImageDraw.Draw(canvas)
+    columns = -(-len(shown) // 2)
+    for i, c in enumerate(sorted(shown)):
+        x = i % columns * canvas.width // columns
+        y = 3 * side + 6 + i // columns * 19
+        pen.rectangle((x, y, x + 12, y + 12), fill=tuple(palette(len(data.names))[c].tolist()))
+        pen.text((x + 16, y), data.names[c] + (" *" if c not in data.seen else ""), fill="black")
+    return canvas
 
 
 def page_of_words(args: argparse.Namespace, file: Path, shot: Path) -> None:
@@ -60,6 +93,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("datasets"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as out:
+        save(grid(args), "shapes.png")
         common = [str(args.run / "last.pt"), "--root", str(args.root), "--out", out]
         file = args.root / "shapes" / "images" / "test" / f"{IMAGE}.jpg"
         evaluation.main([*common, "--images", str(file), "--classes", WORDS])

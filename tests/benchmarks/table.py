@@ -27,6 +27,7 @@ from zsseg.prompts import TEMPLATES
 # name.
 VILD = [t.replace("{}", "{{}}") for t in TEMPLATES["vild"] if len(t.replace(" ", "")) <= 26]
 SHAPES = ["train.py", "--config", "configs/shapes.toml"]
+DENSE = "clip.dense_edge=192"  # chosen on the validation split
 LEARNED = ["clip.prompt_prefix=1"]  # chosen on the validation split, with the steps
 PROMPTS = [
     "train.py",
@@ -42,14 +43,12 @@ PROMPTS = [
 # Trainings: {name: (words, after)}; {seed}, {out} and {clip} are filled in.
 RUNS = {
     "base": ([*SHAPES, "train.seed={seed}"], ()),
-    "plain": ([*SHAPES, "train.seed={seed}", "clip.weights={out}/plain.pt"], ()),
     "pixel": (
         [
             *SHAPES,
             "train.seed={seed}",
             "model.proposals=false",
-            "clip.dense_edge=64",
-            "train.steps=2850",
+            DENSE,
         ],
         (),
     ),
@@ -65,8 +64,9 @@ RUNS = {
 }
 # Evaluations of trained models: {name: (training, settings)}
 EVALS = {
-    "pool": ("base", ["clip.regions=pool", "clip.dense_edge=64"]),
-    "tokens": ("base", ["clip.regions=tokens", "clip.dense_edge=64"]),
+    "budget": ("base", ["--budget"]),
+    "pool": ("base", ["clip.regions=pool", DENSE]),
+    "tokens": ("base", ["clip.regions=tokens", DENSE]),
     "single": ("base", ["clip.region_prompt=single"]),
     "vild": ("base", [f"clip.region_prompt={VILD}"]),
     "learned": (
@@ -81,8 +81,6 @@ ROWS = [
     ("CLIP only", "base", "clip_only"),
     ("CLIP x objectness", "base", "clip_objectness"),
     ("ensemble, weight 0.7", "base", ""),
-    ("ensemble, CLIP trained on plain crops only", "plain", ""),
-    ("CLIP only, trained on plain crops only", "plain", "clip_only"),
     ("ensemble, regions: prompt single", "single", ""),
     ("ensemble, regions: ViLD's prompts", "vild", ""),
     ("ensemble, regions: learned prompt", "learned", ""),
@@ -98,9 +96,9 @@ ROWS = [
 
 
 def run(name: str, words: list[str], args: argparse.Namespace) -> float:
-    """Run one command unless its metrics are there; seconds."""
+    """Run one command unless its results are there; seconds."""
     folder = args.out / name
-    if (folder / "metrics.json").exists():
+    if any((folder / f"{kind}.json").exists() for kind in ("metrics", "budget")):
         return 0.0
     script, *rest = words
     options = ["--root", str(args.out / "datasets"), "--out", str(folder), "--device", "cpu"]
@@ -148,26 +146,6 @@ def main() -> None:
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda job: run(*job, args), jobs))
 
-    if "plain" in wanted and not (args.out / "plain.pt").exists():
-        words = [
-            "train.py",
-            "--config",
-            "configs/shapes_clip.toml",
-            "--root",
-            str(root),
-            "--out",
-            str(args.out / "clip_plain"),
-            "--device",
-            "cpu",
-            "--set",
-            "contrast.masked_share=0.0",
-        ]
-        words += ["--resume"] if (args.out / "clip_plain" / "last.pt").exists() else []
-        subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
-        torch.save(
-            torch.load(args.out / "clip_plain" / "last.pt", weights_only=True)["model"],
-            args.out / "plain.pt",
-        )
     first = [
         (f"{n}_{s}", fill(RUNS[n][0], s))
         for n in RUNS
@@ -200,6 +178,10 @@ def main() -> None:
             f"{title:46}"
             + "".join(f"{statistics.mean(c):7.1f} +-{statistics.pstdev(c):5.1f}" for c in cells)
         )
+    files = [args.out / f"budget_{seed}" / "budget.json" for seed in args.seeds]
+    if all(f.exists() for f in files):
+        recall = [json.loads(f.read_text())["recall"]["0.5"] for f in files]
+        print(f"recall of the ground-truth masks at IoU 0.5: {statistics.mean(recall):.1f}")
     print(
         f"{(time.perf_counter() - started) / 60:.0f} minutes, torch {torch.__version__}, "
         f"{args.jobs} jobs at once"

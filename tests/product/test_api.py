@@ -51,19 +51,19 @@ def test_six_lines(model, shapes_root, tmp_path):
     pixel's class.
     """
     file = next((shapes_root / "shapes/images/test").iterdir())
-    names = ["red disc", "blue square", "sky"]
+    names = ["star", "tree", "sky"]
     segmenter = load(model, root=shapes_root, device="cpu")
-    assert len(segmenter.names) == 24  # the data set's
-    segmenter.set_classes(names, {"sky": ["striped wall"]})
+    assert len(segmenter.names) == 25  # the data set's
+    segmenter.set_classes(names, {"sky": ["brick"]})
     labels, scores = segmenter(file, return_scores=True)
     assert (
-        labels.dtype == np.uint8 and labels.shape == scores.shape == (64, 64) and (scores > 0).all()
+        labels.dtype == np.uint8 and labels.shape == scores.shape == (96, 96) and (scores > 0).all()
     )
     image = Image.open(file)
     assert all(
         np.array_equal(segmenter(other), labels) for other in (str(file), image, np.array(image))
     )
-    words = "red disc, blue square, sky = striped wall"
+    words = "star, tree, sky = brick"
     done = command(
         "eval.py",
         model,
@@ -120,7 +120,7 @@ def test_an_original_checkpoint_needs_its_configuration(tmp_path):
 
 def test_trained_classes_count_as_seen(model, shapes_root):
     segmenter = load(model, root=shapes_root, device="cpu")
-    segmenter.set_classes(["Red Disc", "blue disc", "zebra"])  # blue disc is unseen in shapes
+    segmenter.set_classes(["Star", "cup", "zebra"])  # cup is unseen in shapes
     assert segmenter.segmenter.seen.tolist() == [True, False, False]
 
 
@@ -134,4 +134,4 @@ def test_the_readme_s_lines(model, shapes_root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(block, names)
-    assert names["labels"].shape == names["scores"].shape == (64, 64) and names["labels"].max() < 3
+    assert names["labels"].shape == names["scores"].shape == (96, 96) and names["labels"].max() < 3

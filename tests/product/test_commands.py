@@ -122,7 +122,7 @@ def test_evaluation_repeats_the_numbers_of_training(trained, shapes_root, tmp_pa
     maps = sorted((tmp_path / "1" / "predictions").iterdir())
     assert [m.name for m in maps] == [f"test0000{i}.png" for i in range(4)]
     assert all(
-        np.array(Image.open(m)).shape == (64, 64) and np.array(Image.open(m)).max() < 24
+        np.array(Image.open(m)).shape == (96, 96) and np.array(Image.open(m)).max() < 25
         for m in maps
     )
 
@@ -172,7 +172,7 @@ def test_check_reports_histogram_and_absence_of_unseen_pixels(shapes_root, capsy
     prepare_data.main(["shapes", "--root", str(shapes_root), "--check"])
     text = capsys.readouterr().out
     assert "shapes train: 10 images" in text and "shapes val: 3 images" in text
-    assert "pixels of the 5 unseen classes (red square" in text and "striped wall" in text
+    assert "pixels of the 5 unseen classes (cup" in text and "brick" in text
 
 
 # --- mistakes
@@ -401,7 +401,7 @@ def test_broken_data_stops_evaluation_and_names_the_file(
         evaluation.main,
         arguments,
         "test00001.png",
-        "is 10 x 10, its image 64 x 64",
+        "is 10 x 10, its image 96 x 96",
     )
     (root / "shapes" / "labels" / "test" / "test00001.png").write_bytes(b"")
     fails(capsys, monkeypatch, evaluation.main, arguments, "test00001.png", "cannot be read")

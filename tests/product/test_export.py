@@ -222,7 +222,7 @@ def test_files_and_settings(exported):
 def test_what_cannot_be_exported(tmp_path, setting, part):
     config = tiny_config(setting)
     segmenter = Segmenter(config, tiny_clip_state()).eval()
-    words = read_words("red disc")
+    words = read_words("star")
     segmenter.set_classes(words.names)
     with pytest.raises(UserError, match=part):
         export(segmenter, config, words, tmp_path)

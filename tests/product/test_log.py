@@ -245,7 +245,7 @@ def test_evaluations_are_logged_in_full(offline):
         (offline_runs(out)[0] / "files" / row["val/per_class_table", "path"]).read_text()
     )
     data, classes = dataset("shapes"), by_split["val/mIoU_unseen"]["val/per_class"]
-    assert table["columns"] == ["class", "seen", "IoU", "Acc"] and len(classes) == 24
+    assert table["columns"] == ["class", "seen", "IoU", "Acc"] and len(classes) == 25
     expected = [
         [name, i in data.seen, classes[name]["IoU"], classes[name]["Acc"]]
         for i, name in enumerate(data.names)
@@ -282,8 +282,8 @@ def test_images_with_masks(offline, shapes_root):
             ground_truth, prediction = (
                 read(folder / masks[title]["path"]) for title in ("ground_truth", "prediction")
             )
-            assert np.array_equal(ground_truth, np.where(values == data.ignore, 24, values))
-            assert prediction.shape == ground_truth.shape and prediction.max() < 24
+            assert np.array_equal(ground_truth, np.where(values == data.ignore, 25, values))
+            assert prediction.shape == ground_truth.shape and prediction.max() < 25
     update = [
         item.value_json
         for record in records(offline_runs(out)[0])

@@ -198,7 +198,7 @@ def test_images_are_read_as_they_are_shown(tmp_path):
 
 
 def test_every_image_gets_its_files(model, shapes_root, photos, tmp_path, monkeypatch, capsys):
-    words = "red disc, couch = sofa; other: sky, striped wall"
+    words = "star, couch = sofa; other: sky, brick"
     out, legends, draw = tmp_path / "out", {}, predict.overlay
 
     def spy(image, labels, colours, legend):
@@ -231,7 +231,7 @@ def test_every_image_gets_its_files(model, shapes_root, photos, tmp_path, monkey
             zip(ids.tolist(), pixels.tolist(), strict=True)
         )
         assert {c["name"] for c in content["classes"]} <= {
-            "red disc",
+            "star",
             "couch",
             "other",
         } and ids.max() <= 2
@@ -322,7 +322,7 @@ def test_resuming_segments_what_is_missing(model, shapes_root, tmp_path, capsys)
     """
     out, images = tmp_path / "out", tmp_path / "images"
     shutil.copytree(shapes_root / "shapes" / "images" / "train", images)
-    run = arguments(model, shapes_root, out, "--images", images, "--classes", "red disc, wall")
+    run = arguments(model, shapes_root, out, "--images", images, "--classes", "star, wall")
     evaluation.main(run)
     whole = results(out)
     assert len(whole) == 30
@@ -345,18 +345,18 @@ def test_resuming_segments_what_is_missing(model, shapes_root, tmp_path, capsys)
     os.utime(images / "train00005.jpg")
     assert segmented(*run) == 1 and segmented(*run) == 0
     assert segmented(*run, "--set", "clip.mask_threshold=0.6") == 10
-    assert segmented(*run[:-1], "red disc, walls") == 10
+    assert segmented(*run[:-1], "star, walls") == 10
     content = checkpoint.load(model)
     next(iter(content["model"]["maskformer"].values())).add_(0.1)
     checkpoint.save(tmp_path / "other.pt", **content)
-    assert segmented(str(tmp_path / "other.pt"), *run[1:-1], "red disc, walls") == 10
+    assert segmented(str(tmp_path / "other.pt"), *run[1:-1], "star, walls") == 10
     clip = tmp_path / "clip.pt"
     state = torch.load(shapes_root / "shapes" / "clip.pt")
     torch.save(state | {"visual.proj": state["visual.proj"] * 1.01}, clip)
-    assert segmented(*run[:-1], "red disc, walls", "--set", f"clip.weights={clip}") == 10
+    assert segmented(*run[:-1], "star, walls", "--set", f"clip.weights={clip}") == 10
     moved = images.rename(tmp_path / "moved")
     run[run.index(str(images))] = str(moved)
-    last = [*run[:-1], "red disc, walls", "--set", f"clip.weights={clip}"]
+    last = [*run[:-1], "star, walls", "--set", f"clip.weights={clip}"]
     assert segmented(*last) == 0
     os.replace(moved / "train00007.jpg", moved / "train00001.jpg")  # an older file, another image
     assert segmented(*last) == 1
@@ -428,7 +428,7 @@ def test_two_processes_leave_what_one_leaves(model, shapes_root, photos, tmp_pat
     run = lambda out, processes, *more: command(
         "eval.py",
         *arguments(
-            model, shapes_root, out, "--images", photos, "--classes", "red disc, wall", *more
+            model, shapes_root, out, "--images", photos, "--classes", "star, wall", *more
         ),
         processes=processes,
         env={"OMP_NUM_THREADS": "1"} | env,
@@ -464,7 +464,7 @@ def test_exported_programs_find_what_images_finds(
         photos / "clear.png"
     )
     files = [photos / "clear.png", photos / "deep16.png"]
-    words = ["--classes", "red disc, blue square = azure box; other: striped wall, checked wall"]
+    words = ["--classes", "star, tree = azure box; other: brick, grass"]
     out, programs, found = tmp_path / "out", tmp_path / "programs", set()
     evaluation.main(arguments(model, shapes_root, out, "--images", *files, *words))
     evaluation.main(arguments(model, shapes_root, out, "--export", programs, *words))

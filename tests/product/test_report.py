@@ -295,8 +295,8 @@ def test_the_command_writes_the_same_page_with_two_processes(made, trained, shap
     truth = np.bincount(
         np.concatenate([data.lut()[values].ravel() for values in labels]), minlength=256
     )
-    assert one["pixels"] == truth[:24].tolist()
-    assert one["colours"] == ["#" + bytes(colour.tolist()).hex() for colour in palette(24)[:-1]]
+    assert one["pixels"] == truth[:25].tolist()
+    assert one["colours"] == ["#" + bytes(colour.tolist()).hex() for colour in palette(25)[:-1]]
     assert [chart["title"] for chart in one["curves"]] == [title for title, *_ in report.CHARTS]
     assert (
         dict(one["curves"][0]["lines"])["loss"][-1][0] == 3 and len(one["curves"][2]["lines"]) == 4

@@ -119,9 +119,7 @@ def test_windows_cover_the_image_and_overlap(size, side):
 @pytest.mark.parametrize("ways", [{"clip.regions": w} for w in ("crops", "pool", "tokens")])
 def test_views_are_the_mean_of_score_maps(ways, monkeypatch):
     segmenter = random_segmenter(*(f"{k}={v}" for k, v in ways.items()), "clip.dense_edge=32")
-    segmenter.set_classes(
-        ["star", "tree", "brick", "sand", "cup"], [0, 1]
-    )
+    segmenter.set_classes(["star", "tree", "brick", "sand", "cup"], [0, 1])
     torch.manual_seed(1)
     images = [torch.randint(0, 256, (3, *s), dtype=torch.uint8) for s in ((64, 80), (96, 120))]
     size = (50, 61)

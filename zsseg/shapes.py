@@ -33,6 +33,7 @@ CAPTIONS = (
 )
 MIN_VISIBLE = 0.75  # an image with a thing of which a smaller share is visible is drawn again
 RIM = 1  # pixels of white around a thing, as around a sticker
+RARE = 0.25  # how often an unseen class is drawn for training, compared with a seen one
 FINE = 4  # a silhouette is drawn with 4 x 4 points a pixel
 
 
@@ -58,12 +59,14 @@ def rays(count: int, inner: float) -> list:
 
 # Polygons (x to the right, y down, from -1 to 1), drawn one after the other; (0, polygon) is a hole.
 SILHOUETTES = {
-    "arrow": [[(0, -1), (0.8, -0.1), (0.32, -0.1), (0.32, 1), (-0.32, 1), (-0.32, -0.1), (-0.8, -0.1)]],
+    "arrow": [
+        [(0, -1), (0.8, -0.1), (0.32, -0.1), (0.32, 1), (-0.32, 1), (-0.32, -0.1), (-0.8, -0.1)]
+    ],
     "boat": [
         [(-1, 0.35), (1, 0.35), (0.6, 0.95), (-0.6, 0.95)],
         [(-0.05, -1), (-0.05, 0.2), (-0.85, 0.2)],
         [(0.08, -0.7), (0.08, 0.2), (0.7, 0.2)],
-        box(0.02, 0, 0.07, 0.9),
+        box(0.02, 0, 0.1, 0.9),
     ],
     "bottle": [box(0, 0.4, 0.45, 0.6), ellipse(0, -0.15, 0.45, 0.4), box(0, -0.6, 0.18, 0.4)],
     "crown": [
@@ -83,16 +86,16 @@ SILHOUETTES = {
         ellipse(0, 0, 0.4, 0.4),
         (0, ellipse(0, 0, 0.22, 0.22)),
     ],
-    "hammer": [box(0, 0.3, 0.16, 0.7), box(0, -0.65, 0.8, 0.32)],
+    "hammer": [box(0, 0.3, 0.2, 0.7), box(0, -0.65, 0.8, 0.32)],
     "heart": [
         ellipse(-0.45, -0.35, 0.5, 0.5),
         ellipse(0.45, -0.35, 0.5, 0.5),
         [(-0.9, -0.12), (0, -0.4), (0.9, -0.12), (0, 1)],
     ],
     "hourglass": [
-        [(-0.7, -0.9), (0.7, -0.9), (0.12, 0), (0.7, 0.9), (-0.7, 0.9), (-0.12, 0)],
-        box(0, -0.9, 0.8, 0.12),
-        box(0, 0.9, 0.8, 0.12),
+        [(-0.75, -0.9), (0.75, -0.9), (0.2, 0), (0.75, 0.9), (-0.75, 0.9), (-0.2, 0)],
+        box(0, -0.88, 0.9, 0.14),
+        box(0, 0.88, 0.9, 0.14),
     ],
     "house": [
         [(0, -1), (1, -0.1), (-1, -0.1)],
@@ -103,20 +106,24 @@ SILHOUETTES = {
     "key": [
         ellipse(-0.55, 0, 0.45, 0.45),
         (0, ellipse(-0.55, 0, 0.2, 0.2)),
-        box(0.4, 0, 0.6, 0.14),
+        box(0.4, 0, 0.6, 0.17),
         box(0.5, 0.28, 0.1, 0.22),
         box(0.85, 0.28, 0.12, 0.22),
     ],
     "ladder": [
-        box(-0.5, 0, 0.14, 1),
-        box(0.5, 0, 0.14, 1),
+        box(-0.5, 0, 0.17, 1),
+        box(0.5, 0, 0.17, 1),
         *(box(0, y, 0.5, 0.11) for y in (-0.7, -0.23, 0.23, 0.7)),
     ],
     "lightning": [
         [(0.25, -1), (-0.65, 0.15), (-0.1, 0.15), (-0.3, 1), (0.65, -0.25), (0.1, -0.25), (0.6, -1)]
     ],
     "moon": [ellipse(0, 0, 0.95, 0.95), (0, ellipse(0.45, -0.1, 0.75, 0.75))],
-    "mushroom": [ellipse(0, 0, 1, 0.85, 180, 360), box(0, 0.4, 0.28, 0.45), ellipse(0, 0.8, 0.4, 0.18)],
+    "mushroom": [
+        ellipse(0, 0, 1, 0.85, 180, 360),
+        box(0, 0.4, 0.28, 0.45),
+        ellipse(0, 0.8, 0.4, 0.18),
+    ],
     "ring": [ellipse(0, 0, 0.95, 0.95), (0, ellipse(0, 0, 0.55, 0.55))],
     "star": [rays(5, 0.45)],
     "tree": [
@@ -127,9 +134,9 @@ SILHOUETTES = {
     ],
     "umbrella": [
         ellipse(0, 0, 1, 0.9, 180, 360),
-        box(0, 0.3, 0.09, 0.5),
-        ellipse(0.18, 0.75, 0.27, 0.25, 0, 180),
-        (0, ellipse(0.18, 0.72, 0.1, 0.1)),
+        box(0, 0.35, 0.14, 0.45),
+        ellipse(0.26, 0.65, 0.4, 0.35, 0, 180),
+        (0, ellipse(0.26, 0.6, 0.12, 0.12)),
     ],
 }
 
@@ -197,9 +204,7 @@ def paint(rng: np.random.Generator) -> np.ndarray:
     other = colour(rng, hue, 0.06, 0.8, 0.65)
     angle, period = rng.uniform(0, np.pi), rng.uniform(6, 10)
     y, x = np.mgrid[:SIDE, :SIDE]
-    along, across = (
-        x * np.cos(a) + y * np.sin(a) for a in (angle, angle + np.pi / 2)
-    )
+    along, across = (x * np.cos(a) + y * np.sin(a) for a in (angle, angle + np.pi / 2))
     kind = rng.integers(4)
     if kind == 0:
         amount = np.zeros((SIDE, SIDE))
@@ -212,16 +217,25 @@ def paint(rng: np.random.Generator) -> np.ndarray:
     return base + (other - base) * amount[..., None]
 
 
+def share(names: tuple[str, ...], split: str) -> np.ndarray:
+    """How often each class is drawn; unseen ones are rare in training, as in COCO-Stuff."""
+    rare = [split == "train" and name in DATASETS["shapes"].unseen for name in names]
+    weight = np.where(rare, RARE, 1)
+    return weight / weight.sum()
+
+
 def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
     """Image uint8 [96, 96, 3], class ids uint8 [96, 96] and a caption for every class in it."""
     rng = np.random.default_rng(mix_seed(list(SPLITS).index(split), index))
-    ground = int(rng.integers(len(STUFF)))
+    things_share, stuff_share = share(THINGS, split), share(STUFF, split)
+    ground = int(rng.choice(len(STUFF), p=stuff_share))
     while True:
         labels = np.full((SIDE, SIDE), len(THINGS) + ground, np.uint8)
-        things = rng.choice(len(THINGS), int(rng.integers(2, 5)), replace=False).tolist()
+        count = int(rng.integers(2, 4))
+        things = rng.choice(len(THINGS), count, replace=False, p=things_share).tolist()
         covers = []
         for thing in things:
-            where = (*rng.uniform(20, SIDE - 20, 2), rng.uniform(16, 23), rng.uniform(-0.3, 0.3))
+            where = (*rng.uniform(22, SIDE - 22, 2), rng.uniform(18, 27), rng.uniform(-0.3, 0.3))
             covers.append(silhouette(THINGS[thing], *where))
             labels[covers[-1][0] > 0.5] = thing
         areas = [(wide > 0.5).sum() for wide, _ in covers]

@@ -43,15 +43,7 @@ PROMPTS = [
 # Trainings: {name: (words, after)}; {seed}, {out} and {clip} are filled in.
 RUNS = {
     "base": ([*SHAPES, "train.seed={seed}"], ()),
-    "pixel": (
-        [
-            *SHAPES,
-            "train.seed={seed}",
-            "model.proposals=false",
-            DENSE,
-        ],
-        (),
-    ),
+    "pixel": ([*SHAPES, "train.seed={seed}", "model.proposals=false", DENSE], ()),
     "self": (
         [
             *SHAPES,

@@ -427,9 +427,7 @@ def test_two_processes_leave_what_one_leaves(model, shapes_root, photos, tmp_pat
     shutil.copy(photos / "a.jpg", photos / ("猫" * 80 + ".jpg"))
     run = lambda out, processes, *more: command(
         "eval.py",
-        *arguments(
-            model, shapes_root, out, "--images", photos, "--classes", "star, wall", *more
-        ),
+        *arguments(model, shapes_root, out, "--images", photos, "--classes", "star, wall", *more),
         processes=processes,
         env={"OMP_NUM_THREADS": "1"} | env,
     )

@@ -270,7 +270,7 @@ def test_held_out_regions_are_never_drawn(more_root):
         tiny_config("prompts.samples_per_class=3", "prompts.held_out=2"), more_root, 32
     )
     assert samples.held_out and not set(samples.held_out) & set(samples.regions)
-    assert {c for _, c in samples.held_out} <= set(range(19))
+    assert {c for _, c in samples.held_out} <= set(range(20))
     crop, category = HeldOut(samples)[0]
     assert torch.equal(crop, HeldOut(samples)[0][0]) and category == samples.held_out[0][1]
 

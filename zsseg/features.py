@@ -3,9 +3,7 @@ proposer's class features and CLIP's features of the regions. Other words need o
 their text features.
 """
 
-import hashlib
 import io
-import json
 import os
 import zipfile
 from dataclasses import asdict
@@ -21,7 +19,7 @@ from zsseg.config import Config
 from zsseg.data import to_tensor
 from zsseg.distributed import Process
 from zsseg.files import MARK, is_ours, refuse_foreign, result
-from zsseg.predict import InputImage, Names, version_of
+from zsseg.predict import InputImage, Names, digest_of, version_of
 from zsseg.segmenter import Proposals, Segmenter
 from zsseg.utils import UserError
 
@@ -37,7 +35,6 @@ ARRAYS = {
     "size": (np.int64, 1),  # (H, W) of the image
     "version": (np.int64, 1),  # the image file's size and time, see `version_of`
     "preview": (np.uint8, 1),  # a JPEG file
-    "image": (np.uint8, 1),  # the image file's name, in bytes
     "made_with": (np.uint8, 1),  # the digest, in bytes
 }
 
@@ -59,12 +56,7 @@ def features_digest(segmenter: Segmenter, config: Config, process: Process) -> s
     model = asdict(config.model) | dict.fromkeys(["compile", "kernels", "weights", "bf16"])
     sizes = (config.data.test_short_edge, config.data.max_size)
     settings = [clip, model, process.bf16(config.model.bf16), sizes]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for part in (segmenter.maskformer, segmenter.clip.visual):
-        for name, tensor in part.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    return digest_of(settings, segmenter.maskformer, segmenter.clip.visual)
 
 
 class FeatureFiles:
@@ -121,7 +113,6 @@ class FeatureFiles:
             "size": np.array(item.size),
             "version": np.array(item.version),
             "preview": np.frombuffer(preview.getvalue(), np.uint8),
-            "image": np.frombuffer(os.fsencode(self.names.files[item.number]), np.uint8),
             "made_with": np.frombuffer(self.made_with.encode(), np.uint8),
         }
         with result(self.file(item.number)) as path:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from zsseg.config import Config
@@ -368,11 +368,16 @@ def made_with(segmenter: Segmenter, config: Config, words: Words, process: Proce
     )
     seen = segmenter.seen.tolist()
     settings = [clip, model, asdict(config.eval), sizes, asdict(words), seen, tokens]
+    return digest_of(settings, segmenter)
 
+
+def digest_of(settings: list, *parts: nn.Module) -> str:
+    """A digest of settings and of all weights."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, tensor in segmenter.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    for part in parts:
+        for name, tensor in part.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

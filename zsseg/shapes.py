@@ -1,14 +1,14 @@
-"""The synthetic data set: 96 x 96 images of silhouettes before textured ground, generated from fixed
-seeds.
+"""The synthetic data set: 96 x 96 images of stickers on textured ground, from fixed seeds.
 
-Every fifth class of the two alphabetical lists is unseen: the segmenter gets neither its masks nor
-its name. A class is a silhouette or a texture with a plain noun for a name; the colour, texture,
-size and angle of a thing say nothing about its class, so no unseen class is made of seen ones.
+Every fifth class of two alphabetical lists is unseen: the segmenter gets neither its masks nor its
+name. A class is a silhouette or a texture with a plain noun for a name. The colour, pattern, size
+and angle of a thing say nothing about its class, so no unseen class is made of seen ones.
 The small CLIP is trained on images of its own (split "clip").
 """
 
 import colorsys
 import json
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -37,108 +37,19 @@ RARE = 0.25  # how often an unseen class is drawn for training, compared with a 
 FINE = 4  # a silhouette is drawn with 4 x 4 points a pixel
 
 
-def ellipse(x: float, y: float, rx: float, ry: float, start: int = 0, end: int = 360) -> list:
-    """Points of an ellipse around (x, y), or of its part between two angles in degrees, clockwise
-    from the right.
-    """
-    angles = np.radians(np.linspace(start, end, 33))
-    return [(x + rx * np.cos(a), y + ry * np.sin(a)) for a in angles]
+DRAWING = tomllib.loads((Path(__file__).parent / "shapes.toml").read_text("utf-8"))
 
 
-def box(x: float, y: float, rx: float, ry: float) -> list:
-    """Corners of a box around (x, y)."""
-    return [(x - rx, y - ry), (x + rx, y - ry), (x + rx, y + ry), (x - rx, y + ry)]
-
-
-def rays(count: int, inner: float) -> list:
-    """Points of a star of radius 1 with `count` rays, the first one upwards."""
-    angles = np.pi * (np.arange(2 * count) / count - 0.5)
-    radii = np.where(np.arange(2 * count) % 2, inner, 1)
-    return list(zip(radii * np.cos(angles), radii * np.sin(angles), strict=True))
-
-
-# Polygons (x to the right, y down, from -1 to 1), drawn one after the other; (0, polygon) is a hole.
-SILHOUETTES = {
-    "arrow": [
-        [(0, -1), (0.8, -0.1), (0.32, -0.1), (0.32, 1), (-0.32, 1), (-0.32, -0.1), (-0.8, -0.1)]
-    ],
-    "boat": [
-        [(-1, 0.35), (1, 0.35), (0.6, 0.95), (-0.6, 0.95)],
-        [(-0.05, -1), (-0.05, 0.2), (-0.85, 0.2)],
-        [(0.08, -0.7), (0.08, 0.2), (0.7, 0.2)],
-        box(0.02, 0, 0.1, 0.9),
-    ],
-    "bottle": [box(0, 0.4, 0.45, 0.6), ellipse(0, -0.15, 0.45, 0.4), box(0, -0.6, 0.18, 0.4)],
-    "crown": [
-        [(-0.9, 0.8), (-1, -0.6), (-0.45, 0.05), (0, -0.9), (0.45, 0.05), (1, -0.6), (0.9, 0.8)]
-    ],
-    "cup": [
-        ellipse(0.5, 0, 0.5, 0.5),
-        (0, ellipse(0.5, 0, 0.27, 0.27)),
-        [(-0.9, -0.8), (0.6, -0.8), (0.45, 0.8), (-0.75, 0.8)],
-    ],
-    "fish": [ellipse(-0.25, 0, 0.75, 0.5), [(0.2, 0), (1, -0.6), (0.8, 0), (1, 0.6)]],
-    "flower": [
-        *(
-            ellipse(0.58 * np.cos(a), 0.58 * np.sin(a), 0.42, 0.42)
-            for a in np.radians([18, 90, 162, 234, 306])
-        ),
-        ellipse(0, 0, 0.4, 0.4),
-        (0, ellipse(0, 0, 0.22, 0.22)),
-    ],
-    "hammer": [box(0, 0.3, 0.2, 0.7), box(0, -0.65, 0.8, 0.32)],
-    "heart": [
-        ellipse(-0.45, -0.35, 0.5, 0.5),
-        ellipse(0.45, -0.35, 0.5, 0.5),
-        [(-0.9, -0.12), (0, -0.4), (0.9, -0.12), (0, 1)],
-    ],
-    "hourglass": [
-        [(-0.75, -0.9), (0.75, -0.9), (0.2, 0), (0.75, 0.9), (-0.75, 0.9), (-0.2, 0)],
-        box(0, -0.88, 0.9, 0.14),
-        box(0, 0.88, 0.9, 0.14),
-    ],
-    "house": [
-        [(0, -1), (1, -0.1), (-1, -0.1)],
-        box(0, 0.4, 0.75, 0.55),
-        box(0.55, -0.6, 0.13, 0.35),
-        (0, box(0, 0.6, 0.2, 0.35)),
-    ],
-    "key": [
-        ellipse(-0.55, 0, 0.45, 0.45),
-        (0, ellipse(-0.55, 0, 0.2, 0.2)),
-        box(0.4, 0, 0.6, 0.17),
-        box(0.5, 0.28, 0.1, 0.22),
-        box(0.85, 0.28, 0.12, 0.22),
-    ],
-    "ladder": [
-        box(-0.5, 0, 0.17, 1),
-        box(0.5, 0, 0.17, 1),
-        *(box(0, y, 0.5, 0.11) for y in (-0.7, -0.23, 0.23, 0.7)),
-    ],
-    "lightning": [
-        [(0.25, -1), (-0.65, 0.15), (-0.1, 0.15), (-0.3, 1), (0.65, -0.25), (0.1, -0.25), (0.6, -1)]
-    ],
-    "moon": [ellipse(0, 0, 0.95, 0.95), (0, ellipse(0.45, -0.1, 0.75, 0.75))],
-    "mushroom": [
-        ellipse(0, 0, 1, 0.85, 180, 360),
-        box(0, 0.4, 0.28, 0.45),
-        ellipse(0, 0.8, 0.4, 0.18),
-    ],
-    "ring": [ellipse(0, 0, 0.95, 0.95), (0, ellipse(0, 0, 0.55, 0.55))],
-    "star": [rays(5, 0.45)],
-    "tree": [
-        [(0, -1), (0.5, -0.3), (-0.5, -0.3)],
-        [(0, -0.65), (0.68, 0.15), (-0.68, 0.15)],
-        [(0, -0.2), (0.85, 0.62), (-0.85, 0.62)],
-        box(0, 0.8, 0.16, 0.2),
-    ],
-    "umbrella": [
-        ellipse(0, 0, 1, 0.9, 180, 360),
-        box(0, 0.35, 0.14, 0.45),
-        ellipse(0.26, 0.65, 0.4, 0.35, 0, 180),
-        (0, ellipse(0.26, 0.6, 0.12, 0.12)),
-    ],
-}
+def outline(kind: str, values: list[float]) -> np.ndarray:
+    """Points [N, 2] of a part of a silhouette, see shapes.toml."""
+    if kind == "polygon":
+        return np.reshape(values, (-1, 2))
+    x, y, rx, ry, *ends = values
+    angles = np.radians(np.linspace(*(ends or (0, 360)), 33))
+    points = np.stack([np.cos(angles), np.sin(angles)], 1)
+    if kind == "box":
+        points = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+    return points * (rx, ry) + (x, y)
 
 
 def silhouette(
@@ -150,10 +61,9 @@ def silhouette(
     canvas = Image.new("L", (SIDE * FINE, SIDE * FINE))
     pen = ImageDraw.Draw(canvas)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    for part in SILHOUETTES[name]:
-        fill, points = part if part[0] == 0 else (255, part)
-        points = (np.array(points) @ turn * scale + (x, y)) * FINE
-        pen.polygon([tuple(p) for p in points.tolist()], fill=fill)
+    for kind, *values in DRAWING["silhouettes"][name]:
+        points = (outline(kind.removeprefix("-"), values) @ turn * scale + (x, y)) * FINE
+        pen.polygon([tuple(p) for p in points.tolist()], fill=0 if kind[0] == "-" else 255)
     cover = canvas.reduce(FINE)
     wide = cover.filter(ImageFilter.MaxFilter(2 * RIM + 1))
     return np.asarray(wide) / 255, np.asarray(cover) / 255
@@ -175,30 +85,28 @@ def noise(rng: np.random.Generator, *cells: int) -> np.ndarray:
 def texture(name: str, rng: np.random.Generator) -> np.ndarray:
     """A piece of ground, float64 [96, 96, 3]."""
     y, x = np.mgrid[:SIDE, :SIDE] + rng.uniform(0, 50, 2)[:, None, None]
+    base, other = (colour(rng, *values) for values in DRAWING["colours"][name])
     if name == "brick":
-        base, other = colour(rng, 0.03, 0.02, 0.4, 0.6), colour(rng, 0.1, 0.03, 0.15, 0.7)
         high = rng.uniform(7, 11)
         row = y // high
         amount = (y % high < 1.6) | ((x + row % 2 * high) % (2 * high) < 1.6)
         amount = np.maximum(amount, 0.3 * noise(rng, 12, 6))
     elif name == "grass":
-        base, other = colour(rng, 0.3, 0.04, 0.4, 0.35), colour(rng, 0.25, 0.04, 0.4, 0.6)
         amount = noise(rng, 12, 48) ** 2
     elif name == "sand":
-        base, other = colour(rng, 0.11, 0.02, 0.25, 0.75), colour(rng, 0.09, 0.02, 0.35, 0.55)
         amount = 0.4 * noise(rng, 4, 3) + 0.6 * (rng.random((SIDE, SIDE)) < 0.15)
     elif name == "sky":
-        base, other = colour(rng, 0.57, 0.03, 0.35, 0.75), colour(rng, 0.57, 0.03, 0.1, 0.85)
         amount = np.clip(2 * noise(rng, 5, 4) - 0.7, 0, 1)
     else:
-        base, other = colour(rng, 0.57, 0.04, 0.45, 0.45), colour(rng, 0.53, 0.04, 0.3, 0.65)
         wave = y + 2 * np.sin(x / rng.uniform(3, 5)) + 3 * noise(rng, 6, 4)
         amount = np.sin(2 * np.pi * wave / rng.uniform(7, 11)) * 0.5 + 0.5
     return base + (other - base) * amount[..., None]
 
 
 def paint(rng: np.random.Generator) -> np.ndarray:
-    """The surface of a thing, whatever it is: any colour, plain or patterned; float64 [96, 96, 3]."""
+    """The surface of a thing, whatever it is: any colour, plain or with a pattern; float64 [96, 96,
+    3].
+    """
     hue = rng.random()
     base = colour(rng, hue, 0, 0.85, 0.85)
     other = colour(rng, hue, 0.06, 0.8, 0.65)

@@ -28,8 +28,8 @@ from zsseg.visualize import comparison_strip, palette
 from zsseg.vocabulary import parse_words, trained_names
 
 SCREENS = Path(__file__).resolve().parents[1] / "screens"
-IMAGE = "test00136"
-WORDS = "red square, blue disc, green square, purple triangle; other: striped wall"
+IMAGE = "test00043"
+WORDS = "flower, star, umbrella; other: brick"
 
 
 def save(image: Image.Image, name: str) -> None:

@@ -97,7 +97,7 @@ def test_files_that_are_no_features_are_named(trained, photos, tmp_path):
         "cut": good[: len(good) // 2],
         "short": {**arrays, "valid": arrays["valid"][:-1]},
         "missing": {k: v for k, v in arrays.items() if k != "preview"},
-        "pickled": {**arrays, "image": np.array([{}], object)},
+        "pickled": {**arrays, "preview": np.array([{}], object)},
         "huge": {**arrays, "size": np.array([2**40, 2**40])},
         "NaN": {**arrays, "class_features": np.full_like(arrays["class_features"], np.nan)},
         "no preview": {**arrays, "preview": np.zeros(9, np.uint8)},

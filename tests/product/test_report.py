@@ -387,7 +387,7 @@ def test_the_page_fits_and_is_complete(browser, made, width):
     assert bars == {
         k: "–" if v["IoU"] is None else f"{v['IoU']:.1f}" for k, v in metrics["per_class"].items()
     }
-    assert browser.value(texts % "h3") == ["seen (19)", "unseen (5)"]
+    assert browser.value(texts % "h3") == ["seen (20)", "unseen (5)"]
     tagged = (
         "[...document.querySelectorAll('#confusions .class, .card .class')].map(n => "
         "n.lastChild.textContent)"

@@ -16,6 +16,7 @@ import eval as evaluation
 import prepare_data
 from zsseg import checkpoint, weights
 from zsseg.backbone import BACKBONE_FILES, DeepResNet, load_backbone
+from zsseg.build import build_segmenter
 from zsseg.checkpoint import load_strict
 from zsseg.clip import build_clip
 from zsseg.config import ModelConfig
@@ -232,7 +233,7 @@ def test_a_supervised_checkpoint_of_the_original(tmp_path, capsys):
     )
     result = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert result["images"] == 3 and "hIoU" in result and "clip_true_masks" not in result
-    assert segmenter.maskformer.class_embed.weight.shape == (25, 64) and list(
+    assert segmenter.maskformer.class_embed.weight.shape == (26, 64) and list(
         segmenter.learned_state()
     ) == ["maskformer"]
     with pytest.raises(UserError, match="for other classes"):
@@ -372,3 +373,17 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match="contains no model"):
         checkpoint.load(tmp_path / "x.pt")
+
+
+def test_the_small_backbone_starts_from_the_small_clip_s(shapes_root):
+    built = build_segmenter(tiny_config(), shapes_root)
+    stem = built.clip.visual.conv1.backbone.state_dict()
+    own = built.maskformer.backbone.state_dict()
+    assert all(torch.equal(own[name], stem[name]) for name in own) and own
+    assert all(p.requires_grad for p in built.maskformer.backbone.parameters())
+    assert not any(p.requires_grad for p in built.clip.parameters())
+    maps = built.maskformer.backbone(torch.zeros(1, 3, 96, 64))
+    assert [m.shape[2:] for m in maps] == [(24, 16), (12, 8), (12, 8), (12, 8)]
+    for settings in (["model.backbone=R50"], ["model.small_widths=[8, 8, 8, 8]"]):
+        with pytest.raises(UserError, match=r"^model\.weights clip: "):
+            build_segmenter(tiny_config(*settings), shapes_root)

@@ -181,7 +181,7 @@ def test_one_pass_classifiers_see_the_region():
     masks = torch.zeros(3, 64, 64, dtype=torch.uint8)
     masks[0], masks[1, :32], masks[2, 5, 9] = 1, 1, 1
     for way in ("pool", "tokens"):
-        segmenter = random_segmenter(f"clip.regions={way}", "clip.dense_edge=64")
+        segmenter = random_segmenter(f"clip.regions={way}", "clip.dense_edge=128")
         segmenter.set_classes(["star", "tree", "brick"], [0, 1])
         logits = segmenter.region_logits(image, masks, None)
         assert (
@@ -197,7 +197,7 @@ def test_one_pass_classifiers_see_the_region():
         if way == "pool":
             from zsseg.regions import resize_for_clip
 
-            dense = segmenter.clip.visual.values(resize_for_clip(segmenter.clip, image, 64))[0]
+            dense = segmenter.clip.visual.values(resize_for_clip(segmenter.clip, image, 128))[0]
             for i, patches in ((1, dense[:4].flatten(0, 1)), (2, dense[0, 1:2])):
                 wanted = (
                     100 * F.normalize(patches.mean(0), dim=0) @ segmenter.region_text_features.T
@@ -309,7 +309,7 @@ def test_self_training_is_resumable_and_blind_to_hidden_labels(
         seen = np.isin(truth, data.seen)
         assert (ours[seen] == truth[seen]).all() and np.isin(ours[~seen], [*unseen, 255]).all()
     counts = json.loads((folder / "counts.json").read_text())
-    assert sum(counts.values()) == 10 * 64 * 64 and set(counts) == {*data.names, "unlabelled"}
+    assert sum(counts.values()) == 10 * 96 * 96 and set(counts) == {*data.names, "unlabelled"}
     # Killed half-way: what is there stays, the rest comes out the same.
     first, second = sorted(maps)[:2]
     with pytest.raises(UserError, match="another teacher, with other settings"):
@@ -370,7 +370,8 @@ def test_with_perfect_masks_only_classes_cost(shapes_root, monkeypatch):
     """A segmenter whose proposals are the ground-truth masks: GT classes give 100."""
     import zsseg.analysis as module
 
-    segmenter, config = random_segmenter("model.queries=25"), tiny_config("model.queries=25")
+    settings = ("model.queries=25", "data.test_short_edge=96")
+    segmenter, config = random_segmenter(*settings), tiny_config(*settings)
     truth, original = {}, module.oracle_labels
 
     def remember(segmenter, image, labels, *rest):

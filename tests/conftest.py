@@ -109,7 +109,7 @@ def vocabulary() -> None:
 def shapes_root(tmp_path_factory) -> Path:
     """A data root with a few images of the synthetic data set and an untrained small CLIP."""
     folder = tmp_path_factory.mktemp("root")
-    counts, shapes.SPLITS = shapes.SPLITS, {"clip": 60, "train": 10, "val": 3, "test": 4}
+    counts, shapes.SPLITS = shapes.SPLITS, {"clip": 60, "train": 10, "val": 6, "test": 4}
     try:
         shapes.generate(folder / "shapes")
     finally:

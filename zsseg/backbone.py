@@ -1,5 +1,5 @@
 """Backbones: image -> features at strides 4, 8, 16, 32; R50, R101c, SwinB, or a small one that
-learns from scratch; their weights.
+learns within minutes; their weights.
 
 To add one: a module whose forward gives the four maps and whose `channels` says how wide they are,
 and a row in BACKBONES.
@@ -166,7 +166,8 @@ class Swin(SwinTransformer):
 
 
 class SmallResNet(nn.Module):
-    """One basic block a stage, batch norm: learns from scratch on 96 x 96 images in minutes.
+    """One basic block a stage, batch norm: the small CLIP's and, from there, the segmenter's, for
+    images of 96 x 96.
 
     The last two stages keep stride 8: at stride 32 such an image would be nine tokens, too few for
     queries to find objects by.

@@ -50,7 +50,8 @@ def copy_backbone(segmenter: Segmenter) -> None:
     stem = getattr(segmenter.clip.visual, "conv1", None) if segmenter.clip else None
     what = "model.weights clip"
     if not isinstance(stem, ConvStem) or not isinstance(segmenter.maskformer.backbone, SmallResNet):
-        raise UserError(what, "is for the small backbone and the small CLIP", "give a file")
+        todo = "give a file, or leave it out: --set model.weights="
+        raise UserError(what, "is for the small backbone and the small CLIP", todo)
     state = stem.backbone.state_dict()
     todo = "give model.small_widths that are contrast.stem"
     checkpoint.load_strict(segmenter.maskformer.backbone, state, what, todo)

@@ -56,7 +56,7 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    # SwinB: window 12; small: a few layers with batch norm, trained from scratch
+    # SwinB: window 12; small: a few layers with batch norm, for the synthetic data set
     backbone: Literal["R50", "R101c", "SwinB", "small"] = "R101c"
     # initial backbone: "" (random), a file (torchvision .pth, detectron2 .pkl, Swin's own .pth),
     # "imagenet" or, for the small one, "clip": the small CLIP's

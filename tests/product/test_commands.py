@@ -138,6 +138,7 @@ def test_supervised_training_needs_no_clip(shapes_root, tmp_path, monkeypatch, c
         "model.class_head=linear",
         "data.train_on=all",
         "clip.ensemble=false",
+        "model.weights=",
         "train.steps=2",
     ):
         words += ["--set", setting]
@@ -147,7 +148,7 @@ def test_supervised_training_needs_no_clip(shapes_root, tmp_path, monkeypatch, c
     )
     results = [json.loads((tmp_path / f / "metrics.json").read_text()) for f in ("out", "eval")]
     assert results[0]["mIoU"] == results[1]["mIoU"] and "head_only" not in results[0]
-    assert weights(tmp_path / "out" / "last.pt")["class_embed.weight"].shape == (25, 64)
+    assert weights(tmp_path / "out" / "last.pt")["class_embed.weight"].shape == (26, 64)
     words[words.index("data.train_on=all")] = "data.train_on=seen"
     words[words.index(str(tmp_path / "out"))] = str(tmp_path / "other")
     fails(capsys, monkeypatch, train.main, words, "data.train_on", "linear head")
@@ -171,7 +172,7 @@ def test_costs_and_losses_run_outside_autocast(shapes_root, tmp_path, monkeypatc
 def test_check_reports_histogram_and_absence_of_unseen_pixels(shapes_root, capsys):
     prepare_data.main(["shapes", "--root", str(shapes_root), "--check"])
     text = capsys.readouterr().out
-    assert "shapes train: 10 images" in text and "shapes val: 3 images" in text
+    assert "shapes train: 10 images" in text and "shapes val: 6 images" in text
     assert "pixels of the 5 unseen classes (cup" in text and "brick" in text
 
 
@@ -439,6 +440,8 @@ def test_missing_vocabulary(capsys, monkeypatch, tmp_path, shapes_root):
         tmp_path / "out",
         "--set",
         f"clip.weights={tmp_path / 'clip.pt'}",
+        "--set",
+        "model.weights=",
     ]
     fails(capsys, monkeypatch, train.main, arguments, "vocab.gz", "no such file")
     monkeypatch.delenv("ZSSEG_VOCAB")

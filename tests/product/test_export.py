@@ -268,10 +268,18 @@ def test_swin_is_exported_for_images_of_all_sizes(tmp_path):
 
 
 def test_a_mask_prompt_is_exported(tmp_path):
-    config = tiny_config(*TINY, "clip.mask_threshold=0.998", "model.bf16=off")
+    settings = ("clip.ensemble_weight=0.95", "clip.ensemble_seen=false", "model.bf16=off")
+    config = tiny_config(*TINY, *settings)
     torch.manual_seed(0)
-    clip = tiny_clip_state() | {"visual.mask_embedding": torch.randn(2, 16, 96)}
+    clip = tiny_clip_state() | {"visual.mask_embedding": torch.randn(2, 9, 96)}
     segmenter = build(config, clip)
+    photo = Image.fromarray(shapes.draw("test", 5)[0]).resize((150, 70))
+    image = to_tensor(photo.resize(network_size(150, 70, 96, 128), Image.Resampling.BILINEAR))
+    found = F.normalize(segmenter.propose(image).region_features, dim=-1)
+    own = found - found.mean(0)  # what tells each region from the others
+    usual = F.normalize(found.mean(0), dim=0)
+    own = F.normalize(own - (own @ usual)[:, None] * usual, dim=-1)
+    segmenter.region_text_features = own.repeat(25, 1)[: len(segmenter.names)]
     export(segmenter, config, words_of(dataset("shapes")), tmp_path)
     example = runpy.run_path(str(tmp_path / "example.py"))
     described = json.loads((tmp_path / "settings.json").read_text())
@@ -279,10 +287,8 @@ def test_a_mask_prompt_is_exported(tmp_path):
         torch.export.load(tmp_path / name).module(check_guards=False)
         for name in ("proposer.pt2", "clip.pt2")
     ]
-    photo = Image.fromarray(shapes.draw("test", 5)[0]).resize((150, 70))
-    image = to_tensor(photo.resize(network_size(150, 70, 96, 128), Image.Resampling.BILINEAR))
     labels = example["segment"](photo, described, *programs)
     assert len(labels.unique()) > 1
     assert (labels == segmenter(image, (70, 150))).float().mean() >= 0.999
     segmenter.config = replace(segmenter.config, mask_prompt=False)
-    assert (labels == segmenter(image, (70, 150))).float().mean() < 0.99
+    assert (labels == segmenter(image, (70, 150))).float().mean() < 0.998

@@ -129,6 +129,7 @@ def offline(shapes_root, tmp_path_factory) -> tuple[Path, str, str]:
     out, home = tmp_path_factory.mktemp("offline"), tmp_path_factory.mktemp("home")
     script = altered(home, "assert n < 5")
     words = [*WORDS, "--root", shapes_root, "--out", out, "--set", "log.wandb=online"]
+    words += ["--set", "data.test_short_edge=96"]  # the images' own
     first = command(script, *words, env=environment(home))
     assert first.returncode == 1 and "AssertionError" in first.stderr
     assert [line["step"] for line in lines(out) if "loss" in line] == [1, 2, 3, 4, 5]

@@ -28,8 +28,8 @@ from zsseg.visualize import comparison_strip, palette
 from zsseg.vocabulary import parse_words, trained_names
 
 SCREENS = Path(__file__).resolve().parents[1] / "screens"
-IMAGE = "test00043"
-WORDS = "flower, star, umbrella; other: brick"
+IMAGE = "test00006"
+WORDS = "bottle, umbrella; other: sand"
 
 
 def save(image: Image.Image, name: str) -> None:

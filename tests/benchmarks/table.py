@@ -27,8 +27,9 @@ from zsseg.prompts import TEMPLATES
 # name.
 VILD = [t.replace("{}", "{{}}") for t in TEMPLATES["vild"] if len(t.replace(" ", "")) <= 26]
 SHAPES = ["train.py", "--config", "configs/shapes.toml"]
-DENSE = "clip.dense_edge=192"  # chosen on the validation split
-LEARNED = ["clip.prompt_prefix=1"]  # chosen on the validation split, with the steps
+DENSE = "clip.dense_edge=192"  # things about as large as in the crops that CLIP was trained on
+# Chosen on the validation split of an earlier synthetic data set, with the steps.
+LEARNED = ["clip.prompt_prefix=1"]
 PROMPTS = [
     "train.py",
     "--config",

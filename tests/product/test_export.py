@@ -75,15 +75,16 @@ def build(config: Config, clip: dict[str, Tensor] | None) -> Segmenter:
     segmenter.set_classes(data.names, data.seen)
     if clip is None:
         return segmenter
-    image = to_tensor(Image.fromarray(shapes.draw("test", 5)[0]))
+    photo = Image.fromarray(shapes.draw("test", 5)[0])
+    image = to_tensor(photo.resize(network_size(150, 70, 96, 128), Image.Resampling.BILINEAR))
     queries = []
     hook = segmenter.maskformer.norm.register_forward_hook(lambda *found: queries.append(found[2]))
     segmenter.propose(image)
     hook.remove()
     with torch.no_grad():
         for head, scale in (
-            (segmenter.maskformer.mask_embed, 40),
-            (segmenter.maskformer.class_embed, 1),
+            (segmenter.maskformer.mask_embed, 400),
+            (segmenter.maskformer.class_embed, 4),
         ):
             head[-1].bias -= head(queries[0]).mean((0, 1, 2))
             head[-1].weight *= scale
@@ -136,7 +137,7 @@ def exported(tmp_path_factory) -> Path:
     segmenter = build(config, tiny_clip_state())
     for changes in (
         {"clip": None},
-        {"ensemble_weight": 0.0, "mask_threshold": 0.9991, "expand_ratio": 1.0},
+        {"ensemble_weight": 0.0, "mask_threshold": 0.9, "expand_ratio": 1.0},
         {"ensemble_weight": 0.4, "mask_threshold": 0.999},
         {},
     ):
@@ -211,7 +212,8 @@ def test_files_and_settings(exported):
         assert ("ensemble_weight" in settings) == bool(settings["clip"]) == with_clip
         assert (exported / name / "clip.pt2").exists() == with_clip
     visual = sum(v.nbytes for k, v in tiny_clip_state().items() if k.startswith("visual."))
-    assert (exported / "whole" / "clip.pt2").stat().st_size < visual + 2**19  # no text tower
+    clip = (exported / "whole" / "clip.pt2").read_bytes()
+    assert len(clip) < visual + 2**20 and b"token_embedding" not in clip  # no text tower
     assert str(ROOT).encode() not in (exported / "whole" / "proposer.pt2").read_bytes()
 
 
@@ -291,4 +293,4 @@ def test_a_mask_prompt_is_exported(tmp_path):
     assert len(labels.unique()) > 1
     assert (labels == segmenter(image, (70, 150))).float().mean() >= 0.999
     segmenter.config = replace(segmenter.config, mask_prompt=False)
-    assert (labels == segmenter(image, (70, 150))).float().mean() < 0.998
+    assert (labels == segmenter(image, (70, 150))).float().mean() < 0.99

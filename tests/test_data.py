@@ -1,6 +1,7 @@
 """Images, label maps, augmentation and the training streams."""
 
 import colorsys
+import json
 import pickle
 
 import numpy as np
@@ -330,6 +331,13 @@ def test_generating_again_changes_nothing(shapes_root):
     files = {f: f.stat().st_mtime_ns for f in shapes_root.rglob("*.*")}
     shapes.generate(shapes_root / "shapes")
     assert files == {f: f.stat().st_mtime_ns for f in shapes_root.rglob("*.*")}
+
+
+def test_a_data_set_of_other_classes_is_not_taken_for_this_one(tmp_path):
+    (tmp_path / "captions.json").write_text(json.dumps({"train00000": {"0": "a red disc."}}))
+    with pytest.raises(UserError, match="drawn by another version"):
+        shapes.generate(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["captions.json"]
 
 
 def test_a_contrastive_sample_has_every_class_once(shapes_root):

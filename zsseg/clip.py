@@ -244,7 +244,8 @@ class VisionTransformer(nn.Module):
     @property
     def stride(self) -> int:
         """Pixels from a patch to the next."""
-        return self.conv1.stride[0] if isinstance(self.conv1, nn.Conv2d) else 16
+        stride = self.conv1.stride
+        return stride[0] if isinstance(self.conv1, nn.Conv2d) else stride
 
 
 def patch_tokens(images: Tensor, weight: Tensor) -> Tensor:
@@ -263,6 +264,8 @@ def patch_tokens(images: Tensor, weight: Tensor) -> Tensor:
 
 class ConvStem(nn.Module):
     """The small CLIP's: a small backbone at stride 8, and a convolution that makes tokens at 16."""
+
+    stride = 16
 
     def __init__(self, widths: list[int], width: int):
         super().__init__()
@@ -513,8 +516,8 @@ def build_visual(
         )
     stages = [f"visual.conv1.backbone.stages.{i}.conv1.weight" for i in range(4)]
     return VisionTransformer(
-        16 * side,
-        16,
+        ConvStem.stride * side,
+        ConvStem.stride,
         width,
         layers,
         embed_dim,

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from zsseg.datasets import DATASETS
-from zsseg.files import MARK, PNG_MARK, result
-from zsseg.utils import mix_seed, progress
+from zsseg.files import MARK, PNG_MARK, read_text, result
+from zsseg.utils import UserError, mix_seed, progress
 
 NAMES = DATASETS["shapes"].names
 THINGS = NAMES[:20]
@@ -34,9 +34,8 @@ CAPTIONS = (
 MIN_VISIBLE = 0.75  # an image with a thing of which a smaller share is visible is drawn again
 RIM = 1  # pixels of white around a thing, as around a sticker
 RARE = 0.25  # how often an unseen class is drawn for training, compared with a seen one
+TODO = "move it away, or give another --root"
 FINE = 4  # a silhouette is drawn with 4 x 4 points a pixel
-
-
 DRAWING = tomllib.loads((Path(__file__).parent / "shapes.toml").read_text("utf-8"))
 
 
@@ -161,10 +160,16 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]
 
 
 def generate(folder: Path) -> None:
-    """Write `images/`, `labels/` and, last, `captions.json`, unless all are there."""
-    if (folder / "captions.json").exists():
+    """Write `images/`, `labels/` and, last, `captions.json`, unless all are there.
+
+    UserError where what is there shows other classes.
+    """
+    done = folder / "captions.json"
+    captions = {"program": MARK, "classes": list(NAMES)}
+    if done.exists():
+        if f'"classes": {json.dumps(captions["classes"])}' not in read_text(done, str(done), TODO):
+            raise UserError(f"data set {folder}", "was drawn by another version", TODO)
         return
-    captions = {}
     for split, count in SPLITS.items():
         for index in progress(range(count), f"draw {split}", count):
             image, labels, captions[f"{split}{index:05}"] = draw(split, index)
@@ -172,5 +177,5 @@ def generate(folder: Path) -> None:
                 Image.fromarray(image).save(file, "JPEG", quality=80, subsampling=0, comment=MARK)
             with result(folder / "labels" / split / f"{split}{index:05}.png") as file:
                 Image.fromarray(labels).save(file, "PNG", pnginfo=PNG_MARK)
-    with result(folder / "captions.json") as file:
-        file.write_text(json.dumps({"program": MARK} | captions), "utf-8")
+    with result(done) as file:
+        file.write_text(json.dumps(captions), "utf-8")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from zsseg import checkpoint
-from zsseg.clip import CLIP, VisionTransformer
+from zsseg.clip import CLIP, ConvStem, VisionTransformer
 from zsseg.config import Config, ContrastConfig
 from zsseg.data import to_tensor
 from zsseg.datasets import dataset, find_pairs
@@ -71,7 +71,7 @@ def build_small_clip(config: ContrastConfig) -> CLIP:
     """
     visual = VisionTransformer(
         config.resolution,
-        16,  # the patch size
+        ConvStem.stride,
         config.vision_width,
         config.vision_layers,
         config.embed,

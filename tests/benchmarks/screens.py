@@ -1,7 +1,8 @@
 """Make the README's images from a run on the synthetic data set: `python -m
 tests.benchmarks.screens runs/shapes`.
 
-shapes.png from the first images of the test split, overlay.png by `eval.py --images`, report.png from `eval.py --budget --report` and serve.png from
+shapes.png from the first images of the test split, overlay.png by `eval.py --images`, report.png
+from `eval.py --budget --report` and serve.png from
 `eval.py --serve` in headless Chromium; to tests/screens/.
 """
 

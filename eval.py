@@ -39,7 +39,7 @@ from pathlib import Path
 from kernels.jit import Switch
 from zsseg import command_line
 from zsseg.analysis import oracle_analysis, write_analysis
-from zsseg.api import checkpoint_and_config
+from zsseg.apps.api import checkpoint_and_config
 from zsseg.build import load_segmenter
 from zsseg.config import Config
 from zsseg.datasets import dataset, find_pairs
@@ -50,13 +50,13 @@ from zsseg.features import FeatureFiles, KeptFeatures, features_digest, find_fea
 from zsseg.files import check_writable
 from zsseg.metrics import report
 from zsseg.models import MODELS, find_model
-from zsseg.predict import InputImages, Names, Results, find_images, made_with, segment_images
+from zsseg.apps.predict import InputImages, Names, Results, find_images, made_with, segment_images
 from zsseg.published import compare
-from zsseg.report import Report
+from zsseg.apps.report import Report
 from zsseg.segmenter import Segmenter
-from zsseg.serve import Session, open_port, serve
+from zsseg.apps.serve import Session, open_port, serve
 from zsseg.utils import UserError, path_of
-from zsseg.vocabulary import Words, read_words, seen_classes, trained_names, words_of
+from zsseg.apps.vocabulary import Words, read_words, seen_classes, trained_names, words_of
 
 MIN_IMAGES_TO_COMPILE = 1000  # images a process: for fewer, compiling takes longer than it saves
 # For processes whose share of many images takes longer than the others'.

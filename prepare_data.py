@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from train import train
-from zsseg import checkpoint, command_line, convert, shapes
+from zsseg import checkpoint, command_line
+from zsseg.prepare import convert, shapes
 from zsseg.config import DataConfig, load_config
 from zsseg.datasets import (
     DATASETS,

@@ -43,8 +43,8 @@ from zsseg.log import Log, Speed
 from zsseg.losses import loss_normalizers, per_pixel_loss, segmentation_losses
 from zsseg.metrics import report
 from zsseg.prompt_learning import Prompts
-from zsseg.selftrain import pseudo_labels
-from zsseg.shapes_clip import Contrast
+from zsseg.self_training import pseudo_labels
+from zsseg.prepare.shapes_clip import Contrast
 from zsseg.utils import UserError, format_time, git_commit, mix_seed, print_main
 
 

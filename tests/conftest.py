@@ -19,7 +19,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined
 
-from zsseg import distributed, shapes, utils
+from zsseg import distributed, utils
+from zsseg.prepare import shapes
 from zsseg.clip import build_clip
 from zsseg.config import load_config
 from zsseg.segmenter import Segmenter
@@ -90,7 +91,7 @@ def tiny_config(*overrides: str, task: str = "segment"):
 
 
 def tiny_clip_state(seed: int = 0) -> dict[str, torch.Tensor]:
-    from zsseg.shapes_clip import build_small_clip
+    from zsseg.prepare.shapes_clip import build_small_clip
 
     torch.manual_seed(seed)
     return build_small_clip(load_config().contrast).state_dict()

@@ -213,7 +213,8 @@ def training(job: str, root: Path, out: Path):
 
 def preparing(root: Path):
     import prepare_data
-    from zsseg import command_line, shapes
+    from zsseg import command_line
+    from zsseg.prepare import shapes
     from zsseg.config import load_config
 
     shapes.SPLITS = {"clip": 60, "train": 30, "val": 3, "test": 3}
@@ -369,7 +370,7 @@ def folder_of_images(count: int, root: Path, folder: Path, rng: random.Random) -
     import numpy as np
     from PIL import Image
 
-    from zsseg import shapes
+    from zsseg.prepare import shapes
 
     assert wait(fork(training("segment", root, folder / "model"), folder / "model.log"), LIMIT) == 0
     sizes = np.random.default_rng(0).integers(40, 140, (count, 2)).tolist()

@@ -3,7 +3,7 @@
 
 def __getattr__(name: str):
     if name == "load":  # on demand: it imports the whole program
-        from zsseg.api import load
+        from zsseg.apps.api import load
 
         return load
     raise AttributeError(f"module 'zsseg' has no attribute {name!r}")

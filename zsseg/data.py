@@ -198,7 +198,7 @@ class TrainImages(Dataset):
             self.pairs = [pairs[i] for i in statistics.images_with(self.data.trained)]
             if without := len(pairs) - len(self.pairs) - len(statistics.broken):
                 left_out(f"{several(without, 'training image')} without a class that is trained on")
-        else:  # label maps of class ids, by `zsseg.selftrain`
+        else:  # label maps of class ids, by `zsseg.self_training`
             C = len(self.data.names)
             self.lut = replace(self.data, values=list(range(C)), bits=8 if C <= 255 else 16).lut()
             self.pairs = [(image, pseudo / f"{i:06}.png") for i, (image, _) in enumerate(pairs)]

@@ -21,7 +21,7 @@ from zsseg.files import result as written
 from zsseg.regions import token_masks, uses_mask_prompt
 from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError, print_main
-from zsseg.vocabulary import Words
+from zsseg.apps.vocabulary import Words
 
 TOLERANCE = 1e-5  # of the largest value
 # The sizes and numbers at which programs are compared with the modules.

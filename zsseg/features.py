@@ -19,7 +19,7 @@ from zsseg.config import Config
 from zsseg.data import to_tensor
 from zsseg.distributed import Process
 from zsseg.files import MARK, is_ours, refuse_foreign, result
-from zsseg.predict import InputImage, Names, digest_of, version_of
+from zsseg.apps.predict import InputImage, Names, digest_of, version_of
 from zsseg.segmenter import Proposals, Segmenter
 from zsseg.utils import UserError
 

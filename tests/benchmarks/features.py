@@ -23,10 +23,10 @@ from zsseg.config import load_config
 from zsseg.data import network_inputs
 from zsseg.distributed import init_distributed
 from zsseg.features import FeatureFiles, read_arrays, to_proposals
-from zsseg.predict import InputImage, Names
+from zsseg.apps.predict import InputImage, Names
 from zsseg.segmenter import Segmenter
-from zsseg.serve import Session
-from zsseg.vocabulary import Words
+from zsseg.apps.serve import Session
+from zsseg.apps.vocabulary import Words
 
 
 def seconds(action, rounds: int, device: torch.device) -> float:

@@ -1,7 +1,7 @@
 """Time every kernel against its plain version, eager and compiled: `python -m
 tests.benchmarks.kernels [--csv FILE]`.
 
-All get the same inputs, bf16 where training has them, at the sizes of `kernels.compile_check`.
+All get the same inputs, bf16 where training has them, at the sizes of `tests.benchmarks.compile_check`.
 Median and 20% / 80% quantiles, effective GB/s of the bytes that must move and their share of this
 GPU's copy bandwidth, the time that no H100 can beat, peak memory, and how far the result is from
 the eager one; first the copy bandwidth and the bf16 matrix rate. On a CPU (`--device cpu`) the
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels.assignment import assignment
-from kernels.compile_check import Sizes, floor, work
+from tests.benchmarks.compile_check import Sizes, floor, work
 from kernels.jit import Switch
 from kernels.mask_loss import mask_loss
 from kernels.mask_pool import mask_pool

@@ -20,10 +20,10 @@ from PIL import Image
 from tests.recipe import make_image, make_labels
 from zsseg import distributed
 from zsseg.config import Config, load_config
-from zsseg.predict import InputImages, Names, Results, find_images, segment_images
+from zsseg.apps.predict import InputImages, Names, Results, find_images, segment_images
 from zsseg.segmenter import Segmenter
-from zsseg.shapes_clip import build_small_clip
-from zsseg.vocabulary import read_words
+from zsseg.prepare.shapes_clip import build_small_clip
+from zsseg.apps.vocabulary import read_words
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = read_words(", ".join(f"thing {i}" for i in range(20)))

@@ -18,15 +18,15 @@ from PIL import Image, ImageDraw
 
 import eval as evaluation
 from tests.browser import Browser
-from zsseg.api import checkpoint_and_config, load
+from zsseg.apps.api import checkpoint_and_config, load
 from zsseg.build import load_segmenter
 from zsseg.data import to_tensor
 from zsseg.datasets import dataset, find_pairs
 from zsseg.distributed import init_distributed
 from zsseg.images import read_image, read_values
-from zsseg.serve import Session, open_port
+from zsseg.apps.serve import Session, open_port
 from zsseg.visualize import comparison_strip, palette
-from zsseg.vocabulary import parse_words, trained_names
+from zsseg.apps.vocabulary import parse_words, trained_names
 
 SCREENS = Path(__file__).resolve().parents[1] / "screens"
 IMAGE = "test00006"

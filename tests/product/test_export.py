@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from kernels.region_crop import region_masks
-from zsseg import shapes
+from zsseg.prepare import shapes
 from zsseg.backbone import Swin
 from zsseg.clip import ModifiedResNet, cosine_logits
 from zsseg.config import Config
@@ -29,7 +29,7 @@ from zsseg.export import CROPS, Tower, export, write
 from zsseg.regions import encode_crops, mask_boxes, region_crops
 from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError
-from zsseg.vocabulary import read_words, words_of
+from zsseg.apps.vocabulary import read_words, words_of
 
 TINY = ("model.decoder_layers=1", "data.test_short_edge=96", "data.max_size=128")
 SIZES = ((97, 131), (64, 96), (1, 1), (40, 16))

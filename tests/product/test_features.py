@@ -15,12 +15,12 @@ from browser import CHROMIUM, Browser
 from conftest import command, fails_in_one_line, tiny_clip_state, tiny_config
 from PIL import Image
 
-from zsseg import serve as serve_module
+from zsseg.apps import serve as serve_module
 from zsseg.distributed import Process
 from zsseg.features import read_arrays
 from zsseg.segmenter import Segmenter
-from zsseg.serve import Session, format_words, open_port
-from zsseg.vocabulary import Words, parse_words
+from zsseg.apps.serve import Session, format_words, open_port
+from zsseg.apps.vocabulary import Words, parse_words
 
 CPU = Process(torch.device("cpu"))
 

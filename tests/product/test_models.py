@@ -15,7 +15,8 @@ from PIL import Image
 import eval as evaluation
 import prepare_data
 import zsseg
-from zsseg import models, shapes
+from zsseg import models
+from zsseg.prepare import shapes
 from zsseg.build import start_from
 from zsseg.config import load_config
 from zsseg.models import DRIVE, MODELS, find_model

@@ -20,12 +20,13 @@ from PIL import Image
 from test_commands import TINY, fails
 
 import eval as evaluation
-from zsseg import checkpoint, predict
+from zsseg import checkpoint
+from zsseg.apps import predict
 from zsseg.data import test_size as network_size
 from zsseg.data import to_tensor
 from zsseg.datasets import dataset
 from zsseg.images import read_image
-from zsseg.predict import Names, find_images
+from zsseg.apps.predict import Names, find_images
 from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError
 from zsseg.visualize import overlay, palette

@@ -19,7 +19,7 @@ from PIL import Image
 
 import eval as evaluation
 import train
-from zsseg import report
+from zsseg.apps import report
 from zsseg.config import Config, load_config
 from zsseg.datasets import dataset, find_pairs
 from zsseg.distributed import Process

@@ -10,11 +10,12 @@ from conftest import command, fails_in_one_line
 from own_data import blocks, measure, save_pair, train, training, wait_for_steps
 from PIL import Image
 
-from zsseg import shapes, utils
+from zsseg import utils
+from zsseg.prepare import shapes
 from zsseg.config import load_config
 from zsseg.data import TestImages, unique_names
 from zsseg.files import atomic_write, is_ours, refuse_foreign, result, set_aside
-from zsseg.predict import Names, note_failed
+from zsseg.apps.predict import Names, note_failed
 
 
 def test_label_maps_never_replace_images(root, trained):

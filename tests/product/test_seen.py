@@ -10,7 +10,7 @@ from zsseg.build import build_segmenter
 from zsseg.config import load_config
 from zsseg.datasets import dataset
 from zsseg.evaluate import evaluate
-from zsseg.vocabulary import seen_classes
+from zsseg.apps.vocabulary import seen_classes
 
 
 def test_classes_that_were_trained_on_are_seen(root, trained):

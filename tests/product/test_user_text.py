@@ -13,8 +13,8 @@ from own_data import CONFIG
 from zsseg import utils
 from zsseg.config import load_config
 from zsseg.files import decode, split_lines
-from zsseg.predict import find_images
-from zsseg.vocabulary import read_words
+from zsseg.apps.predict import find_images
+from zsseg.apps.vocabulary import read_words
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])

@@ -6,7 +6,7 @@ import torch
 from zsseg.config import load_config
 from zsseg.datasets import dataset
 from zsseg.utils import UserError
-from zsseg.vocabulary import read_words, trained_names
+from zsseg.apps.vocabulary import read_words, trained_names
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from zsseg.evaluate import evaluate
 from zsseg.losses import per_pixel_loss
 from zsseg.maskformer import PerPixel
 from zsseg.segmenter import Segmenter
-from zsseg.selftrain import complete, pseudo_labels
+from zsseg.self_training import complete, pseudo_labels
 from zsseg.utils import UserError
 from zsseg.weights import import_original
 

@@ -13,7 +13,7 @@ import prepare_data
 from zsseg import utils
 from zsseg.config import load_config
 from zsseg.data import training_statistics
-from zsseg.predict import find_images
+from zsseg.apps.predict import find_images
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from zsseg.regions import mask_probabilities
 from zsseg.segmenter import Proposals, Segmenter
 from zsseg.utils import UserError
 from zsseg.visualize import palette
-from zsseg.vocabulary import Words, parse_words
+from zsseg.apps.vocabulary import Words, parse_words
 
 PAGE = Path(__file__).parent / "serve.html"
 MAX_UPLOAD = 64 * 2**20  # bytes

@@ -21,11 +21,11 @@ from zsseg.datasets import dataset
 from zsseg.distributed import Process, init_distributed
 from zsseg.images import as_rgb, read_image
 from zsseg.models import find_model
-from zsseg.predict import segment_image
+from zsseg.apps.predict import segment_image
 from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError, path_of
 from zsseg.visualize import label_type
-from zsseg.vocabulary import Words, trained_names
+from zsseg.apps.vocabulary import Words, trained_names
 
 
 def load(

@@ -40,8 +40,8 @@ from zsseg.regions import mask_probabilities
 from zsseg.segmenter import Segmenter, class_scores
 
 pytest.importorskip("triton")
-from kernels import compile_check
-from kernels.compile_check import recorded
+from tests.benchmarks import compile_check
+from tests.benchmarks.compile_check import recorded
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -677,7 +677,7 @@ def test_no_buffer_of_the_loss_is_larger_than_the_mask_logits():
 
 def compile_table() -> list[dict[str, str]]:
     result = subprocess.run(
-        [sys.executable, "-m", "kernels.compile_check"],
+        [sys.executable, "-m", "tests.benchmarks.compile_check"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -725,7 +725,7 @@ def test_kernels_compile_at_the_extremes(extreme):
     that say little about registers, sm_90 is enough.
     """
     program = (
-        "import torch; from kernels.compile_check import *\n"
+        "import torch; from tests.benchmarks.compile_check import *\n"
         f"sizes = Sizes(**{EXTREMES[extreme]})\n"
         "for call in calls(sizes).values():\n"
         "    for launch in recorded(call):\n"

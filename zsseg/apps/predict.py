@@ -45,7 +45,7 @@ from zsseg.utils import (
 )
 from zsseg.views import all_finite, label_map, segment_views
 from zsseg.visualize import label_type, overlay, palette, save_label_map
-from zsseg.vocabulary import Words
+from zsseg.apps.vocabulary import Words
 
 RESULT_ENDINGS = (
     ".png",

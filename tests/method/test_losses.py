@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment
 
 from zsseg.losses import class_loss, loss_normalizers, segmentation_losses
 from zsseg.matcher import Targets, assign, matching_cost
-from zsseg.shapes_clip import contrastive_loss
+from zsseg.prepare.shapes_clip import contrastive_loss
 
 L, B, Q, C, SIDE = 2, 3, 5, 4, 16
 IGNORE = 255

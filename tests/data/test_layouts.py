@@ -18,7 +18,7 @@ from zsseg.datasets import dataset, find_listing, find_pairs
 from zsseg.files import walk
 from zsseg.label_statistics import label_statistics
 from zsseg.tokenizer import check_names
-from zsseg.vocabulary import read_words
+from zsseg.apps.vocabulary import read_words
 
 
 def test_hidden_folders_hold_no_data(root):

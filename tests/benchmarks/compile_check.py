@@ -1,5 +1,5 @@
 """Compile every kernel for GPUs that need not be there, and say what it takes: `python -m
-kernels.compile_check`.
+tests.benchmarks.compile_check`.
 
 A row for each kernel and architecture: registers a thread, bytes of spilled registers and of shared
 memory, asynchronous copies in its code (cp.async; TMA), and the occupancy that follows: how many

@@ -18,7 +18,7 @@ from PIL import Image
 import prepare_data
 from zsseg import label_statistics as label_statistics_module
 from zsseg.clip import CLIP, MEAN, STD, VisionTransformer
-from zsseg.convert import decode_runs, resize_bilinear
+from zsseg.prepare.convert import decode_runs, resize_bilinear
 from zsseg.data import TestImages, TrainImages
 from zsseg.datasets import DATASETS, find_pairs
 from zsseg.evaluate import evaluate

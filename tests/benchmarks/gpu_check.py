@@ -1,5 +1,5 @@
 """Everything that a short time on a GPU should give, in at most 9 minutes: `python -m
-kernels.gpu_check [--out DIR]`.
+tests.benchmarks.gpu_check [--out DIR]`.
 
 The tests that need a GPU, the benchmark of the kernels, the end-to-end ladder; logs and tables go
 to --out as they come, so that a step which runs out of its time still leaves what it had. At the

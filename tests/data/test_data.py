@@ -10,11 +10,11 @@ import torch
 from conftest import tiny_config
 from PIL import Image
 
-from zsseg import shapes
+from zsseg.prepare import shapes
 from zsseg.data import TestImages, TrainImages, augment, collate, ssd_jitter, stream, test_size
 from zsseg.datasets import DATASETS, find_pairs
 from zsseg.images import read_image, read_labels
-from zsseg.shapes_clip import RegionsWithCaptions
+from zsseg.prepare.shapes_clip import RegionsWithCaptions
 from zsseg.utils import UserError
 
 test_size.__test__ = TestImages.__test__ = False  # pytest would take them for tests

@@ -21,7 +21,7 @@ from PIL import Image
 from zsseg import data as images
 from zsseg.clip import MEAN, STD
 from zsseg.config import Config, load_config, matches
-from zsseg.convert import decode_runs
+from zsseg.prepare.convert import decode_runs
 from zsseg.images import read_image, read_values
 from zsseg.regions import expand_boxes, mask_boxes, region_crops
 from zsseg.tokenizer import Tokenizer

@@ -14,7 +14,8 @@ from conftest import PROCESS, ROOT, tiny_config
 
 import eval as evaluation
 import train
-from zsseg import checkpoint, shapes
+from zsseg import checkpoint
+from zsseg.prepare import shapes
 from zsseg.config import load_config
 from zsseg.prompt_learning import HeldOut, PromptClassifier, Regions, resized_crop_box
 from zsseg.prompts import FixedPrompt, text_features

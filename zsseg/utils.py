@@ -1,130 +1,53 @@
-"""What every part shares: user errors, paths, messages, stateless seeds, progress."""
+"""What every part shares: user errors, the command line, files, stateless seeds, progress."""
 
+import argparse
+import codecs
+import contextlib
 import difflib
 import functools
+import hashlib
+import io
+import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # that ask a run to stop
-MAX_NAMES_COMPARED = 5000  # of a folder, since it takes a while
+MARK = ".zsseg"  # the file in every folder of results
+LINE_EVERY = 15  # seconds between two lines of progress where there is no terminal
+EXIT_DELAY = 2  # seconds: torchrun ends the other processes sooner once the first has failed
+ENVIRONMENT = """\
+environment: ZSSEG_DATA (data root), ZSSEG_CACHE (downloads and CLIP's weights; else
+~/.cache/zsseg), ZSSEG_VOCAB (CLIP's vocabulary file), ZSSEG_KERNELS=0 (plain PyTorch instead of
+Triton kernels). A user error is one line on stderr and exit code 2."""
 
 
 class UserError(Exception):
-    """An error that the user can correct, as (what, why, what to do): one line, exit code 2, no
-    traceback.
-    """
+    """An error that the user can correct, as (what, why, what to do): one line, exit code 2."""
 
     def __str__(self) -> str:
         what, why, todo = self.args
         return " ".join(f"{what}: {why}; {todo}".split())
 
 
-def did_you_mean(word: str, names: Iterable[str], else_: str) -> str:
-    """What to do about an unknown name: take the nearest of `names`, or `else_` where none is
-    near.
-    """
+# --- messages
+
+
+def did_you_mean(word: str, names: Iterable[str], default: str) -> str:
+    """What to do about an unknown name: take the nearest of `names`, else `default`."""
     near = difflib.get_close_matches(word, names, 1, 0.65)
-    return f"did you mean {near[0]}?" if near else else_
+    return f"did you mean {near[0]}?" if near else default
 
 
-def did_you_mean_file(path: str | Path, else_: str) -> str:
-    """The same for a missing file, among the files of its folder."""
-    path = Path(path)
-    try:
-        names = [str(path.with_name(name)) for name in os.listdir(path.parent)]
-    except OSError:
-        return else_
-    return did_you_mean(str(path), names[:MAX_NAMES_COMPARED], else_)
-
-
-def path_of(text: str | Path) -> Path:
-    """A path as a shell would read it: `~` is the home folder, also in --out=~/x."""
-    path = Path(text)
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        if path.parts[0] == "~":
-            why = "this user has no home folder"
-            raise UserError(f"path {text}", why, "give the absolute path") from None
-        return path  # the name begins with ~, and there is no such user
-
-
-def cache_dir() -> Path:
-    """$ZSSEG_CACHE, else ~/.cache/zsseg; without a home folder, one of this user's below the
-    temporary files.
-    """
-    given = os.environ.get("ZSSEG_CACHE")
-    return path_of(given) if given else home_cache()
-
-
-@functools.cache
-def home_cache() -> Path:
-    try:
-        return Path.home() / ".cache" / "zsseg"
-    except RuntimeError:
-        folder = Path(tempfile.gettempdir()) / f"zsseg-{os.getuid()}"
-        print_main(
-            f"no home folder: downloads and features are kept in {folder} (set ZSSEG_CACHE for "
-            f"another place)"
-        )
-        return folder
-
-
-LEFT_OUT: list[str] = []
-
-
-def left_out(what: str) -> None:
-    """Have the command print at its end that this was left out: whoever drops data reports how much
-    of what.
-    """
-    if os.environ.get("RANK", "0") == "0" and what not in LEFT_OUT:
-        LEFT_OUT.append(what)
-
-
-@functools.cache
-def print_once(text: str) -> None:
-    print_main(text)
-
-
-def print_left_out() -> None:
-    if LEFT_OUT:
-        print_main(f"left out: {'; '.join(LEFT_OUT)}")
-    LEFT_OUT.clear()
-
-
-def first_of(names: list[str], most: int) -> str:
-    """At most so many names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def format_table(heads: Iterable, rows: Iterable[Iterable]) -> str:
-    """Lines of a table: the first column aligned to the left, the others to the right."""
-    lines = [[str(cell) for cell in row] for row in (heads, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        first.ljust(widths[0])
-        + "".join(
-            f"{cell:>{max(width + 2, 9)}}" for cell, width in zip(cells, widths[1:], strict=True)
-        )
-        for first, *cells in lines
-    )
-
-
-def several(count: int, one: str, many: str = "") -> str:
-    """A number and its noun."""
-    return f"{count} {one if count == 1 else many or one + 's'}"
+def no_such_file(what: str, path: Path, todo: str = "check the path") -> UserError:
+    """The error of a missing file; it names a file beside it with a similar name."""
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    return UserError(what, "no such file", did_you_mean(str(path), map(str, beside), todo))
 
 
 def print_main(text: str) -> None:
@@ -133,47 +56,31 @@ def print_main(text: str) -> None:
         print(text, flush=True)
 
 
-def mix_seed(*numbers: int) -> int:
-    """One well-mixed 63-bit seed from several small numbers, e.g. (run seed, step, rank)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device or the host had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 @functools.cache
-def git_commit() -> str:
-    """The program's git commit, with "-dirty" where files were changed; "" without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    folder = Path(__file__).parent
-    try:
-        return subprocess.check_output(
-            command, cwd=folder, stderr=subprocess.DEVNULL, text=True, timeout=10
-        ).strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
+def warn(text: str) -> None:
+    """Print a warning at once, each text once."""
+    print_main(f"warning: {text}")
 
 
-def progress(items: Iterable, name: str, total: int, show: bool = True) -> Iterator:
-    """The items, with a progress bar on a terminal; elsewhere with a line after every tenth of
-    them, or every minute.
-    """
-    if sys.stderr.isatty() or not show:
-        yield from tqdm(items, name, total, disable=not show)
-        return
-    started = time.perf_counter()
-    printed = started
-    for i, item in enumerate(items, 1):
-        yield item
-        now = time.perf_counter()
-        is_tenth = 10 * i // total > 10 * (i - 1) // total
-        if i == total or now - printed > (2 if is_tenth else 60):
-            printed = now
-            each = (now - started) / i
-            left = format_time((total - i) * each)
-            print(f"{name} {i}/{total}, {1 / each:.1f}/s, {left} left", flush=True)
+def join_some(names: list[str], most: int) -> str:
+    """At most so many names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def plural(count: int, noun: str, many: str = "") -> str:
+    """A number and its noun."""
+    return f"{count} {noun if count == 1 else many or noun + 's'}"
+
+
+def format_table(heads: Iterable, rows: Iterable[Iterable]) -> str:
+    """Lines of a table: the first column aligned to the left, the others to the right."""
+    lines = [[str(cell) for cell in row] for row in (heads, *rows)]
+    first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths = [max(width + 2, 9) for width in others]
+    return "\n".join(
+        title.ljust(first) + "".join(map(str.rjust, cells, widths)) for title, *cells in lines
+    )
 
 
 def format_time(seconds: float) -> str:
@@ -183,8 +90,251 @@ def format_time(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+# --- the command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line like every other user error."""
+
+    def parse_args(self, argv: list[str]) -> argparse.Namespace:
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            todo = did_you_mean(unknown[0], self._option_string_actions, f"see {self.prog} --help")
+            raise UserError("command line", f"{unknown[0]} is not an option", todo)
+        return args
+
+    def error(self, message: str):
+        raise UserError("command line", message, f"see {self.prog} --help")
+
+    def add_root(self) -> None:
+        root = os.environ.get("ZSSEG_DATA") or "datasets"
+        text = "data root ($ZSSEG_DATA, else ./datasets)"
+        self.add_argument("--root", metavar="DIR", type=expand_path, default=root, help=text)
+
+
+def parser(doc: str) -> Parser:
+    """The options of a script; `doc` is its docstring."""
+    layout = argparse.RawDescriptionHelpFormatter
+    return Parser(description=doc, epilog=ENVIRONMENT, formatter_class=layout, allow_abbrev=False)
+
+
+def run_parser(doc: str) -> Parser:
+    """The options that train.py and eval.py share."""
+    shared = parser(doc)
+    text = "TOML file of options; a checkpoint holds its configuration"
+    shared.add_argument("--config", metavar="FILE", type=expand_path, help=text)
+    text = "override one option, e.g. train.steps=100; may be repeated (see zsseg/config.py)"
+    shared.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=text)
+    shared.add_root()
+    text = "where results go (default: see above)"
+    shared.add_argument("--out", metavar="DIR", type=expand_path, help=text)
+    shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return shared
+
+
+class Stream(io.TextIOWrapper):
+    """stdout or stderr: what a reader that is gone or a full disk does not take is lost."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            super().flush()
+
+
+def command(main: Callable[[list[str]], None]) -> None:
+    """Run `main(argv)`; a UserError becomes `error: ...` on stderr and exit code 2."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and not isinstance(stream, Stream):
+            options = {"errors": "backslashreplace", "line_buffering": True}
+            setattr(sys, name, Stream(stream.buffer, stream.encoding, **options))
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(EXIT_DELAY)  # all processes tend to meet the same error: one line is enough
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed and distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+# --- files
+
+
+def expand_path(text: str | Path) -> Path:
+    """A path as a shell would read it: `~` is the home folder, also in --out=~/x."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)  # no such user: the name begins with ~
+
+
+def cache_dir() -> Path:
+    """$ZSSEG_CACHE, else ~/.cache/zsseg."""
+    return expand_path(os.environ.get("ZSSEG_CACHE") or "~/.cache/zsseg")
+
+
+def read_text(file: Path, what: str, todo: str) -> str:
+    """A text file of the user's as editors save it: UTF-8, or UTF-16 with a mark. Raises
+    UserError.
+    """
+    try:
+        content = file.read_bytes()
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if wide else "utf-8-sig")
+    except FileNotFoundError:
+        raise no_such_file(what, file, todo) from None
+    except OSError as error:
+        raise UserError(what, f"cannot be read ({error.strerror})", todo) from None
+    except UnicodeError:
+        raise UserError(what, "is not UTF-8 text", "save it as UTF-8") from None
+    if "\0" in text:  # UTF-16 without a mark
+        raise UserError(what, "is not UTF-8 text", "save it as UTF-8")
+    return text
+
+
+def split_lines(text: str) -> list[str]:
+    """Lines end at a newline, with or without a carriage return, and at nothing else: a name may
+    contain any other character. Without any newline, carriage returns end lines.
+    """
+    if "\n" not in text:
+        text = text.replace("\r", "\n")
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return [line.removesuffix("\r") for line in lines]
+
+
+def walk(folder: str | Path, skip: str = "") -> Iterator[str]:
+    """The files below a folder, sorted; hidden ones are ignored, every folder is entered once,
+    whatever links to it. `skip`: the real path of a folder to leave out.
+    """
+
+    def refuse(error: OSError) -> None:
+        why = f"cannot be read ({error.strerror})"
+        raise UserError(f"folder {error.filename}", why, "check its rights") from None
+
+    visited = {skip}
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        yield from (os.path.join(parent, name) for name in sorted(files) if name[0] != ".")
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, previous: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, which takes its place when the block ends without an
+    error and the content is on the disk. `previous`: the new name of the old file. The temporary
+    name is always the same, so that the next try replaces what a kill has left. Raises UserError.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except OSError as error:
+        why = f"cannot be written ({error.strerror})"
+        raise UserError(f"file {path}", why, "check the folder and the disk") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON whole or not at all; ValueError for NaN/Inf in it."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
+
+
+def claim_folder(out: Path) -> None:
+    """Make a folder of results. UserError for one that contains files and was not made by this
+    program, so that no file of the user's is ever replaced.
+    """
+    mark = out / MARK
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not mark.exists() and any(out.iterdir()):
+            why = "contains files that are not this program's"
+            raise UserError(f"output {out}", why, "give a new or an empty folder")
+        mark.write_text("Results of zsseg, which may write them again.\n")
+    except OSError as error:
+        why = f"cannot be written ({error.strerror})"
+        raise UserError(f"output {out}", why, "check the folder and the disk") from None
+
+
+def digest(settings: object, files: Iterable[str | Path] = ()) -> str:
+    """16 hex digits of all that something depends on: settings, as JSON, and files, by path, size
+    and times of change.
+    """
+    result = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for file in files:
+        stat = os.stat(file) if os.path.exists(file) else None
+        state = stat and (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        result.update(f"{file} {state}\n".encode(errors="surrogateescape"))
+    return result.hexdigest()[:16]
+
+
+@functools.cache
+def git_commit() -> str:
+    """The program's git commit, with "-dirty" if files were changed; "" without git."""
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    options = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL, "timeout": 10}
+    try:
+        return subprocess.check_output(words, text=True, **options).strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+# --- seeds and progress
+
+
+def mix_seed(*numbers: int) -> int:
+    """One well-mixed 63-bit seed from several small numbers, e.g. (run seed, step, rank)."""
+    import numpy as np
+
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def progress(items: Iterable, name: str, total: int, show: bool = True) -> Iterator:
+    """The items, with a progress bar on a terminal, else with a line after every tenth of them and
+    every LINE_EVERY seconds.
+    """
+    if sys.stderr.isatty() or not show:
+        from tqdm import tqdm
+
+        yield from tqdm(items, name, total, disable=not show)
+        return
+    started = time.perf_counter()
+    printed = started
+    for i, item in enumerate(items, 1):
+        yield item
+        now = time.perf_counter()
+        is_tenth = 10 * i // total > 10 * (i - 1) // total
+        if i == total or now - printed > (2 if is_tenth else LINE_EVERY):
+            printed = now
+            each = (now - started) / i
+            left = format_time((total - i) * each)
+            print(f"{name} {i}/{total}, {1 / each:.1f}/s, {left} left", flush=True)
+
+
 def parallel(function: Callable, items: Iterable, workers: int, name: str) -> Iterator:
-    """function(item) of every item, in order, by threads (Pillow and zlib let go of the
+    """function(item) of every item, in order, by threads (Pillow and zlib release the
     interpreter), with progress.
     """
     items = list(items)

@@ -2,19 +2,20 @@
 section.key=value`.
 
 An unknown option is an error that names the nearest one, an impossible value one that says what is
-possible.
-Numbers are those of the paper's COCO-Stuff setting unless a file in `configs/` says otherwise.
+possible. Numbers are those of the paper's COCO-Stuff setting unless a file in `configs/` says
+otherwise.
 """
 
+import math
 import tomllib
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
-from zsseg.files import read_text
-from zsseg.utils import UserError, did_you_mean, did_you_mean_file, path_of
+from zsseg.utils import UserError, did_you_mean, expand_path, no_such_file, read_text
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 # Types that say which values are possible (`matches`).
 RANGES = {
     "above 0": lambda value: value > 0,
@@ -62,18 +63,20 @@ class ModelConfig:
     # "imagenet" or, for the small one, "clip": the small CLIP's
     weights: str = ""
     small_widths: list[PositiveInt] = field(default_factory=lambda: [32, 64, 96, 128])
-    queries: PositiveInt = 100
-    hidden: PositiveInt = 256  # width of pixel decoder, transformer and mask embedding
-    heads: PositiveInt = 8
+    num_queries: PositiveInt = 100
+    hidden_dim: PositiveInt = 256  # of pixel decoder, transformer and mask embedding
+    num_heads: PositiveInt = 8
     feedforward: PositiveInt = 2048
     decoder_layers: PositiveInt = 6
     dropout: Fraction = 0.1
     proposals: bool = True  # false: the one-stage baseline, a class for every pixel
     # text: any words; linear: fully supervised MaskFormer, the data set's classes, no CLIP
     class_head: Literal["text", "linear"] = "text"
-    class_hidden: PositiveInt = 1024  # hidden width of the class-embedding MLP
-    # Triton kernels on CUDA; false: the PyTorch reference that they are tested against
-    kernels: bool = True
+    class_hidden_dim: PositiveInt = 1024  # of the class-embedding MLP
+    # "package.module:function" gives the masks instead of MaskFormer:
+    # f(image RGB 0..255 [3, H, W]) -> (mask logits [Q, h, w] at stride 4 of the image padded to
+    # multiples of 32, class features [Q, D] in CLIP's space or None)
+    proposer: str = ""
     # auto: on CUDA in training and for many images; on CPUs CLIP, for many images
     compile: Literal["auto", "on", "off"] = "auto"
     # auto: on CUDA; on CPUs that multiply in bf16 only CLIP, and not in training
@@ -83,46 +86,46 @@ class ModelConfig:
 @dataclass
 class ClipConfig:
     weights: str = "ViT-B/16"  # an OpenAI model name or a state-dict file; {root} is the data root
-    # auto (known files' own, else "quickgelu" with a message) | quickgelu | gelu
-    activation: Literal["auto", "quickgelu", "gelu"] = "auto"
-    # of the image tower's attention; 0: width / 64. Nothing in a file tells (ViT-H/14 has 16 of 80)
-    heads: NonNegativeInt = 0
+    # What no weights tell, of a file that is not OpenAI's: activation of the MLPs,
+    activation: Literal["", "quickgelu", "gelu"] = ""
+    heads: NonNegativeInt = 0  # of the image tower's attention (ViT-H/14: 16); 0: width / 64,
+    # RGB in 0..1 that the images were normalised by,
+    mean: list[Fraction] = field(default_factory=lambda: [0.48145466, 0.4578275, 0.40821073])
+    std: list[Fraction] = field(default_factory=lambda: [0.26862954, 0.26130258, 0.27577711])
+    scale: PositiveFloat = 100.0  # and the factor of the cosines, the inverse temperature.
     prompt: str | list[str] = "single"  # single | imagenet | vild | learned | a list of templates
-    region_prompt: str | list[str] = ""  # a prompt of its own for the regions ("" = the same)
-    prompts: str = ""  # checkpoint that holds the learned prompt
+    region_prompt: str | list[str] = ""  # another prompt for the regions; "": the same
+    prompts: str = ""  # checkpoint with the learned prompt
     prompt_prefix: NonNegativeInt = 16  # learned tokens before the name
-    ensemble: bool = True  # False: only the segmenter's own class probabilities
+    ensemble: bool = True  # false: only the segmenter's class probabilities
     # w: seen classes head^w clip^(1-w), unseen the other way round; 0: CLIP only
     ensemble_weight: Fraction = 0.8
-    # False: all classes are weighted as unseen ones (OVSeg, which is trained on all)
+    # false: all classes are weighted as unseen ones (OVSeg, which is trained on all)
     ensemble_seen: bool = True
     mask_threshold: Fraction = 0.5
-    expand_ratio: PositiveFloat = 1.0
-    # crops (the paper's) | pool | tokens: one pass over the image (zsseg/regions.py)
-    regions: Literal["crops", "pool", "tokens"] = "crops"
-    # of a CLIP that was adapted to masked crops (OVSeg) and holds one; others have none
-    mask_prompt: bool = True
-    dense_edge: PositiveInt = 224  # of the image's shorter side in that pass
-    chunk: NonNegativeInt = 0  # region crops in one pass through CLIP; 0: what suits the device
+    # crops: of each region (the paper's); pool: mean features, one pass over the image
+    regions: Literal["crops", "pool"] = "crops"
+    mask_prompt: bool = True  # used if the CLIP has one, adapted to masked crops (OVSeg)
+    dense_edge: PositiveInt = 224  # of the image's shorter side for "pool"
+    crop_batch_size: PositiveInt = 32  # region crops in one pass through CLIP
 
 
 @dataclass
 class TrainConfig:
-    # prompts: learn CLIP's prompt; clip: contrastive, for the synthetic data set
-    task: Literal["segment", "prompts", "clip"] = "segment"
+    task: Literal["segment", "prompts"] = "segment"  # prompts: learn CLIP's prompt
     steps: PositiveInt = 60_000
     batch_size: PositiveInt = 32  # over all processes
     seed: NonNegativeInt = 0
-    # Prompts: one is learned for each seed, in parallel, and the best one is kept.
-    seeds: list[int] = field(default_factory=list)
+    # Prompts: one is learned for each seed, in parallel, and the best is used.
+    seeds: list[NonNegativeInt] = field(default_factory=list)
     lr: PositiveFloat = 1e-4
     weight_decay: NonNegativeFloat = 1e-4
-    backbone_lr: float = 0.1  # multiplies lr for the backbone
+    backbone_lr: NonNegativeFloat = 0.1  # multiplies lr for the backbone
     power: NonNegativeFloat = 0.9  # polynomial decay
     clip_grad: NonNegativeFloat = 0.01  # norm over all parameters; 0: no limit
-    focal_weight: float = 20.0
-    dice_weight: float = 1.0
-    no_object_weight: float = 0.1
+    focal_weight: NonNegativeFloat = 20.0
+    dice_weight: NonNegativeFloat = 1.0
+    no_object_weight: NonNegativeFloat = 0.1
     # a segmenter's checkpoint, ours or the original's, or the name of a published model, whose
     # weights training starts from (fine-tuning)
     init: str = ""
@@ -130,13 +133,12 @@ class TrainConfig:
     teacher: str = ""
     # Pixels whose best unseen class is less probable than this stay unlabelled. A softmax over
     # scores from 0 to about 1: for C classes probabilities lie between 1/C and 3/C, roughly.
-    reject: Fraction = 0.0
+    min_probability: Fraction = 0.0
     checkpoint_every: PositiveInt = 5000
-    eval_every: NonNegativeInt = (
-        5000  # during training, on val (best.pt is the best of these); 0: only at the end
-    )
+    # during training, on val (best.pt is the best of these); 0: only at the end
+    eval_every: NonNegativeInt = 5000
     # skipped steps in a row (NaN/Inf in the loss or gradient) before the run stops
-    bad_steps: PositiveInt = 20
+    max_bad_steps: PositiveInt = 20
 
 
 @dataclass
@@ -149,23 +151,6 @@ class PromptsConfig:
     momentum: Fraction = 0.9
     warmup_steps: NonNegativeInt = 100
     warmup_factor: Fraction = 0.005  # of the rate, constant
-
-
-@dataclass
-class ContrastConfig:
-    """The small CLIP of the synthetic data set: sizes of a model that is built rather than
-    loaded.
-    """
-
-    embed: int = 64
-    resolution: int = 48
-    stem: list[int] = field(default_factory=lambda: [32, 64, 96, 128])  # a small backbone's widths
-    vision_width: int = 96
-    vision_layers: int = 3
-    text_width: int = 64
-    text_layers: int = 2
-    context: int = 40
-    groups: int = 4  # sets of distinct classes a step
 
 
 @dataclass
@@ -183,7 +168,7 @@ class EvalConfig:
 
 @dataclass
 class LogConfig:
-    wandb: Literal["online", "offline", "disabled"] = "disabled"  # online | offline | disabled
+    wandb: Literal["online", "offline", "disabled"] = "disabled"
     project: str = "zsseg"
     every: PositiveInt = 20
 
@@ -195,33 +180,93 @@ class Config:
     clip: ClipConfig = field(default_factory=ClipConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    contrast: ContrastConfig = field(default_factory=ContrastConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
 
+# Options that describe one thing: whoever gives one of the first begins with the defaults of all,
+# and inherits nothing from a checkpoint or a `base`.
+GROUPS = {
+    "data": (("name", "folder"), "folder images labels classes unseen values exif_turn split"),
+    "clip": (("weights",), "activation heads mean std scale"),
+}
+OPTIONS = {
+    f"{section.name}.{option.name}": option.type
+    for section in fields(Config)
+    for option in fields(section.type)
+}
+
+
 def load_config(
-    file: str | None = None, overrides: list[str] = (), base: dict | None = None
+    file: str | Path | None = None, settings: list[str] = (), base: dict | None = None
 ) -> Config:
-    """The configuration of a run: `base` (a checkpoint's), then the TOML `file`, then
-    `section.key=value` overrides.
+    """The configuration of a run: `base` (a checkpoint's), then the TOML `file`, then settings
+    "section.key=value".
 
     Raises UserError for a missing or broken file, an unknown key, a wrong type or an impossible
     value.
     """
     config = Config()
     update(config, base or {}, "checkpoint's configuration")
-    for name, values in read_toml(Path(file)) if file else ():
-        update(config, values, name)
-    for item in overrides:
-        key, sign, text = item.partition("=")
-        if not sign or key.count(".") != 1:
+    sources = read_toml(find_config(Path(file), Path())) if file else []
+    given = {}
+    for setting in settings:
+        name, sign, text = setting.partition("=")
+        section, dot, key = name.strip().partition(".")
+        if not sign or not dot:
             todo = "write e.g. train.steps=100"
-            raise UserError(f"--set {item}", "is not of the form section.key=value", todo)
-        section, name = key.strip().split(".")
-        update(config, {section: {name: text.strip()}}, "--set", parse_text=True)
+            raise UserError(f"--set {setting}", "is not of the form section.key=value", todo)
+        given.setdefault(section, {})[key] = parse(text.strip(), OPTIONS.get(name.strip()))
+    # What the command line adds to its file describes the same things.
+    last = sources[-1][1] if sources else {}
+    reset = {name: values for name, values in given.items() if not describes(name, last)}
+    for name, values in sources:
+        update(config, values, name)
+    update(config, given, "--set", reset)
     check_combinations(config)
     return config
+
+
+def describes(section: str, values: dict) -> bool:
+    """Whether values begin a description, see GROUPS."""
+    keys, _ = GROUPS.get(section, ((), ""))
+    return any(key in values.get(section, ()) for key in keys)
+
+
+def update(config: Config, values: dict, source: str, reset: dict | None = None) -> None:
+    """Set options of `config` from {section: {key: value}}; descriptions that begin in `reset`, by
+    default in `values`, begin with the defaults.
+    """
+    if not isinstance(values, dict):
+        raise UserError(source, "is not a table of sections", "give a checkpoint of train.py")
+    for section, options in values.items():
+        part = getattr(config, section, None)
+        if part is None:
+            raise unknown(source, section, vars(config))
+        if not isinstance(options, dict):
+            todo = f"write [{section}] with keys below it"
+            raise UserError(f"{source}: {section}", "is a section, not a value", todo)
+        if describes(section, values if reset is None else reset):
+            defaults = type(part)()
+            for key in GROUPS[section][1].split():
+                setattr(part, key, getattr(defaults, key))
+        for key, value in options.items():
+            name = f"{section}.{key}"
+            if name not in OPTIONS:
+                raise unknown(source, name, OPTIONS)
+            if not matches(value, OPTIONS[name]):
+                why = f"is {value!r}, not {describe(OPTIONS[name])}"
+                raise UserError(f"{source}: {name}", why, "correct it")
+            if isinstance(getattr(part, key), float):
+                value = float(value)
+            elif isinstance(value, str) and value.startswith("~"):
+                value = str(expand_path(value))
+            setattr(part, key, value)
+
+
+def unknown(source: str, name: str, names: dict) -> UserError:
+    todo = did_you_mean(name, names, "all options are in zsseg/config.py")
+    return UserError(f"{source}: {name}", "is not a known option", todo)
 
 
 def check_combinations(config: Config) -> None:
@@ -230,104 +275,62 @@ def check_combinations(config: Config) -> None:
     model = config.model
     clip = config.clip
     train = config.train
-    text_head = model.class_head == "text"
-    rules = [  # (option, whether it is right, what to do)
-        ("data.short_edges", data.short_edges, "give at least one"),
-        ("data.train_on", data.train_on == "all" or text_head, 'a linear head needs "all"'),
-        ("model.hidden", model.hidden % 32 == 0, "give a multiple of 32"),
-        ("model.heads", model.hidden % model.heads == 0, "give a divisor of model.hidden"),
-        ("model.small_widths", len(model.small_widths) == 4, "give four widths"),
-        ("model.proposals", model.proposals or text_head, 'false needs class_head = "text"'),
-        ("clip.ensemble", not clip.ensemble or text_head, "a linear head needs false"),
-        ("clip.prompt", clip.prompt, "give at least one template"),
-        (
-            "eval.weights",
-            not config.eval.weights or (clip.ensemble and model.proposals),
-            "they need clip.ensemble and model.proposals",
-        ),
-        (
-            "train.seeds",
-            not train.seeds or train.task == "prompts",
-            "only task prompts learns several at once",
-        ),
-        (
-            "train.init",
-            not train.init or train.task == "segment",
-            "only task segment starts from a segmenter",
-        ),
-    ]
-    for name, right, todo in rules:
+    segments = train.task == "segment"
+    text = model.class_head == "text"
+    whole = clip.ensemble and model.proposals
+    shared = model.hidden_dim % 32 or model.hidden_dim % model.num_heads
+    rules = {  # option: (whether it is right, what to do)
+        "data.short_edges": (data.short_edges, "give at least one"),
+        "data.train_on": (data.train_on == "all" or text, 'a linear head needs "all"'),
+        "model.hidden_dim": (not shared, "give a multiple of 32 and of model.num_heads"),
+        "model.small_widths": (len(model.small_widths) == 4, "give four widths"),
+        "model.proposals": (model.proposals or text, 'false needs class_head = "text"'),
+        "model.proposer": (not model.proposer or text, 'it needs class_head = "text"'),
+        "clip.ensemble": (not clip.ensemble or text, "a linear head needs false"),
+        "clip.prompt": (clip.prompt, "give at least one template"),
+        "clip.mean": (len(clip.mean) == 3, "give three, of red, green and blue"),
+        "clip.std": (len(clip.std) == 3 and all(clip.std), "give three above 0"),
+        "eval.weights": (not config.eval.weights or whole, "it needs clip.ensemble"),
+        "train.seeds": (not train.seeds or not segments, "only task prompts learns several"),
+        "train.init": (not train.init or segments, "only task segment starts from one"),
+    }
+    for name, (right, todo) in rules.items():
         if not right:
             section, key = name.split(".")
             raise UserError(name, f"is {getattr(getattr(config, section), key)!r}", todo)
 
 
-def read_toml(file: Path, derived: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:
-    """(name, its tables) of a file and of the one that its `base` names, a file beside it, which
-    comes first. `derived`: the files that led here.
-    """
-    todo = did_you_mean_file(file, "give the path of a TOML file")
-    in_configs = Path("configs") / f"{file.stem}.toml"
-    if in_configs.is_file() and in_configs != file:
-        todo = f"did you mean {in_configs}?"
-    text = read_text(file, f"config {file}", todo)
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"config {file}", f"is not TOML: {error}", "correct that line") from None
+def find_config(name: Path, folder: Path) -> Path:
+    """A configuration file by its path, with or without .toml, below a folder or in configs/."""
+    for parent in (folder, CONFIGS):
+        for path in (parent / name, parent / f"{name}.toml"):
+            if path.is_file():
+                return path
+    raise no_such_file(f"config {name}", folder / name, "give the path of a TOML file")
 
+
+def read_toml(file: Path, derived: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:
+    """(name, tables) of a file, after those of the file that its `base` names. `derived`: the files
+    that led here.
+    """
+    what = f"config {file}"
+    try:
+        values = tomllib.loads(read_text(file, what, "check the file"))
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(what, f"is not TOML: {error}", "correct that line") from None
     base = values.pop("base", None)
     if base is None:
         return [(str(file), values)]
-    derived = (*derived, file)
-    path = file.with_name(f"{base}.toml")
-    if not isinstance(base, str) or path in derived:
-        todo = "name another file beside this one, without .toml"
-        raise UserError(f"config {file}: base", f"is {base!r}", todo)
+    derived = (*derived, file.resolve())
+    path = find_config(Path(base), file.parent) if isinstance(base, str) else None
+    if path is None or path.resolve() in derived:
+        raise UserError(f"{what}: base", f"is {base!r}", "name another file")
     return [*read_toml(path, derived), (str(file), values)]
 
 
-def update(config: Config, values: dict, source: str, parse_text: bool = False) -> None:
-    """Set options of `config` from {section: {key: value}}; with `parse_text`, values are text."""
-    if not isinstance(values, dict):
-        raise UserError(source, "is not a table of sections", "give a checkpoint of train.py")
-    options = {
-        f"{section}.{key}": option.type
-        for section, part in vars(config).items()
-        for key, option in part.__dataclass_fields__.items()
-    }
-    for section, fields in values.items():
-        if section not in vars(config):
-            raise unknown(source, section, list(vars(config)))
-        if not isinstance(fields, dict):
-            todo = f"write [{section}] with keys below it"
-            raise UserError(f"{source}: {section}", "is a section, not a value", todo)
-        for key, value in fields.items():
-            name = f"{section}.{key}"
-            if name not in options:
-                raise unknown(source, name, list(options))
-            expected = options[name]
-            if parse_text:
-                value = parse(value, expected)
-            if not matches(value, expected):
-                why = f"is {value!r}, not {describe(expected)}"
-                raise UserError(f"{source}: {name}", why, "correct it")
-            part = getattr(config, section)
-            if isinstance(getattr(part, key), float):
-                value = float(value)
-            elif isinstance(value, str) and value.startswith("~"):
-                value = str(path_of(value))
-            setattr(part, key, value)
-
-
-def unknown(source: str, name: str, options: list[str]) -> UserError:
-    todo = did_you_mean(name, options, "all options are in zsseg/config.py")
-    return UserError(f"{source}: {name}", "is not a known option", todo)
-
-
 def parse(text: str, expected: object) -> object:
-    """A command-line value: the text itself for a string, else TOML where it is that (so strings
-    need no quotes).
+    """A command-line value: the text itself for a string, else TOML if it is that (so strings need
+    no quotes).
     """
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -337,8 +340,8 @@ def parse(text: str, expected: object) -> object:
 
 
 def matches(value: object, expected: object) -> bool:
-    """Whether a value is of a field's type and in its range; a whole number may stand for a
-    float.
+    """Whether a value is of a field's type and in its range; a whole number may stand for a float,
+    NaN and infinity for none.
     """
     origin = get_origin(expected)
     arguments = get_args(expected)
@@ -351,10 +354,13 @@ def matches(value: object, expected: object) -> bool:
         return any(matches(value, argument) for argument in arguments)
     if origin is list:
         return isinstance(value, list) and all(matches(item, *arguments) for item in value)
-    return type(value) is expected or (expected is float and type(value) is int)
+    if expected is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is expected
 
 
 def describe(expected: object) -> str:
+    """A field's type in words."""
     origin = get_origin(expected)
     arguments = get_args(expected)
     if origin is Annotated:
@@ -366,6 +372,5 @@ def describe(expected: object) -> str:
         return " or ".join(map(describe, arguments))
     if origin is list:
         return f"a list, each {describe(*arguments)}"
-    return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}[
-        expected
-    ]
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+    return names[expected]

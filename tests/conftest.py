@@ -1,15 +1,26 @@
 """Shared by all tests: the stand-in weights and images of the reference values, small data sets,
-the command line.
+trained models, the commands.
 """
 
-import functools
+import contextlib
+import fcntl
+import importlib
 import json
 import os
+import random
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each, before torch counts the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -20,26 +31,26 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined
 
 from zsseg import distributed, utils
-from zsseg.prepare import shapes
-from zsseg.clip import build_clip
 from zsseg.config import load_config
-from zsseg.segmenter import Segmenter
-from zsseg.tokenizer import read_merges
 
 ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
 VOCABULARY = utils.cache_dir() / "bpe_simple_vocab_16e6.txt.gz"
 if VOCABULARY.exists():
     os.environ.setdefault("ZSSEG_VOCAB", str(VOCABULARY))
 CACHE = tempfile.TemporaryDirectory()  # nothing that another run computed
 os.environ["ZSSEG_CACHE"] = CACHE.name
-GOLDEN = Path(__file__).parent / "golden"
 PROCESS = distributed.Process(torch.device("cpu"))
 GPU = distributed.Process(torch.device("cuda", 0))
+SECONDS = 240  # that a process may take
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+# Reference values
 
 
 def relative_error(ours: torch.Tensor, reference: np.ndarray) -> float:
@@ -51,6 +62,11 @@ def golden(name: str) -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / name))
 
 
+def keys(name: str, entry: str | None = None) -> dict[str, list[int]]:
+    content = json.loads((GOLDEN / name).read_text())
+    return content[entry] if entry else content
+
+
 def original_state(
     keys: dict[str, list[int]],
     arrays: dict[str, np.ndarray] = {},  # noqa: B006
@@ -58,122 +74,292 @@ def original_state(
     """An original checkpoint of stand-in weights: {name: shape} plus the arrays stored as
     `override/<name>`.
     """
-    state = {
-        k: torch.as_tensor(recipe.make_tensor(k.split("clip_model.")[-1], shape))
-        for k, shape in keys.items()
-    }
-    state |= {
-        k.removeprefix("override/"): torch.from_numpy(v)
-        for k, v in arrays.items()
-        if k.startswith("override/")
-    }
+    state = {}
+    for name, shape in keys.items():
+        state[name] = torch.as_tensor(recipe.make_tensor(name.split("clip_model.")[-1], shape))
+    for name, array in arrays.items():
+        if name.startswith("override/"):
+            state[name.removeprefix("override/")] = torch.from_numpy(array)
     return state
-
-
-def keys(name: str, entry: str | None = None) -> dict[str, list[int]]:
-    content = json.loads((GOLDEN / name).read_text())
-    return content[entry] if entry else content
-
-
-def tiny_config(*overrides: str, task: str = "segment"):
-    """The synthetic data set's configuration with a few steps and smaller still."""
-    sizes = [
-        "train.steps=6",
-        "train.batch_size=4",
-        "data.workers=0",
-        "log.every=1",
-        "model.queries=8",
-        "contrast.groups=2",
-    ]
-    sizes += ["data.short_edges=[64]", "data.crop=64", "data.test_short_edge=64"]
-    file = ROOT / "configs" / ("shapes.toml" if task == "segment" else "shapes_clip.toml")
-    return load_config(str(file), [*sizes, *overrides])
-
-
-def tiny_clip_state(seed: int = 0) -> dict[str, torch.Tensor]:
-    from zsseg.prepare.shapes_clip import build_small_clip
-
-    torch.manual_seed(seed)
-    return build_small_clip(load_config().contrast).state_dict()
 
 
 @pytest.fixture(scope="session")
 def vocabulary() -> None:
     """Tests with OpenAI's vocabulary: $ZSSEG_VOCAB, the cache or the network must provide it."""
+    from zsseg.weights import load_tokenizer
+
     try:
-        read_merges(48894)
+        load_tokenizer(49408, 77)
     except utils.UserError as error:
         pytest.skip(str(error))
+
+
+# Small models and data
+
+TINY = (
+    "train.steps=6",
+    "train.batch_size=4",
+    "log.every=1",
+    "model.num_queries=8",
+    "data.workers=0",
+    "data.short_edges=[64]",
+    "data.crop=64",
+    "data.test_short_edge=64",
+)
+
+
+def tiny_config(*settings: str):
+    """The synthetic data set's configuration with a few steps and smaller still."""
+    return load_config(ROOT / "configs" / "shapes.toml", [*TINY, *settings])
+
+
+def tiny_clip_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    """An untrained small CLIP of the synthetic data set."""
+    from zsseg.prepare.shapes_clip import build_small_clip
+
+    torch.manual_seed(seed)
+    return build_small_clip().state_dict()
+
+
+@pytest.fixture
+def small_clip():
+    from zsseg.clip import build_clip
+    from zsseg.weights import load_tokenizer
+
+    state = tiny_clip_state()
+    vocab_size = len(state["token_embedding.weight"])
+    tokenizer = load_tokenizer(vocab_size, len(state["positional_embedding"]))
+    return build_clip(state, tokenizer)
+
+
+@pytest.fixture
+def segmenter(small_clip):
+    """A small untrained segmenter over three classes, the first two seen."""
+    from zsseg.maskformer import MaskFormer
+    from zsseg.prompts import build_prompt
+    from zsseg.segmenter import Segmenter
+
+    config = tiny_config()
+    torch.manual_seed(0)
+    maskformer = MaskFormer(config.model, small_clip.embed_dim, scale=small_clip.scale)
+    prompt = build_prompt(config.clip.prompt, small_clip.width)
+    segmenter = Segmenter(maskformer, small_clip, prompt, config.clip).eval()
+    segmenter.set_classes(["star", "tree", "brick"], [0, 1])
+    return segmenter
+
+
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """The folder that `make(folder)` fills, one for all processes of a session: read it, and write
+    nothing into it.
+    """
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = base / name
+    done = base / f"{name}.done"
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
 
 
 @pytest.fixture(scope="session")
 def shapes_root(tmp_path_factory) -> Path:
     """A data root with a few images of the synthetic data set and an untrained small CLIP."""
-    folder = tmp_path_factory.mktemp("root")
-    counts, shapes.SPLITS = shapes.SPLITS, {"clip": 60, "train": 10, "val": 6, "test": 4}
-    try:
-        shapes.generate(folder / "shapes")
-    finally:
-        shapes.SPLITS = counts
-    torch.save(tiny_clip_state(), folder / "shapes" / "clip.pt")
-    return folder
+    from zsseg.prepare import shapes
+
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shapes, "SPLITS", {"clip": 60, "train": 10, "val": 6, "test": 4})
+            shapes.generate(folder / "shapes")
+        torch.save(tiny_clip_state(), folder / "shapes" / "clip.pt")
+
+    return once(tmp_path_factory, "root", make)
 
 
-@pytest.fixture
-def segmenter() -> Segmenter:
-    """A small untrained segmenter over three classes, the first two seen."""
-    torch.manual_seed(0)
-    segmenter = Segmenter(tiny_config(), tiny_clip_state()).eval()
-    segmenter.set_classes(["star", "tree", "brick"], [0, 1])
-    return segmenter
+@pytest.fixture(scope="session")
+def shapes_run(shapes_root, tmp_path_factory) -> Path:
+    """The folder of a run of four steps on the synthetic data, with an evaluation on the way."""
+
+    def make(folder: Path) -> None:
+        settings = (*TINY, "train.steps=4", "train.checkpoint_every=2", "train.eval_every=2")
+        words = ["--config", "configs/shapes.toml", "--root", shapes_root, "--device", "cpu"]
+        words += [word for setting in settings for word in ("--set", setting)]
+        done = command("train.py", *words, "--out", folder)
+        assert done.returncode == 0, done.stderr
+
+    return once(tmp_path_factory, "shapes_run", make)
 
 
-@pytest.fixture
-def small_clip():
-    return build_clip(tiny_clip_state())
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The checkpoint `run/last.pt` of a run on a folder like that of the fixture `root`, with its
+    own `a.toml`, images and CLIP.
+    """
+    import own_data
+
+    def make(folder: Path) -> None:
+        own_data.write(folder)
+        words = ["--config", folder / "a.toml", "--root", folder, "--device", "cpu"]
+        done = command("train.py", *words, "--out", folder / "run")
+        assert done.returncode == 0, done.stderr
+
+    return once(tmp_path_factory, "trained", make) / "run" / "last.pt"
+
+
+# Commands
 
 
 def command(
-    *arguments: object,
+    *words: object,
     env: dict[str, str] = {},  # noqa: B006
     processes: int = 1,
+    stdin: str = "",
+) -> subprocess.CompletedProcess:
+    """Run `python SCRIPT ...` from the repository, in this process: with its own arguments, working
+    directory, environment, streams, signal handlers and random numbers. Several processes are real
+    ones.
+    """
+    if processes > 1:
+        return process(*words, env=env, processes=processes, stdin=stdin)
+    words = [*map(str, words)]
+    main = importlib.import_module(Path(words[0]).stem).main
+    with tempfile.TemporaryDirectory() as folder:
+        files = stream_files(Path(folder), stdin)
+        with isolated(words, os.environ | env, files):
+            code = exit_code(main)
+        output = [file.read_text("utf-8") for file in files[1:]]
+    return subprocess.CompletedProcess(words, code, *output)
+
+
+def exit_code(main: Callable[[list[str]], None]) -> int:
+    try:
+        utils.command(main)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        return end.code if isinstance(end.code, int) else int(bool(end.code))
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def stream_files(folder: Path, stdin: str) -> list[Path]:
+    files = [folder / name for name in ("stdin", "stdout", "stderr")]
+    for file, text in zip(files, (stdin, "", ""), strict=True):
+        file.write_text(text, "utf-8")
+    return files
+
+
+@contextlib.contextmanager
+def isolated(words: list[str], environment: dict[str, str], files: list[Path]) -> Iterator[None]:
+    """Inside `with`, what a process finds at its start; afterwards, what was here before."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(torch.random.fork_rng(devices=()))
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        precision = torch.get_float32_matmul_precision()
+        stack.callback(torch.set_float32_matmul_precision, precision)
+        stack.enter_context(contextlib.chdir(ROOT))
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(sys, "argv", words)
+        for name in os.environ.keys() - environment.keys():
+            patch.delenv(name)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        if threads := environment.get("OMP_NUM_THREADS"):
+            torch.set_num_threads(int(threads))
+        for number in utils.SIGNALS:
+            is_interrupt = number == signal.SIGINT
+            handler = signal.default_int_handler if is_interrupt else signal.SIG_DFL
+            stack.callback(signal.signal, number, signal.signal(number, handler))
+        stack.enter_context(redirected(files))
+        utils.warn.cache_clear()  # a process has not printed it yet
+        yield
+
+
+@contextlib.contextmanager
+def redirected(files: list[Path]) -> Iterator[None]:
+    """Standard streams are these files, for child processes too."""
+    before = sys.stdin, sys.stdout, sys.stderr
+    saved = [os.dup(number) for number in range(3)]
+    for number, file in enumerate(files):
+        opened = os.open(file, os.O_RDWR | os.O_APPEND)
+        os.dup2(opened, number)
+        os.close(opened)
+    # Never closed: a logger may go on with them.
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        sys.stdin, sys.stdout, sys.stderr = before
+        for number, copy in enumerate(saved):
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+def process(
+    *words: object,
+    env: dict[str, str] = {},  # noqa: B006
+    processes: int = 1,
+    stdin: str = "",
 ) -> subprocess.CompletedProcess:
     """Run `python SCRIPT ...` as a user would, from the repository; several processes as torchrun
     would start them.
     """
     if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        env = env | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    with tempfile.TemporaryDirectory() as folder:
-        files = {name: str(Path(folder) / name) for name in ("stdout", "stderr")}
-        request = {
-            "words": [*map(str, arguments)],
-            "folder": str(ROOT),
-            "environment": dict(os.environ) | env,
-            "processes": processes,
-        } | files
-        print(json.dumps(request), file=zygote().stdin, flush=True)
-        code = int(zygote().stdout.readline())
-        output = {name: Path(file).read_text() for name, file in files.items()}
-    return subprocess.CompletedProcess(request["words"], code, **output)
+        env = env | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+        env["MASTER_PORT"] = str(free_port())
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        files = stream_files(Path(folder), stdin)
+        names = ("stdin", "stdout", "stderr")
+        streams = {n: stack.enter_context(open(f, "a+")) for n, f in zip(names, files, strict=True)}
+        streams["stdin"].seek(0)
+        running = []
+        for rank in range(processes):
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            running.append(start(*words, env=env | ranks, **streams))
+            stack.callback(running[-1].kill)
+        codes = [started.wait(SECONDS) for started in running]
+        output = [file.read_text("utf-8", "replace") for file in files[1:]]
+    return subprocess.CompletedProcess([*map(str, words)], max(codes, key=abs), *output)
 
 
-@functools.cache
-def zygote() -> subprocess.Popen:
-    words, path = (
-        [sys.executable, str(ROOT / "tests" / "zygote.py")],
-        f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-    )
-    return subprocess.Popen(
-        words,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": path},
-    )
+def start(
+    *words: object,
+    env: dict[str, str] = {},  # noqa: B006
+    **options: object,
+) -> subprocess.Popen:
+    """A process that goes on, with the default signal handlers whatever the shell has set (it lets
+    a job in the background ignore Ctrl-C). Its output is thrown away unless `options` say more.
+    """
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT} | options
+    command = [sys.executable, *map(str, words)]
+    environment = os.environ | env
+    return subprocess.Popen(command, env=environment, preexec_fn=default_signals, **options)
+
+
+def default_signals() -> None:
+    for number in utils.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def fails_in_one_line(result: subprocess.CompletedProcess, *parts: str) -> None:
@@ -185,4 +371,4 @@ def fails_in_one_line(result: subprocess.CompletedProcess, *parts: str) -> None:
         assert part in lines[0]
 
 
-from own_data import root, trained  # noqa: E402, F401  fixtures, which want what is above
+from own_data import root  # noqa: E402, F401  a fixture, which needs what is above

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -38,12 +37,8 @@ class Process:
         """Whether the flag is set in any process; the devices are not waited for."""
         return bool(self.sum(torch.tensor(float(flag))))
 
-    def from_main(self, value: int) -> int:
-        """The first process's value."""
-        return int(self.sum(torch.tensor(value if self.is_main else 0)))
-
-    def broadcast_object(self, build: Callable):
-        """The first process's build() in every process; where it is a UserError, all end."""
+    def broadcast(self, build: Callable):
+        """The first process's build() in every process; its UserError ends all of them."""
         result = None
         if self.is_main:
             try:
@@ -55,32 +50,8 @@ class Process:
             dist.broadcast_object_list(box)
             [result] = box
         if isinstance(result, UserError):
-            self.fail(result)
+            raise result
         return result
-
-    def fail(self, error: UserError) -> None:
-        """End all processes; the first one prints why."""
-        if self.is_main:
-            raise error
-        sys.exit(2)
-
-    def check_all(self, check: Callable[[], None]) -> None:
-        """check() of a part in every process; where one raises a UserError, all end, and the first
-        process prints it.
-        """
-        errors = []
-        try:
-            check()
-        except UserError as error:
-            errors = [error]
-        failed = self.any(bool(errors))
-        errors = self.gather(errors)
-        if failed:
-            self.fail(errors[0] if errors else None)
-
-    def progress_label(self, name: str) -> str:
-        """The name of work of which each process does a part, beside a count of this one's."""
-        return name if self.world_size == 1 else f"{name}, the first of {self.world_size} processes"
 
     def gather(self, values: list) -> list:
         """The values of all processes, one process's after another's, on the first one."""
@@ -90,7 +61,7 @@ class Process:
         dist.gather_object(values, parts)
         return [value for part in parts or () for value in part]
 
-    def main_process_first(self, build: Callable):
+    def main_first(self, build: Callable):
         """build() in every process, in the first one before the others, which find what it
         caches.
         """
@@ -114,9 +85,8 @@ class Process:
 
     def autocast(self, setting: str, training: bool = False) -> torch.autocast:
         """The networks' precision as `model.bf16` says, see `bf16`."""
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.bf16(setting, training)
-        )
+        enabled = self.bf16(setting, training)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def bf16(self, setting: str, training: bool = False) -> bool:
         """Whether products are in bf16. "auto": on CUDA, and on a CPU that multiplies in bf16, but
@@ -191,13 +161,8 @@ def init_distributed(device: str = "auto", timeout: timedelta = DIST_TIMEOUT) ->
             restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
             store = dist.PrefixStore(f"start {restarts}", store)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=store,
-            rank=rank,
-            world_size=world_size,
-            timeout=timeout,
-        )
-    return Process(
-        torch.device("cuda", local_rank) if cuda else torch.device("cpu"), rank, world_size
-    )
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        options = {"rank": rank, "world_size": world_size, "timeout": timeout}
+        dist.init_process_group(backend, store=store, **options)
+    chosen = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return Process(chosen, rank, world_size)

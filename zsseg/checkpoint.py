@@ -1,27 +1,24 @@
-"""Checkpoints: written atomically, read without being executed, loaded strictly. Other people's
-weights are in `weights.py`.
+"""A run's checkpoints: written atomically, one before the last, resumed exactly; and the signals
+that ask for one. Files of tensors are read by `weights.py`.
 """
 
 import os
-import pickle
-import re
-import zipfile
-from collections import Counter, OrderedDict
+import signal
 from pathlib import Path
+from types import FrameType
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
-from zsseg.files import atomic_write
-from zsseg.utils import UserError, did_you_mean_file, first_of, print_main
+from zsseg.distributed import Process
+from zsseg.utils import SIGNALS, UserError, atomic_write, print_main
+from zsseg.weights import UnreadableFile, load_checkpoint
 
-State = dict[str, Tensor]
+TYPES = {"config": dict, "optimizer": dict, "step": int, "skipped": int, "best": list}
 
 
 def save(path: Path, previous: Path | None = None, **content: object) -> None:
-    """Write a checkpoint so that `path` is always complete: the old one (kept as `previous`, where
-    given) or the new one.
+    """Write a checkpoint so that one is always complete: `path`, or the one before it, which
+    becomes `previous`.
     """
     with atomic_write(path, previous) as temporary:
         try:
@@ -30,196 +27,83 @@ def save(path: Path, previous: Path | None = None, **content: object) -> None:
             raise OSError(0, str(error).partition("\n")[0]) from None
 
 
-def load(path: str | Path, what: str = "checkpoint") -> dict:
-    """A checkpoint of ours ({"config", "step", "model", ...}) or the original's ({"model": ...}),
-    on the CPU.
+def load_last(out: Path, resume: bool, process: Process) -> dict:
+    """The checkpoint that a run goes on from, with --resume or after a restart by torchrun; {} for
+    a new run. previous.pt takes the place of a last.pt that is broken or gone. Raises UserError.
     """
-    content = read_torch(Path(path), f"{what} {path}")
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        todo = "give a checkpoint of train.py or a model_final.pth"
-        raise UserError(f"{what} {path}", "contains no model", todo)
-    return content
+    files = [file for file in (out / "last.pt", out / "previous.pt") if file.exists()]
+    restarted = process.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
+    if resume and not files:
+        raise UserError(f"output {out}", "has no run", "leave --resume out to start one")
+    if files and not (resume or restarted):
+        todo = "add --resume, or give another --out"
+        raise UserError(f"output {out}", "has a run already", todo)
+    saved = {}
+    for file in files:
+        try:
+            saved = load_checkpoint(file)
+            break
+        except UnreadableFile as error:
+            if file == files[-1]:
+                raise
+            print_main(f"{error}: going on from previous.pt")
+            if process.is_main:  # or the next checkpoint would make it the previous one
+                file.rename(out / "broken.pt")
+    if files and any(type(saved.get(key)) is not kind for key, kind in TYPES.items()):
+        raise UserError(f"checkpoint {file}", "is not one of a training run", "give another --out")
+    steps = process.gather([saved.get("step", 0)])
+    if process.any(len({*steps}) > 1):
+        why = "the processes found checkpoints of different steps"
+        raise UserError(f"output {out}", why, "put it where all machines see the same files")
+    return saved
 
 
-class UnreadableCheckpoint(UserError):
-    """A file of tensors that is missing or broken, so that another one must take its place."""
-
-
-def read_torch(path: Path, what: str) -> object:
-    """The content of a file of `torch.save`, tensors and plain values, on the CPU."""
-    if path.is_dir():
-        last = path / "last.pt"
-        todo = f"did you mean {last}?" if last.is_file() else "give a file"
-        raise UnreadableCheckpoint(what, "is a folder", todo)
-    if not path.is_file():
-        missing = path if path.parent.is_dir() else path.parent
-        raise UnreadableCheckpoint(
-            what, "no such file", did_you_mean_file(missing, "check the path")
-        )
+def restore(optimizer: torch.optim.Optimizer, state: dict, what: str) -> None:
+    """Load an optimizer's state; base rates, weight decay and the like stay as configured. Raises
+    UserError if it does not fit the parameters.
+    """
+    # The rate itself is the last step's: a run that takes no further step saves what it loaded.
+    options = [
+        {key: value for key, value in group.items() if key not in ("params", "lr")}
+        for group in optimizer.param_groups
+    ]
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                refuse_compressed(archive.infolist())
-        with torch.serialization.safe_globals(NUMPY):
-            return without_arrays(torch.load(path, map_location="cpu", weights_only=True))
-    except OSError as error:
-        raise UserError(what, f"cannot be read ({error})", "check the disk") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # torch raises many types, with advice to load such a file anyway
-        reason = re.search(r"[Uu]nsupported \w+:? (GLOBAL )?[\w.]+|an array of [^;\n]+", str(error))
-        why = f"cannot be read as tensors ({reason[0] if reason else 'broken'})"
-        todo = "check the file; it may contain only tensors and plain values"
-        raise UnreadableCheckpoint(what, why, todo) from None
+        optimizer.load_state_dict(state)
+        for parameter, entries in optimizer.state.items():  # fused kernels trust the shapes
+            for name, value in entries.items():
+                if name != "step" and value.shape != parameter.shape:
+                    raise ValueError(f"{name} has shape {tuple(value.shape)}")
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(what, f"cannot resume ({error})", "undo the last --set") from None
+    for group, configured in zip(optimizer.param_groups, options, strict=True):
+        group.update(configured)
 
 
-def refuse_compressed(entries: list[zipfile.ZipInfo]) -> None:
-    """torch compresses neither tensors nor what describes them; a small file could fill the
-    memory.
+class GracefulStop:
+    """Inside `with`, SIGTERM, SIGUSR1, Ctrl-C and SIGHUP (a closed terminal; not under nohup) ask
+    for a stop at the end of the step. A second Ctrl-C does not wait for that.
     """
-    for entry in entries:
-        if entry.compress_type != zipfile.ZIP_STORED and "/code/" not in entry.filename:
-            raise pickle.UnpicklingError(f"{entry.filename} is compressed")
 
+    def __init__(self, process: Process):
+        self.process = process
+        self.received: set[int] = set()
+        self.handlers: dict = {}  # those from before
 
-def load_strict(module: nn.Module, state: State, what: str, hint: str) -> None:
-    """`load_state_dict` whose complaint is one line: the first few missing, unknown and mis-shaped
-    names.
+    def __enter__(self) -> "GracefulStop":
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.handlers[number] = signal.signal(number, self.receive)
+        return self
 
-    Raises UserError also for weights with NaN/Inf, which would give labels all the same.
-    """
-    if not is_state_dict(state):
-        raise UserError(what, "contains something else instead of a state dict", hint)
-    state = unwrapped(state, what)
-    own = module.state_dict()
-    problems = [f"{k} is missing" for k in own if k not in state]
-    problems += [f"{k} is unknown" for k in state if k not in own]
-    for k in own.keys() & state.keys():
-        if state[k].shape != own[k].shape:
-            problems.append(f"{k} has shape {tuple(state[k].shape)}, not {tuple(own[k].shape)}")
-    if problems:
-        raise UserError(what, f"does not fit: {first_of(problems, 3)}", hint)
-    check_finite(state, what)
-    module.load_state_dict(state)
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in self.received:
+            raise KeyboardInterrupt
+        self.received.add(number)
 
-def is_state_dict(state: object) -> bool:
-    return isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
-
-
-def unwrapped(state: State, what: str) -> State:
-    """A state dict without what DataParallel ("module."), torch.compile ("_orig_mod.") or a trainer
-    put before every name.
-    """
-    prefix = re.match(r"(module\.|_orig_mod\.)*", os.path.commonprefix(list(state)))[0]  # noqa: RUF071
-    if prefix:
-        print_main(f"{what}: prefix {prefix!r} removed from all names")
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-
-
-def check_finite(state: State, what: str) -> None:
-    """UserError for weights with NaN/Inf in them."""
-    broken = [
-        name
-        for name, tensor in state.items()
-        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all()
-    ]
-    if broken:
-        todo = "take another checkpoint; casts to half precision may do that"
-        raise UserError(what, f"contains NaN/Inf, in {first_of(broken, 3)}", todo)
-
-
-def say_loaded(what: str, loaded: int, dropped: list[str]) -> None:
-    """One line: how many tensors were used, and every name that was not (many of one module as
-    `module.*`).
-    """
-    modules = [re.split(r"\.resblocks|\.layer|\.\w+$", name)[0] for name in dropped]
-    counts = Counter(modules)
-    names = dict.fromkeys(
-        name if counts[module] < 4 else f"{module}.* ({counts[module]})"
-        for name, module in zip(dropped, modules, strict=True)
-    )
-    text = f": {', '.join(names)}" if names else ""
-    print_main(f"{what}: {loaded} tensors loaded, {len(dropped)} dropped{text}")
-
-
-class PickledType:
-    """A pickled NumPy dtype, numbers only. Nothing of NumPy's own reads what the file says."""
-
-    def __init__(self, text: str, *_: object):
-        if not re.fullmatch(r"[fiu][1248]|b1", str(text)):
-            raise pickle.UnpicklingError(f"an array of dtype {text!r}")
-        self.dtype = np.dtype(text)
-
-    def __setstate__(self, state: tuple) -> None:
-        _, byte_order, *_ = state
-        self.dtype = self.dtype.newbyteorder(byte_order)
-
-
-class PickledArray:
-    """A pickled NumPy array: shape, dtype and bytes, checked against each other."""
-
-    def __init__(self, *_: object):
-        self.tensor = torch.empty(0)
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, fortran, data = state
-        if isinstance(data, str):
-            data = data.encode("latin1")
-        self.tensor = rebuild_array(data, dtype, shape, "F" if fortran else "C")
-
-
-def rebuild_array(data: bytes, dtype: PickledType, shape: tuple[int, ...], order: str) -> Tensor:
-    array = np.frombuffer(bytes(data), dtype.dtype).reshape(shape, order=order)
-    return torch.from_numpy(array.astype(dtype.dtype.newbyteorder("=")))
-
-
-def rebuild_scalar(dtype: PickledType, data: bytes) -> float | int | bool:
-    return rebuild_array(data, dtype, (), "C").item()
-
-
-def say_fresh(what: str, names: list[str]) -> None:
-    """One line: the model's tensors that a file gave nothing for."""
-    if names:
-        print_main(
-            f"{what}: {len(names)} of the model's tensors are not in it, or of another shape, and "
-            f"start afresh: {first_of(names, 5)}"
-        )
-
-
-def encode_latin1(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")
-
-
-def no_bytes() -> bytes:
-    """How old protocols write an empty array's bytes."""
-    return b""
-
-
-# NumPy's arrays and numbers in checkpoints, under the names that its versions gave them.
-NUMPY = [
-    PickledArray,
-    PickledType,
-    (PickledArray, "numpy.ndarray"),
-    (PickledType, "numpy.dtype"),
-    (encode_latin1, "_codecs.encode"),
-    (no_bytes, "builtins.bytes"),
-    (no_bytes, "__builtin__.bytes"),
-]
-for package in ("numpy.core", "numpy._core"):
-    NUMPY += [
-        (PickledArray, f"{package}.multiarray._reconstruct"),
-        (rebuild_scalar, f"{package}.multiarray.scalar"),
-        (rebuild_array, f"{package}.numeric._frombuffer"),
-    ]
-
-
-def without_arrays(content: object) -> object:
-    """A checkpoint's content with tensors in the place of NumPy's arrays."""
-    if isinstance(content, PickledArray):
-        return content.tensor
-    if type(content) in (dict, OrderedDict):
-        return type(content)((k, without_arrays(v)) for k, v in content.items())
-    if type(content) in (list, tuple):
-        return type(content)(map(without_arrays, content))
-    return content
+    def requested(self) -> bool:
+        """Whether any process received a signal: they all stop after the same step."""
+        return self.process.any(bool(self.received))

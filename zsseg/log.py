@@ -1,4 +1,4 @@
-"""The log of a training run: metrics.jsonl, wandb where asked for, and how fast the run is."""
+"""The log of a training run: metrics.jsonl, wandb on request, and how fast the run is."""
 
 import contextlib
 import json
@@ -19,56 +19,40 @@ from torch import Tensor
 from zsseg.config import Config
 from zsseg.datasets import dataset
 from zsseg.distributed import Process
-from zsseg.files import atomic_write
-from zsseg.utils import UserError
+from zsseg.utils import UserError, atomic_write
 
 MAX_IMAGES = 8  # of an evaluation that wandb gets
 MAX_SIDE = 512  # pixels of their longer side
-# Seconds that wandb may take to begin and to upload what is left at the end; its telemetry would
-# wait for a dead network once more. The environment can say otherwise.
+# Seconds that wandb may take to begin and to upload the rest; the environment may say otherwise.
 WANDB = {"WANDB_INIT_TIMEOUT": "20", "WANDB_FINISH_TIMEOUT": "20", "WANDB_ERROR_REPORTING": "false"}
 
 
 class Log:
-    """The record of a run: one JSON object a line in `metrics.jsonl`, and wandb where asked for
-    (rank 0 only).
-
-    wandb gets the same numbers; whatever becomes of it, the run goes on.
+    """The record of a run: one JSON object a line in `metrics.jsonl`, the same numbers in wandb
+    (rank 0 only). Whatever becomes of wandb, the run goes on.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        process: Process,
-        config: Config,
-        step: int = 0,
-        run_id: str | None = None,
+        self, folder: Path, process: Process, config: Config, step: int = 0, run_id: str = ""
     ):
         self.file = folder / "metrics.jsonl" if process.is_main else None
         self.data = dataset(config.data)
-        self.run_id = run_id
         self.images: list[tuple[str, np.ndarray]] = []
-        self.wandb = None
-        self.sent: set[tuple[int, str]] = set()  # (step, key) that wandb has from before
-        self.min_step = 0  # wandb drops what is logged for an earlier one
+        self.run = None
+        self.run_id = run_id
         if not process.is_main:
             return
-        # A resumed run repeats the steps after its checkpoint, and the evaluation that was due
-        # then: forget what was logged about them, and the last line if a kill has cut it.
+        # A resumed run repeats the steps after its checkpoint, and the evaluation due then.
         lines = read_lines(self.file) if step else []
         with atomic_write(self.file) as file:
-            file.write_text(
-                "".join(json.dumps(line) + "\n" for line in lines if is_before(line, step))
-            )
+            before = (json.dumps(line) + "\n" for line in lines if is_before(line, step))
+            file.write_text("".join(before))
         if config.log.wandb != "disabled":
-            if run_id:
-                self.sent = {(line["step"], key) for line in lines for key in line}
-                self.min_step = max((line["step"] + 1 for line in lines), default=0)
-            self.wandb = start_wandb(config, folder, run_id)
-            self.run_id = self.wandb.id
+            self.run = start_wandb(config, folder, run_id)
+            self.run_id = self.run.id
 
     def write(self, step: int, **values: object) -> None:
-        """Log values, nested ones too; nothing where there is NaN/Inf, which JSON does not know."""
+        """Log values, nested ones too; nothing with NaN/Inf, which JSON does not know."""
         if self.file is None or not all(map(math.isfinite, scalars(values).values())):
             return
         try:
@@ -77,69 +61,38 @@ class Log:
         except OSError as error:
             why = f"cannot be written ({error.strerror})"
             raise UserError(f"file {self.file}", why, "check the disk; --resume") from None
-        new = {key: value for key, value in values.items() if (step, key) not in self.sent}
-        self.send(step, lambda: scalars(new))
+        self.send(lambda: self.run.log(scalars({"step": step, **values})))
 
-    def evaluation(self, step: int, split: str, result: dict) -> None:
-        """Log the result of an evaluation; for wandb also its images and a table of the classes."""
-        self.write(step, **{f"{split}/{k}": v for k, v in result.items()})
-        if "per_class" in result and (step, f"{split}/per_class") not in self.sent:
-            self.send(step, lambda: {f"{split}/predictions": self.wandb_images()})
-            # Unlike all else, it asks the network, which may be away for a while.
-            table = lambda: {f"{split}/per_class_table": self.table(result["per_class"])}
-            self.send(step, table, "a table")
-        self.images = []
-
-    def send(self, step: int, build: Callable[[], dict], cost: str = "wandb") -> None:
-        """Give wandb the values that `build` returns. An error costs the run wandb, or only
-        `cost`.
-        """
-        if self.wandb is None:
+    def send(self, action: Callable[[], None]) -> None:
+        """wandb's errors end wandb, not the run."""
+        if self.run is None:
             return
         try:
-            if values := build():
-                self.wandb.log(values, step=max(step, self.min_step, self.wandb.step))
+            action()
         except Exception as error:
-            print(
-                f"wandb: {reason(error)}; going on without {cost}, metrics.jsonl has the numbers",
-                flush=True,
-            )
-            if cost == "wandb":
-                self.wandb = None
+            print(f"wandb: {reason(error)}; going on without it", flush=True)
+            self.run = None
 
-    def wandb_images(self) -> list:
-        """The images as wandb's, with masks; of one size, or it would show them distorted."""
+    def evaluation(self, step: int, split: str, result: dict) -> None:
+        """Log the result of an evaluation; wandb gets its first images, too."""
+        self.write(step, **{f"{split}/{key}": value for key, value in result.items()})
+        if self.images:
+            self.send(lambda: self.send_images(step, split))
+        self.images = []
+
+    def send_images(self, step: int, split: str) -> None:
         import wandb
 
-        names = self.data.names
-        others = "ignored" if len(names) <= 255 else "ignored, others"
-        labels = dict(enumerate([*names[:255], others]))
-        height, width = np.max([maps.shape[1:] for _, maps in self.images], 0)
+        names = [*self.data.names[:255], "ignored"]
+        labels = dict(enumerate(names))
         images = []
         for name, maps in self.images:
-            padding = [(0, height - maps.shape[1]), (0, width - maps.shape[2])]
             masks = {
-                title: {
-                    "mask_data": np.pad(mask, padding, constant_values=max(labels)),
-                    "class_labels": labels,
-                }
+                title: {"mask_data": mask, "class_labels": labels}
                 for title, mask in zip(("ground_truth", "prediction"), maps[3:], strict=True)
             }
-            pixels = np.pad(maps[:3].transpose(1, 2, 0), [*padding, (0, 0)])
-            images.append(wandb.Image(pixels, caption=name, masks=masks))
-        return images
-
-    def table(self, classes: dict[str, dict]):
-        """The metrics of each class; whether it is seen, where the data set has unseen ones."""
-        import wandb
-
-        unseen = self.data.unseen
-        rows = [[name, name not in unseen, v["IoU"], v["Acc"]] for name, v in classes.items()]
-        titles = ["class", "seen", "IoU", "Acc"]
-        if not unseen:
-            for row in (titles, *rows):
-                del row[1]
-        return wandb.Table(titles, rows)
+            images.append(wandb.Image(maps[:3].transpose(1, 2, 0), caption=name, masks=masks))
+        self.run.log({"step": step, f"{split}/predictions": images})
 
     def on_image(
         self,
@@ -150,13 +103,11 @@ class Log:
         predicted: Tensor,
         matrix: Tensor,
     ) -> None:
-        """Keep the first images of an evaluation for wandb, resized: uint8 [5, h, w], the image,
-        ground truth and prediction.
-
-        wandb's masks know the classes 0 to 254; 255, or the number of classes, stands for all other
-        pixels.
+        """Collect the first images of an evaluation for wandb, resized: uint8 [5, h, w], the image,
+        ground truth and prediction. wandb's masks know the classes 0 to 254; 255, or the number of
+        classes, stands for all other pixels.
         """
-        if self.wandb is None or len(self.images) == MAX_IMAGES:
+        if self.run is None or len(self.images) == MAX_IMAGES:
             return
         scale = min(1, MAX_SIDE / max(image.shape[1:]))
         size = [max(round(n * scale), 1) for n in image.shape[1:]]
@@ -168,25 +119,22 @@ class Log:
         self.images.append((name, torch.cat([image, maps], 1)[0].byte().cpu().numpy()))
 
     def finish(self) -> None:
-        """Give wandb its time to upload what is left; the rest stays in its folder."""
-        self.send(0, lambda: self.wandb.finish())
-        self.wandb = None
+        """Give wandb its time to upload the rest; what is left stays in its folder."""
+        self.send(lambda: self.run.finish())
+        self.run = None
 
 
 class Speed:
-    """How fast a run is: images a second over all processes, how long it waits for data, the memory
-    it has needed.
-
-    Since the last `read`; evaluations do not count.
+    """How fast a run is: images a second over all processes, its share of time spent waiting for
+    data, the memory it has needed. Since the last `read`; evaluations do not count.
     """
 
     def __init__(self, process: Process, images: int, step: int):
         self.device = process.device
         self.images = images  # a step
-        self.first_step = step
         self.step = step
-        self.started = time.perf_counter()
-        self.since = self.started
+        self.pace = 0.0  # seconds a step, of the last `read`
+        self.since = time.perf_counter()
         self.waited = 0.0
 
     def timed(self, batches: Iterator) -> Iterator:
@@ -212,8 +160,9 @@ class Speed:
         else:
             unit = 2**30 if sys.platform == "darwin" else 2**20
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        self.pace = seconds / (step - self.step)
         values = {
-            "speed/images_per_second": self.images * (step - self.step) / seconds,
+            "speed/images_per_second": self.images / self.pace,
             "speed/data_wait": 100 * self.waited / seconds,
             "speed/memory_gib": memory,
         }
@@ -221,11 +170,6 @@ class Speed:
         self.waited = 0.0
         self.step = step
         return values
-
-    def left(self, steps: int) -> float:
-        """Seconds to go until `steps`, at the pace since the start, evaluations included."""
-        pace = (time.perf_counter() - self.started) / (self.step - self.first_step)
-        return pace * (steps - self.step)
 
 
 def read_lines(file: Path) -> list[dict]:
@@ -263,9 +207,9 @@ def reason(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def start_wandb(config: Config, folder: Path, run_id: str | None):
-    """wandb's run: a new one or, by its id, the one that is resumed; offline where there is no
-    login or no network.
+def start_wandb(config: Config, folder: Path, run_id: str):
+    """wandb's run: a new one or, by its id, the one that is resumed; offline without a login or a
+    network. wandb's environment decides where the configuration has its defaults.
     """
     for name, value in WANDB.items():
         os.environ.setdefault(name, value)
@@ -273,30 +217,21 @@ def start_wandb(config: Config, folder: Path, run_id: str | None):
     try:
         import wandb  # takes seconds, and most runs do without
     except ImportError:
-        why = "wandb is not installed"
-        raise UserError("log.wandb", why, f"pip install wandb, or {disable}") from None
-    mode = config.log.wandb
-    why = ""
+        todo = f"pip install wandb, or {disable}"
+        raise UserError("log.wandb", "wandb is not installed", todo) from None
+    options = {"config": asdict(config), "dir": str(folder), "id": run_id or None}
+    if "WANDB_PROJECT" not in os.environ:
+        options["project"] = config.log.project
+    mode = os.environ.get("WANDB_MODE", config.log.wandb)
     if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        print("wandb: no login (wandb login), logging offline", flush=True)
         mode = "offline"
-        why = "no login (wandb login)"
-    run = None
-    while run is None:
-        try:
-            run = wandb.init(
-                project=config.log.project,
-                config=asdict(config),
-                dir=str(folder),
-                mode=mode,
-                id=run_id,
-                resume="allow",
-            )
-        except Exception as error:  # no network, no answer, an unknown login, ...
-            if mode == "offline":
-                raise UserError("log.wandb", reason(error), f"try again, or {disable}") from None
-            mode = "offline"
-            why = f"cannot go online ({reason(error)})"
-    if why:
-        folder = Path(run.dir).parent
-        print(f"wandb: {why}, logging offline (later: wandb sync {folder})", flush=True)
+    try:
+        run = wandb.init(mode=mode, resume="allow", **options)
+    except Exception as error:  # no network, no answer, an unknown login, ...
+        if mode != "online":
+            raise UserError("log.wandb", reason(error), f"try again, or {disable}") from None
+        print(f"wandb: {reason(error)}; logging offline (later: wandb sync)", flush=True)
+        run = wandb.init(mode="offline", resume="allow", **options)
+    run.define_metric("*", step_metric="step")
     return run

@@ -1,23 +1,17 @@
 """CLIP's tokenizer: lower-case byte-pair encoding (Sennrich et al. 2016)."""
 
-import gzip
 import html
 import math
-import os
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from zsseg.download import fetch
-from zsseg.utils import UserError, cache_dir, path_of
+from zsseg.utils import UserError
 
 BYTES_ONLY = 514  # vocabulary size with no merges: 256 bytes, 256 ending a word, start, end
-VOCABULARY = (
-    "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
-    "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
-)
 
 
 def byte_symbols() -> dict[int, str]:
@@ -33,34 +27,6 @@ def byte_symbols() -> dict[int, str]:
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
-def read_merges(count: int) -> list[tuple[str, str]]:
-    """The first `count` merges of OpenAI's vocabulary file ($ZSSEG_VOCAB, else the cache, else
-    downloaded).
-    """
-    given = os.environ.get("ZSSEG_VOCAB")
-    path = path_of(given) if given else cache_dir() / "bpe_simple_vocab_16e6.txt.gz"
-    if given and not path.is_file():
-        raise UserError(
-            f"ZSSEG_VOCAB={given}", "no such file", "unset it or name bpe_simple_vocab_16e6.txt.gz"
-        )
-    if not given:
-        fetch([VOCABULARY[0]], path, VOCABULARY[1], "BPE vocabulary")
-    try:
-        lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"BPE vocabulary {path}", f"cannot be read ({error})", "delete it to download it again"
-        ) from None
-    merges = [tuple(line.split()) for line in lines[1 : count + 1]]  # the first line is a version
-    if len(merges) < count or any(len(m) != 2 for m in merges):
-        raise UserError(
-            f"BPE vocabulary {path}",
-            f"holds fewer than {count} merges",
-            "delete it to download it again",
-        )
-    return merges
-
-
 def clean(text: str) -> str:
     """Text as CLIP reads it: broken encodings and HTML's entities mended, one space between words,
     lower case.
@@ -73,55 +39,56 @@ def clean(text: str) -> str:
     return " ".join(text.split()).lower()
 
 
-def check_names(names: list[str], what: str = "class name") -> list[str]:
-    """Class names without surrounding white space; UserError where one is missing, or two are one
-    to CLIP.
+def check_names(names: Sequence[str], what: str = "class name") -> list[str]:
+    """Class names without surrounding white space; UserError if there are none, if one has nothing
+    to see, or if two are one to CLIP.
     """
-    names, before = [name.strip() for name in names], {}
+    if isinstance(names, str) or not names:
+        raise UserError(f"{what}s", f"are {names!r}", "give a list of at least one name")
+    names = [name.strip() for name in names]
+    earlier = {}
     for i, name in enumerate(names):
-        if not (read := clean(name)):
-            raise UserError(f"class {i}", "has no name", "give every class a name")
-        if read in before:
-            same = (
-                "stands twice"
-                if before[read] == name
-                else f"is the same to CLIP as {before[read]!r}"
-            )
-            raise UserError(f"{what} {name!r}", same, "give every class a name of its own")
-        before[read] = name
+        read = clean(name)
+        if not any(c.isprintable() for c in read.replace(" ", "")):
+            raise UserError(f"{what} {i}", f"is {name!r}, empty to CLIP", "give every class a name")
+        if read in earlier:
+            twin = earlier[read]
+            why = "is given twice" if twin == name else f"is the same to CLIP as {twin!r}"
+            raise UserError(f"{what} {name!r}", why, "give every class another name")
+        earlier[read] = name
     return names
 
 
+WORD = r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
 class Tokenizer:
-    """Lower-case byte-pair encoding. The vocabulary size says how many merges there are (none for
-    514).
+    """Lower-case byte-pair encoding.
+
+    merges: pairs of symbols, best first; as many as `vocab_size` has room for beside the bytes,
+    start and end: vocab_size - `BYTES_ONLY`.
     """
 
-    def __init__(self, vocab_size: int, context_length: int):
+    def __init__(self, vocab_size: int, context_length: int, merges: Sequence[tuple] = ()):
         self.context_length = context_length
         self.symbol_of_byte = byte_symbols()
         symbols = list(self.symbol_of_byte.values())
-        merges = read_merges(vocab_size - BYTES_ONLY) if vocab_size > BYTES_ONLY else []
         self.rank = {pair: i for i, pair in enumerate(merges)}
         words = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
         self.index = {word: i for i, word in enumerate(words)}
-        self.start, self.end = vocab_size - 2, vocab_size - 1
+        self.start = vocab_size - 2
+        self.end = vocab_size - 1
         self._merge = cache(self._merge)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` without start and end."""
         import regex  # \p classes, which `re` lacks
 
-        text = clean(text)
-        pattern = (
-            r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-        )
+        special = {"<|startoftext|>": [self.start], "<|endoftext|>": [self.end]}
         ids = []
-        for word in regex.findall(pattern, text, regex.IGNORECASE):
-            if word in ("<|startoftext|>", "<|endoftext|>"):
-                ids.append(self.start if word == "<|startoftext|>" else self.end)
-            else:
-                ids += self._merge("".join(self.symbol_of_byte[b] for b in word.encode("utf-8")))
+        for word in regex.findall(WORD, clean(text), regex.IGNORECASE):
+            symbols = "".join(self.symbol_of_byte[b] for b in word.encode("utf-8"))
+            ids += special.get(word) or self._merge(symbols)
         return ids
 
     def _merge(self, word: str) -> list[int]:
@@ -131,7 +98,8 @@ class Tokenizer:
             best = min(pairwise(parts), key=lambda pair: self.rank.get(pair, math.inf))
             if best not in self.rank:
                 break
-            joined, i = [], 0
+            joined = []
+            i = 0
             while i < len(parts):
                 step = 2 if tuple(parts[i : i + 2]) == best else 1
                 joined.append("".join(parts[i : i + step]))

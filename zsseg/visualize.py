@@ -7,53 +7,52 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from zsseg.files import PNG_MARK, result
+from zsseg.utils import atomic_write
+
+NEAREST = Image.Resampling.NEAREST
+STRIP_HEIGHT = 160  # pixels of each image in a comparison
 
 
 def palette(count: int) -> np.ndarray:
     """`count` distinct colours and, last, black for ignored pixels: uint8 [count + 1, 3]."""
-    colours = [
+    colours = [(0, 0, 0)] * (count + 1)
+    for i in range(count):
         # Golden-ratio steps of the hue keep neighbours apart.
-        colorsys.hsv_to_rgb(0.618034 * i % 1, 0.75, 0.95 - 0.175 * (i // 7 % 3))
-        for i in range(count)
-    ]
-    return (255 * np.array([*colours, (0, 0, 0)])).astype(np.uint8)
-
-
-def comparison_strip(
-    image: Tensor, labels: Tensor, predicted: Tensor, classes: int, height: int = 160
-) -> np.ndarray:
-    """Image, ground truth (`classes` where ignored) and prediction below one another, each `height`
-    pixels high: uint8 [3 * height, width, 3].
-
-    image: uint8 [3, H, W]. labels, predicted: class ids [h, w].
-    """
-    width = round(height * image.shape[2] / image.shape[1])
-    size = (min(max(width, 1), 4 * height), height)
-    label_maps = (m.numpy().astype(label_type(classes)) for m in (labels, predicted))
-    images = [image.permute(1, 2, 0).numpy(), *(palette(classes)[m] for m in label_maps)]
-    nearest = Image.Resampling.NEAREST
-    return np.concatenate([np.array(Image.fromarray(i).resize(size, nearest)) for i in images])
+        colours[i] = colorsys.hsv_to_rgb(0.618034 * i % 1, 0.75, 0.95 - 0.175 * (i // 7 % 3))
+    return (255 * np.array(colours)).astype(np.uint8)
 
 
 def label_type(classes: int) -> type:
-    """Of the ids in a label map: 8 bits, 16 above 255 classes."""
+    """The type of ids in a label map: 8 bits, 16 above 255 classes."""
     return np.uint8 if classes <= 255 else np.uint16
+
+
+def comparison_strip(image: Tensor, labels: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
+    """Image, ground truth (`classes`: ignored) and prediction below one another, each STRIP_HEIGHT
+    pixels high: uint8 [3 * STRIP_HEIGHT, width, 3].
+
+    image: uint8 [3, H, W]. labels, predicted: class ids [h, w].
+    """
+    width = round(STRIP_HEIGHT * image.shape[2] / image.shape[1])
+    size = (min(max(width, 1), 4 * STRIP_HEIGHT), STRIP_HEIGHT)
+    colours = palette(classes)
+    parts = [image.permute(1, 2, 0).numpy(), colours[labels.numpy()], colours[predicted.numpy()]]
+    return np.concatenate([np.array(Image.fromarray(p).resize(size, NEAREST)) for p in parts])
 
 
 def save_label_map(
     labels: Tensor | np.ndarray, path: Path, classes: int, colours: np.ndarray | None = None
 ) -> None:
-    """Class ids as a PNG of 8 bits, 16 above 255 classes; those of 8 bits with a palette where
-    there are `colours` uint8 [C, 3].
+    """Class ids as a PNG of 8 bits, 16 above 255 classes; those of 8 bits with a palette if
+    `colours` uint8 [C, 3] are given. Raises UserError if it cannot be written.
     """
     if isinstance(labels, Tensor):
         labels = labels.cpu().numpy()
     image = Image.fromarray(labels.astype(label_type(classes)))
     if colours is not None and image.mode == "L":
         image.putpalette(colours.tobytes())
-    with result(path) as temporary:
-        image.save(temporary, "PNG", pnginfo=PNG_MARK)
+    with atomic_write(path) as temporary:
+        image.save(temporary, "PNG")
 
 
 def overlay(
@@ -69,28 +68,26 @@ def overlay(
     tinted = (0.5 * grey + 0.5 * colours[labels]).astype(np.uint8)
     across = labels[:, 1:] != labels[:, :-1]
     down = labels[1:] != labels[:-1]
-    for part, edge in (
-        (tinted[:, 1:], across),
-        (tinted[:, :-1], across),
-        (tinted[1:], down),
-        (tinted[:-1], down),
-    ):
-        part[edge] = 255
+    tinted[:, 1:][across] = 255
+    tinted[:, :-1][across] = 255
+    tinted[1:][down] = 255
+    tinted[:-1][down] = 255
 
     H, W = labels.shape
     size = max(H // 36, 14)
     font = ImageFont.load_default(size)
     line = 2 * size
-    max_lines = max(H // line - 1, 1)
-    if len(legend) > max_lines:
-        legend = [*legend[: max_lines - 1], (-1, f"and {len(legend) - max_lines + 1} more")]
-    width = 3 * size + max((int(font.getlength(text)) for _, text in legend), default=0)
-    canvas = Image.new("RGB", (W + width + size, max(H, line * (len(legend) + 1))), "white")
+    most = max(H // line - 1, 1)
+    if len(legend) > most:
+        legend = [*legend[: most - 1], (-1, f"and {len(legend) - most + 1} more")]
+    width = 4 * size + max(int(font.getlength(text)) for _, text in legend)
+    canvas = Image.new("RGB", (W + width, max(H, line * (len(legend) + 1))), "white")
     canvas.paste(Image.fromarray(tinted))
     draw = ImageDraw.Draw(canvas)
     for i, (category, text) in enumerate(legend):
         y = size // 2 + line * i
         if category >= 0:
-            draw.rectangle((W + size, y, W + 2 * size, y + size), tuple(colours[category].tolist()))
+            colour = tuple(colours[category].tolist())
+            draw.rectangle((W + size, y, W + 2 * size, y + size), colour)
         draw.text((W + 3 * size, y + size // 2), text, "black", font, "lm")
     return canvas

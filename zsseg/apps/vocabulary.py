@@ -4,23 +4,17 @@ import itertools
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-from zsseg.config import Config, load_config
-from zsseg.datasets import DataSet, dataset
-from zsseg.files import read_text, split_lines
-from zsseg.tokenizer import check_names
-from zsseg.utils import UserError, did_you_mean_file, path_of, print_main
+from zsseg.config import Config
+from zsseg.utils import UserError, expand_path, no_such_file, plural, print_main, read_text
 
 OTHER = "other"  # what background words are shown as
-ENDINGS = (
-    r"txt|text|[ct]sv|jsonl?|toml|ya?ml|xml|md|rtf|docx?|xlsx?|ods|names|list|lst|dat|data"
-    r"|jpe?g|png|tiff?|webp|pth?|pkl"
-)
-FILE = re.compile(rf"^(~|\.{{0,2}}/)|\.({ENDINGS})\s*$", re.IGNORECASE)
-# Columns, numbers before names, comments behind them.
-OTHER_FORMAT = re.compile(r"\t|;|\s#|^\s*\d+\s*[:=)]|^\s*\d+\s*,\s*\D")
-OPENING, CLOSING = "[{(<\"'`“‘„«", "]}>\"'`”’»"
+MAX_CLASSES = 2**16 - 1  # that a label map of 16 bits has room for
+FULL_WIDTH = str.maketrans("，；：＝、\r", ",;:=,\n")
+BACKGROUND = re.compile(rf"(?:^|[,;\n])\s*{OTHER}s?\s*:", re.IGNORECASE)
+FILE = re.compile(r"(~|\.{0,2}/)[^,;=\n]*|[^,;=\n]*\.\w{2,5}")
+# Brackets, quotes, tabs, comments behind a name, numbers or dashes before it.
+NO_NAME = re.compile(r"""[][{}<>"|\t]|\s#|^['`-]|^\d+[.:)]\s""")
 
 
 @dataclass
@@ -30,7 +24,7 @@ class Words:
     """
 
     names: list[str]
-    synonyms: dict[str, list[str]]  # of a name: their text features are averaged with its own
+    synonyms: dict[str, list[str]]  # {name: other words for it}: their text features are averaged
     shown: int
 
     @property
@@ -53,54 +47,39 @@ def normalise(name: str) -> str:
     return re.sub(r"[\W_]", "", name.casefold()) or name
 
 
-def words_of(data: DataSet) -> Words:
-    """The classes of a data set."""
+def words_of(data) -> Words:
+    """The classes of a `datasets.DataSet`."""
     return Words(data.names, {}, len(data.names))
-
-
-def training_set_of(content: dict) -> DataSet:
-    """The data set of a checkpoint's training."""
-    return dataset(load_config(base=content["config"]).data)
 
 
 def trained_names(content: dict, config: Config) -> list[str]:
     """The names of the classes that a checkpoint's segmenter was trained on: they count as seen in
     the ensemble.
 
-    Of a data set without a seen/unseen split these are all. The original's checkpoints do not tell
-    what they were trained on; for them `config` does, whose data set has a split or is only
-    measured.
+    The original's checkpoints do not tell; `config` does, whose data set has a seen/unseen split or
+    is only measured.
     """
-    if "config" in content:
-        return training_set_of(content).training_names
+    if "trained" in content:
+        return content["trained"]
+    from zsseg.datasets import dataset
+
     data = dataset(config.data)
     return [data.names[i] for i in data.seen]
 
 
-def seen_classes(data: DataSet, content: dict, config: Config) -> list[int]:
-    """The class ids of a measured data set that count as seen.
+def seen_classes(data, content: dict, config: Config) -> list[int]:
+    """The class ids of a measured `datasets.DataSet` that count as seen.
 
-    Of one's own data those whose names were trained on, as for any words. Of a data set of the
-    table, those of the training where it is the same; else those of its own split: none where there
-    is no such split (all its classes are unseen).
+    Of the user's own data those whose names were trained on, as for any words. Of a data set of the
+    table, those of the training if it is the same, else those of its own split; without a split all
+    of its classes are unseen.
     """
-    if "config" not in content:
-        return data.seen
+    trained = trained_names(content, config)
     if data.name == "folder":
-        return words_of(data).among(trained_names(content, config))
-    trained = training_set_of(content)
-    return trained.trained if data.name == trained.name else data.seen
-
-
-def is_path(text: str) -> bool:
-    """Whether somebody who writes this means a file rather than a word ("tv/monitor")."""
-    return bool(FILE.search(text)) or ("/" in text and os.path.isdir(os.path.dirname(text)))
-
-
-def split(text: str, signs: str) -> list[str]:
-    """The words between any of these signs, each with single spaces; empty ones are left out."""
-    words = (" ".join(part.split()) for part in re.split(f"[{signs}]", text))
-    return [word for word in words if word]
+        return words_of(data).among(trained)
+    if "trained" in content and content["config"]["data"]["name"] == data.name:
+        return [i for i, name in enumerate(data.names) if name in trained]
+    return data.seen
 
 
 def read_words(text: str) -> Words:
@@ -113,64 +92,61 @@ def read_words(text: str) -> Words:
         # a comment
 
     Raises UserError for a file that cannot be read, for no word at all, for a duplicate, and for
-    what looks as if something else was meant: the name of a file, or a list in another format.
+    what looks like the name of a file or a list in another format.
     """
-    file = path_of(text.strip())
-    in_file = os.path.isfile(file) or ("," not in text and is_path(text))
-    return parse_words(read_lines(file, text) if in_file else text.split(";"), in_file)
+    file = expand_path(text.strip())
+    todo = "give a text file, or the words themselves"
+    if os.path.isfile(file):
+        print_main(f"--classes: words from the file {file}")
+        words = parse_words(read_text(file, f"--classes {file}", todo), in_file=True)
+    elif FILE.fullmatch(str(file)):
+        raise no_such_file(f"--classes {text}", file, todo)
+    else:
+        words = parse_words(text)
+    if len(words.names) == 1:
+        todo = f"separate names by commas, or add '; {OTHER}: ...' for what is something else"
+        print_main(f"1 class, which every pixel gets: {words.names[0]!r} ({todo})")
+    return words
 
 
-def parse_words(lines: list[str], in_file: bool = False) -> Words:
-    """The words in lines as `read_words` describes them; nothing is read."""
-    classes: list[list[str]] = []  # the names of each, its own first
+def parse_words(text: str, in_file: bool = False) -> Words:
+    """The words in a text as `read_words` describes them; nothing is read. Classes are separated by
+    commas, semicolons and line breaks; in several lines, or `in_file`, the commas of a line that
+    begins with `name =` separate its synonyms.
+    """
+    text = text.translate(FULL_WIDTH).strip()
+    in_lines = in_file or "\n" in text
+    classes: list[list[str]] = []  # the words of each, its name first
     background: list[str] = []
-    for line in map(str.strip, lines):
-        name, equals, _ = line.partition("=")
-        if line.casefold().startswith(f"{OTHER}:"):
-            background += split(line[len(OTHER) + 1 :], ",=")
-        elif in_file and equals:
-            if len(split(name, ",")) != 1:
-                todo = "write one class with synonyms a line"
-                raise UserError(f"--classes: {line!r}", "has no single name before =", todo)
-            classes.append(split(line, ",="))
-        else:
-            classes += filter(None, (split(entry, "=") for entry in line.split(",")))
-    if not classes:
-        raise UserError("--classes", "contains no word", "write e.g. --classes 'cat, dog, grass'")
-    words = [*itertools.chain(*classes), *background]
-    check_words(words + [OTHER] * bool(background))
-    if len(classes) >= 2**16:
-        why = f"contains {len(classes)} classes"
-        raise UserError("--classes", why, "label maps have room for 65535")
+    for line in re.split("[;\n]", BACKGROUND.sub(f"\n{OTHER}:", text)):
+        if line.startswith(f"{OTHER}:"):
+            background += split_words(line.removeprefix(f"{OTHER}:"), ",|=")
+        elif in_lines and "=" in line.partition(",")[0]:
+            classes.append(split_words(line, ",|="))
+        elif not line.lstrip().startswith("#"):
+            classes += [split_words(entry, "=") for entry in line.split(",")]
+    classes = [words for words in classes if words]
+    if not 0 < len(classes) <= MAX_CLASSES:
+        why = f"contain {plural(len(classes), 'name')}"
+        raise UserError("classes", why, f"give 1 to {MAX_CLASSES}, e.g. 'cat, dog, grass'")
+    check_words([*itertools.chain(*classes), *background, *[OTHER] * bool(background)])
+    names = [words[0] for words in classes]
     synonyms = {name: others for name, *others in classes if others}
-    return Words([names[0] for names in classes] + background, synonyms, len(classes))
+    return Words(names + background, synonyms, len(classes))
 
 
-def read_lines(file: Path, text: str) -> list[str]:
-    """The lines of a word file that are no comments."""
-    print_main(f"--classes: words from the file {file}")
-    todo = did_you_mean_file(file, "give a text file, or the words themselves")
-    lines = split_lines(read_text(file, f"--classes {text}", todo))
-    lines = [line for line in lines if not line.strip().startswith("#")]
-    for line in filter(OTHER_FORMAT.search, lines):
-        todo = "write one name, and comments on lines of their own"
-        raise UserError(f"--classes: {line!r}", "is not a line of names", todo)
-    return lines
+def split_words(text: str, separator: str) -> list[str]:
+    """The words between any of the separators, each with single spaces, without empty ones."""
+    words = (re.sub(" +", " ", part).strip() for part in re.split(separator, text))
+    return [word for word in words if word]
 
 
 def check_words(words: list[str]) -> None:
     """UserError for duplicates, and for words that look as if something else was meant."""
+    from zsseg.tokenizer import check_names  # imports torch
+
     for word in words:
-        if word.casefold().startswith(f"{OTHER}:"):
-            why = "is inside a list"
-            todo = f"start with {OTHER}: after ; or on a new line"
-        elif is_path(word):
-            why = "looks like the name of a file"
-            todo = "give only that, or only words"
-        elif word[0] in OPENING or word[-1] in CLOSING:
-            why = "has brackets or quotes"
-            todo = "write only the words: cat, dog, grass"
-        else:
-            continue
-        raise UserError(f"--classes: {word!r}", why, todo)
-    check_names(words, "--classes:")
+        if NO_NAME.search(word) or FILE.fullmatch(word):
+            todo = "write only names: cat, dog, grass"
+            raise UserError(f"class {word!r}", "is a file or a list in another format", todo)
+    check_names(words, "class")

@@ -268,12 +268,10 @@ def isolated(words: list[str], environment: dict[str, str], files: list[Path]) -
         precision = torch.get_float32_matmul_precision()
         stack.callback(torch.set_float32_matmul_precision, precision)
         stack.enter_context(contextlib.chdir(ROOT))
+        stack.callback(set_environment, dict(os.environ))
+        set_environment(environment)
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(sys, "argv", words)
-        for name in os.environ.keys() - environment.keys():
-            patch.delenv(name)
-        for name, value in environment.items():
-            patch.setenv(name, value)
         if threads := environment.get("OMP_NUM_THREADS"):
             torch.set_num_threads(int(threads))
         for number in utils.SIGNALS:
@@ -285,6 +283,11 @@ def isolated(words: list[str], environment: dict[str, str], files: list[Path]) -
         yield
 
 
+def set_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+
+
 @contextlib.contextmanager
 def redirected(files: list[Path]) -> Iterator[None]:
     """Standard streams are these files, for child processes too."""
@@ -294,14 +297,14 @@ def redirected(files: list[Path]) -> Iterator[None]:
         opened = os.open(file, os.O_RDWR | os.O_APPEND)
         os.dup2(opened, number)
         os.close(opened)
-    # Never closed: a logger may go on with them.
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+    stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
+    sys.stdin, sys.stdout, sys.stderr = stdin, stdout, stderr
     try:
         yield
     finally:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in (sys.stdout, sys.stderr, stdout, stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         sys.stdin, sys.stdout, sys.stderr = before

@@ -19,7 +19,7 @@ from torch import Tensor
 from zsseg.config import Config
 from zsseg.datasets import dataset
 from zsseg.distributed import Process
-from zsseg.utils import UserError, atomic_write
+from zsseg.utils import LINE_EVERY, UserError, atomic_write, format_time
 
 MAX_IMAGES = 8  # of an evaluation that wandb gets
 MAX_SIDE = 512  # pixels of their longer side
@@ -29,12 +29,16 @@ WANDB = {"WANDB_INIT_TIMEOUT": "20", "WANDB_FINISH_TIMEOUT": "20", "WANDB_ERROR_
 
 class Log:
     """The record of a run: one JSON object a line in `metrics.jsonl`, the same numbers in wandb
-    (rank 0 only). Whatever becomes of wandb, the run goes on.
+    (rank 0 only), and a line now and then. Whatever becomes of wandb, the run goes on.
     """
 
     def __init__(
         self, folder: Path, process: Process, config: Config, step: int = 0, run_id: str = ""
     ):
+        self.process = process
+        self.config = config
+        self.printed = time.perf_counter()
+        self.speed = Speed(process, config.train.batch_size, step)
         self.file = folder / "metrics.jsonl" if process.is_main else None
         self.data = dataset(config.data)
         self.images: list[tuple[str, np.ndarray]] = []
@@ -50,6 +54,27 @@ class Log:
         if config.log.wandb != "disabled":
             self.run = start_wandb(config, folder, run_id)
             self.run_id = self.run.id
+
+    def step(
+        self, done: int, loss: Tensor, parts: dict[str, Tensor], norm: Tensor, lr: float
+    ) -> str:
+        """Log the numbers of the step that was the `done`th, means over the processes; here the
+        host waits for the device. What a progress bar shows of them.
+        """
+        train = self.config.train
+        means = torch.stack([loss, *parts.values()]).double()
+        means = self.process.sum(means) / self.process.world_size
+        values = dict(zip(["loss", *parts], means.tolist(), strict=True))
+        values |= {"grad_norm": float(norm), "lr": lr} | self.speed.read(done)
+        self.write(done, **values)
+        text = f"loss {values['loss']:.3f}, {values['speed/images_per_second']:.1f} images/s"
+        now = time.perf_counter()
+        due = now - self.printed > LINE_EVERY or done == train.steps
+        if self.file and due and not sys.stderr.isatty():
+            self.printed = now
+            left = format_time(self.speed.pace * (train.steps - done))
+            print(f"{train.task} step {done}/{train.steps} {text}, {left} left", flush=True)
+        return text
 
     def write(self, step: int, **values: object) -> None:
         """Log values, nested ones too; nothing with NaN/Inf, which JSON does not know."""

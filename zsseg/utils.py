@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -333,15 +334,23 @@ def progress(items: Iterable, name: str, total: int, show: bool = True) -> Itera
             print(f"{name} {i}/{total}, {1 / each:.1f}/s, {left} left", flush=True)
 
 
-def parallel(function: Callable, items: Iterable, workers: int, name: str) -> Iterator:
+def parallel(function: Callable, items: Sequence, workers: int, name: str) -> Iterator:
     """function(item) of every item, in order, by threads (Pillow and zlib release the
-    interpreter), with progress.
+    interpreter), a few ahead, with progress.
     """
-    items = list(items)
-    parts = (items[i : i + 256] for i in range(0, len(items), 256))  # there may be a million
+    waiting = deque()
+
+    def results() -> Iterator:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 4 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        results = (result for part in parts for result in pool.map(function, part))
         try:
-            yield from progress(results, name, len(items), os.environ.get("RANK", "0") == "0")
+            show = os.environ.get("RANK", "0") == "0"
+            yield from progress(results(), name, len(items), show)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -1,8 +1,10 @@
-"""Set-prediction training (MaskFormer, Cheng et al. 2021): class, focal and dice loss; per-pixel
-and contrastive losses.
+"""Set-prediction training (MaskFormer, Cheng et al. 2021, section 3.2): class, focal and dice loss;
+the one-stage baseline's cross-entropy.
 
-Everything here is plain PyTorch; CUDA tensors go to a kernel that computes the same.
+Plain PyTorch; CUDA tensors go to a kernel that computes the same.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,75 +12,74 @@ from torch import Tensor
 
 from kernels import mask_loss
 from kernels.jit import use_triton
-from zsseg.distributed import Process
 from zsseg.matcher import Targets, assign, matching_cost
 
 ALPHA = 0.25  # of the focal loss (Lin et al. 2017), with gamma 2
 
 
 def loss_normalizers(
-    counts: Tensor, queries: int, no_object_weight: float, process: Process
+    counts: Tensor,
+    num_queries: int,
+    no_object_weight: float,
+    sum: Callable[[Tensor], Tensor],
+    world_size: int,
 ) -> Tensor:
-    """What the losses are divided by, [2]: the number of masks, and the queries' class weights.
+    """The divisors of the losses, fp32 [2]: the number of masks, and of the queries' class weights.
 
-    Both are means over the processes of the global batch, so that processes that average gradients
-    equal one large process. They follow from the counts alone, so that no loss has to wait for
-    other processes.
+    Both are means over the processes of the global batch (`sum` adds them up), so that processes
+    that average gradients equal one large process. They follow from the counts [B] alone, so that
+    no loss has to wait for other processes.
     """
-    matched = counts.clamp(max=queries)
-    local = torch.stack([counts.sum(), (matched + no_object_weight * (queries - matched)).sum()])
-    masks, weights = process.sum(local.float()) / process.world_size
+    matched = counts.clamp(max=num_queries)
+    weights = matched + no_object_weight * (num_queries - matched)
+    local = torch.stack([counts.sum(), weights.sum()])
+    masks, weights = sum(local.float()) / world_size
     return torch.stack([masks.clamp(min=1), weights.clamp(min=1e-6)])
 
 
-def class_loss(
-    logits: Tensor, matched: Tensor, classes: Tensor, no_object_weight: float, total: Tensor
-) -> Tensor:
-    """Weighted cross-entropy of each layer [L], divided by `total`: unmatched queries are the
-    no-object class.
-    """
-    L, B, Q, C = logits.shape
-    # The extra query takes what has no match.
-    truth = torch.full((L, B, Q + 1), C - 1, device=logits.device)
-    truth = truth.scatter(2, matched.where(matched >= 0, Q), classes.expand(L, -1, -1))[..., :Q]
-    weight = torch.where(truth == C - 1, no_object_weight, 1.0).flatten()
-    losses = weight * F.cross_entropy(
-        logits.float().flatten(0, 2), truth.flatten(), reduction="none"
-    )
-    return losses.view(L, B, Q).sum((1, 2)) / total
+def class_loss(class_logits, mask_logits, matched, targets, normalizers, train):
+    """Weighted cross-entropy; the target of an unmatched query is the no-object class."""
+    L, B, Q, C = class_logits.shape
+    target = torch.full((L, B, Q + 1), C - 1, device=class_logits.device)
+    query = matched.where(matched >= 0, Q)  # column Q collects unmatched targets
+    target = target.scatter(2, query, targets.classes.expand(L, -1, -1))[..., :Q]
+    weight = torch.where(target == C - 1, train.no_object_weight, 1.0)
+    logits = class_logits.float().flatten(0, 2)
+    losses = F.cross_entropy(logits, target.flatten(), reduction="none").view(L, B, Q)
+    return {"class": (weight * losses).sum((1, 2)) / normalizers[1]}
 
 
-def mask_losses(
-    masks: Tensor, matched: Tensor, targets: Targets, num_masks: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Focal and dice loss [L] each of the matched pairs, at the label map's size, summed and
-    divided by `num_masks`.
-    """
-    if use_triton(masks) and mask_loss.is_supported(masks, targets.labels):
-        focal, dice = mask_loss.mask_loss(masks, matched, targets.labels, targets.classes)
-    else:
-        focal, dice = focal_and_dice(masks, matched, targets.labels, targets.classes)
-    return focal.sum((1, 2)) / num_masks, dice.sum((1, 2)) / num_masks
+def mask_losses(class_logits, mask_logits, matched, targets, normalizers, train):
+    """Focal and dice loss of the matched pairs, at the label map's size."""
+    compute = focal_and_dice
+    if use_triton(mask_logits) and mask_loss.is_supported(mask_logits, targets.labels):
+        compute = mask_loss.mask_loss
+    focal, dice = compute(mask_logits, matched, targets.labels, targets.classes)
+    return {
+        "focal": train.focal_weight * (focal.sum((1, 2)) / normalizers[0]),
+        "dice": train.dice_weight * (dice.sum((1, 2)) / normalizers[0]),
+    }
 
 
 def focal_and_dice(
     masks: Tensor, matched: Tensor, labels: Tensor, classes: Tensor
 ) -> tuple[Tensor, Tensor]:
     """mask logits [L, B, Q, h, w], matched [L, B, T] (query of each target or -1), labels [B, H,
-    W], classes [B, T] -> focal and dice loss of each pair [L, B, T], 0 where there is no match.
-    fp32, or fp64 where the masks are.
+    W], classes [B, T] -> focal and dice loss of each pair [L, B, T], 0 for unmatched targets; fp32,
+    or fp64 for fp64 masks.
     """
-    T, (h, w) = classes.shape[1], masks.shape[-2:]
+    T = classes.shape[1]
+    h, w = masks.shape[-2:]
     dtype = torch.promote_types(masks.dtype, torch.float32)
     if not T:
         return (masks[:, :, :0, 0, 0].to(dtype),) * 2  # so that the masks get a gradient, of zeros
     t = labels[:, None] == classes[:, :, None, None]  # [B, T, H, W]
     alpha = torch.where(t, ALPHA, 1 - ALPHA).to(dtype)
-    focal, dice = [], []
+    focal = []
+    dice = []
     for layer_masks, query in zip(masks, matched, strict=True):
         index = query.clamp(min=0)[..., None, None].expand(-1, -1, h, w)
         x = layer_masks.gather(1, index).to(dtype)  # [B, T, h, w]
-        # [B, T, H, W]
         x = F.interpolate(x, labels.shape[-2:], mode="bilinear", align_corners=False)
         x_true = torch.where(t, x, -x)  # the logit of what is true
         missed = (-x_true).sigmoid()  # 1 - p of it
@@ -90,44 +91,37 @@ def focal_and_dice(
     return torch.stack(focal), torch.stack(dice)
 
 
-def segmentation_losses(
-    logits: Tensor,
-    masks: Tensor,
-    targets: Targets,
-    normalizers: Tensor,
-    focal_weight: float,
-    dice_weight: float,
-    no_object_weight: float,
-) -> dict[str, Tensor]:
-    """The weighted loss terms of every decoder layer: {"class": [L], "focal": [L], "dice": [L]};
-    their sum is the loss.
+# Each maps class logits [L, B, Q, C+1], mask logits [L, B, Q, h, w], the query of each target
+# [L, B, T] (or -1), Targets, normalizers [2] and the section `train` to {name: [L]}: weighted terms
+# of every decoder layer, which are summed up and logged by their names.
+LOSSES = {"class": class_loss, "mask": mask_losses}
 
-    logits [L, B, Q, C+1], masks [L, B, Q, h, w], `normalizers` [2] from `loss_normalizers`.
+
+def segmentation_losses(
+    class_logits: Tensor, mask_logits: Tensor, targets: Targets, normalizers: Tensor, train: object
+) -> dict[str, Tensor]:
+    """All weighted loss terms of every decoder layer, {"class": [L], "focal": [L], "dice": [L]};
+    their sum is the loss. Shapes as for LOSSES; `normalizers` from `loss_normalizers`.
+
     A batch without targets still gives every output a gradient. A matching cost that is not finite
-    makes the loss NaN. Nothing is read by the host, so that torch.compile takes it whole and a GPU
+    makes the losses NaN. The host reads nothing, so that torch.compile takes it whole and a GPU
     never waits.
     """
-    num_masks, weights = normalizers
     with torch.no_grad():
-        matched, bad = assign(
-            matching_cost(logits, masks, targets, focal_weight, dice_weight), targets.counts
-        )
-    focal, dice = mask_losses(masks, matched, targets, num_masks)
-    # So that every gradient is NaN, too.
-    focal = focal * torch.where(bad.any(1), torch.nan, 1.0)
-    return {
-        "class": class_loss(logits, matched, targets.classes, no_object_weight, weights),
-        "focal": focal_weight * focal,
-        "dice": dice_weight * dice,
-    }
+        weights = (train.focal_weight, train.dice_weight)
+        cost = matching_cost(class_logits, mask_logits, targets, *weights)
+        matched, bad = assign(cost, targets.counts)
+    factor = torch.where(bad.any(1), torch.nan, 1.0)  # [L]; every gradient is NaN, too
+    losses = {}
+    for loss in LOSSES.values():
+        terms = loss(class_logits, mask_logits, matched, targets, normalizers, train)
+        losses |= {name: factor * term for name, term in terms.items()}
+    return losses
 
 
 def per_pixel_loss(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
-    """Cross-entropy at the label maps' size: logits [B, C, h, w], labels [B, H, W] -> the mean over
-    the pixels that count.
-
-    0 where none does.
+    """Cross-entropy of logits [B, C, H, W] and labels [B, H, W], the mean over the pixels that are
+    not `ignore`; 0 if all are.
     """
-    full = F.interpolate(logits, labels.shape[-2:], mode="bilinear", align_corners=False)
-    total = F.cross_entropy(full, labels.long(), ignore_index=ignore, reduction="sum")
+    total = F.cross_entropy(logits, labels.long(), ignore_index=ignore, reduction="sum")
     return total / (labels != ignore).sum().clamp(min=1)

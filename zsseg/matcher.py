@@ -1,7 +1,7 @@
 """Matching of queries and targets (MaskFormer, Cheng et al. 2021, section 3.2): cost, and
 assignment of minimum cost.
 
-Everything here is plain PyTorch and SciPy; CUDA tensors go to kernels that compute the same.
+Plain PyTorch and SciPy; CUDA tensors go to kernels that compute the same.
 """
 
 from dataclasses import dataclass
@@ -12,15 +12,16 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from kernels import assignment
-from kernels import matching_cost as matching_cost_kernel
+from kernels import matching_cost as kernel
 from kernels.jit import use_triton
 
 LIMIT = 1e6  # costs that are not finite count as this much
+MAX_TARGETS = 64  # of an image, that the assignment kernel takes
 
 
 @dataclass
 class Targets:
-    """What is in each image, padded to the largest count T; the mask of a target is `labels ==
+    """The classes in each image, padded to the largest count T; a target's mask is `labels ==
     class`.
     """
 
@@ -29,20 +30,19 @@ class Targets:
     counts: Tensor  # [B] int64
 
     def to(self, device: torch.device) -> "Targets":
-        return Targets(
-            *(t.to(device, non_blocking=True) for t in (self.labels, self.classes, self.counts))
-        )
+        """A copy on `device`; the host does not wait for it."""
+        return Targets(*(t.to(device, non_blocking=True) for t in vars(self).values()))
 
     def pin_memory(self) -> "Targets":
-        return Targets(*(t.pin_memory() for t in (self.labels, self.classes, self.counts)))
+        """What DataLoader asks for to make that copy fast."""
+        return Targets(*(t.pin_memory() for t in vars(self).values()))
 
     def padded(self) -> "Targets":
         """T raised to 15, 31, 63 or more: a compiled program serves one T, and the matching kernel
         a power of two less one.
         """
         T = self.classes.shape[1]
-        # 64 is what the assignment kernel still takes.
-        wide = T if T == 64 else max(2 ** T.bit_length() - 1, 15)
+        wide = T if T == MAX_TARGETS else max(2 ** T.bit_length() - 1, 15)
         return Targets(self.labels, F.pad(self.classes, (0, wide - T)), self.counts)
 
 
@@ -57,34 +57,33 @@ def matching_cost(
 
         -p[class] + focal_weight * focal(mask, target) + dice_weight * dice(mask, target)
 
-    class_logits [L, B, Q, C+1], mask_logits [L, B, Q, h, w] -> [L, B, Q, T], fp32, or fp64 where
-    the masks are; columns beyond an image's count mean nothing. Label maps are brought to h x w by
+    class_logits [L, B, Q, C+1], mask_logits [L, B, Q, h, w] -> [L, B, Q, T], fp32, or fp64 for
+    fp64 masks; columns beyond an image's count mean nothing. Label maps are brought to h x w by
     nearest sampling. No gradient is needed.
     """
     L, _, Q, h, w = mask_logits.shape
-    # [B, h, w]
     labels = F.interpolate(targets.labels[:, None].float(), (h, w), mode="nearest")[:, 0].int()
+    classes = targets.classes
     if use_triton(mask_logits):
-        return matching_cost_kernel.matching_cost(
-            class_logits, mask_logits, labels, targets.classes, focal_weight, dice_weight
+        return kernel.matching_cost(
+            class_logits, mask_logits, labels, classes, focal_weight, dice_weight
         )
     dtype = torch.promote_types(mask_logits.dtype, torch.float32)
-    # [B, T, hw]
-    target = (labels[:, None] == targets.classes[:, :, None, None]).flatten(2).to(dtype)
+    target = (labels[:, None] == classes[:, :, None, None]).flatten(2).to(dtype)  # [B, T, hw]
     x = mask_logits.to(dtype).flatten(3)  # [L, B, Q, hw]
     p = x.sigmoid()
 
     # Focal loss (alpha 0.25, gamma 2) where the target is 1, and where it is 0.
     positive = 0.25 * (1 - p) ** 2 * F.softplus(-x)
     negative = 0.75 * p**2 * F.softplus(x)
-    focal = torch.einsum("lbqn,btn->lbqt", positive, target) + torch.einsum(
-        "lbqn,btn->lbqt", negative, 1 - target
-    )
+    over_pixels = "lbqn,btn->lbqt"
+    focal = torch.einsum(over_pixels, positive, target)
+    focal = focal + torch.einsum(over_pixels, negative, 1 - target)
 
-    overlap = torch.einsum("lbqn,btn->lbqt", p, target)
+    overlap = torch.einsum(over_pixels, p, target)
     dice = 1 - (2 * overlap + 1) / (p.sum(-1)[..., None] + target.sum(-1)[:, None] + 1)
 
-    index = targets.classes[None, :, None].expand(L, -1, Q, -1)  # [L, B, Q, T]
+    index = classes[None, :, None].expand(L, -1, Q, -1)  # [L, B, Q, T]
     class_prob = class_logits.to(dtype).softmax(-1).gather(-1, index)
     return -class_prob + focal_weight * focal / (h * w) + dice_weight * dice
 
@@ -93,17 +92,15 @@ def assign(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Minimum-cost assignment per layer and image: cost [L, B, Q, T], counts [B] -> the query of
     each target, int64 [L, B, T].
 
-    -1 where a target is padding, or is left without a query because there are fewer queries than
-    targets. Costs that are not finite count as a million; bool [L, B] says where there were any.
+    -1 for padding, and for targets without a query, if there are fewer queries than targets. Costs
+    that are not finite count as a million; bool [L, B] says where there were any.
     """
     if use_triton(cost) and assignment.is_supported(cost):
         return assignment.assignment(cost, counts)
     return hungarian(cost, counts)
 
 
-@torch.library.custom_op(
-    "zsseg::hungarian", mutates_args=()
-)  # an operator, so that torch.compile takes it as one
+@torch.library.custom_op("zsseg::hungarian", mutates_args=())  # torch.compile takes it as one
 def hungarian(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """`assign` by SciPy, on the host."""
     L, B, _, T = cost.shape
@@ -114,9 +111,8 @@ def hungarian(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         for image, count in enumerate(counts.tolist()):
             problem = costs[layer, image, :, :count]
             bad[layer, image] = not problem.isfinite().all()
-            query, target = linear_sum_assignment(
-                problem.nan_to_num(LIMIT, LIMIT, -LIMIT).clamp(-LIMIT, LIMIT).numpy()
-            )
+            problem = problem.nan_to_num(LIMIT, LIMIT, -LIMIT).clamp(-LIMIT, LIMIT)
+            query, target = linear_sum_assignment(problem.numpy())
             matched[layer, image, torch.from_numpy(target)] = torch.from_numpy(query)
     return matched.to(cost.device), bad.to(cost.device)
 

@@ -1,15 +1,16 @@
-"""Region classification (Xu et al. 2021): binary masks -> masked crops -> CLIP class logits."""
+"""Region classification (Xu et al. 2021, section 3.3): masks -> masked crops -> CLIP features."""
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import masks_to_boxes
 
 from kernels import region_crop as kernel
 from kernels.jit import use_triton
-from kernels.mask_pool import mask_pool as mask_pool_kernel
-from zsseg.clip import CLIP, MEAN, STD, cosine_logits
-from zsseg.config import ClipConfig
-from zsseg.utils import out_of_memory, print_main
+from kernels.mask_pool import mask_pool
+from zsseg.clip import CLIP
 
 STRIDE = 4  # from mask logits to the padded network input
 
@@ -18,241 +19,143 @@ def mask_probabilities(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Mask logits [Q, h, w] at stride 4 -> probabilities at network-input size, before padding: [Q,
     *size], fp32 or fp64.
     """
+    H, W = size
     padded = (STRIDE * logits.shape[1], STRIDE * logits.shape[2])
     logits = logits[None].to(torch.promote_types(logits.dtype, torch.float32))
-    return F.interpolate(logits, padded, mode="bilinear", align_corners=False)[
-        0, :, : size[0], : size[1]
-    ].sigmoid()
+    logits = F.interpolate(logits, padded, mode="bilinear", align_corners=False)
+    return logits[0, :, :H, :W].sigmoid()
+
+
+def box_of(masks: Tensor) -> Tensor:
+    """Tight boxes of binary masks [P, H, W] with at least a pixel each -> int64 [P, 4]: x0, y0, x1,
+    y1, ends excluded.
+    """
+    boxes = masks_to_boxes(masks).long()
+    boxes[:, 2:] += 1
+    return boxes
 
 
 def region_masks(
     logits: Tensor, size: tuple[int, int], threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mask logits [Q, h, w] -> where the probability is above the threshold, 0 or 1, uint8 [Q,
-    *size]; boxes and valid as `mask_boxes` gives them.
+    """Mask logits [Q, h, w] -> where the probability is above the threshold, bool or uint8 [Q,
+    *size]; boxes [Q, 4] as of `box_of`; valid bool [Q]: the mask has a pixel. The boxes of the
+    others mean nothing.
     """
     if use_triton(logits):
         return kernel.region_masks(logits, list(size), threshold)
     masks = mask_probabilities(logits, size) > threshold
-    return masks.to(torch.uint8), *mask_boxes(masks)
+    valid = masks.flatten(1).any(1)
+    boxes = logits.new_zeros(len(masks), 4, dtype=torch.int64)
+    boxes[valid] = box_of(masks[valid])
+    return masks, boxes, valid
 
 
-def mask_boxes(masks: Tensor, expand_ratio: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Tight boxes of binary masks [Q, H, W] -> int64 [Q, 4] as x0, y0, x1, y1 (ends excluded), and
-    valid [Q] bool.
+@dataclass
+class Regions:
+    """The regions of an image that CLIP is to name, none of them empty."""
 
-    Boxes are scaled by `expand_ratio` about their centre and clipped; an empty mask gets the whole
-    image and valid = False.
-    """
-    H, W = masks.shape[-2:]
-    ends = []
-    for line, length in ((masks.bool().any(1), W), (masks.bool().any(2), H)):  # [Q, W], [Q, H]
-        first = line.int().argmax(1)
-        ends.append((first, length - line.flip(1).int().argmax(1)))
-    (x0, x1), (y0, y1) = ends
-    boxes = torch.stack([x0, y0, x1, y1], 1)
-    return expand_boxes(boxes, expand_ratio, (H, W)), masks.flatten(1).bool().any(1)
+    mask_logits: Tensor | None  # [P, h, w] at stride 4; None for masks from elsewhere
+    masks: Tensor  # 0 or 1, [P, H, W]
+    boxes: Tensor  # int64 [P, 4], see `box_of`
 
 
-def expand_boxes(boxes: Tensor, ratio: float, size: tuple[int, int]) -> Tensor:
-    """Boxes [Q, 4] scaled about their centre, clipped to an image of `size` (height, width), at
-    least a pixel wide.
-    """
-    if ratio == 1:
-        return boxes
-    first, last = boxes[:, :2], boxes[:, 2:]
-    limit = boxes.new_tensor([size[1], size[0]])
-    centre, half = (first + last) / 2, (last - first) * ratio / 2
-    first, last = ((centre + s * half).long().clamp(min=0).minimum(limit) for s in (-1, 1))
-    return torch.cat([first, torch.maximum(last, first + 1)], 1)
-
-
-def normalize(images: Tensor) -> Tensor:
-    """RGB in 0..255 [..., 3, H, W] as CLIP takes it, fp32."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
-    return (images / 255 - mean) / std
-
-
-def region_crops(
-    image: Tensor, masks: Tensor, boxes: Tensor, resolution: int, index: Tensor | None = None
-) -> Tensor:
-    """What CLIP sees of each region: image [3, H, W] in 0..255, masks [Q, H, W], boxes [Q, 4] ->
-    [P, 3, R, R].
+def region_crops(clip: CLIP, image: Tensor, masks: Tensor, boxes: Tensor) -> Tensor:
+    """Masked crops: image [3, H, W] in 0..255, masks [P, H, W], boxes [P, 4] -> [P, 3, R, R].
 
     The image inside the mask and CLIP's mean colour outside, normalised, cropped to the box,
     resized to R x R with bicubic interpolation (a = -0.75, half-pixel centres, no anti-aliasing).
-    Filling with the mean before normalising is 0 after it. `index` [P] chooses among the masks;
-    without it, P = Q. bf16 under autocast, else fp32.
+    Filling with the mean before normalising is 0 after it. bf16 under autocast, else fp32.
     """
-    index = torch.arange(len(masks), device=masks.device) if index is None else index
+    R = clip.resolution
     dtype = torch.bfloat16 if torch.is_autocast_enabled(image.device.type) else torch.float32
     if use_triton(image) and image.dtype == torch.uint8:
-        masks = masks.to(torch.uint8)
-        return kernel.region_crop(
-            image, masks, index, boxes, list(MEAN), list(STD), resolution, dtype
-        )
-    image = normalize(image)
-    crops = image.new_empty(len(index), 3, resolution, resolution)
-    for crop, mask, (x0, y0, x1, y1) in zip(
-        crops, masks[index] != 0, boxes[index].tolist(), strict=True
-    ):
-        region = image[:, y0:y1, x0:x1] * mask[y0:y1, x0:x1]
-        crop[:] = F.interpolate(
-            region[None], (resolution, resolution), mode="bicubic", align_corners=False
-        )[0]
+        index = torch.arange(len(masks), device=masks.device)
+        return kernel.region_crop(image, masks.byte(), index, boxes, *clip.pixel_stats, R, dtype)
+    image = clip.normalize(image)
+    crops = image.new_empty(len(masks), 3, R, R)
+    for crop, mask, (x0, y0, x1, y1) in zip(crops, masks != 0, boxes.tolist(), strict=True):
+        region = image[None, :, y0:y1, x0:x1] * mask[y0:y1, x0:x1]
+        crop[:] = F.interpolate(region, (R, R), mode="bicubic", align_corners=False)[0]
     return crops.to(dtype)
 
 
-def resize_masks(masks: Tensor, boxes: Tensor, resolution: int, index: Tensor) -> Tensor:
-    """Masks [Q, H, W] cut to boxes [Q, 4] and resized to R x R, the nearest pixel as
-    `F.interpolate` finds it: bool [P, R, R] of those that `index` [P] chooses.
+def patch_masks(masks: Tensor, boxes: Tensor, resolution: int, patch: int) -> Tensor:
+    """Masks [P, H, W] cut to boxes [P, 4] and resized to R x R -> bool [P, R/p * R/p]: the patches
+    of p x p with a pixel of the mask (Liang et al. 2023, section 3.3).
     """
-    first, end = boxes[index, :, None].unflatten(1, (2, 2)).unbind(1)  # [P, 2, 1]: of x and of y
-    # In fp32, as there: for a side of 62 and others, exact arithmetic gives another pixel.
-    step = (end - first).float() / resolution
-    place = (step * torch.arange(resolution, device=masks.device)).long()  # [P, 2, R]
-    x, y = (first + place.minimum(end - first - 1)).unbind(1)
-    return masks[index[:, None, None], y[:, :, None], x[:, None]] != 0
+    first = boxes[:, :2, None]
+    length = boxes[:, 2:, None] - first  # [P, 2, 1]: of x and of y
+    # The nearest pixel in fp32, like F.interpolate; exact arithmetic differs, e.g. for 62 pixels.
+    source = length.float() / resolution * torch.arange(resolution, device=masks.device)
+    x, y = (first + source.long().minimum(length - 1)).unbind(1)  # [P, R]
+    index = torch.arange(len(masks), device=masks.device)
+    cut = masks[index[:, None, None], y[:, :, None], x[:, None]]  # [P, R, R]
+    return F.max_pool2d(cut.float(), patch).flatten(1) > 0
 
 
-def token_masks(regions: Tensor, patch: int) -> Tensor:
-    """Masks bool [P, R, R] -> bool [P, R/p * R/p]: the patches of p x p with a pixel of the mask
-    (Liang et al. 2023, section 3.3).
+def encode_crops(clip: CLIP, crops: Tensor, batch_size: int, shown: Tensor | None = None) -> Tensor:
+    """CLIP's features of crops [P, 3, R, R], `batch_size` at once: fp32 [P, D]; `shown` bool [P, T]
+    are the patches with the region, for a CLIP with a mask prompt.
+
+    The last batch is filled up to a quarter, a half, three quarters or a whole of the others: a
+    compiled tower sees few sizes.
     """
-    side = regions.shape[-1] // patch
-    return regions.view(-1, side, patch, side, patch).any(4).any(2).flatten(1)
+    step = max(batch_size // 4, 1)
+    features = [crops.new_zeros(0, clip.embed_dim, dtype=torch.float32)]
+    for start in range(0, len(crops), batch_size):
+        batch = crops[start : start + batch_size]
+        patches = None if shown is None else shown[start : start + batch_size]
+        count = len(batch)
+        if missing := -count % step:
+            batch = F.pad(batch, (0, 0, 0, 0, 0, 0, 0, missing))
+            patches = None if patches is None else F.pad(patches, (0, 0, 0, missing))
+        features.append(clip.encode_image(batch, patches)[:count].float())
+    return torch.cat(features)
 
 
-def resize_for_clip(clip: CLIP, image: Tensor, edge: int) -> Tensor:
-    """An image [3, H, W] in 0..255 for a pass over the whole of it: normalised [1, 3, H',
-    W'], the shorter edge about `edge`, both a multiple of CLIP's stride.
+def crop_features(clip: CLIP, image: Tensor, regions: Regions, config: object) -> Tensor:
+    """The paper's: CLIP on the masked crop of each region, with the mask prompt of a CLIP that has
+    one.
     """
-    scale, step = edge / min(image.shape[-2:]), clip.visual.stride
-    size = [max(round(scale * s / step), 1) * step for s in image.shape[-2:]]
-    return F.interpolate(normalize(image)[None], size, mode="bicubic", antialias=True)
-
-
-def dense_logits(clip: CLIP, image: Tensor, text: Tensor, edge: int) -> Tensor:
-    """100 x cosine of every patch's feature: image [3, H, W] in 0..255, text features [C, D] ->
-    fp32 [C, h', w'].
-    """
-    dense = clip.encode_image(resize_for_clip(clip, image, edge), dense=True)[0]  # [h', w', D]
-    return cosine_logits(dense, text).permute(2, 0, 1)
+    crops = region_crops(clip, image, regions.masks, regions.boxes)
+    shown = None
+    if config.mask_prompt and clip.has_mask_prompt:
+        shown = patch_masks(regions.masks, regions.boxes, clip.resolution, clip.patch)
+    return encode_crops(clip, crops, config.crop_batch_size, shown)
 
 
 def dense_features(clip: CLIP, image: Tensor, edge: int) -> Tensor:
     """CLIP's feature of every patch, [h', w', D]: image [3, H, W] in 0..255, its shorter edge
-    brought to about `edge` pixels; the last block's values where CLIP is a ViT.
+    brought to about `edge` pixels, both edges to multiples of CLIP's patch.
     """
-    image = resize_for_clip(clip, image, edge)
-    if hasattr(clip.visual, "values"):
-        return clip.visual.values(image)[0]
-    return clip.encode_image(image, dense=True)[0]
+    scale = edge / min(image.shape[-2:])
+    size = [max(round(scale * s / clip.patch), 1) * clip.patch for s in image.shape[-2:]]
+    image = F.interpolate(clip.normalize(image)[None], size, mode="bicubic", antialias=True)
+    return clip.encode_dense(image)[0]
 
 
-def pool_features(features: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+def pool_features(features: Tensor, masks: Tensor) -> Tensor:
     """Mask pooling: features [h', w', D], masks [P, H, W] in 0..1 -> the mean feature under each
-    mask [P, D], 0 under an empty one, fp32 or fp64, and valid [P]: the mask is not empty.
+    mask [P, D], 0 for an empty one, fp32 or fp64.
 
     A feature counts as far as its part of the image is in the mask.
     """
     features = features.to(torch.promote_types(features.dtype, torch.float32))
-    share = F.adaptive_avg_pool2d(masks.to(features.dtype)[None], features.shape[:2])[0]
-    total = share.sum((1, 2))
-    sums = share.flatten(1) @ features.flatten(0, 1)  # [P, h'w'] @ [h'w', D]
-    return sums / total.where(total > 0, 1)[:, None], total > 0
+    share = F.adaptive_avg_pool2d(masks.to(features.dtype)[None], features.shape[:2])[0].flatten(1)
+    total = share.sum(1, keepdim=True)
+    return share @ features.flatten(0, 1) / total.where(total > 0, 1)
 
 
-def mask_pool(
-    features: Tensor, logits: Tensor, size: tuple[int, int], threshold: float
-) -> tuple[Tensor, Tensor]:
-    """`pool_features` under the masks of the mask logits [P, h, w]: see `region_masks`."""
-    if use_triton(features):
-        return mask_pool_kernel(features, logits, list(size), threshold)
-    return pool_features(features, mask_probabilities(logits, size) > threshold)
-
-
-def uses_mask_prompt(clip: CLIP, config: ClipConfig) -> bool:
-    """Whether region crops go through CLIP with their masks."""
-    return config.mask_prompt and clip.visual.mask_embedding is not None
-
-
-def crop_features(
-    clip: CLIP, image: Tensor, masks: Tensor, boxes: Tensor, index: Tensor, config: ClipConfig
-) -> Tensor:
-    """The paper's: CLIP's feature of the masked crop of each region; of a CLIP with a mask prompt,
-    what that puts in the place of empty patches, too (`clip.mask_prompt`).
-    """
-    crops = region_crops(image, masks, boxes, clip.visual.resolution, index)
-    token_mask = None
-    if uses_mask_prompt(clip, config):
-        regions = resize_masks(masks, boxes, clip.visual.resolution, index)
-        token_mask = token_masks(regions, clip.visual.stride)
-    return encode_crops(clip, crops, config.chunk, token_mask)
-
-
-def pooled_features(
-    clip: CLIP, image: Tensor, masks: Tensor, boxes: Tensor, index: Tensor, config: ClipConfig
-) -> Tensor:
+def pooled_features(clip: CLIP, image: Tensor, regions: Regions, config: object) -> Tensor:
     """The mean of CLIP's dense features under each mask, from a single pass over the image."""
-    return pool_features(dense_features(clip, image, config.dense_edge), masks[index])[0]
+    dense = dense_features(clip, image, config.dense_edge)
+    if use_triton(dense) and regions.mask_logits is not None:
+        size = list(image.shape[-2:])
+        return mask_pool(dense, regions.mask_logits, size, config.mask_threshold)[0]
+    return pool_features(dense, regions.masks)
 
 
-def token_features(
-    clip: CLIP, image: Tensor, masks: Tensor, boxes: Tensor, index: Tensor, config: ClipConfig
-) -> Tensor:
-    """A class token for each region (`VisionTransformer.region_tokens`), from a single pass over
-    the image, its shorter edge about `clip.dense_edge` pixels.
-    """
-    image = resize_for_clip(clip, image, config.dense_edge)
-    return clip.visual.region_tokens(image, masks[index].float())
-
-
-# `clip.regions`: (clip, image [3, H, W] in 0..255, masks [Q, H, W], boxes [Q, 4], index [P] of the
-# regions among them, config) -> CLIP features [P, D] of any length.
-CLASSIFIERS = {"crops": crop_features, "pool": pooled_features, "tokens": token_features}
-
-
-def batch_size(clip: CLIP, device: torch.device, chunk: int = 0) -> int:
-    """Crops that go through CLIP at once: `chunk`, or as much as 100 of 224 x 224 on a GPU, 8 on a
-    CPU; never more than memory was found to have room for.
-    """
-    pixels = (100 if device.type == "cuda" else 8) * 224**2
-    size = chunk or max(pixels // clip.visual.resolution**2, 1)
-    size = min(size, clip.max_batch or size)
-    # The largest compiled program need not serve more crops than there are queries.
-    return min(size, 128) if clip.bucketed else size
-
-
-def encode_crops(
-    clip: CLIP, crops: Tensor, chunk: int = 0, token_mask: Tensor | None = None
-) -> Tensor:
-    """CLIP's features of crops [P, 3, R, R], fp32 [P, D], `chunk` crops at once (see `batch_size`);
-    with a mask prompt where `token_mask` [P, T] is given.
-
-    With `clip.bucketed`, for a compiled CLIP, the last batch is filled up to a whole, a half, a
-    quarter or an eighth of the others. Out of memory, the batch size is halved permanently.
-    """
-    if not len(crops):
-        return crops.new_zeros(0, clip.embed_dim, dtype=torch.float32)
-    size = batch_size(clip, crops.device, chunk)
-    features = []
-    done = 0
-    while done < len(crops):
-        batch = crops[done : done + size]
-        shown = None if token_mask is None else token_mask[done : done + size]
-        count = len(batch)
-        if clip.bucketed:
-            filled = min(s for s in (size, size // 2, size // 4, size // 8) if s >= count)
-            batch = F.pad(batch, (0, 0, 0, 0, 0, 0, 0, filled - count))
-            shown = None if shown is None else F.pad(shown, (0, 0, 0, filled - count))
-        try:
-            features.append(clip.encode_image(batch, token_mask=shown)[:count].float())
-            done += count
-        except RuntimeError as error:
-            if size == 1 or not out_of_memory(error):
-                raise
-            size //= 2
-            clip.max_batch = size
-            print_main(f"out of memory: {size} crops at once from here on")
-    return torch.cat(features)
+# `clip.regions`: (clip, image [3, H, W] in 0..255, regions, section clip) -> CLIP features [P, D]
+# in fp32, of any length.
+CLASSIFIERS = {"crops": crop_features, "pool": pooled_features}

@@ -2,16 +2,17 @@
 once, on the device.
 
 Shortest augmenting paths (Jonker and Volgenant 1987; the form of Crouse 2016 that SciPy uses), one
-problem a program. Only the columns' dual prices are kept: the row's price is its assigned cost
+problem a program. Only the columns' dual prices are stored: the row's price is its assigned cost
 minus that column's price.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.jit import jit, next_power_of_2, tl
+from kernels.jit import jit, next_power_of_2, on_device, tl
 
-MAX_QUERIES, MAX_TARGETS = 128, 64  # what fits one program; see `is_supported`
+MAX_QUERIES = 128  # that fit one program; see `is_supported`
+MAX_TARGETS = 64
 LIMIT = 1e6  # costs that are not finite count as this much
 
 
@@ -55,7 +56,7 @@ def assignment_solve_kernel(
     infinity = float("inf")
     price = tl.zeros((BLOCK_N,), tl.float32)
     owner = tl.full((BLOCK_N,), -1, tl.int32)  # the row of each column
-    odd = 0
+    has_nonfinite = 0
     row = 0
     while row < rows:
         shortest = tl.full((BLOCK_N,), infinity, tl.float32)
@@ -69,7 +70,7 @@ def assignment_solve_kernel(
         while (sink < 0) & (steps <= rows):
             c = tl.load(base + current * stride_row, mask=inside, other=0.0)
             finite = tl.abs(c) < infinity  # false for NaN, too
-            odd = tl.maximum(odd, tl.max(tl.where(finite, 0, 1), 0))
+            has_nonfinite = tl.maximum(has_nonfinite, tl.max(tl.where(finite, 0, 1), 0))
             c = tl.where(c == c, tl.minimum(tl.maximum(c, -limit), limit), limit)
             own = tl.sum(tl.where(here, c - price, 0.0), 0)  # the row's price; 0 at first
             length = reached + (c - price - own)
@@ -105,9 +106,10 @@ def assignment_solve_kernel(
     query = tl.where(swapped, owner, column)
     out = matched_ptr + problem.to(tl.int64) * T + target
     tl.store(out, query.to(tl.int64), mask=inside & (owner >= 0))
-    tl.store(bad_ptr + problem, odd.to(tl.int8))
+    tl.store(bad_ptr + problem, has_nonfinite.to(tl.int8))
 
 
+@on_device
 def launch(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """cost [L, B, Q <= 128, T <= 64], counts [B] -> (query of each target int64 [L, B, T], bool [L,
     B]: a cost was not finite).

@@ -1,6 +1,9 @@
-"""What every kernel file shares: Triton where there is one, the switch, strides, numerics."""
+"""Shared by the kernels: Triton if it is installed, the switch, devices, strides, numerics."""
 
+import functools
 import math
+import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,21 +21,28 @@ except ImportError:  # not on this platform: plain PyTorch serves
         constexpr = None  # all that a definition needs
 
 
-class Switch:
-    """Whether CUDA tensors go to the kernels (`model.kernels`): decided once, when a command
-    starts.
-    """
-
-    on = True
+# Whether CUDA tensors go to the kernels, or to plain PyTorch.
+ENABLED = cdiv is not None and os.environ.get("ZSSEG_KERNELS", "1") != "0"
 
 
 def use_triton(tensor: Tensor) -> bool:
     """Whether a kernel, instead of plain PyTorch, is to work on this tensor."""
-    return Switch.on and tensor.is_cuda
+    return tensor.is_cuda and ENABLED
+
+
+def on_device(launch: Callable) -> Callable:
+    """Launch on the first tensor's device: Triton takes the current one."""
+
+    @functools.wraps(launch)
+    def launch_there(tensor: Tensor, *arguments, **options):
+        with torch.cuda.device_of(tensor):
+            return launch(tensor, *arguments, **options)
+
+    return launch_there
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many blocks run at the same time at least; an H100's 132 where there is no device."""
+    """How many blocks run at the same time at least; an H100's 132 without a device."""
     if device.type != "cuda":
         return 132
     return torch.cuda.get_device_properties(device).multi_processor_count

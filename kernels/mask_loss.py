@@ -9,7 +9,7 @@ the logits. Nothing is added atomically, so that results do not depend on the or
 import torch
 from torch import Tensor
 
-from kernels.jit import cdiv, contiguous, jit, plane_contiguous, sigmoid_parts, tl
+from kernels.jit import cdiv, contiguous, jit, on_device, plane_contiguous, sigmoid_parts, tl
 
 RATIOS = (2, 4, 8)  # of label map to logits; see `is_supported`
 FORWARD = {"BLOCK_CELLS": 256, "num_warps": 4, "num_stages": 1}
@@ -48,7 +48,7 @@ def mask_loss_forward_kernel(
     image = (pair // T) % B
     query = tl.load(matched_ptr + pair)
     if query >= 0:
-        wanted = tl.load(classes_ptr + image * T + pair % T)
+        target_class = tl.load(classes_ptr + image * T + pair % T)
         plane_ptr = masks_ptr + layer.to(tl.int64) * stride_l + image.to(tl.int64) * stride_b
         plane_ptr += query * stride_q
         labels_ptr += image.to(tl.int64) * h * R * w * R
@@ -76,7 +76,7 @@ def mask_loss_forward_kernel(
             x = j * R + R // 2 + k % R
             inside = mask & (y >= 0) & (y < h * R) & (x >= 0) & (x < w * R)
             label = tl.load(labels_ptr + y * (w * R) + x, mask=inside, other=0)
-            t = label.to(tl.int32) == wanted
+            t = label.to(tl.int32) == target_class
             z = (a * (1 - fx) + b * fx) * (1 - fy) + (c * (1 - fx) + d * fx) * fy
             p, q, log1pexp = sigmoid_parts(z)
             positive = 0.25 * q * q * (log1pexp + tl.maximum(-z, 0.0))
@@ -139,10 +139,10 @@ def mask_loss_backward_kernel(
     image = (pair // T) % B
     query = tl.load(matched_ptr + pair)
     if query >= 0:
-        wanted = tl.load(classes_ptr + image * T + pair % T)
-        of_focal = tl.load(factors_ptr + pair * 3)
-        of_target = tl.load(factors_ptr + pair * 3 + 1)
-        of_all = tl.load(factors_ptr + pair * 3 + 2)
+        target_class = tl.load(classes_ptr + image * T + pair % T)
+        d_focal = tl.load(factors_ptr + pair * 3)
+        d_target = tl.load(factors_ptr + pair * 3 + 1)
+        d_all = tl.load(factors_ptr + pair * 3 + 2)
         plane = layer.to(tl.int64) * stride_l + image.to(tl.int64) * stride_b + query * stride_q
         grad_plane = layer.to(tl.int64) * grad_stride_l + image.to(tl.int64) * grad_stride_b
         grad_plane += query * grad_stride_q
@@ -166,12 +166,12 @@ def mask_loss_backward_kernel(
             inside = (y >= 0)[:, None] & (y < h * R)[:, None] & (x >= 0)[None, :]
             inside = inside & (x < w * R)[None, :]
             label = tl.load(labels_ptr + y[:, None] * (w * R) + x[None, :], mask=inside, other=0)
-            t = label.to(tl.int32) == wanted
+            t = label.to(tl.int32) == target_class
             p, q, log1pexp = sigmoid_parts(Z)
             positive = -0.25 * q * q * (2.0 * p * (log1pexp + tl.maximum(-Z, 0.0)) + q)
             negative = 0.75 * p * p * (2.0 * q * (log1pexp + tl.maximum(Z, 0.0)) + p)
-            G = of_focal * tl.where(t, positive, negative)
-            G += (tl.where(t, of_target, 0.0) + of_all) * p * q
+            G = d_focal * tl.where(t, positive, negative)
+            G += (tl.where(t, d_target, 0.0) + d_all) * p * q
             G = tl.where(inside, G, 0.0)
             acc = tl.dot(tl.trans(Uy), G, acc, input_precision="tf32x3")
         grad = tl.dot(acc, Ux, input_precision="tf32x3")
@@ -188,6 +188,7 @@ def is_supported(masks: Tensor, labels: Tensor) -> bool:
     return any(labels.shape[-2:] == (R * h, R * w) for R in RATIOS)
 
 
+@on_device
 def launch_forward(
     masks: Tensor, matched: Tensor, labels: Tensor, classes: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,9 +210,10 @@ def launch_forward(
     sums = sums.sum(3)
     focal, overlap, p, t = sums.unbind(-1)
     dice = (1 - (2 * overlap + 1) / (p + t + 1)) * (matched >= 0)
-    return focal / labels[0].numel(), dice, sums
+    return focal / labels.shape[1:].numel(), dice, sums
 
 
+@on_device
 def launch_backward(
     grad_focal: Tensor,
     grad_dice: Tensor,
@@ -231,9 +233,9 @@ def launch_backward(
         return grad
     _, overlap, p, t = sums.unbind(-1)
     D = p + t + 1
-    of_focal = grad_focal / labels[0].numel()
-    of_all = grad_dice * (2 * overlap + 1) / D**2
-    factors = torch.stack([of_focal, -2 * grad_dice / D, of_all], -1).float().contiguous()
+    d_focal = grad_focal / labels.shape[1:].numel()
+    d_all = grad_dice * (2 * overlap + 1) / D**2
+    factors = torch.stack([d_focal, -2 * grad_dice / D, d_all], -1).float().contiguous()
     R = labels.shape[-1] // w
     BLOCK_H = BLOCK_W = 16
     tiles = cdiv(h, BLOCK_H - 2) * cdiv(w, BLOCK_W - 2)

@@ -1,13 +1,13 @@
 """Mask pooling: the mean of dense features under each mask, straight from mask logits at stride 4.
 
 A feature's cell counts as far as its pixels are in the mask. Neither full-size masks [Q, H, W] nor
-their shares of the cells [Q, h' w'] are kept in memory. Forward only: nothing trains through it.
+their shares of the cells [Q, h' w'] exist in memory. Forward only: nothing trains through it.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.jit import cdiv, contiguous, jit, logit, tl
+from kernels.jit import cdiv, contiguous, jit, logit, on_device, tl
 
 CONFIG = {"BLOCK_Q": 16, "BLOCK_CELL": 32, "BLOCK_W": 64, "BLOCK_D": 64}
 CONFIG |= {"num_warps": 4, "num_stages": 3}
@@ -27,16 +27,16 @@ def mask_pool_sums_kernel(
     W,
     rows,
     columns,
-    level,
+    logit_threshold,
     BLOCK_Q: tl.constexpr,
     BLOCK_CELL: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """sums[q] = sum over cells of share[q, cell] features[cell], and the sum of the shares, where
-    share is the mean over the cell's pixels of (bilinear mean of logits > level); row i of cells
-    has the pixel rows floor(i H / rows) to ceil((i + 1) H / rows), columns likewise. The block owns
-    BLOCK_Q masks and BLOCK_CELL cells of one row.
+    share is the mean over the cell's pixels of (bilinear mean of logits > logit_threshold); row i
+    of cells has the pixel rows floor(i H / rows) to ceil((i + 1) H / rows), columns likewise. The
+    block owns BLOCK_Q masks and BLOCK_CELL cells of one row.
     """
     q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     row = tl.program_id(1)
@@ -69,7 +69,7 @@ def mask_pool_sums_kernel(
             d = tl.load(plane_ptrs + (v1 * w + u1)[None, :], mask=mask, other=0.0).to(tl.float32)
             upper = a * (1.0 - fx) + b * fx
             lower = c * (1.0 - fx) + d * fx
-            count += tl.where(mask & (upper * (1.0 - fy) + lower * fy > level), 1.0, 0.0)
+            count += tl.where(mask & (upper * (1.0 - fy) + lower * fy > logit_threshold), 1.0, 0.0)
         # Which pixel columns a cell has: counts are whole numbers, so fp16 holds them.
         belongs = (x[:, None] >= first_x[None, :]) & (x[:, None] < last_x[None, :])
         share = tl.dot(count.to(tl.float16), belongs.to(tl.float16), share)
@@ -88,6 +88,7 @@ def mask_pool_sums_kernel(
         tl.store(sums_ptr + offs_q[:, None] * D + d[None, :], acc, mask=mask)
 
 
+@on_device
 def launch(
     features: Tensor, logits: Tensor, size: tuple[int, int], threshold: float
 ) -> tuple[Tensor, Tensor]:

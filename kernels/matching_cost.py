@@ -2,7 +2,7 @@
 images in one launch.
 
 `-p[class] + focal_weight * focal + dice_weight * dice`, from mask logits and label maps at stride
-4. No [Q, hw] intermediate is kept in memory: a tile of logits becomes its focal terms in registers,
+4. No [Q, hw] intermediate is stored: a tile of logits becomes its focal terms in registers,
 and products with the 0/1 targets (compared on the fly from label map and class) accumulate over the
 pixels.
 """
@@ -17,6 +17,7 @@ from kernels.jit import (
     jit,
     multiprocessors,
     next_power_of_2,
+    on_device,
     plane_contiguous,
     sigmoid_parts,
     tl,
@@ -69,7 +70,7 @@ def matching_cost_sums_kernel(
     offs_row = (row // Q).to(tl.int64) * stride_l + (row % Q).to(tl.int64) * stride_q
     x_ptrs = masks_ptr + image.to(tl.int64) * stride_b + offs_row[:, None]
     label_ptrs = labels_ptr + image.to(tl.int64) * HW
-    wanted = tl.load(classes_ptr + image * T + t, mask=mask_t, other=-1)
+    target_class = tl.load(classes_ptr + image * T + t, mask=mask_t, other=-1)
     acc_focal = tl.zeros((BLOCK_Q, BLOCK_T), tl.float32)
     acc_overlap = tl.zeros((BLOCK_Q, BLOCK_T), tl.float32)
     acc_negative = tl.zeros((BLOCK_Q,), tl.float32)
@@ -82,7 +83,7 @@ def matching_cost_sums_kernel(
         # Far below any threshold, so that p and both losses of the padding are 0.
         x = tl.load(x_ptrs + n[None, :], mask=mask, other=float("-inf")).to(tl.float32)
         label = tl.load(label_ptrs + n, mask=mask_n, other=-2)
-        target = (label[:, None] == wanted[None, :]).to(tl.float32)  # [BLOCK_HW, BLOCK_T]
+        target = (label[:, None] == target_class[None, :]).to(tl.float32)  # [BLOCK_HW, BLOCK_T]
         p, q, log1pexp = sigmoid_parts(x)
         positive = 0.25 * q * q * (log1pexp + tl.maximum(-x, 0.0))
         positive = tl.where(mask, positive, 0.0)
@@ -155,14 +156,15 @@ def matching_cost_combine_kernel(
     z = tl.load(logit_ptrs + c[None, :], mask=mask_c, other=float("-inf")).to(tl.float32)
     top = tl.where(mask_row, tl.max(z, 1), 0.0)
     total = tl.sum(tl.exp(z - top[:, None]), 1)
-    wanted = tl.load(classes_ptr + image * T + t, mask=mask_t, other=0)
-    z = tl.load(logit_ptrs + wanted[None, :], mask=mask, other=0.0).to(tl.float32)
+    target_class = tl.load(classes_ptr + image * T + t, mask=mask_t, other=0)
+    z = tl.load(logit_ptrs + target_class[None, :], mask=mask, other=0.0).to(tl.float32)
     p = tl.exp(z - top[:, None]) / total[:, None]
     cost = -p + focal_weight * focal / HW + dice_weight * dice
     offs = ((layer * B + image)[:, None].to(tl.int64) * T + t[None, :]) * Q + (row % Q)[:, None]
     tl.store(cost_ptr + offs, cost, mask=mask)
 
 
+@on_device
 def launch(
     logits: Tensor,
     masks: Tensor,

@@ -1,5 +1,5 @@
-"""What CLIP sees of each region, straight from mask logits at stride 4 and the image's bytes (Xu
-et al. 2021).
+"""The crop that CLIP gets of each region, straight from mask logits at stride 4 and the image's
+bytes (Xu et al. 2021).
 
 Two kernels: the first upsamples the logits bilinearly, compares them with the threshold, writes the
 mask as bytes and each row block's bounds; the second samples the masked, normalised image inside
@@ -9,7 +9,7 @@ every box bicubically. The host learns nothing in between, so that there is no s
 import torch
 from torch import Tensor
 
-from kernels.jit import cdiv, contiguous, jit, logit, tl
+from kernels.jit import cdiv, contiguous, jit, logit, on_device, tl
 
 STRIDE = 4  # of the logits, to the padded network input
 MASKS = {"BLOCK_H": 16, "BLOCK_W": 64, "num_warps": 4, "num_stages": 1}
@@ -27,12 +27,12 @@ def region_masks_kernel(
     H,
     W,
     blocks,
-    level,
+    logit_threshold,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """mask = (bilinear mean of logits > level), and its bounds. The block owns BLOCK_H rows of one
-    mask, and goes through them BLOCK_W columns at a time.
+    """mask = (bilinear mean of logits > logit_threshold), and its bounds. The block owns BLOCK_H
+    rows of one mask, and goes through them BLOCK_W columns at a time.
     """
     query = tl.program_id(1).to(tl.int64)
     block = tl.program_id(0)
@@ -60,7 +60,7 @@ def region_masks_kernel(
         d = tl.load(lower_ptrs + u1, mask=mask, other=0.0).to(tl.float32)
         upper = a * (1.0 - fx) + b * fx
         lower = c * (1.0 - fx) + d * fx
-        inside = mask & (upper * (1.0 - fy) + lower * fy > level)
+        inside = mask & (upper * (1.0 - fy) + lower * fy > logit_threshold)
         tl.store(out_ptrs + x[None, :], inside.to(tl.uint8), mask=mask)
         x0 = tl.minimum(x0, tl.min(tl.where(inside, x[None, :], W), 1))
         x1 = tl.maximum(x1, tl.max(tl.where(inside, x[None, :] + 1, 0), 1))
@@ -89,9 +89,8 @@ def cubic(t, k: tl.constexpr, A: tl.constexpr):
 @jit
 def region_crop_kernel(
     image_ptr,  # uint8 [3, H, W]
-    masks_ptr,  # uint8 [Q, H, W]
-    index_ptr,  # int32 [P]: the mask of each crop
-    boxes_ptr,  # int32 [Q, 4]
+    masks_ptr,  # uint8 [P, H, W]
+    boxes_ptr,  # int32 [P, 4]
     crops_ptr,  # out: [P, 3, side, side]
     r_scale,
     g_scale,
@@ -110,14 +109,16 @@ def region_crop_kernel(
     """
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     crop = tl.program_id(1).to(tl.int64)
-    query = tl.load(index_ptr + crop).to(tl.int64)
     mask = pixel < side * side
-    x0 = tl.load(boxes_ptr + query * 4)
-    y0 = tl.load(boxes_ptr + query * 4 + 1)
-    width = tl.load(boxes_ptr + query * 4 + 2) - x0
-    height = tl.load(boxes_ptr + query * 4 + 3) - y0
-    at_y = ((pixel // side).to(tl.float32) + 0.5) * (height.to(tl.float32) / side) - 0.5
-    at_x = ((pixel % side).to(tl.float32) + 0.5) * (width.to(tl.float32) / side) - 0.5
+    x0 = tl.load(boxes_ptr + crop * 4)
+    y0 = tl.load(boxes_ptr + crop * 4 + 1)
+    width = tl.load(boxes_ptr + crop * 4 + 2) - x0
+    height = tl.load(boxes_ptr + crop * 4 + 3) - y0
+    # Divided exactly, as PyTorch does: 2 ulp more or less move the samples.
+    step_y = tl.div_rn(height.to(tl.float32), side + 0.0)
+    step_x = tl.div_rn(width.to(tl.float32), side + 0.0)
+    at_y = ((pixel // side).to(tl.float32) + 0.5) * step_y - 0.5
+    at_x = ((pixel % side).to(tl.float32) + 0.5) * step_x - 0.5
     floor_y = tl.floor(at_y)
     floor_x = tl.floor(at_x)
     ty = at_y - floor_y
@@ -130,7 +131,7 @@ def region_crop_kernel(
         wy = cubic(ty, i, A)
         for j in tl.static_range(4):
             x = tl.minimum(tl.maximum(floor_x.to(tl.int32) + (j - 1), 0), width - 1) + x0
-            inside = mask & (tl.load(masks_ptr + (query * H + y) * W + x, mask=mask, other=0) != 0)
+            inside = mask & (tl.load(masks_ptr + (crop * H + y) * W + x, mask=mask, other=0) != 0)
             weight = tl.where(inside, wy * cubic(tx, j, A), 0.0)
             tap_ptrs = image_ptr + y * W + x
             red = tl.load(tap_ptrs, mask=inside, other=0).to(tl.float32)
@@ -140,12 +141,13 @@ def region_crop_kernel(
             g += weight * (green * g_scale + g_shift)
             b += weight * (blue * b_scale + b_shift)
     out_ptrs = crops_ptr + crop * 3 * side * side + pixel
-    kind = crops_ptr.dtype.element_ty
-    tl.store(out_ptrs, r.to(kind), mask=mask)
-    tl.store(out_ptrs + side * side, g.to(kind), mask=mask)
-    tl.store(out_ptrs + 2 * side * side, b.to(kind), mask=mask)
+    dtype = crops_ptr.dtype.element_ty
+    tl.store(out_ptrs, r.to(dtype), mask=mask)
+    tl.store(out_ptrs + side * side, g.to(dtype), mask=mask)
+    tl.store(out_ptrs + 2 * side * side, b.to(dtype), mask=mask)
 
 
+@on_device
 def launch_masks(
     logits: Tensor, size: tuple[int, int], threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,31 +169,32 @@ def launch_masks(
     return masks, torch.stack(boxes, 1).long(), valid
 
 
+@on_device
 def launch_crops(
     image: Tensor,
     masks: Tensor,
-    index: Tensor,
     boxes: Tensor,
     mean: list[float],
     std: list[float],
     side: int,
-    kind: torch.dtype,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Crops [P, 3, side, side] of the masks that `index` [P] names, 0 outside the mask: of (image /
-    255 - mean) / std, bicubic.
+    """Crops [P, 3, side, side] of (image / 255 - mean) / std around each mask, bicubic, 0 outside
+    it.
 
-    image uint8 [3, H, W], masks uint8 [Q, H, W], boxes [Q, 4] of all masks.
+    image uint8 [3, H, W], masks uint8 [P, H, W], boxes [P, 4] as of `launch_masks`.
     """
     H, W = image.shape[-2:]
-    crops = torch.empty(len(index), 3, side, side, dtype=kind, device=image.device)
-    if not len(index):
+    P = len(masks)
+    crops = torch.empty(P, 3, side, side, dtype=dtype, device=image.device)
+    if not P:
         return crops
     scale = [1 / (255 * s) for s in std]
     shift = [-m / s for m, s in zip(mean, std, strict=True)]
-    image, masks, index, boxes = contiguous(image, masks, index.int(), boxes.int())
+    image, masks, boxes = contiguous(image, masks, boxes.int())
     numbers = (*scale, *shift, H, W, side)
-    region_crop_kernel[(cdiv(side * side, CROPS["BLOCK"]), len(index))](
-        image, masks, index, boxes, crops, *numbers, A=CUBIC, **CROPS
+    region_crop_kernel[(cdiv(side * side, CROPS["BLOCK"]), P)](
+        image, masks, boxes, crops, *numbers, A=CUBIC, **CROPS
     )
     return crops
 
@@ -215,17 +218,16 @@ def _(logits, size, threshold):
 def region_crop(
     image: Tensor,
     masks: Tensor,
-    index: Tensor,
     boxes: Tensor,
     mean: list[float],
     std: list[float],
     side: int,
-    kind: torch.dtype,
+    dtype: torch.dtype,
 ) -> Tensor:
     """See `launch_crops`."""
-    return launch_crops(image, masks, index, boxes, mean, std, side, kind)
+    return launch_crops(image, masks, boxes, mean, std, side, dtype)
 
 
 @region_crop.register_fake
-def _(image, masks, index, boxes, mean, std, side, kind):
-    return image.new_empty(index.shape[0], 3, side, side, dtype=kind)
+def _(image, masks, boxes, mean, std, side, dtype):
+    return image.new_empty(masks.shape[0], 3, side, side, dtype=dtype)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import cdiv, jit, next_power_of_2, tl
+from kernels.jit import cdiv, jit, next_power_of_2, on_device, tl
 
 MAX_QUERIES = 512  # see `is_supported`
 MASKS_HELD = 8192  # probabilities that a block holds, pixels x queries
@@ -104,15 +104,16 @@ def is_supported(logits: Tensor) -> bool:
     return logits.shape[0] <= MAX_QUERIES
 
 
+@on_device
 def launch(
     logits: Tensor,
     classes: Tensor,
-    cut: tuple[int, int],
+    input_size: tuple[int, int],
     size: tuple[int, int],
     want_scores: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Label map int64 `size`, the score of each pixel's class `size`, and all scores [C, *size]
-    (empty unless wanted).
+    (empty without `want_scores`).
 
     Of equal scores the first class counts.
     """
@@ -131,7 +132,7 @@ def launch(
     top = padded.new_empty(Ho, Wo)
     scores = padded.new_empty((C, Ho, Wo) if want_scores else (0,))
     out = (labels, top, scores)
-    sizes = (h, w, *cut, Ho, Wo, C, columns, cut[0] / Ho, cut[1] / Wo)
+    sizes = (h, w, *input_size, Ho, Wo, C, columns, input_size[0] / Ho, input_size[1] / Wo)
     blocks = {"BLOCK_HW": BLOCK_HW, "BLOCK_Q": BLOCK_Q, **CONFIG}
     if BLOCK_Q <= 128:
         blocks["maxnreg"] = 128  # two blocks a multiprocessor; with more queries it would spill
@@ -143,14 +144,14 @@ def launch(
 
 @torch.library.custom_op("zsseg::semantic_map", mutates_args=(), device_types="cuda")
 def semantic_map(
-    logits: Tensor, classes: Tensor, cut: list[int], size: list[int], want_scores: bool
+    logits: Tensor, classes: Tensor, input_size: list[int], size: list[int], want_scores: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `launch`."""
-    return launch(logits, classes, tuple(cut), tuple(size), want_scores)
+    return launch(logits, classes, tuple(input_size), tuple(size), want_scores)
 
 
 @semantic_map.register_fake
-def _(logits, classes, cut, size, want_scores):
+def _(logits, classes, input_size, size, want_scores):
     labels = logits.new_empty(size, dtype=torch.int64)
     top = logits.new_empty(size, dtype=torch.float32)
     shape = (classes.shape[1], *size) if want_scores else (0,)

@@ -8,10 +8,12 @@ that callers need of a CLIP: pixel statistics, temperature, resolution, patches,
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import resnet
 
 from zsseg.backbone import SmallResNet
 from zsseg.tokenizer import Tokenizer
@@ -54,21 +56,15 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def project(self, x: Tensor, first: int, end: int) -> Tensor:
-        """Of queries (0), keys (1) and values (2) those from `first` to `end`, side by side."""
-        rows = slice(first * x.shape[-1], end * x.shape[-1])
-        return F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+    def forward(self, x: Tensor, mask: Tensor | None = None, count: int | None = None) -> Tensor:
+        """[N, length, width] -> outputs of the first `count` tokens (all) [N, count, width]."""
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        return self.out_proj(attend(q[:, :count], k, v, self.num_heads, mask))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, class_only: bool = False) -> Tensor:
-        """[N, length, width] -> the same, or with `class_only` the first token's output only
-        [N, 1, width].
-        """
-        if class_only:
-            q = self.project(x[:, :1], 0, 1)
-            k, v = self.project(x, 1, 3).chunk(2, -1)
-        else:
-            q, k, v = self.project(x, 0, 3).chunk(3, -1)
-        return self.out_proj(attend(q, k, v, self.num_heads, mask))
+    def values(self, x: Tensor) -> Tensor:
+        """What each token would put out if it attended to itself only, [N, length, width]."""
+        rows = slice(2 * x.shape[-1], None)
+        return self.out_proj(F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows]))
 
 
 class Block(nn.Module):
@@ -79,16 +75,13 @@ class Block(nn.Module):
         self.attn = Attention(width, num_heads or max(width // 64, 1))
         self.ln_1 = nn.LayerNorm(width)
         self.ln_2 = nn.LayerNorm(width)
-        layers = [
-            ("c_fc", nn.Linear(width, 4 * width)),
-            ("gelu", ACTIVATIONS[activation]()),
-            ("c_proj", nn.Linear(4 * width, width)),
-        ]
-        self.mlp = nn.Sequential(OrderedDict(layers))
+        fc = nn.Linear(width, 4 * width)
+        proj = nn.Linear(4 * width, width)
+        layers = OrderedDict(c_fc=fc, gelu=ACTIVATIONS[activation](), c_proj=proj)
+        self.mlp = nn.Sequential(layers)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, class_only: bool = False) -> Tensor:
-        y = self.attn(self.ln_1(x), mask, class_only)
-        x = (x[:, :1] if class_only else x) + y
+    def forward(self, x: Tensor, mask: Tensor | None = None, count: int | None = None) -> Tensor:
+        x = x[:, :count] + self.attn(self.ln_1(x), mask, count)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -158,8 +151,10 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.resolution = resolution
         self.patch = patch
-        plain = nn.Conv2d(3, width, patch, patch, bias=False) if not stem else None
-        self.conv1 = plain or ConvStem(stem, width)
+        if stem:
+            self.conv1 = ConvStem(stem, width)
+        else:
+            self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
         tokens = (resolution // patch) ** 2 + 1
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
@@ -170,9 +165,9 @@ class VisionTransformer(nn.Module):
         # [depth, T or 1, width]: the mask prompt of a CLIP that was adapted to masks
         self.register_parameter("mask_embedding", None)
 
-    def embed(self, images: Tensor, shown: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
-        """The tokens that enter the transformer [N, 1 + T, width], and (H/p, W/p), T = H/p * W/p;
-        `shown` as in `forward`.
+    def tokens(self, images: Tensor, shown: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
+        """The tokens that enter the last block [N, 1 + T, width], and the grid of the patches
+        (H/p, W/p), T = H/p * W/p; `shown` as in `forward`.
         """
         x = self.conv1(images)  # [N, width, H/p, W/p]
         grid = x.shape[-2:]
@@ -180,7 +175,12 @@ class VisionTransformer(nn.Module):
         if shown is not None:
             x = self.hide(x, shown, 0)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
-        return self.ln_pre(x + resize_positions(self.positional_embedding, *grid)), grid
+        x = self.ln_pre(x + resize_positions(self.positional_embedding, *grid))
+        for layer, block in enumerate(self.transformer.resblocks[:-1], 1):
+            x = block(x)
+            if shown is not None and layer < len(self.mask_embedding):
+                x = torch.cat([x[:, :1], self.hide(x[:, 1:], shown, layer)], 1)
+        return x, grid
 
     def hide(self, x: Tensor, shown: Tensor, layer: int) -> Tensor:
         """Patches [N, T, width], those not `shown` [N, T] replaced by the mask prompt after `layer`
@@ -188,23 +188,15 @@ class VisionTransformer(nn.Module):
         """
         return torch.where(shown[..., None], x, self.mask_embedding[layer])
 
-    def project(self, x: Tensor) -> Tensor:
-        """Tokens [..., width] of the last block -> features [..., D]."""
-        return self.ln_post(x) @ self.proj
-
     def forward(self, images: Tensor, shown: Tensor | None = None) -> Tensor:
         """Normalised images [N, 3, H, W] -> [N, D].
 
         shown: bool [N, T], the patches that show the region; the others become the mask prompt, in
         front of each of the first blocks. The class token stays.
         """
-        x, _ = self.embed(images, shown)
-        *blocks, last = self.transformer.resblocks
-        for layer, block in enumerate(blocks, 1):
-            x = block(x)
-            if shown is not None and layer < len(self.mask_embedding):
-                x = torch.cat([x[:, :1], self.hide(x[:, 1:], shown, layer)], 1)
-        return self.project(last(x, class_only=True)[:, 0])
+        x, _ = self.tokens(images, shown)
+        x = self.transformer.resblocks[-1](x, count=1)  # the class token only
+        return self.ln_post(x[:, 0]) @ self.proj
 
     def dense(self, images: Tensor) -> Tensor:
         """Normalised images [N, 3, H, W] -> features of the patches [N, H/p, W/p, D], from the last
@@ -212,40 +204,28 @@ class VisionTransformer(nn.Module):
 
         Without the last attention a patch retains its own meaning (MaskCLIP, Zhou et al. 2022).
         """
-        x, grid = self.embed(images)
-        *blocks, last = self.transformer.resblocks
-        for block in blocks:
-            x = block(x)
-        values = last.attn.project(last.ln_1(x[:, 1:]), 2, 3)
-        return self.project(last.attn.out_proj(values)).unflatten(1, grid)
+        x, grid = self.tokens(images)
+        last = self.transformer.resblocks[-1]
+        x = last.attn.values(last.ln_1(x[:, 1:]))
+        return (self.ln_post(x) @ self.proj).unflatten(1, grid)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(resnet.Bottleneck):
     """ResNet block whose stride is an average pool, in the main path and in the shortcut."""
 
     def __init__(self, channels: int, planes: int, stride: int):
-        super().__init__()
+        super().__init__(channels, planes)
+        self.pool = nn.AvgPool2d(stride)
         out = 4 * planes
-        self.conv1 = nn.Conv2d(channels, planes, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.conv3 = nn.Conv2d(planes, out, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(out)
-        self.downsample = nn.Identity()
         if stride > 1 or channels != out:
-            layers = [
-                ("-1", nn.AvgPool2d(stride)),
-                ("0", nn.Conv2d(channels, out, 1, bias=False)),
-                ("1", nn.BatchNorm2d(out)),
-            ]
-            self.downsample = nn.Sequential(OrderedDict(layers))
+            conv = nn.Conv2d(channels, out, 1, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.pool(F.relu(self.bn2(self.conv2(y))))
-        return F.relu(self.bn3(self.conv3(y)) + self.downsample(x))
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + (self.downsample(self.pool(x)) if self.downsample else x))
 
 
 class AttentionPool(nn.Module):
@@ -265,7 +245,7 @@ class AttentionPool(nn.Module):
         grid = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # [N, h*w, width]
         x = torch.cat([x.mean(1, keepdim=True), x], 1)
-        x = x + resize_positions(self.positional_embedding, *grid).to(x.dtype)
+        x = x + resize_positions(self.positional_embedding, *grid)
         q = self.q_proj(x[:, 1:] if dense else x[:, :1])
         out = self.c_proj(attend(q, self.k_proj(x), self.v_proj(x), self.num_heads))
         return out.unflatten(1, grid) if dense else out[:, 0]
@@ -282,13 +262,11 @@ class ModifiedResNet(nn.Module):
     ):
         super().__init__()
         self.resolution = resolution
-        half = width // 2
-        self.conv1 = nn.Conv2d(3, half, 3, 2, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(half)
-        self.conv2 = nn.Conv2d(half, half, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(half)
-        self.conv3 = nn.Conv2d(half, width, 3, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(width)
+        stem = pairwise((3, width // 2, width // 2, width))
+        for i, (channels, out) in enumerate(stem, 1):
+            conv = nn.Conv2d(channels, out, 3, 2 if i == 1 else 1, 1, bias=False)
+            setattr(self, f"conv{i}", conv)
+            setattr(self, f"bn{i}", nn.BatchNorm2d(out))
         channels = width
         for i, depth in enumerate(layers):
             planes = width * 2**i
@@ -315,9 +293,11 @@ class CLIP(nn.Module):
     """Two towers, a tokenizer, and what belongs to them. Image and text features have the same
     width D = `embed_dim`; callers normalise them.
 
-    mean, std: of RGB in 0..1 that the image tower was trained with (buffers [3], not in the state
-    dict). scale: what cosines are multiplied by. width: of the text tower. The tokenizer is any
-    object with `start`, `end`, `encode(text) -> ids` and a call, texts -> int64 [N, length].
+    resolution: side of the square images that the image tower was trained with; patch: pixels from
+    a patch to the next; mean, std: of its RGB in 0..1 (buffers [3], not in the state dict), and the
+    same as Python numbers in `pixel_stats`, which a kernel takes without waiting for the GPU.
+    scale: factor of the cosines. width: of the text tower. The tokenizer is any object with
+    `start`, `end`, `encode(text) -> ids` and a call, texts -> int64 [N, context_length].
     """
 
     def __init__(
@@ -336,6 +316,8 @@ class CLIP(nn.Module):
     ):
         super().__init__()
         self.visual = visual
+        self.resolution = visual.resolution
+        self.patch = visual.patch
         self.tokenizer = tokenizer
         self.embed_dim = embed_dim
         self.context_length = context_length
@@ -349,6 +331,7 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         causal = torch.full((context_length, context_length), -math.inf).triu(1)
         self.register_buffer("causal_mask", causal, persistent=False)
+        self.pixel_stats = (list(mean), list(std))
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
@@ -356,16 +339,6 @@ class CLIP(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.text_projection.device
-
-    @property
-    def resolution(self) -> int:
-        """The side of the square images, in pixels, that the image tower was trained with."""
-        return self.visual.resolution
-
-    @property
-    def patch(self) -> int:
-        """Pixels from a patch to the next."""
-        return self.visual.patch
 
     @property
     def has_mask_prompt(self) -> bool:
@@ -428,67 +401,51 @@ def build_clip(
     try:
         constants = ("input_resolution", "context_length", "vocab_size")
         state = {k: v for k, v in state.items() if k not in constants}
+        embed_dim = state["text_projection"].shape[1]
+        visual = build_visual(state, embed_dim, activation, num_heads)
+        context_length = len(state["positional_embedding"])
         vocab_size, width = state["token_embedding.weight"].shape
-        clip = CLIP(
-            build_visual(state, activation, num_heads),
-            tokenizer,
-            embed_dim=state["text_projection"].shape[1],
-            context_length=len(state["positional_embedding"]),
-            vocab_size=vocab_size,
-            width=width,
-            layers=depth(state, "transformer.resblocks"),
-            activation=activation,
-            mean=mean,
-            std=std,
-            scale=scale,
-        )
+        sizes = (embed_dim, context_length, vocab_size, width)
+        layers = depth(state, "transformer.resblocks")
+        clip = CLIP(visual, tokenizer, *sizes, layers, activation, mean, std, scale)
         clip.load_state_dict({k: v.float() for k, v in state.items()})
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         missing = "no " if isinstance(error, KeyError) else ""
         why = f"are not a CLIP state dict with OpenAI's names ({missing}{str(error)[:200]})"
         raise UserError("CLIP weights", why, "check clip.weights") from None
     return clip.eval().requires_grad_(False)
 
 
-def build_visual(state: dict[str, Tensor], activation: str, num_heads: int) -> nn.Module:
+def build_visual(
+    state: dict[str, Tensor], embed_dim: int, activation: str, num_heads: int
+) -> nn.Module:
     """An image tower for the weights of a CLIP."""
-    is_resnet = "visual.proj" not in state
-    width_of = "visual.attnpool.q_proj.weight" if is_resnet else "visual.class_embedding"
-    width = len(state[width_of])
+    is_vit = "visual.proj" in state
+    positions = "visual.positional_embedding" if is_vit else "visual.attnpool.positional_embedding"
+    count, width = state[positions].shape
+    side = math.isqrt(count - 1)
     if num_heads and width % num_heads:
         why = f"is {num_heads}, and the image tower's width {width}"
         raise UserError("clip.heads", why, "give a divisor of that, or 0")
-    embed_dim = state["text_projection"].shape[1]
-    pool = "attnpool." if is_resnet else ""
-    side = math.isqrt(len(state[f"visual.{pool}positional_embedding"]) - 1)
-    if is_resnet:
+    if not is_vit:
         layers = [depth(state, f"visual.layer{i}") for i in (1, 2, 3, 4)]
-        width = len(state["visual.layer1.0.conv1.weight"])
-        return ModifiedResNet(layers, width, 32 * side, embed_dim, num_heads)
+        return ModifiedResNet(layers, width // 32, 32 * side, embed_dim, num_heads)
 
-    patch, stem = ConvStem.stride, ()
+    layers = depth(state, "visual.transformer.resblocks")
+    patch = ConvStem.stride
+    stem = ()
     if "visual.conv1.weight" in state:
         patch = state["visual.conv1.weight"].shape[-1]
     else:
         stem = [len(state[f"visual.conv1.backbone.stages.{i}.conv1.weight"]) for i in range(4)]
-    layers = depth(state, "visual.transformer.resblocks")
     sizes = (side * patch, patch, width, layers, embed_dim, stem)
     visual = VisionTransformer(*sizes, num_heads, activation)
     if "visual.mask_embedding" in state:
-        visual.mask_embedding = mask_prompt(visual, state["visual.mask_embedding"])
+        shape = state["visual.mask_embedding"].shape
+        if not 0 < shape[0] <= layers or shape[1:] not in ((1, width), (count - 1, width)):
+            raise ValueError(f"a mask prompt of shape {list(shape)}")
+        visual.mask_embedding = nn.Parameter(torch.empty(shape))
     return visual
-
-
-def mask_prompt(visual: VisionTransformer, embedding: Tensor) -> nn.Parameter:
-    """Room for a mask prompt [depth, T, width]; ValueError for one that does not fit the tower: T
-    is 1 or the number of its patches, depth at most that of its blocks.
-    """
-    depth, T, width = embedding.shape
-    tokens = len(visual.positional_embedding) - 1
-    blocks = len(visual.transformer.resblocks)
-    if not 0 < depth <= blocks or T not in (1, tokens) or width != len(visual.proj):
-        raise ValueError(f"a mask prompt of shape {list(embedding.shape)}")
-    return nn.Parameter(torch.empty(embedding.shape))
 
 
 def depth(state: dict[str, Tensor], prefix: str) -> int:

@@ -70,8 +70,7 @@ def region_crops(clip: CLIP, image: Tensor, masks: Tensor, boxes: Tensor) -> Ten
     R = clip.resolution
     dtype = torch.bfloat16 if torch.is_autocast_enabled(image.device.type) else torch.float32
     if use_triton(image) and image.dtype == torch.uint8:
-        index = torch.arange(len(masks), device=masks.device)
-        return kernel.region_crop(image, masks.byte(), index, boxes, *clip.pixel_stats, R, dtype)
+        return kernel.region_crop(image, masks.byte(), boxes, *clip.pixel_stats, R, dtype)
     image = clip.normalize(image)
     crops = image.new_empty(len(masks), 3, R, R)
     for crop, mask, (x0, y0, x1, y1) in zip(crops, masks != 0, boxes.tolist(), strict=True):

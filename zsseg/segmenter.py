@@ -2,8 +2,9 @@
 map.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -36,20 +37,16 @@ class Proposals:
     class_probs: Tensor | None = None  # [Q, C] of the proposer, no-object dropped
     clip_probs: Tensor | None = None  # [Q, C] of CLIP, 1 for an empty mask
 
-    def to(self, device: torch.device) -> "Proposals":
-        """A copy on `device`."""
-        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
-
 
 @dataclass
 class View:
     """A part of an image that was segmented by itself, see `Segmenter.segment`."""
 
     proposals: Proposals
-    box: tuple[int, int, int, int]  # its place in the label map: top, left, bottom, right
-    flipped: bool
     scores: dict[str, Tensor]  # class scores [Q, C]: "ensemble" and the variants
+    place: tuple[slice, slice]  # of the label map: rows, columns
+    flipped: bool
+    cover: Tensor  # [H, W]: by how much to divide a score map, for a mean over all views
 
 
 @dataclass
@@ -165,7 +162,8 @@ class Segmenter(nn.Module):
         masks, boxes, valid = region_masks(mask_logits, size, self.config.mask_threshold)
         proposals = Proposals(mask_logits, size, valid, class_features)
         if self.clip is not None and (self.config.ensemble or class_features is None):
-            parts = (masks[valid], boxes[valid], mask_logits[valid])
+            index = valid.nonzero()[:, 0]  # once: a GPU is waited for
+            parts = (masks[index], boxes[index], mask_logits[index])
             proposals.region_features = self.encode_regions(image, *parts)
         return self.classify(proposals)
 
@@ -175,16 +173,16 @@ class Segmenter(nn.Module):
         features each.
         """
         class_probs = clip_probs = None
+        valid = proposals.valid
+        C = len(self.names)
         if (features := proposals.class_features) is not None:
-            if self.maskformer is None:
-                class_probs = self.clip.logits(features, self.text_features).softmax(-1)
-            else:
-                logits = self.maskformer.classify(features, self.text_features)
-                class_probs = logits.softmax(-1)[:, :-1]  # without no-object
+            logits = self.clip.logits if self.maskformer is None else self.maskformer.classify
+            probs = logits(features, self.text_features).softmax(-1)
+            class_probs = probs[:, :C]  # without no-object
         if (features := proposals.region_features) is not None:
             logits = self.clip.logits(features, self.region_text_features)
-            clip_probs = logits.new_ones(len(proposals.valid), len(self.names))
-            clip_probs[proposals.valid] = logits.softmax(-1)
+            ones = logits.new_ones(len(valid), C)
+            clip_probs = ones.masked_scatter(valid[:, None], logits.softmax(-1))
         return replace(proposals, class_probs=class_probs, clip_probs=clip_probs)
 
     @torch.inference_mode()
@@ -244,24 +242,26 @@ class Segmenter(nn.Module):
         """Class scores [Q, C] -> the class with the largest score at every pixel of the original
         `size`, int64, and that score.
         """
-        logits, input_size = proposals.mask_logits, proposals.input_size
-        scores = scores.float()
+        logits, inside = proposals.mask_logits, proposals.input_size
         if use_triton(scores) and semantic_map.is_supported(logits):
-            sizes = (list(input_size), list(size))
-            return semantic_map.semantic_map(logits, scores, *sizes, False)[:2]
-        masks = mask_probabilities(logits, input_size)
-        pixels = max(math.prod(input_size), math.prod(size))
-        return best_class(lambda part: class_scores(masks, scores[:, part], size), scores, pixels)
+            sizes = ([*inside], [*size])
+            return semantic_map.semantic_map(logits, scores.float(), *sizes, False)[:2]
+        maps = lambda part: self.score_map(scores[:, part], proposals, size)
+        return best_class(maps, scores.shape[1], max(math.prod(inside), math.prod(size)))
 
     @torch.inference_mode()
     def score_map(self, scores: Tensor, proposals: Proposals, size: Size) -> Tensor:
-        """Sum over queries of class score x mask, resized to the original `size`: [C, *size]."""
-        logits, input_size = proposals.mask_logits, proposals.input_size
-        scores = scores.float()
+        """Sum over queries of class score x mask, resized to the original `size`: [C, *size]; fp32
+        under autocast, too.
+        """
+        logits, inside = proposals.mask_logits, proposals.input_size
         if use_triton(scores) and semantic_map.is_supported(logits):
-            sizes = (list(input_size), list(size))
-            return semantic_map.semantic_map(logits, scores, *sizes, True)[2]
-        return class_scores(mask_probabilities(logits, input_size), scores, size)
+            sizes = ([*inside], [*size])
+            return semantic_map.semantic_map(logits, scores.float(), *sizes, True)[2]
+        masks = mask_probabilities(logits, inside)
+        with torch.autocast(masks.device.type, enabled=False):
+            maps = torch.einsum("qc,qhw->chw", scores.to(masks.dtype), masks)
+        return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
 
     @torch.inference_mode()
     def segment(
@@ -278,55 +278,39 @@ class Segmenter(nn.Module):
         its windows of side `window` (0: none) and, with `flip`, their mirror images. With `weights`
         the label maps of all `variants`, too. Score maps are computed a few classes at a time.
         """
-        groups = [list(self.views(image, size, flip, window, weights)) for image in inputs]
-        views = [view for group in groups for view in group]
+        views = []
+        for image in inputs:
+            H, W = image.shape[-2:]
+            cover = torch.zeros(size, device=image.device)
+            for rows, columns in itertools.product(spans(H, window), spans(W, window)):
+                place = (scaled(rows, size[0], H), scaled(columns, size[1], W))
+                cover[place] += len(inputs) * (1 + flip)
+                for flipped in [False, True][: 1 + flip]:
+                    part = image[:, rows, columns]
+                    proposals = self.propose(part.flip(-1) if flipped else part)
+                    scores = {"ensemble": self.ensemble(proposals)}
+                    scores |= {} if weights is None else self.variants(proposals, weights)
+                    views.append(View(proposals, scores, place, flipped, cover))
         finite = torch.stack([is_finite(v.proposals, v.scores["ensemble"]) for v in views]).all()
-        maps = {name: self.mean_label_map(groups, name, size) for name in views[0].scores}
+        maps = {name: self.mean_label_map(views, name, size) for name in views[0].scores}
         labels, scores = maps.pop("ensemble")
-        others = {name: labels for name, (labels, _) in maps.items()}
-        return Segmentation(labels, scores, finite, others)
+        return Segmentation(labels, scores, finite, {k: labels for k, (labels, _) in maps.items()})
 
-    def views(
-        self, image: Tensor, size: Size, flip: bool, window: int, weights: list[float] | None
-    ) -> Iterator[View]:
-        """The windows of an input and their mirror images, segmented."""
-        H, W = image.shape[-2:]
-        height, width = size
-        for top, left, bottom, right in windows(H, W, window):
-            first = (top * height // H, left * width // W)
-            box = (*first, -(-bottom * height // H), -(-right * width // W))
-            part = image[:, top:bottom, left:right]
-            for flipped in [False, True][: 1 + flip]:
-                proposals = self.propose(part.flip(-1) if flipped else part)
-                scores = {"ensemble": self.ensemble(proposals)}
-                if weights is not None:
-                    scores |= self.variants(proposals, weights)
-                yield View(proposals, box, flipped, scores)
-
-    def mean_label_map(
-        self, groups: list[list[View]], name: str, size: Size
-    ) -> tuple[Tensor, Tensor]:
-        """`label_map` of the mean over the inputs of the mean over the views of each."""
-        first = groups[0][0]
-        scores = first.scores[name]
-        if len(groups) == len(groups[0]) == 1:
-            return self.label_map(scores, first.proposals, size)
+    def mean_label_map(self, views: list[View], name: str, size: Size) -> tuple[Tensor, Tensor]:
+        """`label_map` of the mean score over the views of an image."""
+        first = views[0].scores[name]
+        if len(views) == 1:
+            return self.label_map(first, views[0].proposals, size)
 
         def mean(part: slice) -> Tensor:
-            total = 0
-            for views in groups:
-                maps = scores.new_zeros(len(self.names[part]), *size)
-                count = scores.new_zeros(size)
-                for view in views:
-                    top, left, bottom, right = view.box
-                    place = (bottom - top, right - left)
-                    found = self.score_map(view.scores[name][:, part], view.proposals, place)
-                    maps[:, top:bottom, left:right] += found.flip(-1) if view.flipped else found
-                    count[top:bottom, left:right] += 1
-                total = total + maps / count
-            return total / len(groups)
+            total = first.new_zeros(len(self.names[part]), *size)
+            for view in views:
+                cover = view.cover[view.place]
+                maps = self.score_map(view.scores[name][:, part], view.proposals, cover.shape)
+                total[:, *view.place] += (maps.flip(-1) if view.flipped else maps) / cover
+            return total
 
-        return best_class(mean, scores, math.prod(size))
+        return best_class(mean, len(self.names), math.prod(size))
 
     def learned_modules(self) -> dict[str, nn.Module]:
         """The parts with something learned besides CLIP."""
@@ -342,11 +326,9 @@ def class_words(names: list[str], synonyms: dict[str, list[str]]) -> list[list[s
     """The words for each class: its name and its synonyms."""
     synonyms = {name.strip(): words for name, words in synonyms.items()}
     for name, words in synonyms.items():
-        what = f"synonyms of {name!r}"
-        if isinstance(words, str):
-            raise UserError(what, f"are {words!r}", "give a list of words")
-        if name not in names:
-            raise UserError(what, "belong to no class", "give them under a class name")
+        if isinstance(words, str) or name not in names:
+            what = f"synonyms of {name!r}"
+            raise UserError(what, f"are {words!r}", "give lists of words, under names of classes")
     rows = [[name, *synonyms.get(name, [])] for name in names]
     check_names([word for row in rows for word in row])
     return rows
@@ -359,37 +341,22 @@ def is_finite(proposals: Proposals, scores: Tensor) -> Tensor:
     return proposals.mask_logits.isfinite().all() & scores.isfinite().all()
 
 
-def windows(height: int, width: int, side: int) -> Iterator[tuple[int, int, int, int]]:
-    """Squares of `side` that overlap by two thirds and cover an image: top, left, bottom, right;
-    the whole image for side 0.
-    """
-    side = side or max(height, width)
-    for top in window_starts(height, side):
-        for left in window_starts(width, side):
-            yield top, left, min(top + side, height), min(left + side, width)
-
-
-def window_starts(length: int, side: int) -> list[int]:
+def spans(length: int, side: int) -> list[slice]:
+    """Windows of `side` that overlap by two thirds and cover a length; all of it for side 0."""
+    side = side or length
     last = max(length - side, 0)
-    return [*range(0, last, -(-side // 3)), last]
+    return [slice(s, min(s + side, length)) for s in [*range(0, last, -(-side // 3)), last]]
 
 
-def class_scores(masks: Tensor, scores: Tensor, size: Size) -> Tensor:
-    """map[c] = sum over q of scores[q, c] masks[q], resized: masks [Q, H, W], scores [Q, C] ->
-    [C, *size], in fp32 under autocast, too.
+def scaled(span: slice, size: int, length: int) -> slice:
+    """A span of `length` pixels, in an image of `size` pixels."""
+    return slice(span.start * size // length, -(-span.stop * size // length))
+
+
+def best_class(maps: Callable[[slice], Tensor], C: int, pixels: int) -> tuple[Tensor, Tensor]:
+    """Argmax and maximum of the score maps of C classes; maps(some classes) makes as many at a
+    time as there is room for with so many `pixels` each.
     """
-    with torch.autocast(masks.device.type, enabled=False):
-        maps = torch.einsum("qc,qhw->chw", scores.to(masks.dtype), masks)
-        return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
-
-
-def best_class(
-    maps: Callable[[slice], Tensor], scores: Tensor, pixels: int
-) -> tuple[Tensor, Tensor]:
-    """Argmax and maximum over the C classes of maps(some of them), as many at a time as maps of so
-    many pixels have room in MAX_SCORE_BYTES.
-    """
-    C = scores.shape[1]
     tile = max(MAX_SCORE_BYTES // (4 * pixels), 1)
     best, labels = maps(slice(tile)).max(0)
     for start in range(tile, C, tile):

@@ -1,325 +1,194 @@
-"""The three commands as users run them: training, resuming, several processes, evaluation,
-mistakes.
-"""
+"""The three commands as users run them: what they leave, several processes, mistakes."""
 
-import dataclasses
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import PROCESS, ROOT, command, fails_in_one_line, tiny_config
+from conftest import PROCESS, ROOT, TINY, command, fails_in_one_line, process, tiny_config
 from PIL import Image
 
-import eval as evaluation
-import prepare_data
 import train
-from zsseg import checkpoint, command_line, losses
+from zsseg import losses
 from zsseg.datasets import DATASETS, DataSet
+from zsseg.weights import load_checkpoint
 
-TINY = ["--config", "configs/shapes.toml", "--device", "cpu"]
-for setting in (
-    "train.batch_size=4",
-    "train.steps=4",
-    "train.checkpoint_every=2",
-    "log.every=1",
-    "data.workers=0",
-    "data.crop=64",
-    "data.short_edges=[64]",
-    "data.test_short_edge=64",
-    "model.queries=8",
-    "model.decoder_layers=2",
-):
-    TINY += ["--set", setting]
+SHAPES = ["--config", "configs/shapes.toml", "--device", "cpu"]
+SHORT = [word for setting in (*TINY, "train.steps=4") for word in ("--set", setting)]
+METRICS = "mIoU mIoU_gt fwIoU mAcc pAcc mIoU_seen mIoU_unseen hIoU pAcc_seen pAcc_unseen"
+METRICS += " per_class images images_per_second head_only clip_only clip_objectness clip_true_masks"
 
 
-def weights(path: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(path)["model"]["maskformer"]
+def without_speed(file: Path) -> str:
+    return re.sub(r".*images_per_second.*\n", "", file.read_text())
 
 
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.fixture(scope="module")
-def trained(shapes_root, tmp_path_factory) -> Path:
-    """Four steps of training through the command line, with an evaluation on the way."""
-    out = tmp_path_factory.mktemp("run")
-    result = command(
-        "train.py", *TINY, "--root", shapes_root, "--out", out, "--set", "train.eval_every=2"
-    )
-    assert result.returncode == 0, result.stderr
-    assert (
-        "CLIP on the ground-truth masks" in result.stdout
-        and "MaskFormer only" in result.stdout
-        and "hIoU" in result.stdout
-    )
-    return out
-
-
-def test_training_leaves_what_the_contract_says(trained):
+def test_training_leaves_what_the_contract_says(shapes_run):
+    """last.pt, best.pt, metrics.jsonl with every step and evaluation, metrics.json."""
     names = {"last.pt", "previous.pt", "best.pt", "metrics.jsonl", "metrics.json", "samples.png"}
-    assert {f.name for f in trained.iterdir()} == names
-    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
-    assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
-    assert [line["step"] for line in lines if "val/hIoU" in line] == [2] and "test/hIoU" in lines[
-        -1
-    ]
-    content = checkpoint.load(trained / "last.pt")
+    assert {file.name for file in shapes_run.iterdir()} == names | {".zsseg"}
+    lines = [json.loads(line) for line in (shapes_run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    for line in steps:
+        parts = [v for k, v in line.items() if k.split("/")[0] in ("class", "focal", "dice")]
+        assert line["loss"] == pytest.approx(sum(parts), rel=1e-5) and len(parts) == 9
+        assert 0 < line["speed/data_wait"] < 100 and line["speed/images_per_second"] > 0
+    assert [line["step"] for line in lines if "val/hIoU" in line] == [2]
+    assert "test/hIoU" in lines[-1]
+    content = load_checkpoint(shapes_run / "last.pt")
     assert content["step"] == 4 and content["config"]["train"]["batch_size"] == 4
-    assert checkpoint.load(trained / "best.pt")["step"] == 2
-    assert Image.open(trained / "samples.png").size == (4 * 160, 3 * 160)
+    seen = DATASETS["shapes"].training_names
+    assert content["trained"] == seen and len(seen) == 20
+    assert load_checkpoint(shapes_run / "best.pt")["step"] == 2
 
 
-def test_evaluation_repeats_the_numbers_of_training(trained, shapes_root, tmp_path):
-    """Also from two and three processes, with the exact same confusion matrix, and with its
-    predictions saved.
-    """
-    arguments = [trained / "last.pt", "--root", shapes_root, "--device", "cpu"]
-    for n in (1, 2, 3):
-        words = [
-            *arguments,
-            "--out",
-            tmp_path / str(n),
-            *(["--save-predictions"] if n == 1 else []),
-        ]
-        result = command("eval.py", *words, processes=n, env={"OMP_NUM_THREADS": "1"})
-        assert result.returncode == 0, result.stderr
-    texts = [
-        (folder / "metrics.json").read_text()
-        for folder in (trained, *(tmp_path / n for n in "123"))
-    ]
-    same = [
-        "\n".join(line for line in text.splitlines() if "images_per_second" not in line)
-        for text in texts
-    ]
-    assert same[0] == same[1] == same[2] == same[3] and '"images": 4' in same[0]
-    results = [json.loads(text) for text in texts]
-    assert {
-        "mIoU",
-        "mIoU_gt",
-        "fwIoU",
-        "mAcc",
-        "pAcc",
-        "mIoU_seen",
-        "mIoU_unseen",
-        "hIoU",
-        "pAcc_seen",
-        "pAcc_unseen",
-        "per_class",
-        "images",
-        "head_only",
-        "clip_only",
-        "clip_objectness",
-        "clip_true_masks",
-    } == set(results[1]) - {"images_per_second", "program", "ignored"}
+def test_evaluation_repeats_the_numbers_of_training(shapes_run, shapes_root, tmp_path):
+    """From one process and from two, to the same confusion matrix; predictions are saved."""
+    for n in (1, 2):
+        words = [shapes_run / "last.pt", "--root", shapes_root, "--device", "cpu"]
+        words += ["--save-predictions"] if n == 1 else []
+        done = command("eval.py", *words, "--out", tmp_path / str(n), processes=n)
+        assert done.returncode == 0, done.stderr
+    files = [folder / "metrics.json" for folder in (shapes_run, tmp_path / "1", tmp_path / "2")]
+    assert len({*map(without_speed, files)}) == 1
+    assert {*METRICS.split()} <= json.loads(files[0].read_text()).keys()
     maps = sorted((tmp_path / "1" / "predictions").iterdir())
-    assert [m.name for m in maps] == [f"test0000{i}.png" for i in range(4)]
-    assert all(
-        np.array(Image.open(m)).shape == (96, 96) and np.array(Image.open(m)).max() < 25
-        for m in maps
-    )
+    assert [file.name for file in maps] == [f"test0000{i}.png" for i in range(4)]
+    for file in maps:
+        labels = np.array(Image.open(file))
+        assert labels.shape == (96, 96) and labels.max() < 25
 
 
-def test_supervised_training_needs_no_clip(shapes_root, tmp_path, monkeypatch, capsys):
+def test_supervised_training_needs_no_clip(shapes_root, tmp_path):
     """All classes, a linear head, no CLIP file; evaluation too."""
     root = tmp_path / "root"
     shutil.copytree(shapes_root, root)
     (root / "shapes" / "clip.pt").unlink()
-    monkeypatch.chdir(ROOT)
-    words = [*TINY, "--root", str(root), "--out", str(tmp_path / "out")]
-    for setting in (
-        "model.class_head=linear",
-        "data.train_on=all",
-        "clip.ensemble=false",
-        "model.weights=",
-        "train.steps=2",
-    ):
-        words += ["--set", setting]
-    train.main(words)
-    evaluation.main(
-        [str(tmp_path / "out" / "last.pt"), "--root", str(root), "--out", str(tmp_path / "eval")]
+    words = [*SHAPES, *SHORT, "--root", root]
+    settings = ("model.class_head=linear", "clip.ensemble=false", "model.weights=", "train.steps=2")
+    words += [word for setting in settings for word in ("--set", setting)]
+    fails_in_one_line(command("train.py", *words, "--out", tmp_path / "no"), "data.train_on")
+    words += ["--set", "data.train_on=all", "--out", tmp_path / "out"]
+    done = command("train.py", *words)
+    assert done.returncode == 0, done.stderr
+    last = tmp_path / "out" / "last.pt"
+    done = command("eval.py", last, "--root", root, "--out", tmp_path / "eval", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    first, second = (
+        json.loads((tmp_path / f / "metrics.json").read_text()) for f in ("out", "eval")
     )
-    results = [json.loads((tmp_path / f / "metrics.json").read_text()) for f in ("out", "eval")]
-    assert results[0]["mIoU"] == results[1]["mIoU"] and "head_only" not in results[0]
-    assert weights(tmp_path / "out" / "last.pt")["class_embed.weight"].shape == (26, 64)
-    words[words.index("data.train_on=all")] = "data.train_on=seen"
-    words[words.index(str(tmp_path / "out"))] = str(tmp_path / "other")
-    fails(capsys, monkeypatch, train.main, words, "data.train_on", "linear head")
+    assert first["mIoU"] == second["mIoU"] and "head_only" not in first
+    weight = load_checkpoint(last)["model"]["maskformer"]["class_embed.weight"]
+    assert weight.shape == (26, 64)
 
 
 def test_costs_and_losses_run_outside_autocast(shapes_root, tmp_path, monkeypatch):
-    dtypes, cost = set(), losses.matching_cost
-    monkeypatch.setattr(
-        losses, "matching_cost", lambda *a: dtypes.add(torch.is_autocast_enabled("cpu")) or cost(*a)
-    )
-    train.train(
-        tiny_config("train.steps=1", "model.bf16=on", "eval.compare=false"),
-        shapes_root,
-        tmp_path,
-        PROCESS,
-        {},
-    )
+    dtypes = set()
+    cost = losses.matching_cost
+    spy = lambda *a: dtypes.add(torch.is_autocast_enabled("cpu")) or cost(*a)
+    monkeypatch.setattr(losses, "matching_cost", spy)
+    config = tiny_config("train.steps=1", "model.bf16=on", "eval.compare=false")
+    train.train(config, shapes_root, tmp_path, PROCESS, {})
     assert dtypes == {False}
 
 
-def test_check_reports_histogram_and_absence_of_unseen_pixels(shapes_root, capsys):
-    prepare_data.main(["shapes", "--root", str(shapes_root), "--check"])
-    text = capsys.readouterr().out
-    assert "shapes train: 10 images" in text and "shapes val: 6 images" in text
-    assert "pixels of the 5 unseen classes (cup" in text and "brick" in text
+# --- starting
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "prepare_data.py"])
+@pytest.mark.parametrize("words", [["--help"], ["--hlep", "x"], ["absent", "--config", "absent"]])
+def test_help_and_mistakes_answer_before_heavy_imports(script, words):
+    """Measured by what is imported, not by the clock: neither torch nor SciPy."""
+    code = (
+        "import atexit, runpy, sys; sys.argv = sys.argv[1:]; atexit.register(lambda: print("
+        "'imported', {'torch', 'scipy', 'torchvision'} & sys.modules.keys()));"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    words = ["-c", code, script, *words]
+    done = process(*words)
+    assert done.returncode == (0 if words[-1] == "--help" else 2), done.stderr
+    assert "imported set()" in done.stdout
+
+
+def test_the_package_works_from_any_folder(tmp_path):
+    """Also beside another package named kernels."""
+    (tmp_path / "kernels").mkdir()
+    words = [
+        sys.executable,
+        "-c",
+        "from zsseg import load; import kernels; print(kernels.__file__)",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == str(ROOT / "kernels" / "__init__.py")
 
 
 # --- mistakes
 
 
-def fails(capsys, monkeypatch, main, arguments: list[str], *parts: str) -> None:
-    """In this process: command_line.command must end with code 2 and one line."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        command_line.command(main)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert (
-        stop.value.code == 2
-        and len(lines) == 1
-        and lines[0].startswith("error: ")
-        and lines[0].count("; ") >= 1
-    )
-    assert all(part in lines[0] for part in parts), lines[0]
-
-
 @pytest.mark.parametrize(
-    ("arguments", "parts"),
+    ("words", "parts"),
     [
-        (
-            ["--root", "{empty}", "--config", "configs/shapes.toml"],
-            ["shapes", "prepare_data.py shapes"],
-        ),
-        (["--config", "configs/absent.toml"], ["absent.toml", "No such file"]),
-        (["--config", "shapes"], ["did you mean configs/shapes.toml?"]),
-        (["--config", "configs/shapes.toml", "--device", "gpu"], ["choose one of", "cuda"]),
-        (
-            [
-                "--config",
-                "configs/shapes.toml",
-                "--root",
-                "{root}",
-                "--set",
-                "clip.weights=ViT-B/31",
-            ],
-            ["did you mean ViT-B/32?"],
-        ),
-        (
-            [
-                "--config",
-                "configs/shapes.toml",
-                "--root",
-                "{root}",
-                "--set",
-                "train.eval_every=1",
-                "--set",
-                "data.name=voc",
-                "--set",
-                "data.split=val",
-            ],
-            ["data set voc"],
-        ),
+        (["{shapes}", "--root", "{empty}"], ["shapes", "prepare_data.py shapes"]),
+        (["--config", "configs/absent.toml"], ["absent.toml", "no such file"]),
+        (["--config", "configs/shape.toml"], ["did you mean configs/shapes.toml?"]),
+        (["{shapes}", "--device", "gpu"], ["gpu", "cuda"]),
+        (["{shapes}", "--set", "clip.weights=ViT-B/31"], ["did you mean ViT-B/32?"]),
         ([], ["--config"]),
-        (["--config", "configs/shapes.toml", "--colour"], ["--colour"]),
-        (
-            ["--config", "configs/voc_r50_single.toml", "--set", "train.stps=1"],
-            ["train.stps", "train.steps"],
-        ),
-        (
-            ["--config", "configs/shapes.toml", "--root", "{root}", "--set", "data.name=pets"],
-            ["pets", "voc"],
-        ),
-        (
-            [
-                "--config",
-                "configs/shapes.toml",
-                "--root",
-                "{root}",
-                "--set",
-                "data.name=voc",
-                "--set",
-                "data.split=val",
-            ],
-            ["voc", "prepare_data.py voc"],
-        ),
-        (
-            ["--config", "configs/shapes.toml", "--root", "{root}", "--set", "clip.prompt=poem"],
-            ["clip.prompt", "imagenet"],
-        ),
-        (
-            ["--config", "configs/shapes.toml", "--root", "{root}", "--set", "data.split=nope"],
-            ["nope", "val, test"],
-        ),
-        (
-            ["--config", "configs/shapes.toml", "--root", "{root}", "--set", "clip.prompt=learned"],
-            ["no learned prompt"],
-        ),
-        (
-            ["--config", "configs/shapes.toml", "--root", "{root}", "--resume"],
-            ["holds no run", "leave --resume out"],
-        ),
-        (
-            [
-                "--config",
-                "configs/shapes.toml",
-                "--root",
-                "{root}",
-                "--set",
-                "clip.prompt=['a very long and winding description of one single {} on a wall']",
-            ],
-            ["tokens", "shorten"],
-        ),
+        (["{shapes}", "--resme"], ["--resme", "did you mean --resume?"]),
+        (["{shapes}", "--set", "train.stps=1"], ["train.stps", "train.steps"]),
+        (["{shapes}", "--set", "data.name=pets"], ["pets", "voc"]),
+        (["{shapes}", "--set", "data.name=voc"], ["voc", "prepare_data.py voc"]),
+        (["{shapes}", "--set", "clip.prompt=poem"], ["clip.prompt", "imagenet"]),
+        (["{shapes}", "--set", "data.split=nope"], ["nope", "val, test"]),
+        (["{shapes}", "--set", "clip.prompt=learned"], ["no learned prompt"]),
+        (["{shapes}", "--resume"], ["has no run", "leave --resume out"]),
+        (["{shapes}", "--set", f"clip.prompt=['{'a ' * 30}{{}}']"], ["tokens", "shorten"]),
+        (["{shapes}", "--set", "model.proposer=absent:f"], ["model.proposer"]),
     ],
 )
-def test_mistakes_in_training(capsys, monkeypatch, shapes_root, tmp_path, arguments, parts):
-    words = [
-        a.format(empty=tmp_path / "nothing", root=shapes_root) if a[0] == "{" else a
-        for a in arguments
-    ]
-    fails(capsys, monkeypatch, train.main, [*words, "--out", tmp_path / "out"], *parts)
-    assert not (tmp_path / "out").exists()
+def test_mistakes_in_training(shapes_root, tmp_path, words, parts):
+    words = [str(tmp_path / "nothing") if word == "{empty}" else word for word in words]
+    if "{shapes}" in words:
+        words = [*SHAPES, "--root", shapes_root, *words[1:]]
+    done = command("train.py", *words, "--out", tmp_path / "out")
+    fails_in_one_line(done, *parts)
+    assert not (tmp_path / "out" / "last.pt").exists()
 
 
-def test_the_output_folder_must_be_one(capsys, monkeypatch, shapes_root, tmp_path):
-    (tmp_path / "out").write_text("a file")
-    fails(
-        capsys,
-        monkeypatch,
-        train.main,
-        [*TINY, "--root", shapes_root, "--out", tmp_path / "out"],
-        "cannot be written",
-    )
-    assert (tmp_path / "out").read_text() == "a file"
+def test_the_output_folder_must_be_one(shapes_root, shapes_run, tmp_path):
+    """A file, a folder with the user's files, and another run's are refused and stay."""
+    words = [*SHAPES, *SHORT, "--root", shapes_root, "--out"]
+    (tmp_path / "file").write_text("a file")
+    fails_in_one_line(command("train.py", *words, tmp_path / "file"), "cannot be written")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "metrics.json").write_text("mine")
+    fails_in_one_line(command("train.py", *words, tmp_path / "mine"), "not this program's")
+    assert (tmp_path / "mine" / "metrics.json").read_text() == "mine"
+    before = (shapes_run / "last.pt").read_bytes()
+    fails_in_one_line(command("train.py", *words, shapes_run), "has a run", "--resume")
+    assert (shapes_run / "last.pt").read_bytes() == before
 
 
-def test_a_resumed_run_must_fit_its_checkpoint(capsys, monkeypatch, trained, shapes_root):
-    arguments = [
-        *TINY[:4],
-        "--root",
-        shapes_root,
-        "--out",
-        trained,
-        "--resume",
-        "--set",
-        "train.weight_decay=0",
-    ]
-    fails(capsys, monkeypatch, train.main, arguments, "last.pt", "cannot resume")
+def test_a_resumed_run_must_fit_its_checkpoint(shapes_run, shapes_root, tmp_path):
+    shutil.copytree(shapes_run, tmp_path / "run")
+    words = ["--root", shapes_root, "--out", tmp_path / "run", "--resume", "--device", "cpu"]
+    done = command("train.py", *words, "--set", "train.weight_decay=0")
+    fails_in_one_line(done, "last.pt", "cannot resume")
+    done = command("train.py", *words, "--set", "model.num_queries=9")
+    fails_in_one_line(done, "last.pt", "query_embed.weight")
 
 
 def test_check_finds_an_unseen_pixel(monkeypatch, shapes_root):
-    """The check would notice a table that lets an unseen class through."""
+    """It would notice a table that lets an unseen class through."""
     real = DataSet.lut
 
     def leaky(self: DataSet, training: bool = False) -> np.ndarray:
@@ -328,132 +197,69 @@ def test_check_finds_an_unseen_pixel(monkeypatch, shapes_root):
         return table
 
     monkeypatch.setattr(DataSet, "lut", leaky)
-    with pytest.raises(AssertionError, match="unseen class survived"):
-        prepare_data.main(["shapes", "--root", str(shapes_root), "--check"])
+    done = command("prepare_data.py", "shapes", "--root", shapes_root, "--check")
+    assert done.returncode == 1 and "unseen class survived" in done.stderr
 
 
-def test_a_missing_class_name_is_noticed(capsys, monkeypatch, trained, shapes_root, tmp_path):
-    names = ["", *DATASETS["shapes"].names[1:]]
-    monkeypatch.setitem(DATASETS, "shapes", dataclasses.replace(DATASETS["shapes"], names=names))
-    arguments = [trained / "last.pt", "--root", shapes_root, "--out", tmp_path / "out"]
-    fails(capsys, monkeypatch, evaluation.main, arguments, "class 0: has no name")
-
-
-def test_a_run_is_not_overwritten(capsys, monkeypatch, trained, shapes_root):
-    before = (trained / "last.pt").read_bytes()
-    fails(
-        capsys,
-        monkeypatch,
-        train.main,
-        [*TINY, "--root", shapes_root, "--out", trained],
-        "--resume",
-    )
-    assert (trained / "last.pt").read_bytes() == before
-
-
-def test_mistakes_in_evaluation(capsys, monkeypatch, trained, shapes_root, tmp_path):
-    out = ["--out", tmp_path / "out", "--root", shapes_root]
-    fails(capsys, monkeypatch, evaluation.main, [tmp_path / "no.pt", *out], "no.pt", "no such file")
+def test_mistakes_in_evaluation(shapes_run, shapes_root, tmp_path):
+    out = ["--out", tmp_path / "out", "--root", shapes_root, "--device", "cpu"]
+    theirs = tmp_path / "theirs.pth"
+    torch.save({"model": {"backbone.stem.conv1.weight": torch.zeros(1)}}, theirs)
     (tmp_path / "junk.pt").write_bytes(b"PK\x03\x04junk")
-    fails(
-        capsys,
-        monkeypatch,
-        evaluation.main,
-        [tmp_path / "junk.pt", *out],
-        "junk.pt",
-        "cannot be read",
-    )
-    torch.save({"model": {"backbone.stem.conv1.weight": torch.zeros(1)}}, tmp_path / "theirs.pth")
-    fails(
-        capsys, monkeypatch, evaluation.main, [tmp_path / "theirs.pth", *out], "give its --config"
-    )
-    theirs = [
-        tmp_path / "theirs.pth",
-        "--config",
-        "configs/voc_r50_single.toml",
-        "--set",
-        "data.name=shapes",
-        *out,
-    ]
-    fails(capsys, monkeypatch, evaluation.main, theirs, "holds no CLIP")
-    wrong = [trained / "last.pt", *out, "--set", "model.queries=9"]
-    fails(capsys, monkeypatch, evaluation.main, wrong, "query_embed.weight has shape")
-    checkpoint.save(
-        tmp_path / "clip.pt",
-        model={"text_projection": torch.zeros(1)},
-        config=asdict(tiny_config(task="clip")),
-    )
-    fails(capsys, monkeypatch, evaluation.main, [tmp_path / "clip.pt", *out], "holds no segmenter")
-    learned = [trained / "last.pt", *out, "--set", "clip.prompt=learned"]
-    fails(capsys, monkeypatch, evaluation.main, learned, "no learned prompt")
-    assert not (tmp_path / "out").exists()
+    last = shapes_run / "last.pt"
+    voc = ["--config", "configs/voc_r50_single.toml", "--set", "data.name=shapes"]
+    for words, *parts in (
+        ([tmp_path / "no.pt"], "no.pt", "no such file"),
+        ([tmp_path / "junk.pt"], "junk.pt", "cannot be read"),
+        ([theirs], "give its --config"),
+        ([theirs, *voc], "no CLIP"),
+        ([last, "--set", "model.num_queries=9"], "query_embed.weight", "shape"),
+        ([last, "--set", "clip.prompt=learned"], "no learned prompt"),
+        ([last, "--export", "x"], "--export is not an option"),
+    ):
+        fails_in_one_line(command("eval.py", *words, *out), *parts)
+    assert not (tmp_path / "out" / "metrics.json").exists()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 def test_broken_data_stops_evaluation_and_names_the_file(
-    capsys, monkeypatch, trained, shapes_root, tmp_path
+    workers, shapes_run, shapes_root, tmp_path
 ):
     root = tmp_path / "root"
-    subprocess.run(["cp", "-r", str(shapes_root), str(root)], check=True)
-    Image.new("L", (10, 10)).save(root / "shapes" / "labels" / "test" / "test00001.png")
-    arguments = [trained / "last.pt", "--root", root, "--out", tmp_path / "out"]
-    fails(
-        capsys,
-        monkeypatch,
-        evaluation.main,
-        arguments,
-        "test00001.png",
-        "is 10 x 10, its image 96 x 96",
-    )
-    (root / "shapes" / "labels" / "test" / "test00001.png").write_bytes(b"")
-    fails(capsys, monkeypatch, evaluation.main, arguments, "test00001.png", "cannot be read")
-    assert not (tmp_path / "out").exists()
-
-
-def test_broken_data_in_a_worker_is_one_line_too(trained, shapes_root, tmp_path):
-    root = tmp_path / "root"
-    subprocess.run(["cp", "-r", str(shapes_root), str(root)], check=True)
+    shutil.copytree(shapes_root, root)
+    words = [shapes_run / "last.pt", "--root", root, "--out", tmp_path / "out", "--device", "cpu"]
+    words += ["--set", f"data.workers={workers}"]
     (root / "shapes" / "images" / "test" / "test00002.jpg").write_bytes(b"junk")
-    result = command(
-        "eval.py",
-        trained / "last.pt",
-        "--root",
-        root,
-        "--out",
-        tmp_path / "out",
-        "--set",
-        "data.workers=2",
+    fails_in_one_line(command("eval.py", *words), "test00002.jpg", "cannot be read")
+    label = root / "shapes" / "labels" / "test" / "test00001.png"
+    Image.new("L", (10, 10)).save(label)
+    fails_in_one_line(command("eval.py", *words), "test00001.png", "is 10 x 10, its image 96 x 96")
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+# --- streams
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streams", ["> /dev/full", "| head -c 1"])
+def test_printing_never_ends_a_run(streams, trained, tmp_path):
+    """A full disk, a reader that is gone, a terminal that cannot encode a character."""
+    folder = tmp_path / "own"
+    shutil.copytree(trained.parent.parent, folder)
+    config = folder / "a.toml"
+    config.write_text(config.read_text().replace("grass", "猫"), encoding="utf-8")
+    words = f"{sys.executable} eval.py {folder}/run/last.pt --config {config} --root {folder}"
+    words += f" --out {folder}/o --device cpu {streams}"
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", words], cwd=ROOT, env=environment, capture_output=True
     )
-    fails_in_one_line(result, "test00002.jpg", "cannot be read")
+    assert done.returncode == 0, done.stderr
+    assert "猫" in json.loads((folder / "o" / "metrics.json").read_text())["per_class"]
 
 
-def test_missing_vocabulary(capsys, monkeypatch, tmp_path, shapes_root):
-    from zsseg.clip import CLIP, VisionTransformer
-
-    big = CLIP(VisionTransformer(32, 16, 64, 1, 16), 16, 77, 49408, 64, 1)
-    torch.save(big.state_dict(), tmp_path / "clip.pt")
-    monkeypatch.setenv("ZSSEG_VOCAB", str(tmp_path / "vocab.gz"))
-    arguments = [
-        *TINY,
-        "--root",
-        shapes_root,
-        "--out",
-        tmp_path / "out",
-        "--set",
-        f"clip.weights={tmp_path / 'clip.pt'}",
-        "--set",
-        "model.weights=",
-    ]
-    fails(capsys, monkeypatch, train.main, arguments, "vocab.gz", "no such file")
-    monkeypatch.delenv("ZSSEG_VOCAB")
-    monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("zsseg.tokenizer.VOCABULARY", ("http://127.0.0.1:9/vocab.gz", "0" * 64))
-    fails(
-        capsys,
-        monkeypatch,
-        train.main,
-        arguments,
-        "BPE vocabulary",
-        "cannot download",
-        str(tmp_path / "cache"),
-    )
-    assert not list((tmp_path / "cache").glob("*"))
+def test_help_answers_within_a_second():
+    """On an idle machine; three times that here, for one that is not."""
+    started = time.perf_counter()
+    assert process("eval.py", "--help").returncode == 0
+    assert time.perf_counter() - started < 3

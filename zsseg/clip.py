@@ -56,15 +56,19 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
+    def project(self, x: Tensor, first: int, end: int) -> Tensor:
+        """Of queries (0), keys (1) and values (2) those from `first` to `end`, side by side."""
+        rows = slice(first * x.shape[-1], end * x.shape[-1])
+        return F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+
     def forward(self, x: Tensor, mask: Tensor | None = None, count: int | None = None) -> Tensor:
         """[N, length, width] -> outputs of the first `count` tokens (all) [N, count, width]."""
-        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
-        return self.out_proj(attend(q[:, :count], k, v, self.num_heads, mask))
-
-    def values(self, x: Tensor) -> Tensor:
-        """What each token would put out if it attended to itself only, [N, length, width]."""
-        rows = slice(2 * x.shape[-1], None)
-        return self.out_proj(F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows]))
+        if count is None:
+            q, k, v = self.project(x, 0, 3).chunk(3, -1)
+        else:
+            q = self.project(x[:, :count], 0, 1)
+            k, v = self.project(x, 1, 3).chunk(2, -1)
+        return self.out_proj(attend(q, k, v, self.num_heads, mask))
 
 
 class Block(nn.Module):
@@ -206,7 +210,7 @@ class VisionTransformer(nn.Module):
         """
         x, grid = self.tokens(images)
         last = self.transformer.resblocks[-1]
-        x = last.attn.values(last.ln_1(x[:, 1:]))
+        x = last.attn.out_proj(last.attn.project(last.ln_1(x[:, 1:]), 2, 3))
         return (self.ln_post(x) @ self.proj).unflatten(1, grid)
 
 

@@ -1,0 +1,54 @@
+"""Archives of data sets, unpacked without trusting them."""
+
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+from zsseg.utils import UserError
+
+
+def unpack(archive: Path, take: list[tuple[str, str]], folder: Path, what: str) -> None:
+    """Unpack parts of a .zip or .tar(.gz): each (path in the archive, path below `folder`) that
+    does not exist yet.
+
+    They get their names only when all have been written. UserError for an archive that is broken,
+    lacks a part, or has a name or a link in one that leads outside.
+    """
+    missing = [(inside, folder / path) for inside, path in take if not (folder / path).exists()]
+    if not missing:
+        return
+    staging = folder / ".unpacking"
+
+    def wanted(name: str) -> bool:
+        return any(PurePosixPath(name).is_relative_to(inside) for inside, _ in missing)
+
+    try:
+        shutil.rmtree(staging, ignore_errors=True)  # what a kill left
+        if archive.suffix == ".zip":
+            unpack_zip(archive, wanted, staging)
+        else:
+            with tarfile.open(archive) as content:
+                members = [member for member in content if wanted(member.name)]
+                content.extractall(staging, members, filter="data")
+        for inside, _ in missing:
+            if not (staging / inside).exists():
+                raise ValueError(f"contains no {inside}")
+        for inside, target in missing:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (staging / inside).rename(target)
+    except Exception as error:  # broken archives raise many types
+        why = f"archive {archive} cannot be unpacked to {folder} ({error})"
+        raise UserError(what, why, "check the disk, or delete it to fetch it again") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def unpack_zip(archive: Path, wanted: object, staging: Path) -> None:
+    """The same for a zip file; ValueError for a name that leads outside."""
+    with zipfile.ZipFile(archive) as content:
+        names = [name for name in content.namelist() if wanted(name)]
+        for name in names:
+            if not (staging / name).resolve().is_relative_to(staging.resolve()):
+                raise ValueError(f"{name!r} leads outside")
+        content.extractall(staging, names)

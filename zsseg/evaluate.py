@@ -1,9 +1,7 @@
 """Evaluation: the metrics of a split, its images shared among the processes."""
 
-import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +11,33 @@ from PIL import Image
 from torch import Tensor
 
 from zsseg.config import Config
-from zsseg.data import TestImages, stream
+from zsseg.data import TestImages, batches
 from zsseg.datasets import DataSet, dataset
 from zsseg.distributed import Process
-from zsseg.files import MARK, PNG_MARK, refuse_foreign
-from zsseg.files import result as written
-from zsseg.metrics import confusion, method, summarize, table
-from zsseg.regions import mask_boxes
+from zsseg.metrics import confusion, summarize, table
+from zsseg.regions import box_of
 from zsseg.segmenter import Segmenter
-from zsseg.utils import UserError, progress, several
-from zsseg.views import View, all_finite, label_map, segment_views
+from zsseg.utils import UserError, atomic_write, plural, progress, write_json
 from zsseg.visualize import comparison_strip, save_label_map
 
 SAMPLES = 8  # images in samples.png
-# What is called with an image's number in the split, its name, uint8 [3, h, w] at network-input
-# size, class ids int64 [H, W] true (with `ignore`) and predicted, pixel counts [C, C].
+# Called for every image: (index in the split, name, uint8 [3, h, w] at network-input size, class
+# ids int64 [H, W] true (with `ignore`) and predicted, pixel counts [C, C]).
 OnImage = Callable[[int, str, Tensor, Tensor, Tensor, Tensor], None]
+
+
+def own_images(
+    images: TestImages, process: Process, workers: int, title: str
+) -> Iterator[tuple[int, list[Tensor], Tensor, str]]:
+    """This process's part of a split, on its device, with progress: (index, network inputs, labels
+    int64 [H, W], name).
+    """
+    numbers = range(process.rank, len(images), process.world_size)
+    samples = batches(images, numbers, None, workers)
+    samples = progress(samples, title, len(numbers), process.is_main)
+    for number, (inputs, labels, name) in zip(numbers, samples, strict=True):
+        inputs = [image.to(process.device) for image in inputs]
+        yield number, inputs, labels.to(process.device).long(), name
 
 
 @torch.inference_mode()
@@ -43,164 +52,118 @@ def evaluate(
     on_image: OnImage | None = None,
     seen: list[int] | None = None,
 ) -> dict:
-    """Metrics of a split, its images shared among the processes; with `out`, written to
-    metrics.json there, with a grid of images (rank 0).
+    """Metrics of a split; with `out`, written to metrics.json there, with a grid of images
+    samples.png (rank 0). `segmenter` may be a `OneStage`.
 
-    `seen`: ids of the classes that count as seen in the ensemble; those that the set is trained on
-    where None. `on_image` is called with every image of this process, see `OnImage`.
+    `seen`: ids of the classes that count as seen in the ensemble; None: those that the set is
+    trained on. `on_image`: see `OnImage`. UserError if the model gives no numbers.
     """
-    data, wanted, device = dataset(config.data), config.eval, process.device
-    images = TestImages(config.data, root, split, wanted.sizes)
-    if save_predictions:  # now, not in the middle
-        files = [out / "predictions" / f"{name}.png" for name in images.names]
-        process.broadcast_object(lambda: refuse_foreign(*files))
-    segmenter.eval().set_classes(data.names, data.trained if seen is None else seen)
-
+    data = dataset(config.data)
+    options = config.eval
     C = len(data.names)
-    parts = segmenter.variant_names(wanted.weights) if wanted.compare or wanted.weights else []
-    counts = Counts.zeros(["", *parts], C, device)
-    numbers = range(process.rank, len(images), process.world_size)
-    batches, title = stream(images, numbers, 1, config.data.workers), f"evaluate {split}"
-    batches = progress(batches, process.progress_label(title), len(numbers), process.is_main)
-    samples, started = [], time.perf_counter()
-    for number, [(inputs, labels, name)] in zip(numbers, batches, strict=True):
-        inputs, labels = [image.to(device) for image in inputs], labels.to(device).long()
-        size = tuple(labels.shape)
+    images = TestImages(config.data, root, split, options.sizes)
+    segmenter.eval().set_classes(data.names, data.trained if seen is None else seen)
+    weights = options.weights if options.compare or options.weights else None
+    on_truth = options.compare and segmenter.clip is not None and config.model.proposals
+
+    totals: dict[str, Tensor] = {}  # int64; confusion matrices and other counts
+    strips = []
+    started = time.perf_counter()
+    for number, inputs, labels, name in own_images(
+        images, process, config.data.workers, f"evaluate {split}"
+    ):
         with process.autocast(config.model.bf16):
-            views = segment_views(segmenter, inputs, size, wanted.flip, wanted.window)
-            if wanted.compare and parts:
-                counts.regions += gt_mask_accuracy(segmenter, inputs[0], labels, data)
-        scores = [segmenter.ensemble(view.proposals) for view in views]
-        counts.broken += ~all_finite(views, scores)
-        counts.ignored += (labels == data.ignore).sum()
-
-        predicted, _ = label_map(segmenter, views, scores, size)
-        matrix = confusion(labels, predicted, C, data.ignore)
-        counts.matrices[""] += matrix
+            size = tuple(labels.shape)
+            found = segmenter.segment(inputs, size, options.flip, options.window, weights)
+            maps = {"ensemble": found.labels} | found.variants
+            counts = {k: confusion(labels, v, C, data.ignore) for k, v in maps.items()}
+            if on_truth:
+                counts["regions"] = gt_mask_accuracy(segmenter, inputs, labels, data)
+        counts["ignored"] = (labels == data.ignore).sum()  # pixels
+        counts["broken"] = (~found.finite).long()  # images
+        totals = {k: totals.get(k, 0) + v for k, v in counts.items()}
         if on_image:
-            on_image(number, name, inputs[0], labels, predicted, matrix)
+            on_image(number, name, inputs[0], labels, found.labels, counts["ensemble"])
         if save_predictions:
-            save_label_map(predicted, out / "predictions" / f"{name}.png", C)
-        if process.is_main and len(samples) < SAMPLES:
+            save_label_map(found.labels, out / "predictions" / f"{name}.png", C)
+        if process.is_main and len(strips) < SAMPLES:
             known = labels.where(labels != data.ignore, C)
-            samples.append(comparison_strip(inputs[0].cpu(), known.cpu(), predicted.cpu(), C))
-        count_variants(segmenter, views, labels, wanted.weights, counts, data.ignore)
+            shown = [x.cpu() for x in (inputs[0], known, found.labels)]
+            strips.append(comparison_strip(*shown, C))
 
-    rate = len(images) * process.world_size / counts.reduce(process, started)
-    result = counts.metrics(data, regions=wanted.compare and bool(parts))
+    result = summarize_totals(totals, data, process)
+    seconds = torch.tensor(time.perf_counter() - started, device=process.device).double()
+    rate = len(images) * process.world_size / float(process.sum(seconds))
     result |= {"images": len(images), "images_per_second": rate}
-    if out is not None and process.is_main:
-        write(result, samples, config, out)
+    if out and process.is_main:
+        write(result, strips, config, out)
     return result
 
 
-def count_variants(
-    segmenter: Segmenter,
-    views: list[View],
-    labels: Tensor,
-    weights: list[float],
-    counts: "Counts",
-    ignore: int,
-) -> None:
-    """Count an image's pixels as the method's parts and other weights label them, too."""
-    parts = [name for name in counts.matrices if name]
-    variants = [segmenter.variants(view.proposals, weights) for view in views if parts]
-    for part in parts:
-        scores = [variant[part] for variant in variants]
-        predicted, _ = label_map(segmenter, views, scores, tuple(labels.shape))
-        counts.matrices[part] += confusion(labels, predicted, scores[0].shape[1], ignore)
-
-
-@dataclass
-class Counts:
-    """What an evaluation counts, on the device."""
-
-    matrices: dict[
-        str, Tensor
-        # pixels int64 [C, C]: "" of the evaluation itself, and of parts and other weights
-    ]
-    regions: Tensor  # int64 [2, 2]: seen, unseen x right, all
-    ignored: Tensor  # pixels
-    broken: Tensor  # images with scores that are not finite
-
-    @classmethod
-    def zeros(cls, names: list[str], classes: int, device: torch.device) -> "Counts":
-        zeros = lambda *shape: torch.zeros(shape, dtype=torch.int64, device=device)
-        return cls({name: zeros(classes, classes) for name in names}, zeros(2, 2), zeros(), zeros())
-
-    def reduce(self, process: Process, started: float) -> float:
-        """Sum over the processes; the seconds that they took together since `started`."""
-        seconds = torch.tensor(time.perf_counter() - started, device=process.device).double()
-        for tensor in (*self.matrices.values(), self.regions, seconds, self.ignored, self.broken):
-            process.sum(tensor)
-        return float(seconds)
-
-    def metrics(self, data: DataSet, regions: bool) -> dict:
-        """All of them, with `regions` CLIP's accuracy, too; UserError where the model gave no
-        numbers.
-        """
-        if self.broken:
-            why = f"gives scores that are not finite in {several(int(self.broken), 'image')}"
-            raise UserError("the model", why, "check its weights, or set model.bf16=off")
-        pixels = int(self.matrices[""].sum()) + int(self.ignored)
-        result = summarize(self.matrices[""], data)
-        result["ignored"] = 100 * int(self.ignored) / max(pixels, 1)
-        for name, matrix in self.matrices.items():
-            if name:
-                result[name] = summarize(matrix, data)
-        if regions:
-            result["clip_true_masks"] = accuracies(self.regions, data)
-        return result
+def summarize_totals(totals: dict[str, Tensor], data: DataSet, process: Process) -> dict:
+    """The metrics from what all processes have counted. The first one counts all that others do."""
+    shapes = process.broadcast(lambda: {name: count.shape for name, count in totals.items()})
+    for name, shape in shapes.items():
+        nothing = torch.zeros(shape, dtype=torch.int64, device=process.device)
+        totals[name] = process.sum(totals.get(name, nothing))
+    regions = totals.pop("regions", None)
+    ignored = int(totals.pop("ignored"))
+    if broken := int(totals.pop("broken")):
+        why = f"gives scores that are not finite in {plural(broken, 'image')}"
+        raise UserError("the model", why, "check its weights, or set model.bf16=off")
+    matrix = totals.pop("ensemble")
+    result = summarize(matrix, data)
+    result["ignored"] = 100 * ignored / max(ignored + int(matrix.sum()), 1)
+    result |= {name: summarize(variant, data) for name, variant in totals.items()}
+    if regions is not None:
+        result["clip_true_masks"] = accuracies(regions, data)
+    return result
 
 
 def accuracies(regions: Tensor, data: DataSet) -> dict:
-    """CLIP's accuracy on ground-truth masks in percent, from what `true_mask_accuracy` counts; null
-    where there is none.
+    """CLIP's accuracy on ground-truth masks in percent, from what `gt_mask_accuracy` counts; None
+    for nothing to measure.
     """
+    percent = lambda right, total: 100 * right / total if total else None
     right, total = regions.T.tolist()
-    share = lambda part, all_of: 100 * part / all_of if all_of else None
-    found = {"accuracy": share(sum(right), sum(total)), "regions": sum(total)}
+    found = {"accuracy": percent(sum(right), sum(total)), "regions": sum(total)}
     if data.seen:
-        found |= {
-            "accuracy_seen": share(right[0], total[0]),
-            "accuracy_unseen": share(right[1], total[1]),
-        }
+        found["accuracy_seen"] = percent(right[0], total[0])
+        found["accuracy_unseen"] = percent(right[1], total[1])
     return found
 
 
-def write(result: dict, samples: list[np.ndarray], config: Config, out: Path) -> None:
+def write(result: dict, strips: list[np.ndarray], config: Config, out: Path) -> None:
     """OUT/metrics.json and OUT/samples.png."""
     try:
-        with written(out / "metrics.json") as file:
-            file.write_text(
-                json.dumps({"program": MARK} | result, indent=1, allow_nan=False) + "\n"
-            )
+        write_json(out / "metrics.json", result)
     except UserError:  # the numbers have cost more than a file
-        print(table(result, method(config), dataset(config.data).unseen))
+        print(table(result, config))
         raise
-    with written(out / "samples.png") as file:
-        Image.fromarray(np.concatenate(samples, 1)).save(file, "PNG", pnginfo=PNG_MARK)
+    with atomic_write(out / "samples.png") as file:
+        Image.fromarray(np.concatenate(strips, 1)).save(file, "PNG")
 
 
 def gt_masks(image: Tensor, labels: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
     """The classes of a label map [T] and their masks at the network-input size of `image` [3, H,
     W]: bool [T, H, W].
     """
-    labels = F.interpolate(labels[None, None].float(), image.shape[-2:], mode="nearest")[
-        0, 0
-    ].long()
+    labels = F.interpolate(labels[None, None].float(), image.shape[-2:], mode="nearest")
+    labels = labels[0, 0].long()
     classes = labels.unique()
     classes = classes[classes != ignore]
     return classes, labels == classes[:, None, None]
 
 
-def gt_mask_accuracy(segmenter: Segmenter, image: Tensor, labels: Tensor, data: DataSet) -> Tensor:
-    """CLIP only on the ground-truth mask of every class present: int64 [2, 2], rows seen and
-    unseen, right and all.
+def gt_mask_accuracy(
+    segmenter: Segmenter, inputs: list[Tensor], labels: Tensor, data: DataSet
+) -> Tensor:
+    """CLIP only on the ground-truth mask of every class present, in the largest network input:
+    int64 [2, 2], rows seen and unseen, right and all.
     """
+    image = max(inputs, key=Tensor.numel)
     classes, masks = gt_masks(image, labels, data.ignore)
-    right = segmenter.region_logits(image, masks, mask_boxes(masks)[0]).argmax(1) == classes
-    seen = segmenter.seen[classes]
-    return torch.stack(
-        [torch.stack([(right & chosen).sum(), chosen.sum()]) for chosen in (seen, ~seen)]
-    )
+    right = segmenter.region_logits(image, masks, box_of(masks)).argmax(1) == classes
+    seen = torch.isin(classes, classes.new_tensor(data.seen))
+    counts = [torch.stack([(right & part).sum(), part.sum()]) for part in (seen, ~seen)]
+    return torch.stack(counts)

@@ -9,9 +9,66 @@ from torch import Tensor
 
 from zsseg.config import Config
 from zsseg.datasets import DataSet, dataset
-from zsseg.utils import first_of, format_table
+from zsseg.utils import format_table, join_some
 
-MAX_PIXELS = 2**24  # of an image that are counted at once
+
+def confusion(labels: Tensor, predicted: Tensor, classes: int, ignore: int) -> Tensor:
+    """Pixel counts int64 [C, C], rows true classes, columns predicted ones; `ignore` pixels are
+    left out.
+    """
+    valid = labels != ignore
+    pairs = labels[valid] * classes + predicted[valid]
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
+class Counts:
+    """Pixels of each class, float64 [C]: predicted rightly, of the ground truth, and predicted; and
+    from these IoU and accuracy in percent.
+    """
+
+    def __init__(self, hits: np.ndarray, gt: np.ndarray, predicted: np.ndarray, seen: list[int]):
+        self.gt = gt
+        self.iou = 100 * hits / np.maximum(gt + predicted - hits, 1)
+        self.accuracy = 100 * hits / np.maximum(gt, 1)
+        self.present = gt + predicted > 0
+        self.seen = np.isin(np.arange(len(gt)), seen)  # bool [C]
+
+    def mean_iou(self, classes: np.ndarray | bool = True) -> float | None:
+        """The original's, of some classes, bool [C]: the sum over those with ground truth, divided
+        by the number of those with ground truth or predictions.
+        """
+        return mean(self.iou, classes * (self.gt > 0), classes * self.present)
+
+
+def mean(values: np.ndarray, weights: np.ndarray, divisors=None) -> float | None:
+    """A mean over classes, weighted; None, not zero, if all weights are 0."""
+    total = (weights if divisors is None else divisors).sum()
+    return float((values * weights).sum() / total) if weights.any() else None
+
+
+def harmonic_mean(seen: float | None, unseen: float | None) -> float | None:
+    """0 if either is, None if one was not measured."""
+    if seen is None or unseen is None:
+        return None
+    return 2 * seen * unseen / (seen + unseen) if seen + unseen else 0.0
+
+
+# Every metric in percent, from Counts. metrics.json, wandb, tables and the page show all of them.
+METRICS = {
+    "mIoU_seen": lambda c: c.mean_iou(c.seen),
+    "mIoU_unseen": lambda c: c.mean_iou(~c.seen),
+    "hIoU": lambda c: harmonic_mean(c.mean_iou(c.seen), c.mean_iou(~c.seen)),
+    "mIoU": lambda c: c.mean_iou(),
+    "pAcc": lambda c: mean(c.accuracy, c.gt),
+    "mIoU_gt": lambda c: mean(c.iou, c.gt > 0),
+    "fwIoU": lambda c: mean(c.iou, c.gt),
+    "mAcc": lambda c: mean(c.accuracy, c.gt > 0),
+    "pAcc_seen": lambda c: mean(c.accuracy, c.gt * c.seen),
+    "pAcc_unseen": lambda c: mean(c.accuracy, c.gt * ~c.seen),
+}
+SPLIT = ("mIoU_seen", "mIoU_unseen", "hIoU", "pAcc_seen", "pAcc_unseen")  # need unseen classes
+# Not in the tables of data with unseen classes, which would be too wide.
+DETAILS = ("mIoU_gt", "fwIoU", "mAcc", "pAcc_seen", "pAcc_unseen")
 PARTS = {
     "head_only": "MaskFormer only",
     "clip_only": "CLIP only",
@@ -19,134 +76,50 @@ PARTS = {
 }
 
 
-def confusion(labels: Tensor, predicted: Tensor, classes: int, ignore: int) -> Tensor:
-    """Pixel counts int64 [C, C], rows true classes, columns predicted ones; `ignore` pixels are
-    left out.
-    """
-    matrix = torch.zeros(classes * classes, dtype=torch.int64, device=labels.device)
-    parts = (tensor.flatten().split(MAX_PIXELS) for tensor in (labels, predicted))
-    for label, prediction in zip(*parts, strict=True):
-        valid = label != ignore
-        pairs = label[valid] * classes + prediction[valid]
-        matrix += torch.bincount(pairs, minlength=classes * classes)
-    return matrix.view(classes, classes)
-
-
-def ratio(a: float, b: float) -> float | None:
-    """a / b; None, not zero, where there is nothing to measure."""
-    return float(a / b) if b else None
-
-
-def marginals(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of a confusion matrix [C, C], each class's pixels that are right, of the ground truth, and
-    predicted: [C].
-    """
-    return matrix.diagonal(), matrix.sum(1), matrix.sum(0)
-
-
-def mean_iou(hits: np.ndarray, gt: np.ndarray, predicted: np.ndarray) -> float | None:
-    """The original's mIoU in percent, from `marginals`; None without ground truth."""
-    if not gt.any():
-        return None
-    union = gt + predicted - hits
-    iou = 100 * hits / np.maximum(union, 1)
-    return float(iou[gt > 0].sum() / (union > 0).sum())
-
-
 def summarize(matrix: Tensor, data: DataSet) -> dict:
-    """All metrics of a confusion matrix, in percent; null where there is no ground truth to
-    measure.
-
-    mIoU is the original's: the sum over classes with ground truth, divided by the number of classes
-    with ground truth or predictions; mIoU_gt divides by those with ground truth. hIoU is the
-    harmonic mean of seen and unseen mIoU.
+    """METRICS of a confusion matrix, and IoU and accuracy `per_class`; None for what has no ground
+    truth.
     """
     matrix = matrix.cpu().numpy().astype(np.float64)
-    hits, gt, predicted = marginals(matrix)
-    has_gt = gt > 0
-    iou = 100 * hits / np.maximum(gt + predicted - hits, 1)
-    accuracy = 100 * hits / np.maximum(gt, 1)
-
-    def part(classes: np.ndarray) -> tuple[float | None, float | None]:
-        """mIoU and pixel accuracy of some classes, bool [C]."""
-        miou = mean_iou(hits[classes], gt[classes], predicted[classes])
-        return miou, ratio(100 * hits[classes].sum(), gt[classes].sum())
-
-    miou, pixel_accuracy = part(np.ones_like(has_gt))
-    result = {
-        "mIoU": miou,
-        "mIoU_gt": ratio(iou[has_gt].sum(), has_gt.sum()),
-        "fwIoU": ratio((iou * gt).sum(), gt.sum()),
-        "mAcc": ratio(accuracy[has_gt].sum(), has_gt.sum()),
-        "pAcc": pixel_accuracy,
-    }
-    if data.seen:
-        is_seen = np.isin(np.arange(len(gt)), data.seen)
-        seen, result["pAcc_seen"] = part(is_seen)
-        unseen, result["pAcc_unseen"] = part(~is_seen)
-        result |= {"mIoU_seen": seen, "mIoU_unseen": unseen, "hIoU": harmonic_mean(seen, unseen)}
+    counts = Counts(matrix.diagonal(), matrix.sum(1), matrix.sum(0), data.seen)
+    names = [name for name in METRICS if data.seen or name not in SPLIT]
+    result = {name: METRICS[name](counts) for name in names}
+    values = (counts.iou.tolist(), counts.accuracy.tolist(), counts.gt)
     result["per_class"] = {
-        name: {
-            "IoU": float(iou[i]) if has_gt[i] else None,
-            "Acc": float(accuracy[i]) if has_gt[i] else None,
-        }
-        for i, name in enumerate(data.names)
+        name: {"IoU": iou, "Acc": accuracy} if gt else {"IoU": None, "Acc": None}
+        for name, iou, accuracy, gt in zip(data.names, *values, strict=True)
     }
     return result
 
 
-def harmonic_mean(seen: float | None, unseen: float | None) -> float | None:
-    """hIoU; 0 where either is, null where one was not measured."""
-    if seen is None or unseen is None:
-        return None
-    return 2 * seen * unseen / (seen + unseen) if seen + unseen else 0.0
-
-
-def report(result: dict, config: Config, out: Path) -> None:
-    """Print the table of what is in `metrics.json`, and what does not count in it."""
-    data = dataset(config.data)
-    print(table(result, method(config), data.unseen))
-    without = [name for name, values in result["per_class"].items() if values["IoU"] is None]
-    if without:
-        count = f"{len(without)} of {len(data.names)} classes"
-        names = first_of(without, 20)
-        print(f"not measured, without a pixel of ground truth: {count}: {names}")
-    if result["ignored"] >= 0.05:
-        print(f"{result['ignored']:.1f}% of the pixels have no class and do not count")
-    images, split = result["images"], config.data.split
-    published = data.counts.get(split, images)
-    note = f" (the published {split} split has {published})" if published != images else ""
-    speed = f"{result['images_per_second']:.2f} images/s"
-    print(f"{images} images{note}, {speed} -> {out / 'metrics.json'}")
-
-
 def percent(value: float | None, width: int = 0) -> str:
-    """A number in a table, "-" where nothing was measured."""
+    """A number in a table, "-" for what was not measured."""
     return f"{'-' if value is None else format(value, '.1f'):>{width}}"
 
 
 def method(config: Config) -> str:
-    """What the evaluation is, as it was configured."""
+    """The part of the method, or all of it, that an evaluation measures."""
+    if not config.model.proposals:
+        return "one-stage baseline"
     if not config.clip.ensemble:
         return PARTS["head_only"]
-    return PARTS["clip_only"] if config.clip.ensemble_weight == 0 else "ensemble"
+    return "ensemble" if config.clip.ensemble_weight else PARTS["clip_only"]
 
 
-def split_keys(result: dict) -> list[str]:
-    """The mIoU of a result and, where there is a seen/unseen split, its parts."""
-    return [k for k in ("mIoU_seen", "mIoU_unseen", "hIoU", "mIoU") if k in result]
+def shown(result: dict) -> list[str]:
+    """The metrics of a result that tables show."""
+    return [k for k in METRICS if k in result and not ("hIoU" in result and k in DETAILS)]
 
 
-def rows(result: dict, name: str) -> tuple[list[str], list[tuple[str, dict]]]:
+def rows(result: dict, config: Config) -> tuple[list[str], list[tuple[str, dict]]]:
     """The metrics that a table shows, and its rows (title, metrics): the method's parts, and last
     the evaluation itself.
     """
-    weights = (k for k in result if k.startswith("weight_"))
-    titles = PARTS | {k: f"ensemble, weight {k.removeprefix('weight_')}" for k in weights}
+    weights = {k: k.replace("weight_", "ensemble, weight ") for k in result if "weight_" in k}
+    name = method(config)
+    titles = PARTS | weights
     parts = [(title, result[k]) for k, title in titles.items() if k in result and title != name]
-    split = split_keys(result)
-    keys = [*split, "pAcc"] if "hIoU" in split else ["mIoU", "mIoU_gt", "fwIoU", "mAcc", "pAcc"]
-    return keys, [*parts, (name, result)]
+    return shown(result), [*parts, (name, result)]
 
 
 def metric_table(keys: list[str], rows: Iterable[tuple[str, dict]]) -> str:
@@ -155,15 +128,14 @@ def metric_table(keys: list[str], rows: Iterable[tuple[str, dict]]) -> str:
     return format_table(heads, ([title, *(percent(r[key]) for key in keys)] for title, r in rows))
 
 
-def table(result: dict, name: str = "ensemble", unseen: list[str] = ()) -> str:
-    """The metrics as lines of text: seen, unseen and hIoU of each part side by side, then every
-    class.
-    """
-    lines = [metric_table(*rows(result, name))]
+def table(result: dict, config: Config) -> str:
+    """The metrics as lines of text: those of each part side by side, then every class."""
+    lines = [metric_table(*rows(result, config))]
     if clip := result.get("clip_true_masks"):
         values = {k.removeprefix("accuracy_"): v for k, v in clip.items() if k != "regions"}
         shown = ", ".join(f"{name} {percent(value)}" for name, value in values.items())
         lines.append(f"CLIP on the ground-truth masks ({clip['regions']}): {shown}")
+    unseen = dataset(config.data).unseen
     cells = [
         f"{name[:15] + ' *' * (name in unseen):17} {percent(v['IoU'], 5)}"
         for name, v in result["per_class"].items()
@@ -171,3 +143,22 @@ def table(result: dict, name: str = "ensemble", unseen: list[str] = ()) -> str:
     lines += ["", "IoU of each class" + " (* unseen)" * bool(unseen)]
     lines += ["  ".join(cells[i : i + 4]) for i in range(0, len(cells), 4)]
     return "\n".join(lines)
+
+
+def report(result: dict, config: Config, out: Path) -> None:
+    """Print the table of what is in `out`/metrics.json, and what does not count in it."""
+    data = dataset(config.data)
+    print(table(result, config))
+    without = [name for name, values in result["per_class"].items() if values["IoU"] is None]
+    if without:
+        count = f"{len(without)} of {len(data.names)} classes"
+        names = join_some(without, 20)
+        print(f"not measured, without a pixel of ground truth: {count}: {names}")
+    if result["ignored"] >= 0.05:
+        print(f"{result['ignored']:.1f}% of the pixels have no class and do not count")
+    images = result["images"]
+    split = config.data.split
+    published = data.counts.get(split, images)
+    note = f" (the published {split} split has {published})" if published != images else ""
+    speed = f"{result['images_per_second']:.2f} images/s"
+    print(f"{images} images{note}, {speed} -> {out / 'metrics.json'}")

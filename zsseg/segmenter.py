@@ -271,8 +271,10 @@ class Segmenter(nn.Module):
         flip: bool = False,
         window: int = 0,
         weights: list[float] | None = None,
+        proposals: Proposals | None = None,
     ) -> Segmentation:
-        """The label map, at the original `size`, of one image [3, H, W] in 0..255.
+        """The label map, at the original `size`, of one image [3, H, W] in 0..255. `proposals`: of
+        its only input, from an earlier `propose`; they are classified anew.
 
         Test-time augmentation: the mean score over `inputs` of several sizes, each the mean over
         its windows of side `window` (0: none) and, with `flip`, their mirror images. With `weights`
@@ -287,14 +289,17 @@ class Segmenter(nn.Module):
                 cover[place] += len(inputs) * (1 + flip)
                 for flipped in [False, True][: 1 + flip]:
                     part = image[:, rows, columns]
-                    proposals = self.propose(part.flip(-1) if flipped else part)
-                    scores = {"ensemble": self.ensemble(proposals)}
-                    scores |= {} if weights is None else self.variants(proposals, weights)
-                    views.append(View(proposals, scores, place, flipped, cover))
-        finite = torch.stack([is_finite(v.proposals, v.scores["ensemble"]) for v in views]).all()
+                    part = part.flip(-1) if flipped else part
+                    found = self.classify(proposals) if proposals else self.propose(part)
+                    scores = {"ensemble": self.ensemble(found)}
+                    scores |= {} if weights is None else self.variants(found, weights)
+                    views.append(View(found, scores, place, flipped, cover))
+        finite = [v.proposals.mask_logits.isfinite().all() for v in views]
+        finite += [v.scores["ensemble"].isfinite().all() for v in views]
         maps = {name: self.mean_label_map(views, name, size) for name in views[0].scores}
         labels, scores = maps.pop("ensemble")
-        return Segmentation(labels, scores, finite, {k: labels for k, (labels, _) in maps.items()})
+        others = {name: labels for name, (labels, _) in maps.items()}
+        return Segmentation(labels, scores, torch.stack(finite).all(), others)
 
     def mean_label_map(self, views: list[View], name: str, size: Size) -> tuple[Tensor, Tensor]:
         """`label_map` of the mean score over the views of an image."""
@@ -332,13 +337,6 @@ def class_words(names: list[str], synonyms: dict[str, list[str]]) -> list[list[s
     rows = [[name, *synonyms.get(name, [])] for name in names]
     check_names([word for row in rows for word in row])
     return rows
-
-
-def is_finite(proposals: Proposals, scores: Tensor) -> Tensor:
-    """Whether masks and class scores [Q, C] are numbers, bool []: argmax would make labels of NaN,
-    too.
-    """
-    return proposals.mask_logits.isfinite().all() & scores.isfinite().all()
 
 
 def spans(length: int, side: int) -> list[slice]:

@@ -282,7 +282,7 @@ def train(config: Config, root: Path, out: Path, process: Process, saved: dict) 
 
     def measure(split: str, step: int, folder: Path | None = None) -> dict:
         process.broadcast_buffers(task.model)
-        with log.speed.paused():
+        with log.paused():
             result = task.evaluate(split, folder, log.on_image)
         log.evaluation(step, split, result)
         task.model.train()
@@ -300,7 +300,7 @@ def train(config: Config, root: Path, out: Path, process: Process, saved: dict) 
     validate(start)
     due = False  # a checkpoint
     with checkpoint.GracefulStop(process) as stop:
-        for step, batch in zip(bar, log.speed.timed(loader), strict=True):
+        for step, batch in zip(bar, log.timed(loader), strict=True):
             torch.manual_seed(mix_seed(settings.seed, 4, step, process.rank))  # dropout
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * lr_factor(step, config)

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,6 @@ from zsseg.distributed import Process
 from zsseg.utils import LINE_EVERY, UserError, atomic_write, format_time
 
 MAX_IMAGES = 8  # of an evaluation that wandb gets
-MAX_SIDE = 512  # pixels of their longer side
 # Seconds that wandb may take to begin and to upload the rest; the environment may say otherwise.
 WANDB = {"WANDB_INIT_TIMEOUT": "20", "WANDB_FINISH_TIMEOUT": "20", "WANDB_ERROR_REPORTING": "false"}
 
@@ -37,13 +35,14 @@ class Log:
     ):
         self.process = process
         self.config = config
-        self.printed = time.perf_counter()
-        self.speed = Speed(process, config.train.batch_size, step)
         self.file = folder / "metrics.jsonl" if process.is_main else None
-        self.data = dataset(config.data)
-        self.images: list[tuple[str, np.ndarray]] = []
+        self.images: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []
         self.run = None
         self.run_id = run_id
+        self.done = step
+        self.since = time.perf_counter()  # of the last logged step, evaluations left out
+        self.waited = 0.0  # for data since then
+        self.printed = self.since
         if not process.is_main:
             return
         # A resumed run repeats the steps after its checkpoint, and the evaluation due then.
@@ -55,6 +54,20 @@ class Log:
             self.run = start_wandb(config, folder, run_id)
             self.run_id = self.run.id
 
+    def timed(self, batches: Iterator) -> Iterator:
+        """The batches; the time that each takes to come counts as waiting."""
+        asked = time.perf_counter()
+        for batch in batches:
+            self.waited += time.perf_counter() - asked
+            yield batch
+            asked = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
+
     def step(
         self, done: int, loss: Tensor, parts: dict[str, Tensor], norm: Tensor, lr: float
     ) -> str:
@@ -65,14 +78,22 @@ class Log:
         means = torch.stack([loss, *parts.values()]).double()
         means = self.process.sum(means) / self.process.world_size
         values = dict(zip(["loss", *parts], means.tolist(), strict=True))
-        values |= {"grad_norm": float(norm), "lr": lr} | self.speed.read(done)
-        self.write(done, **values)
-        text = f"loss {values['loss']:.3f}, {values['speed/images_per_second']:.1f} images/s"
         now = time.perf_counter()
+        pace = (now - self.since) / (done - self.done)
+        values |= {"grad_norm": float(norm), "lr": lr}
+        values["speed/images_per_second"] = train.batch_size / pace
+        values["speed/data_wait"] = 100 * self.waited / (now - self.since)
+        if self.process.device.type == "cuda":
+            values["speed/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.since = now
+        self.waited = 0.0
+        self.done = done
+        self.write(done, **values)
+        text = f"loss {values['loss']:.3f}, {train.batch_size / pace:.1f} images/s"
         due = now - self.printed > LINE_EVERY or done == train.steps
         if self.file and due and not sys.stderr.isatty():
             self.printed = now
-            left = format_time(self.speed.pace * (train.steps - done))
+            left = format_time(pace * (train.steps - done))
             print(f"{train.task} step {done}/{train.steps} {text}, {left} left", flush=True)
         return text
 
@@ -90,34 +111,32 @@ class Log:
 
     def send(self, action: Callable[[], None]) -> None:
         """wandb's errors end wandb, not the run."""
-        if self.run is None:
-            return
         try:
-            action()
+            if self.run:
+                action()
         except Exception as error:
-            print(f"wandb: {reason(error)}; going on without it", flush=True)
+            print(f"wandb: {first_line(error)}; going on without it", flush=True)
             self.run = None
 
     def evaluation(self, step: int, split: str, result: dict) -> None:
         """Log the result of an evaluation; wandb gets its first images, too."""
         self.write(step, **{f"{split}/{key}": value for key, value in result.items()})
-        if self.images:
-            self.send(lambda: self.send_images(step, split))
+        self.send(lambda: self.run.log({"step": step, f"{split}/predictions": self.with_masks()}))
         self.images = []
 
-    def send_images(self, step: int, split: str) -> None:
+    def with_masks(self) -> list:
+        """The images as wandb's, whose masks know the classes 0 to 254; 255 is all else."""
         import wandb
 
-        names = [*self.data.names[:255], "ignored"]
-        labels = dict(enumerate(names))
+        labels = dict(enumerate(dataset(self.config.data).names[:255])) | {255: "ignored"}
         images = []
-        for name, maps in self.images:
+        for name, pixels, *maps in self.images:
             masks = {
                 title: {"mask_data": mask, "class_labels": labels}
-                for title, mask in zip(("ground_truth", "prediction"), maps[3:], strict=True)
+                for title, mask in zip(("ground_truth", "prediction"), maps, strict=True)
             }
-            images.append(wandb.Image(maps[:3].transpose(1, 2, 0), caption=name, masks=masks))
-        self.run.log({"step": step, f"{split}/predictions": images})
+            images.append(wandb.Image(pixels, caption=name, masks=masks))
+        return images
 
     def on_image(
         self,
@@ -128,73 +147,15 @@ class Log:
         predicted: Tensor,
         matrix: Tensor,
     ) -> None:
-        """Collect the first images of an evaluation for wandb, resized: uint8 [5, h, w], the image,
-        ground truth and prediction. wandb's masks know the classes 0 to 254; 255, or the number of
-        classes, stands for all other pixels.
-        """
-        if self.run is None or len(self.images) == MAX_IMAGES:
-            return
-        scale = min(1, MAX_SIDE / max(image.shape[1:]))
-        size = [max(round(n * scale), 1) for n in image.shape[1:]]
-        other = min(len(self.data.names), 255)
-        labels = labels.where(labels != self.data.ignore, other)
-        maps = torch.stack([labels, predicted]).clamp(max=other)
-        image = F.interpolate(image[None].float(), size, mode="area")
-        maps = F.interpolate(maps[None].float(), size, mode="nearest")
-        self.images.append((name, torch.cat([image, maps], 1)[0].byte().cpu().numpy()))
+        """Collect the first images of an evaluation for wandb, at network-input size."""
+        if self.run and len(self.images) < MAX_IMAGES:
+            maps = torch.stack([labels, predicted])[None].clamp(max=255).float()
+            maps = F.interpolate(maps, image.shape[1:], mode="nearest")[0].byte().cpu().numpy()
+            self.images.append((name, image.permute(1, 2, 0).cpu().numpy(), *maps))
 
     def finish(self) -> None:
         """Give wandb its time to upload the rest; what is left stays in its folder."""
         self.send(lambda: self.run.finish())
-        self.run = None
-
-
-class Speed:
-    """How fast a run is: images a second over all processes, its share of time spent waiting for
-    data, the memory it has needed. Since the last `read`; evaluations do not count.
-    """
-
-    def __init__(self, process: Process, images: int, step: int):
-        self.device = process.device
-        self.images = images  # a step
-        self.step = step
-        self.pace = 0.0  # seconds a step, of the last `read`
-        self.since = time.perf_counter()
-        self.waited = 0.0
-
-    def timed(self, batches: Iterator) -> Iterator:
-        """The batches; the time that each takes to come counts as waiting."""
-        asked = time.perf_counter()
-        for batch in batches:
-            self.waited += time.perf_counter() - asked
-            yield batch
-            asked = time.perf_counter()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - began
-
-    def read(self, step: int) -> dict[str, float]:
-        """`step` steps are done, and the device has been waited for."""
-        now = time.perf_counter()
-        seconds = now - self.since
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(self.device) / 2**30
-        else:
-            unit = 2**30 if sys.platform == "darwin" else 2**20
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        self.pace = seconds / (step - self.step)
-        values = {
-            "speed/images_per_second": self.images / self.pace,
-            "speed/data_wait": 100 * self.waited / seconds,
-            "speed/memory_gib": memory,
-        }
-        self.since = now
-        self.waited = 0.0
-        self.step = step
-        return values
 
 
 def read_lines(file: Path) -> list[dict]:
@@ -228,8 +189,8 @@ def scalars(values: dict, prefix: str = "") -> dict[str, float]:
     return numbers
 
 
-def reason(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def first_line(error: Exception) -> str:
+    return str(error or type(error).__name__).partition("\n")[0]
 
 
 def start_wandb(config: Config, folder: Path, run_id: str):
@@ -239,11 +200,8 @@ def start_wandb(config: Config, folder: Path, run_id: str):
     for name, value in WANDB.items():
         os.environ.setdefault(name, value)
     disable = "set log.wandb=disabled"
-    try:
-        import wandb  # takes seconds, and most runs do without
-    except ImportError:
-        todo = f"pip install wandb, or {disable}"
-        raise UserError("log.wandb", "wandb is not installed", todo) from None
+    import wandb  # takes seconds, and most runs do without
+
     options = {"config": asdict(config), "dir": str(folder), "id": run_id or None}
     if "WANDB_PROJECT" not in os.environ:
         options["project"] = config.log.project
@@ -255,8 +213,8 @@ def start_wandb(config: Config, folder: Path, run_id: str):
         run = wandb.init(mode=mode, resume="allow", **options)
     except Exception as error:  # no network, no answer, an unknown login, ...
         if mode != "online":
-            raise UserError("log.wandb", reason(error), f"try again, or {disable}") from None
-        print(f"wandb: {reason(error)}; logging offline (later: wandb sync)", flush=True)
+            raise UserError("log.wandb", first_line(error), f"try again, or {disable}") from None
+        print(f"wandb: {first_line(error)}; logging offline (later: wandb sync)", flush=True)
         run = wandb.init(mode="offline", resume="allow", **options)
     run.define_metric("*", step_metric="step")
     return run

@@ -76,7 +76,7 @@ def test_wandb_gets_the_configuration_every_number_and_images(wandb, shapes_root
     assert images[0]["step"] == 2 and len(images[0]["val/predictions"]) == 6
     assert pixels.shape == (64, 64, 3) and pixels.dtype == np.uint8 and name == "val00000"
     truth = masks["ground_truth"]
-    assert truth["mask_data"].shape == (64, 64) and truth["class_labels"][25] == "ignored"
+    assert truth["mask_data"].shape == (64, 64) and truth["class_labels"][255] == "ignored"
 
 
 def test_a_resumed_run_continues_its_wandb_run(wandb, shapes_root, tmp_path):
@@ -120,13 +120,13 @@ def test_numbers_that_are_none_are_not_logged(tmp_path):
     assert lines(tmp_path) == [{"step": 2, "loss": 1.0, "hIoU": None}]
 
 
-def test_large_images_and_many_classes_are_made_to_fit(wandb, tmp_path):
+def test_many_classes_are_made_to_fit(wandb, tmp_path):
     log = Log(tmp_path, PROCESS, tiny_config("data.name=ade20k_full", "log.wandb=online"))
-    labels = torch.randint(0, 847, (500, 1000))
-    image = torch.zeros(3, 1000, 2000, dtype=torch.uint8)
-    log.on_image(0, "a", image, labels, labels, None)
-    [(_, maps)] = log.images
-    assert maps.shape == (5, 256, 512) and maps[3:].max() == 255
+    labels = torch.randint(0, 847, (50, 100))
+    log.on_image(0, "a", torch.zeros(3, 100, 200, dtype=torch.uint8), labels, labels, None)
+    [(_, pixels, truth, prediction)] = log.images
+    assert pixels.shape == (100, 200, 3) and truth.shape == (100, 200) == prediction.shape
+    assert truth.max() == 255 and np.array_equal(truth[::2, ::2], labels.clamp(max=255))
 
 
 @pytest.mark.slow

@@ -1,8 +1,7 @@
 """MaskFormer with zero-shot classification (Cheng et al. 2021): image -> masks and class
 embeddings.
 
-Backbone (R50, R101c or a small one) -> FPN pixel decoder -> transformer decoder over learned
-queries -> heads.
+Backbone -> FPN pixel decoder -> transformer decoder over learned queries -> heads.
 """
 
 import math
@@ -14,11 +13,9 @@ from torch import Tensor, nn
 
 from zsseg.backbone import build_backbone
 from zsseg.clip import cosine_logits
-from zsseg.config import ModelConfig
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)  # of RGB in 0..255
 PIXEL_STD = (58.395, 57.12, 57.375)
-DIVISOR = 32  # image sides are padded to a multiple of the coarsest stride
 
 
 def conv_norm(channels: int, out: int, kernel: int) -> nn.Sequential:
@@ -40,9 +37,8 @@ class PixelDecoder(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Tensor:
         y = F.relu(self.top(features[-1]))
-        for x, lateral, output in zip(
-            features[-2::-1], self.lateral[::-1], self.output[::-1], strict=True
-        ):
+        levels = zip(features[:-1], self.lateral, self.output, strict=True)
+        for x, lateral, output in reversed([*levels]):
             x = lateral(x)
             y = F.relu(output(x + F.interpolate(y, x.shape[-2:], mode="nearest")))
         return self.mask_features(y)
@@ -72,11 +68,11 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = nn.MultiheadAttention(hidden_dim, num_heads, dropout)
         self.cross_attn = nn.MultiheadAttention(hidden_dim, num_heads, dropout)
-        self.linear1, self.linear2 = (
-            nn.Linear(hidden_dim, feedforward),
-            nn.Linear(feedforward, hidden_dim),
-        )
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(hidden_dim) for _ in range(3))
+        self.linear1 = nn.Linear(hidden_dim, feedforward)
+        self.linear2 = nn.Linear(feedforward, hidden_dim)
+        self.norm1 = nn.LayerNorm(hidden_dim)
+        self.norm2 = nn.LayerNorm(hidden_dim)
+        self.norm3 = nn.LayerNorm(hidden_dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, query_pos: Tensor, memory: Tensor, keys: Tensor) -> Tensor:
@@ -93,57 +89,88 @@ class DecoderLayer(nn.Module):
 
 def mlp(*widths: int) -> nn.Sequential:
     """Linear layers with relu between them."""
-    layers = [
-        layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU(inplace=True))
-    ]
+    layers = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
 
 
-class MaskFormer(nn.Module):
-    """Everything of the segmenter that learns. `embed_dim` is CLIP's feature width D, or with a
-    linear class head C + 1.
+def init_conv(conv: nn.Conv2d) -> None:
+    """Kaiming-uniform weights (a=1), zero bias."""
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    nn.init.zeros_(conv.bias)
+
+
+class PixelNetwork(nn.Module):
+    """Backbone and pixel decoder, which MaskFormer and the one-stage baseline share. `model` is the
+    section [model] of the configuration.
     """
 
-    def __init__(self, config: ModelConfig, embed_dim: int):
+    divisor = 32  # image sides are padded to a multiple of the coarsest stride
+
+    def __init__(self, model: object):
         super().__init__()
-        hidden_dim = config.hidden
+        self.backbone = build_backbone(model)
+        self.pixel_decoder = PixelDecoder(self.backbone.channels, model.hidden_dim)
+        mean = torch.tensor(PIXEL_MEAN).view(3, 1, 1)
+        self.register_buffer("pixel_mean", mean, persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
         self.inference = self.decode
-        self.backbone = build_backbone(config)
-        self.pixel_decoder = PixelDecoder(self.backbone.channels, hidden_dim)
-        self.input_proj = nn.Conv2d(self.backbone.channels[-1], hidden_dim, 1)
-        layer = (hidden_dim, config.heads, config.feedforward, config.dropout)
-        self.layers = nn.ModuleList(DecoderLayer(*layer) for _ in range(config.decoder_layers))
-        self.norm = nn.LayerNorm(hidden_dim)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """RGB in 0..255 [B, 3, H, W], any dtype and size -> normalised, zero-padded at the right
+        and bottom to multiples of `divisor`, fp32.
+        """
+        x = (images - self.pixel_mean) / self.pixel_std
+        x = F.pad(x, (0, -x.shape[-1] % self.divisor, 0, -x.shape[-2] % self.divisor))
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):
+            return x.contiguous(memory_format=torch.channels_last)  # as tensor cores read it
+        return x
+
+    def compile_inference(self) -> None:
+        """Compile what inference uses, for images of any size; another program than the one that
+        training compiles.
+        """
+        program = torch.compile(self.decode, fullgraph=True)
+
+        def inference(images: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+            for dim in (2, 3):
+                torch._dynamo.maybe_mark_dynamic(images, dim)
+            return program(images)
+
+        self.inference = inference
+
+
+class MaskFormer(PixelNetwork):
+    """Everything of the segmenter that learns.
+
+    embed_dim: CLIP's feature width D, or with a linear class head C + 1; scale: factor of the
+    cosines.
+    """
+
+    def __init__(self, model: object, embed_dim: int, scale: float = 100.0):
+        super().__init__(model)
+        self.scale = scale
+        dim = model.hidden_dim
+        self.input_proj = nn.Conv2d(self.backbone.channels[-1], dim, 1)
+        layer = (dim, model.num_heads, model.feedforward, model.dropout)
+        self.layers = nn.ModuleList(DecoderLayer(*layer) for _ in range(model.decoder_layers))
+        self.norm = nn.LayerNorm(dim)
         for p in self.layers.parameters():
             if p.ndim > 1:
                 nn.init.xavier_uniform_(p)
-        for conv in (self.input_proj, self.pixel_decoder.mask_features):
-            nn.init.kaiming_uniform_(conv.weight, a=1)
-            nn.init.zeros_(conv.bias)
-        self.query_embed = nn.Embedding(config.queries, hidden_dim)
-        self.mask_embed = mlp(hidden_dim, hidden_dim, hidden_dim, hidden_dim)
+        init_conv(self.input_proj)
+        init_conv(self.pixel_decoder.mask_features)
+        self.query_embed = nn.Embedding(model.num_queries, dim)
+        self.mask_embed = mlp(dim, dim, dim, dim)
         # Fully supervised MaskFormer: the embeddings are the logits.
-        if config.class_head == "linear":
-            self.class_embed, self.non_object = nn.Linear(hidden_dim, embed_dim), None
+        if model.class_head == "linear":
+            self.class_embed = nn.Linear(dim, embed_dim)
+            self.non_object = None
         else:
-            self.class_embed = mlp(hidden_dim, config.class_hidden, embed_dim)
+            self.class_embed = mlp(dim, model.class_hidden_dim, embed_dim)
             self.non_object = nn.Parameter(torch.empty(1, embed_dim))
             nn.init.normal_(self.non_object, std=embed_dim**-0.5)
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """RGB in 0..255 [B, 3, H, W], any dtype and size -> normalised, zero-padded to multiples of
-        32, fp32.
-        """
-        x = (images - self.pixel_mean) / self.pixel_std
-        x = F.pad(x, (0, -x.shape[-1] % DIVISOR, 0, -x.shape[-2] % DIVISOR))
-        # As tensor cores read it.
-        return (
-            x.contiguous(memory_format=torch.channels_last)
-            if torch.is_autocast_enabled("cuda") and x.is_cuda
-            else x
-        )
 
     def decode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Queries of `prepare`d images [B, 3, H, W].
@@ -157,10 +184,8 @@ class MaskFormer(nn.Module):
         positions = sine_positions(*memory.shape[-2:], memory.shape[1], memory.device)
         memory = memory.flatten(2).permute(2, 0, 1)  # [H/32 * W/32, B, hidden_dim]
         keys = memory + positions[:, None]
-        query_pos = self.query_embed.weight[:, None].expand(
-            -1, len(images), -1
-        )  # [Q, B, hidden_dim]
-        y = torch.zeros_like(query_pos)
+        query_pos = self.query_embed.weight[:, None].expand(-1, len(images), -1)
+        y = torch.zeros_like(query_pos)  # [Q, B, hidden_dim]
         outputs = []
         for layer in self.layers:
             y = layer(y, query_pos, memory, keys)
@@ -176,9 +201,8 @@ class MaskFormer(nn.Module):
         """
         if self.non_object is None:
             return embeds.float()
-        return cosine_logits(
-            embeds, torch.cat([text.float(), F.normalize(self.non_object.float(), dim=-1)])
-        )
+        non_object = F.normalize(self.non_object.float(), dim=-1)
+        return cosine_logits(embeds, torch.cat([text.float(), non_object]), self.scale)
 
     def forward(self, images: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor]:
         """`prepare`d images [B, 3, H, W] and text features [C, D], what torch.compile and DDP wrap.
@@ -192,49 +216,5 @@ class MaskFormer(nn.Module):
         """Inference on RGB in 0..255 [3, H, W]: mask logits fp32 [Q, h, w] and class features
         [Q, D] for `classify`.
         """
-        embeds, mask_logits = self.inference(any_size(self.prepare(image[None])))
+        embeds, mask_logits = self.inference(self.prepare(image[None]))
         return mask_logits[-1, 0].float(), embeds[-1, 0]
-
-    def compile_inference(self) -> None:
-        """Another program than the one that training compiles."""
-        self.inference = torch.compile(self.decode, fullgraph=True)
-
-
-def any_size(images: Tensor) -> Tensor:
-    """The images, for one compiled program of any height and width."""
-    for dim in (2, 3):
-        torch._dynamo.maybe_mark_dynamic(images, dim)
-    return images
-
-
-class PerPixel(nn.Module):
-    """The one-stage baseline (Xu et al. 2021): backbone and pixel decoder, then one embedding of
-    CLIP's width D a pixel.
-    """
-
-    def __init__(self, config: ModelConfig, embed_dim: int):
-        super().__init__()
-        self.inference = self.forward
-        self.backbone = build_backbone(config)
-        self.pixel_decoder = PixelDecoder(self.backbone.channels, config.hidden)
-        nn.init.kaiming_uniform_(self.pixel_decoder.mask_features.weight, a=1)
-        nn.init.zeros_(self.pixel_decoder.mask_features.bias)
-        self.pixel_embed = nn.Conv2d(config.hidden, embed_dim, 1)
-        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
-
-    prepare = MaskFormer.prepare
-
-    def forward(self, images: Tensor, text: Tensor) -> Tensor:
-        """`prepare`d images [B, 3, H, W], text features [C, D] -> class logits, 100 x cosine, fp32
-        [B, C, h, w].
-        """
-        x = self.pixel_embed(self.pixel_decoder(self.backbone(images)))
-        return cosine_logits(x.movedim(1, -1), text).movedim(-1, 1)
-
-    def propose(self, image: Tensor, text: Tensor) -> Tensor:
-        """Inference: RGB in 0..255 [3, H, W], text features [C, D] -> class logits [C, h, w]."""
-        return self.inference(any_size(self.prepare(image[None])), text)[0]
-
-    def compile_inference(self) -> None:
-        self.inference = torch.compile(self.forward, fullgraph=True)

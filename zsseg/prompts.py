@@ -1,27 +1,113 @@
 """Prompts: class names -> text features: fixed templates or learned (Xu et al. 2021)."""
 
-import contextlib
-import hashlib
-import io
-import json
-import os
-import tempfile
-import tomllib
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zsseg import clip as clip_module
-from zsseg import tokenizer as tokenizer_module
-from zsseg.checkpoint import read_torch
 from zsseg.clip import CLIP
 from zsseg.tokenizer import Tokenizer
-from zsseg.utils import UserError, cache_dir, print_main
+from zsseg.utils import UserError
 
-# Single, vild, imagenet.
-TEMPLATES = tomllib.loads((Path(__file__).parent / "prompts.toml").read_text("utf-8"))
+# The prompt templates of the paper, verbatim, one a line; {} stands for the class name.
+TEMPLATES = {
+    "single": ["a sculpture of a {}."],
+    "imagenet": """\
+a bad photo of a {}.
+a photo of many {}.
+a sculpture of a {}.
+a photo of the hard to see {}.
+a low resolution photo of the {}.
+a rendering of a {}.
+graffiti of a {}.
+a bad photo of the {}.
+a cropped photo of the {}.
+a tattoo of a {}.
+the embroidered {}.
+a photo of a hard to see {}.
+a bright photo of a {}.
+a photo of a clean {}.
+a photo of a dirty {}.
+a dark photo of the {}.
+a drawing of a {}.
+a photo of my {}.
+the plastic {}.
+a photo of the cool {}.
+a close-up photo of a {}.
+a black and white photo of the {}.
+a painting of the {}.
+a painting of a {}.
+a pixelated photo of the {}.
+a sculpture of the {}.
+a bright photo of the {}.
+a cropped photo of a {}.
+a plastic {}.
+a photo of the dirty {}.
+a jpeg corrupted photo of a {}.
+a blurry photo of the {}.
+a photo of the {}.
+a good photo of the {}.
+a rendering of the {}.
+a {} in a video game.
+a photo of one {}.
+a doodle of a {}.
+a close-up photo of the {}.
+a photo of a {}.
+the origami {}.
+the {} in a video game.
+a sketch of a {}.
+a doodle of the {}.
+a origami {}.
+a low resolution photo of a {}.
+the toy {}.
+a rendition of the {}.
+a photo of the clean {}.
+a photo of a large {}.
+a rendition of a {}.
+a photo of a nice {}.
+a photo of a weird {}.
+a blurry photo of a {}.
+a cartoon {}.
+art of a {}.
+a sketch of the {}.
+a embroidered {}.
+a pixelated photo of a {}.
+itap of the {}.
+a jpeg corrupted photo of the {}.
+a good photo of a {}.
+a plushie {}.
+a photo of the nice {}.
+a photo of the small {}.
+a photo of the weird {}.
+the cartoon {}.
+art of the {}.
+a drawing of the {}.
+a photo of the large {}.
+a black and white photo of a {}.
+the plushie {}.
+a dark photo of a {}.
+itap of a {}.
+graffiti of the {}.
+a toy {}.
+itap of my {}.
+a photo of a cool {}.
+a photo of a small {}.
+a tattoo of the {}.""".splitlines(),
+    "vild": """\
+a photo of a {}.
+This is a photo of a {}
+There is a {} in the scene
+There is the {} in the scene
+a photo of a {} in the scene
+a photo of a small {}.
+a photo of a medium {}.
+a photo of a large {}.
+This is a photo of a small {}.
+This is a photo of a medium {}.
+This is a photo of a large {}.
+There is a small {} in the scene.
+There is a medium {} in the scene.
+There is a large {} in the scene.""".splitlines(),
+}
 
 
 class FixedPrompt(nn.Module):
@@ -31,13 +117,10 @@ class FixedPrompt(nn.Module):
 
     def __init__(self, templates: list[str]):
         super().__init__()
-        for template in templates:
+        for template in templates or [""]:
             if "{}" not in template:
-                raise UserError(
-                    f"prompt {template!r}",
-                    "has no {} for the class name",
-                    "write e.g. 'a photo of a {}.'",
-                )
+                todo = "write e.g. 'a photo of a {}.'"
+                raise UserError(f"prompt {template!r}", "has no {} for the class name", todo)
         self.templates = templates
 
     def forward(self, clip: CLIP, names: list[str]) -> Tensor:
@@ -62,19 +145,14 @@ class LearnedPrompt(nn.Module):
         """Token ids [C, context] with zeros where the prompt goes, and the position of the end
         token [C], on the CPU.
         """
-        tokens = torch.zeros(len(names), tokenizer.context_length, dtype=torch.int64)
+        most = tokenizer.context_length
+        tokens = torch.zeros(len(names), most, dtype=torch.int64)
         ends = []
+        before = [tokenizer.start, *[0] * len(self.prefix)]
+        after = [*tokenizer.encode("."), tokenizer.end]
         for row, name in zip(tokens, names, strict=True):
-            ids = tokenizer.encode(name)
-            ids = [
-                tokenizer.start,
-                *[0] * len(self.prefix),
-                *ids,
-                *tokenizer.encode("."),
-                tokenizer.end,
-            ]
-            if len(ids) > tokenizer.context_length:
-                most = tokenizer.context_length
+            ids = before + tokenizer.encode(name) + after
+            if len(ids) > most:
                 why = f"needs {len(ids)} tokens with its prompt, CLIP reads {most}"
                 raise UserError(f"class name {name!r}", why, "shorten it")
             row[: len(ids)] = torch.tensor(ids)
@@ -82,11 +160,10 @@ class LearnedPrompt(nn.Module):
         return tokens, torch.tensor(ends)
 
     def embed(self, clip: CLIP, tokens: Tensor) -> Tensor:
-        """What enters the text tower for the tokens of a `layout`: [C, context, width]."""
+        """What enters the text tower for the tokens of a `layout`: [C, length, width]."""
         x = clip.token_embedding(tokens)
-        return torch.cat(
-            [x[:, :1], self.prefix.expand(len(x), -1, -1), x[:, 1 + len(self.prefix) :]], 1
-        )
+        prefix = self.prefix.expand(len(x), -1, -1)
+        return torch.cat([x[:, :1], prefix, x[:, 1 + len(self.prefix) :]], 1)
 
     def forward(self, clip: CLIP, names: list[str]) -> Tensor:
         """Names -> normalised features [C, D]; differentiable in the prompt."""
@@ -95,56 +172,12 @@ class LearnedPrompt(nn.Module):
 
 
 def build_prompt(spec: str | list[str], width: int, prefix: int = 16) -> nn.Module:
-    """The prompt that `clip.prompt` names; `width` is the text tower's. Raises UserError for an
-    unknown name.
+    """The prompt that `clip.prompt` names; `width` is the text tower's, `prefix` the number of
+    learned tokens. Raises UserError for an unknown name.
     """
     if spec == "learned":
         return LearnedPrompt(width, prefix)
     if isinstance(spec, str) and spec not in TEMPLATES:
-        raise UserError(
-            "clip.prompt",
-            f"is {spec!r}",
-            f"choose {', '.join(TEMPLATES)} or learned, or give a list of templates",
-        )
+        todo = f"choose {', '.join(TEMPLATES)} or learned, or give a list of templates"
+        raise UserError("clip.prompt", f"is {spec!r}", todo)
     return FixedPrompt(TEMPLATES[spec] if isinstance(spec, str) else spec)
-
-
-@torch.no_grad()
-def text_features(clip: CLIP, prompt: nn.Module, names: list[str]) -> Tensor:
-    """`prompt`'s features [C, D], kept in the cache under a digest of all that they depend on."""
-    # Of this vocabulary file.
-    tokens = [clip.tokenizer.encode(text) for text in (*names, *getattr(prompt, "templates", ()))]
-    words = [
-        getattr(prompt, "templates", None),
-        names,
-        tokens,
-        clip.context_length,
-        clip.device.type,
-        torch.__version__,
-        str(clip),
-    ]
-    digest = hashlib.sha256(json.dumps(words).encode())
-    # Another program may compute other features.
-    for code in (__file__, clip_module.__file__, tokenizer_module.__file__):
-        digest.update(Path(code).read_bytes())
-    for part in (clip, prompt):
-        for name, tensor in part.state_dict().items():
-            if not name.startswith("visual."):
-                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-                digest.update(tensor.cpu().contiguous().numpy())
-    file = cache_dir() / "text" / f"{digest.hexdigest()}.pt"
-    with contextlib.suppress(UserError):  # not there, or damaged: computed again
-        features = read_torch(file, "text features")
-        if isinstance(features, Tensor) and features.shape == (len(names), clip.embed_dim):
-            return features.to(clip.device)
-    features = prompt(clip, names)
-    content = io.BytesIO()
-    torch.save(features.cpu(), content)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:  # processes may write at once
-            (Path(folder) / file.name).write_bytes(content.getvalue())
-            os.replace(Path(folder) / file.name, file)
-    except OSError as error:
-        print_main(f"text features are not kept in {file.parent} ({error.strerror})")
-    return features

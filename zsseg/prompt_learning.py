@@ -2,45 +2,36 @@
 names, CLIP frozen.
 """
 
-import json
 import math
-from collections.abc import Callable
+import statistics
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import Dataset
+from torchvision.transforms import RandomResizedCrop
 
-from zsseg import checkpoint
-from zsseg.build import load_clip
-from zsseg.clip import CLIP, build_clip, cosine_logits
+from zsseg.clip import CLIP
 from zsseg.config import Config
-from zsseg.data import stream, to_tensor, training_statistics
+from zsseg.data import batches, read_or_next, training_counts
 from zsseg.datasets import find_pairs, training_set
 from zsseg.distributed import Process
-from zsseg.files import MARK
-from zsseg.files import result as written
-from zsseg.images import read_image, read_labels
-from zsseg.metrics import percent
+from zsseg.images import read_image, read_labels, to_tensor
+from zsseg.metrics import divide_or_none, percent
 from zsseg.prompts import LearnedPrompt, build_prompt
-from zsseg.regions import mask_boxes, region_crops
-from zsseg.utils import UserError, mix_seed, print_main
+from zsseg.regions import region_crops
+from zsseg.utils import UserError, format_table, mix_seed, plural, write_json
+from zsseg.weights import load_clip, load_into
 
 
 class PromptClassifier(nn.Module):
-    """Region crops -> 100 x cosine with the text features of one or more learned prompts, over a
+    """Region crops -> cosine logits with the text features of one or more learned prompts, over a
     frozen CLIP.
 
     The prompts learn side by side from the same crops: one pass of each tower for all of them.
     """
-
-    # names x prompts in one pass of the text tower; for more, each prompt's activations are
-    # computed twice
-    GROUP_SIZE = 512
 
     def __init__(self, clip: CLIP, prompts: list[LearnedPrompt], names: list[str]):
         super().__init__()
@@ -48,259 +39,197 @@ class PromptClassifier(nn.Module):
         self.prompts = nn.ModuleList(prompts)
         self.names = names
         tokens, ends = prompts[0].layout(clip.tokenizer, names)
+        tokens = tokens[:, : int(ends.max()) + 1]  # nothing reads what follows the last end token
         self.register_buffer("tokens", tokens, persistent=False)
         self.register_buffer("ends", ends, persistent=False)
 
     def text(self) -> Tensor:
         """Normalised text features of every prompt [S, C, D]."""
-        inputs = [prompt.embed(self.clip, self.tokens) for prompt in self.prompts]
-        if len(inputs) * len(self.names) <= self.GROUP_SIZE:
-            features = self.clip.encode_embedded(torch.cat(inputs), self.ends.repeat(len(inputs)))
-        else:
-            features = torch.cat(
-                [
-                    recompute(self.clip.encode_embedded, x, self.ends, use_reentrant=False)
-                    for x in inputs
-                ]
-            )
-        return F.normalize(features.float(), dim=-1).unflatten(0, (len(inputs), -1))
+        inputs = torch.cat([prompt.embed(self.clip, self.tokens) for prompt in self.prompts])
+        features = self.clip.encode_embedded(inputs, self.ends.repeat(len(self.prompts)))
+        return F.normalize(features.float(), dim=-1).unflatten(0, (len(self.prompts), -1))
 
     def forward(self, crops: Tensor) -> Tensor:
         """Crops [B, 3, R, R] -> logits [S, B, C]."""
         with torch.no_grad():
             features = self.clip.encode_image(crops)
-        return cosine_logits(features, self.text())
+        return self.clip.logits(features, self.text())
 
     def train(self, mode: bool = True) -> "PromptClassifier":
         return self  # a frozen CLIP stays in eval mode
 
 
-class Prompts:
-    """The learned prompt (Xu et al. 2021, first stage): masked crops of the seen classes against
-    their text features.
+class PromptTask:
+    """The training of learned prompts, see train.py.
 
-    Results vary with the seed, so that several prompts may learn side by side; the one that names
-    held-out regions of the seen classes best (mean accuracy over the classes) is kept.
+    Results vary with the seed, so that several prompts may learn side by side; the best is the one
+    that names held-out regions of the seen classes best (mean accuracy over the classes).
     """
+
+    collate = list
 
     def __init__(
         self, config: Config, root: Path, out: Path, process: Process, saved: dict | None = None
     ):
-        self.config, self.process = config, process
-        clip = build_clip(load_clip(config, root), config.clip.activation, config.clip.heads)
-        self.seeds, prompts = config.train.seeds or [config.train.seed], []
+        self.config = config
+        self.process = process
+        self.seeds = config.train.seeds or [config.train.seed]
+        clip = load_clip(config.clip, root)
+        prompts = []
         for seed in self.seeds:
             torch.manual_seed(mix_seed(seed, 0))
             prompts.append(LearnedPrompt(clip.width, config.clip.prompt_prefix))
-        self.model = PromptClassifier(clip, prompts, training_set(config.data).training_names).to(
-            process.device
-        )
-        self.samples = process.main_process_first(
-            lambda: Regions(config, root, clip.visual.resolution)
-        )
-        self.collate, self.batch_size, self.kept = (
-            torch.utils.data.default_collate,
-            config.train.batch_size,
-            0,
-        )
+        names = training_set(config.data).training_names
+        self.model = PromptClassifier(clip, prompts, names).to(process.device)
+        self.samples = process.main_first(lambda: RegionSamples(config, root))
+        self.held_out = RegionSamples(config, root, held_out=True)
 
     def compile(self) -> None:
-        for part in (self.model.clip.visual, self.model.clip.transformer):
-            part.compile(fullgraph=True)
+        self.model.clip.visual.compile(fullgraph=True)
+        self.model.clip.transformer.compile(fullgraph=True)
+
+    def crops(self, batch: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        """Samples of `RegionSamples` -> what CLIP sees of them [B, 3, R, R], classes [B]."""
+        device = self.process.device
+        crops = []
+        for region, _ in batch:
+            region = region.to(device, non_blocking=True)
+            box = torch.tensor([[0, 0, region.shape[2], region.shape[1]]], device=device)
+            crops.append(region_crops(self.model.clip, region[:3], region[3:], box))
+        return torch.cat(crops), torch.tensor([category for _, category in batch], device=device)
 
     def loss(self, model: nn.Module, batch: list) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sum over the seeds, each of which has parameters of its own."""
-        crops, classes = (x.to(self.process.device, non_blocking=True) for x in batch)
+        """The sum over the seeds, each of which has separate parameters, and the accuracy."""
+        crops, classes = self.crops(batch)
         with self.process.autocast(self.config.model.bf16, training=True):
             logits = model(crops)  # [S, B, C]
         accuracy = 100 * (logits.argmax(-1) == classes).float().mean()
-        S = len(logits)
-        return S * F.cross_entropy(logits.float().flatten(0, 1), classes.repeat(S)), {
-            "accuracy": accuracy
-        }
+        loss = F.cross_entropy(logits.flatten(0, 1), classes.repeat(len(logits)))
+        return len(logits) * loss, {"accuracy": accuracy}
 
-    def state(self) -> dict:
-        states = {
-            f"prompt_of_seed_{seed}": p.state_dict()
-            for seed, p in zip(self.seeds, self.model.prompts, strict=True)
-        }
-        return states | {"prompt": self.model.prompts[self.kept].state_dict()}
+    def state(self, result: dict | None = None) -> dict[str, dict[str, Tensor]]:
+        """The prompt of every seed and, as "prompt", that of `result["kept_seed"]`."""
+        prompts = dict(zip(self.seeds, self.model.prompts, strict=True))
+        best = result["kept_seed"] if result else self.seeds[0]
+        states = {f"prompt_of_seed_{seed}": p.state_dict() for seed, p in prompts.items()}
+        return states | {"prompt": prompts[best].state_dict()}
 
-    def load(self, state: dict, what: str) -> None:
+    def load(self, state: dict[str, dict[str, Tensor]], what: str) -> None:
         for seed, prompt in zip(self.seeds, self.model.prompts, strict=True):
-            checkpoint.load_strict(
-                prompt,
-                state.get(f"prompt_of_seed_{seed}", {}),
-                what,
-                "use the configuration of its run",
-            )
+            part = state.get(f"prompt_of_seed_{seed}", {})
+            load_into(prompt, part, what, "use the configuration of its run")
 
     @torch.no_grad()
-    def evaluate(self, split: str, out: Path | None, on_image: Callable) -> dict:
+    def evaluate(self, split: str, out: Path | None = None, on_image: object = None) -> dict:
         """Accuracy of every seed on the held-out regions in percent: over regions ("top1") and its
-        mean over classes.
+        mean over classes; "kept_seed" is the best. With `out`, metrics.json and a table.
         """
-        single = build_prompt("single", 0)(self.model.clip, self.model.names)
-        S, C, device = len(self.seeds), len(self.model.names), self.process.device
-        text = torch.cat([self.model.text(), single[None]])  # a fixed prompt for comparison
-        right, count = torch.zeros(S + 1, C, device=device), torch.zeros(C, device=device)
-        held = HeldOut(self.samples)
-        numbers = range(self.process.rank, len(self.samples.held_out), self.process.world_size)
-        workers = self.config.data.workers
-        for crops, classes in stream(
-            held, numbers, 64, workers, self.collate, lambda error: print_main(f"left out: {error}")
-        ):
-            classes = classes.to(device)
-            features = self.model.clip.encode_image(crops.to(device))
-            named = cosine_logits(features, text).argmax(-1)  # [S + 1, B]
-            right.index_add_(1, classes, (named == classes).float())
-            count.index_add_(0, classes, torch.ones_like(classes, dtype=torch.float))
-        right, count = self.process.sum(right), self.process.sum(count)
-        there = count > 0
-        # Nothing is held out where every class has fewer than five regions.
-        top1 = mean = [None] * (S + 1)
-        spread = average = None
-        if there.any():
-            top1 = (100 * right.sum(1) / count.sum()).tolist()
-            mean = (100 * right[:, there] / count[there]).mean(1).tolist()
-            self.kept = max(range(S), key=lambda i: mean[i])
-            average, spread = sum(mean[:S]) / S, float(torch.tensor(mean[:S]).std(correction=0))
-        return {
-            "held_out_regions": int(count.sum()),
-            "kept_seed": self.seeds[self.kept],
-            "std": spread,
-            "mean": average,
-            "single": {"top1": top1[S], "per_class": mean[S]},
-            "seeds": {
-                str(s): {"top1": top1[i], "per_class": mean[i]} for i, s in enumerate(self.seeds)
-            },
+        clip = self.model.clip
+        single = build_prompt("single", clip.width)(clip, self.model.names)  # for comparison
+        text = torch.cat([self.model.text(), single[None]])  # [S + 1, C, D]
+        # Of each class: hits of each prompt and, last, regions.
+        counts = torch.zeros(len(text) + 1, text.shape[1], device=text.device)
+        numbers = range(self.process.rank, len(self.held_out), self.process.world_size)
+        for batch in batches(self.held_out, numbers, 64, self.config.data.workers, list):
+            crops, classes = self.crops(batch)
+            hits = clip.logits(clip.encode_image(crops), text).argmax(-1) == classes  # [S + 1, B]
+            counts.index_add_(1, classes, F.pad(hits.float(), (0, 0, 0, 1), value=1))
+
+        *hits, total = self.process.sum(counts).double().cpu()
+        present = total > 0
+        rows = {}
+        for name, hit in zip([*map(str, self.seeds), "single"], hits, strict=True):
+            top1 = divide_or_none(100 * hit.sum(), total.sum())
+            per_class = (100 * hit[present] / total[present]).sum()
+            rows[name] = {"top1": top1, "per_class": divide_or_none(per_class, present.sum())}
+        single = rows.pop("single")
+        scores = [row["per_class"] or 0.0 for row in rows.values()]
+        result = {
+            "held_out_regions": int(total.sum()),
+            "kept_seed": self.seeds[scores.index(max(scores))],
+            "mean": statistics.mean(scores) if present.any() else None,
+            "std": statistics.pstdev(scores) if present.any() else None,
+            "single": single,
+            "seeds": rows,
         }
+        if out and self.process.is_main:
+            report(result, out)
+        return result
 
     def score(self, result: dict) -> list[float]:
-        kept = result["seeds"][str(result["kept_seed"])]["per_class"]
-        return [-math.inf if kept is None else kept]
-
-    def report(self, result: dict, out: Path) -> None:
-        with written(out / "metrics.json") as file:
-            file.write_text(
-                json.dumps({"program": MARK} | result, indent=1, allow_nan=False) + "\n"
-            )
-        rows = {"single (fixed)": result["single"]} | {
-            f"seed {k}": v for k, v in result["seeds"].items()
-        }
-        print(f"{'held-out regions':20}{'top-1':>8}{'per class':>11}")
-        for name, row in rows.items():
-            print(f"{name:20}{percent(row['top1'], 8)}{percent(row['per_class'], 11)}")
-        print(
-            f"{percent(result['mean'], 0)} +- {percent(result['std'], 0)} over the seeds; seed "
-            f"{result['kept_seed']} is kept "
-            f"({result['held_out_regions']} regions of seen classes) -> {out / 'last.pt'}"
-        )
+        best = result["seeds"][str(result["kept_seed"])]["per_class"]
+        return [-math.inf if best is None else best]
 
 
-class Regions(Dataset):
-    """Sample n of an endless stream of single regions, for learning a prompt (Xu et al. 2021, first
-    stage).
+def report(result: dict, out: Path) -> None:
+    write_json(out / "metrics.json", result)
+    rows = {"single (fixed)": result["single"]}
+    rows |= {f"seed {seed}": row for seed, row in result["seeds"].items()}
+    cells = [[name, *map(percent, row.values())] for name, row in rows.items()]
+    print(format_table(["held-out regions", "top-1", "per class"], cells))
+    mean = f"{percent(result['mean'])} +- {percent(result['std'])}"
+    regions = plural(result["held_out_regions"], "region")
+    print(f"{mean} over the seeds, {regions}; the prompt is that of seed {result['kept_seed']}")
 
-    Item: (crop fp32 [3, R, R] as CLIP sees it at inference, index among the training classes). A
-    region is all of a class in an image; its box gets a random resized crop (scale 0.08..1, ratio
-    3/4..4/3) and a flip. `held_out` regions of each class are set aside and never drawn.
+
+class RegionSamples(Dataset):
+    """Sample n of an endless stream of single regions (Xu et al. 2021, first stage).
+
+    Item: (RGB and mask uint8 [4, h, w], index among the training classes). A region is all of a
+    class in an image; its box gets a random resized crop (scale 0.08..1, ratio 3/4..4/3) and a
+    flip. With `held_out`, the regions that are set aside, each the whole of its box.
     """
 
-    def __init__(self, config: Config, root: Path, resolution: int):
-        self.data, self.seed, self.resolution = (
-            training_set(config.data),
-            config.train.seed,
-            resolution,
-        )
+    def __init__(self, config: Config, root: Path, held_out: bool = False):
+        data = training_set(config.data)
+        self.seed = config.train.seed
         self.turn = config.data.exif_turn
-        self.pairs, self.lut = find_pairs(config.data, root, "train"), self.data.lut(training=True)
-        statistics = training_statistics(config.data, root)
-        rng, few = np.random.default_rng(self.seed), config.prompts.samples_per_class
-        self.regions, self.held_out = [], []  # (image, class)
-        for i, category in enumerate(self.data.trained):
-            shown = statistics.image[statistics.category == category]
-            drawn, aside = rng.permutation(shown), min(config.prompts.held_out, len(shown) // 5)
-            self.held_out += [(int(image), i) for image in drawn[:aside]]
-            self.regions += [(int(image), i) for image in drawn[aside:][:few]]
-        if not self.regions:
-            raise UserError(
-                f"data set {config.data.name}",
-                "no training image shows a class that is trained on",
-                "check it",
-            )
+        self.held_out = held_out
+        self.pairs = find_pairs(config.data, root, "train")
+        self.lut = data.lut(training=True)
+        counts = training_counts(config, root)
+        rng = np.random.default_rng(self.seed)
+        self.regions = []  # (image, class)
+        for i, category in enumerate(data.trained):
+            images = rng.permutation(np.flatnonzero(counts[:, category] > 0)).tolist()
+            aside = min(config.prompts.held_out, len(images) // 5)
+            last = aside + config.prompts.samples_per_class
+            chosen = images[:aside] if held_out else images[aside:last]
+            self.regions += [(image, i) for image in chosen]
+        if not self.regions and not held_out:
+            why = "no training image shows a class that is trained on"
+            raise UserError(f"data set {config.data.name}", why, "check it")
 
-    def __getitem__(self, n: int) -> tuple[Tensor, int]:
-        return self.crop(*self.region(n), np.random.default_rng(mix_seed(self.seed, 6, n)))
+    def __len__(self) -> int:
+        return len(self.regions)
 
     def region(self, n: int) -> tuple[int, int]:
         """(image, class) of sample n: all regions in a fresh order every epoch."""
-        epoch, i = divmod(n, len(self.regions))
-        return self.regions[
-            np.random.default_rng(mix_seed(self.seed, 5, epoch)).permutation(len(self.regions))[i]
-        ]
+        epoch, i = divmod(n, len(self))
+        rng = np.random.default_rng(mix_seed(self.seed, 5, epoch))
+        return self.regions[rng.permutation(len(self))[i]]
 
     def source(self, n: int) -> str:
         """The image that sample n shows."""
         return str(self.pairs[self.region(n)[0]][0])
 
-    def crop(
-        self, number: int, category: int, rng: np.random.Generator | None = None
-    ) -> tuple[Tensor, int]:
-        """A region as `__getitem__` gives it; without `rng` all of its box, as at inference."""
-        image = read_image(self.pairs[number][0], turn=self.turn)
-        mask = read_labels(self.pairs[number][1], self.lut, image.size) == category
-        x0, y0, x1, y1 = mask_boxes(torch.from_numpy(mask)[None])[0][0].tolist()
-        R, box = self.resolution, (x0, y0, x1, y1)
-        if rng is None:
-            return region_crops(
-                to_tensor(image), torch.from_numpy(mask)[None], torch.tensor([box]), R
-            )[0], category
-        mirrored = rng.random() < 0.5
-        for _ in range(10):  # until some of the region is in the crop
-            left, top, w, h = resized_crop_box(x1 - x0, y1 - y0, rng)
-            box = (x0 + left, y0 + top, x0 + left + w, y0 + top + h)
-            if np.asarray(
-                Image.fromarray(mask).resize((R, R), Image.Resampling.NEAREST, box)
-            ).any():
-                break
-        else:  # around one of its pixels, at most R wide, so that sampling cannot miss it
-            y, x = rng.choice(np.argwhere(mask))
-            box = (
-                max(x - R // 2, x0),
-                max(y - R // 2, y0),
-                min(x + (R + 1) // 2, x1),
-                min(y + (R + 1) // 2, y1),
-            )
-        crop = region_crops(to_tensor(image), torch.from_numpy(mask)[None], torch.tensor([box]), R)[
-            0
-        ]
-        return crop.flip(-1) if mirrored else crop, category
+    def __getitem__(self, n: int) -> tuple[Tensor, int]:
+        return read_or_next(self.sample, n)
 
-
-class HeldOut(Dataset):
-    """The held-out regions of `Regions`, each all of its box; after the last one comes the
-    first.
-    """
-
-    def __init__(self, regions: Regions):
-        self.regions = regions
-
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.regions.crop(*self.regions.held_out[i % len(self.regions.held_out)])
-
-
-def resized_crop_box(
-    width: int, height: int, rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """(left, top, width, height) of a random part of an image: area 0.08..1 of it, aspect 3/4..4/3
-    (Inception's crop).
-    """
-    for _ in range(10):
-        area = width * height * rng.uniform(0.08, 1)
-        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-        if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
-    w, h = min(width, max(round(height * 4 / 3), 1)), min(height, max(round(width * 4 / 3), 1))
-    return (width - w) // 2, (height - h) // 2, w, h
+    def sample(self, n: int) -> tuple[Tensor, int]:
+        number, category = self.region(n)
+        image_file, label_file = self.pairs[number]
+        image = read_image(image_file, turn=self.turn)
+        mask = read_labels(label_file, self.lut, image.size) == category
+        y, x = np.nonzero(mask)
+        pixels = np.dstack([image, mask])[y.min() : y.max() + 1, x.min() : x.max() + 1]
+        region = to_tensor(pixels)
+        if self.held_out:
+            return region, category
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(mix_seed(self.seed, 6, n))
+            top, left, h, w = RandomResizedCrop.get_params(region, (0.08, 1), (3 / 4, 4 / 3))
+            mirrored = torch.rand(()) < 0.5
+        part = region[:, top : top + h, left : left + w]
+        region = part if part[3].any() else region
+        return (region.flip(-1) if mirrored else region).contiguous(), category

@@ -2,365 +2,222 @@
 change of words is answered from its features. Nothing is written to the disk.
 """
 
-import base64
+import contextlib
 import io
 import json
+import secrets
 import threading
 import time
-from collections import OrderedDict
-from dataclasses import dataclass
-from http import HTTPStatus
+import traceback
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from zsseg.config import Config
-from zsseg.data import network_inputs
-from zsseg.distributed import Process
-from zsseg.images import read_image
-from zsseg.regions import mask_probabilities
-from zsseg.segmenter import Proposals, Segmenter
-from zsseg.utils import UserError
-from zsseg.visualize import palette
+from zsseg.apps.predict import colours_of, count_classes
 from zsseg.apps.vocabulary import Words, parse_words
+from zsseg.config import Config
+from zsseg.distributed import Process
+from zsseg.images import network_inputs, read_image
+from zsseg.regions import mask_probabilities
+from zsseg.segmenter import Proposals, Segmenter, Size
+from zsseg.utils import UserError
+from zsseg.visualize import base64_image
 
-PAGE = Path(__file__).parent / "serve.html"
+PAGE = Path(__file__).with_name("serve.html")
 MAX_UPLOAD = 64 * 2**20  # bytes
-MAX_TEXT = 2**16  # bytes of words
-MAX_IMAGES = 4  # whose features are kept at once
-MAX_EDGE = 1280  # of the map that the page shows
+MAX_IMAGES = 4  # whose proposals are stored
+MAX_EDGE = 1280  # of the label map that the page shows
 TOP = 5  # classes shown for a pixel
 
 
-class NamedFeatures:
-    """Text features of single names, computed once each: a change of words costs the new ones."""
-
-    def __init__(self, prompt: nn.Module):
-        self.prompt = prompt
-        self.known: dict[str, Tensor] = {}
-
-    @torch.inference_mode()
-    def features(self, clip: nn.Module, texts: list[list[str]]) -> Tensor:
-        """The names of each class -> normalised mean of their features [C, D]."""
-        names = {name for names in texts for name in names}
-        if new := sorted(names - self.known.keys()):
-            self.known |= zip(new, self.prompt(clip, new), strict=True)
-        means = [torch.stack([self.known[name] for name in names]).mean(0) for names in texts]
-        return F.normalize(torch.stack(means), dim=-1)
-
-
 @dataclass
-class Kept:
-    """An image that the page was given."""
-
-    image: Tensor  # uint8 [3, H, W] at network-input size
-    size: tuple[int, int]  # (height, width) of the map that the page shows
-    proposals: Proposals
-    masks: Tensor | None = None  # see `Session.masks`, of the image that was asked for last
-    words: Words | None = None  # that the proposals of the one-stage baseline are of
-
-
 class Session:
-    """The segmenter, its words, and the images that were given; one request at a time."""
+    """A segmenter, its words, and the last images. Threads have to take turns."""
 
-    def __init__(
-        self,
-        segmenter: Segmenter,
-        config: Config,
-        process: Process,
-        trained: list[str],
-        words: Words,
-    ):
-        self.segmenter = segmenter
-        self.config = config
-        self.process = process
-        self.trained = trained
-        self.words = words
-        self.images: OrderedDict[int, Kept] = OrderedDict()
-        self.count = 0
-        self.lock = threading.Lock()
-        self.caches = {}
-        if segmenter.clip is not None:
-            prompts = {segmenter.prompt, segmenter.region_prompt} - {None}
-            self.caches = {prompt: NamedFeatures(prompt) for prompt in prompts}
-            # In place of the features kept on the disk, by list of words.
-            segmenter.encode_names = lambda prompt, texts: self.caches[prompt].features(
-                segmenter.clip, texts
-            )
-        self.set_words(words)
+    segmenter: Segmenter
+    config: Config
+    process: Process
+    trained: list[str]  # names of the classes of the training, which count as seen
+    words: Words
+    # {number: (network input uint8 [3, H, W], proposals, size of the label map)}
+    images: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.set_words(self.words)
 
     def set_words(self, words: Words) -> None:
-        self.words = words
+        """Words that are refused leave everything as it was."""
         self.segmenter.set_classes(words.names, words.among(self.trained), words.synonyms)
+        self.words = words
 
     def add(self, content: bytes) -> dict:
-        """Pass an image file through the networks; UserError for a broken one."""
-        image = decode_image(content)
-        [pixels] = network_inputs(image, self.config.data)
-        pixels = pixels.to(self.process.device)
-        scale = min(MAX_EDGE / max(image.size), 1)
-        width, height = (max(round(scale * side), 1) for side in image.size)
+        """Pass an image file through the networks. Raises UserError for a broken one."""
         started = time.perf_counter()
-        with self.lock, self.process.autocast(self.config.model.bf16):
+        photo = read_image(io.BytesIO(content), shown=True)
+        [pixels] = network_inputs(photo, self.config.data)
+        pixels = pixels.to(self.process.device)
+        with self.process.autocast(self.config.model.bf16):
             proposals = self.segmenter.propose(pixels)
-            self.count += 1
-            self.images[self.count] = Kept(pixels, (height, width), proposals)
-            if len(self.images) > MAX_IMAGES:
-                self.images.popitem(last=False)
-            number = self.count
-        seconds = time.perf_counter() - started
-        return {"image": number, "width": width, "height": height, "seconds": round(seconds, 3)}
+        photo.thumbnail((MAX_EDGE, MAX_EDGE))
+        number = secrets.randbits(48)  # a page of an earlier start finds no other image under it
+        self.images[number] = (pixels, proposals, (photo.height, photo.width))
+        if len(self.images) > MAX_IMAGES:
+            del self.images[next(iter(self.images))]
+        seconds = round(time.perf_counter() - started, 3)
+        return {"image": number, "width": photo.width, "height": photo.height, "seconds": seconds}
 
     @torch.inference_mode()
-    def label(self, number: int, text: str) -> dict:
+    def label(self, image: int, words: str) -> dict:
         """The label map of an image for these words, and what the page shows of it."""
-        words = parse_words(text.split(";"))
         started = time.perf_counter()
-        with self.lock:
-            kept = self.get(number)
-            if words != self.words:
-                self.set_words(words)
-            maps = self.score_maps(kept)
-            if not maps.isfinite().all():
-                why = "gives scores that are not finite"
-                raise UserError("the model", why, "check its weights, or set model.bf16=off")
-            top, labels = maps.max(0)
-
-        names = words.shown_names
-        C = len(names)
-        labels = labels.clamp(max=C - 1)  # background words come last
-        pixels = torch.bincount(labels.flatten(), minlength=C).tolist()
-        scores = torch.bincount(labels.flatten(), top.flatten().double(), minlength=C).tolist()
-        classes = [
-            {
-                "id": i,
-                "name": names[i],
-                "pixels": pixels[i],
-                "share": pixels[i] / labels.numel(),
-                "score": scores[i] / pixels[i] if pixels[i] else None,
-            }
-            for i in range(C)
-        ]
-        colours = palette(C)[:-1]
-        if words.shown < len(words.names):
-            colours[-1] = 96  # background words are grey
+        pixels, proposals, size = self.find(image)
+        self.set_words(parse_words(words))
+        found = self.segmenter.segment([pixels], size, proposals=proposals)
+        if not found.finite:
+            why = "gives scores that are not finite"
+            raise UserError("the model", why, "check its weights, or set model.bf16=off")
+        names = self.words.shown_names
+        ids, rows = count_classes(found.labels, found.scores, names)
+        rows = {row["id"]: row for row in rows}
+        empty = {"pixels": 0, "share": 0, "score": None}
+        classes = [rows.get(i, {"id": i, "name": name, **empty}) for i, name in enumerate(names)]
         return {
-            "labels": encode_labels(labels.cpu().numpy()),
-            "colours": colours.tolist(),
+            "labels": encode_labels(ids),
+            "colours": colours_of(self.words).tolist(),
             "classes": classes,
             "milliseconds": round(1000 * (time.perf_counter() - started), 1),
         }
 
     @torch.inference_mode()
-    def pixel(self, number: int, x: int, y: int) -> dict:
-        """The classes with the largest scores at a pixel of the map, and the proposal that gives
-        the first one most of its score.
+    def pixel(self, image: int, x: int, y: int) -> dict:
+        """The classes with the largest scores at a pixel of the label map, and the proposal that
+        gives the first one most of its score.
         """
-        with self.lock:
-            kept = self.get(number)
-            height, width = kept.size
-            if not (0 <= x < width and 0 <= y < height):
-                raise UserError("pixel", "is outside the image", "choose another")
-            scores = self.scores(kept)
-            masks = self.masks(kept)
-            at = masks[:, y, x]  # [Q]
-            total = at @ scores  # [C]
-            names = self.words.shown_names
-            values, ids = total.topk(min(TOP, len(total)))
-            query = int((at * scores[:, ids[0]]).argmax())
-        classes = [
-            {"name": names[min(i, len(names) - 1)], "score": value}
-            for i, value in zip(ids.tolist(), values.tolist(), strict=True)
-        ]
-        return {"classes": classes, "query": query, "probability": float(at[query])}
+        _, proposals, (height, width) = self.find(image)
+        if not (0 <= x < width and 0 <= y < height):
+            raise UserError("pixel", "is outside the image", "choose another")
+        H, W = proposals.input_size
+        masks = mask_probabilities(proposals.mask_logits, (H, W))
+        masks = masks[:, y * H // height, x * W // width]
+        scores = self.segmenter.ensemble(self.segmenter.classify(proposals)).float()
+        total = masks @ scores
+        best = total.topk(min(TOP, len(total))).indices.tolist()
+        classes = [{"name": self.words.names[i], "score": float(total[i])} for i in best]
+        query = int((masks * scores[:, best[0]]).argmax())
+        return {"classes": classes, "query": query, "probability": float(masks[query])}
 
-    def get(self, number: int) -> Kept:
-        if number not in self.images:
-            raise UserError("image", "is not kept any more", "drop it again")
-        self.images.move_to_end(number)
-        return self.images[number]
-
-    def scores(self, kept: Kept) -> Tensor:
-        """Class scores [Q, C] for the present words. The one-stage baseline's masks depend on the
-        words: it computes them again.
-        """
-        if self.segmenter.two_stage:
-            kept.proposals = self.segmenter.classify(kept.proposals)
-        elif kept.words != self.words:
-            kept.proposals = self.segmenter.propose(kept.image)
-            kept.masks = None
-            kept.words = self.words
-        return self.segmenter.ensemble(kept.proposals).float()
-
-    def masks(self, kept: Kept) -> Tensor:
-        """Its mask probabilities at the size of the map [Q, height, width], kept for one image at a
-        time. Resizing masks or, as `class_scores` does, their weighted sums is the same.
-        """
-        if kept.masks is None:
-            for other in self.images.values():
-                other.masks = None
-            proposals = kept.proposals
-            masks = mask_probabilities(proposals.mask_logits, proposals.input_size)[None]
-            kept.masks = F.interpolate(masks, kept.size, mode="bilinear", align_corners=False)[0]
-        return kept.masks
-
-    def score_maps(self, kept: Kept) -> Tensor:
-        """[C, height, width] for the present words."""
-        scores = self.scores(kept)
-        return torch.einsum("qc,qhw->chw", scores, self.masks(kept))
+    def find(self, image: int) -> tuple[Tensor, Proposals, Size]:
+        """One of `images`."""
+        if image not in self.images:
+            raise UserError("image", "is not stored any more", "drop it again")
+        return self.images[image]
 
 
-def decode_image(content: bytes) -> Image.Image:
-    """An image file as a viewer would show it; UserError for a broken one."""
-    try:
-        return read_image(io.BytesIO(content), shown=True)
-    except Exception as error:  # whatever a decoder raises
-        why = error.args[1] if isinstance(error, UserError) else f"cannot be read ({error})"
-        raise UserError("this image", why, "give another") from None
-
-
-def encode_labels(labels: np.ndarray) -> str:
+def encode_labels(ids: np.ndarray) -> str:
     """Class ids [H, W] as a PNG in base64: red + 256 x green."""
-    rgb = np.zeros((*labels.shape, 3), np.uint8)
-    rgb[..., 0] = labels % 256
-    rgb[..., 1] = labels // 256
-    file = io.BytesIO()
-    Image.fromarray(rgb).save(file, "PNG", compress_level=1)
-    return base64.b64encode(file.getvalue()).decode()
+    rgb = ids.astype("<u4")[..., None].view(np.uint8)[..., :3]
+    return base64_image(Image.fromarray(rgb), "PNG")
 
 
 class Server(ThreadingHTTPServer):
-    """Of one session, for this machine only."""
+    """Serves one session to this machine."""
 
-    daemon_threads = True
     session: Session
 
 
 class Handler(BaseHTTPRequestHandler):
     """GET /: the page; GET /words; GET /pixel?image=1&x=2&y=3; POST /image: a file; POST /label:
-    {"image": 1, "words": "cat, dog"}. Answers are JSON; what the user can put right is {"error"}.
+    {"image": 1, "words": "cat, dog"}. Answers are JSON; what the user can correct is {"error"}.
     """
 
     server: Server
-    timeout = 60  # seconds that a client may keep a connection silent
+    timeout = 60  # seconds that a client may be silent
+    lock = threading.Lock()  # one request at a time
 
     def do_GET(self) -> None:
-        url = urlsplit(self.path)
-        if not self.is_local():
-            return
-        if url.path == "/":
-            self.answer(HTTPStatus.OK, PAGE.read_bytes(), "text/html; charset=utf-8")
-        elif url.path == "/words":
-            self.reply(lambda: {"words": format_words(self.server.session.words)})
-        elif url.path == "/pixel":
-            query = {key: values[0] for key, values in parse_qs(url.query).items()}
-            self.reply(
-                lambda: self.server.session.pixel(*(int(query[key]) for key in ("image", "x", "y")))
-            )
-        else:
-            self.fail(HTTPStatus.NOT_FOUND, "no such page")
+        with contextlib.suppress(OSError):  # a client that leaves is no error
+            status = 422
+            try:
+                content = self.respond()
+                status = 200
+            except UserError as error:
+                content = json.dumps({"error": str(error)})
+            except OSError:
+                raise
+            except Exception:
+                traceback.print_exc()
+                content = json.dumps({"error": "the program met an error; its terminal shows it"})
+            self.send_response(status)
+            kind = "text/html; charset=utf-8" if self.path == "/" else "application/json"
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write(content.encode())
 
-    def do_POST(self) -> None:
-        if not self.is_local():
-            return
-        limits = {"/image": MAX_UPLOAD, "/label": MAX_TEXT}
-        length = self.headers.get("Content-Length", "")
-        if self.path not in limits:
-            self.fail(HTTPStatus.NOT_FOUND, "no such page")
-        elif not length.isdecimal():
-            self.fail(HTTPStatus.LENGTH_REQUIRED, "the request has no length")
-        elif int(length) > limits[self.path]:
-            most = f"{limits[self.path] // 2**20 or 1} MiB"
-            self.fail(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"too large; at most {most}")
-        else:
-            content = self.rfile.read(int(length))
-            session = self.server.session
-            if self.path == "/image":
-                self.reply(lambda: session.add(content))
-            else:
-                self.reply(lambda: session.label(*read_request(content)))
+    do_POST = do_GET
 
-    def is_local(self) -> bool:
-        """Whether the page itself asks, and not another page in the same browser."""
-        port = self.server.server_address[1]
-        hosts = {f"127.0.0.1:{port}", f"localhost:{port}"}
-        origin = self.headers.get("Origin")
-        if self.headers.get("Host") in hosts and (
-            origin is None or origin in {f"http://{host}" for host in hosts}
-        ):
-            return True
-        self.fail(HTTPStatus.FORBIDDEN, "only this machine's own page may ask")
-        return False
-
-    def reply(self, action) -> None:
-        try:
-            content = action()
-        except UserError as error:
-            self.fail(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
-        except (KeyError, TypeError, ValueError):
-            self.fail(HTTPStatus.BAD_REQUEST, "not a request of the page")
-        else:
-            self.answer(HTTPStatus.OK, json.dumps(content).encode(), "application/json")
-
-    def fail(self, status: HTTPStatus, text: str) -> None:
-        self.close_connection = True
-        self.answer(status, json.dumps({"error": text}).encode(), "application/json")
-
-    def answer(self, status: HTTPStatus, content: bytes, kind: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Cache-Control", "no-store")
-        self.send_header("X-Content-Type-Options", "nosniff")
-        self.send_header(
-            "Content-Security-Policy",
-            "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-            "img-src 'self' blob: data:; connect-src 'self'; frame-ancestors 'none'",
-        )
-        self.end_headers()
-        self.wfile.write(content)
+    def respond(self) -> str:
+        """The answer to the page; UserError for anything else. No other page in the same browser
+        may ask; a tunnel may come from another port.
+        """
+        host = self.headers.get("Host", "")
+        is_local = host.partition(":")[0] in ("127.0.0.1", "localhost")
+        if not is_local or self.headers.get("Origin", f"http://{host}") != f"http://{host}":
+            raise UserError("this page", "is not the program's", "open the address it printed")
+        size = int(self.headers.get("Content-Length", 0))
+        # Read what is too large, too: a browser sends everything before it reads an answer.
+        for start in range(0, size + 1, MAX_UPLOAD):
+            body = self.rfile.read(min(size - start, MAX_UPLOAD))
+        if size >= MAX_UPLOAD:
+            raise UserError("this file", "is too large", f"give one below {MAX_UPLOAD >> 20} MiB")
+        path, _, query = self.path.partition("?")
+        if path == "/":
+            return PAGE.read_text("utf-8")
+        session = self.server.session
+        actions = {
+            "/words": lambda: {"words": format_words(session.words)},
+            "/pixel": lambda: session.pixel(**{k: int(v) for k, v in parse_qsl(query)}),
+            "/image": lambda: session.add(body),
+            "/label": lambda: session.label(**json.loads(body)),
+        }
+        if path not in actions:
+            raise UserError(f"page {path}", "does not exist", "open /")
+        with self.lock:
+            return json.dumps(actions[path](), allow_nan=False)
 
     def log_message(self, *_: object) -> None:
         pass
 
 
-def read_request(content: bytes) -> tuple[int, str]:
-    request = json.loads(content)
-    number, text = request["image"], request["words"]
-    if not isinstance(number, int) or not isinstance(text, str):
-        raise TypeError
-    return number, text
-
-
 def format_words(words: Words) -> str:
     """As `parse_words` reads them."""
-    shown = [" = ".join([n, *words.synonyms.get(n, [])]) for n in words.names[: words.shown]]
-    background = words.names[words.shown :]
-    return ", ".join(shown) + (f"; other: {', '.join(background)}" if background else "")
+    rows = [" = ".join([name, *words.synonyms.get(name, [])]) for name in words.names]
+    parts = (rows[: words.shown], rows[words.shown :])
+    return "; other: ".join(", ".join(part) for part in parts if part)
 
 
-def open_port(port: int) -> Server:
-    """A server on 127.0.0.1; UserError where the port is taken, or is none."""
+def open_server(port: int, config: Config) -> Server:
+    """A server on 127.0.0.1 that does not answer yet. UserError for a port that cannot be opened,
+    and for what has no page.
+    """
+    if not config.model.proposals:
+        why = "is for models with mask proposals, not for the one-stage baseline"
+        raise UserError("--serve", why, "use --images")
     try:
         return Server(("127.0.0.1", port), Handler)
     except (OSError, OverflowError) as error:
-        raise UserError(
-            "--serve", f"port {port} cannot be opened ({error})", "give another"
-        ) from None
+        why = f"port {port} cannot be opened ({error})"
+        raise UserError("--serve", why, "give another") from None
 
 
-def serve(server: Server, session: Session) -> None:
-    """Until it is interrupted."""
-    server.session = session
+def serve_page(server: Server, *session: object) -> None:
+    """Answer until Ctrl-C. `session`: what `Session` is made of."""
+    server.session = Session(*session)
     print(f"open http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends it)", flush=True)
-    with server:
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print("ended")
+    with server, contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()

@@ -124,12 +124,10 @@ def tiny_clip_state(seed: int = 0) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def small_clip():
     from zsseg.clip import build_clip
-    from zsseg.weights import load_tokenizer
+    from zsseg.tokenizer import Tokenizer
 
     state = tiny_clip_state()
-    vocab_size = len(state["token_embedding.weight"])
-    tokenizer = load_tokenizer(vocab_size, len(state["positional_embedding"]))
-    return build_clip(state, tokenizer)
+    return build_clip(state, Tokenizer(514, len(state["positional_embedding"])))
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ tests.benchmarks.compile_check`.
 A row for each kernel and architecture: registers a thread, bytes of spilled registers and of shared
 memory, asynchronous copies in its code (cp.async; TMA), and the occupancy that follows: how many
 of a multiprocessor's 64 warps can be resident. Then a row for each operation: bytes that must be
-read or written, floating-point operations, and the time that no H100 can beat.
+read or written, floating-point operations one by one and in products of matrices, and the time that
+no H100 can beat.
 """
 
 import dataclasses
@@ -25,7 +26,10 @@ from kernels import assignment, mask_loss, mask_pool, matching_cost, region_crop
 
 BLOCK_SHARED = {80: 166_912, 90: 232_448}  # bytes a block may have; the compiler does not check it
 SHARED = {80: 167_936, 90: 233_472}  # bytes of a multiprocessor, of which each block costs 1,024
-BANDWIDTH, RATE = 3.35e12, 990e12  # of an H100 SXM: bytes, dense bf16 operations a second
+# Of an H100 SXM, a second:
+BANDWIDTH = 3.35e12  # bytes
+RATE = 33e12  # operations one by one: 132 multiprocessors x 128 x 1.98 GHz
+PRODUCT_RATE = 990e12  # dense bf16 operations of the tensor cores
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -90,18 +94,16 @@ def calls(s: Sizes) -> dict[str, Callable[[], object]]:
     labels, coarse = (new(s.B, k * s.h, k * s.w, dtype=torch.uint8) for k in (4, 1))
     classes, counts = new(s.B, s.T, dtype=torch.int64), new(s.B, dtype=torch.int64)
     class_logits = new(s.L, s.B, s.Q, s.C + 1)
+    cost_inputs = (class_logits, masks, coarse, classes)
     cost = new(s.L, s.B, s.T, s.Q).transpose(2, 3)
     matched, losses = new(s.L, s.B, s.T, dtype=torch.int64), new(s.L, s.B, s.T)
     sums, pairs = new(s.L, s.B, s.T, 4), (masks, matched, labels, classes)
     logits, size = new(s.Q, s.h, s.w), (4 * s.h, 4 * s.w)
     image, binary = new(3, *size, dtype=torch.uint8), new(s.Q, *size, dtype=torch.uint8)
-    index, boxes = (new(s.Q, *n, dtype=torch.int64) for n in ((), (4,)))
-    crops = (index, boxes, [0.5] * 3, [0.2] * 3, s.side, s.dtype)
+    crops = (new(s.Q, 4, dtype=torch.int64), [0.5] * 3, [0.2] * 3, s.side, s.dtype)
     features = new(s.grid, s.grid, s.D, dtype=s.dtype)
     return {
-        "matching_cost": lambda: matching_cost.launch(
-            class_logits, masks, coarse, classes, 20.0, 1.0
-        ),
+        "matching_cost": lambda: matching_cost.launch(*cost_inputs, 20.0, 1.0),
         "assignment": lambda: assignment.launch(cost, counts),
         "mask_loss": lambda: mask_loss.launch_forward(*pairs),
         "mask_loss, backward": lambda: mask_loss.launch_backward(losses, losses, sums, *pairs),
@@ -112,38 +114,51 @@ def calls(s: Sizes) -> dict[str, Callable[[], object]]:
     }
 
 
-def work(s: Sizes) -> dict[str, tuple[int, int]]:
-    """{operation: (bytes that must be read or written, floating-point operations)}. A product of
-    M x K and K x N counts as 2 M N K; an element of a loss as 30, of a bilinear mean as 10, of a
-    bicubic one as 100.
+def work(s: Sizes) -> dict[str, tuple[int, int, int]]:
+    """{operation: (bytes that must be read or written, operations one by one, operations in
+    products)}. A product of M x K and K x N counts as 2 M N K; an element of a loss as 30, of a
+    bilinear mean as 10, of a bicubic one as 100.
     """
     size = s.dtype.itemsize
-    queries, pairs, pixels = s.L * s.B * s.Q, s.L * s.B * s.T, s.h * s.w
+    pixels = s.h * s.w
+    queries = s.L * s.B * s.Q
+    pairs = s.L * s.B * s.T
     planes = size * pairs * pixels + 16 * s.B * pixels  # of matched masks; labels as bytes
     inference = 4 * s.Q * pixels  # fp32 mask logits
-    output, full = 4 * 16 * pixels, s.Q * 16 * pixels
+    output = 4 * 16 * pixels
+    full = s.Q * 16 * pixels
     crops = s.Q * 3 * s.side**2
-    return {
-        "matching_cost": (
-            size * queries * pixels + 4 * queries * (s.C + 1 + s.T) + s.B * pixels,
-            queries * pixels * (4 * s.T + 30),
-        ),
-        "assignment": (4 * queries * s.T, 0),
-        "mask_loss": (planes, 30 * pairs * 16 * pixels),
-        "mask_loss, backward": (planes + size * queries * pixels, 50 * pairs * 16 * pixels),
-        "region_masks": (inference + full, 10 * full),
-        "region_crop": (full + 3 * 16 * pixels + size * crops, 100 * crops),
-        "semantic_map": (inference + 4 * s.Q * s.C + 2 * output, full * (2 * s.C + 10)),
-        "mask_pool": (
-            inference + size * s.grid**2 * s.D + 4 * s.Q * s.D,
-            10 * full + 2 * s.Q * s.grid**2 * s.D,
-        ),
+    dense = s.grid**2 * s.D
+    moved = {
+        "matching_cost": size * queries * pixels + 4 * queries * (s.C + 1 + s.T) + s.B * pixels,
+        "assignment": 4 * queries * s.T,
+        "mask_loss": planes,
+        "mask_loss, backward": planes + size * queries * pixels,
+        "region_masks": inference + full,
+        "region_crop": full + 3 * 16 * pixels + size * crops,
+        "semantic_map": inference + 4 * s.Q * s.C + 2 * output,
+        "mask_pool": inference + size * dense + 4 * s.Q * s.D,
     }
+    single = {
+        "matching_cost": 30 * queries * pixels,
+        "mask_loss": 30 * pairs * 16 * pixels,
+        "mask_loss, backward": 50 * pairs * 16 * pixels,
+        "region_masks": 10 * full,
+        "region_crop": 100 * crops,
+        "semantic_map": 10 * full,
+        "mask_pool": 10 * full,
+    }
+    products = {
+        "matching_cost": 4 * queries * pixels * s.T,
+        "semantic_map": 2 * full * s.C,
+        "mask_pool": 2 * s.Q * dense,
+    }
+    return {name: (moved[name], single.get(name, 0), products.get(name, 0)) for name in moved}
 
 
-def floor(moved: int, operations: int) -> float:
+def floor(moved: int, single: int, products: int) -> float:
     """Milliseconds that an H100 needs at least."""
-    return 1000 * max(moved / BANDWIDTH, operations / RATE)
+    return 1000 * max(moved / BANDWIDTH, single / RATE, products / PRODUCT_RATE)
 
 
 def compiled(launch: Launch, architecture: int) -> dict[str, int]:
@@ -205,10 +220,11 @@ def main() -> None:
                 found = compiled(launch, architecture)
                 numbers = (found[column] for column in columns)
                 print(launch.kernel.__name__, architecture, *numbers, sep="\t", flush=True)
-    print("\noperation\tMiB\tGFLOP\tfloor on an H100 (us)")
-    for name, (moved, operations) in work(Sizes()).items():
-        microseconds = 1000 * floor(moved, operations)
-        print(f"{name}\t{moved / 2**20:.1f}\t{operations / 1e9:.1f}\t{microseconds:.1f}")
+    print("\noperation\tMiB\tGFLOP\tGFLOP in products\tfloor on an H100 (us)")
+    for name, (moved, single, products) in work(Sizes()).items():
+        microseconds = 1000 * floor(moved, single, products)
+        print(f"{name}\t{moved / 2**20:.1f}\t{single / 1e9:.1f}", end="\t")
+        print(f"{products / 1e9:.1f}\t{microseconds:.1f}")
 
 
 if __name__ == "__main__":

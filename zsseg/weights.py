@@ -1,8 +1,7 @@
 """Everything that reads a file of tensors: checkpoints (ours and the original's), CLIP's weights,
 ImageNet backbones, learned prompts, published models; and segmenters built from them.
 
-No file is ever executed: `weights_only=True`, TorchScript archives read for their tensors,
-unpicklers that allow a list of names.
+No file is ever executed: `weights_only=True`, and unpicklers that know a list of names.
 """
 
 import gzip
@@ -22,9 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.models import ResNet50_Weights, Swin_B_Weights
 
-from zsseg.backbone import SmallResNet
 from zsseg.clip import CLIP, ConvStem, build_clip
 from zsseg.config import CONFIGS, ClipConfig, Config, load_config
 from zsseg.datasets import dataset
@@ -47,6 +44,9 @@ from zsseg.utils import (
 )
 
 State = dict[str, Tensor]
+PUBLISHED = tomllib.loads((Path(__file__).parent / "published.toml").read_text("utf-8"))["model"]
+# With the answer to what it would ask of a large file: that it is not scanned for viruses.
+DRIVE = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
 
 # --- files of tensors
 
@@ -69,16 +69,16 @@ class NumberType:
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
-class Array:
-    """A pickled NumPy array: shape, dtype and bytes, checked against each other."""
+class Array(Tensor):
+    """A pickled NumPy array as a tensor: shape, dtype and bytes, checked against each other."""
 
-    def __init__(self, *_: object):
-        self.tensor = torch.empty(0)
+    def __new__(cls, *_: object) -> "Array":
+        return torch.empty(0).as_subclass(cls)
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran, data = state
         data = data.encode("latin1") if isinstance(data, str) else data
-        self.tensor = read_array(data, dtype, shape, "F" if fortran else "C")
+        self.data = read_array(data, dtype, shape, "F" if fortran else "C")
 
 
 def read_array(data: bytes, kind: NumberType, shape: tuple[int, ...], order: str) -> Tensor:
@@ -88,6 +88,7 @@ def read_array(data: bytes, kind: NumberType, shape: tuple[int, ...], order: str
 
 # NumPy's arrays and numbers in pickles of every protocol, by the names of its versions 1 and 2.
 ARRAYS = {
+    "collections.OrderedDict": OrderedDict,
     "numpy.ndarray": Array,
     "numpy.dtype": NumberType,
     "_codecs.encode": lambda text, encoding: text.encode("latin1"),
@@ -102,194 +103,178 @@ for package in ("numpy.core", "numpy._core"):
     }
 
 
-def with_tensors(content: object) -> object:
-    """Plain containers with tensors in the place of arrays."""
-    if isinstance(content, Array):
-        return content.tensor
-    if isinstance(content, dict):
-        return {key: with_tensors(value) for key, value in content.items()}
-    if type(content) in (list, tuple):
-        return type(content)(map(with_tensors, content))
-    return content
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads arrays and plain containers (detectron2's .pkl); KeyError for everything else."""
+
+    def find_class(self, module: str, name: str) -> object:
+        return ARRAYS[f"{module}.{name}"]
 
 
-def read_torch(path: Path, what: str) -> object:
-    """The content of a file of `torch.save`, tensors and plain values, on the CPU. Raises
-    UnreadableFile, or UserError for a disk that fails.
+class ScriptModule:
+    """The attributes of a TorchScript module."""
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+
+    def tensors(self, prefix: str = "") -> State:
+        """Those in it and in its submodules, by attribute path."""
+        found = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                found[prefix + name] = value
+            elif isinstance(value, ScriptModule):
+                found |= value.tensors(f"{prefix}{name}.")
+        return found
+
+
+class ScriptUnpickler(pickle.Unpickler):
+    """Reads the object tree of a TorchScript archive (OpenAI's CLIPs); nothing is called. KeyError
+    for what such files do not need.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile, folder: str):
+        super().__init__(archive.open(f"{folder}/data.pkl"))
+        self.archive = archive
+        self.folder = folder
+
+    def find_class(self, module: str, name: str) -> object:
+        if module.startswith("__torch__"):
+            return ScriptModule
+        if module == "torch.jit._pickle" and name.startswith("build_"):
+            return list
+        allowed = {
+            "torch.FloatStorage": torch.float32,
+            "torch.HalfStorage": torch.float16,
+            "torch.LongStorage": torch.int64,
+            "torch._utils._rebuild_tensor_v2": self.tensor,
+            "collections.OrderedDict": OrderedDict,
+        }
+        return allowed[f"{module}.{name}"]
+
+    @staticmethod
+    def tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: object) -> Tensor:
+        if math.prod(size) > len(storage):  # strides of 0 could fill the memory
+            raise pickle.UnpicklingError(f"a tensor of shape {size} from {len(storage)} numbers")
+        return torch.as_strided(storage, size, stride, offset).clone()
+
+    def persistent_load(self, key: tuple) -> Tensor:
+        _, dtype, name, _, _ = key
+        data = bytearray(self.archive.read(f"{self.folder}/data/{name}"))
+        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+
+
+def read_torch(path: Path, what: str, todo: str = "check the path") -> object:
+    """The content of a file of `torch.save`, a TorchScript archive (its tensors) or detectron2's
+    .pkl, tensors and plain values, on the CPU. Raises UnreadableFile, or UserError if the disk
+    fails.
     """
     if path.is_dir():
         last = path / "last.pt"
         todo = f"did you mean {last}?" if last.is_file() else "give a file"
         raise UnreadableFile(what, "is a folder", todo)
     if not path.is_file():
-        raise UnreadableFile(*no_such_file(what, path).args)
-    allowed = [(value, name) for name, value in ARRAYS.items()]
+        raise UnreadableFile(*no_such_file(what, path, todo).args)
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                refuse_compressed(archive.infolist())
-        with torch.serialization.safe_globals(allowed):
-            return with_tensors(torch.load(path, map_location="cpu", weights_only=True))
+        return unpickle(path)
     except OSError as error:
         raise UserError(what, f"cannot be read ({error})", "check the disk") from None
     except MemoryError:
         raise
     except Exception as error:  # torch raises many types, with advice to load such a file anyway
-        reason = re.search(r"[Uu]nsupported \w+:? (GLOBAL )?[\w.]+|an array of [^;\n]+", str(error))
+        known = r"[Uu]nsupported \w+:? (GLOBAL )?[\w.]+|an array of [^;\n]+|\S+ is compressed"
+        reason = re.search(known, str(error))
         why = f"cannot be read as tensors ({reason[0] if reason else 'broken'})"
-        todo = "check the file; it may contain only tensors and plain values"
+        todo = f"check {path}; it may contain only tensors and plain values"
         raise UnreadableFile(what, why, todo) from None
 
 
-def refuse_compressed(entries: list[zipfile.ZipInfo]) -> None:
-    """torch compresses neither tensors nor what describes them; a small file could fill the
-    memory.
-    """
-    for entry in entries:
-        if entry.compress_type != zipfile.ZIP_STORED and "/code/" not in entry.filename:
-            raise pickle.UnpicklingError(f"{entry.filename} is compressed")
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads NumPy arrays and plain containers (detectron2's .pkl) and refuses everything else."""
-
-    def find_class(self, module: str, name: str) -> object:
-        allowed = ARRAYS | {"collections.OrderedDict": OrderedDict}
-        if f"{module}.{name}" not in allowed:
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
-        return allowed[f"{module}.{name}"]
-
-
-def read_pickle(path: Path, what: str) -> object:
-    """A detectron2 model-zoo file with tensors in the place of arrays."""
-    try:
+def unpickle(path: Path) -> object:
+    """See `read_torch`. Raises anything for a broken file."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            entries = {entry.filename: entry.compress_type for entry in archive.infolist()}
+            for name, method in entries.items():
+                # Tensors never are; a small file could fill the memory.
+                if method != zipfile.ZIP_STORED and "/code/" not in name:
+                    raise pickle.UnpicklingError(f"{name} is compressed")
+            constants = [name for name in entries if name.endswith("/constants.pkl")]
+            if constants:
+                folder = constants[0].removesuffix("/constants.pkl")
+                return ScriptUnpickler(archive, folder).load().tensors()
+    elif path.suffix == ".pkl":
         with open(path, "rb") as file:
-            return with_tensors(ArrayUnpickler(file, encoding="latin1").load())
-    except FileNotFoundError:
-        raise no_such_file(what, path) from None
-    except Exception as error:  # a broken pickle raises anything
-        why = f"{path} cannot be read as arrays ({error!r:.200})"
-        raise UserError(what, why, "replace or delete it") from None
-
-
-STORAGES = {
-    "torch.FloatStorage": torch.float32,
-    "torch.HalfStorage": torch.float16,
-    "torch.LongStorage": torch.int64,
-}
-
-
-def is_torchscript(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except Exception:  # not a zip file: read_torch says what it is
-        return False
-
-
-class ScriptUnpickler(pickle.Unpickler):
-    """Reads the object tree of a TorchScript archive: modules become plain attribute holders,
-    nothing is called.
-    """
-
-    class Module:
-        def __setstate__(self, state: dict) -> None:
-            self.__dict__.update(state)
-
-    def __init__(self, archive: zipfile.ZipFile, prefix: str):
-        super().__init__(archive.open(prefix + "data.pkl"))
-        self.archive, self.prefix = archive, prefix
-
-    def find_class(self, module: str, name: str) -> object:
-        if module.startswith("__torch__"):
-            return type(name, (self.Module,), {})
-        if module == "torch.jit._pickle" and name.startswith("build_"):
-            return list
-        allowed = STORAGES | {
-            "torch._utils._rebuild_tensor_v2": self.tensor,
-            "collections.OrderedDict": OrderedDict,
-        }
-        if f"{module}.{name}" not in allowed:
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
-        return allowed[f"{module}.{name}"]
-
-    @staticmethod
-    def tensor(
-        storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *rest: object
-    ) -> Tensor:
-        if math.prod(size) > len(storage):
-            raise pickle.UnpicklingError(f"a tensor of shape {size} from {len(storage)} numbers")
-        return torch.as_strided(storage, size, stride, offset).clone()
-
-    def persistent_load(self, key: tuple) -> Tensor:
-        _, dtype, name, _, _ = key
-        data = bytearray(self.archive.read(f"{self.prefix}data/{name}"))
-        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-
-
-def read_torchscript(path: Path, what: str) -> State:
-    """Every tensor of a TorchScript archive under its attribute path."""
-    state = {}
-
-    def collect(module: object, name: str) -> None:
-        for key, value in vars(module).items():
-            if isinstance(value, Tensor):
-                state[name + key] = value
-            elif isinstance(value, ScriptUnpickler.Module):
-                collect(value, f"{name}{key}.")
-
-    try:
-        with zipfile.ZipFile(path) as archive:
-            refuse_compressed([entry for entry in archive.infolist() if "/data" in entry.filename])
-            constants = next(n for n in archive.namelist() if n.endswith("/constants.pkl"))
-            collect(ScriptUnpickler(archive, constants.removesuffix("constants.pkl")).load(), "")
-    except Exception as error:  # a broken archive raises anything
-        why = f"{path} cannot be read ({error!r:.200})"
-        raise UserError(what, why, "delete it to download it again") from None
-    return state
-
-
-# --- state dicts
+            return ArrayUnpickler(file, encoding="latin1").load()
+    with torch.serialization.safe_globals([(value, name) for name, value in ARRAYS.items()]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_checkpoint(path: str | Path, what: str = "checkpoint") -> dict:
     """A checkpoint of ours ({"config", "step", "model", ...}) or the original's ({"model": ...}),
     on the CPU.
     """
-    content = read_torch(Path(path), f"{what} {path}")
+    todo = f"give a file, or one of {', '.join(PUBLISHED)}"
+    content = read_torch(Path(path), f"{what} {path}", todo)
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         todo = "give a checkpoint of train.py or a model_final.pth"
         raise UserError(f"{what} {path}", "contains no model", todo)
     return content
 
 
-def strip_prefix(state: object, what: str) -> State:
-    """A state dict without what DataParallel ("module."), torch.compile ("_orig_mod.") or a trainer
-    put before every name. UserError for anything else than a state dict.
+def find_model(wanted: str | Path) -> tuple[Path, Path | None]:
+    """The file of a checkpoint and, if `wanted` names a published model, its configuration's.
+
+    Such a model is downloaded to the cache once; a file or folder of that name comes first.
     """
+    path = expand_path(wanted)
+    model = PUBLISHED.get(str(wanted))
+    if path.exists() or not model:
+        return path, None
+    print_main(f"{path}: trained on {model['trained_on']}; licence: {model['licence']}")
+    url = DRIVE.format(model["drive"])
+    file = fetch([url], cache_dir() / model["file"], model["checksum"], str(path))
+    return file, CONFIGS / f"{model['config']}.toml"
+
+
+def checkpoint_and_config(
+    path: str | Path, config: str | Path | None, settings: list[str]
+) -> tuple[dict, Config]:
+    """The content of a checkpoint, and its configuration with that of a file and settings put over
+    it. "-": no checkpoint, for a `model.proposer`. Raises UserError.
+    """
+    what = f"checkpoint {path}"
+    if str(path) == "-":
+        loaded = load_config(config, settings)
+        if not loaded.model.proposer:
+            todo = "give a checkpoint, or set model.proposer"
+            raise UserError(what, "stands for none", todo)
+        return {"config": asdict(loaded), "model": {}, "trained": []}, loaded
+    content = load_checkpoint(path)
+    if "config" not in content and not config:
+        raise UserError(what, "contains no configuration", "give its --config")
+    return content, load_config(config, settings, content.get("config"))
+
+
+# --- state dicts
+
+
+def strip_prefix(state: object, what: str) -> State:
+    """A state dict, maybe below "model" or "state_dict", without what DataParallel ("module.") or
+    torch.compile ("_orig_mod.") put before every name. UserError for anything else.
+    """
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(what, "is not a state dict", "give a file of names and tensors")
     prefix = re.match(r"(module\.|_orig_mod\.)*", os.path.commonprefix(list(state)))[0]  # noqa: RUF071
     if prefix:
         print_main(f"{what}: prefix {prefix!r} removed from all names")
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-
-
-def inner_state(content: object, what: str) -> State:
-    """The state dict in a file of others', which may put it below "model" or "state_dict"."""
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    return strip_prefix(content, what)
+    return {k.removeprefix(prefix): v.as_subclass(Tensor) for k, v in state.items()}
 
 
 def check_finite(state: State, what: str) -> None:
     """UserError for weights with NaN/Inf in them, which would give labels all the same."""
-    broken = [
-        name
-        for name, tensor in state.items()
-        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all()
-    ]
+    broken = [k for k, v in state.items() if not (v.is_meta or v.isfinite().all())]
     if broken:
         todo = "take another checkpoint; casts to half precision may do that"
         raise UserError(what, f"contains NaN/Inf, in {join_some(broken, 3)}", todo)
@@ -310,11 +295,10 @@ def load_into(
     missing = [k for k in own if k not in fits]
     unused = [k for k in state if k not in fits]
     if strict and (missing or unused):
-        problems = [f"{k} is missing" for k in missing if k not in state]
-        problems += [f"{k} is unknown" for k in unused if k not in own]
-        for k in own.keys() & set(unused):
-            shapes = (tuple(state[k].shape), tuple(own[k].shape))
-            problems.append("{} has shape {}, not {}".format(k, *shapes))
+        shapes = [{k: tuple(v.shape) for k, v in part.items()} for part in (state, own)]
+        found, expected = (lambda k, part=part: part.get(k, "absent") for part in shapes)
+        wrong = dict.fromkeys(missing + unused)
+        problems = [f"{k} is {found(k)} instead of {expected(k)}" for k in wrong]
         raise UserError(what, f"does not fit: {join_some(problems, 3)}", todo)
     if not fits:
         raise UserError(what, "has no weight that fits", todo)
@@ -340,97 +324,85 @@ def log_loaded(what: str, count: int, dropped: list[str]) -> None:
     print_main(f"{what}: {count} tensors loaded, {len(dropped)} dropped{text}")
 
 
-# --- names of the original
+# --- the original's names
 
-BLOCK = r"backbone\.res(?P<stage>[2-5])\.(?P<block>\d+)\."
-BLOCK_TO = "maskformer.backbone.layer{stage-1}.{block}."
-SWIN = r"backbone\.layers\.(?P<i>\d)\.blocks\.(?P<block>\d+)\."
-SWIN_TO = "maskformer.backbone.features.{2i+1}.{block}."
-PIXEL, PIXEL_TO = r"sem_seg_head\.pixel_decoder\.", "maskformer.pixel_decoder."
-HEAD = r"sem_seg_head\.predictor\."
-LAYER = HEAD + r"transformer\.decoder\.layers\.(?P<i>\d+)\."
-LEAF = r"(?P<leaf>\w+)"
-ADAPTER = r"(?P<region>(?:_region_)?)clip_adapter\."
-# (pattern of the original's name, our name); {x} is a named group, {x-1} and {2x} a number made
-# from one. Our names begin with a part: "maskformer", "clip" or "prompt", and the last two also
-# with "region_" for a separate region adapter.
-NAMES = [
-    (r"backbone\.stem\.conv1\.(?P<leaf>weight)", "maskformer.backbone.conv1.{leaf}"),
-    (r"backbone\.stem\.conv1\.norm\." + LEAF, "maskformer.backbone.bn1.{leaf}"),
-    (BLOCK + r"conv(?P<i>[123])\.weight", BLOCK_TO + "conv{i}.weight"),
-    (BLOCK + r"conv(?P<i>[123])\.norm\." + LEAF, BLOCK_TO + "bn{i}.{leaf}"),
-    (BLOCK + r"shortcut\.weight", BLOCK_TO + "downsample.0.weight"),
-    (BLOCK + r"shortcut\.norm\." + LEAF, BLOCK_TO + "downsample.1.{leaf}"),
-    (r"backbone\.patch_embed\.proj\." + LEAF, "maskformer.backbone.features.0.0.{leaf}"),
-    (r"backbone\.patch_embed\.norm\." + LEAF, "maskformer.backbone.features.0.2.{leaf}"),
-    (SWIN + r"mlp\.fc1\." + LEAF, SWIN_TO + "mlp.0.{leaf}"),
-    (SWIN + r"mlp\.fc2\." + LEAF, SWIN_TO + "mlp.3.{leaf}"),
-    (SWIN + r"(?P<rest>(?:norm[12]|attn\.qkv|attn\.proj|attn)\.\w+)", SWIN_TO + "{rest}"),
-    (
-        r"backbone\.layers\.(?P<i>\d)\.downsample\.(?P<rest>.+)",
-        "maskformer.backbone.features.{2i+2}.{rest}",
-    ),
-    (r"backbone\.(?P<rest>norm[0-3]\.\w+)", "maskformer.backbone.{rest}"),
-    (PIXEL + r"adapter_(?P<i>[123])\.weight", PIXEL_TO + "lateral.{i-1}.0.weight"),
-    (PIXEL + r"adapter_(?P<i>[123])\.norm\." + LEAF, PIXEL_TO + "lateral.{i-1}.1.{leaf}"),
-    (PIXEL + r"layer_(?P<i>[123])\.weight", PIXEL_TO + "output.{i-1}.0.weight"),
-    (PIXEL + r"layer_(?P<i>[123])\.norm\." + LEAF, PIXEL_TO + "output.{i-1}.1.{leaf}"),
-    (PIXEL + r"layer_4\.weight", PIXEL_TO + "top.0.weight"),
-    (PIXEL + r"layer_4\.norm\." + LEAF, PIXEL_TO + "top.1.{leaf}"),
-    (PIXEL + r"mask_features\." + LEAF, PIXEL_TO + "mask_features.{leaf}"),
-    (LAYER + r"(?P<rest>(?:self_attn|linear[12]|norm[123])\..+)", "maskformer.layers.{i}.{rest}"),
-    (LAYER + r"multihead_attn\.(?P<rest>.+)", "maskformer.layers.{i}.cross_attn.{rest}"),
-    (HEAD + r"transformer\.decoder\.norm\." + LEAF, "maskformer.norm.{leaf}"),
-    (HEAD + r"(?P<rest>(?:query_embed|input_proj)\.\w+)", "maskformer.{rest}"),
-    (
-        HEAD + r"(?P<mlp>class_embed|mask_embed)\.layers\.(?P<i>\d)\." + LEAF,
-        "maskformer.{mlp}.{2i}.{leaf}",
-    ),
-    (HEAD + r"class_embed\." + LEAF, "maskformer.class_embed.{leaf}"),
-    (HEAD + r"(?P<leaf>weight|bias)", "maskformer.pixel_embed.{leaf}"),  # the per-pixel baseline
-    (r"clip_adapter\.non_object_embedding", "maskformer.non_object"),
-    (ADAPTER + r"clip_model\.(?P<rest>.+)", "{region}clip.{rest}"),
-    (ADAPTER + r"prompt_learner\.(?P<rest>prefix)_prompt", "{region}prompt.{rest}"),
-]
-DEEP_STEM = [  # R101c: conv1 is a sequence of convolution, norm, relu, and so on
-    (rf"backbone\.stem\.conv{i}\.{norm}" + LEAF, f"maskformer.backbone.{ours}.{{leaf}}")
-    for (i, norm), ours in {
-        (1, ""): "conv1.0",
-        (1, r"norm\."): "conv1.1",
-        (2, ""): "conv1.3",
-        (2, r"norm\."): "conv1.4",
-        (3, ""): "conv1.6",
-        (3, r"norm\."): "bn1",
-    }.items()
-]
-# Constants of the original's modules that ours contain or compute, and the unused column of
-# the region adapter.
-DROPPED = (
-    r"criterion\.empty_weight|_region_clip_adapter\.non_object_embedding|(?:_region_)?clip_adapter\."
-    r"(?:pixel_(?:mean|std)|prompt_learner\.(?:start|dot|end|pad)_signal)"
-    r"|.+\.(?:relative_position_index|attn_mask)"
-)
+# The original's name and ours; the first row that fits counts. {i}: a number, {name}: a word,
+# {rest}: anything; "-": a constant or an unused tensor, dropped. Ours begin with a part:
+# maskformer, clip or prompt, and the last two also with region_ for a separate region adapter.
+NAMES = """
+criterion.empty_weight                              -
+{adapter}.pixel_{name}                              -
+{adapter}.prompt_learner.{name}_signal              -
+{rest}.relative_position_index                      -
+{rest}.attn_mask                                    -
+_region_clip_adapter.non_object_embedding           -
+clip_adapter.non_object_embedding                   maskformer.non_object
+clip_adapter.clip_model.{rest}                      clip.{rest}
+_region_clip_adapter.clip_model.{rest}              region_clip.{rest}
+clip_adapter.prompt_learner.prefix_prompt           prompt.prefix
+_region_clip_adapter.prompt_learner.prefix_prompt   region_prompt.prefix
+backbone.stem.conv1.weight                          maskformer.backbone.conv1.weight
+backbone.stem.conv1.norm.{name}                     maskformer.backbone.bn1.{name}
+backbone.res{s}.{b}.conv{i}.weight  maskformer.backbone.layer{s-1}.{b}.conv{i}.weight
+backbone.res{s}.{b}.conv{i}.norm.{name}             maskformer.backbone.layer{s-1}.{b}.bn{i}.{name}
+backbone.res{s}.{b}.shortcut.weight  maskformer.backbone.layer{s-1}.{b}.downsample.0.weight
+backbone.res{s}.{b}.shortcut.norm.{name}  maskformer.backbone.layer{s-1}.{b}.downsample.1.{name}
+backbone.patch_embed.proj.{name}                    maskformer.backbone.features.0.0.{name}
+backbone.patch_embed.norm.{name}                    maskformer.backbone.features.0.2.{name}
+backbone.layers.{i}.blocks.{b}.mlp.fc1.{name}  maskformer.backbone.features.{2i+1}.{b}.mlp.0.{name}
+backbone.layers.{i}.blocks.{b}.mlp.fc2.{name}  maskformer.backbone.features.{2i+1}.{b}.mlp.3.{name}
+backbone.layers.{i}.blocks.{b}.{rest}               maskformer.backbone.features.{2i+1}.{b}.{rest}
+backbone.layers.{i}.downsample.{rest}               maskformer.backbone.features.{2i+2}.{rest}
+backbone.norm{i}.{name}                             maskformer.backbone.norm{i}.{name}
+sem_seg_head.pixel_decoder.adapter_{i}.weight       maskformer.pixel_decoder.lateral.{i-1}.0.weight
+sem_seg_head.pixel_decoder.adapter_{i}.norm.{name}  maskformer.pixel_decoder.lateral.{i-1}.1.{name}
+sem_seg_head.pixel_decoder.layer_4.weight           maskformer.pixel_decoder.top.0.weight
+sem_seg_head.pixel_decoder.layer_4.norm.{name}      maskformer.pixel_decoder.top.1.{name}
+sem_seg_head.pixel_decoder.layer_{i}.weight         maskformer.pixel_decoder.output.{i-1}.0.weight
+sem_seg_head.pixel_decoder.layer_{i}.norm.{name}    maskformer.pixel_decoder.output.{i-1}.1.{name}
+sem_seg_head.pixel_decoder.mask_features.{name}     maskformer.pixel_decoder.mask_features.{name}
+sem_seg_head.predictor.transformer.decoder.layers.{i}.multihead_attn.{rest}
+    maskformer.layers.{i}.cross_attn.{rest}
+sem_seg_head.predictor.transformer.decoder.layers.{i}.{rest}  maskformer.layers.{i}.{rest}
+sem_seg_head.predictor.transformer.decoder.norm.{name}  maskformer.norm.{name}
+sem_seg_head.predictor.query_embed.weight           maskformer.query_embed.weight
+sem_seg_head.predictor.input_proj.{name}            maskformer.input_proj.{name}
+sem_seg_head.predictor.{name}.layers.{i}.{leaf}     maskformer.{name}.{2i}.{leaf}
+sem_seg_head.predictor.class_embed.{name}           maskformer.class_embed.{name}
+sem_seg_head.predictor.{name}                       maskformer.pixel_embed.{name}
+"""
+# R101c: conv1 is a sequence of convolution, norm, relu, and so on.
+DEEP_STEM = """
+backbone.stem.conv1.weight       maskformer.backbone.conv1.0.weight
+backbone.stem.conv1.norm.{name}  maskformer.backbone.conv1.1.{name}
+backbone.stem.conv2.weight       maskformer.backbone.conv1.3.weight
+backbone.stem.conv2.norm.{name}  maskformer.backbone.conv1.4.{name}
+backbone.stem.conv3.weight       maskformer.backbone.conv1.6.weight
+backbone.stem.conv3.norm.{name}  maskformer.backbone.bn1.{name}
+"""
 
 
-def our_name(name: str, deep_stem: bool = False) -> str | None:
-    """Our name for a parameter of the original, None where it is dropped. Raises KeyError for an
-    unknown name.
-    """
-    if re.fullmatch(DROPPED, name):
-        return None
-    for pattern, ours in DEEP_STEM + NAMES if deep_stem else NAMES:
-        if match := re.fullmatch(pattern, name):
-            groups = match.groupdict()
-            numbers = {key: int(text) for key, text in groups.items() if text.isdecimal()}
-            for key, number in numbers.items():
-                groups[f"{key}-1"] = number - 1
-                for n in ("", 1, 2):
-                    groups[f"2{key}+{n}".removesuffix("+")] = 2 * number + (n or 0)
-            return ours.format(**groups).removeprefix("_")
-    raise KeyError(name)
+def our_name(name: str, deep_stem: bool = False) -> str:
+    """Our name for a parameter of the original: "-" for one that is dropped, "" for an unknown."""
+
+    def group(field: re.Match) -> str:
+        kind = r"\d+" if len(field[1]) == 1 else r"\w+"
+        return f"(?P<{field[1]}>{'.+' if field[1] == 'rest' else kind})"
+
+    def fill(field: re.Match) -> str:
+        factor, key, shift = field.groups()
+        if not factor and not shift:
+            return match[key]
+        return str(int(factor or 1) * int(match[key]) + int(shift or 0))
+
+    words = (DEEP_STEM + NAMES if deep_stem else NAMES).split()
+    for theirs, ours in zip(words[::2], words[1::2], strict=True):
+        if match := re.fullmatch(re.sub(r"\\{(\w+)\\}", group, re.escape(theirs)), name):
+            return re.sub(r"{(\d?)(\w+?)([-+]\d)?}", fill, ours)
+    return ""
 
 
-def import_original(state: State, what: str, strict: bool = True) -> tuple[dict, list[str]]:
+def import_original(state: object, what: str, strict: bool = True) -> tuple[dict, list[str]]:
     """The original's state dict -> ({part: state dict of ours}, names that were dropped).
 
     Parts: "maskformer", "clip", "prompt" and, for a separate region adapter, "region_prompt" (its
@@ -440,30 +412,27 @@ def import_original(state: State, what: str, strict: bool = True) -> tuple[dict,
     parts: dict[str, State] = {}
     dropped = []
     state = strip_prefix(state, what)
-    deep_stem = "backbone.stem.conv3.weight" in state
     for name, tensor in state.items():
-        try:
-            ours = our_name(name, deep_stem)
-        except KeyError:
-            if strict:
-                todo = "give a checkpoint of zsseg.baseline"
-                raise UserError(what, f"has an unknown entry {name}", todo) from None
-            ours = None
-        if ours is None:
-            dropped.append(name)
-        else:
-            part, _, key = ours.partition(".")
+        ours = our_name(name, "backbone.stem.conv3.weight" in state)
+        if strict and not ours:
+            todo = "give a checkpoint of zsseg.baseline"
+            raise UserError(what, f"has an unknown entry {name}", todo)
+        part, _, key = ours.partition(".")
+        if part == "region_clip":
+            if not torch.equal(tensor, state.get(name.removeprefix("_region_"), torch.empty(0))):
+                todo = "only one shared CLIP is supported"
+                raise UserError(what, "has two different CLIPs", todo)
+            key = ""
+        if key:
             parts.setdefault(part, {})[key] = tensor
-    for key, tensor in parts.pop("region_clip", {}).items():
-        if not torch.equal(tensor, parts.get("clip", {}).get(key, torch.empty(0))):
-            raise UserError(what, "has two different CLIPs", "only one shared CLIP is supported")
-        dropped.append(f"_region_clip_adapter.clip_model.{key}")
+        else:
+            dropped.append(name)
     return parts, dropped
 
 
 def model_parts(content: dict, what: str, strict: bool = True) -> tuple[dict, list[str], str]:
-    """A checkpoint, ours or the original's -> ({part: state dict}, names that were dropped, the
-    digest of the CLIP that it was made for, "" if unknown).
+    """A checkpoint, ours or the original's -> ({part: state dict}, names that were dropped, digest
+    of the CLIP that it was made for, "" if unknown).
     """
     if "config" in content:
         parts = {part: strip_prefix(state, what) for part, state in content["model"].items()}
@@ -500,40 +469,32 @@ def load_clip(section: ClipConfig, root: Path) -> CLIP:
     """
     name = section.weights.replace("{root}", str(root))
     what = f"clip.weights {name}"
-    path = clip_file(section.weights, Path(name), what)
-    content = read_torchscript(path, what) if is_torchscript(path) else read_torch(path, what)
-    state = inner_state(content, what)
-    known = section.weights in OPENAI_MODELS or "visual.conv1.tokens.weight" in state
-    if not known and not section.activation:
-        todo = "set clip.activation to quickgelu (OpenAI's) or gelu (most of LAION's)"
-        raise UserError(what, "does not tell its activation", todo)
-    dropped = [key for key in CONSTANTS if key in state]
-    check_finite(state, what)
-    log_loaded(what, len(state) - len(dropped), dropped)
-    if not known:
+    path = expand_path(name)
+    todo = did_you_mean(name, OPENAI_MODELS, "give a file or the name of OpenAI's model")
+    if "{root}" in section.weights:
+        todo = "give the --root that contains it, or run prepare_data.py shapes"
+    if name in OPENAI_MODELS:
+        checksum = OPENAI_MODELS[name]
+        file = re.sub("[/@]", "-", f"{name}.pt")
+        path = fetch(
+            [f"{OPENAI}/{checksum}/{file}"], cache_dir() / file, f"sha256:{checksum}", what
+        )
+    state = strip_prefix(read_torch(path, what, todo), what)
+    if name not in OPENAI_MODELS and "visual.conv1.tokens.weight" not in state:
+        if not section.activation:
+            todo = "set clip.activation to quickgelu (OpenAI's) or gelu (most of LAION's)"
+            raise UserError(what, "does not tell its activation", todo)
         options = ("activation", "heads", "mean", "std", "scale")
         taken = ", ".join(f"clip.{key} = {getattr(section, key)}" for key in options)
         print_main(f"{what}: taken for a CLIP with {taken}")
-    return make_clip(state, section)
+    return make_clip(state, section, what)
 
 
-def clip_file(weights: str, path: Path, what: str) -> Path:
-    if weights in OPENAI_MODELS:
-        checksum = OPENAI_MODELS[weights]
-        file = re.sub("[/@]", "-", f"{weights}.pt")
-        return fetch(
-            [f"{OPENAI}/{checksum}/{file}"], cache_dir() / file, f"sha256:{checksum}", what
-        )
-    if not path.is_file():
-        todo = did_you_mean(weights, OPENAI_MODELS, "give a file or the name of OpenAI's model")
-        if "{root}" in weights:
-            todo = "give the --root that contains it, or run prepare_data.py shapes"
-        raise UserError(what, "no such file", todo)
-    return path
-
-
-def make_clip(state: State, section: ClipConfig) -> CLIP:
+def make_clip(state: State, section: ClipConfig, what: str) -> CLIP:
     """CLIP from its weights, and from what they do not tell."""
+    dropped = [key for key in CONSTANTS if key in state]
+    check_finite(state, what)
+    log_loaded(what, len(state) - len(dropped), dropped)
     sizes = []
     for name in ("token_embedding.weight", "positional_embedding"):
         sizes += [*state.get(name, torch.empty(0)).shape, 0][:1]
@@ -545,8 +506,8 @@ def load_tokenizer(vocab_size: int, context_length: int) -> Tokenizer:
     """A tokenizer with the first merges of OpenAI's vocabulary file ($ZSSEG_VOCAB, else the cache,
     else downloaded), as many as `vocab_size` has room for.
     """
-    count = max(vocab_size - BYTES_ONLY, 0)
-    if not count:
+    count = vocab_size - BYTES_ONLY
+    if count <= 0:
         return Tokenizer(vocab_size, context_length)
     given = os.environ.get("ZSSEG_VOCAB")
     path = expand_path(given or cache_dir() / "bpe_simple_vocab_16e6.txt.gz")
@@ -554,49 +515,50 @@ def load_tokenizer(vocab_size: int, context_length: int) -> Tokenizer:
     url, checksum = VOCABULARY
     if not given:
         fetch([url], path, checksum, "BPE vocabulary")
-    todo = "set ZSSEG_VOCAB to bpe_simple_vocab_16e6.txt.gz, or delete it to download it again"
     try:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        # The first line is a version.
+        merges = [(first, second) for first, second in map(str.split, lines[1 : count + 1])]
+        if len(merges) < count:
+            raise ValueError(f"fewer than {count} merges")
+    except (OSError, EOFError, ValueError) as error:
+        todo = "set ZSSEG_VOCAB to bpe_simple_vocab_16e6.txt.gz, or delete it to download it again"
         raise UserError(what, f"cannot be read ({error})", todo) from None
-    merges = [tuple(line.split()) for line in lines[1 : count + 1]]  # the first line is a version
-    if len(merges) < count or any(len(merge) != 2 for merge in merges):
-        raise UserError(what, f"has fewer than {count} merges", todo)
     return Tokenizer(vocab_size, context_length, merges)
 
 
 def clip_digest(clip: CLIP | State | None) -> str:
     """16 hex digits of a CLIP's weights, the same in half precision and fp32, on a CPU and a GPU;
-    "" without a CLIP. A sum of the bits of each tensor: no two CLIPs agree in all.
+    "" without a CLIP. Of each tensor the sum of its bits: no two CLIPs agree in all.
     """
     if not clip:
         return ""
     state = clip if isinstance(clip, dict) else clip.state_dict()
-    sums = {
-        name: [list(tensor.shape), int(tensor.float().view(torch.int32).sum(dtype=torch.int64))]
-        for name, tensor in state.items()
+    sums = [
+        (name, list(tensor.shape), int(tensor.float().view(torch.int32).sum(dtype=torch.int64)))
+        for name, tensor in sorted(state.items())
         if name not in CONSTANTS
-    }
+    ]
     return digest(sums)
-
-
-def check_clip(what: str, made_for: str, clip: CLIP | None) -> None:
-    """Say it if weights that compare with CLIP's features were made for another CLIP."""
-    if clip is not None and made_for and made_for != clip_digest(clip):
-        warn(f"{what} was made for another CLIP than clip.weights")
 
 
 # --- backbones
 
-BACKBONE_FILES = {  # no checksum is published; the reader executes nothing
-    "R-50.pkl": "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/torchvision/R-50.pkl",
-    "R-103.pkl": "https://dl.fbaipublicfiles.com/detectron2/DeepLab/R-103.pkl",
+BACKBONE_FILES = {  # name: (URL, what is published of its checksum)
+    "R-50.pkl": (
+        "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/torchvision/R-50.pkl",
+        "",
+    ),
+    "R-103.pkl": ("https://dl.fbaipublicfiles.com/detectron2/DeepLab/R-103.pkl", ""),
     "swin_base_patch4_window12_384_22k.pth": (
         "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
-        "swin_base_patch4_window12_384_22k.pth"
+        "swin_base_patch4_window12_384_22k.pth",
+        "",
     ),
+    # model.weights = "imagenet"
+    "R50.pth": ("https://download.pytorch.org/models/resnet50-0676ba61.pth", "sha256:0676ba61"),
+    "SwinB.pth": ("https://download.pytorch.org/models/swin_b-68c6b09e.pth", "sha256:68c6b09e"),
 }
-IMAGENET = {"R50": ResNet50_Weights.IMAGENET1K_V1, "SwinB": Swin_B_Weights.IMAGENET1K_V1}
 
 
 def load_backbone(backbone: nn.Module, name: str, weights: str, clip: CLIP | None = None) -> None:
@@ -608,45 +570,34 @@ def load_backbone(backbone: nn.Module, name: str, weights: str, clip: CLIP | Non
     7 do not, and the norms of the four maps are in no file.
     """
     what = f"model.weights {weights}"
-    dropped = []
+    path = Path(weights.replace("imagenet", f"{name}.pth"))
     if weights == "clip":
-        stem = getattr(clip.visual, "conv1", None) if clip else None
-        if not isinstance(stem, ConvStem) or not isinstance(backbone, SmallResNet):
-            todo = "give a file, or leave it out: --set model.weights="
-            raise UserError(what, "is for the small backbone and the small CLIP", todo)
+        stem = clip.visual.conv1 if clip and hasattr(clip.visual, "conv1") else None
+        if not isinstance(stem, ConvStem):
+            raise UserError(what, "is for the small CLIP", "give a file, or --set model.weights=")
         state = stem.backbone.state_dict()
     else:
-        state = inner_state(read_backbone(name, weights, what), what)
+        if path.name in BACKBONE_FILES and not path.exists():
+            url, checksum = BACKBONE_FILES[path.name]
+            path = fetch([url], cache_dir() / path.name, checksum, what)
+        todo = f"give a file, or one of imagenet (R50, SwinB), {', '.join(BACKBONE_FILES)}"
+        state = strip_prefix(read_torch(path, what, todo), what)
+    others = []
     if "stem.conv1.weight" in state or "patch_embed.proj.weight" in state:  # others' names
         state = {f"backbone.{key}": tensor for key, tensor in state.items()}
-        parts, dropped = import_original(state, what, strict=False)
+        parts, others = import_original(state, what, strict=False)
         state = parts["maskformer"]
     state = {key.removeprefix("backbone."): tensor for key, tensor in state.items()}
     own = backbone.state_dict()
-    others = [key for key in state if key not in own]  # a classifier, counters
     used = {key: tensor for key, tensor in state.items() if key in own}
+    others += [key for key in state if key not in own]  # a classifier, counters
     others += load_into(backbone, used, what, f"give weights of {name}", strict=name != "SwinB")
-    others += [key.removeprefix("backbone.") for key in dropped]
-    log_loaded(what, len(state) + len(dropped) - len(others), others)
-
-
-def read_backbone(name: str, weights: str, what: str) -> object:
-    """The content of a backbone's file."""
-    path = Path(weights)
-    if weights in BACKBONE_FILES and not path.exists():
-        path = fetch([BACKBONE_FILES[weights]], cache_dir() / weights, "", what)
-    if weights != "imagenet":
-        return read_pickle(path, what) if path.suffix == ".pkl" else read_torch(path, what)
-    if name not in IMAGENET:
-        raise UserError(what, f"torchvision has none for {name}", "set model.weights=R-103.pkl")
-    try:
-        return IMAGENET[name].get_state_dict(model_dir=cache_dir(), check_hash=True)
-    except OSError as error:
-        todo = "give a file as model.weights"
-        raise UserError(what, f"cannot be downloaded ({error})", todo) from None
+    log_loaded(what, len(used), [key.removeprefix("backbone.") for key in others])
 
 
 # --- segmenters
+
+PROMPTS = {"prompt", "region_prompt"}
 
 
 def build_segmenter(
@@ -657,21 +608,24 @@ def build_segmenter(
 
     With `saved`, the learned parts of a run that is resumed, nothing else is read.
     """
-    if config.model.proposer:
+    model = config.model
+    if model.proposer:
         why = "gives masks that nothing trains"
         raise UserError("model.proposer", why, "leave it out of a training")
-    clip = load_clip(config.clip, root) if config.model.class_head == "text" else None
+    clip = load_clip(config.clip, root) if model.class_head == "text" else None
     segmenter = assemble(config, clip)
     if saved is not None:
-        load_learned(segmenter, saved, "last.pt")
+        load_learned(segmenter, (saved, [], ""), "last.pt")
         return segmenter
-    model = config.model
     if model.weights:
         load_backbone(segmenter.maskformer.backbone, model.backbone, model.weights, clip)
-    parts = start_from(segmenter, config.train.init) if config.train.init else {}
-    if config.clip.prompts:
-        parts |= read_prompts(config.clip.prompts, clip)
-    load_learned(segmenter, parts | {"maskformer": segmenter.maskformer.state_dict()}, "prompts")
+    given = load_prompts(segmenter, config.clip.prompts)
+    if config.train.init:
+        what = f"train.init {config.train.init}"
+        content = load_checkpoint(find_model(config.train.init)[0], "train.init")
+        load_learned(segmenter, model_parts(content, what, strict=False), what, given, strict=False)
+    elif segmenter.learned_modules().keys() - {"maskformer", *given}:
+        raise UserError("clip.prompt", "is learned, but not here", "set clip.prompts")
     return segmenter
 
 
@@ -680,27 +634,24 @@ def load_segmenter(
 ) -> Segmenter | OneStage:
     """The segmenter of a loaded checkpoint, ours or the original's."""
     what = f"checkpoint {name}"
-    ours = "config" in content
     parts, dropped, made_for = model_parts(content, what)
+    recorded = ""
     clip = None
+    if "config" in content and parts:
+        recorded = load_config(base=content["config"]).clip.prompts
     if config.model.class_head == "text":
-        if not ours and "clip" not in parts:
+        if "config" in content:
+            clip = load_clip(config.clip, root)
+        elif "clip" in parts:
+            clip = make_clip(parts.pop("clip"), config.clip, f"{what}, CLIP")
+        else:
             todo = "give a zero-shot checkpoint of zsseg.baseline"
             raise UserError(what, "contains no CLIP", todo)
-        clip = load_clip(config.clip, root) if ours else make_clip(parts["clip"], config.clip)
     segmenter = assemble(config, clip)
-    recorded = load_config(base=content["config"]).clip.prompts if ours and parts else ""
-    prompts = {}
+    given = set()
     if config.clip.prompts != recorded:  # else the checkpoint contains them
-        prompts = read_prompts(config.clip.prompts, clip) if config.clip.prompts else {}
-    load_learned(segmenter, parts | prompts, what)
-    if ours:
-        check_clip(what, made_for, clip)
-        return segmenter
-    used = segmenter.learned_modules().keys() - prompts.keys()
-    used |= {"clip"} if clip else set()
-    dropped += [f"{part}.{key}" for part in parts.keys() - used for key in parts[part]]
-    log_loaded(what, len(content["model"]) - len(dropped), dropped)
+        given = load_prompts(segmenter, config.clip.prompts)
+    load_learned(segmenter, (parts, dropped, made_for), what, given)
     return segmenter
 
 
@@ -730,103 +681,54 @@ def find_proposer(name: str) -> Callable:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), function)
+        return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         todo = "give package.module:function"
         raise UserError(f"model.proposer {name}", f"cannot be imported ({error})", todo) from None
-    if not callable(found):
-        raise UserError(f"model.proposer {name}", "is not a function", "give one")
-    return found
 
 
-def load_learned(segmenter: Segmenter | OneStage, parts: dict[str, State], what: str) -> None:
-    """Load the parts of a checkpoint; strict about every part that the segmenter learns."""
-    for part, module in segmenter.learned_modules().items():
+def load_learned(
+    segmenter: Segmenter | OneStage,
+    parts: tuple[dict, list[str], str],
+    what: str,
+    given: set[str] = frozenset(),
+    strict: bool = True,
+) -> None:
+    """Load `model_parts` into what the segmenter learns, but for the parts in `given`, which come
+    from elsewhere, and say how much was used, what was dropped, and if it was made for another
+    CLIP. Not `strict`: only what fits. Raises UserError.
+    """
+    states, dropped, made_for = parts
+    count = 0
+    used = segmenter.learned_modules().keys() - given
+    for part in used:
         todo = "use the configuration of its training"
-        if part != "maskformer":
+        if part in PROMPTS:
             todo = f"set clip.prompts and clip.prompt_prefix, or clip.{part} to a fixed prompt"
-        if part not in parts:
-            learned = "segmenter" if part == "maskformer" else f"learned {part}"
+        if part not in states:
+            learned = f"learned {part}" if part in PROMPTS else "segmenter"
             raise UserError(what, f"has no {learned}", todo)
-        load_into(module, parts[part], what, todo)
+        unused = load_into(segmenter.learned_modules()[part], states[part], what, todo, strict)
+        dropped += [f"{part}.{key}" for key in unused]
+        count += len(states[part]) - len(unused)
+    dropped += [f"{part}.{key}" for part in states.keys() - used for key in states[part]]
+    log_loaded(what, count, dropped)
+    if segmenter.clip is not None and made_for not in ("", clip_digest(segmenter.clip)):
+        warn(f"{what} was made for another CLIP than clip.weights")
 
 
-def start_from(segmenter: Segmenter | OneStage, file: str) -> dict[str, State]:
-    """Load all weights of `train.init`, a segmenter's checkpoint, ours, the original's or a
-    published model's, that fit by name and shape, and say which do not; returns its other parts.
+def load_prompts(segmenter: Segmenter | OneStage, file: str) -> set[str]:
+    """Load the learned prompt of a checkpoint (ours or the original's prompt learning), for head
+    and regions alike; returns the parts that have it now.
     """
-    what = f"train.init {file}"
-    content = load_checkpoint(find_model(file, "train.init")[0], "train.init")
-    parts, dropped, made_for = model_parts(content, what, strict=False)
-    count = len(dropped) + sum(map(len, parts.values()))
-    todo = "give a segmenter's checkpoint, and its [model]"
-    maskformer = parts.pop("maskformer", {})
-    unused = load_into(segmenter.maskformer, maskformer, what, todo, strict=False)
-    dropped += [f"maskformer.{key}" for key in unused]
-    for part in parts.keys() - segmenter.learned_modules().keys():
-        dropped += [f"{part}.{key}" for key in parts[part]]
-    log_loaded(what, count - len(dropped), dropped)
-    check_clip(what, made_for, segmenter.clip)
-    return parts
-
-
-def read_prompts(path: str, clip: CLIP | None) -> dict[str, State]:
-    """The learned prompt of a checkpoint (ours or the original's prompt learning), for head and
-    regions alike.
-    """
-    what = f"clip.prompts {path}"
-    parts, dropped, made_for = model_parts(load_checkpoint(path, "clip.prompts"), what)
-    name = "prompt" if "prompt" in parts else "region_prompt"
-    if name not in parts:
+    if not file:
+        return set()
+    what = f"clip.prompts {file}"
+    parts, dropped, made_for = model_parts(load_checkpoint(file, "clip.prompts"), what)
+    prompt = parts.pop("prompt", None) or parts.pop("region_prompt", None)
+    if not prompt:
         raise UserError(what, "has no learned prompt", "give a checkpoint of prompt learning")
-    others = [part for part in parts if part != name and "of_seed" not in part]
-    dropped += [f"{part}.{key}" for part in others for key in parts[part]]
-    log_loaded(what, len(parts[name]), dropped)
-    check_clip(what, made_for, clip)
-    return {"prompt": parts[name], "region_prompt": parts[name]}
-
-
-# --- checkpoints by name
-
-PUBLISHED = tomllib.loads((Path(__file__).parent / "published.toml").read_text("utf-8"))["model"]
-# With the answer to what it would ask of a large file: that it is not scanned for viruses.
-DRIVE = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
-
-
-def find_model(wanted: str | Path, what: str = "checkpoint") -> tuple[Path, Path | None]:
-    """The file of a checkpoint and, if `wanted` names a published model, its configuration's.
-
-    Such a model is downloaded to the cache once; a file or folder of that name comes first. "-"
-    stands for no checkpoint. Raises UserError.
-    """
-    path = expand_path(wanted)
-    name = str(wanted)
-    given = name == "-" or path.suffix or len(path.parts) > 1
-    if path.exists() or (name not in PUBLISHED and given):
-        return path, None
-    if name not in PUBLISHED:
-        todo = f"give a file, or one of {', '.join(PUBLISHED)}"
-        raise UserError(f"{what} {name}", "no such file or published model", todo)
-    model = PUBLISHED[name]
-    print_main(f"{name}: trained on {model['trained_on']}; licence: {model['licence']}")
-    url = DRIVE.format(model["drive"])
-    file = fetch([url], cache_dir() / model["file"], model["checksum"], name)
-    return file, CONFIGS / f"{model['config']}.toml"
-
-
-def checkpoint_and_config(
-    path: str | Path, config: str | Path | None, settings: list[str]
-) -> tuple[dict, Config]:
-    """The content of a checkpoint, and its configuration with that of a file and settings put over
-    it. "-": no checkpoint, for a `model.proposer`. Raises UserError.
-    """
-    if str(path) == "-":
-        loaded = load_config(config, settings)
-        if not loaded.model.proposer:
-            todo = "give a checkpoint, or set model.proposer"
-            raise UserError("checkpoint -", "stands for none", todo)
-        return {"config": asdict(loaded), "model": {}, "trained": []}, loaded
-    content = load_checkpoint(path)
-    if "config" not in content and not config:
-        raise UserError(f"checkpoint {path}", "contains no configuration", "give its --config")
-    return content, load_config(config, settings, content.get("config"))
+    wanted = PROMPTS & segmenter.learned_modules().keys()
+    parts |= dict.fromkeys(wanted, prompt)
+    load_learned(segmenter, (parts, dropped, made_for), what, {"maskformer"})
+    return wanted

@@ -1,461 +1,387 @@
-"""The paper's experiments: parts and weights from one pass, views, the one-stage baseline,
-self-training, the oracle analysis.
-"""
+"""The synthetic data set and its small CLIP, learned prompts over seeds, self-training."""
 
+import copy
+import hashlib
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import PROCESS, ROOT, keys, tiny_clip_state, tiny_config
+from conftest import PROCESS, ROOT, TINY, command, fails_in_one_line, tiny_config
 from PIL import Image
 
-import eval as evaluation
-import train
-from zsseg import checkpoint, published, views
-from zsseg.analysis import mask_iou, oracle_analysis, write_analysis
-from zsseg.checkpoint import load_strict
-from zsseg.clip import cosine_logits
-from zsseg.config import ModelConfig, load_config
+from zsseg.checkpoint import save
+from zsseg.config import load_config
 from zsseg.datasets import dataset, find_pairs
-from zsseg.distributed import Process
-from zsseg.evaluate import evaluate
-from zsseg.losses import per_pixel_loss
-from zsseg.maskformer import PerPixel
-from zsseg.segmenter import Segmenter
-from zsseg.self_training import complete, pseudo_labels
+from zsseg.prepare import shapes, shapes_clip
+from zsseg.prompt_learning import PromptTask, RegionSamples
+from zsseg.regions import region_crops
+from zsseg.self_training import fill_ignored, pseudo_labels
 from zsseg.utils import UserError
-from zsseg.weights import import_original
+from zsseg.weights import load_checkpoint, load_clip
+
+UNSEEN = [shapes.NAMES.index(name) for name in shapes.UNSEEN]
+
+# The synthetic data set
+
+
+def test_its_pixels_never_change():
+    wanted = {
+        "clip": "b5b485965888652b",
+        "train": "4a44facd62f3d3cd",
+        "val": "7abad153391abdf5",
+        "test": "a6112a88d46fe85b",
+    }
+    for split, digits in wanted.items():
+        drawn = hashlib.sha256()
+        for index in (0, 3, 11):
+            image, labels, captions = shapes.draw(split, index)
+            drawn.update(image.tobytes() + labels.tobytes() + json.dumps(captions).encode())
+        assert drawn.hexdigest()[:16] == digits, split
+
+
+def test_it_shows_two_or_three_things_on_one_ground():
+    counts = []
+    for i in range(30):
+        image, labels, captions = shapes.draw("test", i)
+        present = np.unique(labels).tolist()
+        counts.append((sum(p < 20 for p in present), sum(p >= 20 for p in present)))
+        assert image.shape == (96, 96, 3) and image.dtype == labels.dtype == np.uint8
+        assert sorted(captions) == present
+        assert all(shapes.NAMES[k] in text for k, text in captions.items())
+    assert set(counts) == {(2, 1), (3, 1)}
+
+
+def test_unseen_classes_are_every_fifth_and_rare_in_training_alone():
+    shares = {}
+    for split in ("train", "val"):
+        present = [c for i in range(60) for c in np.unique(shapes.draw(split, i)[1]).tolist()]
+        shares[split] = np.isin(present, UNSEEN).mean()
+    assert 0 < shares["train"] < 0.12 and 0.14 < shares["val"] < 0.3
+    for names in (shapes.THINGS, shapes.STUFF):
+        assert [n for n in sorted(names) if n in shapes.UNSEEN] == list(names)[4::5]
+
+
+def test_no_class_is_made_of_others():
+    """Neither in its name, its silhouette nor its colours."""
+    assert not any(a in b for a in shapes.NAMES for b in shapes.NAMES if a != b)
+    masks = [shapes.silhouette(name, np.random.default_rng(0))[1] > 0.5 for name in shapes.THINGS]
+    masks = np.stack(masks).reshape(20, -1).astype(int)
+    both = masks @ masks.T
+    area = masks.sum(1)
+    assert np.triu(both / (area + area[:, None] - both), 1).max() < 0.8
+    hues = {}
+    for i in range(150):
+        image, labels, _ = shapes.draw("clip", i)
+        hue = np.asarray(Image.fromarray(image).convert("HSV"))[..., 0]
+        for thing in set(np.unique(labels).tolist()) & set(range(20)):
+            angle = hue[labels == thing] / 256 * 2 * np.pi
+            hues.setdefault(thing, []).append(np.exp(1j * angle).mean())
+    assert len(hues) == 20 and all(abs(np.mean(found)) < 0.6 for found in hues.values())
+
+
+def test_what_is_killed_begins_again_and_what_is_whole_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "SPLITS", {"clip": 30, "train": 2, "val": 1, "test": 1})
+    folder = tmp_path / "shapes"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shapes, "draw", interrupted(shapes.draw, 31))
+        shapes.generate(folder)
+    assert (folder / "images" / "train").is_dir() and not (folder / "captions.json").exists()
+    shapes.generate(folder)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shapes_clip, "contrastive_loss", interrupted(shapes_clip.contrastive_loss, 1))
+        shapes_clip.train_small_clip(folder, steps=2)
+    assert not (folder / "clip.pt").exists()
+    shapes_clip.train_small_clip(folder, steps=2)
+    files = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    assert sum(file.suffix in (".jpg", ".png") for file in files) == 2 * 34
+    shapes.generate(folder)
+    shapes_clip.train_small_clip(folder)
+    assert files == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    first = load_clip(load_config(None, [f"clip.weights={folder}/clip.pt"]).clip, tmp_path)
+    (folder / "clip.pt").unlink()
+    shapes_clip.train_small_clip(folder, steps=2)
+    again = torch.load(folder / "clip.pt")
+    assert all(torch.equal(value, again[key]) for key, value in first.state_dict().items())
+
+
+def interrupted(function, calls):
+    def call(*words):
+        nonlocal calls
+        calls -= 1
+        if calls < 0:
+            raise KeyboardInterrupt
+        return function(*words)
+
+    return call
+
+
+def test_a_folder_of_other_files_or_classes_is_refused(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="not this program's"):
+        shapes.generate(tmp_path)
+    for text in ('{"classes": ["disc"]}', "{}", "[]", "{", "null"):
+        (tmp_path / "captions.json").write_text(text)
+        with pytest.raises(UserError, match="drawn by another version"):
+            shapes.generate(tmp_path)
+    assert len([*tmp_path.iterdir()]) == 2
+
+
+def test_a_contrastive_sample_has_every_class_once(shapes_root):
+    regions = shapes_clip.read_regions(shapes_root / "shapes")
+    clip = shapes_clip.build_small_clip()
+    crops, captions = shapes_clip.sample(clip, regions, 5)
+    assert crops.shape == (25, 3, 48, 48)
+    assert all(name in text for name, text in zip(shapes.NAMES, captions, strict=True))
+    assert (crops == 0).float().mean() < 1e-3  # nothing is masked, which would be 0
+    again, same = shapes_clip.sample(clip, regions, 5)
+    assert torch.equal(crops, again) and captions == same
+
+
+# Learned prompts
+
+LEARN = (
+    "data.name=shapes",
+    "data.split=test",
+    "data.workers=0",
+    "clip.weights={root}/shapes/clip.pt",
+    "train.steps=4",
+    "train.batch_size=4",
+    "train.checkpoint_every=2",
+    "log.every=1",
+    "prompts.samples_per_class=3",
+    "prompts.held_out=2",
+    "prompts.warmup_steps=1",
+)
 
 
 @pytest.fixture(scope="module")
-def trained(shapes_root, tmp_path_factory):
-    out = tmp_path_factory.mktemp("trained")
-    train.train(tiny_config("train.steps=3"), shapes_root, out, PROCESS, {})
-    return out / "last.pt"
+def more_root(shapes_root, tmp_path_factory):
+    """Enough training images to set some regions of every class aside."""
+    root = tmp_path_factory.mktemp("more")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "SPLITS", {"clip": 1, "train": 80, "val": 1, "test": 1})
+        shapes.generate(root / "shapes")
+    shutil.copy(shapes_root / "shapes" / "clip.pt", root / "shapes" / "clip.pt")
+    return root
 
 
-def random_segmenter(*settings: str) -> Segmenter:
-    torch.manual_seed(0)
-    segmenter = Segmenter(tiny_config(*settings), tiny_clip_state()).eval()
+def learn_config(*settings):
+    return load_config(ROOT / "configs" / "voc_prompts.toml", [*LEARN, *settings])
+
+
+def learn(root, out, *settings):
+    words = [word for setting in (*LEARN, *settings) for word in ("--set", setting)]
+    words += ["--root", root, "--out", out, "--device", "cpu"]
+    done = command("train.py", "--config", "configs/voc_prompts.toml", *words)
+    assert done.returncode == 0, done.stderr
+    return load_checkpoint(out / "last.pt"), done.stdout
+
+
+def test_seeds_learn_side_by_side_as_they_would_alone(more_root, tmp_path):
+    both, printed = learn(more_root, tmp_path / "both", "train.seeds=[3, 5]")
+    both = both["model"]
+    assert {name: [*part] for name, part in both.items()} == {
+        name: ["prefix"] for name in ("prompt_of_seed_3", "prompt_of_seed_5", "prompt")
+    }
+    for seed in (3, 5):
+        alone, _ = learn(more_root, tmp_path / str(seed), f"train.seeds=[{seed}]")
+        alone = alone["model"]["prompt"]["prefix"]
+        assert torch.allclose(both[f"prompt_of_seed_{seed}"]["prefix"], alone, atol=1e-5)
+    result = json.loads((tmp_path / "both" / "metrics.json").read_text())
+    scores = {seed: row["per_class"] for seed, row in result["seeds"].items()}
+    best = str(result["kept_seed"])
+    assert set(scores) == {"3", "5"} and scores[best] == max(scores.values())
+    assert result["mean"] == pytest.approx(sum(scores.values()) / 2)
+    assert result["std"] == pytest.approx(abs(scores["3"] - scores["5"]) / 2)
+    assert torch.equal(both["prompt"]["prefix"], both[f"prompt_of_seed_{best}"]["prefix"])
+    assert f"seed {best}" in printed and result["held_out_regions"] > 0
+    lines = (tmp_path / "both" / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line).get("lr") for line in lines][:4]
+    cosine = [0.01 * (1 + np.cos(np.pi * step / 4)) for step in (1, 2, 3)]
+    assert rates == pytest.approx([0.02 * 0.005, *cosine])  # a constant warm-up, then cosine
+
+
+def test_an_evaluation_decides_nothing_by_itself(more_root, tmp_path):
+    task = PromptTask(learn_config("train.seeds=[3, 5]"), more_root, tmp_path, PROCESS)
+    task.evaluate("test")
+    for seed in (3, 5):
+        chosen = task.state({"kept_seed": seed})
+        assert chosen["prompt"]["prefix"] is chosen[f"prompt_of_seed_{seed}"]["prefix"]
+    assert torch.equal(task.state()["prompt"]["prefix"], task.model.prompts[0].prefix)
+
+
+def test_only_the_prompt_learns_with_the_paper_s_step(more_root, tmp_path):
+    """Its gradient is clipped to 0.01: an update of 0.02 x 0.01 and the weight decay's."""
+    task = PromptTask(learn_config("train.seeds=[0]"), more_root, tmp_path, PROCESS)
+    batch = task.collate([task.samples[n] for n in range(16)])
+    assert not task.model.train().clip.training
+    loss, _ = task.loss(task.model, batch)
+    loss.backward()
+    learned = [name for name, p in task.model.named_parameters() if p.grad is not None]
+    assert learned == ["prompts.0.prefix"]
+    prefix = task.model.prompts[0].prefix
     with torch.no_grad():
-        if segmenter.two_stage:
-            segmenter.maskformer.mask_embed[-1].weight.mul_(20)  # masks that are decided
-    return segmenter
-
-
-def test_a_sweep_equals_separate_evaluations(shapes_root):
-    config = tiny_config("eval.weights=[0.2, 0.5]", "eval.compare=true")
-    once = evaluate(random_segmenter(), config, shapes_root, PROCESS, "test")
-    for setting, name in (
-        ("clip.ensemble_weight=0.2", "weight_0.2"),
-        ("clip.ensemble_weight=0.5", "weight_0.5"),
-        ("clip.ensemble_weight=0.0", "clip_only"),
-        ("clip.ensemble=false", "head_only"),
-    ):
-        alone = evaluate(
-            random_segmenter(setting),
-            tiny_config(setting, "eval.compare=false"),
-            shapes_root,
-            PROCESS,
-            "test",
-        )
-        assert {k: alone[k] for k in once[name]} == once[name], name
-    segmenter = random_segmenter()
-    segmenter.set_classes(["star", "tree"], [0])
-    proposals = segmenter.propose(torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8))
-    objectness = segmenter.variants(proposals, [])["clip_objectness"]
-    assert torch.allclose(
-        objectness,
-        proposals.clip_probs
-        * proposals.class_probs.sum(1, keepdim=True)
-        * proposals.valid[:, None],
+        prefix -= 1e-3 * prefix.grad / prefix.grad.norm()
+    assert task.loss(task.model, batch)[0] < loss
+    config = learn_config("train.seeds=[0]")
+    assert (config.train.clip_grad, config.train.lr, config.train.weight_decay) == (
+        0.01,
+        0.02,
+        5e-4,
     )
+    before = PromptTask(config, more_root, tmp_path, PROCESS).state()["prompt"]["prefix"].clone()
+    after, _ = learn(more_root, tmp_path / "step", "train.steps=1", "prompts.warmup_steps=0")
+    step = (after["model"]["prompt_of_seed_0"]["prefix"] - before).norm()
+    assert step == pytest.approx(0.02 * 0.01, rel=0.1)
 
 
-def test_predictions_do_not_depend_on_the_truth(trained, shapes_root, tmp_path):
-    """The score is only ever computed against true labels, and nothing of them reaches the
-    prediction.
-    """
-    other = tmp_path / "root"
-    shutil.copytree(shapes_root, other)
-    for _, label in find_pairs("shapes", other, "test"):
-        values = np.asarray(Image.open(label))
-        Image.fromarray(np.where(values == 255, 255, (values + 7) % 25).astype(np.uint8)).save(
-            label
-        )
-    for name, root in (("a", shapes_root), ("b", other)):
-        words = ["--root", str(root), "--out", str(tmp_path / name), "--device", "cpu"]
-        evaluation.main([str(trained), *words, "--save-predictions"])
-    maps = [sorted((tmp_path / n / "predictions").iterdir()) for n in ("a", "b")]
-    assert len(maps[0]) == 4 and all(
-        a.read_bytes() == b.read_bytes() for a, b in zip(*maps, strict=True)
-    )
-    scores = [json.loads((tmp_path / n / "metrics.json").read_text())["pAcc"] for n in ("a", "b")]
-    assert scores[0] != scores[1]
+def test_samples_are_crops_of_regions_and_those_held_out_are_never_drawn(more_root):
+    config = tiny_config("prompts.samples_per_class=3", "prompts.held_out=2")
+    samples = RegionSamples(config, more_root)
+    held_out = RegionSamples(config, more_root, held_out=True)
+    assert held_out.regions and not {*held_out.regions} & {*samples.regions}
+    count = len(samples)
+    assert sorted(map(samples.region, range(count))) == sorted(samples.regions)
+    assert [*map(samples.region, range(count))] != [*map(samples.region, range(count, 2 * count))]
+    boxes = copy.copy(samples)
+    boxes.held_out = True
+    areas = []
+    for n in range(60):
+        region, category = samples[n]
+        again, _ = samples[n]
+        assert torch.equal(region, again) and category == samples.region(n)[1]
+        assert region[3].any() and {*region[3].unique().tolist()} <= {0, 1}
+        areas.append(region.numel() / boxes[n][0].numel())
+    assert min(areas) < 0.2 and max(areas) > 0.8 and max(areas) <= 1
+    image, label = held_out.pairs[held_out.region(0)[0]]
+    assert held_out.source(0) == str(image)
+    region, category = held_out[0]
+    mask = np.asarray(Image.open(label)) == dataset("shapes").seen[category]
+    assert region[3].sum() == mask.sum() and mask.any(0).sum() == region.shape[2]
 
 
-# --- views
+def test_a_prompt_learns_from_what_clip_sees_at_inference(more_root, tmp_path):
+    task = PromptTask(learn_config(), more_root, tmp_path, PROCESS)
+    region, category = task.held_out[1]
+    crops, classes = task.crops([(region, category)])
+    image, label = task.held_out.pairs[task.held_out.region(1)[0]]
+    mask = torch.from_numpy(np.asarray(Image.open(label))) == dataset("shapes").seen[category]
+    y, x = mask.nonzero().T
+    box = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1])[None]
+    pixels = torch.from_numpy(np.asarray(Image.open(image))).permute(2, 0, 1)
+    wanted = region_crops(task.model.clip, pixels, mask[None], box)
+    assert torch.allclose(crops, wanted, atol=1e-5) and classes.tolist() == [category]
 
 
-@pytest.mark.parametrize(
-    ("size", "side"), [((1, 1), 30), ((64, 64), 64), ((65, 130), 64), ((40, 200), 64), ((7, 9), 0)]
-)
-def test_windows_cover_the_image_and_overlap(size, side):
-    boxes = list(views.windows(*size, side))
-    count = np.zeros(size, int)
-    for top, left, bottom, right in boxes:
-        assert 0 <= top < bottom <= size[0] and 0 <= left < right <= size[1]
-        assert side == 0 or (
-            bottom - top == min(side, size[0]) and right - left == min(side, size[1])
-        )
-        count[top:bottom, left:right] += 1
-    assert count.min() >= 1 and (len(boxes) == 1) == (side == 0 or max(size) <= side)
+def test_with_nothing_held_out_there_is_nothing_to_compare(shapes_root, tmp_path):
+    learned, _ = learn(shapes_root, tmp_path, "train.seeds=[3, 5]", "prompts.held_out=0")
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert result["mean"] is result["std"] is result["seeds"]["3"]["top1"] is None
+    assert result["held_out_regions"] == 0 and "prompt" in learned["model"]
 
 
-@pytest.mark.parametrize("ways", [{"clip.regions": w} for w in ("crops", "pool", "tokens")])
-def test_views_are_the_mean_of_score_maps(ways, monkeypatch):
-    segmenter = random_segmenter(*(f"{k}={v}" for k, v in ways.items()), "clip.dense_edge=32")
-    segmenter.set_classes(["star", "tree", "brick", "sand", "cup"], [0, 1])
-    torch.manual_seed(1)
-    images = [torch.randint(0, 256, (3, *s), dtype=torch.uint8) for s in ((64, 80), (96, 120))]
-    size = (50, 61)
-    found = views.segment_views(segmenter, images, size, True, 64)
-    assert len(found) == 2 * (1 * 2 + 3 * 4) and {v.flipped for v in found} == {False, True}
-    assert all(segmenter.ensemble(v.proposals).shape == (8, 5) for v in found)
-    # An untrained segmenter's favour one class everywhere.
-    scores = [torch.rand(8, 5) ** 4 for _ in found]
-    total, count = torch.zeros(5, *size), torch.zeros(size)
-    for view, s in zip(found, scores, strict=True):
-        top, left, bottom, right = view.box
-        part = segmenter.score_map(s, view.proposals, (bottom - top, right - left))
-        total[:, top:bottom, left:right] += part.flip(-1) if view.flipped else part
-        count[top:bottom, left:right] += 1
-    mean = total / count
-    wanted = mean.argmax(0)
-    for tile in (1, 2, 5, 64):  # classes at once
-        monkeypatch.setattr(views, "BUDGET", 4 * size[0] * size[1] * tile)
-        labels, top = views.label_map(segmenter, found, scores, size)
-        assert torch.equal(labels, wanted) and torch.allclose(top, mean.amax(0), atol=1e-6)
-    assert len(wanted.unique()) > 1
-    # Room for the first; the others wait in files.
-    monkeypatch.setattr(views, "BUDGET", found[0].proposals.mask_logits.nbytes)
-    waiting = views.segment_views(segmenter, images, size, True, 64)
-    assert all(
-        torch.equal(a.proposals.mask_logits, b.proposals.mask_logits)
-        for a, b in zip(found, waiting, strict=True)
-    )
-    assert Path("/proc/self/maps").read_text().count("(deleted)") >= len(found) - 1
-    [alone] = views.segment_views(segmenter, images[:1], size, False, 0)
-    score = segmenter.ensemble(alone.proposals)
-    ours = views.label_map(segmenter, [alone], [score], size)
-    assert all(map(torch.equal, ours, segmenter.label_map(score, alone.proposals, size)))
+def test_a_learned_prompt_moves_into_the_segmenter_s_checkpoint(more_root, tmp_path):
+    learned, _ = learn(more_root, tmp_path / "prompt", "train.seeds=[0]")
+    file = tmp_path / "prompt" / "last.pt"
+    settings = (*TINY, "train.steps=2", "train.checkpoint_every=1", "train.eval_every=0")
+    settings += ("clip.region_prompt=learned", f"clip.prompts={file}")
+    words = [word for setting in settings for word in ("--set", setting)]
+    words += ["--config", "configs/shapes.toml", "--root", more_root, "--device", "cpu"]
+    out = tmp_path / "run"
+    assert command("train.py", *words, "--out", out).returncode == 0
+    wanted = load_checkpoint(out / "last.pt")
+    prefix = learned["model"]["prompt"]["prefix"]
+    assert torch.equal(wanted["model"]["region_prompt"]["prefix"], prefix)
+    # Whatever has become of the file: a resumed run and an evaluation keep the prompt.
+    learned["model"]["prompt"]["prefix"] = prefix + 1
+    save(file, **learned)
+    shutil.copy(out / "previous.pt", out / "last.pt")
+    resume = ["train.py", "--resume", "--out", out, "--root", more_root, "--device", "cpu"]
+    assert command(*resume).returncode == 0
+    resumed = load_checkpoint(out / "last.pt")["model"]
+    for name, part in wanted["model"].items():
+        assert all(torch.equal(tensor, resumed[name][key]) for key, tensor in part.items())
+    file.unlink()
+    words = ["--root", more_root, "--device", "cpu", "--out", tmp_path / "eval"]
+    assert command("eval.py", out / "last.pt", *words).returncode == 0
+    results = [json.loads((f / "metrics.json").read_text()) for f in (out, tmp_path / "eval")]
+    assert results[0]["hIoU"] == results[1]["hIoU"]
 
 
-def test_evaluation_with_views(trained, shapes_root, tmp_path):
-    settings = ["eval.sizes=[64, 96]", "eval.flip=true", "eval.window=64"]
-    evaluation.main(
-        [
-            str(trained),
-            "--root",
-            str(shapes_root),
-            "--out",
-            str(tmp_path),
-            "--device",
-            "cpu",
-            *(x for s in settings for x in ("--set", s)),
-        ]
-    )
-    assert json.loads((tmp_path / "metrics.json").read_text())["images"] == 4
+# Self-training
 
 
-# --- region classifiers
-
-
-def test_one_pass_classifiers_see_the_region():
-    torch.manual_seed(0)
-    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
-    masks = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    masks[0], masks[1, :32], masks[2, 5, 9] = 1, 1, 1
-    for way in ("pool", "tokens"):
-        segmenter = random_segmenter(f"clip.regions={way}", "clip.dense_edge=128")
-        segmenter.set_classes(["star", "tree", "brick"], [0, 1])
-        logits = segmenter.region_logits(image, masks, None)
-        assert (
-            logits.shape == (3, 3)
-            and torch.isfinite(logits).all()
-            and not torch.allclose(logits[0], logits[1], atol=1e-2)
-        )
-        index = torch.tensor([2, 0])
-        few = segmenter.encode_regions(image, masks, None, index)
-        few = cosine_logits(few, segmenter.region_text_features)
-        assert torch.allclose(few, logits[[2, 0]], atol=1e-3)
-        assert segmenter.region_logits(image, masks[:0], None).shape == (0, 3)
-        if way == "pool":
-            from zsseg.regions import resize_for_clip
-
-            dense = segmenter.clip.visual.values(resize_for_clip(segmenter.clip, image, 128))[0]
-            for i, patches in ((1, dense[:4].flatten(0, 1)), (2, dense[0, 1:2])):
-                wanted = (
-                    100 * F.normalize(patches.mean(0), dim=0) @ segmenter.region_text_features.T
-                )
-                assert torch.allclose(logits[i], wanted, atol=2e-2), i
-
-
-# --- the one-stage baseline
-
-
-def test_the_original_s_per_pixel_checkpoint_fits():
-    with torch.device("meta"):
-        state = {
-            k: torch.empty(shape)
-            for k, shape in keys("upstream_keys.json", "coco_perpixel_r101c").items()
-        }
-        parts, _ = import_original(state, "perpixel")
-        load_strict(PerPixel(ModelConfig("R101c"), 512), parts["maskformer"], "perpixel", "")
-
-
-def test_per_pixel_forward_and_loss_are_the_definition():
-    torch.manual_seed(0)
-    model = PerPixel(tiny_config().model, 16)
-    images, text = torch.randint(0, 256, (2, 3, 40, 64)), F.normalize(torch.randn(3, 16), dim=-1)
-    logits = model(model.prepare(images), text)
-    assert logits.shape == (2, 3, 16, 16)
-    features = model.pixel_decoder(model.backbone(model.prepare(images)))[1, :, 3, 5]
-    pixel = model.pixel_embed.weight[:, :, 0, 0] @ features + model.pixel_embed.bias
-    assert torch.allclose(logits[1, :, 3, 5], 100 * text @ pixel / pixel.norm(), atol=1e-3)
-    labels = torch.randint(0, 3, (2, 64, 64))
-    labels[0, :30] = 255
-    full = F.interpolate(logits, (64, 64), mode="bilinear").double().log_softmax(1)
-    terms = [
-        -full[b, labels[b, y, x], y, x]
-        for b in range(2)
-        for y in range(64)
-        for x in range(64)
-        if labels[b, y, x] != 255
-    ]
-    assert float(per_pixel_loss(logits, labels, 255)) == pytest.approx(
-        float(sum(terms) / len(terms)), rel=1e-4
-    )
-    assert float(per_pixel_loss(logits, torch.full_like(labels, 255), 255)) == 0
-
-
-def test_per_pixel_label_map_is_the_argmax_of_its_logits():
-    segmenter = random_segmenter("model.proposals=false", "clip.ensemble=false")
-    segmenter.set_classes(["star", "tree", "brick"], [0, 1])
-    torch.manual_seed(1)
-    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
-    with torch.no_grad():
-        logits = segmenter.maskformer(
-            segmenter.maskformer.prepare(image[None]), segmenter.text_features
-        )
-    wanted = F.interpolate(logits.log_softmax(1), (64, 64), mode="bilinear")[0].argmax(0)
-    assert (segmenter(image, (64, 64)) == wanted).float().mean() > 0.999 and len(
-        wanted.unique()
-    ) > 1
-    segmenter.config.ensemble = True
-    for weight in (0.0, 0.3, 1.0):
-        segmenter.config.ensemble_weight = weight
-        assert segmenter(image[:, :50, :33], (20, 31)).shape == (20, 31)
-    first = segmenter(image, (64, 64))
-    assert (first[segmenter.seen[first]] == wanted[segmenter.seen[first]]).float().mean() > 0.5
-
-
-def test_per_pixel_trains_and_evaluates(shapes_root, tmp_path):
-    config = tiny_config("model.proposals=false", "train.steps=2")
-    train.train(config, shapes_root, tmp_path, PROCESS, {})
-    assert "pixel_embed.weight" in checkpoint.load(tmp_path / "last.pt")["model"]["maskformer"]
-    evaluation.main(
-        [
-            str(tmp_path / "last.pt"),
-            "--root",
-            str(shapes_root),
-            "--out",
-            str(tmp_path / "e"),
-            "--device",
-            "cpu",
-        ]
-    )
-    ours, again = (json.loads((p / "metrics.json").read_text()) for p in (tmp_path, tmp_path / "e"))
-    assert ours["hIoU"] == again["hIoU"]
-
-
-# --- self-training
-
-
-def test_only_hidden_pixels_are_filled_in_and_only_with_unseen_classes():
+def test_only_ignored_pixels_are_filled_in_and_only_with_unseen_classes():
     scores = torch.tensor([[9.0, 9, 9], [1, 5, 0], [2, 1, 0]])[..., None]  # [C = 3, 3, 1]
-    known, unseen = torch.tensor([[0], [255], [255]]), torch.tensor([False, True, True])
-    assert complete(known, scores, unseen, 0.0, 255).tolist() == [[0], [1], [1]]
+    known = torch.tensor([[0], [255], [255]])
+    unseen = torch.tensor([False, True, True])
+    assert fill_ignored(known, scores, unseen, 0.0, 255).tolist() == [[0], [1], [1]]
     # The third: 1.2e-4.
-    assert complete(known, scores, unseen, 0.01, 255).tolist() == [[0], [1], [255]]
+    assert fill_ignored(known, scores, unseen, 0.01, 255).tolist() == [[0], [1], [255]]
 
 
-def test_self_training_is_resumable_and_blind_to_hidden_labels(
-    trained, shapes_root, tmp_path, capsys
-):
-    words = ["train.steps=2", "data.train_on=all", f"train.teacher={trained}"]
-    train.train(tiny_config(*words), shapes_root, tmp_path / "run", PROCESS, {})
-    assert "unlabelled" in capsys.readouterr().out
-    folder, data = tmp_path / "run" / "pseudo", dataset("shapes")
-    maps = {f.name: f.read_bytes() for f in folder.glob("*.png")}
+@pytest.fixture(scope="module")
+def teacher(shapes_run, tmp_path_factory):
+    """With `clip.ensemble_seen = false`, which decides how classes weigh, not which are unseen."""
+    content = load_checkpoint(shapes_run / "last.pt")
+    content["config"]["clip"]["ensemble_seen"] = False
+    file = tmp_path_factory.mktemp("teacher") / "last.pt"
+    save(file, **content)
+    return file
+
+
+def test_self_training_is_resumable_and_blind_to_hidden_labels(teacher, shapes_root, tmp_path):
+    settings = (*TINY, "train.steps=2", "train.eval_every=0", "data.train_on=all")
+    settings += (f"train.teacher={teacher}",)
+    words = [word for setting in settings for word in ("--set", setting)]
+    words += ["--config", "configs/shapes.toml", "--root", shapes_root, "--device", "cpu"]
+    done = command("train.py", *words, "--out", tmp_path / "run")
+    assert done.returncode == 0 and "% unlabelled" in done.stdout, done.stderr
+    config = tiny_config(*settings)
+    folder = tmp_path / "run" / "pseudo"
+    maps = {file.name: file.read_bytes() for file in folder.glob("*.png")}
     assert len(maps) == 10
-    unseen = [i for i in range(25) if i not in data.seen]
-    for i, (_, label) in enumerate(find_pairs("shapes", shapes_root, "train")):
-        truth, ours = np.asarray(Image.open(label)), np.asarray(Image.open(folder / f"{i:06}.png"))
-        seen = np.isin(truth, data.seen)
-        assert (ours[seen] == truth[seen]).all() and np.isin(ours[~seen], [*unseen, 255]).all()
+    for i, (_, label) in enumerate(find_pairs(config.data, shapes_root, "train")):
+        truth = np.asarray(Image.open(label))
+        ours = np.asarray(Image.open(folder / f"{i:06}.png"))
+        hidden = np.isin(truth, UNSEEN)
+        assert (ours == truth)[~hidden].all() and np.isin(ours[hidden], [*UNSEEN, 255]).all()
     counts = json.loads((folder / "counts.json").read_text())
-    assert sum(counts.values()) == 10 * 96 * 96 and set(counts) == {*data.names, "unlabelled"}
+    assert sum(counts.values()) == 10 * 96 * 96 and {*counts} == {*shapes.NAMES, "unlabelled"}
     # Killed half-way: what is there stays, the rest comes out the same.
     first, second = sorted(maps)[:2]
-    with pytest.raises(UserError, match="another teacher, with other settings"):
-        pseudo_labels(tiny_config(*words, "train.reject=0.01"), shapes_root, folder, PROCESS)
     (folder / first).unlink()
     (folder / "counts.json").unlink()
-    (folder / second).write_bytes(b"kept")
-    # Counted at the end.
-    with pytest.raises(UserError, match=f"{second} cannot be read|{second}: cannot be read"):
-        pseudo_labels(tiny_config(*words), shapes_root, folder, PROCESS)
-    assert (folder / first).read_bytes() == maps[first] and (
-        folder / second
-    ).read_bytes() == b"kept"
-    # Other unseen classes in the truth: the same pseudo labels.
+    (folder / second).write_bytes(b"")
+    with pytest.raises(UserError, match=second):  # counted at the end
+        pseudo_labels(config, shapes_root, folder, PROCESS)
+    assert (folder / first).read_bytes() == maps[first] and not (folder / second).read_bytes()
+    # Other unseen classes in the truth: the same label maps.
     other = tmp_path / "root"
     shutil.copytree(shapes_root, other)
-    for _, label in find_pairs("shapes", other, "train"):
+    for _, label in find_pairs(config.data, other, "train"):
         truth = np.asarray(Image.open(label))
-        Image.fromarray(np.where(np.isin(truth, unseen), unseen[0], truth).astype(np.uint8)).save(
-            label
-        )
-    again = pseudo_labels(tiny_config(*words), other, tmp_path / "again", PROCESS)
-    assert {f.name: f.read_bytes() for f in again.glob("*.png")} == maps
+        changed = np.where(np.isin(truth, UNSEEN), UNSEEN[0], truth)
+        Image.fromarray(changed.astype(np.uint8)).save(label)
+    again = pseudo_labels(config, other, tmp_path / "again", PROCESS)
+    assert {file.name: file.read_bytes() for file in again.glob("*.png")} == maps
+    with pytest.raises(UserError, match="from other images"):
+        pseudo_labels(config, shapes_root, again, PROCESS)
+    with pytest.raises(UserError, match="with other settings"):
+        pseudo_labels(tiny_config(*settings, "train.min_probability=0.01"), other, again, PROCESS)
+    gone = tiny_config(*settings, f"train.teacher={tmp_path}/gone.pt")
+    assert pseudo_labels(gone, other, again, PROCESS) == again  # label maps outlive their teacher
 
 
-# --- oracle analysis
-
-
-def test_overlaps_are_iou_over_known_pixels():
-    ours, truth = torch.zeros(2, 4, 4, dtype=torch.bool), torch.zeros(1, 4, 4, dtype=torch.bool)
-    ours[0, :2], ours[1, 3], truth[0, 1:3] = True, True, True
-    known = torch.ones(4, 4, dtype=torch.bool)
-    assert mask_iou(ours, truth, known)[:, 0].tolist() == pytest.approx([4 / 12, 0])
-    known[0] = False
-    assert float(mask_iou(ours, truth, known)[0, 0]) == pytest.approx(4 / 8)
-
-
-def test_the_budget_s_oracles(trained, shapes_root, tmp_path, capsys):
-    config = load_config(None, base=checkpoint.load(trained)["config"])
-    segmenter = random_segmenter()
-    result = oracle_analysis(segmenter, config, shapes_root, PROCESS, "test")
-    plain = evaluate(segmenter, config, shapes_root, PROCESS, "test")
-    assert result["as_is"] == {k: plain[k] for k in result["as_is"]}
-    assert all(result["both"][k] == 100 for k in ("mIoU_gt", "pAcc"))
-    assert result["both"]["mIoU_seen"] == 100 and 0 <= result["true_classes"]["mIoU"] <= 100
-    assert result["recall"]["0.5"] >= result["recall"]["0.7"] >= result["recall"]["0.9"]
-    assert result["masks"] == plain["clip_true_masks"]["regions"]
-    assert result["clip_accuracy"] == pytest.approx(plain["clip_true_masks"]["accuracy"])
-    write_analysis(result, tmp_path)
-    assert "GT masks, predicted classes" in capsys.readouterr().out
-    assert (
-        json.loads((tmp_path / "budget.json").read_text()) == result
-        and Image.open(tmp_path / "budget.png").width == 760
-    )
-
-
-def test_with_perfect_masks_only_classes_cost(shapes_root, monkeypatch):
-    """A segmenter whose proposals are the ground-truth masks: GT classes give 100."""
-    import zsseg.analysis as module
-
-    settings = ("model.queries=25", "data.test_short_edge=96")
-    segmenter, config = random_segmenter(*settings), tiny_config(*settings)
-    truth, original = {}, module.oracle_labels
-
-    def remember(segmenter, image, labels, *rest):
-        truth["labels"] = labels
-        return original(segmenter, image, labels, *rest)
-
-    propose = segmenter.propose
-
-    def perfect(image):
-        proposals = propose(image)
-        small = F.interpolate(
-            truth["labels"][None, None].float(), proposals.mask_logits.shape[-2:], mode="nearest"
-        )[0]
-        proposals.mask_logits = 40 * (small == torch.arange(25)[:, None, None]).float() - 20
-        return proposals
-
-    monkeypatch.setattr(module, "oracle_labels", remember)
-    monkeypatch.setattr(segmenter, "propose", perfect)
-    result = oracle_analysis(segmenter, config, shapes_root, PROCESS, "test")
-    assert (
-        result["true_classes"]["mIoU_gt"] > 75 > result["as_is"]["mIoU_gt"]
-        and result["average_best_overlap"] > 75
-    )
-
-
-# --- the paper's numbers
-
-
-def test_every_published_row_has_its_configuration():
-    for row in published.ROWS:
-        config = load_config(str(ROOT / "configs" / f"{row['config']}.toml"), row.get("set", []))
-        assert published.differences(config, row) == []
-        result = {k: 1.0 for k in ("pAcc", "mIoU_seen", "mIoU_unseen", "hIoU", "mIoU")}
-        text = published.compare(result, config)
-        assert f"the paper's row: {row['name']} (" in text and "all settings are the same" in text
-        assert f"{row.get('hIoU', row.get('mIoU')):9.1f}" in text
-
-
-def test_differing_settings_are_named():
-    config = load_config(
-        ROOT / "configs" / "voc_r101c.toml",
-        [
-            "model.backbone=R50",
-            "model.weights=imagenet",
-            "clip.ensemble_weight=0.5",
-            "data.workers=0",
-        ],
-    )
-    text = published.compare({"hIoU": 12.0}, config)
-    assert (
-        "model.backbone: R50 (R101c)" in text
-        and "clip.ensemble_weight: 0.5 (0.7)" in text
-        and "workers" not in text
-    )
-    config = load_config(
-        str(ROOT / "configs" / "voc_r101c.toml"), ["clip.weights=RN50", "data.train_on=all"]
-    )
-    text = published.compare({"hIoU": 12.0}, config)
-    assert "clip.weights: RN50 (ViT-B/16)" in text and (
-        "train.teacher: False" in text or "data.train_on: all" in text
-    )
-    assert "no result on shapes" in published.compare({}, tiny_config())
-
-
-@pytest.mark.parametrize(
-    "setting", ["clip.ensemble=true", "clip.ensemble=false", "model.proposals=false"]
-)
-def test_a_process_without_images_sums_the_same_matrices(setting, shapes_root, monkeypatch):
-    """More processes than images: the ones without any must not wait for sums that the others do
-    not make.
-    """
-    config, sums = (
-        tiny_config(
-            setting, "eval.compare=true", *(["eval.weights=[0.5]"] if "=true" in setting else [])
-        ),
-        [],
-    )
-    monkeypatch.setattr(
-        Process, "sum", lambda self, tensor: sums[-1].append(tuple(tensor.shape)) or tensor
-    )
-    for process in (Process(PROCESS.device, 0, 5), Process(PROCESS.device, 4, 5)):
-        sums.append([])
-        evaluate(random_segmenter(setting), config, shapes_root, process, "test")
-    assert sums[0] == sums[1] and len(sums[0]) == {
-        "clip.ensemble=true": 9,
-        "clip.ensemble=false": 6,
-    }.get(setting, 5)
+def test_a_teacher_that_teaches_nothing_ends_in_one_line(teacher, shapes_root, tmp_path):
+    words = ["--config", "configs/shapes.toml", "--root", shapes_root, "--device", "cpu"]
+    words += [word for setting in TINY for word in ("--set", setting)]
+    words += ["--set", f"train.teacher={teacher}"]
+    done = command("train.py", *words, "--out", tmp_path / "a")
+    fails_in_one_line(done, "train.teacher", "unseen classes", "train_on")
+    words += ["--set", "data.train_on=all", "--set", "train.min_probability=1"]
+    for _ in range(2):  # the second time all maps are there
+        done = command("train.py", *words, "--out", tmp_path / "b")
+        fails_in_one_line(done, "train.teacher", "no pixel with an unseen class")

@@ -2,7 +2,6 @@
 the pixels that training ignores.
 """
 
-import json
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -16,7 +15,7 @@ from zsseg.data import TestImages, batches
 from zsseg.datasets import DataSet, dataset, find_pairs
 from zsseg.distributed import Process
 from zsseg.images import read_values
-from zsseg.utils import UserError, digest, parallel, print_main, progress, write_json
+from zsseg.utils import UserError, digest, parallel, print_main, progress, read_text, write_json
 from zsseg.visualize import save_label_map
 from zsseg.weights import load_checkpoint, load_segmenter
 
@@ -61,10 +60,10 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
     settings = load_config(base=content.get("config", asdict(config)))
     teacher = load_segmenter(content, settings, root, config.train.teacher)
     teacher.to(process.device).eval().set_classes(data.names, data.seen)
-    unseen = torch.tensor([name in data.unseen for name in data.names], device=process.device)
     lut = data.lut()
     lut[data.lut(training=True) == data.ignore] = data.ignore  # unseen classes are not read
     images = TestImages(config.data, root, "train", lut=lut)
+    least = config.train.min_probability
     numbers = missing[process.rank :: process.world_size]
     items = batches(images, numbers, None, config.data.workers)
     items = progress(items, "pseudo labels", len(numbers), process.is_main)
@@ -73,7 +72,7 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
         with process.autocast(settings.model.bf16):
             proposals = teacher.propose(image.to(process.device))
         scores = teacher.score_map(teacher.ensemble(proposals), proposals, tuple(labels.shape))
-        labels = fill_ignored(labels, scores, unseen, config.train.min_probability, data.ignore)
+        labels = fill_ignored(labels, scores, ~teacher.seen, least, data.ignore)
         save_label_map(labels, files[i], len(data.names))
     process.wait()
     process.broadcast(lambda: count_pixels(files, data, config.data.workers))
@@ -88,20 +87,18 @@ def check_origin(config: Config, pairs: list[tuple[Path, Path]], folder: Path) -
     sizes = (data.test_short_edge, data.max_size, data.exif_turn)
     clip = replace(config.clip, crop_batch_size=1)  # of a teacher that brings no configuration
     settings = [dataset(data), sizes, clip, config.train.min_probability]
-    made_with = {"digest": digest(settings, chain(*pairs))}
+    made_with = [digest(settings, chain(*pairs))]
     if Path(config.train.teacher).exists():
-        made_with["teacher"] = digest("", [config.train.teacher])
+        made_with.append(digest("", [config.train.teacher]))
     file = folder / "made_with.json"
     if not file.exists() and not any(folder.glob("*.png")):
         write_json(file, made_with)
-    try:
-        equal = made_with.items() <= json.loads(file.read_text("utf-8")).items()
-    except (OSError, ValueError, AttributeError):
-        equal = False
-    if not equal:
+    what = f"pseudo labels ({file})"
+    todo = "delete the folder, or give another --out"
+    text = read_text(file, what, todo)
+    if any(part not in text for part in made_with):
         why = "were made by another teacher, with other settings or from other images"
-        todo = "delete the folder, or give another --out"
-        raise UserError(f"pseudo labels in {folder}", why, todo)
+        raise UserError(what, why, todo)
 
 
 def count_pixels(files: list[Path], data: DataSet, workers: int) -> None:

@@ -1,0 +1,108 @@
+"""The one-stage baseline (Xu et al. 2021, section 4.1): every pixel's embedding against the text
+features, without mask proposals.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zsseg.clip import cosine_logits
+from zsseg.maskformer import PixelNetwork, init_conv
+from zsseg.segmenter import Segmentation, Segmenter, Size, scaled, spans
+
+STRIDE = 4  # from embeddings to the network input
+
+
+class PerPixel(PixelNetwork):
+    """Backbone and pixel decoder, then one embedding of CLIP's width D a pixel; arguments as of
+    `MaskFormer`.
+    """
+
+    divisor = 1  # no padding
+
+    def __init__(self, model: object, embed_dim: int, scale: float = 100.0):
+        super().__init__(model)
+        self.scale = scale
+        init_conv(self.pixel_decoder.mask_features)
+        self.pixel_embed = nn.Conv2d(model.hidden_dim, embed_dim, 1)
+
+    def decode(self, images: Tensor) -> Tensor:
+        """`prepare`d images [B, 3, H, W] -> embeddings [B, D, h, w] at stride 4."""
+        return self.pixel_embed(self.pixel_decoder(self.backbone(images)))
+
+    def classify(self, embeds: Tensor, text: Tensor) -> Tensor:
+        """Embeddings [B, D, H, W], text features [C, D] -> class logits fp32 [B, C, H, W]."""
+        return cosine_logits(embeds.movedim(1, -1), text, self.scale).movedim(-1, 1)
+
+    def forward(self, images: Tensor, text: Tensor) -> Tensor:
+        """`prepare`d images [B, 3, H, W], text features [C, D] -> class logits fp32 [B, C, H, W],
+        what torch.compile and DDP wrap.
+        """
+        return self.classify(upsample(self.decode(images), images.shape[-2:]), text)
+
+
+def upsample(embeds: Tensor, size: Size) -> Tensor:
+    """Embeddings [B, D, h, w] -> fp32 [B, D, *size], `size` of the network input."""
+    embeds = F.interpolate(embeds.float(), scale_factor=STRIDE, mode="bilinear")
+    return embeds[..., : size[0], : size[1]]
+
+
+class OneStage(Segmenter):
+    """The one-stage baseline: a `PerPixel` network and a frozen CLIP, which names the whole image,
+    over a vocabulary that `set_classes` fixes.
+    """
+
+    def __init__(self, maskformer: PerPixel, clip: nn.Module, prompt: nn.Module, config: object):
+        super().__init__(maskformer, clip, prompt, config, proposer=maskformer.decode)
+
+    @torch.inference_mode()
+    def score_map(self, image: Tensor, size: Size) -> Tensor:
+        """RGB in 0..255 [3, H, W] -> class scores [C, *size].
+
+        p of the pixel, c of CLIP for the whole image, w the ensemble's weight: seen classes p^w
+        c^(1-w), unseen ones p^(1-w) c^w; w = 0 is CLIP only.
+        """
+        with torch.autocast("cpu", enabled=False):
+            embeds = self.maskformer.inference(self.maskformer.prepare(image[None]))
+        embeds = upsample(embeds, image.shape[-2:])
+        embeds = F.interpolate(embeds, size, mode="bilinear", align_corners=False)
+        p = self.maskformer.classify(embeds, self.text_features)[0].softmax(0)
+        if not self.config.ensemble:
+            return p
+        whole = self.clip.encode_image(self.clip.normalize(image)[None])
+        c = self.clip.logits(whole, self.text_features).softmax(-1)[0, :, None, None]
+        w = self.config.ensemble_weight
+        power = torch.where(self.seen & self.config.ensemble_seen, w, 1 - w if w else 0)
+        power = power[:, None, None]
+        return p**power * c ** (1 - power)
+
+    @torch.inference_mode()
+    def segment(
+        self,
+        inputs: list[Tensor],
+        size: Size,
+        flip: bool = False,
+        window: int = 0,
+        weights: list[float] | None = None,
+    ) -> Segmentation:
+        """The label map of one image, with test-time augmentation, see `Segmenter.segment`; it has
+        no variants.
+        """
+        scores = torch.zeros(len(self.names), *size, device=inputs[0].device)
+        for image in inputs:
+            total = torch.zeros_like(scores)
+            cover = torch.zeros_like(scores[0])
+            H, W = image.shape[-2:]
+            for rows, columns in itertools.product(spans(H, window), spans(W, window)):
+                place = (scaled(rows, size[0], H), scaled(columns, size[1], W))
+                cover[place] += 1 + flip
+                part = image[:, rows, columns]
+                shape = cover[place].shape
+                total[:, *place] += self.score_map(part, shape)
+                if flip:
+                    total[:, *place] += self.score_map(part.flip(-1), shape).flip(-1)
+            scores += total / cover / len(inputs)
+        best, labels = scores.max(0)
+        return Segmentation(labels, best, scores.isfinite().all())

@@ -13,7 +13,7 @@ import re
 import sys
 import tomllib
 import zipfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -132,10 +132,8 @@ class ScriptUnpickler(pickle.Unpickler):
     for what such files do not need.
     """
 
-    def __init__(self, archive: zipfile.ZipFile, folder: str):
-        super().__init__(archive.open(f"{folder}/data.pkl"))
-        self.archive = archive
-        self.folder = folder
+    archive: zipfile.ZipFile
+    folder: str  # in the archive
 
     def find_class(self, module: str, name: str) -> object:
         if module.startswith("__torch__"):
@@ -159,8 +157,8 @@ class ScriptUnpickler(pickle.Unpickler):
 
     def persistent_load(self, key: tuple) -> Tensor:
         _, dtype, name, _, _ = key
-        data = bytearray(self.archive.read(f"{self.folder}/data/{name}"))
-        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        data = self.archive.read(f"{self.folder}/data/{name}")
+        return torch.frombuffer(bytearray(data), dtype=dtype)
 
 
 def read_torch(path: Path, what: str, todo: str = "check the path") -> object:
@@ -192,15 +190,18 @@ def unpickle(path: Path) -> object:
     """See `read_torch`. Raises anything for a broken file."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            entries = {entry.filename: entry.compress_type for entry in archive.infolist()}
-            for name, method in entries.items():
-                # Tensors never are; a small file could fill the memory.
-                if method != zipfile.ZIP_STORED and "/code/" not in name:
-                    raise pickle.UnpicklingError(f"{name} is compressed")
-            constants = [name for name in entries if name.endswith("/constants.pkl")]
-            if constants:
-                folder = constants[0].removesuffix("/constants.pkl")
-                return ScriptUnpickler(archive, folder).load().tensors()
+            for (
+                entry
+            ) in archive.infolist():  # tensors never are; a small file could fill the memory
+                if entry.compress_type != zipfile.ZIP_STORED and "/code/" not in entry.filename:
+                    raise pickle.UnpicklingError(f"{entry.filename} is compressed")
+            for name in archive.namelist():
+                if name.endswith("/constants.pkl"):
+                    folder = name.removesuffix("/constants.pkl")
+                    reader = ScriptUnpickler(archive.open(f"{folder}/data.pkl"))
+                    reader.archive = archive
+                    reader.folder = folder
+                    return reader.load().tensors()
     elif path.suffix == ".pkl":
         with open(path, "rb") as file:
             return ArrayUnpickler(file, encoding="latin1").load()
@@ -258,18 +259,19 @@ def checkpoint_and_config(
 
 
 def strip_prefix(state: object, what: str) -> State:
-    """A state dict, maybe below "model" or "state_dict", without what DataParallel ("module.") or
-    torch.compile ("_orig_mod.") put before every name. UserError for anything else.
+    """A state dict, maybe below "model" or "state_dict", without what DataParallel ("module.") and
+    torch.compile ("_orig_mod.") put before names. UserError for anything else.
     """
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
+    if not named or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(what, "is not a state dict", "give a file of names and tensors")
-    prefix = re.match(r"(module\.|_orig_mod\.)*", os.path.commonprefix(list(state)))[0]  # noqa: RUF071
-    if prefix:
-        print_main(f"{what}: prefix {prefix!r} removed from all names")
-    return {k.removeprefix(prefix): v.as_subclass(Tensor) for k, v in state.items()}
+    names = [re.sub(r"^(module\.|_orig_mod\.)+", "", name) for name in state]
+    if names != [*state]:
+        print_main(f"{what}: module. or _orig_mod. removed from names")
+    return {k: v.as_subclass(Tensor) for k, v in zip(names, state.values(), strict=True)}
 
 
 def check_finite(state: State, what: str) -> None:
@@ -295,10 +297,10 @@ def load_into(
     missing = [k for k in own if k not in fits]
     unused = [k for k in state if k not in fits]
     if strict and (missing or unused):
-        shapes = [{k: tuple(v.shape) for k, v in part.items()} for part in (state, own)]
-        found, expected = (lambda k, part=part: part.get(k, "absent") for part in shapes)
-        wrong = dict.fromkeys(missing + unused)
-        problems = [f"{k} is {found(k)} instead of {expected(k)}" for k in wrong]
+        shapes = [{k: [*v.shape] for k, v in part.items()} for part in (state, own)]
+        found, expected = shapes
+        wrong = dict.fromkeys(missing + unused, "absent")
+        problems = [f"{k} is {found.get(k)} instead of {expected.get(k)}" for k in wrong]
         raise UserError(what, f"does not fit: {join_some(problems, 3)}", todo)
     if not fits:
         raise UserError(what, "has no weight that fits", todo)
@@ -314,31 +316,35 @@ def log_loaded(what: str, count: int, dropped: list[str]) -> None:
     """One line: how many tensors were used, and every name that was not (many of one module as
     `module.*`).
     """
-    modules = [re.split(r"\.resblocks|\.layer|\.\w+$", name)[0] for name in dropped]
-    counts = Counter(modules)
-    names = dict.fromkeys(
-        name if counts[module] < 4 else f"{module}.* ({counts[module]})"
-        for name, module in zip(dropped, modules, strict=True)
-    )
+    groups: dict[str, list[str]] = {}
+    for name in dropped:
+        groups.setdefault(re.split(r"\.resblocks|\.layer|\.\w+$", name)[0], []).append(name)
+    names = [
+        ", ".join(group) if len(group) < 4 else f"{module}.* ({len(group)})"
+        for module, group in groups.items()
+    ]
     text = f": {', '.join(names)}" if names else ""
     print_main(f"{what}: {count} tensors loaded, {len(dropped)} dropped{text}")
 
 
 # --- the original's names
 
-# The original's name and ours; the first row that fits counts. {i}: a number, {name}: a word,
-# {rest}: anything; "-": a constant or an unused tensor, dropped. Ours begin with a part:
+# The original's name and ours; the first row that fits counts. {i}: a number, {name}:
+# anything; "-": a constant or an unused tensor, dropped. Ours begin with a part:
 # maskformer, clip or prompt, and the last two also with region_ for a separate region adapter.
 NAMES = """
 criterion.empty_weight                              -
-{adapter}.pixel_{name}                              -
+clip_adapter.pixel_mean                             -
+clip_adapter.pixel_std                              -
+_region_clip_adapter.pixel_mean                     -
+_region_clip_adapter.pixel_std                      -
 {adapter}.prompt_learner.{name}_signal              -
-{rest}.relative_position_index                      -
-{rest}.attn_mask                                    -
+{name}.relative_position_index                      -
+{name}.attn_mask                                    -
 _region_clip_adapter.non_object_embedding           -
 clip_adapter.non_object_embedding                   maskformer.non_object
-clip_adapter.clip_model.{rest}                      clip.{rest}
-_region_clip_adapter.clip_model.{rest}              region_clip.{rest}
+clip_adapter.clip_model.{name}                      clip.{name}
+_region_clip_adapter.clip_model.{name}              region_clip.{name}
 clip_adapter.prompt_learner.prefix_prompt           prompt.prefix
 _region_clip_adapter.prompt_learner.prefix_prompt   region_prompt.prefix
 backbone.stem.conv1.weight                          maskformer.backbone.conv1.weight
@@ -351,8 +357,8 @@ backbone.patch_embed.proj.{name}                    maskformer.backbone.features
 backbone.patch_embed.norm.{name}                    maskformer.backbone.features.0.2.{name}
 backbone.layers.{i}.blocks.{b}.mlp.fc1.{name}  maskformer.backbone.features.{2i+1}.{b}.mlp.0.{name}
 backbone.layers.{i}.blocks.{b}.mlp.fc2.{name}  maskformer.backbone.features.{2i+1}.{b}.mlp.3.{name}
-backbone.layers.{i}.blocks.{b}.{rest}               maskformer.backbone.features.{2i+1}.{b}.{rest}
-backbone.layers.{i}.downsample.{rest}               maskformer.backbone.features.{2i+2}.{rest}
+backbone.layers.{i}.blocks.{b}.{name}               maskformer.backbone.features.{2i+1}.{b}.{name}
+backbone.layers.{i}.downsample.{name}               maskformer.backbone.features.{2i+2}.{name}
 backbone.norm{i}.{name}                             maskformer.backbone.norm{i}.{name}
 sem_seg_head.pixel_decoder.adapter_{i}.weight       maskformer.pixel_decoder.lateral.{i-1}.0.weight
 sem_seg_head.pixel_decoder.adapter_{i}.norm.{name}  maskformer.pixel_decoder.lateral.{i-1}.1.{name}
@@ -361,9 +367,9 @@ sem_seg_head.pixel_decoder.layer_4.norm.{name}      maskformer.pixel_decoder.top
 sem_seg_head.pixel_decoder.layer_{i}.weight         maskformer.pixel_decoder.output.{i-1}.0.weight
 sem_seg_head.pixel_decoder.layer_{i}.norm.{name}    maskformer.pixel_decoder.output.{i-1}.1.{name}
 sem_seg_head.pixel_decoder.mask_features.{name}     maskformer.pixel_decoder.mask_features.{name}
-sem_seg_head.predictor.transformer.decoder.layers.{i}.multihead_attn.{rest}
-    maskformer.layers.{i}.cross_attn.{rest}
-sem_seg_head.predictor.transformer.decoder.layers.{i}.{rest}  maskformer.layers.{i}.{rest}
+sem_seg_head.predictor.transformer.decoder.layers.{i}.multihead_attn.{name}
+    maskformer.layers.{i}.cross_attn.{name}
+sem_seg_head.predictor.transformer.decoder.layers.{i}.{name}  maskformer.layers.{i}.{name}
 sem_seg_head.predictor.transformer.decoder.norm.{name}  maskformer.norm.{name}
 sem_seg_head.predictor.query_embed.weight           maskformer.query_embed.weight
 sem_seg_head.predictor.input_proj.{name}            maskformer.input_proj.{name}
@@ -385,20 +391,17 @@ backbone.stem.conv3.norm.{name}  maskformer.backbone.bn1.{name}
 def our_name(name: str, deep_stem: bool = False) -> str:
     """Our name for a parameter of the original: "-" for one that is dropped, "" for an unknown."""
 
-    def group(field: re.Match) -> str:
-        kind = r"\d+" if len(field[1]) == 1 else r"\w+"
-        return f"(?P<{field[1]}>{'.+' if field[1] == 'rest' else kind})"
+    def field(brace: re.Match) -> str:
+        return f"(?P<{brace[1]}>{'.+' if len(brace[1]) > 1 else '[0-9]+'})"
 
-    def fill(field: re.Match) -> str:
-        factor, key, shift = field.groups()
-        if not factor and not shift:
-            return match[key]
-        return str(int(factor or 1) * int(match[key]) + int(shift or 0))
+    def number(brace: re.Match) -> str:
+        return str(int(brace[1] or 1) * int(match[brace[2]]) + int(brace[3] or 0))
 
     words = (DEEP_STEM + NAMES if deep_stem else NAMES).split()
     for theirs, ours in zip(words[::2], words[1::2], strict=True):
-        if match := re.fullmatch(re.sub(r"\\{(\w+)\\}", group, re.escape(theirs)), name):
-            return re.sub(r"{(\d?)(\w+?)([-+]\d)?}", fill, ours)
+        pattern = re.sub(r"\\{(\w+)\\}", field, re.escape(theirs))
+        if match := re.fullmatch(pattern, name):
+            return re.sub(r"{(\d?)(\w)([-+]\d)?}", number, ours).format(**match.groupdict())
     return ""
 
 
@@ -495,9 +498,8 @@ def make_clip(state: State, section: ClipConfig, what: str) -> CLIP:
     dropped = [key for key in CONSTANTS if key in state]
     check_finite(state, what)
     log_loaded(what, len(state) - len(dropped), dropped)
-    sizes = []
-    for name in ("token_embedding.weight", "positional_embedding"):
-        sizes += [*state.get(name, torch.empty(0)).shape, 0][:1]
+    tables = ("token_embedding.weight", "positional_embedding")
+    sizes = [(*state.get(name, torch.empty(0)).shape, 0)[0] for name in tables]
     options = (section.heads, section.mean, section.std, section.scale)
     return build_clip(state, load_tokenizer(*sizes), section.activation or "quickgelu", *options)
 

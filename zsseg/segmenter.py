@@ -40,13 +40,22 @@ class Proposals:
 
 @dataclass
 class View:
-    """A part of an image that was segmented by itself, see `Segmenter.segment`."""
+    """A part of an image that is segmented by itself; see `make_views`."""
 
-    proposals: Proposals
-    scores: dict[str, Tensor]  # class scores [Q, C]: "ensemble" and the variants
+    image: Tensor  # [3, h, w], mirrored if flipped
     place: tuple[slice, slice]  # of the label map: rows, columns
     flipped: bool
-    cover: Tensor  # [H, W]: by how much to divide a score map, for a mean over all views
+    cover: Tensor  # [H, W]: by how much to divide score maps, for the mean over all views
+
+    @property
+    def size(self) -> Size:
+        """Of its place."""
+        return tuple(self.cover[self.place].shape)
+
+    def add(self, maps: Tensor, mean: Tensor) -> None:
+        """Add its score maps [n, *size] to those that are the mean over all views, [n, H, W]."""
+        maps = maps.flip(-1) if self.flipped else maps
+        mean[:, *self.place] += maps / self.cover[self.place]
 
 
 @dataclass
@@ -59,17 +68,12 @@ class Segmentation:
     variants: dict[str, Tensor] = field(default_factory=dict)  # other label maps, see `variants`
 
 
-class Segmenter(nn.Module):
-    """A mask proposer and a frozen CLIP over a vocabulary that `set_classes` fixes and may change
-    at any time; `config` is the section `clip`.
-
-    proposer: any f(image) -> (mask_logits [Q, h, w] fp32 at stride 4 of the image padded to
-    multiples of 32, class_features [Q, D] in CLIP's space or None), image RGB [3, H, W] in 0..255;
-    by default `maskformer.propose`. Without class features CLIP alone names the masks. The words
-    come later: neither the masks nor CLIP's features of the regions depend on them.
+class OpenVocabulary(nn.Module):
+    """A network and a frozen CLIP over a vocabulary that `set_classes` fixes and may change at any
+    time; `config` is the section `clip`. Not for several threads, if one of them changes it.
 
     Fully supervised (`model.class_head = "linear"`) there is no CLIP, and the classes are those of
-    the data set. Not for several threads, if one of them changes the classes.
+    the data set.
     """
 
     def __init__(
@@ -79,7 +83,6 @@ class Segmenter(nn.Module):
         prompt: nn.Module | None,
         config: object,
         region_prompt: nn.Module | None = None,
-        proposer: Callable[[Tensor], tuple[Tensor, Tensor | None]] | None = None,
     ):
         super().__init__()
         self.maskformer = maskformer
@@ -87,11 +90,10 @@ class Segmenter(nn.Module):
         self.prompt = prompt
         self.region_prompt = region_prompt  # the paper's VOC: learned for the regions only
         self.config = config
-        self.proposer = proposer or maskformer.propose
         self.names: list[str] = []
         self.seen = torch.zeros(0, dtype=torch.bool)  # [C]
-        self.text_features = None  # [C, D], for the proposer's class features
-        self.region_text_features = None  # [C, D], for CLIP's features of the regions
+        self.text_features = None  # [C, D], for the network's features
+        self.region_text_features = None  # [C, D], for CLIP's image features
         self.text_cache: dict[str, dict[str, Tensor]] = {}  # prompt -> word -> feature [D]
 
     @torch.no_grad()
@@ -149,6 +151,29 @@ class Segmenter(nn.Module):
         """CLIP's image tower only, which is most of the work."""
         if self.clip is not None:
             self.clip.visual.compile(fullgraph=True, dynamic=False)
+
+    def learned_modules(self) -> dict[str, nn.Module]:
+        """The parts with something learned besides CLIP."""
+        parts = {name: getattr(self, name) for name in ("maskformer", "prompt", "region_prompt")}
+        return {k: part for k, part in parts.items() if part and [*part.parameters()]}
+
+    def learned_state(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint must hold besides CLIP."""
+        return {name: part.state_dict() for name, part in self.learned_modules().items()}
+
+
+class Segmenter(OpenVocabulary):
+    """The paper's two stages: a mask proposer, and CLIP on its regions.
+
+    proposer: any f(image) -> (mask_logits [Q, h, w] fp32 at stride 4 of the image padded to
+    multiples of 32, class_features [Q, D] in CLIP's space or None), image RGB [3, H, W] in 0..255;
+    by default `maskformer.propose`. Without class features CLIP alone names the masks. The words
+    come later: neither the masks nor CLIP's features of the regions depend on them.
+    """
+
+    def __init__(self, maskformer, clip, prompt, config, region_prompt=None, proposer=None):
+        super().__init__(maskformer, clip, prompt, config, region_prompt)
+        self.proposer: Callable[[Tensor], tuple] = proposer or maskformer.propose
 
     @torch.inference_mode()
     def propose(self, image: Tensor) -> Proposals:
@@ -217,12 +242,12 @@ class Segmenter(nn.Module):
         power = torch.where(self.seen & self.config.ensemble_seen, w, 1 - w)  # [C], of the proposer
         return p**power * c ** (1 - power)
 
-    def variants(self, proposals: Proposals, weights: list[float]) -> dict[str, Tensor]:
+    def variants(self, proposals: Proposals, weights: list[float] | None) -> dict[str, Tensor]:
         """Class scores [Q, C] of the method's parts and of other ensemble weights, from one
-        pass; none if there is one part only.
+        pass; none for `weights` None, or if there is one part only.
         """
         p, c = proposals.class_probs, proposals.clip_probs
-        if p is None or self.clip is None:
+        if weights is None or p is None or self.clip is None:
             return {}
         scores = {"head_only": p}
         if c is not None:
@@ -280,51 +305,33 @@ class Segmenter(nn.Module):
         its windows of side `window` (0: none) and, with `flip`, their mirror images. With `weights`
         the label maps of all `variants`, too. Score maps are computed a few classes at a time.
         """
-        views = []
-        for image in inputs:
-            H, W = image.shape[-2:]
-            cover = torch.zeros(size, device=image.device)
-            for rows, columns in itertools.product(spans(H, window), spans(W, window)):
-                place = (scaled(rows, size[0], H), scaled(columns, size[1], W))
-                cover[place] += len(inputs) * (1 + flip)
-                for flipped in [False, True][: 1 + flip]:
-                    part = image[:, rows, columns]
-                    part = part.flip(-1) if flipped else part
-                    found = self.classify(proposals) if proposals else self.propose(part)
-                    scores = {"ensemble": self.ensemble(found)}
-                    scores |= {} if weights is None else self.variants(found, weights)
-                    views.append(View(found, scores, place, flipped, cover))
-        finite = [v.proposals.mask_logits.isfinite().all() for v in views]
-        finite += [v.scores["ensemble"].isfinite().all() for v in views]
-        maps = {name: self.mean_label_map(views, name, size) for name in views[0].scores}
-        labels, scores = maps.pop("ensemble")
+        views = make_views(inputs, size, flip, window)
+        found = [self.classify(proposals) if proposals else self.propose(v.image) for v in views]
+        scores = [{"ensemble": self.ensemble(p)} | self.variants(p, weights) for p in found]
+        finite = [p.mask_logits.isfinite().all() for p in found]
+        finite += [s["ensemble"].isfinite().all() for s in scores]
+        maps = {
+            name: self.mean_label_map(views, found, [s[name] for s in scores], size)
+            for name in scores[0]
+        }
+        labels, best = maps.pop("ensemble")
         others = {name: labels for name, (labels, _) in maps.items()}
-        return Segmentation(labels, scores, torch.stack(finite).all(), others)
+        return Segmentation(labels, best, torch.stack(finite).all(), others)
 
-    def mean_label_map(self, views: list[View], name: str, size: Size) -> tuple[Tensor, Tensor]:
+    def mean_label_map(
+        self, views: list[View], proposals: list[Proposals], scores: list[Tensor], size: Size
+    ) -> tuple[Tensor, Tensor]:
         """`label_map` of the mean score over the views of an image."""
-        first = views[0].scores[name]
         if len(views) == 1:
-            return self.label_map(first, views[0].proposals, size)
+            return self.label_map(scores[0], proposals[0], size)
 
         def mean(part: slice) -> Tensor:
-            total = first.new_zeros(len(self.names[part]), *size)
-            for view in views:
-                cover = view.cover[view.place]
-                maps = self.score_map(view.scores[name][:, part], view.proposals, cover.shape)
-                total[:, *view.place] += (maps.flip(-1) if view.flipped else maps) / cover
-            return total
+            maps = scores[0].new_zeros(len(self.names[part]), *size)
+            for view, found, classes in zip(views, proposals, scores, strict=True):
+                view.add(self.score_map(classes[:, part], found, view.size), maps)
+            return maps
 
         return best_class(mean, len(self.names), math.prod(size))
-
-    def learned_modules(self) -> dict[str, nn.Module]:
-        """The parts with something learned besides CLIP."""
-        parts = {name: getattr(self, name) for name in ("maskformer", "prompt", "region_prompt")}
-        return {k: part for k, part in parts.items() if part and [*part.parameters()]}
-
-    def learned_state(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint must hold besides CLIP."""
-        return {name: part.state_dict() for name, part in self.learned_modules().items()}
 
 
 def class_words(names: list[str], synonyms: dict[str, list[str]]) -> list[list[str]]:
@@ -337,6 +344,24 @@ def class_words(names: list[str], synonyms: dict[str, list[str]]) -> list[list[s
     rows = [[name, *synonyms.get(name, [])] for name in names]
     check_names([word for row in rows for word in row])
     return rows
+
+
+def make_views(inputs: list[Tensor], size: Size, flip: bool, window: int) -> list[View]:
+    """All windows of side `window` (0: none) of one image [3, H, W] in several sizes, whose label
+    map has the `size`, and with `flip` their mirror images. Each input counts once.
+    """
+    views = []
+    for image in inputs:
+        H, W = image.shape[-2:]
+        cover = torch.zeros(size, device=image.device)
+        for rows, columns in itertools.product(spans(H, window), spans(W, window)):
+            place = (scaled(rows, size[0], H), scaled(columns, size[1], W))
+            cover[place] += len(inputs) * (1 + flip)
+            part = image[:, rows, columns]
+            views.append(View(part, place, False, cover))
+            if flip:
+                views.append(View(part.flip(-1), place, True, cover))
+    return views
 
 
 def spans(length: int, side: int) -> list[slice]:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from zsseg.clip import CLIP, ConvStem, build_clip
 from zsseg.config import CONFIGS, ClipConfig, Config, load_config
-from zsseg.datasets import dataset
 from zsseg.download import fetch
 from zsseg.maskformer import MaskFormer
 from zsseg.per_pixel import OneStage, PerPixel
@@ -662,6 +661,8 @@ def assemble(config: Config, clip: CLIP | None) -> Segmenter | OneStage:
     model = config.model
     section = config.clip
     if clip is None:
+        from zsseg.datasets import dataset
+
         num_classes = len(dataset(config.data).names)
         return Segmenter(MaskFormer(model, num_classes + 1), None, None, section)
     sizes = (clip.width, section.prompt_prefix)

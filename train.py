@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from zsseg import checkpoint
 from zsseg.data import TrainImages, batches, collate
-from zsseg.datasets import find_pairs, has_split, training_set
+from zsseg.datasets import find_pairs, training_set
 from zsseg.distributed import Process, init_distributed
 from zsseg.evaluate import evaluate
 from zsseg.log import Log
@@ -142,14 +142,9 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         {"params": parameters, "lr": lr, "base": lr, "weight_decay": decay}
         for (lr, decay), parameters in groups.items()
     ]
-    if train.task != "prompts":
-        return torch.optim.AdamW(options, fused=True)
-    optimizer = torch.optim.SGD(options, momentum=config.prompts.momentum, fused=True)
-    # Without this, a first step that is skipped would leave it as the memory was.
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+    if train.task == "prompts":
+        return torch.optim.SGD(options, momentum=config.prompts.momentum)
+    return torch.optim.AdamW(options, fused=True)
 
 
 def lr_factor(step: int, config: Config) -> float:
@@ -236,10 +231,9 @@ def train(config: Config, root: Path, out: Path, process: Process, saved: dict) 
     if size % process.world_size:
         why = f"{size} cannot be shared by {process.world_size} processes"
         raise UserError("train.batch_size", why, "change it")
-    find_pairs(config.data, root, config.data.split)  # a missing split is noticed now
-    if 0 < settings.eval_every < steps and not has_split(config.data, root, "val"):
-        why = f"needs a val split, and {config.data.name} has none"
-        raise UserError("train.eval_every", why, "--set train.eval_every=0")
+    evaluates = 0 < settings.eval_every < steps
+    for split in [config.data.split, *["val"] * evaluates]:  # a missing one is noticed now
+        find_pairs(config.data, root, split)
     process.broadcast(lambda: saved or claim_folder(out))
 
     # model and optimizer; compiled before DDP wraps it, in place: names in the state dict stay
@@ -288,10 +282,13 @@ def train(config: Config, root: Path, out: Path, process: Process, saved: dict) 
         task.model.train()
         return result
 
+    def is_due(step: int) -> bool:
+        return evaluates and step % settings.eval_every == 0 and 0 < step < steps
+
     def validate(step: int) -> None:
         """The evaluation that is due after a step; a run that goes on from there repeats it."""
         nonlocal best
-        if settings.eval_every and step % settings.eval_every == 0 and 0 < step < steps:
+        if is_due(step):
             result = measure("val", step)
             if task.score(result) > max(best, [-math.inf]):
                 best = task.score(result)
@@ -319,8 +316,7 @@ def train(config: Config, root: Path, out: Path, process: Process, saved: dict) 
                 bar.set_postfix_str(log.step(done, loss, parts, norm, lr))
 
             # A checkpoint that is due in a bad step waits for a good one: the weights may be why.
-            evaluates = settings.eval_every and done % settings.eval_every == 0
-            due = due or last or evaluates or done % settings.checkpoint_every == 0
+            due = due or last or done % settings.checkpoint_every == 0 or is_due(done)
             if due and (not bad_steps.read() or last):
                 save("last.pt", done)
                 due = False
@@ -346,16 +342,13 @@ def main(argv: list[str]) -> None:
     saved = checkpoint.load_last(out, args.resume, process)
     config = load_config(None if saved else args.config, args.set, saved.get("config"))
     if saved:
-        print_resumed(out, saved, config, args.set)
+        print_resumed(out, saved, config)
     train(config, args.root, out, process, saved)
 
 
-def print_resumed(out: Path, saved: dict, config: Config, settings: list[str]) -> None:
+def print_resumed(out: Path, saved: dict, config: Config) -> None:
     step = f"step {saved['step']} of {config.train.steps}"
-    print_main(f"resuming {out} at {step}, with the configuration in it and --set")
-    for key in ("train.init", "model.weights", "clip.prompts"):
-        if any(setting.replace(" ", "").startswith(f"{key}=") for setting in settings):
-            print_main(f"{key} is not read again: the weights are those of {out / 'last.pt'}")
+    print_main(f"resuming {out} at {step}: weights and configuration are those in it, and --set")
     before = saved.get("commit") or "unknown"
     now = git_commit() or "unknown"
     if before != now:

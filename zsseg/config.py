@@ -7,6 +7,7 @@ otherwise.
 """
 
 import math
+import re
 import tomllib
 import types
 from dataclasses import dataclass, field, fields
@@ -360,17 +361,6 @@ def matches(value: object, expected: object) -> bool:
 
 
 def describe(expected: object) -> str:
-    """A field's type in words."""
-    origin = get_origin(expected)
-    arguments = get_args(expected)
-    if origin is Annotated:
-        base, interval = arguments
-        return f"{describe(base)} {interval}"
-    if origin is Literal:
-        return f"one of {', '.join(arguments)}"
-    if origin is types.UnionType:
-        return " or ".join(map(describe, arguments))
-    if origin is list:
-        return f"a list, each {describe(*arguments)}"
-    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
-    return names[expected]
+    """A field's type, as "int above 0" or "Literal['online', 'offline']"."""
+    text = re.sub(r"typing\.|<class '(\w+)'>", r"\1", str(expected))
+    return re.sub(r"Annotated\[(\w+), '([^']+)'\]", r"\1 \2", text)

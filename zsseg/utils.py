@@ -1,7 +1,6 @@
 """What every part shares: user errors, the command line, files, stateless seeds, progress."""
 
 import argparse
-import codecs
 import contextlib
 import difflib
 import functools
@@ -16,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # that ask a run to stop
@@ -77,18 +77,15 @@ def plural(count: int, noun: str, many: str = "") -> str:
 def format_table(heads: Iterable, rows: Iterable[Iterable]) -> str:
     """Lines of a table: the first column aligned to the left, the others to the right."""
     lines = [[str(cell) for cell in row] for row in (heads, *rows)]
-    first, *others = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    widths = [max(width + 2, 9) for width in others]
+    width = max(len(line[0]) for line in lines)
     return "\n".join(
-        title.ljust(first) + "".join(map(str.rjust, cells, widths)) for title, *cells in lines
+        title.ljust(width) + "".join(f" {cell:>9}" for cell in cells) for title, *cells in lines
     )
 
 
 def format_time(seconds: float) -> str:
-    """As 0:22, 3:12 or 1:02:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    """As 0:03:12."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 # --- the command line
@@ -186,32 +183,25 @@ def cache_dir() -> Path:
 
 
 def read_text(file: Path, what: str, todo: str) -> str:
-    """A text file of the user's as editors save it: UTF-8, or UTF-16 with a mark. Raises
-    UserError.
-    """
+    """A text file of the user's in UTF-8, with or without a mark. Raises UserError."""
     try:
-        content = file.read_bytes()
-        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = content.decode("utf-16" if wide else "utf-8-sig")
+        text = file.read_bytes().decode("utf-8-sig")
+        if "\0" not in text:  # else UTF-16
+            return text
     except FileNotFoundError:
         raise no_such_file(what, file, todo) from None
     except OSError as error:
         raise UserError(what, f"cannot be read ({error.strerror})", todo) from None
     except UnicodeError:
-        raise UserError(what, "is not UTF-8 text", "save it as UTF-8") from None
-    if "\0" in text:  # UTF-16 without a mark
-        raise UserError(what, "is not UTF-8 text", "save it as UTF-8")
-    return text
+        pass
+    raise UserError(what, "is not UTF-8 text", "save it as UTF-8")
 
 
 def split_lines(text: str) -> list[str]:
-    """Lines end at a newline, with or without a carriage return, and at nothing else: a name may
-    contain any other character. Without any newline, carriage returns end lines.
+    """Lines end at newlines and carriage returns, and at nothing else: a name may contain any
+    other character.
     """
-    if "\n" not in text:
-        text = text.replace("\r", "\n")
-    lines = text.removesuffix("\n").split("\n") if text else []
-    return [line.removesuffix("\r") for line in lines]
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
 
 
 def walk(folder: str | Path, skip: str = "") -> Iterator[str]:
@@ -313,9 +303,7 @@ def mix_seed(*numbers: int) -> int:
 
 
 def progress(items: Iterable, name: str, total: int, show: bool = True) -> Iterator:
-    """The items, with a progress bar on a terminal, else with a line after every tenth of them and
-    every LINE_EVERY seconds.
-    """
+    """The items, with a progress bar on a terminal, else with a line every LINE_EVERY seconds."""
     if sys.stderr.isatty() or not show:
         from tqdm import tqdm
 
@@ -326,8 +314,7 @@ def progress(items: Iterable, name: str, total: int, show: bool = True) -> Itera
     for i, item in enumerate(items, 1):
         yield item
         now = time.perf_counter()
-        is_tenth = 10 * i // total > 10 * (i - 1) // total
-        if i == total or now - printed > (2 if is_tenth else LINE_EVERY):
+        if i == total or now - printed > LINE_EVERY:
             printed = now
             each = (now - started) / i
             left = format_time((total - i) * each)
@@ -345,12 +332,7 @@ def parallel(function: Callable, items: Sequence, workers: int, name: str) -> It
             waiting.append(pool.submit(function, item))
             if len(waiting) > 4 * workers:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from (future.result() for future in waiting)
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        try:
-            show = os.environ.get("RANK", "0") == "0"
-            yield from progress(results(), name, len(items), show)
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        yield from progress(results(), name, len(items), os.environ.get("RANK", "0") == "0")

@@ -128,7 +128,12 @@ def encode_labels(ids: np.ndarray) -> str:
 class Server(ThreadingHTTPServer):
     """Serves one session to this machine."""
 
-    session: Session
+    def run(self, session: Session) -> None:
+        """Answer until Ctrl-C."""
+        self.session = session
+        print(f"open http://127.0.0.1:{self.server_address[1]}/ (Ctrl-C ends it)", flush=True)
+        with self, contextlib.suppress(KeyboardInterrupt):
+            self.serve_forever()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -217,7 +222,4 @@ def open_server(port: int, config: Config) -> Server:
 
 def serve_page(server: Server, *session: object) -> None:
     """Answer until Ctrl-C. `session`: what `Session` is made of."""
-    server.session = Session(*session)
-    print(f"open http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends it)", flush=True)
-    with server, contextlib.suppress(KeyboardInterrupt):
-        server.serve_forever()
+    server.run(Session(*session))

@@ -1,0 +1,232 @@
+"""The page of --serve: any image, any words, over HTTP and in a real browser."""
+
+import base64
+import http.client
+import io
+import json
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from chromium import browser, window  # noqa: F401  a fixture
+from conftest import PROCESS, command, fails_in_one_line, start, tiny_config
+from PIL import Image
+
+from zsseg.apps import serve
+from zsseg.apps.vocabulary import Words, parse_words
+from zsseg.images import network_inputs, read_image
+from zsseg.utils import UserError
+
+TOO_LONG = "star, " + "very " * 90 + "long"
+
+
+@pytest.fixture
+def session(segmenter) -> serve.Session:
+    words = Words(["star", "tree"], {}, 2)
+    return serve.Session(segmenter, tiny_config(), PROCESS, ["star"], words)
+
+
+@pytest.fixture
+def port(session) -> Iterator[int]:
+    with serve.open_server(0, tiny_config()) as server:
+        server.session = session
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
+
+
+def photo(height: int = 48, width: int = 64, seed: int = 1) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def ask(port: int, path: str, body: object = None, **headers: str) -> tuple[int, object]:
+    """Status and content of the answer to a GET or, with a body, to a POST."""
+    content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET" if content is None else "POST", path, content, headers)
+    answer = connection.getresponse()
+    text = answer.read().decode()
+    connection.close()
+    is_json = answer.headers["Content-Type"] == "application/json"
+    return answer.status, json.loads(text) if is_json else text
+
+
+def label_map(found: dict) -> np.ndarray:
+    rgb = np.array(Image.open(io.BytesIO(base64.b64decode(found["labels"]))).convert("RGB"))
+    return rgb[..., 0] + 256 * rgb[..., 1].astype(np.int64)
+
+
+def test_words_change_without_a_pass(port, session, monkeypatch):
+    status, stored = ask(port, "/image", photo())
+    assert status == 200 and (stored["width"], stored["height"]) == (64, 48)
+    monkeypatch.setattr(session.segmenter, "propose", None)  # nothing passes the networks again
+    for words in ("cat, dog", "a bird, sofa = couch; other: sky, wall", "cat"):
+        status, found = ask(port, "/label", {"image": stored["image"], "words": words})
+        assert status == 200, found
+        names = parse_words(words).shown_names
+        assert [(row["id"], row["name"]) for row in found["classes"]] == [*enumerate(names)]
+        labels = label_map(found)
+        counts = np.bincount(labels.ravel(), minlength=len(names)).tolist()
+        assert counts == [row["pixels"] for row in found["classes"]] and sum(counts) == 64 * 48
+        assert len(found["colours"]) == len(names)
+        if "other" in names:
+            assert found["colours"][-1] == [96] * 3
+    _, pixel = ask(port, f"/pixel?image={stored['image']}&x=3&y=40")
+    assert [row["name"] for row in pixel["classes"]] == ["cat"] and 0 <= pixel["query"] < 8
+
+
+def test_a_label_map_is_that_of_a_fresh_pass(session):
+    """And the class named at a pixel is the one that is drawn there."""
+    stored = session.add(photo(90, 120))
+    number = stored["image"]
+    labels = label_map(session.label(number, "star, tree, brick"))
+    inputs = network_inputs(read_image(io.BytesIO(photo(90, 120)), shown=True), tiny_config().data)
+    fresh = session.segmenter.segment(inputs, (90, 120)).labels.numpy()
+    assert (labels == fresh).mean() > 0.999
+    places = [(x, y) for x in range(0, 120, 12) for y in range(0, 90, 9)]
+    names = ("star", "tree", "brick")
+    pixels = [session.pixel(number, x, y)["classes"][0]["name"] for x, y in places]
+    same = [name == names[labels[y, x]] for name, (x, y) in zip(pixels, places, strict=True)]
+    assert np.mean(same) > 0.9
+
+
+def test_words_that_are_refused_change_nothing(port, session):
+    """However often they are given."""
+    number = ask(port, "/image", photo())[1]["image"]
+    request = {"image": number, "words": "star, moon, brick"}
+    before = ask(port, "/label", request)[1]
+    for words in (TOO_LONG, TOO_LONG, "cat, cat", "", "other: sky", "photo.jpg"):
+        status, found = ask(port, "/label", {"image": number, "words": words})
+        assert status == 422 and len(found["error"].splitlines()) == 1, words
+        assert session.words.names == session.segmenter.names == ["star", "moon", "brick"]
+        pixel = ask(port, f"/pixel?image={number}&x=3&y=40")[1]
+        assert {row["name"] for row in pixel["classes"]} == {"star", "moon", "brick"}
+    after = ask(port, "/label", request)[1]
+    assert after["labels"] == before["labels"] and after["classes"] == before["classes"]
+
+
+def test_the_server_refuses(port, monkeypatch):
+    status, page = ask(port, "/")
+    assert status == 200 and page.startswith("<!doctype html>")
+    number = ask(port, "/image", photo())[1]["image"]
+    for host in (f"localhost:{port}", "localhost:9", "127.0.0.1"):  # a tunnel, port 80
+        assert ask(port, "/words", Host=host, Origin=f"http://{host}")[0] == 200
+    monkeypatch.setattr(serve, "MAX_UPLOAD", 2**20)
+    refused = [
+        ask(port, "/words", Host="evil.example"),
+        ask(port, "/image", photo(), Origin="http://evil.example"),
+        ask(port, "/words", Origin="null"),
+        ask(port, "/../../etc/passwd"),
+        ask(port, "/image", b"no image"),
+        ask(port, "/image", photo()[:-99]),
+        ask(port, "/image", bytes(3 * 2**20)),
+        ask(port, "/label", {"image": 1, "words": "cat"}),
+        ask(port, f"/pixel?image={number}&x=-5&y=0"),
+        ask(port, f"/pixel?image={number}&x=64&y=0"),
+    ]
+    for status, content in refused:
+        assert status == 422 and len(content["error"].splitlines()) == 1
+    assert "too large" in refused[6][1]["error"] and "this image" in refused[4][1]["error"]
+    for request in (b"{", b"[]", b'{"image": "x"}', b"[" * 10**5):
+        assert ask(port, "/label", request)[0] == 422
+
+
+def test_images_of_the_session(session, monkeypatch):
+    """Old ones are forgotten; scores that are not finite are an error."""
+    monkeypatch.setattr(serve, "MAX_IMAGES", 2)
+    numbers = [session.add(photo(seed=i))["image"] for i in range(3)]
+    assert list(session.images) == numbers[1:] and len(set(numbers)) == 3
+    with torch.inference_mode():
+        session.images[numbers[2]][1].mask_logits[0, 0, 0] = torch.nan
+    with pytest.raises(UserError, match="not finite"):
+        session.label(numbers[2], "cat, dog")
+
+
+def test_words_as_they_are_read():
+    words = Words(["cat", "sofa", "sky", "wall"], {"sofa": ["couch"]}, 2)
+    assert serve.format_words(words) == "cat, sofa = couch; other: sky, wall"
+    assert parse_words(serve.format_words(words)) == words
+
+
+def test_what_has_no_page(port, trained):
+    """One line, before anything is loaded."""
+    with pytest.raises(UserError, match="one-stage"):
+        serve.open_server(0, tiny_config("model.proposals=false"))
+    words = ("eval.py", trained, "--root", trained.parents[1], "--device", "cpu", "--serve")
+    for number in (port, 99999):
+        fails_in_one_line(command(*words, number), "--serve", "cannot be opened")
+
+
+def test_the_command_answers_until_ctrl_c(trained):
+    words = ("--root", trained.parents[1], "--device", "cpu", "--serve", "0")
+    running = start("eval.py", trained, *words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    lines = []
+    try:
+        while not lines or not lines[-1].startswith("open http://127.0.0.1:"):
+            lines.append(running.stdout.readline().decode())
+            assert lines[-1], lines
+        port = int(lines[-1].split(":")[2].split("/")[0])
+        assert ask(port, "/words")[1]["words"]
+        running.send_signal(signal.SIGINT)
+        assert running.wait(30) == 0 and running.stdout.read() == b""
+    finally:
+        running.kill()
+
+
+DROP = """([bytes, name]) => {
+    const data = new DataTransfer();
+    data.items.add(new File([Uint8Array.from(bytes)], name, {type: "image/png"}));
+    document.dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true}));
+}"""
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_the_page_in_a_browser(browser, port, width):  # noqa: F811
+    """Choose or drop an image, change words, point, switch a word off, save, a broken file."""
+    from playwright.sync_api import expect
+
+    with window(browser, width, dark=width == 360) as page:
+        page.goto(f"http://127.0.0.1:{port}/")
+        expect(page.locator("#words")).to_have_value("star, tree")
+        back = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert back == ("rgb(22, 23, 26)" if width == 360 else "rgb(246, 246, 244)")
+        if width == 360:
+            page.evaluate(DROP, [list(photo()), "a.png"])
+        else:
+            file = {"name": "a.png", "mimeType": "image/png", "buffer": photo(480, 640)}
+            page.locator("#file").set_input_files(file)
+        names = page.locator("#legend .name")
+        expect(names).to_have_count(2, timeout=30_000)
+        page.fill("#words", "cat, dog, bird")
+        expect(names).to_have_count(3)
+        assert {*names.all_inner_texts()} == {"cat", "dog", "bird"}
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        expect(page.locator("#pixel li")).to_have_count(3)
+        before = page.inner_text("#pixel small")
+        page.focus("#view")
+        page.keyboard.press("ArrowLeft")
+        expect(page.locator("#pixel small")).not_to_have_text(before)
+        page.locator("#legend input").first.click()
+        expect(page.locator("#legend .share").last).to_have_text("off")
+        with page.expect_download() as download:
+            page.click("#png")
+        labels = np.array(Image.open(download.value.path()).convert("RGB"))
+        assert labels[..., 0].max() <= 1 and labels[..., 1:].max() == 0
+        for act in (
+            lambda: page.evaluate(DROP, [[1, 2, 3], "broken.png"]),
+            lambda: page.fill("#words", "cat, cat"),
+        ):
+            act()
+            expect(page.locator("#status.bad")).to_have_count(1)
+            page.fill("#words", "cat, bird")
+            expect(page.locator("#status.bad")).to_have_count(0)
+        page.focus("#choose")
+        page.keyboard.press("/")
+        assert page.evaluate("document.activeElement.id") == "words"

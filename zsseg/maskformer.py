@@ -115,7 +115,6 @@ class PixelNetwork(nn.Module):
         mean = torch.tensor(PIXEL_MEAN).view(3, 1, 1)
         self.register_buffer("pixel_mean", mean, persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
-        self.inference = self.decode
 
     def prepare(self, images: Tensor) -> Tensor:
         """RGB in 0..255 [B, 3, H, W], any dtype and size -> normalised, zero-padded at the right
@@ -126,19 +125,6 @@ class PixelNetwork(nn.Module):
         if x.is_cuda and torch.is_autocast_enabled("cuda"):
             return x.contiguous(memory_format=torch.channels_last)  # as tensor cores read it
         return x
-
-    def compile_inference(self) -> None:
-        """Compile what inference uses, for images of any size; another program than the one that
-        training compiles.
-        """
-        program = torch.compile(self.decode, fullgraph=True)
-
-        def inference(images: Tensor) -> tuple[Tensor, Tensor] | Tensor:
-            for dim in (2, 3):
-                torch._dynamo.maybe_mark_dynamic(images, dim)
-            return program(images)
-
-        self.inference = inference
 
 
 class MaskFormer(PixelNetwork):
@@ -151,6 +137,7 @@ class MaskFormer(PixelNetwork):
     def __init__(self, model: object, embed_dim: int, scale: float = 100.0):
         super().__init__(model)
         self.scale = scale
+        self.inference = self.decode
         dim = model.hidden_dim
         self.input_proj = nn.Conv2d(self.backbone.channels[-1], dim, 1)
         layer = (dim, model.num_heads, model.feedforward, model.dropout)
@@ -218,3 +205,16 @@ class MaskFormer(PixelNetwork):
         """
         embeds, mask_logits = self.inference(self.prepare(image[None]))
         return mask_logits[-1, 0].float(), embeds[-1, 0]
+
+    def compile_inference(self) -> None:
+        """Compile what inference uses, for images of any size; another program than the one that
+        training compiles.
+        """
+        program = torch.compile(self.decode, fullgraph=True)
+
+        def inference(images: Tensor) -> tuple[Tensor, Tensor]:
+            for dim in (2, 3):
+                torch._dynamo.maybe_mark_dynamic(images, dim)
+            return program(images)
+
+        self.inference = inference

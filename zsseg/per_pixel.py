@@ -2,15 +2,13 @@
 features, without mask proposals.
 """
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zsseg.clip import cosine_logits
 from zsseg.maskformer import PixelNetwork, init_conv
-from zsseg.segmenter import Segmentation, Segmenter, Size, scaled, spans
+from zsseg.segmenter import OpenVocabulary, Segmentation, Size, make_views
 
 STRIDE = 4  # from embeddings to the network input
 
@@ -49,13 +47,10 @@ def upsample(embeds: Tensor, size: Size) -> Tensor:
     return embeds[..., : size[0], : size[1]]
 
 
-class OneStage(Segmenter):
-    """The one-stage baseline: a `PerPixel` network and a frozen CLIP, which names the whole image,
-    over a vocabulary that `set_classes` fixes.
+class OneStage(OpenVocabulary):
+    """The one-stage baseline: a `PerPixel` network, and a frozen CLIP that names the whole
+    image.
     """
-
-    def __init__(self, maskformer: PerPixel, clip: nn.Module, prompt: nn.Module, config: object):
-        super().__init__(maskformer, clip, prompt, config, proposer=maskformer.decode)
 
     @torch.inference_mode()
     def score_map(self, image: Tensor, size: Size) -> Tensor:
@@ -65,13 +60,15 @@ class OneStage(Segmenter):
         c^(1-w), unseen ones p^(1-w) c^w; w = 0 is CLIP only.
         """
         with torch.autocast("cpu", enabled=False):
-            embeds = self.maskformer.inference(self.maskformer.prepare(image[None]))
+            embeds = self.maskformer.decode(self.maskformer.prepare(image[None]))
         embeds = upsample(embeds, image.shape[-2:])
         embeds = F.interpolate(embeds, size, mode="bilinear", align_corners=False)
         p = self.maskformer.classify(embeds, self.text_features)[0].softmax(0)
         if not self.config.ensemble:
             return p
-        whole = self.clip.encode_image(self.clip.normalize(image)[None])
+        least = [max(s, self.clip.patch) for s in image.shape[-2:]]
+        whole = F.interpolate(self.clip.normalize(image)[None], least, mode="bilinear")
+        whole = self.clip.encode_image(whole)
         c = self.clip.logits(whole, self.text_features).softmax(-1)[0, :, None, None]
         w = self.config.ensemble_weight
         power = torch.where(self.seen & self.config.ensemble_seen, w, 1 - w if w else 0)
@@ -91,18 +88,12 @@ class OneStage(Segmenter):
         no variants.
         """
         scores = torch.zeros(len(self.names), *size, device=inputs[0].device)
-        for image in inputs:
-            total = torch.zeros_like(scores)
-            cover = torch.zeros_like(scores[0])
-            H, W = image.shape[-2:]
-            for rows, columns in itertools.product(spans(H, window), spans(W, window)):
-                place = (scaled(rows, size[0], H), scaled(columns, size[1], W))
-                cover[place] += 1 + flip
-                part = image[:, rows, columns]
-                shape = cover[place].shape
-                total[:, *place] += self.score_map(part, shape)
-                if flip:
-                    total[:, *place] += self.score_map(part.flip(-1), shape).flip(-1)
-            scores += total / cover / len(inputs)
+        for view in make_views(inputs, size, flip, window):
+            view.add(self.score_map(view.image, view.size), scores)
         best, labels = scores.max(0)
         return Segmentation(labels, best, scores.isfinite().all())
+
+    def compile_tower(self) -> None:
+        """Nothing: every image has another size here, and would have a program compiled for it."""
+
+    compile_parts = compile_tower

@@ -1,75 +1,65 @@
-"""What the networks read: test images and the endless streams of training samples.
+"""What the networks read: test images, the endless streams of training samples, label counts.
 
 A sample of a training stream is a function of (seed, sample number) only, so resuming
 needs one integer.
 """
 
 import atexit
+import contextlib
 import functools
-import multiprocessing.util
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from zsseg.config import Config, DataConfig
-from zsseg.datasets import dataset, find_pairs, training_set
-from zsseg.images import read_image, read_labels
-from zsseg.label_statistics import LabelStatistics, label_statistics
+from zsseg.datasets import DataSet, dataset, find_listing, find_pairs, training_set
+from zsseg.images import network_inputs, read_image, read_labels, read_values, test_size
 from zsseg.matcher import Targets
-from zsseg.utils import SIGNALS, UserError, left_out, mix_seed, print_main, several
+from zsseg.utils import (
+    SIGNALS,
+    UserError,
+    atomic_write,
+    digest,
+    join_some,
+    mix_seed,
+    parallel,
+    plural,
+    warn,
+)
 
-MAX_REPLACEMENTS = 100  # samples in a row that may be broken before training stops
-
-
-def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
-    """uint8 [H, W, 3] -> [3, H, W], contiguous."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def test_size(width: int, height: int, short: int, longest: int) -> tuple[int, int]:
-    """(width, height) with the short edge resized to `short`, the long one to at most `longest`
-    (detectron2's rule).
-    """
-    scale = short / min(width, height)
-    w, h = (short, scale * height) if width <= height else (scale * width, short)
-    if max(w, h) > longest:
-        w, h = (x * longest / max(w, h) for x in (w, h))
-    return max(int(w + 0.5), 1), max(int(h + 0.5), 1)
-
-
-def network_inputs(
-    image: Image.Image, config: DataConfig, short_edges: list[int] = ()
-) -> list[Tensor]:
-    """uint8 [3, h, w] at each network-input size: with these shorter edges, one of
-    `data.test_short_edge` where there are none.
-    """
-    edges = short_edges or [config.test_short_edge]
-    sizes = [test_size(*image.size, edge, config.max_size) for edge in edges]
-    return [to_tensor(image.resize(size, Image.Resampling.BILINEAR)) for size in sizes]
+MAX_BROKEN = 100  # samples in a row that may be broken before training stops
 
 
 class TestImages(Dataset):
     """Item i: (image uint8 [3, h, w] at each input size, class ids uint8 or int32 [H, W] at the
     image's own size, name).
 
-    The shorter edge is each of `edges`, or else `data.test_short_edge`.
+    The shorter edge is each of `edges`, or else `data.test_short_edge`. `lut`: label value ->
+    class id, if not the data set's.
     """
 
-    def __init__(self, config: DataConfig, root: Path, split: str, edges: list[int] = ()):
-        self.config = config
-        self.lut = dataset(config).lut()
+    def __init__(
+        self,
+        data_config: DataConfig,
+        root: Path,
+        split: str,
+        edges: list[int] = (),
+        lut: np.ndarray | None = None,
+    ):
+        self.config = data_config
+        self.lut = dataset(data_config).lut() if lut is None else lut
         self.edges = edges
-        self.pairs = find_pairs(config, root, split)
+        self.pairs = find_pairs(data_config, root, split)
         self.names = unique_names([image for image, _ in self.pairs])
 
     def __len__(self) -> int:
@@ -83,7 +73,7 @@ class TestImages(Dataset):
 
 
 def unique_names(files: list[Path]) -> list[str]:
-    """A different name for each file: its stem or, where stems are not unique, its path below their
+    """A different name for each file: its stem or, if stems are not unique, its path below their
     common folder without or with its ending.
     """
     files = [Path(os.path.abspath(file)) for file in files]
@@ -96,21 +86,25 @@ def unique_names(files: list[Path]) -> list[str]:
     return paths  # a.jpg and a.png
 
 
+# --- training samples
+
+
 def augment(
     image: Image.Image,
     labels: np.ndarray,
-    config: DataConfig,
+    data_config: DataConfig,
     ignore: int,
     rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Training augmentation: RGB image and class ids [H, W] -> uint8 [3, S, S] and ids [S, S],
-    S = config.crop.
+    S = data.crop.
 
     Resize of the short edge, random crop, colour jitter, flip, padding at the right and bottom.
     """
-    S = config.crop
+    S = data_config.crop
     W, H = image.size
-    width, height = test_size(W, H, int(rng.choice(config.short_edges)), config.max_size)
+    short = int(rng.choice(data_config.short_edges))
+    width, height = test_size(W, H, short, data_config.max_size)
     h = min(height, S)
     w = min(width, S)
     top = int(rng.integers(height - h + 1))
@@ -122,15 +116,15 @@ def augment(
     image = image.resize((w, h), Image.Resampling.BILINEAR, box)
     rows = np.minimum((np.arange(top, top + h) + 0.5) * H / height, H - 1).astype(int)  # nearest
     cols = np.minimum((np.arange(left, left + w) + 0.5) * W / width, W - 1).astype(int)
-    if config.color_jitter:
+    if data_config.color_jitter:
         image = ssd_jitter(image, rng)
 
-    pixels = np.full((S, S, 3), 128, np.uint8)
+    pixels = np.full((3, S, S), 128, np.uint8)
     mask = np.full((S, S), ignore, labels.dtype)
     step = -1 if rng.random() < 0.5 else 1  # flip
-    pixels[:h, :w] = np.asarray(image)[:, ::step]
+    pixels[:, :h, :w] = np.asarray(image)[:, ::step].transpose(2, 0, 1)
     mask[:h, :w] = labels[rows[:, None], cols[::step]]
-    return to_tensor(pixels), torch.from_numpy(mask)
+    return torch.from_numpy(pixels), torch.from_numpy(mask)
 
 
 def ssd_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -140,51 +134,66 @@ def ssd_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     brightness, contrast, saturation, hue, contrast_first = rng.random(5) < 0.5
     u = rng.uniform(-1, 1, 4)
     values = np.arange(256.0)
-
-    def apply(image: Image.Image, *luts: np.ndarray) -> Image.Image:
-        return image.point(np.concatenate(luts).clip(0, 255).astype(np.uint8).tolist())
-
-    contrast_luts = 3 * [values * (1 + u[1] / 2)]
-    if brightness:
-        image = apply(image, *3 * [values + 32 * u[0]])
-    if contrast and contrast_first:
-        image = apply(image, *contrast_luts)
-    if saturation or hue:  # as SSD does, in 8-bit HSV
-        hue_lut = (values + round(256 * 18 / 360 * u[3])) % 256 if hue else values
-        saturation_lut = values * (1 + u[2] / 2) if saturation else values
-        image = apply(image.convert("HSV"), hue_lut, saturation_lut, values).convert("RGB")
-    if contrast and not contrast_first:
-        image = apply(image, *contrast_luts)
-    return image
+    hues = (values + round(256 * 18 / 360 * u[3])) % 256 if hue else values
+    saturations = values * (1 + u[2] / 2) if saturation else values
+    contrasts = ("RGB", 3 * [values * (1 + u[1] / 2)])
+    steps = [
+        (brightness, ("RGB", 3 * [values + 32 * u[0]])),
+        (contrast and contrast_first, contrasts),
+        (saturation or hue, ("HSV", [hues, saturations, values])),  # as SSD does, in 8 bits
+        (contrast and not contrast_first, contrasts),
+    ]
+    for drawn, (space, tables) in steps:
+        if drawn:
+            table = np.concatenate(tables).clip(0, 255).astype(np.uint8).tolist()
+            image = image.convert(space).point(table)
+    return image.convert("RGB")
 
 
-def training_statistics(config: DataConfig, root: Path) -> LabelStatistics:
-    """The label statistics of the training split. Prints possible mistakes in the labels and the
-    label maps that cannot be read, which are left out.
+class EndlessSamples(Dataset):
+    """The base of an endless stream: sample n shows one of `items`, tuples of an image file and
+    more, in a fresh order every epoch. Subclasses set `items` and `seed` and define `load(n)`.
     """
-    statistics = label_statistics(config, root, "train", config.workers)
-    for line in statistics.possible_mistakes(training_set(config), "train"):
-        print_main(f"look at: {line}")
-    for line in statistics.broken[:20]:
-        print_main(f"left out: {line}")
-    if count := len(statistics.broken):
-        names = f"; prepare_data.py {config.name} --check names them" if count > 20 else ""
-        left_out(f"{several(count, 'label map')} that cannot be read{names}")
-    return statistics
+
+    items: list[tuple]
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def item(self, n: int) -> tuple:
+        """What sample n shows."""
+        epoch, i = divmod(n, len(self.items))
+        return self.items[permutation(mix_seed(self.seed, 1, epoch), len(self.items))[i]]
+
+    def source(self, n: int) -> str:
+        """The image of sample n, for messages."""
+        return str(self.item(n)[0])
+
+    def __getitem__(self, n: int) -> object:
+        """Sample n or, if its files are broken, which is said, the next that can be read: still a
+        function of n only. Too many broken ones in a row raise the last one's UserError.
+        """
+        for k in range(n, n + MAX_BROKEN):
+            try:
+                return self.load(k)
+            except UserError as error:
+                last = error
+                warn(f"replaced by the next sample: {error}")
+        raise last
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def permutation(seed: int, length: int) -> np.ndarray:
-    """The order of an epoch, kept until the next one: int64 [length]."""
+    """The order of an epoch, cached until the next one: int64 [length]."""
     return np.random.default_rng(seed).permutation(length)
 
 
-class TrainImages(Dataset):
-    """Sample n of an endless stream: the images in a fresh order every epoch, augmented.
+class TrainImages(EndlessSamples):
+    """The training images, augmented; those that show no class that is trained on are left out.
 
     Item: (image uint8 [3, S, S], ids among the training classes [S, S], classes present int64 [T]).
-    An image that shows no class that is trained on is left out. `pseudo` is a folder of label maps
-    to train on instead of the data set's.
+    `pseudo`: a folder of label maps to train on instead of the data set's.
     """
 
     def __init__(self, config: Config, root: Path, pseudo: Path | None = None):
@@ -194,31 +203,21 @@ class TrainImages(Dataset):
         pairs = find_pairs(config.data, root, "train")
         if pseudo is None:
             self.lut = self.data.lut(training=True)
-            statistics = training_statistics(config.data, root)
-            self.pairs = [pairs[i] for i in statistics.images_with(self.data.trained)]
-            if without := len(pairs) - len(self.pairs) - len(statistics.broken):
-                left_out(f"{several(without, 'training image')} without a class that is trained on")
+            counts = training_counts(config, root)
+            shown = (counts[:, self.data.trained] > 0).any(1)
+            self.items = [pair for pair, used in zip(pairs, shown, strict=True) if used]
+            if without := int((~shown & (counts[:, 0] >= 0)).sum()):
+                warn(f"{plural(without, 'training image')} without a trained class left out")
         else:  # label maps of class ids, by `zsseg.self_training`
             C = len(self.data.names)
             self.lut = replace(self.data, values=list(range(C)), bits=8 if C <= 255 else 16).lut()
-            self.pairs = [(image, pseudo / f"{i:06}.png") for i, (image, _) in enumerate(pairs)]
-        if not self.pairs:
+            self.items = [(image, pseudo / f"{i:06}.png") for i, (image, _) in enumerate(pairs)]
+        if not self.items:
             why = "no training image shows a class that is trained on"
             raise UserError(f"data set {config.data.name}", why, "check it")
 
-    def order(self, epoch: int) -> np.ndarray:
-        return permutation(mix_seed(self.seed, 1, epoch), len(self.pairs))
-
-    def pair(self, n: int) -> tuple[Path, Path]:
-        """The files of sample n."""
-        epoch, i = divmod(n, len(self.pairs))
-        return self.pairs[self.order(epoch)[i]]
-
-    def source(self, n: int) -> str:
-        return str(self.pair(n)[0])
-
-    def __getitem__(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        image_file, label_file = self.pair(n)
+    def load(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        image_file, label_file = self.item(n)
         image = read_image(image_file, turn=self.config.exif_turn)
         labels = read_labels(label_file, self.lut, image.size)
         rng = np.random.default_rng(mix_seed(self.seed, 2, n))
@@ -235,85 +234,168 @@ def collate(samples: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Targe
     return torch.stack(images), Targets(torch.stack(labels), classes, counts)
 
 
-class Sample(NamedTuple):
-    """A sample and the errors on the way to it, since worker processes cannot raise a UserError."""
-
-    value: object  # None for a broken sample
-    errors: list[UserError]
+# --- label counts
 
 
-class SafeDataset(Dataset):
-    """Samples as `Sample`; with `replace`, the next one that can be read replaces a broken one."""
+def label_counter(data: DataSet) -> Callable[..., np.ndarray]:
+    """A function of (label map, its image's size or None): pixels of each class and, last, of no
+    class, int64 [C + 1].
 
-    def __init__(self, samples: Dataset, replace: bool = False):
+    It raises UserError for a bad file, AssertionError if training would read a pixel of an unseen
+    class.
+    """
+    C = len(data.names)
+    ids = np.minimum(data.lut(), C)  # the ignore value is the largest
+    unseen = [data.names.index(name) for name in data.unseen]
+    leaks = np.isin(ids, unseen)
+    leaks[[data.values[i] for i in unseen]] = True  # `ids` could be wrong, too
+    leaks &= data.lut(training=True) != data.ignore
+
+    def count(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+        values = read_values(file, data.bits, size)
+        pixels = np.bincount(values.ravel(), minlength=len(ids))
+        if pixels[leaks].any():
+            raise AssertionError(f"{file}: a pixel of an unseen class survives")
+        return np.bincount(ids, pixels, C + 1).astype(np.int64)
+
+    return count
+
+
+def count_labels(data_config: DataConfig, root: Path, split: str, workers: int = 4) -> np.ndarray:
+    """Pixels of each class and, last, of no class in every label map of a split: int64 [n, C + 1],
+    -1 for a map that cannot be read.
+
+    Counted once, and again when the data set or a label map has changed.
+    """
+    data = dataset(data_config)
+    listing = find_listing(data_config, root, split)
+    table = [data.names, data.values, data.unseen, data.bits]
+    version = digest(table, [label for _, label in listing.pairs])
+    cache = listing.folder / f".labels.{split.replace('/', '.')}.npz"
+    with contextlib.suppress(Exception), np.load(cache) as content:  # broken ones raise anything
+        if str(content["version"]) == version:
+            return content["counts"]
+
+    count = label_counter(data)
+    broken = []
+
+    def attempt(pair: tuple[Path, Path]) -> np.ndarray:
+        try:
+            return count(pair[1])
+        except UserError as error:
+            broken.append(str(error))
+            return np.full(len(data.names) + 1, -1)
+
+    name = f"count {data.name} {split}"
+    counts = np.stack([*parallel(attempt, listing.pairs, workers, name)])
+    if broken:
+        warn(f"{plural(len(broken), 'label map')} left out: {join_some(broken, 3)}")
+        return counts
+    try:
+        with atomic_write(cache) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, version=version, counts=counts)
+    except UserError as error:
+        warn(f"label maps will be counted again: {error}")
+    return counts
+
+
+def training_counts(config: Config, root: Path) -> np.ndarray:
+    """`count_labels` of the training split; says which classes have no pixel, and how much of a
+    data set of the user's has no class.
+    """
+    counts = count_labels(config.data, root, "train", config.data.workers)
+    data = training_set(config.data)
+    for line in label_remarks(counts.clip(0).sum(0), data, "train"):
+        warn(line)
+    return counts
+
+
+def label_remarks(pixels: np.ndarray, data: DataSet, split: str) -> list[str]:
+    """Possible mistakes in labels, by their pixels of each class and of no class [C + 1]."""
+    lines = []
+    used = data.trained if split == "train" else range(len(data.names))
+    if absent := [data.names[i] for i in used if not pixels[i]]:
+        classes = plural(len(absent), "class", "classes")
+        lines.append(f"no pixel in {split} of {classes} of {len(used)}: {join_some(absent, 20)}")
+    ignored = 100 * pixels[-1] / max(pixels.sum(), 1)
+    if data.name == "folder" and ignored > 5:
+        lines.append(f"{ignored:.0f} % of the pixels in {split} have a value of no class")
+    return lines
+
+
+# --- loading
+
+
+class Loaded(Dataset):
+    """Samples by number or, with `collate_fn`, batches by list of numbers. An item is its UserError
+    if it cannot be read: worker processes cannot raise one.
+    """
+
+    def __init__(self, samples: Dataset, collate_fn: Callable | None):
         self.samples = samples
-        self.tries = MAX_REPLACEMENTS + 1 if replace else 1
+        self.collate_fn = collate_fn
 
-    def __getitem__(self, n: int) -> Sample:
-        errors = []
-        for k in range(self.tries):
-            try:
-                return Sample(self.samples[n + k], errors)
-            except UserError as error:
-                errors.append(error)
-        return Sample(None, errors)
-
-
-def safe_collate(collate_fn: Callable, samples: list[Sample]) -> Sample:
-    """A batch as one `Sample`; its value is None if that of a sample is."""
-    values = [sample.value for sample in samples]
-    errors = [error for sample in samples for error in sample.errors]
-    broken = any(value is None for value in values)
-    return Sample(None if broken else collate_fn(values), errors)
+    def __getitem__(self, number: int | list[int]) -> object:
+        try:
+            if self.collate_fn is None:
+                return self.samples[number]
+            return self.collate_fn([self.samples[n] for n in number])
+        except UserError as error:
+            return error
 
 
-@atexit.register
-def end_workers() -> None:
+def as_it_is(item: object) -> object:
+    return item
+
+
+@functools.cache
+def end_workers_at_exit() -> None:
     """Kill workers when the main process ends: they block its signals, and multiprocessing's own
     handler, which runs after this one, would wait for them forever.
     """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch would report their death
-    for child in multiprocessing.active_children():
-        child.kill()
+
+    def end_workers() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch would report their death
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    atexit.register(end_workers)
 
 
-def stream(
+def batches(
     samples: Dataset,
     numbers: Iterable[int],
-    batch_size: int,
+    batch_size: int | None,
     workers: int,
     collate_fn: Callable = list,
-    broken: Callable[[UserError], None] | None = None,
 ) -> Iterator:
-    """Batches of the samples with these numbers, in order.
+    """Batches of the samples with these numbers, in order, as `collate_fn` makes them of a list;
+    with `batch_size` None the samples themselves.
 
-    A broken sample raises its UserError. With `broken`, that is called with the error, and the next
-    sample of the (endless) stream is used instead: still a function of the number only. Too many
-    broken samples in a row raise the error nevertheless.
+    A broken sample raises its UserError. Workers ignore the signals that ask a run to stop: only
+    the main process, which still needs the batches, handles a scheduler's signals to all.
     """
     workers = min(workers, os.cpu_count() or 1)
-    prefetch = 2 if broken else 1  # images to be evaluated may be huge
+    alone = batch_size is None
+    prefetch = 1 if alone else 2  # images to be evaluated may be huge
     loader = DataLoader(
-        SafeDataset(samples, broken is not None),
-        batch_size,
-        sampler=numbers,
+        Loaded(samples, None if alone else collate_fn),
+        batch_size=None,
+        sampler=numbers if alone else BatchSampler(numbers, batch_size, drop_last=False),
         num_workers=workers,
-        collate_fn=functools.partial(safe_collate, collate_fn),
+        collate_fn=as_it_is,
         prefetch_factor=prefetch if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
-    # Only the main process, which still needs the batches, handles a scheduler's signals to the
-    # whole job: workers start with these signals blocked.
+    end_workers_at_exit()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     iterator = iter(loader)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
-        for batch, errors in iterator:
-            for error in errors if broken else ():
-                broken(error)
-            if batch is None:
-                raise errors[-1]
-            yield batch
+        for item in iterator:
+            if isinstance(item, UserError):
+                raise item
+            yield item
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):  # the system has killed one
             raise

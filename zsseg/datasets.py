@@ -8,25 +8,27 @@ import os
 import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from zsseg.config import DataConfig
-from zsseg.files import decode, split_lines, walk
-from zsseg.images import IMAGE_LIKE, image_endings
+from zsseg.images import is_image_name
 from zsseg.tokenizer import check_names
 from zsseg.utils import (
     UserError,
     did_you_mean,
-    did_you_mean_file,
-    first_of,
-    left_out,
-    print_once,
-    several,
+    join_some,
+    no_such_file,
+    plural,
+    read_text,
+    split_lines,
+    walk,
+    warn,
 )
+
+Pair = tuple[Path, Path]  # (image, label map)
 
 
 class MissingSplit(UserError):
@@ -38,7 +40,7 @@ class Archive:
     """An official file: where it is downloaded from, what is unpacked of it."""
 
     file: str
-    # (folder or file in the archive, path below the data set's folder).
+    # (folder or file in the archive, path below the data set's folder)
     take: list[tuple[str, str]]
     # Tried in order; without any the user has to register.
     urls: list[str] = field(default_factory=list)
@@ -92,145 +94,93 @@ class DataSet:
         return table
 
     def folder(self, root: Path) -> Path:
-        """The first of `folders` that is not empty."""
+        """The first of `folders` with anything where images belong, else the first."""
         folders = [root / name for name in self.folders]
-        return next((f for f in folders if any(f.glob("[!.]*"))), folders[0])
+        below = self.images.partition("{")[0]
+        return next((f for f in folders if any((f / below).glob("[!.]*"))), folders[0])
 
     def listing(self, folder: Path, split: str) -> "Listing":
         """The files of a split, as its list names them or as they match the patterns."""
         return self.read_list(folder, split) if self.lists else self.match_files(folder, split)
 
     def read_list(self, folder: Path, split: str) -> "Listing":
-        """The files of the ids in <split>.txt, if there is one. Raises UserError for a list that
-        cannot be read or does not contain ids.
+        """The files of the ids in <split>.txt, if it exists. Raises UserError for a list that
+        contains something else.
         """
         file = folder / f"{split}.txt"
-        pairs = []
-        ids = read_lines(file) if file.exists() else []
-        for i, line in enumerate(ids):
-            image = folder / self.images.format(id=line)
-            if not image.exists():  # an id may begin or end with a space, but rarely does
-                ids[i] = line.strip()
-                image = folder / self.images.format(id=ids[i])
-                if not image.exists() and is_no_id(ids[i]):
-                    raise UserError(
-                        f"list {file}",
-                        f"requires ids, one a line, not {ids[i][:100]!r}",
-                        f"an id is what {{id}} stands for in {self.images}",
-                    )
-            labels = [folder / pattern.format(id=ids[i]) for pattern in self.labels]
-            pairs.append((image, next((path for path in labels if path.exists()), labels[0])))
-
-        duplicates = len(ids) - len({*ids})
-        remark = f"{several(duplicates, 'duplicate line')} in {file.name}, counted twice"
-        return Listing(pairs, remarks=[remark] if duplicates else [])
+        lines = read_ids(file) if file.exists() else []
+        listing = Listing(folder)
+        for name in dict.fromkeys(lines):
+            image = folder / self.images.replace("{id}", name)
+            if not (re.fullmatch(r"[\w/-]+", name) or image.exists()):
+                todo = f"write what {{id}} stands for in {self.images}, one a line"
+                raise UserError(f"list {file}", f"{name[:100]!r} is no id: no {image}", todo)
+            labels = [folder / pattern.replace("{id}", name) for pattern in self.labels]
+            listing.pairs.append((image, next((f for f in labels if f.exists()), labels[0])))
+        if twice := len(lines) - len(listing.pairs):
+            lines = plural(twice, "duplicate line")
+            listing.remarks.append(f"{lines} in {file.name}: every image counts once")
+        return listing
 
     def match_files(self, folder: Path, split: str) -> "Listing":
-        """Files whose paths match the patterns; an image and a label map of one id are a pair."""
-        hidden, duplicates = [], []
-        images, unmatched = self.match(folder, split, self.images, hidden)
-        labels, _ = self.match(folder, split, self.labels[0], hidden)
+        """Files whose paths match the patterns; an image and a label map of one id are a pair.
 
-        # A file that matches both patterns is what it has a partner for: a.png and a_mask.png are
-        # an image and its label map.
-        num_images = Counter(images.values())
-        num_labels = Counter(labels.values())
-        for file in images.keys() & labels.keys():
-            itself = images[file] == labels[file]
-            if num_images[labels[file]] > itself:
-                del images[file]
-            elif num_labels[images[file]] > itself:
-                del labels[file]
+        Raises UserError for a file that matches both and for a second file of an id.
+        """
+        images, others = self.match(folder, split, self.images)
+        labels, further = self.match(folder, split, self.labels[0])
+        if both := {*images.values()} & {*labels.values()}:
+            todo = "give patterns that differ, e.g. in their folders"
+            raise UserError(f"file {min(both)}", "matches data.images and data.labels", todo)
+        pairs = [(Path(images[i]), Path(labels[i])) for i in sorted(images.keys() & labels.keys())]
+        alone = sorted((images | labels)[i] for i in images.keys() ^ labels.keys())
+        listing = Listing(folder, pairs, alone, counts=(len(images), len(labels)))
+        if alone:
+            files = plural(len(alone), "file")
+            listing.remarks.append(f"{files} without a partner in {split}: {join_some(alone, 3)}")
+        unmatched = sorted((others | further) - {*images.values(), *labels.values()})
+        if unmatched and self.name == "folder":
+            files = plural(len(unmatched), "image file matches", "image files match")
+            text = f"{files} neither data.images nor data.labels: {join_some(unmatched, 3)}"
+            listing.remarks.append(text)
+        return listing
 
-        image_of = by_id(images, duplicates)
-        label_of = by_id(labels, duplicates)
-        both = sorted(image_of.keys() & label_of.keys())
-        return Listing(
-            [(image_of[i], label_of[i]) for i in both],
-            sorted({(image_of | label_of)[i] for i in image_of.keys() ^ label_of.keys()}),
-            duplicates,
-            [file for file in unmatched if file not in labels and self.name == "folder"],
-            hidden,
-            (len(images), len(labels)),
-        )
-
-    def match(
-        self, folder: Path, split: str, pattern: str, hidden: list[str]
-    ) -> tuple[dict[str, str], list[str]]:
-        """({file: id} of those that match a pattern, files that look like images and do not)."""
-        before, after = pattern.replace("{split}", self.splits.get(split, split)).split("{id}")
+    def match(self, folder: Path, split: str, pattern: str) -> tuple[dict[str, str], set[str]]:
+        """({id: file} of those that match a pattern, image files that do not)."""
+        before, after = pattern.replace("{split}", self.splits[split]).split("{id}")
         base = os.path.join(folder / before, "")
-        matched, unmatched = {}, []
-        for file in walk(base, hidden=hidden) if os.path.isdir(base) else ():
+        matched = {}
+        others = set()
+        for file in walk(base) if os.path.isdir(base) else ():
             name = file.removeprefix(base)
-            ending = os.path.splitext(name)[1]
-            is_image = ending.lower() in image_endings()
-            suffix = ending if after == ".*" else after
-            if name.endswith(suffix) and name != suffix and (is_image or after != ".*"):
-                matched[file] = name.removesuffix(suffix)
-            elif is_image or ending.lower() in IMAGE_LIKE:
-                unmatched.append(file)
-        return matched, unmatched
+            suffix = os.path.splitext(name)[1] if after == ".*" else after
+            is_image = is_image_name(name)
+            name = name.removesuffix(suffix)
+            if not file.endswith(suffix) or not name or (after == ".*" and not is_image):
+                others |= {file} if is_image else set()
+            elif name in matched:
+                raise UserError(f"file {file}", f"has the id of {matched[name]}", "keep one")
+            else:
+                matched[name] = file
+        return matched, others
 
 
 @dataclass
 class Listing:
     """The files of a split."""
 
-    pairs: list[tuple[Path, Path]]  # (image, label map), as listed or sorted by id
+    folder: Path  # of the data set
+    pairs: list[Pair] = field(default_factory=list)  # as listed, or sorted by id
     # Without a partner; a listed file that does not exist is an error instead.
-    unpaired: list[Path] = field(default_factory=list)
-    duplicates: list[UserError] = field(default_factory=list)  # second files of an id
-    # Files of the user's data set that look like images and match no pattern.
-    unmatched: list[str] = field(default_factory=list)
-    hidden: list[str] = field(default_factory=list)  # files and folders that begin with a dot
+    unpaired: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)  # on what is left out
     counts: tuple[int, int] = (0, 0)  # images, label maps
-    remarks: list[str] = field(default_factory=list)
-
-    def left_out(self, split: str) -> list[str]:
-        """What is not used of the files, a line each."""
-        lines = []
-        if self.unpaired:
-            lines.append(f"{several(len(self.unpaired), 'file')} without a partner in {split}")
-        if self.unmatched:
-            what = several(len(self.unmatched), "file that matches", "files that match")
-            where = f"neither data.images nor data.labels in {split}"
-            lines.append(f"{what} {where} ({endings(self.unmatched)})")
-        return lines
 
 
-def is_no_id(line: str) -> bool:
-    """Whether a line of a list rather is a file name, columns or another format."""
-    words = line.split()
-    return bool(
-        re.search(r"""^[/#"'`[{]|[,\\]|["'`\]}]$|\s[-+]?[\d.]+$|/.*\s|\s.*/""", line)
-        or any(os.path.splitext(word)[1].lower() in image_endings() for word in words)
-    )
-
-
-def by_id(files: dict[str, str], duplicates: list[UserError]) -> dict[str, Path]:
-    """{file: id} -> {id: first file}; an error for each further one is added to `duplicates`."""
-    first = {}
-    for file, name in files.items():
-        if name in first:
-            duplicates.append(UserError(f"file {file}", f"has the id of {first[name]}", "keep one"))
-        first.setdefault(name, Path(file))
-    return first
-
-
-def read_lines(file: Path) -> list[str]:
-    """The lines of a list without the empty ones. Raises UserError."""
-    try:
-        lines = split_lines(decode(file.read_bytes()))
-    except OSError as error:
-        raise UserError(f"list {file}", f"cannot be read ({error})", "replace the file") from None
-    return [line for line in lines if line.strip()]
-
-
-def endings(files: Iterable[str]) -> str:
-    """How file names end, the most frequent first: "3 .heic, 1 .dng"."""
-    names = sorted(os.path.splitext(file)[1].lower() or "without an ending" for file in files)
-    return first_of([f"{count} {ending}" for ending, count in Counter(names).most_common()], 5)
+def read_ids(file: Path) -> list[str]:
+    """The lines of a list but the empty ones. Raises UserError."""
+    lines = split_lines(read_text(file, f"list {file}", "replace the file"))
+    return [line.strip() for line in lines if line.strip()]
 
 
 def read_table(file: Path) -> dict[str, DataSet]:
@@ -258,9 +208,15 @@ def dataset(name_or_config: str | DataConfig) -> DataSet:
 
 
 def own_dataset(config: DataConfig) -> DataSet:
-    """The user's own data set; UserError where its description cannot be right."""
+    """The user's own data set; UserError if its description cannot be right."""
     classes = config.classes
     values = config.values or list(range(len(classes)))
+    check_pattern("images", config.images)
+    check_pattern("labels", config.labels)
+    lists = "{split}" not in config.images
+    if lists != ("{split}" not in config.labels):
+        todo = "write {split} in both, or in none and give lists"
+        raise UserError("data.labels", "has {split} or not, unlike data.images", todo)
     for name in config.unseen:
         if name not in classes:
             todo = did_you_mean(name, classes, "give some of data.classes")
@@ -269,30 +225,14 @@ def own_dataset(config: DataConfig) -> DataSet:
         for item, count in Counter(items).items():
             if count > 1:
                 raise UserError(f"data.{key}", f"{item!r} is given twice", "name each once")
+    if not classes:
+        raise UserError("data.classes", "is missing (data.name is folder)", "name every class")
     check_names(classes)
-
-    lists = "{split}" not in config.images
-    same_split = lists == ("{split}" not in config.labels)
-    rules = [
-        ("images", is_pattern(config.images), 'write e.g. "images/{split}/{id}.jpg"'),
-        (
-            "labels",
-            is_pattern(config.labels) and same_split and config.labels != config.images,
-            'write e.g. "masks/{split}/{id}.png", with {split} as in data.images',
-        ),
-        ("classes", classes, "name every class"),
-        ("unseen", len(config.unseen) < len(classes), "give some of data.classes, not all"),
-        (
-            "values",
-            len(values) == len(classes) and all(0 <= value < 2**16 for value in values),
-            f"give each of the {len(classes)} classes a value of its own, from 0 to 65535",
-        ),
-    ]
-    for key, valid, todo in rules:
-        if not valid:
-            given = getattr(config, key)
-            why = f"is {given}" if given else "is missing (data.name is folder)"
-            raise UserError(f"data.{key}", why, todo)
+    if len(config.unseen) == len(classes):
+        raise UserError("data.unseen", "is all of data.classes", "give some, not all")
+    if len(values) != len(classes) or min(values) < 0 or max(values) >= 2**16:
+        todo = f"give each of the {len(classes)} classes its own value, from 0 to 65535"
+        raise UserError("data.values", f"is {values}", todo)
     return DataSet(
         name="folder",
         names=classes,
@@ -308,11 +248,17 @@ def own_dataset(config: DataConfig) -> DataSet:
     )
 
 
-def is_pattern(path: str) -> bool:
-    """Whether {id} is in it once, after a slash; lists (without {split}) need an ending, too."""
+def check_pattern(key: str, path: str) -> None:
+    """UserError unless {id} is in it once, at the beginning or after a slash, and no brace but
+    those of {split}; lists (without {split}) require an ending, too.
+    """
     before, *after = path.split("{id}")
     any_ending = path.endswith(".*") and "{split}" not in path
-    return len(after) == 1 and before[-1:] in ("", "/") and not any_ending
+    braces = re.search("[{}]", path.replace("{id}", "").replace("{split}", ""))
+    if len(after) != 1 or before[-1:] not in ("", "/") or any_ending or braces:
+        why = f"is {path!r}" if path else "is missing (data.name is folder)"
+        todo = f'write e.g. "{key}/{{split}}/{{id}}.png", with no other braces'
+        raise UserError(f"data.{key}", why, todo)
 
 
 def training_set(config: DataConfig) -> DataSet:
@@ -322,61 +268,46 @@ def training_set(config: DataConfig) -> DataSet:
 
 
 def find_listing(name_or_config: str | DataConfig, root: Path, split: str) -> Listing:
-    """The files of a split; UserError where there are none."""
+    """The files of a split, of the first folder that holds any. Raises UserError if none does."""
     data = dataset(name_or_config)
     if split not in data.splits:
         todo = f"{data.name} has {', '.join(data.splits)}: --set data.split=..."
         raise MissingSplit("data.split", f"is {split!r}", todo)
-    folder = data.folder(root)
-    listing = data.listing(folder, split)
-    if not listing.pairs:
-        raise no_pairs(data, folder, split, listing)
-    return listing
+    for folder in data.folders:
+        listing = data.listing(root / folder, split)
+        if listing.pairs:
+            return listing
+    raise no_pairs(data, data.folder(root), split, listing.counts)
 
 
-def find_pairs(name_or_config: str | DataConfig, root: Path, split: str) -> list[tuple[Path, Path]]:
-    """The (image, label map) files of a split; what is left out is said at the command's end.
-
-    UserError where there are none, or where two have the same id.
-    """
-    listing = find_listing(name_or_config, root, split)
-    for line in listing.left_out(split):
-        left_out(line)
-    for line in listing.remarks:
-        print_once(f"look at: {line}")
-    if listing.duplicates:
-        raise listing.duplicates[0]
-    return listing.pairs
-
-
-def no_pairs(data: DataSet, folder: Path, split: str, listing: Listing) -> UserError:
-    """What is wrong with a data set of which a split has no pair of files."""
+def no_pairs(data: DataSet, folder: Path, split: str, counts: tuple[int, int]) -> UserError:
+    """The error of a split without a pair of files; `counts`: its images and label maps."""
     if data.name != "folder":
         train = " --train" if split == "train" and data.name != "shapes" else ""
         todo = f"run prepare_data.py {data.name}{train}, or give --root"
         return MissingSplit(f"data set {data.name}", f"no {split!r} images in {folder}", todo)
     if not folder.is_dir():
-        todo = did_you_mean_file(folder, "correct it, or give --root")
-        return UserError("data.folder", f"no such folder {folder}", todo)
+        return no_such_file("data.folder", folder, "correct it, or give --root")
     if data.lists:
         why = f"names no {split!r} image, or does not exist"
         return MissingSplit(f"list {folder / split}.txt", why, "write one id a line")
-
-    num_images, num_labels = listing.counts
-    if num_images and num_labels:
+    if all(counts):
         why = f"no {split!r} label map has the id of an image"
         return UserError("data.labels", why, "see data.images and data.labels")
-    key = "labels" if num_images else "images"
-    pattern = data.labels[0] if num_images else data.images
+    key, pattern = ("labels", data.labels[0]) if counts[0] else ("images", data.images)
     path = folder / pattern.replace("{split}", split).replace("{id}", "*")
-    error = UserError if num_images or num_labels else MissingSplit
-    todo = "correct it, or data.folder, or give --root"
+    todo = "correct it, data.folder or data.split, or give --root"
+    error = UserError if any(counts) else MissingSplit
     return error(f"data.{key}", f"no {split!r} file is {path}", todo)
 
 
-def has_split(name_or_config: str | DataConfig, root: Path, split: str) -> bool:
-    try:
-        find_pairs(name_or_config, root, split)
-    except MissingSplit:
-        return False
-    return True
+def find_pairs(name_or_config: str | DataConfig, root: Path, split: str) -> list[Pair]:
+    """The (image, label map) files of a split; says what is left out. Raises UserError if it has
+    none.
+    """
+    listing = find_listing(name_or_config, root, split)
+    for remark in listing.remarks:
+        warn(f"left out: {remark}")
+    return listing.pairs
+
+

@@ -29,17 +29,25 @@ segmented/ beside the checkpoint, or in runs/NAME/): a folder that is new, empty
 program.
 """
 
-import dataclasses
 import operator
 import os
 import tomllib
 from argparse import Namespace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-from zsseg.apps.vocabulary import Words, read_words, seen_classes, trained_names, words_of
+from zsseg.apps.vocabulary import read_words, seen_classes, trained_names, words_of
 from zsseg.config import CONFIGS, Config, load_config
-from zsseg.utils import UserError, claim_folder, command, expand_path, no_such_file, run_parser
+from zsseg.utils import (
+    UserError,
+    claim_folder,
+    command,
+    did_you_mean,
+    expand_path,
+    no_such_file,
+    run_parser,
+)
 
 MIN_IMAGES_TO_COMPILE = 1000  # images a process: for fewer, compiling takes longer than it saves
 # For processes whose share of many images takes longer than the others'.
@@ -51,24 +59,26 @@ PUBLISHED_FOR = operator.attrgetter(
     *("model.proposals", "clip.weights", "clip.prompt", "clip.region_prompt", "clip.ensemble"),
     *("clip.ensemble_weight", "clip.mask_threshold", "eval.sizes", "eval.flip", "eval.window"),
 )
+MODELS = [*PUBLISHED["model"]]
+MEASURING = {
+    "--save-predictions": "write OUT/predictions/<stem>.png, class ids",
+    "--budget": "what masks and classes cost: oracles, recall, confusions",
+    "--report": "write OUT/report.html: metrics, confusions, curves, images",
+}
 METRICS = ("pAcc", "mIoU_seen", "mIoU_unseen", "hIoU", "mIoU")
 
 
 def parse(argv: list[str]) -> Namespace:
     """The command line; UserError for what can be told without loading anything."""
     parser = run_parser(__doc__)
-    text = f"a file, a published model ({', '.join(PUBLISHED['model'])}), or -"
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=checkpoint, help=text)
+    text = f"a file, a published model ({', '.join(MODELS)}), or -"
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
     add = parser.add_argument_group("measuring").add_argument
-    text = "write OUT/predictions/<stem>.png, class ids"
-    add("--save-predictions", action="store_true", help=text)
-    text = "what masks and classes cost: oracles, recall, confusions"
-    add("--budget", action="store_true", help=text)
-    text = "write OUT/report.html: metrics, confusions, curves, images"
-    add("--report", action="store_true", help=text)
+    for name, text in MEASURING.items():
+        add(name, action="store_true", help=text)
     add = parser.add_argument_group("any images, any words").add_argument
     text = "files, folders, or - for a list"
-    add("--images", metavar="IMAGE", nargs="+", type=image, help=text)
+    add("--images", metavar="IMAGE", nargs="+", help=text)
     text = 'what to look for: "cat, dog, grass; other: sky" or a text file'
     add("--classes", metavar="WORDS", type=read_words, help=text)
     text = "segment only the images that are not done yet"
@@ -79,35 +89,26 @@ def parse(argv: list[str]) -> Namespace:
     add("--serve", metavar="PORT", type=int, nargs="?", const=8000, help=text)
     args = parser.parse_args(argv)
 
-    own = args.images or args.serve is not None
+    serves = args.serve is not None
+    own = args.images or serves
     measures = args.save_predictions or args.budget or args.report
-    rules = [
-        (args.images and args.serve is not None, "--images, --serve", "are two things", "give one"),
+    for is_wrong, *error in [
+        (args.images and serves, "--images and --serve", "are two things", "give one"),
         (own and measures, "--images, --serve", "measure nothing", "leave out what measures"),
         (args.classes and not own, "--classes", "is for other images", "add --images or --serve"),
         (args.resume and not args.images, "--resume", "works with --images", "add it"),
         (args.features and not args.images, "--features", "works with --images", "add it"),
-    ]
-    for is_broken, *error in rules:
-        if is_broken:
+    ]:
+        if is_wrong:
             raise UserError(*error)
+    files = [("checkpoint", args.checkpoint), *(("--images", text) for text in args.images or [])]
+    for what, text in files:
+        path = expand_path(text)
+        if not path.exists() and text not in (*MODELS, "-"):
+            todo = did_you_mean(text, MODELS, "check the path")
+            raise no_such_file(f"{what} {text}", path, todo)
     load_config(args.config, args.set)
     return args
-
-
-def checkpoint(text: str) -> Path:
-    path = expand_path(text)
-    if text not in (*PUBLISHED["model"], "-") and not path.exists():
-        todo = f"give a file, or one of {', '.join(PUBLISHED['model'])}"
-        raise no_such_file(f"checkpoint {text}", path, todo)
-    return path
-
-
-def image(text: str) -> Path:
-    path = expand_path(text)
-    if text != "-" and not path.exists():
-        raise no_such_file(f"--images {text}", path, "give images, folders or -")
-    return path
 
 
 def main(argv: list[str]) -> None:
@@ -115,65 +116,66 @@ def main(argv: list[str]) -> None:
     from zsseg.distributed import init_distributed
     from zsseg.weights import checkpoint_and_config, find_model
 
-    file, published = find_model(args.checkpoint)
-    content, config = checkpoint_and_config(file, args.config or published, args.set)
-    folder = Path("runs") / args.checkpoint if published else file.parent
+    named = args.checkpoint
+    args.checkpoint, published = find_model(named)
+    content, config = checkpoint_and_config(args.checkpoint, args.config or published, args.set)
+    folder = Path("runs", named) if published else args.checkpoint.parent
     args.out = args.out or folder / ("segmented" if args.images else "eval")
     process = init_distributed(args.device, DIST_TIMEOUT)
-    if args.images:
-        segment(args, file, content, config, process)
-    elif args.serve is not None:
-        serve(args, file, content, config, process)
-    else:
-        measure(args, file, content, config, process)
+    use = measure if args.images is args.serve is None else use_words
+    use(args, content, config, process)
 
 
-def load(args: Namespace, file: Path, content: dict, config: Config, process, images: int):
-    """The segmenter on its device, compiled where it saves time with so many images; prints what
-    the run computes on.
+def load(args: Namespace, content: dict, config: Config, process, images: int):
+    """The segmenter on its device, compiled if that saves time with so many images; prints what the
+    run computes on.
     """
     from zsseg.distributed import can_compile
     from zsseg.weights import load_segmenter
 
-    segmenter = load_segmenter(content, config, args.root, file).to(process.device).eval()
+    segmenter = load_segmenter(content, config, args.root, args.checkpoint)
+    segmenter = segmenter.to(process.device).eval()
     process.describe(config.model.bf16)
     setting = config.model.compile
-    many = setting == "on" or images >= MIN_IMAGES_TO_COMPILE * process.world_size
-    if many and process.compiles(setting):
-        segmenter.compile_parts()
-    elif many and setting == "auto" and segmenter.clip is not None and can_compile():
-        segmenter.compile_tower()  # on a CPU all else is little beside it
+    if setting == "on" or images >= MIN_IMAGES_TO_COMPILE * process.world_size:
+        if process.compiles(setting):
+            segmenter.compile_parts()
+        elif setting == "auto" and segmenter.clip is not None and can_compile():
+            segmenter.compile_tower()  # on a CPU all else is little beside it
     return segmenter
 
 
-def words_to_find(args: Namespace, config: Config) -> Words:
-    if args.classes:
-        return args.classes
-    from zsseg.datasets import dataset
-
-    return words_of(dataset(config.data))
-
-
-def segment(args: Namespace, file: Path, content: dict, config: Config, process) -> None:
-    """Images of the user's: a label map, an overlay and a JSON file each."""
+def use_words(args: Namespace, content: dict, config: Config, process) -> None:
+    """Images of the user's: a page to try them on, or a label map, an overlay and a JSON file each.
+    What can fail does before anything is downloaded.
+    """
     from zsseg.apps.predict import find_images, segment_images, settings_digest
 
-    settings = config.eval
-    words = words_to_find(args, config)
+    words = args.classes
+    if words is None:
+        from zsseg.datasets import dataset
+
+        words = words_of(dataset(config.data))
     trained = trained_names(content, config)
-    views = settings.sizes or settings.flip or settings.window
-    one_stage = not (config.model.proposals or config.model.proposer)
-    if args.features and (views or one_stage):
-        why = "caches mask proposals, of one view an image"
-        todo = "leave it out, or eval.sizes, eval.flip and eval.window"
-        raise UserError("--features", why, todo)
-    # Before anything is downloaded
+    if args.serve is not None:
+        from zsseg.apps.serve import open_server, serve_page
+
+        if process.world_size > 1:
+            raise UserError("--serve", "is for one process", "start it without torchrun")
+        server = open_server(args.serve, config)
+        segmenter = load(args, content, config, process, 0)
+        return serve_page(server, segmenter, config, process, trained, words)
+
+    views = config.eval.sizes or config.eval.flip or config.eval.window
+    if args.features and (views or not config.model.proposals):
+        todo = "leave it out, or eval.sizes, eval.flip, eval.window and model.proposals=false"
+        raise UserError("--features", "caches mask proposals, of one view an image", todo)
     images = process.broadcast(lambda: find_images(args.images, args.out))
-    segmenter = load(args, file, content, config, process, len(images))
+    segmenter = load(args, content, config, process, len(images))
     seen = words.among(trained)
     segmenter.set_classes(words.names, seen, words.synonyms)
     weights = (config.clip.weights, config.clip.prompts)
-    files = [file, *(text.replace("{root}", str(args.root)) for text in weights)]
+    files = [args.checkpoint, *(w.replace("{root}", str(args.root)) for w in weights)]
     made_with = settings_digest(config, process, files, words, seen)
     cache = args.features and (args.features, settings_digest(config, process, files))
     resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -181,19 +183,7 @@ def segment(args: Namespace, file: Path, content: dict, config: Config, process)
     segment_images(*parts, resume, cache)
 
 
-def serve(args: Namespace, file: Path, content: dict, config: Config, process) -> None:
-    """A page to try images and words on, until it is interrupted."""
-    from zsseg.apps.serve import open_server, serve_page
-
-    if process.world_size > 1:
-        raise UserError("--serve", "is for one process", "start it without torchrun")
-    words = words_to_find(args, config)
-    server = open_server(args.serve, config)  # before anything is downloaded
-    segmenter = load(args, file, content, config, process, 0)
-    serve_page(server, segmenter, config, process, trained_names(content, config), words)
-
-
-def measure(args: Namespace, file: Path, content: dict, config: Config, process) -> None:
+def measure(args: Namespace, content: dict, config: Config, process) -> None:
     """The metrics on a split of a data set, and what belongs to them."""
     from zsseg.analysis import oracle_analysis, write_analysis
     from zsseg.apps.report import Report
@@ -206,8 +196,8 @@ def measure(args: Namespace, file: Path, content: dict, config: Config, process)
     process.broadcast(lambda: claim_folder(args.out))
     if "config" not in content and config.model.bf16 == "auto" and process.device.type == "cpu":
         # What an original checkpoint gives is compared with the original's numbers.
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, bf16="off"))
-    segmenter = load(args, file, content, config, process, len(pairs))
+        config = replace(config, model=replace(config.model, bf16="off"))
+    segmenter = load(args, content, config, process, len(pairs))
     seen = seen_classes(dataset(config.data), content, config)
     measured = (segmenter, config, args.root, process, split)
     if args.budget:
@@ -220,21 +210,20 @@ def measure(args: Namespace, file: Path, content: dict, config: Config, process)
     result = evaluate(*measured, args.out, args.save_predictions, page, seen)
     if process.is_main:
         report(result, config, args.out)
-        if row := published_row(config):
-            found = ", ".join(f"{key} {row[key]}" for key in METRICS if key in row)
-            print(f"published ({row['name']}): {found}")
+        print(published_row(config), end="")
     if page:
-        page.write(result, file, content.get("step"), args.out)
+        page.write(result, args.checkpoint, content.get("step"), args.out)
 
 
-def published_row(config: Config) -> dict | None:
-    """The published row with the settings that are measured."""
+def published_row(config: Config) -> str:
+    """A line with the published numbers for the settings that are measured, or ""."""
     for row in PUBLISHED["row"]:
         other = load_config(row["config"], row.get("set", []))
         same = PUBLISHED_FOR(other) == PUBLISHED_FOR(config)
         if same and bool(other.train.teacher) == bool(config.train.teacher):
-            return row
-    return None
+            found = [f"{key} {row[key]}" for key in METRICS if key in row]
+            return f"published ({row['name']}): {', '.join(found)}\n"
+    return ""
 
 
 if __name__ == "__main__":

@@ -66,28 +66,21 @@ def overlay(
     # In grey, since its colours would mix with those of the legend.
     grey = np.asarray(Image.fromarray(image).convert("L"))[..., None]
     tinted = (0.5 * grey + 0.5 * colours[labels]).astype(np.uint8)
-    across = labels[:, 1:] != labels[:, :-1]
-    down = labels[1:] != labels[:-1]
-    tinted[:, 1:][across] = 255
-    tinted[:, :-1][across] = 255
-    tinted[1:][down] = 255
-    tinted[:-1][down] = 255
+    edges = (np.diff(labels, axis=axis, append=labels.take([-1], axis)) for axis in (0, 1))
+    tinted[np.logical_or(*edges)] = 255
 
     H, W = labels.shape
     size = max(H // 36, 14)
     font = ImageFont.load_default(size)
     line = 2 * size
-    most = max(H // line - 1, 1)
-    if len(legend) > most:
-        legend = [*legend[: most - 1], (-1, f"and {len(legend) - most + 1} more")]
+    legend = legend[: max(H // line - 1, 1)]
     width = 4 * size + max(int(font.getlength(text)) for _, text in legend)
-    canvas = Image.new("RGB", (W + width, max(H, line * (len(legend) + 1))), "white")
+    canvas = Image.new("RGB", (W + width, max(H, 2 * line)), "white")
     canvas.paste(Image.fromarray(tinted))
     draw = ImageDraw.Draw(canvas)
     for i, (category, text) in enumerate(legend):
         y = size // 2 + line * i
-        if category >= 0:
-            colour = tuple(colours[category].tolist())
-            draw.rectangle((W + size, y, W + 2 * size, y + size), colour)
+        colour = tuple(colours[category].tolist())
+        draw.rectangle((W + size, y, W + 2 * size, y + size), colour)
         draw.text((W + 3 * size, y + size // 2), text, "black", font, "lm")
     return canvas

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +34,8 @@ from zsseg.utils import (
     claim_folder,
     digest,
     format_table,
+    parallel,
     plural,
-    progress,
     split_lines,
     walk,
     write_json,
@@ -44,7 +44,7 @@ from zsseg.visualize import NEAREST, label_type, overlay, palette, save_label_ma
 
 OVERLAY_EDGES = (480, 1280)  # the longer side of an overlay is within these, whatever the image's
 MAX_ROWS = 30  # of the summary
-AHEAD = 8  # images that are read before, and written after, the one that is segmented
+MAX_WRITING = 8  # images that are segmented and not written yet
 # Settings that matter after `Segmenter.propose` only
 LATE = ["prompt", "region_prompt", "prompts", "prompt_prefix", "ensemble_weight", "ensemble_seen"]
 
@@ -228,18 +228,6 @@ def find_done(images: list[tuple[str, str]], out: Path, made_with: str) -> set[s
     return done
 
 
-def in_threads(pool: ThreadPoolExecutor, function: Callable, items: list) -> Iterator[tuple]:
-    """(item, function(item)), in order, AHEAD items ahead."""
-    waiting: deque = deque()
-    for item in items:
-        waiting.append((item, pool.submit(function, item)))
-        if len(waiting) > AHEAD:
-            item, future = waiting.popleft()
-            yield item, future.result()
-    for item, future in waiting:
-        yield item, future.result()
-
-
 def segment_images(
     segmenter: Segmenter,
     config: Config,
@@ -266,9 +254,10 @@ def segment_images(
     failed = 0
     writing: deque = deque()
     started = time.perf_counter()
-    with ThreadPoolExecutor(max(config.data.workers, 1)) as pool:
-        photos = in_threads(pool, lambda image: read_photo(image[0], config), share)
-        for (file, name), photo in progress(photos, "segment", len(share), process.is_main):
+    workers = config.data.workers
+    photos = parallel(lambda image: read_photo(image[0], config), share, workers, "segment")
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
+        for (file, name), photo in zip(share, photos, strict=True):
             if photo is None:
                 failed += 1
                 continue
@@ -281,7 +270,7 @@ def segment_images(
             content["classes"] = classes
             parts = (out / name, labels, preview, colours, content)
             writing.append(pool.submit(write_results, *parts))
-            if len(writing) > AHEAD:
+            if len(writing) > MAX_WRITING:
                 writing.popleft().result()
         for future in writing:
             future.result()

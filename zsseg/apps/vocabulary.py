@@ -37,14 +37,10 @@ class Words:
         """The ids of the words that are among the names of trained classes, however they are spaced
         and capitalised.
         """
+        normalise = lambda name: re.sub(r"[\W_]", "", name.casefold()) or name
         seen = set(map(normalise, trained))
         texts = ([name, *self.synonyms.get(name, [])] for name in self.names)
         return [i for i, names in enumerate(texts) if seen & set(map(normalise, names))]
-
-
-def normalise(name: str) -> str:
-    """Letters and digits only, in lower case."""
-    return re.sub(r"[\W_]", "", name.casefold()) or name
 
 
 def words_of(data) -> Words:
@@ -114,39 +110,30 @@ def parse_words(text: str, in_file: bool = False) -> Words:
     commas, semicolons and line breaks; in several lines, or `in_file`, the commas of a line that
     begins with `name =` separate its synonyms.
     """
+    from zsseg.tokenizer import check_names  # imports torch
+
     text = text.translate(FULL_WIDTH).strip()
     in_lines = in_file or "\n" in text
-    classes: list[list[str]] = []  # the words of each, its name first
+    classes: list[str] = []  # each: its name and, after =, its synonyms
     background: list[str] = []
     for line in re.split("[;\n]", BACKGROUND.sub(f"\n{OTHER}:", text)):
         if line.startswith(f"{OTHER}:"):
-            background += split_words(line.removeprefix(f"{OTHER}:"), ",|=")
+            background += re.split("[,=]", line.removeprefix(f"{OTHER}:"))
         elif in_lines and "=" in line.partition(",")[0]:
-            classes.append(split_words(line, ",|="))
+            classes.append(line.replace(",", "="))
         elif not line.lstrip().startswith("#"):
-            classes += [split_words(entry, "=") for entry in line.split(",")]
-    classes = [words for words in classes if words]
-    if not 0 < len(classes) <= MAX_CLASSES:
-        why = f"contain {plural(len(classes), 'name')}"
+            classes += line.split(",")
+    clean = lambda words: [" ".join(re.split(" +", w.strip())) for w in words if w.strip()]
+    rows = [row for row in (clean(entry.split("=")) for entry in classes) if row]
+    background = clean(background)
+    if not 0 < len(rows) <= MAX_CLASSES:
+        why = f"contain {plural(len(rows), 'name')}"
         raise UserError("classes", why, f"give 1 to {MAX_CLASSES}, e.g. 'cat, dog, grass'")
-    check_words([*itertools.chain(*classes), *background, *[OTHER] * bool(background)])
-    names = [words[0] for words in classes]
-    synonyms = {name: others for name, *others in classes if others}
-    return Words(names + background, synonyms, len(classes))
-
-
-def split_words(text: str, separator: str) -> list[str]:
-    """The words between any of the separators, each with single spaces, without empty ones."""
-    words = (re.sub(" +", " ", part).strip() for part in re.split(separator, text))
-    return [word for word in words if word]
-
-
-def check_words(words: list[str]) -> None:
-    """UserError for duplicates, and for words that look as if something else was meant."""
-    from zsseg.tokenizer import check_names  # imports torch
-
+    words = [*itertools.chain(*rows), *background, *[OTHER] * bool(background)]
     for word in words:
         if NO_NAME.search(word) or FILE.fullmatch(word):
             todo = "write only names: cat, dog, grass"
             raise UserError(f"class {word!r}", "is a file or a list in another format", todo)
     check_names(words, "class")
+    synonyms = {name: others for name, *others in rows if others}
+    return Words([row[0] for row in rows] + background, synonyms, len(rows))

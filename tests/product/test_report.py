@@ -58,32 +58,23 @@ def written(page: report.Report, out: Path) -> dict:
     return read(out / "report.html")
 
 
-def test_the_worst_and_the_best_are_stored(monkeypatch):
-    """In whatever order they come, by one process or by two; equal scores by their number."""
-    config = own()
-    every = shown(range(12), config).cards
-    assert every == sorted(every, key=lambda card: card[:2]) and len(every) == 12
+def test_the_worst_and_the_best_are_stored(monkeypatch, tmp_path):
+    """In whatever order they come, by one process or by two; images without ground truth are not."""
     monkeypatch.setattr(report, "MAX_CARDS", 3)
-    expected = every[:3] + every[-3:]
-    assert shown(range(12), config).cards == shown(reversed(range(12)), config).cards == expected
-    page = shown([5], config)
-    ignored = torch.full((8, 8), page.data.ignore)
-    nothing = torch.zeros(4, 4, dtype=torch.int64)
-    page(4, "nothing", torch.zeros(3, 8, 8, dtype=torch.uint8), ignored, ignored * 0, nothing)
-    assert [number for _, number, _ in page.cards] == [5]
-
-
-def test_two_processes_are_gathered(monkeypatch, tmp_path):
-    parts = [shown(range(rank, 40, 2), own()) for rank in (0, 1)]
+    one = shown(range(12), own())
+    assert [number for _, number, _ in one.cards] != [*range(6)] and len(one.cards) == 6
+    assert one.cards == sorted(one.cards, key=lambda card: card[:2])
+    assert shown(reversed(range(12)), own()).cards == one.cards
+    ignored = torch.full((8, 8), one.data.ignore)
+    one(99, "nothing", torch.zeros(3, 8, 8), ignored, ignored * 0, torch.zeros_like(one.matrix))
+    assert len(one.cards) == 6
+    expected = written(one, tmp_path)
+    parts = [shown(range(rank, 12, 2), own()) for rank in (0, 1)]
     monkeypatch.setattr(Process, "gather", lambda self, cards: cards + parts[1].cards)
     monkeypatch.setattr(Process, "sum", lambda self, matrix: matrix + parts[1].matrix)
-    two = written(parts[0], tmp_path)
-    monkeypatch.undo()
-    one = written(shown(range(40), own()), tmp_path)
-    assert [two[key] for key in ("worst", "best", "confusions")] == [
-        one[key] for key in ("worst", "best", "confusions")
-    ]
-    assert [score for score, *_ in one["worst"]] == sorted(score for score, *_ in one["worst"])
+    found = written(parts[0], tmp_path)
+    for key in ("worst", "best", "confusions"):
+        assert found[key] == expected[key]
 
 
 def test_confusions_are_those_of_counting_again():
@@ -105,18 +96,14 @@ def test_confusions_are_those_of_counting_again():
 
 
 def test_curves_of_a_run(tmp_path):
-    """A line that a kill has cut is left out; thousands of steps are thinned, and end at the
-    last.
-    """
+    """A line that a kill has cut is left out; of thousands of steps some are, but not the last."""
     file = tmp_path / "metrics.jsonl"
     assert not any(report.curves(file).values())
-    lines = [{"step": i, "loss": 10 / i, "lr": 1e-3} for i in range(1, 2001)]
-    last = {"step": 2000, "val/mIoU": 3.0, "val/hIoU": None}
-    text = "\n".join(map(json.dumps, [*lines, last]))
-    file.write_text(text + '\n{"step": 3, "lo')
+    lines = [json.dumps({"step": i, "loss": 10 / i}) for i in range(1, 2001)]
+    file.write_text("\n".join([*lines, '{"step": 2000, "val/mIoU": 3.0}', '{"step": 3, "lo']))
     curves = report.curves(file)
-    assert curves["loss"][0] == (2000, 10 / 2000) and 400 < len(curves["loss"]) <= 600
-    assert curves["val/mIoU"] == [(2000, 3.0)] and "lr" not in curves
+    assert curves["loss"][0] == (2000, 0.005) and 400 < len(curves["loss"]) <= 600
+    assert curves["val/mIoU"] == [(2000, 3.0)] and curves["val/hIoU"] == []
 
 
 def test_the_command_writes_the_same_page_with_two_processes(shapes_run, shapes_root, tmp_path):
@@ -127,48 +114,42 @@ def test_the_command_writes_the_same_page_with_two_processes(shapes_run, shapes_
         done = command("eval.py", shapes_run / "last.pt", *words, processes=processes)
         assert done.returncode == 0 and f"-> {out / 'report.html'}" in done.stdout, done.stderr
         pages.append(read(out / "report.html"))
-    one, two = pages
-    assert one == two and len(one["worst"]) == len(one["best"]) == 4
+    one = pages[0]
+    assert one == pages[1] and len(one["worst"]) == len(one["best"]) == 4
     metrics = json.loads((out / "metrics.json").read_text())
     assert one["rows"][-1] == ["ensemble", [metrics[key] for key in one["keys"]]]
     assert one["per_class"] == [values["IoU"] for values in metrics["per_class"].values()]
     assert one["unseen"] == dataset("shapes").unseen and "4 images" in one["facts"][1]
-    assert len(one["curves"]["loss"]) == 4 and len(one["curves"]["val/mIoU"]) >= 1
-    card = one["worst"][0][2]
-    picture = Image.open(io.BytesIO(base64.b64decode(card["picture"])))
-    assert picture.format == "PNG" and picture.height >= 3 * 100
+    assert len(one["curves"]["loss"]) == 4 and one["curves"]["val/mIoU"]
+    picture = base64.b64decode(one["worst"][0][2]["picture"])
+    assert Image.open(io.BytesIO(picture)).format == "PNG"
     text = (out / "report.html").read_text("utf-8")
-    assert report.TEMPLATE.stat().st_size <= 12_000 and len(text) < 10e6
     assert not re.search(r"(?:src|href)=|url\(|@import|fetch\(|XMLHttp|innerHTML|eval\(", text)
 
 
 @pytest.mark.parametrize("width", [1280, 360])
 def test_the_page_in_a_browser(browser, tmp_path, width):  # noqa: F811
     """Complete at each width; names are text; images in both orders."""
-    run = tmp_path / "run"
-    run.mkdir()
-    lines = ({"step": i, "loss": 1.0, "val/mIoU": 10.0 * i} for i in (1, 2))
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "run").mkdir()
+    lines = [json.dumps({"step": i, "loss": 1.0, "val/mIoU": 10.0 * i}) for i in (1, 2)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines))
     page = written(shown(range(3), own('data.unseen=["a & b"]')), tmp_path)
     with window(browser, width, dark=width == 360) as view:
+        texts = lambda selector: view.locator(selector).all_inner_texts()
         view.goto((tmp_path / "report.html").as_uri())
         assert view.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        sections = view.locator("section").evaluate_all("all => all.map(node => node.id)")
-        assert sections == ["metrics", "classes", "confusions", "training", "images"]
-        row = view.locator("#metrics tr.main > *").all_inner_texts()
-        assert row[1:] == [f"{value:.1f}" for value in page["rows"][-1][1]]
-        names = view.locator(".bars li > span:first-child").all_inner_texts()
-        assert sorted(names) == sorted(NAMES)
-        assert view.locator("#classes h3").all_inner_texts() == ["seen (3)", "unseen (1)"]
-        assert view.locator("img[src=x], main script").count() == 0
-        assert view.locator("polyline").count() == 2
-        assert view.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
-        scores = view.locator(".card strong").all_inner_texts()
-        view.click("text=best first")
-        assert view.locator(".card strong").all_inner_texts() == scores[::-1]
-        assert HOSTILE in view.locator(".card figcaption span").first.inner_text()
         back = view.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (back == "rgb(255, 255, 255)") == (width != 360)
+        assert len(texts("section")) == 5 and view.locator("polyline").count() == 2
+        assert texts("#metrics tr.main td") == [f"{v:.1f}" for v in page["rows"][-1][1]]
+        assert sorted(texts(".bars li > span:first-child")) == sorted(NAMES)
+        assert texts("#classes h3") == ["seen (3)", "unseen (1)"]
+        assert view.locator("img[src=x], main script").count() == 0
+        assert view.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
+        assert HOSTILE in texts(".card figcaption span")[0]
+        scores = texts(".card strong")
+        view.click("button:text('best first')")
+        assert texts(".card strong") == scores[::-1] == sorted(scores, key=float)[::-1]
 
 
 def test_many_classes_can_be_searched(browser, tmp_path):  # noqa: F811

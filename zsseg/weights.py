@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from zsseg.clip import CLIP, ConvStem, build_clip
 from zsseg.config import CONFIGS, ClipConfig, Config, load_config
+from zsseg.datasets import dataset
 from zsseg.download import fetch
 from zsseg.maskformer import MaskFormer
 from zsseg.per_pixel import OneStage, PerPixel
@@ -296,10 +297,10 @@ def load_into(
     missing = [k for k in own if k not in fits]
     unused = [k for k in state if k not in fits]
     if strict and (missing or unused):
-        shapes = [{k: [*v.shape] for k, v in part.items()} for part in (state, own)]
-        found, expected = shapes
         wrong = dict.fromkeys(missing + unused, "absent")
-        problems = [f"{k} is {found.get(k)} instead of {expected.get(k)}" for k in wrong]
+        found = wrong | {k: [*v.shape] for k, v in state.items()}
+        expected = wrong | {k: [*v.shape] for k, v in own.items()}
+        problems = [f"{k} is {found[k]} instead of {expected[k]}" for k in wrong]
         raise UserError(what, f"does not fit: {join_some(problems, 3)}", todo)
     if not fits:
         raise UserError(what, "has no weight that fits", todo)
@@ -661,8 +662,6 @@ def assemble(config: Config, clip: CLIP | None) -> Segmenter | OneStage:
     model = config.model
     section = config.clip
     if clip is None:
-        from zsseg.datasets import dataset
-
         num_classes = len(dataset(config.data).names)
         return Segmenter(MaskFormer(model, num_classes + 1), None, None, section)
     sizes = (clip.width, section.prompt_prefix)

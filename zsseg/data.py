@@ -42,7 +42,7 @@ MAX_BROKEN = 100  # samples in a row that may be broken before training stops
 
 class TestImages(Dataset):
     """Item i: (image uint8 [3, h, w] at each input size, class ids uint8 or int32 [H, W] at the
-    image's own size, name).
+    image's own size, name), the name being the file's without its ending, with folders if need be.
 
     The shorter edge is each of `edges`, or else `data.test_short_edge`. `lut`: label value ->
     class id, if not the data set's.
@@ -60,7 +60,11 @@ class TestImages(Dataset):
         self.lut = dataset(data_config).lut() if lut is None else lut
         self.edges = edges
         self.pairs = find_pairs(data_config, root, split)
-        self.names = unique_names([image for image, _ in self.pairs])
+        files = [image.with_suffix("") for image, _ in self.pairs]
+        self.names = [file.name for file in files]
+        if len({*self.names}) < len(files):
+            base = os.path.commonpath([file.parent for file in files])
+            self.names = [os.path.relpath(file, base) for file in files]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -70,20 +74,6 @@ class TestImages(Dataset):
         image = read_image(image_file, turn=self.config.exif_turn)
         labels = torch.from_numpy(read_labels(label_file, self.lut, image.size))
         return network_inputs(image, self.config, self.edges), labels, self.names[i]
-
-
-def unique_names(files: list[Path]) -> list[str]:
-    """A different name for each file: its stem or, if stems are not unique, its path below their
-    common folder without or with its ending.
-    """
-    files = [Path(os.path.abspath(file)) for file in files]
-    base = os.path.commonpath([file.parent for file in files])
-    paths = [os.path.relpath(file, base) for file in files]
-    stems = [os.path.splitext(path)[0] for path in paths]
-    for names in ([file.stem for file in files], stems):
-        if len({*names}) == len({*files}):
-            return names
-    return paths  # a.jpg and a.png
 
 
 # --- training samples
@@ -291,36 +281,21 @@ def count_labels(data_config: DataConfig, root: Path, split: str, workers: int =
     if broken:
         warn(f"{plural(len(broken), 'label map')} left out: {join_some(broken, 3)}")
         return counts
-    try:
-        with atomic_write(cache) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, version=version, counts=counts)
-    except UserError as error:
-        warn(f"label maps will be counted again: {error}")
+    # The folder may be read-only.
+    with contextlib.suppress(UserError), atomic_write(cache) as path, open(path, "wb") as file:
+        np.savez_compressed(file, version=version, counts=counts)
     return counts
 
 
 def training_counts(config: Config, root: Path) -> np.ndarray:
-    """`count_labels` of the training split; says which classes have no pixel, and how much of a
-    data set of the user's has no class.
-    """
+    """`count_labels` of the training split; says which classes have no pixel in it."""
     counts = count_labels(config.data, root, "train", config.data.workers)
     data = training_set(config.data)
-    for line in label_remarks(counts.clip(0).sum(0), data, "train"):
-        warn(line)
+    shown = (counts > 0).any(0)
+    if absent := [data.names[i] for i in data.trained if not shown[i]]:
+        count = f"{len(absent)} of {len(data.trained)} classes"
+        warn(f"no pixel in train of {count}: {join_some(absent, 20)}")
     return counts
-
-
-def label_remarks(pixels: np.ndarray, data: DataSet, split: str) -> list[str]:
-    """Possible mistakes in labels, by their pixels of each class and of no class [C + 1]."""
-    lines = []
-    used = data.trained if split == "train" else range(len(data.names))
-    if absent := [data.names[i] for i in used if not pixels[i]]:
-        classes = plural(len(absent), "class", "classes")
-        lines.append(f"no pixel in {split} of {classes} of {len(used)}: {join_some(absent, 20)}")
-    ignored = 100 * pixels[-1] / max(pixels.sum(), 1)
-    if data.name == "folder" and ignored > 5:
-        lines.append(f"{ignored:.0f} % of the pixels in {split} have a value of no class")
-    return lines
 
 
 # --- loading

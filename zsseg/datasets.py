@@ -7,7 +7,6 @@ For training, the table maps unseen classes to the ignore value.
 import os
 import re
 import tomllib
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -94,10 +93,10 @@ class DataSet:
         return table
 
     def folder(self, root: Path) -> Path:
-        """The first of `folders` with anything where images belong, else the first."""
-        folders = [root / name for name in self.folders]
+        """The first of `folders` with a folder of images, else the first."""
         below = self.images.partition("{")[0]
-        return next((f for f in folders if any((f / below).glob("[!.]*"))), folders[0])
+        folders = [root / name for name in self.folders]
+        return next((folder for folder in folders if (folder / below).is_dir()), folders[0])
 
     def listing(self, folder: Path, split: str) -> "Listing":
         """The files of a split, as its list names them or as they match the patterns."""
@@ -134,15 +133,12 @@ class DataSet:
             raise UserError(f"file {min(both)}", "matches data.images and data.labels", todo)
         pairs = [(Path(images[i]), Path(labels[i])) for i in sorted(images.keys() & labels.keys())]
         alone = sorted((images | labels)[i] for i in images.keys() ^ labels.keys())
-        listing = Listing(folder, pairs, alone, counts=(len(images), len(labels)))
-        if alone:
-            files = plural(len(alone), "file")
-            listing.remarks.append(f"{files} without a partner in {split}: {join_some(alone, 3)}")
+        listing = Listing(folder, pairs, alone, len(images), len(labels))
         unmatched = sorted((others | further) - {*images.values(), *labels.values()})
-        if unmatched and self.name == "folder":
-            files = plural(len(unmatched), "image file matches", "image files match")
-            text = f"{files} neither data.images nor data.labels: {join_some(unmatched, 3)}"
-            listing.remarks.append(text)
+        for files, what in ((alone, "without a partner"), (unmatched, "that match no pattern")):
+            if files and (files is alone or self.name == "folder"):
+                text = f"{plural(len(files), 'file')} {what} in {split}: {join_some(files, 3)}"
+                listing.remarks.append(text)
         return listing
 
     def match(self, folder: Path, split: str, pattern: str) -> tuple[dict[str, str], set[str]]:
@@ -152,11 +148,10 @@ class DataSet:
         matched = {}
         others = set()
         for file in walk(base) if os.path.isdir(base) else ():
-            name = file.removeprefix(base)
-            suffix = os.path.splitext(name)[1] if after == ".*" else after
-            is_image = is_image_name(name)
-            name = name.removesuffix(suffix)
-            if not file.endswith(suffix) or not name or (after == ".*" and not is_image):
+            is_image = is_image_name(file)
+            suffix = os.path.splitext(file)[1] if after == ".*" and is_image else after
+            name = file.removeprefix(base).removesuffix(suffix)
+            if file != f"{base}{name}{suffix}" or not name:
                 others |= {file} if is_image else set()
             elif name in matched:
                 raise UserError(f"file {file}", f"has the id of {matched[name]}", "keep one")
@@ -173,8 +168,9 @@ class Listing:
     pairs: list[Pair] = field(default_factory=list)  # as listed, or sorted by id
     # Without a partner; a listed file that does not exist is an error instead.
     unpaired: list[str] = field(default_factory=list)
+    num_images: int = 0
+    num_labels: int = 0
     remarks: list[str] = field(default_factory=list)  # on what is left out
-    counts: tuple[int, int] = (0, 0)  # images, label maps
 
 
 def read_ids(file: Path) -> list[str]:
@@ -211,28 +207,27 @@ def own_dataset(config: DataConfig) -> DataSet:
     """The user's own data set; UserError if its description cannot be right."""
     classes = config.classes
     values = config.values or list(range(len(classes)))
-    check_pattern("images", config.images)
-    check_pattern("labels", config.labels)
     lists = "{split}" not in config.images
-    if lists != ("{split}" not in config.labels):
-        todo = "write {split} in both, or in none and give lists"
-        raise UserError("data.labels", "has {split} or not, unlike data.images", todo)
-    for name in config.unseen:
-        if name not in classes:
-            todo = did_you_mean(name, classes, "give some of data.classes")
-            raise UserError("data.unseen", f"{name!r} is not one of data.classes", todo)
-    for key, items in (("classes", classes), ("unseen", config.unseen), ("values", values)):
-        for item, count in Counter(items).items():
-            if count > 1:
-                raise UserError(f"data.{key}", f"{item!r} is given twice", "name each once")
-    if not classes:
-        raise UserError("data.classes", "is missing (data.name is folder)", "name every class")
+    same = lists == ("{split}" not in config.labels)
+    stray = [name for name in config.unseen if name not in classes]
+    some = "give some of data.classes, not all"
+    ids = f"give each of the {len(classes)} classes its own value, from 0 to 65535"
+    in_range = all(0 <= value < 2**16 for value in values)
+    rules = (
+        ("images", is_pattern(config.images), 'write e.g. "images/{split}/{id}.jpg"'),
+        ("labels", is_pattern(config.labels), 'write e.g. "masks/{split}/{id}.png"'),
+        ("labels", same, "write {split} as in data.images"),
+        ("classes", classes, "name every class"),
+        ("unseen", not stray, did_you_mean(stray[0], classes, some) if stray else ""),
+        ("unseen", len({*config.unseen}) == len(config.unseen) < len(classes), some),
+        ("values", in_range and len({*values}) == len(values) == len(classes), ids),
+    )
+    for key, valid, todo in rules:
+        if not valid:
+            given = getattr(config, key)
+            why = f"is {given}" if given else "is missing (data.name is folder)"
+            raise UserError(f"data.{key}", why, todo)
     check_names(classes)
-    if len(config.unseen) == len(classes):
-        raise UserError("data.unseen", "is all of data.classes", "give some, not all")
-    if len(values) != len(classes) or min(values) < 0 or max(values) >= 2**16:
-        todo = f"give each of the {len(classes)} classes its own value, from 0 to 65535"
-        raise UserError("data.values", f"is {values}", todo)
     return DataSet(
         name="folder",
         names=classes,
@@ -248,17 +243,15 @@ def own_dataset(config: DataConfig) -> DataSet:
     )
 
 
-def check_pattern(key: str, path: str) -> None:
-    """UserError unless {id} is in it once, at the beginning or after a slash, and no brace but
-    those of {split}; lists (without {split}) require an ending, too.
+def is_pattern(path: str) -> bool:
+    """Whether {id} is in it once, at the beginning or after a slash, and no brace but those of
+    {split}; lists (without {split}) require an ending, too.
     """
-    before, *after = path.split("{id}")
+    braces = re.findall("{.*?}|[{}]", path)
     any_ending = path.endswith(".*") and "{split}" not in path
-    braces = re.search("[{}]", path.replace("{id}", "").replace("{split}", ""))
-    if len(after) != 1 or before[-1:] not in ("", "/") or any_ending or braces:
-        why = f"is {path!r}" if path else "is missing (data.name is folder)"
-        todo = f'write e.g. "{key}/{{split}}/{{id}}.png", with no other braces'
-        raise UserError(f"data.{key}", why, todo)
+    at_start = re.search("(^|/){id}", path)
+    known = {*braces} <= {"{id}", "{split}"}
+    return bool(at_start) and known and braces.count("{id}") == 1 and not any_ending
 
 
 def training_set(config: DataConfig) -> DataSet:
@@ -277,28 +270,24 @@ def find_listing(name_or_config: str | DataConfig, root: Path, split: str) -> Li
         listing = data.listing(root / folder, split)
         if listing.pairs:
             return listing
-    raise no_pairs(data, data.folder(root), split, listing.counts)
-
-
-def no_pairs(data: DataSet, folder: Path, split: str, counts: tuple[int, int]) -> UserError:
-    """The error of a split without a pair of files; `counts`: its images and label maps."""
     if data.name != "folder":
         train = " --train" if split == "train" and data.name != "shapes" else ""
         todo = f"run prepare_data.py {data.name}{train}, or give --root"
-        return MissingSplit(f"data set {data.name}", f"no {split!r} images in {folder}", todo)
+        raise MissingSplit(f"data set {data.name}", f"no {split!r} images in {root}", todo)
+    folder = listing.folder
     if not folder.is_dir():
-        return no_such_file("data.folder", folder, "correct it, or give --root")
+        raise no_such_file("data.folder", folder, "correct it, or give --root")
     if data.lists:
         why = f"names no {split!r} image, or does not exist"
-        return MissingSplit(f"list {folder / split}.txt", why, "write one id a line")
-    if all(counts):
-        why = f"no {split!r} label map has the id of an image"
-        return UserError("data.labels", why, "see data.images and data.labels")
-    key, pattern = ("labels", data.labels[0]) if counts[0] else ("images", data.images)
+        raise MissingSplit(f"list {folder / split}.txt", why, "write one id a line")
+    found = listing.num_images + listing.num_labels
+    key, pattern = ("labels", data.labels[0]) if listing.num_images else ("images", data.images)
     path = folder / pattern.replace("{split}", split).replace("{id}", "*")
-    todo = "correct it, data.folder or data.split, or give --root"
-    error = UserError if any(counts) else MissingSplit
-    return error(f"data.{key}", f"no {split!r} file is {path}", todo)
+    todo = "correct data.images, data.labels or data.split, or give --root"
+    if listing.num_images and listing.num_labels:
+        raise UserError("data.labels", f"no {path} has the id of an image", todo)
+    error = UserError if found else MissingSplit
+    raise error(f"data.{key}", f"no file is {path}", todo)
 
 
 def find_pairs(name_or_config: str | DataConfig, root: Path, split: str) -> list[Pair]:
@@ -309,5 +298,3 @@ def find_pairs(name_or_config: str | DataConfig, root: Path, split: str) -> list
     for remark in listing.remarks:
         warn(f"left out: {remark}")
     return listing.pairs
-
-

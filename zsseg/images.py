@@ -26,21 +26,15 @@ STRETCH = {"L;2": 85, "L;4": 17}  # what it multiplies those of 2 and 4 bits wit
 
 
 @functools.cache
-def image_formats() -> tuple[str, ...]:
-    """The formats that Pillow reads without another program."""
+def formats_by_ending() -> dict[str, str]:
+    """{".jpg": "JPEG", ...} of the files that Pillow reads without another program."""
     Image.init()
-    return tuple(name for name in Image.OPEN if name not in NOT_READ)
-
-
-@functools.cache
-def image_endings() -> frozenset[str]:
-    """The endings of their files, as ".jpg"."""
-    formats = image_formats()
-    return frozenset(end for end, name in Image.EXTENSION.items() if name in formats)
+    formats = Image.OPEN.keys() - NOT_READ
+    return {ending: name for ending, name in Image.EXTENSION.items() if name in formats}
 
 
 def is_image_name(name: str | Path) -> bool:
-    return os.path.splitext(name)[1].lower() in image_endings()
+    return os.path.splitext(name)[1].lower() in formats_by_ending()
 
 
 @contextlib.contextmanager
@@ -51,23 +45,24 @@ def open_image(file: Path | io.BytesIO, what: str, shown: bool = False) -> Itera
     `shown` Pillow's own limit of twice as many.
     """
     in_memory = isinstance(file, io.BytesIO)
-    todo = "give another" if in_memory else "replace the file"
     name = f"this {what}" if in_memory else f"{what} {file}"
+    formats = {*formats_by_ending().values()}
     try:
         with contextlib.ExitStack() as stack:
             # Open already: Pillow would map a TIFF into memory, and then turns it wrongly.
             content = file if in_memory else stack.enter_context(open(file, "rb"))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = stack.enter_context(Image.open(content, formats=image_formats()))
+                image = stack.enter_context(Image.open(content, formats=[*formats]))
             pixels = image.width * image.height
             if pixels > Image.MAX_IMAGE_PIXELS and not shown:
                 raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS} pixels")
             yield image
-    except UnidentifiedImageError:
-        raise UserError(name, "is no image that Pillow reads", todo) from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(name, f"cannot be read ({error})", todo) from None
+        # Its text would name the file object.
+        why = "no image" if isinstance(error, UnidentifiedImageError) else error
+        todo = "give another" if in_memory else "replace the file"
+        raise UserError(name, f"cannot be read ({why})", todo) from None
 
 
 def read_image(file: Path | io.BytesIO, shown: bool = False, turn: bool = False) -> Image.Image:

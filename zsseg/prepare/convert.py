@@ -6,60 +6,58 @@ so that a conversion that was killed continues where it was.
 """
 
 import json
-import os
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch.nn.functional as F
 from PIL import Image
 
-from zsseg.datasets import dataset, read_lines
-from zsseg.files import atomic_write
-from zsseg.images import open_image
-from zsseg.utils import UserError, parallel
+from zsseg.datasets import dataset, read_ids
+from zsseg.images import read_image, to_tensor
+from zsseg.utils import UserError, atomic_write, parallel, walk
 
 MAX_PIXELS = 2**28
 
 
-def read_ids(file: Path) -> list[str]:
-    return [line.strip() for line in read_lines(file)]
-
-
 def write_ids(file: Path, ids: list[str]) -> None:
-    """Write a list of ids unless there is one."""
+    """Write a list of ids unless it exists."""
     if not file.exists():
         with atomic_write(file) as temporary:
-            temporary.write_text("".join(f"{i}\n" for i in ids), "utf-8", "surrogateescape")
+            temporary.write_text("".join(f"{i}\n" for i in ids), "utf-8")
 
 
-def voc_trainaug(folder: Path, sbd: Path, workers: int) -> None:
+def voc_trainaug(folder: Path, find_sbd: Callable[[], Path], workers: int) -> None:
     """Write `SegmentationClassAug/`, `train.txt` and, last, `val.txt` from VOC's own files and
-    SBD's.
+    SBD's, for whose folder `find_sbd` is asked if it is needed.
 
-    train = (VOC train + SBD train + SBD val) - VOC val, 10,582 images. An image that VOC
-    segmented keeps VOC's mask (with its void borders); SBD's are for the others, and never for val.
+    train = (VOC train + SBD train + SBD val) - VOC val, 10,582 images, or as a list says. An image
+    that VOC segmented keeps VOC's mask (with its void borders); SBD's are for the others, and never
+    for val.
     """
-    train_list = folder / "train.txt"
-    val_list = folder / "val.txt"
-    if train_list.exists() and val_list.exists():  # the user's own: only masks are missing
-        train = {*read_ids(train_list)}
-        val = []
+    official = folder / "ImageSets" / "Segmentation"
+    lists = [folder / "train.txt", official / "trainaug.txt", official / "train_aug.txt"]
+    given = [file for file in lists if file.exists()]
+    if given:  # only masks may be missing
+        train = read_ids(given[0])
     else:
-        official = folder / "ImageSets" / "Segmentation"
-        val = read_ids(official / "val.txt")
-        lists = (official / "train.txt", sbd / "train.txt", sbd / "val.txt")
-        train = {i for file in lists for i in read_ids(file)} - {*val}
+        sbd = find_sbd()
+        files = (official / "train.txt", sbd / "train.txt", sbd / "val.txt")
+        ids = {i for file in files for i in read_ids(file)}
+        train = sorted(ids - {*read_ids(official / "val.txt")})
 
-    def convert(name: str) -> None:
-        target = folder / "SegmentationClassAug" / f"{name}.png"
-        if not target.exists():
-            save(read_sbd(sbd / "cls" / f"{name}.mat"), target)
-
-    missing = sorted(i for i in train if not (folder / "SegmentationClass" / f"{i}.png").exists())
-    list(parallel(convert, missing, workers, "convert SBD"))
-    write_ids(train_list, sorted(train))
-    write_ids(val_list, val)  # last: it marks the conversion as complete
+    masks = folder / "SegmentationClassAug"
+    both = (folder / "SegmentationClass", masks)
+    missing = [i for i in train if not any((part / f"{i}.png").exists() for part in both)]
+    if missing:
+        classes = find_sbd() / "cls"
+        convert = lambda i: save(read_sbd(classes / f"{i}.mat"), masks / f"{i}.png")
+        list(parallel(convert, missing, workers, "convert SBD"))
+    write_ids(folder / "train.txt", train)
+    if not (folder / "val.txt").exists():  # last: it marks the conversion as complete
+        write_ids(folder / "val.txt", read_ids(official / "val.txt"))
 
 
 def read_sbd(file: Path) -> np.ndarray:
@@ -191,65 +189,28 @@ def ade20k_full(folder: Path, workers: int, train: bool = False) -> None:
     def is_val(stem: str) -> bool:
         return stem.split("_")[1:2] == ["val"]
 
-    jpegs = []
-    for parent, folders, files in os.walk(folder / "images"):
-        stems = {
-            f.removesuffix(".jpg") for f in files if f.endswith(".jpg") and not f.startswith(".")
-        }
-        jpegs += [Path(parent) / f"{stem}.jpg" for stem in sorted(stems) if train or is_val(stem)]
-        # A folder of the image's name contains its instances.
-        folders[:] = sorted({*folders} - stems)
+    jpegs = [Path(file) for file in walk(folder / "images") if file.endswith(".jpg")]
+    jpegs = [jpeg for jpeg in jpegs if train or is_val(jpeg.stem)]
     list(parallel(convert, jpegs, workers, "convert ADE20K"))
 
 
 def read_ade20k(jpeg: Path, lut: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Image uint8 [h, w] or [h, w, 3] and class ids uint16 [h, w], resized; `lut` [65536] maps
+    """Image uint8 [h, w, 3] and class ids uint16 [h, w], resized; `lut` [65536] maps
     object indices, 256 * (red // 10) + green, to class ids.
     """
     segmentation = jpeg.with_name(f"{jpeg.stem}_seg.png")
-    what = f"label map {segmentation}"
-    with open_image(segmentation, "label map") as image:
-        colours = np.array(image)
-    if colours.ndim != 3 or colours.dtype != np.uint8:
-        raise UserError(what, "is not a colour image", "replace the file")
-    with open_image(jpeg, "image") as image:
-        pixels = np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+    colours = np.array(read_image(segmentation))
+    pixels = np.array(read_image(jpeg))
     values = lut[colours[..., 0].astype(int) // 10 * 256 + colours[..., 1]]
     H, W = values.shape
     if pixels.shape[:2] != (H, W):
         why = f"is {W} x {H}, its image {pixels.shape[1]} x {pixels.shape[0]}"
-        raise UserError(what, why, "make the two the same size")
+        raise UserError(f"label map {segmentation}", why, "make the two the same size")
     if min(H, W) > 512:
         h, w = (round(side / min(H, W) * 512) for side in (H, W))
-        pixels = resize_bilinear(pixels, h, w)
+        planes = F.interpolate(to_tensor(pixels)[None].float(), (h, w), mode="bilinear")
+        pixels = planes[0].round().byte().permute(1, 2, 0).numpy()
         rows = np.floor(np.arange(h) * (1 / (h / H))).astype(int)
         cols = np.floor(np.arange(w) * (1 / (w / W))).astype(int)
         values = values[rows[:, None], cols]
     return pixels, values
-
-
-def resize_bilinear(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [H, W] or [H, W, 3] -> the same at height x width, bit for bit as OpenCV's
-    INTER_LINEAR.
-
-    No anti-aliasing; weights in steps of 1/2048, and the vertical sum in 16-bit pieces as its
-    vector code does.
-    """
-
-    def taps(size: int, new: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        position = ((np.arange(new) + 0.5) * (1 / (new / size)) - 0.5).astype(np.float32)
-        first = np.floor(position).astype(int)
-        share = np.where((first < 0) | (first >= size - 1), 0, position - first).astype(np.float32)
-        first = first.clip(0, size - 1)
-        weights = np.rint(np.stack([1 - share, share]) * 2048).astype(np.int32)
-        return first, (first + 1).clip(max=size - 1), weights
-
-    pixels = pixels.astype(np.int32).reshape(*pixels.shape[:2], -1)  # [H, W, channels]
-    left, right, (a0, a1) = taps(pixels.shape[1], width)
-    # [H, width, channels], times 2048
-    rows = pixels[:, left] * a0[:, None] + pixels[:, right] * a1[:, None]
-    upper, lower, (b0, b1) = taps(pixels.shape[0], height)
-    total = ((rows[upper] >> 4) * b0[:, None, None] >> 16) + (
-        (rows[lower] >> 4) * b1[:, None, None] >> 16
-    )
-    return (total + 2 >> 2).astype(np.uint8).squeeze()

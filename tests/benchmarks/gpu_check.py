@@ -10,6 +10,7 @@ much, what should be dropped.
 import argparse
 import contextlib
 import csv
+import importlib.util
 import os
 import signal
 import subprocess
@@ -19,22 +20,16 @@ from pathlib import Path
 
 AGREES = 0.01  # the largest relative difference, or share of other labels, that bf16 explains
 # What matters most comes first: the time may end before the last.
-LADDER = [
-    f"{part}:{row}"
-    for row in ("plain", "compile", "baseline")
-    for part in ("inference", "training")
-]
-LADDER += ["inference:kernels", "inference:bf16", "training:kernels", "training:bf16"]
+LADDER = [f"{part}:{row}" for part in ("inference", "training") for row in ("compile", "baseline")]
+LADDER += [f"{part}:{row}" for row in ("plain", "kernels") for part in ("inference", "training")]
+SPREAD = "-n 8" if importlib.util.find_spec("xdist") else ""
+TESTS = "tests/method/test_kernels.py tests/product/test_compile.py"
 # {log: (seconds at most, words)}
 STEPS = {
-    "tests.log": (
-        140,
-        "-m pytest -q --tb=short -rf --maxfail=20 tests/test_kernels.py "
-        "tests/product/test_compile.py",
-    ),
-    "bench.log": (140, "-m tests.benchmarks.kernels --csv {out}/bench.csv"),
+    "tests.log": (180, f"-m pytest -q --tb=short -rf --maxfail=20 -o addopts= {SPREAD} {TESTS}"),
+    "bench.log": (130, "-m tests.benchmarks.kernels --csv {out}/bench.csv"),
     "ladder.log": (
-        220,
+        200,
         "-m tests.benchmarks.ladder --rounds 1 --csv {out}/ladder.csv --plot {out}/ladder.svg "
         "--rows " + " ".join(LADDER),
     ),
@@ -97,22 +92,17 @@ def summary(out: Path) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_check"))
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     failed = []
     for log, (limit, words) in STEPS.items():
         with open(out / log, "w") as file:
-            process = subprocess.Popen(
-                [sys.executable, *(w.format(out=out) for w in words.split())],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                start_new_session=True,
-            )
+            command = [sys.executable, *(word.format(out=out) for word in words.split())]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            process = subprocess.Popen(command, start_new_session=True, **pipes)
             timer = threading.Timer(limit, stop, [process])
             timer.start()
             for line in process.stdout:

@@ -1,8 +1,8 @@
 """Time every kernel against its plain version, eager and compiled: `python -m
 tests.benchmarks.kernels [--csv FILE]`.
 
-All get the same inputs, bf16 where training has them, at the sizes of `tests.benchmarks.compile_check`.
-Median and 20% / 80% quantiles, effective GB/s of the bytes that must move and their share of this
+All get the same inputs, bf16 where training has them, at the sizes of
+`tests.benchmarks.compile_check`. Median and 20% / 80% quantiles, effective GB/s of the bytes that must move and their share of this
 GPU's copy bandwidth, the time that no H100 can beat, peak memory, and how far the result is from
 the eager one; first the copy bandwidth and the bf16 matrix rate. On a CPU (`--device cpu`) the
 sizes are small and both are plain PyTorch: that only shows that the benchmark runs.
@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import csv
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,17 +21,17 @@ from typing import TextIO
 import torch
 from torch import Tensor
 
+from kernels import jit
 from kernels.assignment import assignment
-from tests.benchmarks.compile_check import Sizes, floor, work
-from kernels.jit import Switch
 from kernels.mask_loss import mask_loss
 from kernels.mask_pool import mask_pool
 from kernels.matching_cost import matching_cost
 from kernels.region_crop import region_crop, region_masks
 from kernels.semantic_map import semantic_map
+from tests.benchmarks.compile_check import Sizes, floor, work
 from zsseg import clip, matcher, regions
 from zsseg.losses import focal_and_dice
-from zsseg.segmenter import best_class
+from zsseg.utils import git_commit
 
 FIELDS = (
     "kernel",
@@ -77,19 +76,10 @@ def measure(
     return do_bench(function, warmup=25, rep=duration, quantiles=[0.2, 0.5, 0.8]), peak
 
 
-def backward(
-    losses: Callable[..., tuple[Tensor, ...] | Tensor], *inputs: Tensor
-) -> Callable[[], object]:
-    """Forward and gradients of the sum of what `losses` gives."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-
-    def run() -> tuple[Tensor, ...]:
-        out = losses(*inputs)
-        return torch.autograd.grad(
-            sum(x.float().sum() for x in (out if isinstance(out, tuple) else (out,))), inputs
-        )
-
-    return run
+def backward(losses: Callable[[Tensor], tuple[Tensor, ...]], masks: Tensor) -> Callable:
+    """Forward and the gradient of the sum of what `losses` gives."""
+    masks = masks.detach().requires_grad_()
+    return lambda: torch.autograd.grad(sum(x.float().sum() for x in losses(masks)), masks)
 
 
 def difference(ours: object, plain: object) -> float:
@@ -107,8 +97,8 @@ def difference(ours: object, plain: object) -> float:
     return worst
 
 
-def cases(device: str, s: Sizes) -> dict[str, tuple[Callable, Callable, tuple[str, ...]]]:
-    """{kernel: (plain, ours, operations that both do)}."""
+def cases(device: str, s: Sizes) -> dict[str, tuple[Callable, Callable]]:
+    """{kernel: (plain, ours)}."""
     torch.manual_seed(0)
     make = lambda *shape, **given: torch.randn(*shape, device=device, **given)
     H, W = 4 * s.h, 4 * s.w
@@ -123,68 +113,83 @@ def cases(device: str, s: Sizes) -> dict[str, tuple[Callable, Callable, tuple[st
     matched = matcher.hungarian(cost, counts)[0]
     targets = matcher.Targets(labels, classes, counts)
     image = torch.randint(0, 256, (3, H, W), device=device, dtype=torch.uint8)
-    single, cut = masks[0, 0].float(), [H, W]  # as inference has them
-    index = torch.arange(s.Q, device=device)
+    single, size = masks[0, 0].float(), [H, W]  # as inference has them
     with plain():
-        foregrounds, boxes, _ = regions.region_masks(single, cut, 0.5)
-    crops = (clip.MEAN, clip.STD, s.side, s.dtype)
+        binary, boxes, _ = regions.region_masks(single, size, 0.5)
+    constants = ([*clip.MEAN], [*clip.STD], s.side, s.dtype)
     scores = torch.rand(s.Q, s.C, device=device)
     features = make(s.grid, s.grid, s.D, dtype=s.dtype)
-    losses = lambda function: lambda: function(masks, matched, labels, classes)
-    both_ways = lambda function: backward(lambda x: function(x, matched, labels, classes), masks)
+    pairs = (matched, labels, classes)
+
+    def plain_crops() -> Tensor:
+        """All crops by one gather of 4 x 4 taps, without a loop over boxes."""
+        mean, std = (torch.tensor(x, device=device)[:, None, None] for x in constants[:2])
+        return gathered_crops((image / 255 - mean) / std, binary, boxes, s.side).to(s.dtype)
+
+    def plain_map() -> tuple[Tensor, Tensor]:
+        """One product of all classes and masks."""
+        maps = torch.einsum("qc,qhw->chw", scores, regions.mask_probabilities(single, size))
+        return maps.max(0)[::-1]
+
+    def plain_pool() -> Tensor:
+        masks = regions.mask_probabilities(single, size) > 0.5
+        return regions.pool_features(features, masks)
+
+    cost_inputs = (logits, masks, coarse, classes, 20.0, 1.0)
+    both_ways = lambda function: backward(lambda x: function(x, *pairs), masks)
     found = {
         "matching_cost": (
             lambda: matcher.matching_cost(logits, masks, targets, 20.0, 1.0),
-            lambda: matching_cost(logits, masks, coarse, classes, 20.0, 1.0),
-            ("matching_cost",),
+            lambda: matching_cost(*cost_inputs),
         ),
-        "assignment": (
-            lambda: matcher.hungarian(cost, counts),
-            lambda: assignment(cost, counts),
-            ("assignment",),
-        ),
-        "mask_loss": (losses(focal_and_dice), losses(mask_loss), ("mask_loss",)),
-        "mask_loss, both ways": (
-            both_ways(focal_and_dice),
-            both_ways(mask_loss),
-            ("mask_loss", "mask_loss, backward"),
-        ),
-        "region_crop": (
-            lambda: regions.region_crops(image, foregrounds, boxes, s.side),
-            lambda: region_crop(
-                image, foregrounds, index, boxes, *map(list, crops[:2]), *crops[2:]
-            ),
-            ("region_crop",),
-        ),
+        "assignment": (lambda: matcher.hungarian(cost, counts), lambda: assignment(cost, counts)),
+        "mask_loss": (lambda: focal_and_dice(masks, *pairs), lambda: mask_loss(masks, *pairs)),
+        "mask_loss, both ways": (both_ways(focal_and_dice), both_ways(mask_loss)),
+        "region_crop": (plain_crops, lambda: region_crop(image, binary, boxes, *constants)),
         "region_masks": (
-            lambda: regions.region_masks(single, cut, 0.5),
-            lambda: region_masks(single, cut, 0.5),
-            ("region_masks",),
+            lambda: regions.region_masks(single, size, 0.5),
+            lambda: region_masks(single, size, 0.5),
         ),
-        "semantic_map": (
-            lambda: best_class(single, scores, tuple(cut), tuple(cut)),
-            lambda: semantic_map(single, scores, cut, cut, False),
-            ("semantic_map",),
-        ),
-        "mask_pool": (
-            lambda: regions.mask_pool(features, single, cut, 0.5),
-            lambda: mask_pool(features, single, cut, 0.5),
-            ("mask_pool",),
-        ),
+        "semantic_map": (plain_map, lambda: semantic_map(single, scores, size, size, False)[:2]),
+        "mask_pool": (plain_pool, lambda: mask_pool(features, single, size, 0.5)[0]),
     }
     if device == "cpu":  # the kernels want a GPU
-        found = {name: (plain, plain, parts) for name, (plain, _, parts) in found.items()}
+        found = {name: (plain, plain) for name, (plain, _) in found.items()}
     return found
+
+
+def gathered_crops(image: Tensor, masks: Tensor, boxes: Tensor, side: int) -> Tensor:
+    """Bicubic crops [P, 3, side, side] of a normalised image [3, H, W], 0 outside masks [P, H, W]:
+    the fair plain version of the kernel, see `regions.region_crops`.
+    """
+    first, length = boxes[:, :2, None], (boxes[:, 2:] - boxes[:, :2])[..., None]
+    at = (torch.arange(side, device=image.device) + 0.5) * (length / side) - 0.5  # [P, 2, side]
+    share = at - at.floor()
+    taps = at.floor().long()[..., None] + torch.arange(-1, 3, device=image.device)
+    taps = taps.clamp(min=0).minimum(length[..., None] - 1) + first[..., None]
+    d = (share[..., None] - torch.arange(-1, 3, device=image.device)).abs()
+    near = (1.25 * d - 2.25) * d * d + 1
+    far = ((-0.75 * d + 3.75) * d - 6) * d + 3
+    weights = torch.where(d <= 1, near, far)
+    (x, y), (wx, wy) = taps.unbind(1), weights.unbind(1)
+    number = torch.arange(len(boxes), device=image.device)[:, None, None]
+    crops = 0
+    for i in range(4):
+        for j in range(4):
+            place = y[:, :, None, i], x[:, None, :, j]
+            weight = wy[:, :, None, i] * wx[:, None, :, j] * (masks[(number, *place)] != 0)
+            crops = crops + weight * image[(slice(None), *place)]
+    return crops.transpose(0, 1)
 
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
     """In here, CUDA tensors go to plain PyTorch, too."""
-    before, Switch.on = Switch.on, False
+    before, jit.ENABLED = jit.ENABLED, False
     try:
         yield
     finally:
-        Switch.on = before
+        jit.ENABLED = before
 
 
 def machine(device: str) -> dict[str, str]:
@@ -194,16 +199,9 @@ def machine(device: str) -> dict[str, str]:
         except PackageNotFoundError:
             return ""
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    return {
-        "device": name,
-        "torch": torch.__version__,
-        "triton": package("triton"),
-        "commit": commit,
-    }
+    versions = {"torch": torch.__version__, "triton": package("triton")}
+    return {"device": name, **versions, "commit": git_commit()[:12]}
 
 
 def bounds(device: str) -> tuple[float, float]:
@@ -218,16 +216,13 @@ def bounds(device: str) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=device)
     parser.add_argument("--csv", help="write the rows there, too")
-    parser.add_argument(
-        "--no-compile", action="store_true", help="leave torch.compile of the plain versions out"
-    )
+    text = "leave torch.compile of the plain versions out"
+    parser.add_argument("--no-compile", action="store_true", help=text)
     args = parser.parse_args()
     copy, product = bounds(args.device)
     print(f"copy {copy:.0f} GB/s, bf16 product {product:.1f} TFLOP/s")
@@ -245,11 +240,12 @@ def run(args: argparse.Namespace, copy: float, about: dict[str, str], file: Text
     """Measure every case; rows go to `file` as they come."""
     sizes = Sizes() if args.device == "cuda" else Sizes(**SMALL, dtype=torch.float32)
     amounts = work(sizes)
-    for kernel, (eager, ours, parts) in cases(args.device, sizes).items():
-        moved, operations = (sum(amounts[part][i] for part in parts) for i in (0, 1))
+    for kernel, (eager, ours) in cases(args.device, sizes).items():
+        both = ("mask_loss", "mask_loss, backward")
+        parts = both if kernel == "mask_loss, both ways" else (kernel,)
+        work_of = [sum(amounts[part][i] for part in parts) for i in range(3)]
         providers = {"plain": eager, "torch.compile": torch.compile(eager), "ours": ours}
-        # SciPy cannot be compiled, nor a loop over boxes whose sizes the host must read.
-        if args.no_compile or args.device == "cpu" or kernel in ("assignment", "region_crop"):
+        if args.no_compile or args.device == "cpu" or kernel == "assignment":  # that is SciPy
             del providers["torch.compile"]
         for provider, function in providers.items():
             try:
@@ -259,7 +255,7 @@ def run(args: argparse.Namespace, copy: float, about: dict[str, str], file: Text
             except Exception as error:  # one that fails must not hide the others
                 print(f"{kernel:22}{provider:15}failed: {repr(error)[:90]}", file=sys.stderr)
                 continue
-            speed, least = moved / median / 1e6, floor(moved, operations)
+            speed, least = work_of[0] / median / 1e6, floor(*work_of)
             print(
                 f"{kernel:22}{provider:15}{median:10.3f} ms  [{low:.3f} {high:.3f}] {speed:8.0f} "
                 f"GB/s {100 * speed / copy:5.1f}%  floor {least:.3f} ms {peak:8.0f} MiB"

@@ -1,12 +1,13 @@
 """End to end from the plain version to the fastest, one optimisation more in every row.
 
-    python -m tests.benchmarks.ladder [--rounds 3] [--csv FILE] [--plot FILE.svg] [--train] [--regions] [--device cuda]
+    python -m tests.benchmarks.ladder [--rounds 3] [--csv FILE] [--plot FILE.svg] [--train]
+        [--regions] [--device cuda]
 
 Inference: an image of soft colours, R101c, ViT-B/16, 100 live regions, random weights, from the
 decoded image to the label map at its own size; last, what bf16 and torch.compile give without
-kernels, to compare with. With --train, a training step of R50 as well; with
---regions, the one-pass region classifiers. Every row runs in a process of its own, in turn for
-every round; medians are printed, with the share of pixels whose label is that of the first row.
+kernels, to compare with. With --train, a training step of R50 as well; with --regions, the one-pass
+region classifier. Every row runs in a process of its own, in turn for every round; medians are
+printed, with the share of pixels whose label is that of the first row.
 """
 
 import argparse
@@ -26,40 +27,23 @@ import torch.nn.functional as F
 
 from tests.benchmarks.kernels import bounds, machine, measure
 
-INFERENCE = ("plain", "chunks", "towers", "isa", "kernels", "bf16", "compile")
+INFERENCE = ("plain", "isa", "kernels", "bf16", "compile")
 TRAINING = ("plain", "kernels", "bf16", "compile")
-REGIONS = ("crops", "pool", "tokens")  # with everything that this device has by default
+REGIONS = ("crops", "pool")  # with everything that this device has by default
 WHAT = {
-    "plain": "plain eager fp32: regions cropped one at a time, one batch through CLIP",
-    "chunks": "+ crops through CLIP in chunks",
-    "towers": "+ attention in one product, the last block for one token",
-    "isa": "+ all instructions that the processor has (held to AVX2 above)",
+    "plain": "plain eager fp32 (on a CPU: held to AVX2)",
+    "isa": "+ all instructions that the processor has",
     "kernels": "+ Triton kernels",
     "bf16": "+ bf16 autocast",
     "compile": "+ torch.compile",
     "baseline": "the same without Triton kernels: bf16 and torch.compile of plain PyTorch",
     "crops": "all 100 crops through CLIP",
     "pool": "one pass of CLIP, dense features pooled under the masks",
-    "tokens": "one pass of CLIP, a class token for each region",
 }
 # Left out on these, unless asked for.
-ELSEWHERE = {"cpu": ("kernels", "compile", "baseline"), "cuda": ("chunks", "isa")}
+ELSEWHERE = {"cpu": ("kernels", "compile", "baseline"), "cuda": ("isa",)}
 HELD = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-
-
-def plain_attention(self, x, mask, first=0):
-    """`nn.MultiheadAttention`, with PyTorch's own fast path for inference."""
-    if not hasattr(self, "plain"):
-        layer = torch.nn.MultiheadAttention(
-            x.shape[-1], self.num_heads, batch_first=True, device="meta"
-        ).eval()
-        layer.in_proj_weight, layer.in_proj_bias, layer.out_proj = (
-            self.in_proj_weight,
-            self.in_proj_bias,
-            self.out_proj,
-        )
-        self.__dict__["plain"] = layer.requires_grad_(False)
-    return self.plain(x, x, x, need_weights=False, attn_mask=mask)[0]
+SIZES = {"cpu": (480, 640, 20), "cuda": (640, 853, 171)}  # height, width, words
 
 
 @torch.inference_mode()
@@ -67,90 +51,76 @@ def vary(segmenter, image: torch.Tensor) -> None:
     """Random weights give all queries one mask and all regions one class: take what is common out,
     and make masks decided.
     """
-    model, generator = segmenter.maskformer, torch.Generator().manual_seed(2)
+    model = segmenter.maskformer
+    generator = torch.Generator().manual_seed(2)
+    last = model.pixel_decoder.mask_features
     seen = []
-    hook = model.pixel_decoder.mask_features.register_forward_hook(
-        lambda module, inputs, output: seen.append(output)
-    )
+    hook = last.register_forward_hook(lambda module, inputs, output: seen.append(output))
     embeds, _ = model.decode(model.prepare(image[None]))
-    model.pixel_decoder.mask_features.bias.copy_(-seen[0].mean((0, 2, 3)))
+    last.bias.copy_(-seen[0].mean((0, 2, 3)))
     scale = 10 / model.decode(model.prepare(image[None]))[1].std()
-    for tensor in model.pixel_decoder.mask_features.parameters():
+    for tensor in last.parameters():
         tensor.mul_(scale)
     hook.remove()
     ends = torch.rand(64, 3, 2, 1, 1, generator=generator).to(image.device)
     ramp = torch.linspace(0, 1, 224, device=image.device)
     crops = 3 * (ends[:, :, 0] * ramp + ends[:, :, 1] * ramp[:, None]) - 3
-    features = segmenter.clip.encode_image(crops)
 
     def directions(x: torch.Tensor) -> torch.Tensor:
         """Random words [C, D] among the directions in which x [N, D] varies."""
-        words = torch.randn(len(segmenter.text_features), len(x), generator=generator).to(
-            x.device
-        ) @ (x - x.mean(0))
-        return F.normalize(
-            words - words @ F.normalize(x.mean(0), dim=0)[:, None] * F.normalize(x.mean(0), dim=0),
-            dim=-1,
-        )
+        words = torch.randn(len(segmenter.names), len(x), generator=generator).to(x.device)
+        words = words @ (x - x.mean(0))
+        common = F.normalize(x.mean(0), dim=0)
+        return F.normalize(words - words @ common[:, None] * common, dim=-1)
 
-    segmenter.text_features, segmenter.region_text_features = (
-        directions(embeds[-1, 0]),
-        directions(features),
-    )
+    segmenter.text_features = directions(embeds[-1, 0])
+    segmenter.region_text_features = directions(segmenter.clip.encode_image(crops))
+
+
+def random_clip():
+    """A ViT-B/16 with random weights; bytes as tokens, so that no vocabulary is needed."""
+    from zsseg.clip import CLIP, VisionTransformer
+    from zsseg.tokenizer import Tokenizer
+
+    torch.manual_seed(0)
+    visual = VisionTransformer(224, 16, 768, 12, 512)
+    clip = CLIP(visual, Tokenizer(514, 160), 512, 160, 514, 64, 1)
+    return clip.eval().requires_grad_(False)
 
 
 def inference(done: set[str], args: argparse.Namespace) -> dict:
     """Seconds of every round for one row; `done` holds the optimisations up to it."""
-    from zsseg import clip, distributed
     from zsseg.config import load_config
-    from zsseg.segmenter import Segmenter
+    from zsseg.distributed import init_distributed
+    from zsseg.weights import assemble
 
-    process, (part, way) = distributed.init_distributed(args.device), args.row.split(":")
+    process = init_distributed(args.device)
+    part, way = args.row.split(":")
     cuda = process.device.type == "cuda"
-    torch.manual_seed(0)
-    model = clip.CLIP(clip.VisionTransformer(224, 16, 768, 12, 512), 512, 77, 514, 512, 12)
-    settings = [
-        f"model.kernels={str('kernels' in done).lower()}",
-        f"model.bf16={'on' if 'bf16' in done else 'off'}",
-    ]
-    config = load_config(
-        None,
-        [
-            *settings,
-            f"clip.chunk={0 if 'chunks' in done else 10_000}",
-            f"clip.regions={way if part == 'regions' else 'crops'}",
-        ],
-    )
-    segmenter = Segmenter(config, model.state_dict()).to(process.device).eval()
-    segmenter.set_classes(
-        [f"thing {i}" for i in range(args.words)], list(range(args.words * 3 // 4))
-    )
+    bf16 = "on" if "bf16" in done else "off"
+    regions = way if part == "regions" else "crops"
+    settings = ["clip.prompt=single", f"model.bf16={bf16}", f"clip.regions={regions}"]
+    config = load_config(None, settings)
+    segmenter = assemble(config, random_clip()).to(process.device).eval()
+    words = [f"thing {i}" for i in range(args.words)]
+    segmenter.set_classes(words, list(range(args.words * 3 // 4)))
     generator = torch.Generator().manual_seed(1)
     sizes = ((args.height, args.width), (args.width, args.height))[: 2 if cuda else 1]
     coarse = torch.rand(1, 3, 6, 6, generator=generator)
-    images = [
-        (255 * F.interpolate(coarse, size, mode="bilinear")[0]).to(torch.uint8) for size in sizes
-    ]
+    images = [(255 * F.interpolate(coarse, size, mode="bilinear")[0]).byte() for size in sizes]
     vary(segmenter, images[0].to(process.device))
     if "compile" in done:
         (segmenter.compile_parts if cuda else segmenter.compile_tower)()
-    if "towers" not in done:
-        whole = clip.Transformer.forward
-        clip.Attention.forward = plain_attention
-        clip.Transformer.forward = lambda self, x, mask=None, num_out_tokens=0: whole(self, x, mask)
-        clip.QuickGELU.forward = lambda self, x: x * torch.sigmoid(1.702 * x)
-        clip.patch_tokens = lambda images, weight: F.conv2d(images, weight, stride=weight.shape[-1])
 
-    def go() -> list[torch.Tensor]:
+    def go() -> list:
         with process.autocast(config.model.bf16):
-            return [segmenter(image.to(process.device), tuple(image.shape[1:])) for image in images]
+            on_device = [image.to(process.device) for image in images]
+            return [segmenter.segment([x], tuple(x.shape[1:])).labels for x in on_device]
 
     for _ in range(3 if cuda else 1):
         maps = go()
-    segmenter.config.ensemble = False
     with process.autocast(config.model.bf16):
         valid = int(segmenter.propose(images[0].to(process.device)).valid.sum())
-    segmenter.config.ensemble = True
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     times = []
@@ -167,42 +137,34 @@ def inference(done: set[str], args: argparse.Namespace) -> dict:
         crops = torch.randn(100, 3, 224, 224, device=process.device)
         with torch.inference_mode(), process.autocast(config.model.bf16):
             (_, milliseconds, _), _ = measure(lambda: segmenter.clip.encode_image(crops), "cuda")
-        # TFLOP/s: 35.1 GFLOP a crop, or 32.7.
-        found["tower"] = (3.27e3 if "towers" in done else 3.51e3) / milliseconds
+        found["tower"] = 3.27e3 / milliseconds  # TFLOP/s: 32.7 GFLOP a crop
     return found
 
 
 def training(done: set[str], args: argparse.Namespace) -> dict:
     """Seconds an image of training steps."""
     import train
-    from zsseg import distributed
     from zsseg.config import load_config
+    from zsseg.distributed import init_distributed
     from zsseg.losses import segmentation_losses
     from zsseg.maskformer import MaskFormer
     from zsseg.matcher import Targets
 
-    process = distributed.init_distributed(args.device)
+    process = init_distributed(args.device)
     cuda = process.device.type == "cuda"
     torch.manual_seed(0)
     B, side, classes = (16, 512, 15) if cuda else (2, 128, 15)
-    config = load_config(
-        None,
-        [
-            "model.backbone=R50",
-            f"model.kernels={str('kernels' in done).lower()}",
-            f"model.bf16={'on' if 'bf16' in done else 'off'}",
-            f"train.batch_size={B}",
-        ],
-    )
-    from kernels.jit import Switch
+    bf16 = "on" if "bf16" in done else "off"
+    settings = ["model.backbone=R50", f"model.bf16={bf16}", f"train.batch_size={B}"]
+    config = load_config(None, settings)
 
-    Switch.on = config.model.kernels
-
-    class Step(train.Segment):
+    class Step(train.SegmentTask):
         """The real step on made-up images."""
 
         def __init__(self):
-            self.config, self.process, self.losses = config, process, segmentation_losses
+            self.config = config
+            self.process = process
+            self.losses = segmentation_losses
             self.model = MaskFormer(config.model, 512).to(process.device).train()
             self.text = F.normalize(torch.randn(classes, 512, device=process.device), dim=-1)
             self.compiled = False
@@ -239,20 +201,17 @@ def training(done: set[str], args: argparse.Namespace) -> dict:
 
 def peak(cuda: bool) -> float:
     """MiB: of the GPU's memory, or of the process."""
-    return (
-        torch.cuda.max_memory_allocated() / 2**20
-        if cuda
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    )
+    if cuda:
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def plot(rows: list[dict], file: Path) -> None:
     """Bars of images a second, as SVG."""
     top, height = max(float(r["per_second"]) for r in rows), 26
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="900" height="{height * len(rows) + 40}" font-family="sans-serif" '
-        f'font-size="12"><text x="8" y="18">images a second, {rows[0]["device"]}</text>'
-    ]
+    size = f'width="900" height="{height * len(rows) + 40}" font-family="sans-serif"'
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-size="12">']
+    lines += [f'<text x="8" y="18">images a second, {rows[0]["device"]}</text>']
     for i, row in enumerate(rows):
         y, length = 30 + height * i, 330 * float(row["per_second"]) / top
         lines.append(
@@ -263,122 +222,51 @@ def plot(rows: list[dict], file: Path) -> None:
     file.write_text("\n".join([*lines, "</svg>"]) + "\n")
 
 
-def child(args: argparse.Namespace) -> None:
-    part, row = args.row.split(":")
+def optimisations(row: str, device: str) -> set[str]:
+    """All that a row has."""
+    part, name = row.split(":")
     names = TRAINING if part == "training" else INFERENCE
-    if row == "baseline":
-        done = set(names) - {"plain", "kernels"}
-    else:
-        last = row if part != "regions" else "isa" if args.device == "cpu" else "compile"
-        done = set(names[: names.index(last) + 1]) - {"plain"}
-    print(json.dumps((training if part == "training" else inference)(done, args)))
+    if name == "baseline":
+        return set(names) - {"plain", "kernels"}
+    if part == "regions":
+        name = "isa" if device == "cpu" else "compile"
+    return set(names[: names.index(name) + 1]) - {"plain"}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--train", action="store_true", help="a training step, too")
-    parser.add_argument("--regions", action="store_true", help="the region classifiers, too")
-    parser.add_argument("--rows", nargs="+", help="only these, e.g. inference:plain inference:bf16")
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--plot", type=Path)
-    for name, cpu, cuda in (("height", 480, 640), ("width", 640, 853), ("words", 20, 171)):
-        parser.add_argument(f"--{name}", type=int, help=f"{cpu} on a CPU, {cuda} on a GPU")
-    parser.add_argument("--row", help=argparse.SUPPRESS)  # this process measures one row
-    parser.add_argument("--maps", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    cuda = args.device == "cuda"
-    for name, value in (
-        ("height", 640 if cuda else 480),
-        ("width", 853 if cuda else 640),
-        ("words", 171 if cuda else 20),
-    ):
-        setattr(args, name, getattr(args, name) or value)
-    if args.row:
-        child(args)
-        return
-    rows = [f"inference:{r}" for r in (*INFERENCE, "baseline")]
-    rows += [f"training:{r}" for r in (*TRAINING, "baseline") if args.train]
-    rows += [f"regions:{r}" for r in REGIONS if args.regions]
-    rows = args.rows or [r for r in rows if r.split(":")[1] not in ELSEWHERE[args.device]]
-    found: dict[str, list[dict]] = {row: [] for row in rows}
-    about, rate = machine(args.device), bounds(args.device)[1] if cuda else ""
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(args.rounds):
-            for row in rows:
-                words = [
-                    sys.executable,
-                    "-m",
-                    "tests.benchmarks.ladder",
-                    "--row",
-                    row,
-                    "--maps",
-                    f"{folder}/{row}.pt",
-                ]
-                words += [
-                    x
-                    for n in ("device", "height", "width", "words")
-                    for x in (f"--{n}", str(getattr(args, n)))
-                ]
-                held = (
-                    args.device == "cpu"
-                    and row.removeprefix("inference:") in INFERENCE[: INFERENCE.index("isa")]
-                )
-                environment = os.environ | (HELD if held else {})
-                result = subprocess.run(
-                    words, capture_output=True, text=True, timeout=600, env=environment
-                )
-                if result.returncode:
-                    print(
-                        f"{row} failed: "
-                        f"{(result.stderr.strip().splitlines() or [result.returncode])[-1]}",
-                        file=sys.stderr,
-                    )
-                    continue
-                found[row].append(json.loads(result.stdout.splitlines()[-1]))
-                print(
-                    f"round {number + 1}, {row}: "
-                    f"{statistics.median(found[row][-1]['seconds']):.4f} s",
-                    flush=True,
-                )
-                table = [
-                    summary(r, found, Path(folder)) | {"matrix_TFLOP_per_s": rate} | about
-                    for r in rows
-                    if found[r]
-                ]
-                # After every row: there may be no time for the next.
-                write(table, args.csv, args.plot)
-    for row in table:
-        print(
-            f"{row['part']:10}{WHAT[row['row']]:76}{row['seconds']:>9} s {row['times_faster']:>6}x"
-            f"  equal {row['equal_labels_percent']:>7}%  {row['peak_MiB']:>6} MiB"
-        )
+def run_row(row: str, args: argparse.Namespace, folder: Path) -> dict | None:
+    """One row in a process of its own; None if it failed."""
+    words = [sys.executable, "-m", "tests.benchmarks.ladder", "--row", row]
+    words += ["--maps", f"{folder}/{row}.pt"]
+    for name in ("device", "height", "width", "words"):
+        words += [f"--{name}", str(getattr(args, name))]
+    done = optimisations(row, args.device)
+    held = HELD if row == "inference:plain" and args.device == "cpu" else {}
+    environment = os.environ | held | {"ZSSEG_KERNELS": str(int("kernels" in done))}
+    options = {"capture_output": True, "text": True, "timeout": 600, "env": environment}
+    result = subprocess.run(words, **options)
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [result.returncode]
+        print(f"{row} failed: {lines[-1]}", file=sys.stderr)
+        return None
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def summary(row: str, found: dict[str, list[dict]], folder: Path) -> dict[str, object]:
     """Medians of a row over the rounds, beside the first row of its part."""
     part, name = row.split(":")
     first = next(r for r in found if found[r] and r.startswith(part))
-    seconds, base = (
-        statistics.median(s for f in found[r] for s in f["seconds"]) for r in (row, first)
-    )
+    median = lambda r: statistics.median(s for f in found[r] for s in f["seconds"])
     last, equal = found[row][-1], ""
     if part != "training":
-        maps = zip(
-            torch.load(folder / f"{row}.pt"), torch.load(folder / f"{first}.pt"), strict=True
-        )
-        equal = f"{100 * statistics.mean(float((a == b).double().mean()) for a, b in maps):.3f}"
+        ours, base = (torch.load(folder / f"{r}.pt") for r in (row, first))
+        shares = [float((a == b).double().mean()) for a, b in zip(ours, base, strict=True)]
+        equal = f"{100 * statistics.mean(shares):.3f}"
     return {
         "part": part,
         "row": name,
-        "seconds": f"{seconds:.4f}",
-        "per_second": f"{1 / seconds:.3f}",
-        "times_faster": f"{base / seconds:.2f}",
+        "seconds": f"{median(row):.4f}",
+        "per_second": f"{1 / median(row):.3f}",
+        "times_faster": f"{median(first) / median(row):.2f}",
         "equal_labels_percent": equal,
         "labels": last.get("labels", ""),
         "peak_MiB": f"{max(f['memory'] for f in found[row]):.0f}",
@@ -395,6 +283,59 @@ def write(table: list[dict], file: Path | None, image: Path | None) -> None:
             writer.writerows(table)
     if image:
         plot(table, image)
+
+
+def parse() -> argparse.Namespace:
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--train", action="store_true", help="a training step, too")
+    parser.add_argument("--regions", action="store_true", help="the region classifiers, too")
+    parser.add_argument("--rows", nargs="+", help="only these, e.g. inference:plain inference:bf16")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--plot", type=Path)
+    for i, name in enumerate(("height", "width", "words")):
+        text = f"{SIZES['cpu'][i]} on a CPU, {SIZES['cuda'][i]} on a GPU"
+        parser.add_argument(f"--{name}", type=int, help=text)
+    parser.add_argument("--row", help=argparse.SUPPRESS)  # this process measures one row
+    parser.add_argument("--maps", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    for name, value in zip(("height", "width", "words"), SIZES[args.device], strict=True):
+        setattr(args, name, getattr(args, name) or value)
+    return args
+
+
+def main() -> None:
+    args = parse()
+    if args.row:
+        measured = training if args.row.startswith("training") else inference
+        print(json.dumps(measured(optimisations(args.row, args.device), args)))
+        return
+    rows = [f"inference:{r}" for r in (*INFERENCE, "baseline")]
+    rows += [f"training:{r}" for r in (*TRAINING, "baseline") if args.train]
+    rows += [f"regions:{r}" for r in REGIONS if args.regions]
+    rows = args.rows or [r for r in rows if r.split(":")[1] not in ELSEWHERE[args.device]]
+    found: dict[str, list[dict]] = {row: [] for row in rows}
+    rate = bounds(args.device)[1] if args.device == "cuda" else ""
+    about = {"matrix_TFLOP_per_s": rate} | machine(args.device)
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(args.rounds):
+            for row in rows:
+                if not (measured := run_row(row, args, Path(folder))):
+                    continue
+                found[row].append(measured)
+                seconds = statistics.median(measured["seconds"])
+                print(f"round {number + 1}, {row}: {seconds:.4f} s", flush=True)
+                table = [summary(r, found, Path(folder)) | about for r in rows if found[r]]
+                write(table, args.csv, args.plot)  # there may be no time for the next row
+    for row in table:
+        print(
+            f"{row['part']:10}{WHAT[row['row']]:76}{row['seconds']:>9} s {row['times_faster']:>6}x"
+            f"  equal {row['equal_labels_percent']:>7}%  {row['peak_MiB']:>6} MiB"
+        )
 
 
 if __name__ == "__main__":

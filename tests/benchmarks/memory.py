@@ -21,26 +21,24 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tests.benchmarks.ladder import random_clip
+
 SIZES = ("1x1", "3x8192", "8192x3", "640x480", "2048x1024", "8192x8192")
 
 
 def write_model(folder: Path) -> None:
-    """A segmenter and a CLIP with random weights; bytes as tokens, so that no vocabulary is
-    needed.
-    """
-    from zsseg import checkpoint, clip
+    """A segmenter and a CLIP with random weights."""
+    from zsseg import checkpoint
     from zsseg.config import load_config
-    from zsseg.segmenter import Segmenter
+    from zsseg.weights import assemble
 
-    torch.manual_seed(0)
-    state = clip.CLIP(
-        clip.VisionTransformer(224, 16, 768, 12, 512), 512, 160, 514, 64, 1
-    ).state_dict()
-    torch.save(state, folder / "clip.pt")
+    clip = random_clip()
+    torch.save(clip.state_dict(), folder / "clip.pt")
     settings = [f"clip.weights={folder / 'clip.pt'}", "clip.prompt=single", "data.workers=0"]
-    config = load_config("configs/ade20k_full.toml", settings)
-    segmenter = Segmenter(config, state)
-    checkpoint.save(folder / "last.pt", config=asdict(config), model=segmenter.learned_state())
+    settings += ["clip.activation=quickgelu"]
+    config = load_config(Path("configs/ade20k_full.toml"), settings)
+    state = assemble(config, clip).learned_state()
+    checkpoint.save(folder / "last.pt", config=asdict(config), model=state)
 
 
 def write_image(root: Path, width: int, height: int) -> None:
@@ -48,21 +46,17 @@ def write_image(root: Path, width: int, height: int) -> None:
     rng = np.random.default_rng(0)
     for kind in ("images_detectron2", "annotations_detectron2"):
         (root / "ADE20K_2021_17_01" / kind / "validation").mkdir(parents=True)
-    image, labels = (
-        root / "ADE20K_2021_17_01" / f"{kind}_detectron2" / "validation"
-        for kind in ("images", "annotations")
-    )
+    folders = [f"{kind}_detectron2/validation" for kind in ("images", "annotations")]
+    image, labels = (root / "ADE20K_2021_17_01" / folder for folder in folders)
     Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(image / "one.jpg")
     rows = (np.arange(height) * 847 // height).astype(np.uint16)
-    Image.fromarray(np.repeat(rows[:, None], width, 1)).save(
-        labels / "one.tif", compression="tiff_adobe_deflate"
-    )
+    stripes = Image.fromarray(np.repeat(rows[:, None], width, 1))
+    stripes.save(labels / "one.tif", compression="tiff_adobe_deflate")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="WxH")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--limit", type=float, help="GiB that no size may exceed")
@@ -74,19 +68,11 @@ def main() -> None:
         for size in args.sizes:
             root = folder / size
             write_image(root, *map(int, size.split("x")))
-            words = [
-                "eval.py",
-                str(folder / "last.pt"),
-                "--root",
-                str(root),
-                "--out",
-                str(root / "out"),
-                "--save-predictions",
-            ]
+            words = ["eval.py", folder / "last.pt", "--root", root, "--out", root / "out"]
+            words += ["--save-predictions", "--device", args.device]
             started = time.perf_counter()
-            child = subprocess.Popen(
-                [sys.executable, *words, "--device", args.device], stdout=subprocess.DEVNULL
-            )
+            command = [sys.executable, *map(str, words)]
+            child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
             _, status, usage = os.wait4(child.pid, 0)
             if status:
                 raise SystemExit(f"{size}: eval.py failed")

@@ -1,7 +1,6 @@
 """A small data set of one's own and the commands on it: three classes in blocks, a small CLIP."""
 
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,8 +25,8 @@ test_short_edge = 64
 workers = 0
 [model]
 backbone = "small"
-queries = 8
-hidden = 32
+num_queries = 8
+hidden_dim = 32
 decoder_layers = 1
 [clip]
 weights = "{root}/clip.pt"
@@ -40,14 +39,12 @@ eval_every = 0
 
 
 def save_pair(root: Path, split: str, name: str, labels: np.ndarray, **options: object) -> None:
-    shades = np.array([80, 40, 90])
-    for kind, array in (
-        ("images", (labels[..., None] % 3 * shades + 30).astype(np.uint8)),
-        ("masks", labels),
-    ):
+    """An image whose colours are its labels, saved with `options`, and its label map."""
+    colours = (labels[..., None] % 3 * np.array([80, 40, 90]) + 30).astype(np.uint8)
+    for kind, array, more in (("images", colours, options), ("masks", labels, {})):
         file = root / "a" / kind / split / f"{name}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(array).save(file, **(options if kind == "images" else {}))
+        Image.fromarray(array).save(file, **more)
 
 
 def blocks() -> np.ndarray:
@@ -56,64 +53,37 @@ def blocks() -> np.ndarray:
     return labels
 
 
-@pytest.fixture
-def root(tmp_path) -> Path:
-    """Four images to train on and two to measure, with labels 0, 1, 2 in blocks, and a small
-    CLIP.
+def write(folder: Path) -> None:
+    """Four images to train on and two to measure, with labels 0, 1, 2 in blocks, a small CLIP and
+    `a.toml`.
     """
     for split, count in (("train", 4), ("val", 2)):
         for i in range(count):
-            save_pair(tmp_path, split, str(i), blocks())
-    torch.save(conftest.tiny_clip_state(), tmp_path / "clip.pt")
-    (tmp_path / "a.toml").write_text(CONFIG)
+            save_pair(folder, split, str(i), blocks())
+    torch.save(conftest.tiny_clip_state(), folder / "clip.pt")
+    (folder / "a.toml").write_text(CONFIG)
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    write(tmp_path)
     return tmp_path
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """The checkpoint of a run on such images; its files stand as a run leaves them."""
-    folder = tmp_path_factory.mktemp("trained")
-    for split in ("train", "val"):
-        save_pair(folder, split, "0", blocks())
-    torch.save(conftest.tiny_clip_state(), folder / "clip.pt")
-    (folder / "a.toml").write_text(CONFIG)
-    done = conftest.command(
-        "train.py",
-        "--config",
-        folder / "a.toml",
-        "--root",
-        folder,
-        "--out",
-        folder / "run",
-        "--device",
-        "cpu",
-    )
-    assert done.returncode == 0, done.stderr
-    return folder / "run" / "last.pt"
+def words(root: Path) -> list:
+    return ["--config", root / "a.toml", "--root", root]
 
 
-def train(root: Path, *more: object):
-    return conftest.command(
-        "train.py",
-        "--config",
-        root / "a.toml",
-        "--root",
-        root,
-        "--out",
-        root / "r",
-        "--device",
-        "cpu",
-        *more,
-    )
+def train(root: Path, *more: object) -> subprocess.CompletedProcess:
+    out = ["--out", root / "r", "--device", "cpu"]
+    return conftest.command("train.py", *words(root), *out, *more)
 
 
 def training(root: Path, *settings: str, **options: object) -> subprocess.Popen:
-    """`train` as a process of its own, which goes on."""
-    words = [sys.executable, "train.py", "--config", root / "a.toml", "--root", root, "--out"]
-    words += [root / "r", "--device", "cpu"]
-    words += [word for setting in ("log.every=1", *settings) for word in ("--set", setting)]
-    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options
-    return subprocess.Popen([*map(str, words)], cwd=conftest.ROOT, **options)
+    """`train` as a process that goes on."""
+    out = ["--out", root / "r", "--device", "cpu"]
+    chosen = [word for setting in ("log.every=1", *settings) for word in ("--set", setting)]
+    return conftest.start("train.py", *words(root), *out, *chosen, **options)
 
 
 def wait_for_steps(root: Path) -> None:
@@ -123,17 +93,14 @@ def wait_for_steps(root: Path) -> None:
         time.sleep(0.1)
 
 
-def measure(model: Path, root: Path, *more: object):
-    return conftest.command(
-        "eval.py", model, "--config", root / "a.toml", "--root", root, "--device", "cpu", *more
-    )
+def measure(model: Path, root: Path, *more: object) -> subprocess.CompletedProcess:
+    return conftest.command("eval.py", model, *words(root), "--device", "cpu", *more)
 
 
-def check(root: Path, *more: object):
-    return conftest.command(
-        "prepare_data.py", "folder", "--config", root / "a.toml", "--root", root, "--check", *more
-    )
+def check(root: Path, *more: object) -> subprocess.CompletedProcess:
+    return conftest.command("prepare_data.py", "folder", *words(root), "--check", *more)
 
 
 def described(*settings: str):
+    """The [data] of a configuration of two classes."""
     return load_config(None, ["data.name=folder", "data.classes=['cat','dog']", *settings]).data

@@ -158,13 +158,13 @@ def use_words(args: Namespace, content: dict, config: Config, process) -> None:
         words = words_of(dataset(config.data))
     trained = trained_names(content, config)
     if args.serve is not None:
-        from zsseg.apps.serve import open_server, serve_page
+        from zsseg.apps.serve import Session, open_server
 
         if process.world_size > 1:
             raise UserError("--serve", "is for one process", "start it without torchrun")
         server = open_server(args.serve, config)
         segmenter = load(args, content, config, process, 0)
-        return serve_page(server, segmenter, config, process, trained, words)
+        return server.run(Session(segmenter, config, process, trained, words))
 
     views = config.eval.sizes or config.eval.flip or config.eval.window
     if args.features and (views or not config.model.proposals):
@@ -186,7 +186,6 @@ def use_words(args: Namespace, content: dict, config: Config, process) -> None:
 def measure(args: Namespace, content: dict, config: Config, process) -> None:
     """The metrics on a split of a data set, and what belongs to them."""
     from zsseg.analysis import oracle_analysis, write_analysis
-    from zsseg.apps.report import Report
     from zsseg.datasets import dataset, find_pairs
     from zsseg.evaluate import evaluate
     from zsseg.metrics import report
@@ -206,7 +205,11 @@ def measure(args: Namespace, content: dict, config: Config, process) -> None:
             write_analysis(result, args.out)
     if args.budget and not args.report:
         return
-    page = Report(config, process) if args.report else None
+    page = None
+    if args.report:
+        from zsseg.apps.report import Report
+
+        page = Report(config, process)
     result = evaluate(*measured, args.out, args.save_predictions, page, seen)
     if process.is_main:
         report(result, config, args.out)

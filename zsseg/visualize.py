@@ -1,6 +1,8 @@
 """Label maps as images."""
 
+import base64
 import colorsys
+import io
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +76,7 @@ def overlay(
     font = ImageFont.load_default(size)
     line = 2 * size
     legend = legend[: max(H // line - 1, 1)]
-    width = 4 * size + max(int(font.getlength(text)) for _, text in legend)
+    width = 4 * size + max((int(font.getlength(text)) for _, text in legend), default=0)
     canvas = Image.new("RGB", (W + width, max(H, 2 * line)), "white")
     canvas.paste(Image.fromarray(tinted))
     draw = ImageDraw.Draw(canvas)
@@ -84,3 +86,10 @@ def overlay(
         draw.rectangle((W + size, y, W + 2 * size, y + size), colour)
         draw.text((W + 3 * size, y + size // 2), text, "black", font, "lm")
     return canvas
+
+
+def base64_image(image: Image.Image, image_format: str) -> str:
+    """The content of an image file in base64."""
+    file = io.BytesIO()
+    image.save(file, image_format)
+    return base64.b64encode(file.getvalue()).decode()

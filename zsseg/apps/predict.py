@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -64,18 +63,18 @@ def find_images(given: list[str], out: Path) -> list[tuple[str, str]]:
         path = os.path.abspath(word)
         if os.path.isdir(path):
             found = [file for file in walk(path, results) if is_image_name(file)]
-            folders.add(path)
+            above = {path}
         else:
             lines = split_lines(os.fsdecode(sys.stdin.buffer.read())) if word == "-" else [path]
             found = [os.path.abspath(line) for line in lines if line.strip()]
-            folders.update(map(os.path.dirname, found))
+            above = set(map(os.path.dirname, found))
+        if any(Path(os.path.realpath(folder)).is_relative_to(results) for folder in above):
+            raise UserError(f"--images {word}", "is where results go", "give another --out")
         if not found:
             todo = "give images that Pillow reads (.jpg, .png, .webp, .tif, ...)"
             raise UserError(f"--images {word}", "contains no image", todo)
         files.update(found)
-    for folder in folders:
-        if Path(os.path.realpath(folder)).is_relative_to(results):
-            raise UserError(f"--images {folder}", "is where results go", "give another --out")
+        folders |= above
     start = len(os.path.join(os.path.commonpath(folders), ""))
     stems = Counter(os.path.splitext(file)[0] for file in files)
     images = []
@@ -99,10 +98,10 @@ def settings_digest(
 
 
 def cached_proposals(
-    path: Path, key: str, compute: Callable[[], Proposals], device: torch.device
+    segmenter: Segmenter, config: Config, process: Process, image: Tensor, path: Path, key: str
 ) -> Proposals:
-    """The content of a file that an earlier call with this key wrote, else compute(), which is
-    written there. Classes are not part of it.
+    """What `Segmenter.propose` gives for an image [3, h, w]; from a file if an earlier call with
+    this key wrote it, else computed and written there. No class is part of it.
     """
     if path.exists():
         content = path.read_bytes()
@@ -110,8 +109,9 @@ def cached_proposals(
             print(f"features {path}: broken, computed again", file=sys.stderr, flush=True)
         elif content.startswith(key.encode(), 32):
             buffer = io.BytesIO(content[32 + len(key) :])
-            return Proposals(**torch.load(buffer, device, weights_only=True))
-    proposals = compute()
+            return Proposals(**torch.load(buffer, process.device, weights_only=True))
+    with process.autocast(config.model.bf16):
+        proposals = segmenter.propose(image.to(process.device))
     buffer = io.BytesIO()
     torch.save(vars(replace(proposals, class_probs=None, clip_probs=None)), buffer)
     content = key.encode() + buffer.getvalue()
@@ -146,22 +146,18 @@ def segment_image(
     inputs: list[Tensor],
     size: tuple[int, int],
     name: str = "this image",
-    cache: tuple[Path, str] | None = None,
+    proposals: Proposals | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The class of every pixel and its score, int64 and fp32 `size` (height, width); inputs: uint8
-    [3, h, w] at each network-input size; cache: see `cached_proposals`.
+    [3, h, w] at each network-input size; proposals: of the only one, if they are known.
 
     The score is the sum over the queries of class score x mask. Raises UserError for a score that
     is NaN or infinite.
     """
     inputs = [image.to(process.device, non_blocking=True) for image in inputs]
     with process.autocast(config.model.bf16):
-        if cache:
-            compute = lambda: segmenter.propose(inputs[0])
-            proposals = cached_proposals(*cache, compute, process.device)
-            found = segmenter.segment(inputs, size, proposals=proposals)
-        else:
-            found = segmenter.segment(inputs, size, config.eval.flip, config.eval.window)
+        options = (config.eval.flip, config.eval.window)
+        found = segmenter.segment(inputs, size, *options, proposals=proposals)
     if not found.finite:
         why = f"gives scores that are not finite for {name}"
         raise UserError("the model", why, "check its weights, or set model.bf16=off")
@@ -250,6 +246,7 @@ def segment_images(
     left = [(file, name) for file, name in images if not (resume and file in done)]
     share = left[process.rank :: process.world_size]
     colours = colours_of(words)
+    model = (segmenter, config, process)
     covered = Counter()
     failed = 0
     writing: deque = deque()
@@ -262,8 +259,11 @@ def segment_images(
                 failed += 1
                 continue
             version, inputs, size, preview = photo
-            cached = cache and (cache[0] / digest(file), cache[1] + version)
-            found = segment_image(segmenter, config, process, inputs, size, file, cached)
+            proposals = None
+            if cache:
+                place = (cache[0] / digest(file), cache[1] + version)
+                proposals = cached_proposals(*model, inputs[0], *place)
+            found = segment_image(*model, inputs, size, file, proposals)
             labels, classes = count_classes(*found, words.shown_names)
             covered.update({c["name"]: c["share"] for c in classes})
             content = {"image": file, "version": version, "made_with": made_with}

@@ -95,7 +95,7 @@ def read_words(text: str) -> Words:
     if os.path.isfile(file):
         print_main(f"--classes: words from the file {file}")
         words = parse_words(read_text(file, f"--classes {file}", todo), in_file=True)
-    elif FILE.fullmatch(str(file)):
+    elif FILE.fullmatch(text.strip()):
         raise no_such_file(f"--classes {text}", file, todo)
     else:
         words = parse_words(text)
@@ -117,11 +117,13 @@ def parse_words(text: str, in_file: bool = False) -> Words:
     classes: list[str] = []  # each: its name and, after =, its synonyms
     background: list[str] = []
     for line in re.split("[;\n]", BACKGROUND.sub(f"\n{OTHER}:", text)):
+        if line.lstrip().startswith("#"):
+            continue
         if line.startswith(f"{OTHER}:"):
             background += re.split("[,=]", line.removeprefix(f"{OTHER}:"))
         elif in_lines and "=" in line.partition(",")[0]:
             classes.append(line.replace(",", "="))
-        elif not line.lstrip().startswith("#"):
+        else:
             classes += line.split(",")
     clean = lambda words: [" ".join(re.split(" +", w.strip())) for w in words if w.strip()]
     rows = [row for row in (clean(entry.split("=")) for entry in classes) if row]

@@ -135,6 +135,7 @@ def test_an_error_ends_the_process_and_its_workers(shapes_root, tmp_path):
     """Workers leave signals to the main process; they must not hold it when it fails."""
     script = tmp_path / "fail.py"
     script.write_text(f"""
+import sys
 sys.path.insert(0, {str(ROOT)!r})
 import train
 def fail(*arguments):

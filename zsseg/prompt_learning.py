@@ -10,16 +10,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from torchvision.transforms import RandomResizedCrop
 
 from zsseg.clip import CLIP
 from zsseg.config import Config
-from zsseg.data import batches, read_or_next, training_counts
+from zsseg.data import EndlessSamples, batches, training_counts
 from zsseg.datasets import find_pairs, training_set
 from zsseg.distributed import Process
 from zsseg.images import read_image, read_labels, to_tensor
-from zsseg.metrics import divide_or_none, percent
+from zsseg.metrics import mean, percent
 from zsseg.prompts import LearnedPrompt, build_prompt
 from zsseg.regions import region_crops
 from zsseg.utils import UserError, format_table, mix_seed, plural, write_json
@@ -81,6 +80,7 @@ class PromptTask:
             prompts.append(LearnedPrompt(clip.width, config.clip.prompt_prefix))
         names = training_set(config.data).training_names
         self.model = PromptClassifier(clip, prompts, names).to(process.device)
+        self.clipped = self.model.prompts  # each prompt's gradient by itself
         self.samples = process.main_first(lambda: RegionSamples(config, root))
         self.held_out = RegionSamples(config, root, held_out=True)
 
@@ -135,20 +135,18 @@ class PromptTask:
             hits = clip.logits(clip.encode_image(crops), text).argmax(-1) == classes  # [S + 1, B]
             counts.index_add_(1, classes, F.pad(hits.float(), (0, 0, 0, 1), value=1))
 
-        *hits, total = self.process.sum(counts).double().cpu()
-        present = total > 0
+        *hits, total = self.process.sum(counts).double().cpu().numpy()
         rows = {}
         for name, hit in zip([*map(str, self.seeds), "single"], hits, strict=True):
-            top1 = divide_or_none(100 * hit.sum(), total.sum())
-            per_class = (100 * hit[present] / total[present]).sum()
-            rows[name] = {"top1": top1, "per_class": divide_or_none(per_class, present.sum())}
+            right = 100 * hit / np.maximum(total, 1)
+            rows[name] = {"top1": mean(right, total), "per_class": mean(right, total > 0)}
         single = rows.pop("single")
         scores = [row["per_class"] or 0.0 for row in rows.values()]
         result = {
             "held_out_regions": int(total.sum()),
             "kept_seed": self.seeds[scores.index(max(scores))],
-            "mean": statistics.mean(scores) if present.any() else None,
-            "std": statistics.pstdev(scores) if present.any() else None,
+            "mean": statistics.mean(scores) if total.any() else None,
+            "std": statistics.pstdev(scores) if total.any() else None,
             "single": single,
             "seeds": rows,
         }
@@ -167,17 +165,17 @@ def report(result: dict, out: Path) -> None:
     rows |= {f"seed {seed}": row for seed, row in result["seeds"].items()}
     cells = [[name, *map(percent, row.values())] for name, row in rows.items()]
     print(format_table(["held-out regions", "top-1", "per class"], cells))
-    mean = f"{percent(result['mean'])} +- {percent(result['std'])}"
+    spread = f"{percent(result['mean'])} +- {percent(result['std'])}"
     regions = plural(result["held_out_regions"], "region")
-    print(f"{mean} over the seeds, {regions}; the prompt is that of seed {result['kept_seed']}")
+    print(f"{spread} over the seeds, {regions}; the prompt is that of seed {result['kept_seed']}")
 
 
-class RegionSamples(Dataset):
-    """Sample n of an endless stream of single regions (Xu et al. 2021, first stage).
+class RegionSamples(EndlessSamples):
+    """Single regions (Xu et al. 2021, first stage): all of a class in an image.
 
-    Item: (RGB and mask uint8 [4, h, w], index among the training classes). A region is all of a
-    class in an image; its box gets a random resized crop (scale 0.08..1, ratio 3/4..4/3) and a
-    flip. With `held_out`, the regions that are set aside, each the whole of its box.
+    Item: (RGB and mask uint8 [4, h, w], index among the training classes). The region's box gets a
+    random resized crop (scale 0.08..1, ratio 3/4..4/3) and a flip. With `held_out`, the regions
+    that are set aside, each the whole of its box.
     """
 
     def __init__(self, config: Config, root: Path, held_out: bool = False):
@@ -185,40 +183,23 @@ class RegionSamples(Dataset):
         self.seed = config.train.seed
         self.turn = config.data.exif_turn
         self.held_out = held_out
-        self.pairs = find_pairs(config.data, root, "train")
         self.lut = data.lut(training=True)
+        pairs = find_pairs(config.data, root, "train")
         counts = training_counts(config, root)
         rng = np.random.default_rng(self.seed)
-        self.regions = []  # (image, class)
+        self.items = []  # (image, label map, class)
         for i, category in enumerate(data.trained):
             images = rng.permutation(np.flatnonzero(counts[:, category] > 0)).tolist()
             aside = min(config.prompts.held_out, len(images) // 5)
             last = aside + config.prompts.samples_per_class
             chosen = images[:aside] if held_out else images[aside:last]
-            self.regions += [(image, i) for image in chosen]
-        if not self.regions and not held_out:
+            self.items += [(*pairs[image], i) for image in chosen]
+        if not self.items and not held_out:
             why = "no training image shows a class that is trained on"
             raise UserError(f"data set {config.data.name}", why, "check it")
 
-    def __len__(self) -> int:
-        return len(self.regions)
-
-    def region(self, n: int) -> tuple[int, int]:
-        """(image, class) of sample n: all regions in a fresh order every epoch."""
-        epoch, i = divmod(n, len(self))
-        rng = np.random.default_rng(mix_seed(self.seed, 5, epoch))
-        return self.regions[rng.permutation(len(self))[i]]
-
-    def source(self, n: int) -> str:
-        """The image that sample n shows."""
-        return str(self.pairs[self.region(n)[0]][0])
-
-    def __getitem__(self, n: int) -> tuple[Tensor, int]:
-        return read_or_next(self.sample, n)
-
-    def sample(self, n: int) -> tuple[Tensor, int]:
-        number, category = self.region(n)
-        image_file, label_file = self.pairs[number]
+    def load(self, n: int) -> tuple[Tensor, int]:
+        image_file, label_file, category = self.item(n)
         image = read_image(image_file, turn=self.turn)
         mask = read_labels(label_file, self.lut, image.size) == category
         y, x = np.nonzero(mask)

@@ -15,6 +15,8 @@ from zsseg.data import TestImages, batches
 from zsseg.datasets import DataSet, dataset, find_pairs
 from zsseg.distributed import Process
 from zsseg.images import read_values
+from zsseg.per_pixel import OneStage
+from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError, digest, parallel, print_main, progress, read_text, write_json
 from zsseg.visualize import save_label_map
 from zsseg.weights import load_checkpoint, load_segmenter
@@ -32,6 +34,14 @@ def fill_ignored(
     probability, best = (scores.softmax(0) * unseen[:, None, None]).max(0)
     filled = torch.where(probability >= min_probability, best, ignore)
     return torch.where(labels == ignore, filled, labels)
+
+
+def score_map(teacher: Segmenter | OneStage, image: Tensor, size: tuple[int, int]) -> Tensor:
+    """RGB uint8 [3, h, w] at network-input size -> class scores [C, *size]."""
+    if isinstance(teacher, OneStage):
+        return teacher.score_map(image, size)
+    proposals = teacher.propose(image)
+    return teacher.score_map(teacher.ensemble(proposals), proposals, size)
 
 
 @torch.inference_mode()
@@ -70,8 +80,7 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
     for i, ([image], labels, _) in zip(numbers, items, strict=True):
         labels = labels.to(process.device)
         with process.autocast(settings.model.bf16):
-            proposals = teacher.propose(image.to(process.device))
-        scores = teacher.score_map(teacher.ensemble(proposals), proposals, tuple(labels.shape))
+            scores = score_map(teacher, image.to(process.device), tuple(labels.shape))
         labels = fill_ignored(labels, scores, ~teacher.seen, least, data.ignore)
         save_label_map(labels, files[i], len(data.names))
     process.wait()

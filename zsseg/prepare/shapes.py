@@ -161,7 +161,7 @@ def read_captions(folder: Path) -> dict[str, dict[str, str]]:
     """
     todo = "move it away, or give another --root"
     text = read_text(folder / "captions.json", f"data set {folder}", todo)
-    with contextlib.suppress(ValueError, KeyError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
         captions = json.loads(text)
         if captions.pop("classes") == list(NAMES):
             return captions

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 import eval as evaluation
 from tests.chromium import chromium, window
 from zsseg.apps.api import load
-from zsseg.apps.serve import open_server, serve_page
+from zsseg.apps.serve import Session, open_server
 from zsseg.apps.vocabulary import parse_words
 from zsseg.datasets import dataset
 from zsseg.visualize import palette
@@ -69,8 +69,10 @@ def main() -> None:
 
         found = load(checkpoint, root=args.root, device="cpu")
         server = open_server(0, found.config)
-        session = (found.segmenter, found.config, found.process, found.trained, parse_words(WORDS))
-        threading.Thread(target=serve_page, args=(server, *session), daemon=True).start()
+        session = Session(
+            found.segmenter, found.config, found.process, found.trained, parse_words(WORDS)
+        )
+        threading.Thread(target=server.run, args=[session], daemon=True).start()
         shot = out / "shot.png"
         with window(browser, 900) as page:
             page.goto(f"http://127.0.0.1:{server.server_address[1]}/")

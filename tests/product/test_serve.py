@@ -90,7 +90,7 @@ def test_a_label_map_is_that_of_a_fresh_pass(session):
     inputs = network_inputs(read_image(io.BytesIO(photo(90, 120)), shown=True), tiny_config().data)
     fresh = session.segmenter.segment(inputs, (90, 120)).labels.numpy()
     assert (labels == fresh).mean() > 0.999
-    places = [(x, y) for x in range(0, 120, 12) for y in range(0, 90, 9)]
+    places = [(x, y) for x in [*range(0, 120, 12), 119] for y in [*range(0, 90, 9), 89]]
     names = ("star", "tree", "brick")
     pixels = [session.pixel(number, x, y)["classes"][0]["name"] for x, y in places]
     same = [name == names[labels[y, x]] for name, (x, y) in zip(pixels, places, strict=True)]
@@ -115,7 +115,6 @@ def test_words_that_are_refused_change_nothing(port, session):
 def test_the_server_refuses(port, monkeypatch):
     status, page = ask(port, "/")
     assert status == 200 and page.startswith("<!doctype html>")
-    number = ask(port, "/image", photo())[1]["image"]
     for host in (f"localhost:{port}", "localhost:9", "127.0.0.1"):  # a tunnel, port 80
         assert ask(port, "/words", Host=host, Origin=f"http://{host}")[0] == 200
     monkeypatch.setattr(serve, "MAX_UPLOAD", 2**20)
@@ -128,8 +127,7 @@ def test_the_server_refuses(port, monkeypatch):
         ask(port, "/image", photo()[:-99]),
         ask(port, "/image", bytes(3 * 2**20)),
         ask(port, "/label", {"image": 1, "words": "cat"}),
-        ask(port, f"/pixel?image={number}&x=-5&y=0"),
-        ask(port, f"/pixel?image={number}&x=64&y=0"),
+        ask(port, "/pixel?image=1&x=5&y=0"),
     ]
     for status, content in refused:
         assert status == 422 and len(content["error"].splitlines()) == 1
@@ -156,7 +154,6 @@ def test_words_as_they_are_read():
 
 
 def test_what_has_no_page(port, trained):
-    """One line, before anything is loaded."""
     with pytest.raises(UserError, match="one-stage"):
         serve.open_server(0, tiny_config("model.proposals=false"))
     words = ("eval.py", trained, "--root", trained.parents[1], "--device", "cpu", "--serve")

@@ -80,7 +80,8 @@ class Report:
         data = self.data
         keys, table = rows(result, self.config)
         split = f"{data.name}, {self.config.data.split} split"
-        facts = [f"{checkpoint}, step {step}", f"{split}, {result['images']} images", git_commit()]
+        images = f"{split}, {result['images']} images"
+        facts = [f"{checkpoint}, step {step}", images, f"commit {git_commit()}"]
         page = {
             "facts": facts,
             "classes": data.names,

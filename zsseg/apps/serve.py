@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from zsseg.apps.predict import colours_of, count_classes
+from zsseg.apps.predict import colours_of, count_classes, segment_image
 from zsseg.apps.vocabulary import Words, parse_words
 from zsseg.config import Config
 from zsseg.distributed import Process
 from zsseg.images import network_inputs, read_image
-from zsseg.regions import mask_probabilities
+from zsseg.regions import STRIDE, mask_probabilities
 from zsseg.segmenter import Proposals, Segmenter, Size
 from zsseg.utils import UserError
 from zsseg.visualize import base64_image
@@ -78,12 +78,9 @@ class Session:
         started = time.perf_counter()
         pixels, proposals, size = self.find(image)
         self.set_words(parse_words(words))
-        found = self.segmenter.segment([pixels], size, proposals=proposals)
-        if not found.finite:
-            why = "gives scores that are not finite"
-            raise UserError("the model", why, "check its weights, or set model.bf16=off")
+        parts = (self.segmenter, self.config, self.process, [pixels], size)
         names = self.words.shown_names
-        ids, rows = count_classes(found.labels, found.scores, names)
+        ids, rows = count_classes(*segment_image(*parts, proposals=proposals), names)
         rows = {row["id"]: row for row in rows}
         empty = {"pixels": 0, "share": 0, "score": None}
         classes = [rows.get(i, {"id": i, "name": name, **empty}) for i, name in enumerate(names)]
@@ -100,11 +97,14 @@ class Session:
         gives the first one most of its score.
         """
         _, proposals, (height, width) = self.find(image)
-        if not (0 <= x < width and 0 <= y < height):
-            raise UserError("pixel", "is outside the image", "choose another")
         H, W = proposals.input_size
-        masks = mask_probabilities(proposals.mask_logits, (H, W))
-        masks = masks[:, y * H // height, x * W // width]
+        row = y * H // height
+        column = x * W // width
+        # All masks at this point, without computing them elsewhere.
+        top = max(row // STRIDE - 1, 0)
+        left = max(column // STRIDE - 1, 0)
+        near = proposals.mask_logits[:, top : top + 3, left : left + 3]
+        masks = mask_probabilities(near, (H, W))[:, row - STRIDE * top, column - STRIDE * left]
         scores = self.segmenter.ensemble(self.segmenter.classify(proposals)).float()
         total = masks @ scores
         best = total.topk(min(TOP, len(total))).indices.tolist()
@@ -218,8 +218,3 @@ def open_server(port: int, config: Config) -> Server:
     except (OSError, OverflowError) as error:
         why = f"port {port} cannot be opened ({error})"
         raise UserError("--serve", why, "give another") from None
-
-
-def serve_page(server: Server, *session: object) -> None:
-    """Answer until Ctrl-C. `session`: what `Session` is made of."""
-    server.run(Session(*session))

@@ -32,16 +32,6 @@ class QuickGELU(nn.Module):
 ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's; that of most OpenCLIP models
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, mask: Tensor | None = None) -> Tensor:
-    """Attention of queries [N, m, width] over keys and values [N, length, width] -> [N, m, width];
-    `mask` [m, length] is added to the logits.
-    """
-    # [N, num_heads, m or length, width/num_heads]
-    q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
-    mask = None if mask is None else mask.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-
-
 class Attention(nn.Module):
     """Self-attention with one product for queries, keys and values; parameters as in
     `nn.MultiheadAttention`.
@@ -56,19 +46,23 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def project(self, x: Tensor, first: int, end: int) -> Tensor:
-        """Of queries (0), keys (1) and values (2) those from `first` to `end`, side by side."""
-        rows = slice(first * x.shape[-1], end * x.shape[-1])
-        return F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
-
     def forward(self, x: Tensor, mask: Tensor | None = None, count: int | None = None) -> Tensor:
-        """[N, length, width] -> outputs of the first `count` tokens (all) [N, count, width]."""
+        """[N, length, width] -> outputs of the first `count` tokens (all) [N, count, width]; `mask`
+        [length, length] is added to the logits.
+        """
+        weight = self.in_proj_weight
+        bias = self.in_proj_bias
+        width = x.shape[-1]
         if count is None:
-            q, k, v = self.project(x, 0, 3).chunk(3, -1)
+            q, k, v = F.linear(x, weight, bias).chunk(3, -1)
         else:
-            q = self.project(x[:, :count], 0, 1)
-            k, v = self.project(x, 1, 3).chunk(2, -1)
-        return self.out_proj(attend(q, k, v, self.num_heads, mask))
+            q = F.linear(x[:, :count], weight[:width], bias[:width])
+            k, v = F.linear(x, weight[width:], bias[width:]).chunk(2, -1)
+        # [N, num_heads, count or length, width/num_heads]
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
+        mask = None if mask is None else mask.to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, v, mask)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -169,9 +163,15 @@ class VisionTransformer(nn.Module):
         # [depth, T or 1, width]: the mask prompt of a CLIP that was adapted to masks
         self.register_parameter("mask_embedding", None)
 
-    def tokens(self, images: Tensor, shown: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
-        """The tokens that enter the last block [N, 1 + T, width], and the grid of the patches
-        (H/p, W/p), T = H/p * W/p; `shown` as in `forward`.
+    def forward(self, images: Tensor, shown: Tensor | None = None, dense: bool = False) -> Tensor:
+        """Normalised images [N, 3, H, W] -> [N, D], or with `dense` one feature a patch [N, H/p,
+        W/p, D].
+
+        shown: bool [N, H/p * W/p], the patches that show the region; the others become the mask
+        prompt, in front of each of the first blocks. The class token stays.
+
+        Dense features are from the last block's values only: without the last attention a patch
+        retains its own meaning (MaskCLIP, Zhou et al. 2022).
         """
         x = self.conv1(images)  # [N, width, H/p, W/p]
         grid = x.shape[-2:]
@@ -180,38 +180,23 @@ class VisionTransformer(nn.Module):
             x = self.hide(x, shown, 0)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
         x = self.ln_pre(x + resize_positions(self.positional_embedding, *grid))
-        for layer, block in enumerate(self.transformer.resblocks[:-1], 1):
+        *blocks, last = self.transformer.resblocks
+        for layer, block in enumerate(blocks, 1):
             x = block(x)
             if shown is not None and layer < len(self.mask_embedding):
                 x = torch.cat([x[:, :1], self.hide(x[:, 1:], shown, layer)], 1)
-        return x, grid
+        if not dense:
+            return self.ln_post(last(x, count=1)[:, 0]) @ self.proj
+        rows = slice(-x.shape[-1], None)  # of the values
+        attn = last.attn
+        x = F.linear(last.ln_1(x[:, 1:]), attn.in_proj_weight[rows], attn.in_proj_bias[rows])
+        return (self.ln_post(attn.out_proj(x)) @ self.proj).unflatten(1, grid)
 
     def hide(self, x: Tensor, shown: Tensor, layer: int) -> Tensor:
         """Patches [N, T, width], those not `shown` [N, T] replaced by the mask prompt after `layer`
         blocks (Liang et al. 2023, section 3.3).
         """
         return torch.where(shown[..., None], x, self.mask_embedding[layer])
-
-    def forward(self, images: Tensor, shown: Tensor | None = None) -> Tensor:
-        """Normalised images [N, 3, H, W] -> [N, D].
-
-        shown: bool [N, T], the patches that show the region; the others become the mask prompt, in
-        front of each of the first blocks. The class token stays.
-        """
-        x, _ = self.tokens(images, shown)
-        x = self.transformer.resblocks[-1](x, count=1)  # the class token only
-        return self.ln_post(x[:, 0]) @ self.proj
-
-    def dense(self, images: Tensor) -> Tensor:
-        """Normalised images [N, 3, H, W] -> features of the patches [N, H/p, W/p, D], from the last
-        block's values only.
-
-        Without the last attention a patch retains its own meaning (MaskCLIP, Zhou et al. 2022).
-        """
-        x, grid = self.tokens(images)
-        last = self.transformer.resblocks[-1]
-        x = last.attn.out_proj(last.attn.project(last.ln_1(x[:, 1:]), 2, 3))
-        return (self.ln_post(x) @ self.proj).unflatten(1, grid)
 
 
 class Bottleneck(resnet.Bottleneck):
@@ -251,7 +236,13 @@ class AttentionPool(nn.Module):
         x = torch.cat([x.mean(1, keepdim=True), x], 1)
         x = x + resize_positions(self.positional_embedding, *grid)
         q = self.q_proj(x[:, 1:] if dense else x[:, :1])
-        out = self.c_proj(attend(q, self.k_proj(x), self.v_proj(x), self.num_heads))
+        # [N, num_heads, length, width/num_heads]
+        q, k, v = (
+            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for y in (q, self.k_proj(x), self.v_proj(x))
+        )
+        y = F.scaled_dot_product_attention(q, k, v)
+        out = self.c_proj(y.transpose(1, 2).flatten(2))
         return out.unflatten(1, grid) if dense else out[:, 0]
 
 
@@ -289,9 +280,6 @@ class ModifiedResNet(nn.Module):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.attnpool(x, dense)
 
-    def dense(self, images: Tensor) -> Tensor:
-        return self.forward(images, dense=True)
-
 
 class CLIP(nn.Module):
     """Two towers, a tokenizer, and what belongs to them. Image and text features have the same
@@ -300,7 +288,8 @@ class CLIP(nn.Module):
     resolution: side of the square images that the image tower was trained with; patch: pixels from
     a patch to the next; mean, std: of its RGB in 0..1 (buffers [3], not in the state dict), and the
     same as Python numbers in `pixel_stats`, which a kernel takes without waiting for the GPU.
-    scale: factor of the cosines. width: of the text tower. The tokenizer is any object with
+    has_mask_prompt: `encode_image` takes `shown`. scale: factor of the cosines. width: of the text
+    tower. The tokenizer is any object with
     `start`, `end`, `encode(text) -> ids` and a call, texts -> int64 [N, context_length].
     """
 
@@ -322,6 +311,7 @@ class CLIP(nn.Module):
         self.visual = visual
         self.resolution = visual.resolution
         self.patch = visual.patch
+        self.has_mask_prompt = visual.mask_embedding is not None
         self.tokenizer = tokenizer
         self.embed_dim = embed_dim
         self.context_length = context_length
@@ -344,11 +334,6 @@ class CLIP(nn.Module):
     def device(self) -> torch.device:
         return self.text_projection.device
 
-    @property
-    def has_mask_prompt(self) -> bool:
-        """Whether `encode_image` takes `shown`."""
-        return self.visual.mask_embedding is not None
-
     def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Both towers, for contrastive training: features [N, D] each."""
         return self.encode_image(images), self.encode_text(tokens)
@@ -365,7 +350,7 @@ class CLIP(nn.Module):
 
     def encode_dense(self, images: Tensor) -> Tensor:
         """Normalised images [N, 3, H, W] -> one feature a patch [N, H/p, W/p, D]."""
-        return self.visual.dense(images)
+        return self.visual.forward(images, dense=True)  # compiled for no size
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """int64 [N, length] -> [N, D], read at the end token (the largest id)."""
@@ -410,7 +395,7 @@ def build_clip(
         context_length = len(state["positional_embedding"])
         vocab_size, width = state["token_embedding.weight"].shape
         sizes = (embed_dim, context_length, vocab_size, width)
-        layers = depth(state, "transformer.resblocks")
+        layers = depth(state, "transformer.")
         clip = CLIP(visual, tokenizer, *sizes, layers, activation, mean, std, scale)
         clip.load_state_dict({k: v.float() for k, v in state.items()})
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -432,10 +417,10 @@ def build_visual(
         why = f"is {num_heads}, and the image tower's width {width}"
         raise UserError("clip.heads", why, "give a divisor of that, or 0")
     if not is_vit:
-        layers = [depth(state, f"visual.layer{i}") for i in (1, 2, 3, 4)]
+        layers = [depth(state, f"visual.layer{i}.", ".bn1.weight") for i in (1, 2, 3, 4)]
         return ModifiedResNet(layers, width // 32, 32 * side, embed_dim, num_heads)
 
-    layers = depth(state, "visual.transformer.resblocks")
+    layers = depth(state, "visual.transformer.")
     patch = ConvStem.stride
     stem = ()
     if "visual.conv1.weight" in state:
@@ -452,9 +437,8 @@ def build_visual(
     return visual
 
 
-def depth(state: dict[str, Tensor], prefix: str) -> int:
-    """The number of numbered modules below `prefix`."""
-    numbers = {k[len(prefix) + 1 :].split(".")[0] for k in state if k.startswith(prefix + ".")}
-    if not numbers:
-        raise KeyError(prefix)
-    return len(numbers)
+def depth(state: dict[str, Tensor], prefix: str, leaf: str = ".ln_1.weight") -> int:
+    """The number of blocks below `prefix`, each of which has one `leaf`; at least 1, which then
+    does not fit.
+    """
+    return max(sum(k.startswith(prefix) and k.endswith(leaf) for k in state), 1)

@@ -51,13 +51,14 @@ def sine_positions(height: int, width: int, hidden_dim: int, device: torch.devic
     axis = hidden_dim // 2
     frequency = 10000 ** (2 * (torch.arange(axis, device=device, dtype=torch.float32) // 2) / axis)
 
-    def encode(n: int) -> Tensor:
+    axes = []
+    for n in (height, width):
         position = torch.arange(1, n + 1, device=device, dtype=torch.float32)
         angle = (position / (n + 1e-6) * (2 * math.pi))[:, None] / frequency
-        return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], 2).flatten(1)  # [n, axis]
-
-    y = encode(height)[:, None].expand(height, width, axis)
-    x = encode(width)[None].expand(height, width, axis)
+        waves = [angle[:, 0::2].sin(), angle[:, 1::2].cos()]
+        axes.append(torch.stack(waves, 2).flatten(1))  # [n, axis]
+    y = axes[0][:, None].expand(height, width, axis)
+    x = axes[1][None].expand(height, width, axis)
     return torch.cat([y, x], 2).flatten(0, 1)
 
 
@@ -93,12 +94,6 @@ def mlp(*widths: int) -> nn.Sequential:
     for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
-
-
-def init_conv(conv: nn.Conv2d) -> None:
-    """Kaiming-uniform weights (a=1), zero bias."""
-    nn.init.kaiming_uniform_(conv.weight, a=1)
-    nn.init.zeros_(conv.bias)
 
 
 class PixelNetwork(nn.Module):
@@ -146,8 +141,9 @@ class MaskFormer(PixelNetwork):
         for p in self.layers.parameters():
             if p.ndim > 1:
                 nn.init.xavier_uniform_(p)
-        init_conv(self.input_proj)
-        init_conv(self.pixel_decoder.mask_features)
+        for conv in (self.input_proj, self.pixel_decoder.mask_features):
+            nn.init.kaiming_uniform_(conv.weight, a=1)
+            nn.init.zeros_(conv.bias)
         self.query_embed = nn.Embedding(model.num_queries, dim)
         self.mask_embed = mlp(dim, dim, dim, dim)
         # Fully supervised MaskFormer: the embeddings are the logits.

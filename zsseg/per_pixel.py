@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zsseg.clip import cosine_logits
-from zsseg.maskformer import PixelNetwork, init_conv
+from zsseg.maskformer import PixelNetwork
 from zsseg.segmenter import OpenVocabulary, Segmentation, Size, make_views
 
 STRIDE = 4  # from embeddings to the network input
@@ -23,7 +23,9 @@ class PerPixel(PixelNetwork):
     def __init__(self, model: object, embed_dim: int, scale: float = 100.0):
         super().__init__(model)
         self.scale = scale
-        init_conv(self.pixel_decoder.mask_features)
+        conv = self.pixel_decoder.mask_features
+        nn.init.kaiming_uniform_(conv.weight, a=1)
+        nn.init.zeros_(conv.bias)
         self.pixel_embed = nn.Conv2d(model.hidden_dim, embed_dim, 1)
 
     def decode(self, images: Tensor) -> Tensor:

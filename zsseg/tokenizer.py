@@ -14,19 +14,6 @@ from zsseg.utils import UserError
 BYTES_ONLY = 514  # vocabulary size with no merges: 256 bytes, 256 ending a word, start, end
 
 
-def byte_symbols() -> dict[int, str]:
-    """The printable character that stands for each byte, in vocabulary order; values that print
-    badly come last.
-    """
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
 def clean(text: str) -> str:
     """Text as CLIP reads it: broken encodings and HTML's entities mended, one space between words,
     lower case.
@@ -71,8 +58,12 @@ class Tokenizer:
 
     def __init__(self, vocab_size: int, context_length: int, merges: Sequence[tuple] = ()):
         self.context_length = context_length
-        self.symbol_of_byte = byte_symbols()
-        symbols = list(self.symbol_of_byte.values())
+        # The character that stands for each byte; those that print badly come last.
+        printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+        others = [b for b in range(256) if b not in printable]
+        self.symbols = {b: chr(b) for b in printable}
+        self.symbols |= {b: chr(256 + i) for i, b in enumerate(others)}
+        symbols = list(self.symbols.values())
         self.rank = {pair: i for i, pair in enumerate(merges)}
         words = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
         self.index = {word: i for i, word in enumerate(words)}
@@ -87,7 +78,7 @@ class Tokenizer:
         special = {"<|startoftext|>": [self.start], "<|endoftext|>": [self.end]}
         ids = []
         for word in regex.findall(WORD, clean(text), regex.IGNORECASE):
-            symbols = "".join(self.symbol_of_byte[b] for b in word.encode("utf-8"))
+            symbols = "".join(self.symbols[b] for b in word.encode("utf-8"))
             ids += special.get(word) or self._merge(symbols)
         return ids
 

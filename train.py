@@ -68,6 +68,7 @@ class SegmentTask:
         self.segmenter.set_classes(training_set(config.data).training_names)
         self.text = self.segmenter.text_features
         self.model = self.segmenter.maskformer
+        self.clipped = [self.model]  # modules whose gradients are clipped, each by itself
         self.losses = segmentation_losses
         self.compiled = False
         # The first process caches the counts of labels.
@@ -154,8 +155,9 @@ def lr_factor(step: int, config: Config) -> float:
     progress = step / config.train.steps
     if config.train.task != "prompts":
         return (1 - progress) ** config.train.power
-    warmup = config.prompts.warmup_factor if step < config.prompts.warmup_steps else 1.0
-    return warmup * (1 + math.cos(math.pi * progress)) / 2
+    if step < config.prompts.warmup_steps:
+        return config.prompts.warmup_factor
+    return (1 + math.cos(math.pi * progress)) / 2
 
 
 def train_step(task, model, optimizer, batch, clip_grad: float) -> tuple:
@@ -166,14 +168,16 @@ def train_step(task, model, optimizer, batch, clip_grad: float) -> tuple:
     them, whatever the optimizer is; for one that is not fused, the host waits for the device in
     every step. `clip_grad` 0: no limit.
     """
-    norms = (m for m in task.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase))
-    running = [buffer for norm in norms for buffer in norm.buffers()]
+    layers = (m for m in task.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase))
+    running = [buffer for layer in layers for buffer in layer.buffers()]
     before = [buffer.clone() for buffer in running]
 
     loss, parts = task.loss(model, batch)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad or math.inf)
+    limit = clip_grad or math.inf
+    norms = [nn.utils.clip_grad_norm_(part.parameters(), limit) for part in task.clipped]
+    norm = torch.stack(norms).max()
 
     finite = loss.detach().isfinite() & norm.isfinite()
     bad = task.process.sum(1 - finite.float()).clamp(max=1)

@@ -14,9 +14,8 @@ from zsseg.config import Config
 from zsseg.data import TestImages
 from zsseg.datasets import DataSet, dataset
 from zsseg.distributed import Process
-from zsseg.evaluate import gt_masks, own_images
+from zsseg.evaluate import name_gt_masks, own_images
 from zsseg.metrics import confusion, metric_table, percent, shown, summarize
-from zsseg.regions import box_of
 from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError, write_json
 
@@ -55,12 +54,9 @@ def oracle_labels(
     """
     C = len(data.names)
     size = tuple(labels.shape)
-    classes, targets = gt_masks(image, labels, data.ignore)  # [T], [T, H, W]
-    region = None
     with autocast():
         proposals = segmenter.propose(image)
-        if segmenter.clip is not None:
-            region = segmenter.region_logits(image, targets, box_of(targets)).softmax(-1)
+        classes, targets, region = name_gt_masks(segmenter, image, labels, data.ignore)
     scores = segmenter.ensemble(proposals)
     iou = mask_iou(segmenter.binary_masks(proposals), targets)
     matched = linear_sum_assignment(-iou.cpu().numpy())
@@ -108,12 +104,10 @@ def oracle_analysis(
     `seen`: ids of the classes that count as seen in the ensemble; None: those that the set is
     trained on.
     """
-    if not config.model.proposals:
-        todo = "give a checkpoint with model.proposals = true"
-        raise UserError("--budget", "needs mask proposals", todo)
-    if config.eval.sizes or config.eval.flip or config.eval.window:
-        todo = "leave eval.sizes, eval.flip and eval.window out"
-        raise UserError("--budget", "measures one view of an image", todo)
+    options = config.eval
+    if not config.model.proposals or options.sizes or options.flip or options.window:
+        todo = "leave eval.sizes, eval.flip and eval.window out; the one-stage baseline has none"
+        raise UserError("--budget", "measures the proposals of one view of an image", todo)
     data = dataset(config.data)
     C = len(data.names)
     segmenter.eval().set_classes(data.names, data.trained if seen is None else seen)
@@ -143,15 +137,13 @@ def summarize_oracles(matrices: dict[str, Tensor], overlaps: Tensor, data: DataS
     C = len(data.names)
     share = lambda values: 100 * float(values.double().mean()) if len(values) else None
     by_clip = matrices["clip"]
-    right = by_clip.diag()
-    total = int(by_clip.sum())
-    confused = (by_clip - right.diag()).flatten().topk(min(MAX_CONFUSIONS, C * C))
+    confused = (by_clip - by_clip.diag().diag()).flatten().topk(min(MAX_CONFUSIONS, C * C))
     return {
         **{row: summarize(matrices[row], data) for row in ROWS},
         "recall": {str(t): share(overlaps >= t) for t in IOU_THRESHOLDS},
         "average_best_overlap": share(overlaps),
         "masks": len(overlaps),
-        "clip_accuracy": 100 * int(right.sum()) / total if total else None,
+        "clip_accuracy": summarize(by_clip, data)["pAcc"],
         "confusions": [
             [data.names[i // C], data.names[i % C], count]
             for count, i in zip(*(part.tolist() for part in confused), strict=True)
@@ -163,14 +155,8 @@ def summarize_oracles(matrices: dict[str, Tensor], overlaps: Tensor, data: DataS
 def write_analysis(result: dict, out: Path) -> None:
     """Write budget.json, and print the table."""
     write_json(out / "budget.json", result)
-    base = result["as_is"]
-    key = "hIoU" if "hIoU" in base else "mIoU"
-    lines = []
-    for row, title in ROWS.items():
-        measured = None not in (result[row][key], base[key])
-        gain = result[row][key] - base[key] if measured else None
-        lines.append((title, result[row] | {f"{key} gain": gain}))
-    print(metric_table([*shown(base), f"{key} gain"], lines))
+    rows = [(title, result[row]) for row, title in ROWS.items()]
+    print(metric_table(shown(result["as_is"]), rows))
     recall = ", ".join(f"{percent(value)} at {t}" for t, value in result["recall"].items())
     best = percent(result["average_best_overlap"])
     print(f"recall of {result['masks']} ground-truth masks: {recall}; average best IoU {best}")

@@ -14,10 +14,10 @@ from zsseg.config import Config
 from zsseg.data import TestImages, batches
 from zsseg.datasets import DataSet, dataset
 from zsseg.distributed import Process
-from zsseg.metrics import confusion, summarize, table
+from zsseg.metrics import confusion, summarize
 from zsseg.regions import box_of
 from zsseg.segmenter import Segmenter
-from zsseg.utils import UserError, atomic_write, plural, progress, write_json
+from zsseg.utils import UserError, atomic_write, plural, progress
 from zsseg.visualize import comparison_strip, save_label_map
 
 SAMPLES = 8  # images in samples.png
@@ -52,8 +52,8 @@ def evaluate(
     on_image: OnImage | None = None,
     seen: list[int] | None = None,
 ) -> dict:
-    """Metrics of a split; with `out`, written to metrics.json there, with a grid of images
-    samples.png (rank 0). `segmenter` may be a `OneStage`.
+    """Metrics of a split; with `out`, some images in samples.png there (rank 0). `segmenter` may be
+    a `OneStage`.
 
     `seen`: ids of the classes that count as seen in the ensemble; None: those that the set is
     trained on. `on_image`: see `OnImage`. UserError if the model gives no numbers.
@@ -66,7 +66,7 @@ def evaluate(
     weights = options.weights if options.compare or options.weights else None
     on_truth = options.compare and segmenter.clip is not None and config.model.proposals
 
-    totals: dict[str, Tensor] = {}  # int64; confusion matrices and other counts
+    totals: dict[str, Tensor] = {}  # int64: confusion matrices [C, C] and other counts
     strips = []
     started = time.perf_counter()
     for number, inputs, labels, name in own_images(
@@ -77,8 +77,10 @@ def evaluate(
             found = segmenter.segment(inputs, size, options.flip, options.window, weights)
             maps = {"ensemble": found.labels} | found.variants
             counts = {k: confusion(labels, v, C, data.ignore) for k, v in maps.items()}
-            if on_truth:
-                counts["regions"] = gt_mask_accuracy(segmenter, inputs, labels, data)
+            if on_truth:  # in the largest input
+                image = max(inputs, key=Tensor.numel)
+                classes, _, probs = name_gt_masks(segmenter, image, labels, data.ignore)
+                counts["regions"] = confusion(classes, probs.argmax(1), C, data.ignore)
         counts["ignored"] = (labels == data.ignore).sum()  # pixels
         counts["broken"] = (~found.finite).long()  # images
         totals = {k: totals.get(k, 0) + v for k, v in counts.items()}
@@ -94,10 +96,10 @@ def evaluate(
     result = summarize_totals(totals, data, process)
     seconds = torch.tensor(time.perf_counter() - started, device=process.device).double()
     rate = len(images) * process.world_size / float(process.sum(seconds))
-    result |= {"images": len(images), "images_per_second": rate}
     if out and process.is_main:
-        write(result, strips, config, out)
-    return result
+        with atomic_write(out / "samples.png") as file:
+            Image.fromarray(np.concatenate(strips, 1)).save(file, "PNG")
+    return result | {"images": len(images), "images_per_second": rate}
 
 
 def summarize_totals(totals: dict[str, Tensor], data: DataSet, process: Process) -> dict:
@@ -106,64 +108,30 @@ def summarize_totals(totals: dict[str, Tensor], data: DataSet, process: Process)
     for name, shape in shapes.items():
         nothing = torch.zeros(shape, dtype=torch.int64, device=process.device)
         totals[name] = process.sum(totals.get(name, nothing))
-    regions = totals.pop("regions", None)
-    ignored = int(totals.pop("ignored"))
     if broken := int(totals.pop("broken")):
         why = f"gives scores that are not finite in {plural(broken, 'image')}"
         raise UserError("the model", why, "check its weights, or set model.bf16=off")
-    matrix = totals.pop("ensemble")
-    result = summarize(matrix, data)
-    result["ignored"] = 100 * ignored / max(ignored + int(matrix.sum()), 1)
-    result |= {name: summarize(variant, data) for name, variant in totals.items()}
-    if regions is not None:
-        result["clip_true_masks"] = accuracies(regions, data)
-    return result
+    ignored = int(totals.pop("ignored"))
+    pixels = ignored + int(totals["ensemble"].sum())
+    results = {name: summarize(matrix, data) for name, matrix in totals.items()}
+    result = results.pop("ensemble") | {"ignored": 100 * ignored / max(pixels, 1)}
+    if regions := results.pop("regions", None):  # CLIP's accuracy on ground-truth masks
+        shares = {k.replace("pAcc", "accuracy"): v for k, v in regions.items() if "pAcc" in k}
+        result["clip_true_masks"] = shares | {"regions": int(totals["regions"].sum())}
+    return result | results
 
 
-def accuracies(regions: Tensor, data: DataSet) -> dict:
-    """CLIP's accuracy on ground-truth masks in percent, from what `gt_mask_accuracy` counts; None
-    for nothing to measure.
-    """
-    percent = lambda right, total: 100 * right / total if total else None
-    right, total = regions.T.tolist()
-    found = {"accuracy": percent(sum(right), sum(total)), "regions": sum(total)}
-    if data.seen:
-        found["accuracy_seen"] = percent(right[0], total[0])
-        found["accuracy_unseen"] = percent(right[1], total[1])
-    return found
-
-
-def write(result: dict, strips: list[np.ndarray], config: Config, out: Path) -> None:
-    """OUT/metrics.json and OUT/samples.png."""
-    try:
-        write_json(out / "metrics.json", result)
-    except UserError:  # the numbers have cost more than a file
-        print(table(result, config))
-        raise
-    with atomic_write(out / "samples.png") as file:
-        Image.fromarray(np.concatenate(strips, 1)).save(file, "PNG")
-
-
-def gt_masks(image: Tensor, labels: Tensor, ignore: int) -> tuple[Tensor, Tensor]:
-    """The classes of a label map [T] and their masks at the network-input size of `image` [3, H,
-    W]: bool [T, H, W].
+def name_gt_masks(
+    segmenter: Segmenter, image: Tensor, labels: Tensor, ignore: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The classes of a label map [T], their masks at the network-input size of `image` [3, H, W],
+    bool [T, H, W], and CLIP's class probabilities on these [T, C].
     """
     labels = F.interpolate(labels[None, None].float(), image.shape[-2:], mode="nearest")
     labels = labels[0, 0].long()
     classes = labels.unique()
     classes = classes[classes != ignore]
-    return classes, labels == classes[:, None, None]
-
-
-def gt_mask_accuracy(
-    segmenter: Segmenter, inputs: list[Tensor], labels: Tensor, data: DataSet
-) -> Tensor:
-    """CLIP only on the ground-truth mask of every class present, in the largest network input:
-    int64 [2, 2], rows seen and unseen, right and all.
-    """
-    image = max(inputs, key=Tensor.numel)
-    classes, masks = gt_masks(image, labels, data.ignore)
-    right = segmenter.region_logits(image, masks, box_of(masks)).argmax(1) == classes
-    seen = torch.isin(classes, classes.new_tensor(data.seen))
-    counts = [torch.stack([(right & part).sum(), part.sum()]) for part in (seen, ~seen)]
-    return torch.stack(counts)
+    masks = labels == classes[:, None, None]
+    if segmenter.clip is None:
+        return classes, masks, None
+    return classes, masks, segmenter.region_logits(image, masks, box_of(masks)).softmax(-1)

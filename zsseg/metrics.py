@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zsseg.config import Config
 from zsseg.datasets import DataSet, dataset
-from zsseg.utils import format_table, join_some
+from zsseg.utils import format_table, join_some, write_json
 
 
 def confusion(labels: Tensor, predicted: Tensor, classes: int, ignore: int) -> Tensor:
@@ -146,7 +146,7 @@ def table(result: dict, config: Config) -> str:
 
 
 def report(result: dict, config: Config, out: Path) -> None:
-    """Print the table of what is in `out`/metrics.json, and what does not count in it."""
+    """Print the table of an evaluation, and what does not count in it, and write metrics.json."""
     data = dataset(config.data)
     print(table(result, config))
     without = [name for name, values in result["per_class"].items() if values["IoU"] is None]
@@ -161,4 +161,5 @@ def report(result: dict, config: Config, out: Path) -> None:
     published = data.counts.get(split, images)
     note = f" (the published {split} split has {published})" if published != images else ""
     speed = f"{result['images_per_second']:.2f} images/s"
+    write_json(out / "metrics.json", result)  # last: the numbers have cost more than a file
     print(f"{images} images{note}, {speed} -> {out / 'metrics.json'}")

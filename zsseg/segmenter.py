@@ -109,9 +109,15 @@ class OpenVocabulary(nn.Module):
         names = check_names(names)
         flags = torch.zeros(len(names), dtype=torch.bool)
         flags[list(seen)] = True
+        synonyms = {name.strip(): words for name, words in (synonyms or {}).items()}
+        for name, words in synonyms.items():
+            if isinstance(words, str) or name not in names:
+                what = f"synonyms of {name!r}"
+                raise UserError(what, f"are {words!r}", "give lists of words, by names of classes")
+        words = [[name, *synonyms.get(name, [])] for name in names]
+        check_names([word for row in words for word in row])
         text = region_text = None
         if self.clip is not None:
-            words = class_words(names, synonyms or {})
             text = region_text = self.encode_words("prompt", words)
             if self.region_prompt is not None:
                 region_text = self.encode_words("region_prompt", words)
@@ -299,13 +305,14 @@ class Segmenter(OpenVocabulary):
         proposals: Proposals | None = None,
     ) -> Segmentation:
         """The label map, at the original `size`, of one image [3, H, W] in 0..255. `proposals`: of
-        its only input, from an earlier `propose`; they are classified anew.
+        its only input, from an earlier `propose`; they are classified anew, without augmentation.
 
         Test-time augmentation: the mean score over `inputs` of several sizes, each the mean over
         its windows of side `window` (0: none) and, with `flip`, their mirror images. With `weights`
         the label maps of all `variants`, too. Score maps are computed a few classes at a time.
         """
-        views = make_views(inputs, size, flip, window)
+        options = (False, 0) if proposals else (flip, window)
+        views = make_views(inputs, size, *options)
         found = [self.classify(proposals) if proposals else self.propose(v.image) for v in views]
         scores = [{"ensemble": self.ensemble(p)} | self.variants(p, weights) for p in found]
         finite = [p.mask_logits.isfinite().all() for p in found]
@@ -334,18 +341,6 @@ class Segmenter(OpenVocabulary):
         return best_class(mean, len(self.names), math.prod(size))
 
 
-def class_words(names: list[str], synonyms: dict[str, list[str]]) -> list[list[str]]:
-    """The words for each class: its name and its synonyms."""
-    synonyms = {name.strip(): words for name, words in synonyms.items()}
-    for name, words in synonyms.items():
-        if isinstance(words, str) or name not in names:
-            what = f"synonyms of {name!r}"
-            raise UserError(what, f"are {words!r}", "give lists of words, under names of classes")
-    rows = [[name, *synonyms.get(name, [])] for name in names]
-    check_names([word for row in rows for word in row])
-    return rows
-
-
 def make_views(inputs: list[Tensor], size: Size, flip: bool, window: int) -> list[View]:
     """All windows of side `window` (0: none) of one image [3, H, W] in several sizes, whose label
     map has the `size`, and with `flip` their mirror images. Each input counts once.
@@ -354,8 +349,9 @@ def make_views(inputs: list[Tensor], size: Size, flip: bool, window: int) -> lis
     for image in inputs:
         H, W = image.shape[-2:]
         cover = torch.zeros(size, device=image.device)
-        for rows, columns in itertools.product(spans(H, window), spans(W, window)):
-            place = (scaled(rows, size[0], H), scaled(columns, size[1], W))
+        spans = itertools.product(windows(H, window, size[0]), windows(W, window, size[1]))
+        for (rows, top), (columns, left) in spans:
+            place = (top, left)
             cover[place] += len(inputs) * (1 + flip)
             part = image[:, rows, columns]
             views.append(View(part, place, False, cover))
@@ -364,16 +360,18 @@ def make_views(inputs: list[Tensor], size: Size, flip: bool, window: int) -> lis
     return views
 
 
-def spans(length: int, side: int) -> list[slice]:
-    """Windows of `side` that overlap by two thirds and cover a length; all of it for side 0."""
+def windows(length: int, side: int, size: int) -> list[tuple[slice, slice]]:
+    """Windows of `side` that overlap by two thirds and cover `length` pixels, all of them for side
+    0, and their places in a label map of `size` pixels.
+    """
     side = side or length
     last = max(length - side, 0)
-    return [slice(s, min(s + side, length)) for s in [*range(0, last, -(-side // 3)), last]]
-
-
-def scaled(span: slice, size: int, length: int) -> slice:
-    """A span of `length` pixels, in an image of `size` pixels."""
-    return slice(span.start * size // length, -(-span.stop * size // length))
+    pairs = []
+    for start in [*range(0, last, -(-side // 3)), last]:
+        end = min(start + side, length)
+        place = slice(start * size // length, -(-end * size // length))
+        pairs.append((slice(start, end), place))
+    return pairs
 
 
 def best_class(maps: Callable[[slice], Tensor], C: int, pixels: int) -> tuple[Tensor, Tensor]:

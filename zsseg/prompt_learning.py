@@ -2,7 +2,6 @@
 names, CLIP frozen.
 """
 
-import math
 import statistics
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from zsseg.images import read_image, read_labels, to_tensor
 from zsseg.metrics import mean, percent
 from zsseg.prompts import LearnedPrompt, build_prompt
 from zsseg.regions import region_crops
-from zsseg.utils import UserError, format_table, mix_seed, plural, write_json
+from zsseg.utils import UserError, format_table, mix_seed, write_json
 from zsseg.weights import load_clip, load_into
 
 
@@ -32,21 +31,20 @@ class PromptClassifier(nn.Module):
     The prompts learn side by side from the same crops: one pass of each tower for all of them.
     """
 
-    def __init__(self, clip: CLIP, prompts: list[LearnedPrompt], names: list[str]):
+    def __init__(self, clip: CLIP, prompts: dict[str, LearnedPrompt], names: list[str]):
         super().__init__()
         self.clip = clip
-        self.prompts = nn.ModuleList(prompts)
-        self.names = names
-        tokens, ends = prompts[0].layout(clip.tokenizer, names)
+        self.prompts = nn.ModuleDict(prompts)
+        tokens, ends = next(iter(prompts.values())).layout(clip.tokenizer, names)
         tokens = tokens[:, : int(ends.max()) + 1]  # nothing reads what follows the last end token
         self.register_buffer("tokens", tokens, persistent=False)
-        self.register_buffer("ends", ends, persistent=False)
+        self.register_buffer("ends", ends.repeat(len(prompts)), persistent=False)
 
     def text(self) -> Tensor:
         """Normalised text features of every prompt [S, C, D]."""
-        inputs = torch.cat([prompt.embed(self.clip, self.tokens) for prompt in self.prompts])
-        features = self.clip.encode_embedded(inputs, self.ends.repeat(len(self.prompts)))
-        return F.normalize(features.float(), dim=-1).unflatten(0, (len(self.prompts), -1))
+        inputs = torch.cat([p.embed(self.clip, self.tokens) for p in self.prompts.values()])
+        features = self.clip.encode_embedded(inputs, self.ends).float()
+        return F.normalize(features, dim=-1).unflatten(0, (len(self.prompts), -1))
 
     def forward(self, crops: Tensor) -> Tensor:
         """Crops [B, 3, R, R] -> logits [S, B, C]."""
@@ -67,20 +65,18 @@ class PromptTask:
 
     collate = list
 
-    def __init__(
-        self, config: Config, root: Path, out: Path, process: Process, saved: dict | None = None
-    ):
+    def __init__(self, config: Config, root: Path, out: Path, process: Process, saved: dict | None):
         self.config = config
         self.process = process
-        self.seeds = config.train.seeds or [config.train.seed]
         clip = load_clip(config.clip, root)
-        prompts = []
-        for seed in self.seeds:
+        self.names = training_set(config.data).training_names
+        prompts = {}
+        for seed in config.train.seeds or [config.train.seed]:
             torch.manual_seed(mix_seed(seed, 0))
-            prompts.append(LearnedPrompt(clip.width, config.clip.prompt_prefix))
-        names = training_set(config.data).training_names
-        self.model = PromptClassifier(clip, prompts, names).to(process.device)
-        self.clipped = self.model.prompts  # each prompt's gradient by itself
+            prompts[str(seed)] = LearnedPrompt(clip.width, config.clip.prompt_prefix)
+        self.model = PromptClassifier(clip, prompts, self.names).to(process.device)
+        self.prompts = self.model.prompts
+        self.clipped = self.prompts.values()  # the gradient of each by itself
         self.samples = process.main_first(lambda: RegionSamples(config, root))
         self.held_out = RegionSamples(config, root, held_out=True)
 
@@ -108,16 +104,15 @@ class PromptTask:
         return len(logits) * loss, {"accuracy": accuracy}
 
     def state(self, result: dict | None = None) -> dict[str, dict[str, Tensor]]:
-        """The prompt of every seed and, as "prompt", that of `result["kept_seed"]`."""
-        prompts = dict(zip(self.seeds, self.model.prompts, strict=True))
-        best = result["kept_seed"] if result else self.seeds[0]
-        states = {f"prompt_of_seed_{seed}": p.state_dict() for seed, p in prompts.items()}
-        return states | {"prompt": prompts[best].state_dict()}
+        """The prompts of all seeds and, as "prompt", that of `result["kept_seed"]`."""
+        best = result["kept_seed"] if result else next(iter(self.prompts))
+        return {
+            "prompt": self.prompts[str(best)].state_dict(),
+            "prompts": self.prompts.state_dict(),
+        }
 
     def load(self, state: dict[str, dict[str, Tensor]], what: str) -> None:
-        for seed, prompt in zip(self.seeds, self.model.prompts, strict=True):
-            part = state.get(f"prompt_of_seed_{seed}", {})
-            load_into(prompt, part, what, "use the configuration of its run")
+        load_into(self.prompts, state.get("prompts"), what, "use the configuration of its run")
 
     @torch.no_grad()
     def evaluate(self, split: str, out: Path | None = None, on_image: object = None) -> dict:
@@ -125,49 +120,38 @@ class PromptTask:
         mean over classes; "kept_seed" is the best. With `out`, metrics.json and a table.
         """
         clip = self.model.clip
-        single = build_prompt("single", clip.width)(clip, self.model.names)  # for comparison
+        single = build_prompt("single", clip.width)(clip, self.names)  # for comparison
         text = torch.cat([self.model.text(), single[None]])  # [S + 1, C, D]
         # Of each class: hits of each prompt and, last, regions.
         counts = torch.zeros(len(text) + 1, text.shape[1], device=text.device)
         numbers = range(self.process.rank, len(self.held_out), self.process.world_size)
-        for batch in batches(self.held_out, numbers, 64, self.config.data.workers, list):
+        for batch in batches(self.held_out, numbers, 64, self.config.data.workers):
             crops, classes = self.crops(batch)
             hits = clip.logits(clip.encode_image(crops), text).argmax(-1) == classes  # [S + 1, B]
             counts.index_add_(1, classes, F.pad(hits.float(), (0, 0, 0, 1), value=1))
-
         *hits, total = self.process.sum(counts).double().cpu().numpy()
         rows = {}
-        for name, hit in zip([*map(str, self.seeds), "single"], hits, strict=True):
+        for name, hit in zip([*self.prompts, "single"], hits, strict=True):
             right = 100 * hit / np.maximum(total, 1)
             rows[name] = {"top1": mean(right, total), "per_class": mean(right, total > 0)}
-        single = rows.pop("single")
-        scores = [row["per_class"] or 0.0 for row in rows.values()]
+        scores = [rows[seed]["per_class"] or 0.0 for seed in self.prompts]
         result = {
             "held_out_regions": int(total.sum()),
-            "kept_seed": self.seeds[scores.index(max(scores))],
+            "kept_seed": int([*self.prompts][scores.index(max(scores))]),
             "mean": statistics.mean(scores) if total.any() else None,
             "std": statistics.pstdev(scores) if total.any() else None,
-            "single": single,
-            "seeds": rows,
+            "single": rows["single"],
+            "seeds": {seed: rows[seed] for seed in self.prompts},
         }
         if out and self.process.is_main:
-            report(result, out)
+            write_json(out / "metrics.json", result)
+            cells = [[name, *map(percent, row.values())] for name, row in rows.items()]
+            print(format_table(["prompt of seed", "top-1", "per class"], cells))
+            print(f"the prompt is that of seed {result['kept_seed']}")
         return result
 
     def score(self, result: dict) -> list[float]:
-        best = result["seeds"][str(result["kept_seed"])]["per_class"]
-        return [-math.inf if best is None else best]
-
-
-def report(result: dict, out: Path) -> None:
-    write_json(out / "metrics.json", result)
-    rows = {"single (fixed)": result["single"]}
-    rows |= {f"seed {seed}": row for seed, row in result["seeds"].items()}
-    cells = [[name, *map(percent, row.values())] for name, row in rows.items()]
-    print(format_table(["held-out regions", "top-1", "per class"], cells))
-    spread = f"{percent(result['mean'])} +- {percent(result['std'])}"
-    regions = plural(result["held_out_regions"], "region")
-    print(f"{spread} over the seeds, {regions}; the prompt is that of seed {result['kept_seed']}")
+        return [result["seeds"][str(result["kept_seed"])]["per_class"] or 0.0]
 
 
 class RegionSamples(EndlessSamples):

@@ -1,6 +1,7 @@
 """The synthetic data set and its small CLIP, learned prompts over seeds, self-training."""
 
 import copy
+import functools
 import hashlib
 import json
 import shutil
@@ -41,22 +42,26 @@ def test_its_pixels_never_change():
         assert drawn.hexdigest()[:16] == digits, split
 
 
+@functools.cache
+def drawn(split):
+    return [shapes.draw(split, index) for index in range(60)]
+
+
 def test_it_shows_two_or_three_things_on_one_ground():
     counts = []
-    for i in range(30):
-        image, labels, captions = shapes.draw("test", i)
+    for image, labels, captions in drawn("val"):
         present = np.unique(labels).tolist()
         counts.append((sum(p < 20 for p in present), sum(p >= 20 for p in present)))
         assert image.shape == (96, 96, 3) and image.dtype == labels.dtype == np.uint8
         assert sorted(captions) == present
         assert all(shapes.NAMES[k] in text for k, text in captions.items())
-    assert set(counts) == {(2, 1), (3, 1)}
+    assert {*counts} == {(2, 1), (3, 1)}
 
 
 def test_unseen_classes_are_every_fifth_and_rare_in_training_alone():
     shares = {}
     for split in ("train", "val"):
-        present = [c for i in range(60) for c in np.unique(shapes.draw(split, i)[1]).tolist()]
+        present = [c for _, labels, _ in drawn(split) for c in np.unique(labels).tolist()]
         shares[split] = np.isin(present, UNSEEN).mean()
     assert 0 < shares["train"] < 0.12 and 0.14 < shares["val"] < 0.3
     for names in (shapes.THINGS, shapes.STUFF):
@@ -72,13 +77,14 @@ def test_no_class_is_made_of_others():
     area = masks.sum(1)
     assert np.triu(both / (area + area[:, None] - both), 1).max() < 0.8
     hues = {}
-    for i in range(150):
-        image, labels, _ = shapes.draw("clip", i)
+    for image, labels, _ in drawn("train") + drawn("val"):
         hue = np.asarray(Image.fromarray(image).convert("HSV"))[..., 0]
-        for thing in set(np.unique(labels).tolist()) & set(range(20)):
+        for thing in {*labels[labels < 20].tolist()}:
             angle = hue[labels == thing] / 256 * 2 * np.pi
             hues.setdefault(thing, []).append(np.exp(1j * angle).mean())
-    assert len(hues) == 20 and all(abs(np.mean(found)) < 0.6 for found in hues.values())
+    for found in hues.values():  # a random walk
+        assert abs(np.sum(found)) < 3 * len(found) ** 0.5
+    assert len(hues) == 20
 
 
 def test_drawing_begins_again_after_a_kill_and_leaves_a_whole_data_set_alone(tmp_path, monkeypatch):
@@ -97,20 +103,21 @@ def test_drawing_begins_again_after_a_kill_and_leaves_a_whole_data_set_alone(tmp
 def test_the_small_clip_begins_again_after_a_kill(shapes_root, tmp_path, monkeypatch):
     shutil.copytree(shapes_root / "shapes", tmp_path, dirs_exist_ok=True)
     file = tmp_path / "clip.pt"
-    shapes_clip.train_small_clip(tmp_path, steps=2)
-    untrained = torch.load(file)  # it was there
+    wanted = file.read_bytes()
+    shapes_clip.train_small_clip(tmp_path, steps=1)
+    assert file.read_bytes() == wanted  # it was there
     file.unlink()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shapes_clip, "contrastive_loss", interrupted(shapes_clip.contrastive_loss, 1))
-        shapes_clip.train_small_clip(tmp_path, steps=2)
+        patch.setattr(shapes_clip, "contrastive_loss", interrupted(shapes_clip.contrastive_loss, 0))
+        shapes_clip.train_small_clip(tmp_path, steps=1)
     assert not file.exists()
-    shapes_clip.train_small_clip(tmp_path, steps=2)
-    first = load_clip(load_config(None, [f"clip.weights={file}"]).clip, tmp_path).state_dict()
-    file.unlink()
-    shapes_clip.train_small_clip(tmp_path, steps=2)
-    again = torch.load(file)
-    assert all(torch.equal(value, again[key]) for key, value in first.items())
-    assert first.keys() == untrained.keys()
+    weights = []
+    for _ in range(2):
+        shapes_clip.train_small_clip(tmp_path, steps=1)
+        clip = load_clip(load_config(None, [f"clip.weights={file}"]).clip, tmp_path)
+        weights.append(clip.text_projection)
+        file.unlink()
+    assert torch.equal(*weights)
 
 
 def interrupted(function, calls):
@@ -189,20 +196,19 @@ def learn(root, out, *settings):
 def test_seeds_learn_side_by_side_as_they_would_alone(more_root, tmp_path):
     both, printed = learn(more_root, tmp_path / "both", "train.seeds=[3, 5]")
     both = both["model"]
-    assert {name: [*part] for name, part in both.items()} == {
-        name: ["prefix"] for name in ("prompt_of_seed_3", "prompt_of_seed_5", "prompt")
-    }
+    names = {name: [*part] for name, part in both.items()}
+    assert names == {"prompt": ["prefix"], "prompts": ["3.prefix", "5.prefix"]}
     for seed in (3, 5):
         alone, _ = learn(more_root, tmp_path / str(seed), f"train.seeds=[{seed}]")
         alone = alone["model"]["prompt"]["prefix"]
-        assert torch.allclose(both[f"prompt_of_seed_{seed}"]["prefix"], alone, atol=1e-5)
+        assert torch.allclose(both["prompts"][f"{seed}.prefix"], alone, atol=1e-5)
     result = json.loads((tmp_path / "both" / "metrics.json").read_text())
     scores = {seed: row["per_class"] for seed, row in result["seeds"].items()}
     best = str(result["kept_seed"])
     assert set(scores) == {"3", "5"} and scores[best] == max(scores.values())
     assert result["mean"] == pytest.approx(sum(scores.values()) / 2)
     assert result["std"] == pytest.approx(abs(scores["3"] - scores["5"]) / 2)
-    assert torch.equal(both["prompt"]["prefix"], both[f"prompt_of_seed_{best}"]["prefix"])
+    assert torch.equal(both["prompt"]["prefix"], both["prompts"][f"{best}.prefix"])
     assert f"seed {best}" in printed and result["held_out_regions"] > 0
     lines = (tmp_path / "both" / "metrics.jsonl").read_text().splitlines()
     rates = [json.loads(line).get("lr") for line in lines][:4]
@@ -211,9 +217,9 @@ def test_seeds_learn_side_by_side_as_they_would_alone(more_root, tmp_path):
 
 
 def test_an_evaluation_decides_nothing_by_itself(more_root, tmp_path):
-    task = PromptTask(learn_config("train.seeds=[3, 5]"), more_root, tmp_path, PROCESS)
+    task = PromptTask(learn_config("train.seeds=[3, 5]"), more_root, tmp_path, PROCESS, None)
     task.evaluate("test")
-    prefixes = [prompt.prefix for prompt in task.model.prompts]
+    prefixes = [prompt.prefix for prompt in task.clipped]
     for seed, prefix in zip((3, 5), prefixes, strict=True):
         chosen = task.state({"kept_seed": seed})
         assert torch.equal(chosen["prompt"]["prefix"], prefix)
@@ -223,22 +229,22 @@ def test_an_evaluation_decides_nothing_by_itself(more_root, tmp_path):
 
 def test_only_the_prompt_learns_with_the_paper_s_step(more_root, tmp_path):
     """The gradient of each is clipped to norm 0.01: an update of 0.02 x 0.01, and little decay."""
-    task = PromptTask(learn_config("train.seeds=[3, 5]"), more_root, tmp_path, PROCESS)
+    task = PromptTask(learn_config("train.seeds=[3, 5]"), more_root, tmp_path, PROCESS, None)
     batch = task.collate([task.samples[n] for n in range(16)])
     assert not task.model.train().clip.training
     loss, _ = task.loss(task.model, batch)
     loss.backward()
     learned = [name for name, p in task.model.named_parameters() if p.grad is not None]
-    assert learned == ["prompts.0.prefix", "prompts.1.prefix"]
-    before = [prompt.prefix.detach().clone() for prompt in task.model.prompts]
+    assert learned == ["prompts.3.prefix", "prompts.5.prefix"]
+    before = [prompt.prefix.detach().clone() for prompt in task.clipped]
     with torch.no_grad():
-        for prompt in task.model.prompts:
+        for prompt in task.clipped:
             prompt.prefix -= 1e-3 * prompt.prefix.grad / prompt.prefix.grad.norm()
     assert task.loss(task.model, batch)[0] < loss
     settings = ("train.seeds=[3, 5]", "train.steps=1", "prompts.warmup_steps=0")
     after, _ = learn(more_root, tmp_path / "step", *settings)
     for seed, prefix in zip((3, 5), before, strict=True):
-        step = after["model"][f"prompt_of_seed_{seed}"]["prefix"] - prefix
+        step = after["model"]["prompts"][f"{seed}.prefix"] - prefix
         assert float(step.norm()) == pytest.approx(0.02 * 0.01, rel=0.1)
 
 
@@ -260,7 +266,7 @@ def test_samples_are_crops_of_regions_and_those_held_out_are_never_drawn(more_ro
 
 
 def test_a_prompt_learns_from_what_clip_sees_at_inference(more_root, tmp_path):
-    task = PromptTask(learn_config(), more_root, tmp_path, PROCESS)
+    task = PromptTask(learn_config(), more_root, tmp_path, PROCESS, None)
     image, label, category = task.held_out.item(1)
     crops, classes = task.crops([task.held_out[1]])
     mask = torch.from_numpy(np.asarray(Image.open(label)) == dataset("shapes").seen[category])[None]

@@ -7,25 +7,16 @@ from collections.abc import Iterator
 import pytest
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    """playwright's browser object; skipped where it or Chromium is missing."""
-    with chromium() as opened:
-        yield opened
-
-
 @contextlib.contextmanager
 def chromium() -> Iterator:
-    """The same outside of tests."""
+    """playwright's browser object; tests are skipped where it or Chromium is missing."""
     reason = "playwright is missing: pip install playwright"
     sync = pytest.importorskip("playwright.sync_api", reason=reason)
     path = shutil.which("chromium") or shutil.which("google-chrome")
     if path is None:
         pytest.skip("neither chromium nor google-chrome is on the PATH")
     with sync.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield opened
-        opened.close()
+        yield playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
 
 
 @contextlib.contextmanager
@@ -33,10 +24,15 @@ def window(browser, width: int = 1280, dark: bool = False) -> Iterator:
     """A new page, a phone's if it is narrow, none of whose scripts may fail."""
     scheme = "dark" if dark else "light"
     size = {"width": width, "height": 900}
-    context = browser.new_context(viewport=size, is_mobile=width < 600, color_scheme=scheme)
-    page = context.new_page()
+    page = browser.new_page(viewport=size, is_mobile=width < 600, color_scheme=scheme)
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     yield page
     assert errors == []
-    context.close()
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    with chromium() as opened:
+        yield opened

@@ -185,7 +185,6 @@ def use_words(args: Namespace, content: dict, config: Config, process) -> None:
 
 def measure(args: Namespace, content: dict, config: Config, process) -> None:
     """The metrics on a split of a data set, and what belongs to them."""
-    from zsseg.analysis import oracle_analysis, write_analysis
     from zsseg.datasets import dataset, find_pairs
     from zsseg.evaluate import evaluate
     from zsseg.metrics import report
@@ -200,6 +199,8 @@ def measure(args: Namespace, content: dict, config: Config, process) -> None:
     seen = seen_classes(dataset(config.data), content, config)
     measured = (segmenter, config, args.root, process, split)
     if args.budget:
+        from zsseg.analysis import oracle_analysis, write_analysis
+
         result = oracle_analysis(*measured, seen)
         if process.is_main:
             write_analysis(result, args.out)

@@ -14,7 +14,7 @@ from zsseg.config import load_config
 from zsseg.utils import UserError, expand_path, split_lines
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_text_as_editors_save_it(encoding, root):
     text = CONFIG.replace("\n", "\r\n").replace("grass", "猫")
     (root / "b.toml").write_bytes(text.encode(encoding))
@@ -23,7 +23,7 @@ def test_text_as_editors_save_it(encoding, root):
     assert read_words(str(root / "words")).names == ["cat", "sofa"]
 
 
-@pytest.mark.parametrize("content", ["cat\ndog".encode("utf-16-le"), b"caf\xe9"])
+@pytest.mark.parametrize("content", ["cat".encode("utf-16"), b"caf\xe9"])
 def test_what_is_no_text_is_said(content, tmp_path):
     (tmp_path / "words.txt").write_bytes(content)
     with pytest.raises(UserError, match="not UTF-8"):

@@ -6,17 +6,14 @@ from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from zsseg.config import Config, load_config
-from zsseg.data import TestImages, batches
+from zsseg.data import TestImages, batches, label_counter
 from zsseg.datasets import DataSet, dataset, find_pairs
 from zsseg.distributed import Process
-from zsseg.images import read_values
 from zsseg.per_pixel import OneStage
-from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError, digest, parallel, print_main, progress, read_text, write_json
 from zsseg.visualize import save_label_map
 from zsseg.weights import load_checkpoint, load_segmenter
@@ -34,14 +31,6 @@ def fill_ignored(
     probability, best = (scores.softmax(0) * unseen[:, None, None]).max(0)
     filled = torch.where(probability >= min_probability, best, ignore)
     return torch.where(labels == ignore, filled, labels)
-
-
-def score_map(teacher: Segmenter | OneStage, image: Tensor, size: tuple[int, int]) -> Tensor:
-    """RGB uint8 [3, h, w] at network-input size -> class scores [C, *size]."""
-    if isinstance(teacher, OneStage):
-        return teacher.score_map(image, size)
-    proposals = teacher.propose(image)
-    return teacher.score_map(teacher.ensemble(proposals), proposals, size)
 
 
 @torch.inference_mode()
@@ -78,9 +67,15 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
     items = batches(images, numbers, None, config.data.workers)
     items = progress(items, "pseudo labels", len(numbers), process.is_main)
     for i, ([image], labels, _) in zip(numbers, items, strict=True):
+        image = image.to(process.device)
         labels = labels.to(process.device)
+        size = tuple(labels.shape)
         with process.autocast(settings.model.bf16):
-            scores = score_map(teacher, image.to(process.device), tuple(labels.shape))
+            if isinstance(teacher, OneStage):
+                scores = teacher.score_map(image, size)
+            else:
+                proposals = teacher.propose(image)
+                scores = teacher.score_map(teacher.ensemble(proposals), proposals, size)
         labels = fill_ignored(labels, scores, ~teacher.seen, least, data.ignore)
         save_label_map(labels, files[i], len(data.names))
     process.wait()
@@ -92,10 +87,9 @@ def check_origin(config: Config, pairs: list[tuple[Path, Path]], folder: Path) -
     """Write what the label maps depend on to `folder`/made_with.json; UserError if those in the
     folder depend on something else. Without the teacher, its label maps may still be used.
     """
-    data = config.data
-    sizes = (data.test_short_edge, data.max_size, data.exif_turn)
     clip = replace(config.clip, crop_batch_size=1)  # of a teacher that brings no configuration
-    settings = [dataset(data), sizes, clip, config.train.min_probability]
+    sizes = (config.data.test_short_edge, config.data.max_size, config.data.exif_turn)
+    settings = [dataset(config.data), sizes, clip, config.train.min_probability]
     made_with = [digest(settings, chain(*pairs))]
     if Path(config.train.teacher).exists():
         made_with.append(digest("", [config.train.teacher]))
@@ -114,14 +108,10 @@ def count_pixels(files: list[Path], data: DataSet, workers: int) -> None:
     """Print the share of each unseen class, and write the pixels of every class to counts.json.
     Raises UserError for a broken map, and if no pixel has an unseen class.
     """
-    bits = 8 if len(data.names) <= 255 else 16
-
-    def count(file: Path) -> np.ndarray:
-        return np.bincount(read_values(file, bits).ravel(), minlength=2**bits)
-
+    C = len(data.names)
+    count = label_counter(replace(data, values=list(range(C)), bits=8 if C <= 255 else 16))
     total = sum(parallel(count, files, workers, "count pseudo labels")).tolist()
-    counts = {name: total[i] for i, name in enumerate(data.names)}
-    counts["unlabelled"] = total[data.ignore]
+    counts = dict(zip([*data.names, "unlabelled"], total, strict=True))
     for name in [*data.unseen, "unlabelled"]:
         print_main(f"pseudo labels: {100 * counts[name] / sum(total):6.2f}% {name}")
     if not any(counts[name] for name in data.unseen):

@@ -114,14 +114,15 @@ def paint(rng: np.random.Generator) -> np.ndarray:
     period = rng.uniform(6, 10)
     y, x = np.mgrid[:SIDE, :SIDE]
     along, across = (x * np.cos(a) + y * np.sin(a) for a in (angle, angle + np.pi / 2))
+    middle = period / 2
+    stripes = along % period - middle
     match rng.integers(4):
         case 0:
             amount = np.zeros((SIDE, SIDE))
         case 1:
-            amount = along % period < period / 2
+            amount = stripes < 0
         case 2:
-            middle = period / 2
-            amount = (along % period - middle) ** 2 + (across % period - middle) ** 2 < 5
+            amount = stripes**2 + (across % period - middle) ** 2 < 5
         case 3:
             amount = noise(rng, 4, 4)
     return base + (other - base) * amount[..., None]

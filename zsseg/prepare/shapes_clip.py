@@ -2,6 +2,7 @@
 and captions of all classes on separate images. Two minutes; killed, it begins again.
 """
 
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +46,10 @@ def train_small_clip(folder: Path, steps: int = STEPS) -> None:
     for step in progress(range(steps), "train the small CLIP", steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * (1 - step / steps) ** 0.9
-        samples = [sample(clip, regions, n) for n in range(GROUPS * step, GROUPS * (step + 1))]
-        tokens = clip.tokenizer([caption for _, captions in samples for caption in captions])
-        image, text = clip(torch.cat([crops for crops, _ in samples]), tokens)
-        image, text = (x.unflatten(0, (GROUPS, -1)) for x in (image, text))
+        samples = [sample(clip, regions, GROUPS * step + i) for i in range(GROUPS)]
+        crops, captions = zip(*samples, strict=True)
+        features = clip(torch.cat(crops), clip.tokenizer([*chain(*captions)]))
+        image, text = (x.unflatten(0, (GROUPS, -1)) for x in features)  # [GROUPS, N, D]
         optimizer.zero_grad()
         contrastive_loss(image, text, clip.logit_scale).backward()
         nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
@@ -57,8 +58,8 @@ def train_small_clip(folder: Path, steps: int = STEPS) -> None:
         torch.save(clip.state_dict(), file)
 
 
-def read_regions(folder: Path) -> list[list[tuple[Tensor, Tensor, str]]]:
-    """(image uint8 [3, H, W], box int64 [4], caption) of every region of each class."""
+def read_regions(folder: Path) -> list[list[tuple]]:
+    """Of each class, all regions: (image uint8 [3, H, W], box int64 [4], caption)."""
     regions = [[] for _ in NAMES]
     for name, captions in read_captions(folder).items():
         if name.startswith("clip"):
@@ -82,12 +83,11 @@ def sample(clip: CLIP, regions: list, n: int) -> tuple[Tensor, list[str]]:
     texts = []
     for choices in regions:
         image, box, caption = choices[int(rng.integers(len(choices)))]
-        centre = (box[:2] + box[2:]) / 2
-        half = (box[2:] - box[:2]) * float(rng.uniform(0.9, 1.3)) / 2
-        side = image.shape[2]
-        first = (centre - half).long().clamp(0, side)
-        last = (centre + half).long().clamp(0, side).maximum(first + 1)
-        box = torch.cat([first, last])[None]
+        first, last = box.split(2)
+        half = (last - first) * float(rng.uniform(0.9, 1.3)) / 2
+        ends = [(first + last) / 2 + half * side for side in (-1, 1)]
+        first, last = (end.long().clamp(0, image.shape[2]) for end in ends)
+        box = torch.cat([first, last.maximum(first + 1)])[None]
         crop = region_crops(clip, image, torch.ones_like(image[:1]), box)
         crops.append(crop.flip(-1) if rng.random() < 0.5 else crop)
         texts.append(caption)

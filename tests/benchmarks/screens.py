@@ -10,7 +10,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 import eval as evaluation
 from tests.chromium import chromium, window
@@ -31,13 +31,11 @@ def save(image: Image.Image, name: str) -> None:
     image.save(SCREENS / name, optimize=True)
 
 
-def with_legend(samples: Image.Image) -> Image.Image:
+def with_legend(samples: Image.Image, columns: int = 9) -> Image.Image:
     """All classes below the samples; the unseen ones have a star."""
     data = dataset("shapes")
-    columns = 9
     rows = -(-len(data.names) // columns)
-    canvas = Image.new("RGB", (samples.width, samples.height + 19 * rows + 6), "white")
-    canvas.paste(samples)
+    canvas = ImageOps.expand(samples, (0, 0, 0, 19 * rows + 6), "white")
     pen = ImageDraw.Draw(canvas)
     for i, name in enumerate(data.names):
         x = i % columns * canvas.width // columns
@@ -69,9 +67,8 @@ def main() -> None:
 
         found = load(checkpoint, root=args.root, device="cpu")
         server = open_server(0, found.config)
-        session = Session(
-            found.segmenter, found.config, found.process, found.trained, parse_words(WORDS)
-        )
+        parts = (found.segmenter, found.config, found.process, found.trained)
+        session = Session(*parts, parse_words(WORDS))
         threading.Thread(target=server.run, args=[session], daemon=True).start()
         shot = out / "shot.png"
         with window(browser, 900) as page:

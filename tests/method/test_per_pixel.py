@@ -1,0 +1,131 @@
+"""The one-stage baseline: the original's reference values, its definition, its way through the
+program.
+"""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import PROCESS, golden, keys, original_state, relative_error, tiny_config
+
+from zsseg.clip import build_clip
+from zsseg.config import Config
+from zsseg.datasets import dataset
+from zsseg.losses import per_pixel_loss
+from zsseg.per_pixel import OneStage, PerPixel
+from zsseg.prompts import build_prompt
+from zsseg.weights import import_original, load_tokenizer
+
+SIZE = (200, 280)  # of the reference label maps
+
+
+@pytest.fixture(scope="module")
+def reference(vocabulary) -> tuple[dict[str, np.ndarray], OneStage, torch.Tensor]:
+    """The reference values of an image through the original, its model, and the image."""
+    arrays = golden("per_pixel_coco_r101c.npz")
+    config = Config()
+    config.data.name = "coco_stuff"
+    config.clip.ensemble_weight = 0.7
+    state = original_state(keys("per_pixel_keys.json"), arrays)
+    parts, dropped = import_original(state, "reference")
+    assert sum(map(len, parts.values())) + len(dropped) == len(state)
+    clip = build_clip(parts["clip"], load_tokenizer(49408, 77))
+    network = PerPixel(config.model, clip.embed_dim, clip.scale)
+    network.load_state_dict(parts["maskformer"])
+    model = OneStage(network, clip, build_prompt("single", clip.width), config.clip).eval()
+    data = dataset(config.data)
+    model.set_classes(data.names, data.trained)
+    return arrays, model, torch.from_numpy(arrays["image"])
+
+
+@torch.inference_mode()
+def test_features_labels_and_scores_are_the_original_s(reference, monkeypatch):
+    arrays, model, image = reference
+    network = model.maskformer
+    features = network.decode(network.prepare(image[None]))[0]
+    assert relative_error(features, arrays["features"]) < 1e-4
+    monkeypatch.setattr(model.config, "ensemble", False)
+    scores = model.score_map(image, SIZE)
+    assert relative_error(scores[:, ::20, ::20], arrays["scores_at"]) < 1e-4
+    found = model.segment([image], SIZE)
+    assert (found.labels.numpy() == arrays["labels"]).mean() > 0.999
+    assert torch.equal(found.scores, scores.amax(0)) and found.finite and not found.variants
+
+
+@torch.inference_mode()
+def test_the_ensemble_is_the_original_s(reference):
+    """One feature of the whole image at every pixel; seen classes p^w c^(1-w), unseen p^(1-w)
+    c^w.
+    """
+    arrays, model, image = reference
+    whole = model.clip.encode_image(model.clip.normalize(image)[None])
+    logits = model.clip.logits(whole, model.text_features)[0]
+    for cell in arrays["clip_logits_w07"].reshape(-1, 171):
+        assert relative_error(logits, cell) < 1e-4
+    labels = model.segment([image], SIZE).labels
+    assert (labels.numpy() == arrays["labels_w07"]).mean() > 0.99
+
+
+def build(small_clip, *settings: str) -> OneStage:
+    config = tiny_config("model.proposals=false", *settings)
+    torch.manual_seed(0)
+    network = PerPixel(config.model, small_clip.embed_dim, small_clip.scale)
+    model = OneStage(network, small_clip, build_prompt("single", small_clip.width), config.clip)
+    model.eval().set_classes(["star", "tree", "brick"], [0, 1])
+    return model
+
+
+def test_training_compares_interpolated_features(small_clip):
+    """Cross-entropy at full size, of every pixel that is not ignored."""
+    model = build(small_clip)
+    network = model.maskformer.train()
+    images = network.prepare(torch.randint(0, 256, (2, 3, 37, 50), dtype=torch.uint8))
+    assert images.shape[-2:] == (37, 50)
+    logits = network(images, model.text_features)
+    embeds = F.interpolate(network.decode(images), scale_factor=4, mode="bilinear")[..., :37, :50]
+    one = F.normalize(embeds[1, :, 30, 41], dim=0) @ model.text_features.T
+    assert logits.shape == (2, 3, 37, 50)
+    assert torch.allclose(logits[1, :, 30, 41], 100 * one, atol=1e-3)
+    labels = torch.full((2, 37, 50), 255, dtype=torch.uint8)
+    assert per_pixel_loss(logits, labels, 255).item() == 0
+    labels[1, 30, 41] = 2
+    loss = per_pixel_loss(logits, labels, 255)
+    assert loss.item() == pytest.approx(-logits[1, :, 30, 41].log_softmax(0)[2].item(), rel=1e-4)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("size", [(1, 1), (9, 200), (64, 64)])
+def test_images_of_any_size(small_clip, size):
+    model = build(small_clip, "clip.ensemble_weight=0.5")
+    found = model.segment([torch.randint(0, 256, (3, *size), dtype=torch.uint8)], (30, 20))
+    assert found.labels.shape == found.scores.shape == (30, 20) and found.finite
+
+
+def test_weight_0_is_clip_only_and_one_label(small_clip):
+    model = build(small_clip, "clip.ensemble_weight=0")
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    scores = model.score_map(image, (8, 8))
+    assert torch.allclose(scores, scores[:, :1, :1].expand_as(scores))
+    assert torch.allclose(scores.sum(0), torch.ones(8, 8))
+
+
+def test_test_time_augmentation_is_a_mean_over_sizes(small_clip):
+    model = build(small_clip)
+    images = [torch.randint(0, 256, (3, s, s), dtype=torch.uint8) for s in (48, 64)]
+    maps = []
+    for image in images:
+        maps.append(model.score_map(image, (40, 40)))
+        maps.append(model.score_map(image.flip(-1), (40, 40)).flip(-1))
+    best = torch.stack(maps).mean(0).amax(0)
+    assert torch.allclose(model.segment(images, (40, 40), flip=True).scores, best, atol=1e-5)
+
+
+def test_it_trains_and_evaluates(shapes_root, tmp_path):
+    import train
+
+    config = tiny_config("model.proposals=false", "train.steps=1")
+    train.train(config, shapes_root, tmp_path, PROCESS, {})
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert "pixel_embed.weight" in content["model"]["maskformer"]
+    assert (tmp_path / "metrics.json").exists()

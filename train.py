@@ -53,6 +53,8 @@ from zsseg.self_training import pseudo_labels
 from zsseg.utils import claim_folder, git_commit, mix_seed, print_main
 from zsseg.weights import build_segmenter
 
+UNMEASURED = [-math.inf, -math.inf]  # what `score` of a task is compared with
+
 
 class SegmentTask:
     """MaskFormer, or the one-stage baseline, on the seen classes of a data set, CLIP frozen."""
@@ -223,16 +225,17 @@ class BadSteps:
         return self.in_a_row > 0
 
 
-def train(config: Config, root: Path, out: Path, process: Process, saved: dict) -> bool:
+def train(config: Config, root: Path, out: Path, process: Process, saved: dict) -> None:
     """Train as `config` says and evaluate, from the start or from `saved`, the content of a
-    checkpoint. False if a signal stopped it early, after a checkpoint.
+    checkpoint. A signal stops it early, after a checkpoint.
     """
     settings = config.train
     steps = settings.steps
     start = saved.get("step", 0)
-    best = saved.get("best", [-math.inf])
+    best = saved.get("best", UNMEASURED)
     size = settings.batch_size
-    if size % process.world_size:
+    share = size // process.world_size
+    if size != share * process.world_size:
         why = f"{size} cannot be shared by {process.world_size} processes"
         raise UserError("train.batch_size", why, "change it")
     evaluates = 0 < settings.eval_every < steps
@@ -256,7 +259,6 @@ def train(config: Config, root: Path, out: Path, process: Process, saved: dict) 
         model = DistributedDataParallel(model)
 
     # data: the order of samples over all processes does not depend on their number
-    share = size // process.world_size
     firsts = range(start * size + process.rank * share, steps * size, size)
     numbers = (n for first in firsts for n in range(first, first + share))
     loader = batches(task.samples, numbers, share, config.data.workers, task.collate)
@@ -264,7 +266,7 @@ def train(config: Config, root: Path, out: Path, process: Process, saved: dict) 
     log = Log(out, process, config, start, saved.get("wandb", ""))
     bad_steps = BadSteps(task.samples, log, config, saved.get("skipped", 0))
     hidden = None if process.is_main else True  # None: shown on a terminal
-    bar = tqdm(range(start, steps), settings.task, initial=start, total=steps, disable=hidden)
+    bar = tqdm(log.timed(loader), settings.task, steps, initial=start, disable=hidden)
 
     def save(name: str, step: int, result: dict | None = None) -> None:
         """All that a run needs to go on: random numbers follow from (seed, step, rank), samples
@@ -294,49 +296,44 @@ def train(config: Config, root: Path, out: Path, process: Process, saved: dict) 
         nonlocal best
         if is_due(step):
             result = measure("val", step)
-            if task.score(result) > max(best, [-math.inf]):
-                best = task.score(result)
+            if (score := task.score(result)) > best:
+                best = score
                 save("best.pt", step, result)
 
     validate(start)
     due = False  # a checkpoint
     with checkpoint.GracefulStop(process) as stop:
-        for step, batch in zip(bar, log.timed(loader), strict=True):
+        for step, batch in enumerate(bar, start):
             torch.manual_seed(mix_seed(settings.seed, 4, step, process.rank))  # dropout
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * lr_factor(step, config)
 
-            # forward, losses, backward, update; nothing here waits for the GPU
+            # Nothing waits for the GPU but a step that is logged or saved.
             loss, parts, norm, bad = train_step(task, model, optimizer, batch, settings.clip_grad)
             bad_steps.flags.append((step, bad))
             done = step + 1
             stopping = stop.requested()
             last = done == steps or stopping
-
-            # log; the host waits for the GPU
             if done % config.log.every == 0 or done == steps:
                 bad_steps.read()
                 lr = settings.lr * lr_factor(step, config)
                 bar.set_postfix_str(log.step(done, loss, parts, norm, lr))
-
             # A checkpoint that is due in a bad step waits for a good one: the weights may be why.
             due = due or last or done % settings.checkpoint_every == 0 or is_due(done)
             if due and (not bad_steps.read() or last):
                 save("last.pt", done)
                 due = False
-            if stopping and done < steps:
+            if stopping:
                 print_main(f"stopped as asked, after step {done} of {steps}; --resume goes on")
-                log.finish()
-                return False
+                return log.finish()
             validate(done)
 
     result = measure(config.data.split, steps, out)
     if settings.task == "prompts":
         save("last.pt", steps, result)  # now that the best seed is known
-    if best == [-math.inf]:
+    if best == UNMEASURED:
         save("best.pt", steps, result)
-    log.finish()
-    return True
+    return log.finish()
 
 
 def main(argv: list[str]) -> None:

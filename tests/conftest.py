@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+sys.modules["conftest"] = sys.modules[__name__]  # tests import it by this name
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each, before torch counts the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -121,8 +122,7 @@ def tiny_clip_state(seed: int = 0) -> dict[str, torch.Tensor]:
     return build_small_clip().state_dict()
 
 
-@pytest.fixture
-def small_clip():
+def tiny_clip():
     from zsseg.clip import build_clip
     from zsseg.tokenizer import Tokenizer
 
@@ -130,20 +130,28 @@ def small_clip():
     return build_clip(state, Tokenizer(514, len(state["positional_embedding"])))
 
 
-@pytest.fixture
-def segmenter(small_clip):
-    """A small untrained segmenter over three classes, the first two seen."""
-    from zsseg.maskformer import MaskFormer
-    from zsseg.prompts import build_prompt
-    from zsseg.segmenter import Segmenter
+def tiny_segmenter(*settings: str):
+    """A small untrained segmenter over three classes, the first two seen, with decided masks."""
+    from zsseg.weights import assemble
 
-    config = tiny_config()
+    clip = tiny_clip()
     torch.manual_seed(0)
-    maskformer = MaskFormer(config.model, small_clip.embed_dim, scale=small_clip.scale)
-    prompt = build_prompt(config.clip.prompt, small_clip.width)
-    segmenter = Segmenter(maskformer, small_clip, prompt, config.clip).eval()
+    segmenter = assemble(tiny_config(*settings), clip).eval()
+    if hasattr(segmenter.maskformer, "mask_embed"):
+        with torch.no_grad():
+            segmenter.maskformer.mask_embed[-1].weight.mul_(20)
     segmenter.set_classes(["star", "tree", "brick"], [0, 1])
     return segmenter
+
+
+@pytest.fixture
+def small_clip():
+    return tiny_clip()
+
+
+@pytest.fixture
+def segmenter():
+    return tiny_segmenter()
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
@@ -372,4 +380,4 @@ def fails_in_one_line(result: subprocess.CompletedProcess, *parts: str) -> None:
         assert part in lines[0]
 
 
-from own_data import root  # noqa: E402, F401  a fixture, which needs what is above
+from own_data import root  # noqa: F401  a fixture, which needs what is above

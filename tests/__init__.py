@@ -1,0 +1,1 @@
+"""So that no other package of this name wins: `python -m tests.benchmarks.kernels`."""

@@ -1,17 +1,20 @@
 """Matching, assignment and losses against slow, literal versions, and at the edges."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import PROCESS
 from scipy.optimize import linear_sum_assignment
 
+from zsseg.config import TrainConfig
 from zsseg.losses import class_loss, loss_normalizers, segmentation_losses
 from zsseg.matcher import Targets, assign, matching_cost
-from zsseg.prepare.shapes_clip import contrastive_loss
 
 L, B, Q, C, SIDE = 2, 3, 5, 4, 16
 IGNORE = 255
+TRAIN = TrainConfig()  # weights 20 (focal), 1 (dice), 0.1 (no object)
 
 
 def case(labels: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, Targets]:
@@ -28,7 +31,12 @@ def case(labels: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tenso
 
 
 def normalizers(targets: Targets, queries: int = Q) -> torch.Tensor:
-    return loss_normalizers(targets.counts, queries, 0.1, PROCESS)
+    return loss_normalizers(targets.counts, queries, 0.1, PROCESS.sum, 1)
+
+
+def losses_of(logits, masks, targets: Targets) -> dict[str, torch.Tensor]:
+    wanted = normalizers(targets, logits.shape[2])
+    return segmentation_losses(logits, masks, targets, wanted, TRAIN)
 
 
 def mixed_labels() -> torch.Tensor:
@@ -105,7 +113,7 @@ def test_assignment_survives_values_that_are_not_finite():
 
 def test_losses_are_the_formulas():
     logits, masks, targets = case(mixed_labels())
-    losses = segmentation_losses(logits, masks, targets, normalizers(targets), 20.0, 1.0, 0.1)
+    losses = losses_of(logits, masks, targets)
     matched, _ = assign(matching_cost(logits, masks, targets, 20, 1), targets.counts)
     for layer in range(L):
         focal = dice = nll = weight = 0.0
@@ -138,7 +146,7 @@ def test_a_batch_without_targets_still_trains_every_output():
     logits, masks, targets = case(torch.full((B, SIDE, SIDE), IGNORE))
     assert targets.classes.shape == (B, 0)
     logits.requires_grad_(), masks.requires_grad_()
-    losses = segmentation_losses(logits, masks, targets, normalizers(targets), 20.0, 1.0, 0.1)
+    losses = losses_of(logits, masks, targets)
     total = sum(v.sum() for v in losses.values())
     total.backward()
     assert torch.isfinite(total) and float(losses["focal"].detach().sum()) == 0
@@ -148,19 +156,15 @@ def test_a_batch_without_targets_still_trains_every_output():
 def test_more_targets_than_queries():
     labels = torch.arange(4).repeat_interleave(SIDE // 4).expand(1, SIDE, SIDE).contiguous()
     logits, masks, targets = case(labels)
-    losses = segmentation_losses(
-        logits[:, :, :2], masks[:, :, :2], targets, normalizers(targets, 2), 20.0, 1.0, 0.1
-    )
+    losses = losses_of(logits[:, :, :2], masks[:, :, :2], targets)
     assert all(torch.isfinite(v).all() for v in losses.values())
 
 
 def test_losses_do_not_depend_on_the_order_of_queries():
     logits, masks, targets = case(mixed_labels())
     order = torch.randperm(Q)
-    one = segmentation_losses(logits, masks, targets, normalizers(targets), 20.0, 1.0, 0.1)
-    two = segmentation_losses(
-        logits[:, :, order], masks[:, :, order], targets, normalizers(targets), 20.0, 1.0, 0.1
-    )
+    one = losses_of(logits, masks, targets)
+    two = losses_of(logits[:, :, order], masks[:, :, order], targets)
     for name in one:
         assert torch.allclose(one[name], two[name], rtol=1e-5)
 
@@ -175,7 +179,7 @@ def test_perfect_predictions_cost_next_to_nothing():
     logits[..., C], logits[0, 0, 2, C], logits[0, 0, 2, 3] = 30, 0, 30
     targets = Targets(labels, torch.tensor([[3]]), torch.tensor([1]))
     assert assign(matching_cost(logits, masks, targets, 20, 1), targets.counts)[0].item() == 2
-    losses = segmentation_losses(logits, masks, targets, normalizers(targets), 20.0, 1.0, 0.1)
+    losses = losses_of(logits, masks, targets)
     assert (
         float(losses["class"]) < 1e-6 and float(losses["dice"]) < 0.2 and float(losses["focal"]) < 2
     )
@@ -186,14 +190,19 @@ def test_class_loss_counts_a_query_once():
     logits = torch.zeros(1, 1, 2, 3)
     logits[0, 0, 0, 1] = 50
     matched = torch.tensor([[[0, -1, -1]]])
-    loss = class_loss(
-        logits,
-        matched,
-        torch.tensor([[1, 0, 0]]),
-        0.1,
-        loss_normalizers(torch.tensor([1]), 2, 0.1, PROCESS)[1],
-    )
-    assert float(loss) == pytest.approx(0.1 * float(torch.tensor(3.0).log()) / 1.1, rel=1e-5)
+    targets = Targets(torch.zeros(1, 8, 8), torch.tensor([[1, 0, 0]]), torch.tensor([1]))
+    loss = class_loss(logits, None, matched, targets, normalizers(targets, 2), TRAIN)["class"]
+    assert float(loss) == pytest.approx(0.1 * math.log(3) / 1.1, rel=1e-5)
+
+
+def test_a_cost_that_is_not_finite_makes_every_gradient_nan():
+    logits, masks, targets = case(mixed_labels())
+    logits[1, 0, 2] = math.nan
+    masks.requires_grad_()
+    losses = losses_of(logits, masks, targets)
+    sum(v.sum() for v in losses.values()).backward()
+    assert all(v[0].isfinite() and v[1].isnan() for v in losses.values())
+    assert masks.grad[1, 0].isnan().any() and masks.grad[0].isfinite().all()
 
 
 def test_bf16_network_outputs_are_summed_in_fp32():
@@ -201,12 +210,3 @@ def test_bf16_network_outputs_are_summed_in_fp32():
     cost = matching_cost(logits.bfloat16(), masks.bfloat16(), targets, 20, 1)
     exact = matching_cost(logits.bfloat16().float(), masks.bfloat16().float(), targets, 20, 1)
     assert cost.dtype == torch.float32 and torch.equal(cost, exact)
-
-
-def test_contrastive_loss_prefers_the_right_pairs():
-    eye = torch.eye(4)[None]
-    scale = torch.tensor(3.0)
-    assert contrastive_loss(eye, eye, scale) < contrastive_loss(eye, eye.roll(1, 1), scale)
-    assert float(contrastive_loss(torch.ones(1, 4, 4), eye, scale)) == pytest.approx(
-        float(torch.tensor(4.0).log()), rel=1e-5
-    )

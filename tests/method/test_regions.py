@@ -1,12 +1,19 @@
-"""Boxes and crops against loops over pixels, and at the edges."""
+"""Boxes, crops and pooled features against loops over pixels, and at the edges."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from zsseg import clip as C
-from zsseg.clip import cosine_logits
-from zsseg.regions import encode_crops, mask_boxes, region_crops
+from zsseg.config import ClipConfig
+from zsseg.regions import (
+    CLASSIFIERS,
+    Regions,
+    box_of,
+    encode_crops,
+    patch_masks,
+    region_crops,
+    region_masks,
+)
 
 
 def literal_box(mask: torch.Tensor) -> list[int]:
@@ -17,60 +24,73 @@ def literal_box(mask: torch.Tensor) -> list[int]:
 @pytest.mark.parametrize("size", [(1, 1), (7, 13), (64, 48)])
 def test_boxes_are_tight(size):
     torch.manual_seed(0)
-    masks = torch.rand(20, *size) > 0.97
-    masks[0] = True
-    masks[1] = False
-    masks[2] = False
-    masks[2, -1, -1] = True  # a single pixel in the corner
-    boxes, valid = mask_boxes(masks)
-    assert valid.tolist() == [bool(m.any()) for m in masks]
+    H, W = size
+    logits = torch.randn(20, -(-H // 32) * 8, -(-W // 32) * 8) * 3 - 4
+    logits[0], logits[1] = 9, -9
+    masks, boxes, valid = region_masks(logits, size, 0.5)
+    assert masks.shape == (20, H, W) and valid.tolist() == [bool(m.any()) for m in masks]
+    assert valid[0] and not valid[1]
     for mask, box in zip(masks[valid], boxes[valid], strict=True):
         assert box.tolist() == literal_box(mask)
-    assert not valid[1] and boxes[1].tolist() == [0, 0, size[1], size[0]]
-
-
-def test_expanded_boxes_keep_their_centre_and_stay_inside():
-    masks = torch.zeros(2, 40, 60, dtype=torch.bool)
-    masks[0, 10:20, 20:40] = True
-    masks[1, 0:4, 56:60] = True
-    boxes, _ = mask_boxes(masks, 1.5)
-    assert boxes.tolist() == [[15, 7, 45, 22], [55, 0, 60, 5]]
-    resize_for_clip, _ = mask_boxes(masks, 0.01)
-    assert ((resize_for_clip[:, 2:] - resize_for_clip[:, :2]) >= 1).all()
+    assert box_of(masks[:0]).shape == (0, 4)
 
 
 @pytest.mark.parametrize("box", [(0, 0, 30, 20), (3, 5, 4, 6), (10, 2, 29, 19)])
-def test_crop_is_fill_normalise_resize(box):
+def test_crop_is_fill_normalise_resize(box, small_clip):
     """The paper's order of steps: fill outside with the mean colour, cut, normalise, resize."""
     torch.manual_seed(0)
     image = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
     mask = torch.rand(20, 30) > 0.5
     x0, y0, x1, y1 = box
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (C.MEAN, C.STD))
-    filled = torch.where(mask, image / 255, mean)[:, y0:y1, x0:x1]
-    wanted = F.interpolate(
-        ((filled - mean) / std)[None], (32, 32), mode="bicubic", align_corners=False
-    )
-    crop = region_crops(image, mask[None], torch.tensor([box]), 32)
-    assert torch.allclose(crop, wanted, atol=1e-5)
+    mean, std, R = small_clip.mean[:, None, None], small_clip.std[:, None, None], 48
+    cut = (torch.where(mask, image / 255, mean)[:, y0:y1, x0:x1] - mean) / std
+    wanted = F.interpolate(cut[None], (R, R), mode="bicubic", align_corners=False)
+    crop = region_crops(small_clip, image, mask[None], torch.tensor([box]))
+    assert crop.shape[-1] == small_clip.resolution and torch.allclose(crop, wanted, atol=1e-5)
 
 
-def test_outside_the_mask_is_zero_after_normalising():
+def test_outside_the_mask_is_zero_after_normalising(small_clip):
     image = torch.full((3, 16, 16), 200, dtype=torch.uint8)
     mask = torch.zeros(1, 16, 16, dtype=torch.bool)
-    crop = region_crops(image, mask, torch.tensor([[0, 0, 16, 16]]), 8)
-    assert (crop == 0).all()
+    assert (region_crops(small_clip, image, mask, torch.tensor([[0, 0, 16, 16]])) == 0).all()
 
 
-def test_no_regions(small_clip):
-    image, masks = torch.zeros(3, 8, 8), torch.zeros(0, 8, 8, dtype=torch.bool)
-    crops = region_crops(image, masks, torch.zeros(0, 4, dtype=torch.int64), 32)
-    assert encode_crops(small_clip, crops, 10).shape == (0, 64)
-
-
-def test_chunks_do_not_change_the_logits(small_clip):
+@pytest.mark.parametrize("side", [8, 48, 62, 96])
+def test_patches_with_the_region(side):
+    """As the original finds them: the nearest pixel of F.interpolate, and any pixel of a patch."""
     torch.manual_seed(0)
-    crops, text = torch.randn(7, 3, 32, 32), F.normalize(torch.randn(5, 64), dim=-1)
-    whole = cosine_logits(encode_crops(small_clip, crops), text)
-    assert torch.allclose(whole, cosine_logits(encode_crops(small_clip, crops, 3), text), atol=1e-3)
-    assert whole.abs().max() <= 100.01
+    masks = torch.rand(5, 100, 100) > 0.9
+    boxes = torch.tensor([[i, 2 * i, i + side, min(2 * i + side, 100)] for i in range(5)])
+    shown = patch_masks(masks, boxes, 64, 16)
+    for mask, (x0, y0, x1, y1), found in zip(masks, boxes.tolist(), shown, strict=True):
+        crop = F.interpolate(mask[None, None, y0:y1, x0:x1].float(), (64, 64), mode="nearest")
+        assert torch.equal(found, F.max_pool2d(crop, 16).flatten() > 0)
+
+
+def test_batches_do_not_change_the_features(small_clip, monkeypatch):
+    """And a tower sees few sizes; no crop is no feature."""
+    torch.manual_seed(0)
+    crops, sizes = torch.randn(13, 3, 48, 48), set()
+    whole = small_clip.encode_image(crops)
+    small_clip.visual.register_forward_hook(lambda m, x, y: sizes.add(len(x[0])))
+    for batch_size in (1, 3, 8, 64):
+        assert torch.allclose(encode_crops(small_clip, crops, batch_size), whole, atol=1e-4)
+    for count in range(1, 14):
+        encode_crops(small_clip, crops[:count], 8)
+    assert sizes == {1, 2, 3, 4, 6, 8, 16}
+    assert encode_crops(small_clip, crops[:0], 8).shape == (0, 64)
+
+
+def test_pooled_features_are_the_mean_of_the_patches_under_the_mask(small_clip):
+    torch.manual_seed(0)
+    config = ClipConfig(dense_edge=128)
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    masks = torch.zeros(3, 64, 64, dtype=torch.bool)
+    masks[0], masks[1, :32], masks[2, 5, 9] = True, True, True
+    features = CLASSIFIERS["pool"](small_clip, image, Regions(None, masks, None), config)
+    big = F.interpolate(
+        small_clip.normalize(image)[None], (128, 128), mode="bicubic", antialias=True
+    )
+    dense = small_clip.encode_dense(big)[0]  # a patch is 8 pixels of the image
+    for i, patches in enumerate((dense, dense[:4], dense[0, 1:2])):
+        assert torch.allclose(features[i], patches.flatten(0, -2).mean(0), atol=1e-4)

@@ -1,15 +1,180 @@
-"""What research changes, in a few lines: a backbone, a proposer, a region classifier."""
+"""What research changes, in a few lines each."""
 
+import json
+import re
+import sys
+import types
+
+import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_clip_state, tiny_config
+from conftest import ROOT, command, tiny_clip_state, tiny_config, tiny_segmenter
 from torch import nn
 
-from zsseg import backbone, regions
+from zsseg import backbone, losses, metrics, regions
+from zsseg.clip import build_clip
+from zsseg.config import load_config
+from zsseg.log import scalars
+from zsseg.prompts import build_prompt
 from zsseg.segmenter import Segmenter
+from zsseg.tokenizer import Tokenizer
+from zsseg.weights import assemble
 
 NAMES = ["star", "tree", "brick"]
 IMAGE = torch.randint(0, 256, (3, 50, 70), generator=torch.Generator().manual_seed(3)).byte()
+GRID = """
+import torch
+import torch.nn.functional as F
+
+def propose(image):
+    h, w = (-(-side // 32) * 8 for side in image.shape[-2:])
+    cells = torch.arange(h)[:, None] // 8 * (w // 8) + torch.arange(w) // 8
+    return 40 * F.one_hot(cells).permute(2, 0, 1).float() - 20, None
+"""
+
+
+def proposed_by(proposer, names=NAMES, seen=(0, 1)) -> Segmenter:
+    config = tiny_config().clip
+    clip = tiny_segmenter().clip
+    prompt = build_prompt(config.prompt, clip.width)
+    segmenter = Segmenter(None, clip, prompt, config, proposer=proposer).eval()
+    segmenter.set_classes(list(names), seen)
+    return segmenter
+
+
+@pytest.fixture
+def grid(tmp_path, monkeypatch):
+    """The module `grids`: a proposer of squares of 32 x 32 without class features."""
+    (tmp_path / "grids.py").write_text(GRID)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "grids", raising=False)
+    import grids
+
+    return grids.propose
+
+
+def test_another_clip_is_another_object():
+    """Its pixels, temperature and words reach whatever they should, and nothing else needs to
+    know.
+    """
+
+    class Backwards(Tokenizer):
+        def encode(self, text):
+            return super().encode(text)[::-1]
+
+    other = build_clip(
+        tiny_clip_state(), Backwards(514, 40), mean=(0.5,) * 3, std=(0.5,) * 3, scale=10.0
+    )
+    found = []
+    for clip in (tiny_segmenter().clip, other):
+        segmenter = Segmenter(
+            tiny_segmenter().maskformer, clip, tiny_segmenter().prompt, tiny_config().clip
+        )
+        segmenter.eval().set_classes(NAMES)
+        found.append((segmenter, segmenter.propose(IMAGE)))
+    (ours, first), (segmenter, second) = found
+    grey = torch.full((3, 8, 8), 127.5)
+    crop = regions.region_crops(other, grey, torch.ones(1, 8, 8), torch.tensor([[0, 0, 8, 8]]))
+    assert crop.abs().max() < 1e-6 and torch.equal(first.mask_logits, second.mask_logits)
+    assert not torch.allclose(ours.text_features, segmenter.text_features, atol=1e-3)
+    logits = segmenter.region_text_features @ F.normalize(second.region_features, dim=-1).T
+    assert torch.allclose(second.clip_probs[second.valid], (10 * logits.T).softmax(-1), atol=1e-5)
+
+
+def test_a_proposer_without_class_features(grid):
+    """At the default ensemble weight CLIP alone names the masks: which classes are seen changes
+    nothing.
+    """
+    segmenter = proposed_by(grid)
+    assert segmenter.config.ensemble and 0 < segmenter.config.ensemble_weight < 1
+    proposals = segmenter.propose(IMAGE)
+    labels = segmenter.segment([IMAGE], (50, 70), weights=[0.3]).labels
+    for q in range(6):
+        y, x = q // 3 * 32, q % 3 * 32
+        cell = labels[y + 4 : min(y + 28, 50), x + 4 : min(x + 28, 70)]
+        assert cell.numel() == 0 or (cell == proposals.clip_probs[q].argmax()).all()
+    for seen in ([], [2], [0, 1, 2]):
+        segmenter.set_classes(NAMES, seen)
+        assert torch.equal(segmenter.segment([IMAGE], (50, 70)).labels, labels)
+
+
+@pytest.mark.usefixtures("grid")
+def test_a_proposer_by_name_in_every_command(root):
+    words = ["eval.py", "-", "--config", root / "a.toml", "--root", root, "--device", "cpu"]
+    words += ["--set", "model.proposer=grids:propose", "--out"]
+    done = command(*words, root / "measured")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((root / "measured" / "metrics.json").read_text())["images"] == 2
+    photo = root / "a" / "images" / "val" / "0.png"
+    done = command(*words, root / "photos", "--images", photo, "--classes", "cat, dog")
+    assert done.returncode == 0 and (root / "photos" / "0.png").exists(), done.stderr
+
+
+def test_the_sam_proposer_of_the_readme(monkeypatch):
+    """The README's text, with a stand-in of the interface of segment_anything's (and sam2's)
+    automatic mask generator.
+    """
+
+    class Generator:
+        def __init__(self, model):
+            assert isinstance(model, nn.Module)
+
+        def generate(self, image):
+            assert image.shape == (50, 70, 3) and image.dtype == np.uint8
+            left = np.zeros(image.shape[:2], bool)
+            left[:, :35] = True
+            return [{"segmentation": mask, "area": mask.sum()} for mask in (left, ~left)]
+
+    registry = dict.fromkeys(["vit_h", "vit_l", "vit_b"], lambda checkpoint: nn.Identity())
+    content = {"SamAutomaticMaskGenerator": Generator, "sam_model_registry": registry}
+    stand_in = types.SimpleNamespace(**content)
+    monkeypatch.setitem(sys.modules, "segment_anything", stand_in)
+    readme = (ROOT / "README.md").read_text()
+    block = {}
+    exec(re.search(r"```python\n(# sam_masks.*?)```", readme, re.DOTALL)[1], block)
+    segmenter = proposed_by(block["propose"])
+    masks = segmenter.binary_masks(segmenter.propose(IMAGE))
+    assert masks[-2, :46, :32].all() and masks[-1, :46, 38:66].all()
+    assert not (masks[-2] & masks[-1]).any()
+    assert len(segmenter.segment([IMAGE], (50, 70)).labels.unique()) <= 2
+
+
+def test_another_region_classifier(monkeypatch):
+    """The mean colour of a region, as CLIP's image feature of a plain image of that colour."""
+
+    def mean_colour(clip, image, regions_, config):
+        colours = [image[:, mask.bool()].float().mean(1) for mask in regions_.masks]
+        images = torch.stack(colours)[:, :, None, None].expand(-1, -1, *[clip.resolution] * 2)
+        return regions.encode_crops(clip, clip.normalize(images), config.crop_batch_size)
+
+    monkeypatch.setitem(regions.CLASSIFIERS, "mean", mean_colour)
+    segmenter = tiny_segmenter()
+    segmenter.config.regions = "mean"
+    masks = torch.zeros(2, 50, 70, dtype=torch.bool)
+    masks[0, :20], masks[1, 30:] = True, True
+    plain = torch.full((3, 50, 70), 128, dtype=torch.uint8)
+    logits = segmenter.region_logits(plain, masks, regions.box_of(masks))
+    assert logits.shape == (2, 3) and torch.allclose(logits[0], logits[1], atol=1e-3)
+    assert segmenter.segment([IMAGE], (50, 70)).labels.shape == (50, 70)
+
+
+@pytest.mark.parametrize("name", ["crops", "pool"])
+def test_all_classifiers_go_by_one_road(name, monkeypatch):
+    """Each gets logits, masks and boxes of the regions that are not empty."""
+    segmenter = tiny_segmenter(f"clip.regions={name}")
+    segmenter.proposer = lambda image: (
+        torch.tensor([9.0, -9])[:, None, None].expand(2, 16, 24),
+        None,
+    )
+    called = []
+    original = regions.CLASSIFIERS[name]
+    record = lambda *words: called.append(words[2]) or original(*words)
+    monkeypatch.setitem(regions.CLASSIFIERS, name, record)
+    assert segmenter.propose(IMAGE).region_features.shape == (1, 64)
+    [found] = called
+    assert found.mask_logits.shape == (1, 16, 24) and found.masks.shape == (1, 50, 70)
+    assert found.boxes.tolist() == [[0, 0, 70, 50]]
 
 
 def test_another_backbone(monkeypatch):
@@ -20,10 +185,8 @@ def test_another_backbone(monkeypatch):
 
         def __init__(self):
             super().__init__()
-            strides = (4, 8, 16, 32)
-            self.stages = nn.ModuleList(
-                nn.Conv2d(3, c, s, s) for c, s in zip(self.channels, strides, strict=True)
-            )
+            pairs = zip(self.channels, (4, 8, 16, 32), strict=True)
+            self.stages = nn.ModuleList(nn.Conv2d(3, c, s, s) for c, s in pairs)
 
         def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
             return [stage(images) for stage in self.stages]
@@ -31,54 +194,60 @@ def test_another_backbone(monkeypatch):
     monkeypatch.setitem(backbone.BACKBONES, "patches", lambda config: Patches())
     config = tiny_config()
     config.model.backbone = "patches"
-    segmenter = Segmenter(config, tiny_clip_state()).eval()
+    segmenter = assemble(config, tiny_segmenter().clip).eval()
     segmenter.set_classes(NAMES, [0, 1])
-    assert segmenter(IMAGE, (50, 70)).shape == (50, 70)
-    segmenter.train().maskformer(
-        segmenter.maskformer.prepare(IMAGE[None]), segmenter.text_features
-    )[0].sum().backward()
-    assert segmenter.maskformer.backbone.stages[3].weight.grad.abs().sum() > 0
+    assert segmenter.segment([IMAGE], (50, 70)).labels.shape == (50, 70)
+    model = segmenter.maskformer.train()
+    model(model.prepare(IMAGE[None]), segmenter.text_features)[0].sum().backward()
+    assert model.backbone.stages[3].weight.grad.abs().sum() > 0
 
 
-def test_a_proposer_that_is_not_maskformer():
-    """A grid of squares without class features: CLIP names every cell."""
+def test_another_loss(root, monkeypatch):
+    """One entry that reads `config.train`: it is minimised and logged by its name."""
 
-    def grid(image: torch.Tensor) -> tuple:
-        h, w = (-(-side // 32) * 8 for side in image.shape[-2:])
-        cells = torch.arange(h)[:, None] // 8 * (w // 8) + torch.arange(w) // 8
-        masks = F.one_hot(cells).permute(2, 0, 1).float()  # [Q, h, w]
-        return 40 * masks - 20, None
+    def area(class_logits, mask_logits, matched, targets, normalizers, train):
+        return {"area": train.dice_weight * mask_logits.sigmoid().mean((1, 2, 3, 4))}
 
-    settings = tiny_config("clip.ensemble_weight=0")
-    segmenter = Segmenter(settings, tiny_clip_state(), proposer=grid).eval()
-    segmenter.set_classes(NAMES)
-    proposals = segmenter.propose(IMAGE)
-    labels = segmenter(IMAGE, (50, 70))
-
-    assert segmenter.maskformer is None and proposals.valid.all()
-    for q in range(6):
-        y, x = q // 3 * 32, q % 3 * 32
-        cell = labels[y + 4 : min(y + 28, 50), x + 4 : min(x + 28, 70)]
-        assert cell.numel() == 0 or (cell == proposals.clip_probs[q].argmax()).all()
+    monkeypatch.setitem(losses.LOSSES, "area", area)
+    words = ["--config", root / "a.toml", "--root", root, "--out", root / "r", "--device", "cpu"]
+    words += ["--set", "train.steps=1", "--set", "train.focal_weight=0", "--set", "log.every=1"]
+    done = command("train.py", *words)
+    assert done.returncode == 0, done.stderr
+    line = json.loads((root / "r" / "metrics.jsonl").read_text().splitlines()[0])
+    assert 0 < line["area"] < 1 and line["focal"] == 0
+    assert line["loss"] == pytest.approx(line["class"] + line["dice"] + line["area"], rel=1e-4)
 
 
-def test_another_region_classifier(monkeypatch):
-    """The mean colour of a region, as CLIP's image feature of a plain image of that colour."""
+def test_another_metric(root, trained, monkeypatch):
+    """One entry that JSON, table, page and wandb show."""
+    worst = lambda counts: float(counts.iou[counts.gt > 0].min())
+    monkeypatch.setitem(metrics.METRICS, "worst", worst)
+    words = ["--root", root, "--out", root / "e", "--device", "cpu", "--report"]
+    done = command("eval.py", trained, "--config", root / "a.toml", *words)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((root / "e" / "metrics.json").read_text())
+    assert result["worst"] == min(values["IoU"] for values in result["per_class"].values())
+    assert "worst" in done.stdout.split("ensemble")[0]
+    assert '"worst"' in (root / "e" / "report.html").read_text()
+    assert scalars({"val": result})["val/worst"] == result["worst"]
 
-    def mean_colour(clip, image, masks, boxes, index, config):
-        means = [image[:, mask.bool()].float().mean(1) for mask in masks[index]]
-        side = clip.visual.resolution
-        images = torch.stack(means)[:, :, None, None].expand(-1, -1, side, side)
-        return regions.encode_crops(clip, regions.normalize(images), config.chunk)
 
-    monkeypatch.setitem(regions.CLASSIFIERS, "mean", mean_colour)
-    config = tiny_config()
-    config.clip.regions = "mean"
-    segmenter = Segmenter(config, tiny_clip_state()).eval()
-    segmenter.set_classes(NAMES, [0, 1])
-    plain = torch.full((3, 50, 70), 128, dtype=torch.uint8)
-    masks = torch.zeros(2, 50, 70, dtype=torch.uint8)
-    masks[0, :20], masks[1, 30:] = 1, 1
-    logits = segmenter.region_logits(plain, masks, None)
-    assert logits.shape == (2, 3) and torch.allclose(logits[0], logits[1], atol=1e-3)
-    assert segmenter(IMAGE, (50, 70)).shape == (50, 70)
+def test_a_data_set_is_described_as_one_thing():
+    """It inherits nothing of another one, a checkpoint's or a base's; what is no description of
+    data stays.
+    """
+    settings = ["data.name=folder", "data.folder=a", "data.classes=['cat','dog']"]
+    settings += [
+        "data.values=[1,2]",
+        "data.unseen=['dog']",
+        "data.split=test",
+        "data.exif_turn=true",
+    ]
+    first = load_config(None, [*settings, "data.crop=64", "clip.ensemble_weight=0.3"])
+    base = {"data": vars(first.data), "clip": vars(first.clip)}
+    other = load_config(None, ["data.folder=b"], base).data
+    for key in ("images", "labels", "classes", "unseen", "values", "split", "exif_turn"):
+        assert getattr(other, key) == getattr(load_config().data, key), key
+    assert other.folder == "b" and other.crop == 64
+    same = load_config(None, ["data.split=val"], base)
+    assert same.data.values == [1, 2] and same.clip.ensemble_weight == 0.3

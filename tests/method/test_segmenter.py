@@ -1,15 +1,16 @@
-"""The ensemble, the score maps and what must not change the result."""
+"""The ensemble, score maps, test-time augmentation, and what must not change the result."""
 
-import subprocess
+import math
 
+import numpy as np
 import pytest
 import torch
-from conftest import tiny_clip_state, tiny_config
+import torch.nn.functional as F
+from conftest import tiny_segmenter
 
-import eval as evaluation
-from zsseg import distributed
+from zsseg import segmenter as module
 from zsseg.distributed import Process
-from zsseg.segmenter import Proposals, Segmenter
+from zsseg.segmenter import Proposals, windows
 from zsseg.utils import UserError
 
 
@@ -18,29 +19,52 @@ def random_image(height: int = 50, width: int = 70) -> torch.Tensor:
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
 
 
+def random_proposals(C: int = 3) -> Proposals:
+    torch.manual_seed(0)
+    valid = torch.arange(8) % 2 == 0
+    features = torch.randn(8, 64), torch.randn(4, 64)
+    probs = torch.rand(8, C), torch.rand(8, C)
+    return Proposals(torch.randn(8, 8, 8), (30, 31), valid, *features, *probs)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (33, 64), (50, 71), (64, 64)])
 def test_any_size_gives_a_label_map_of_any_size(segmenter, size):
-    labels = segmenter(random_image(*size), (37, 91))
-    assert labels.shape == (37, 91) and labels.dtype == torch.int64
-    assert labels.min() >= 0 and labels.max() < 3
+    found = segmenter.segment([random_image(*size)], (37, 91))
+    assert found.labels.shape == found.scores.shape == (37, 91) and found.finite
+    assert found.labels.dtype == torch.int64 and 0 <= found.labels.min() <= found.labels.max() < 3
 
 
 def test_ensemble_weights_seen_and_unseen_the_other_way_round(segmenter):
-    torch.manual_seed(0)
-    head, region = torch.rand(8, 3), torch.rand(8, 3)
-    valid = torch.arange(8) % 2 == 0
-    proposals = Proposals(torch.randn(8, 8, 8), (30, 31), head, region, valid)
+    """p^w c^(1-w) and p^(1-w) c^w; w = 0: CLIP on the valid masks; without a split all are
+    unseen, and so with `ensemble_seen = false`, which changes no split.
+    """
+    proposals = random_proposals()
+    p, c, valid = proposals.class_probs, proposals.clip_probs, proposals.valid
     scores = segmenter.ensemble(proposals, 0.7)
-    assert torch.allclose(scores[:, :2], head[:, :2] ** 0.7 * region[:, :2] ** 0.3)
-    assert torch.allclose(scores[:, 2], head[:, 2] ** 0.3 * region[:, 2] ** 0.7)
+    assert torch.allclose(scores[:, :2], p[:, :2] ** 0.7 * c[:, :2] ** 0.3)
+    assert torch.allclose(scores[:, 2], p[:, 2] ** 0.3 * c[:, 2] ** 0.7)
     alone = segmenter.ensemble(proposals, 0)
-    assert torch.equal(alone[valid], region[valid]) and (alone[~valid] == 0).all()
-    maps = segmenter.score_map(alone, proposals, (30, 31))
-    few = Proposals(
-        proposals.mask_logits[valid], (30, 31), head[valid], region[valid], valid[valid]
-    )
-    assert torch.allclose(maps, segmenter.score_map(region[valid], few, (30, 31)), rtol=1e-5)
-    assert torch.equal(segmenter.label_map(alone, proposals, (30, 31))[0], maps.argmax(0))
+    assert torch.equal(alone[valid], c[valid]) and (alone[~valid] == 0).all()
+    segmenter.config.ensemble_seen = False
+    assert torch.allclose(segmenter.ensemble(proposals, 0.8), p**0.2 * c**0.8)
+    assert segmenter.seen.tolist() == [True, True, False]
+    segmenter.config.ensemble_seen = True
+    segmenter.set_classes(segmenter.names)
+    assert torch.allclose(segmenter.ensemble(proposals, 0.8), p**0.2 * c**0.8)
+
+
+def test_score_maps_are_sums_over_masks(segmenter, monkeypatch):
+    """However many classes are computed at once."""
+    proposals = random_proposals(5)
+    scores, size = torch.rand(8, 5), (40, 45)
+    masks = F.interpolate(proposals.mask_logits[None], (32, 32), mode="bilinear")[0].sigmoid()
+    maps = torch.einsum("qc,qhw->chw", scores, masks[:, :30, :31])
+    wanted = F.interpolate(maps[None], size, mode="bilinear")[0]
+    assert torch.allclose(segmenter.score_map(scores, proposals, size), wanted, atol=1e-5)
+    for classes_at_once in (1, 2, 5, 64):
+        monkeypatch.setattr(module, "MAX_SCORE_BYTES", 4 * 40 * 45 * classes_at_once)
+        labels, best = segmenter.label_map(scores, proposals, size)
+        assert torch.equal(labels, wanted.argmax(0)) and torch.allclose(best, wanted.amax(0))
 
 
 @pytest.mark.parametrize(
@@ -48,24 +72,46 @@ def test_ensemble_weights_seen_and_unseen_the_other_way_round(segmenter):
 )
 def test_words_may_change_after_the_pass(setting):
     """Bit-exact: neither masks nor features depend on the words."""
-    torch.manual_seed(0)
-    segmenter = Segmenter(tiny_config(setting), tiny_clip_state()).eval()
-    segmenter.set_classes(["star", "tree", "brick"], [0, 1])
+    segmenter = tiny_segmenter(setting)
     earlier = segmenter.propose(random_image())
     segmenter.set_classes(["cat", "a dog"], [1], {"cat": ["kitten"]})
     late, fresh = segmenter.classify(earlier), segmenter.propose(random_image())
     assert earlier.class_probs.shape[1] == 3 and late.class_probs.shape[1] == 2
     assert torch.equal(late.class_probs, fresh.class_probs)
     assert torch.equal(segmenter.ensemble(late), segmenter.ensemble(fresh))
+    again = segmenter.segment([random_image()], (50, 70), proposals=earlier)
+    assert torch.equal(again.labels, segmenter.segment([random_image()], (50, 70)).labels)
 
 
-def test_without_a_split_all_classes_count_as_unseen(segmenter):
-    segmenter.set_classes(["star", "tree"])
-    head, region = torch.rand(8, 2), torch.rand(8, 2)
-    scores = segmenter.ensemble(
-        Proposals(torch.rand(8, 8, 8), (30, 31), head, region, torch.ones(8).bool()), 0.8
-    )
-    assert torch.allclose(scores, head**0.2 * region**0.8)
+def test_a_synonym_shares_in_the_feature_and_every_word_is_encoded_once(segmenter, monkeypatch):
+    segmenter.set_classes(["sofa", "couch", "dog"])
+    sofa, couch, dog = segmenter.text_features
+    monkeypatch.setattr(segmenter.prompt, "forward", None)  # encodes nothing
+    segmenter.set_classes([" sofa", "dog"], synonyms={"sofa ": ["couch"]})
+    wanted = torch.stack([F.normalize(sofa + couch, dim=0), dog])
+    assert torch.allclose(segmenter.text_features, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("names", "synonyms", "message"),
+    [
+        (["cat", " "], {}, "empty to CLIP"),
+        (["cat", "cat "], {}, "is given twice"),
+        ("cat", {}, "'cat'; give a list"),
+        ([], {}, "give a list"),
+        (["cat", "very " * 90], {}, "tokens"),
+        (["cat"], {"cat": "kitten"}, "lists of words"),
+        (["cat"], {"dog": ["puppy"]}, "names of classes"),
+        (["cat", "dog"], {"cat": ["dog"]}, "is given twice"),
+    ],
+)
+def test_refused_words_change_nothing(segmenter, names, synonyms, message):
+    before = segmenter.text_features
+    for _ in range(2):
+        with pytest.raises(UserError, match=message):
+            segmenter.set_classes(names, [], synonyms)
+        assert segmenter.names == ["star", "tree", "brick"] and segmenter.text_features is before
+        assert segmenter.seen.tolist() == [True, True, False]
 
 
 def test_invalid_queries_leave_the_class_to_the_head(segmenter):
@@ -82,116 +128,85 @@ def test_ensemble_can_be_switched_off(segmenter):
     assert segmenter.ensemble(proposals) is proposals.class_probs
 
 
-def test_class_order_only_renames_the_classes(segmenter):
-    names = segmenter.names
+def test_class_order_only_renames_the_classes():
+    segmenter = tiny_segmenter()
     maps = []
-    for order, seen in ((names, [0, 1]), (names[::-1], [1, 2])):
+    for order, seen in ((segmenter.names, [0, 1]), (segmenter.names[::-1], [1, 2])):
         segmenter.set_classes(order, seen)
         proposals = segmenter.propose(random_image())
         maps.append(segmenter.score_map(segmenter.ensemble(proposals), proposals, (50, 70)))
-    first, second = maps
-    assert torch.allclose(first, second.flip(0), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(maps[0], maps[1].flip(0), rtol=1e-4, atol=1e-6)
 
 
-def test_regions_may_have_a_prompt_of_their_own(segmenter):
-    from conftest import tiny_clip_state, tiny_config
-
-    from zsseg.segmenter import Segmenter
-
-    config = tiny_config("clip.region_prompt=learned", "clip.prompt_prefix=3")
-    separate = Segmenter(config, tiny_clip_state()).eval()
-    separate.maskformer.load_state_dict(segmenter.maskformer.state_dict())
-    separate.set_classes(segmenter.names, [0, 1])
-    assert torch.equal(separate.text_features, segmenter.text_features) and not torch.allclose(
-        separate.region_text_features, separate.text_features, atol=1e-3
-    )
+def test_regions_may_have_another_prompt():
+    separate = tiny_segmenter("clip.region_prompt=learned", "clip.prompt_prefix=3")
+    segmenter = tiny_segmenter()
+    segmenter.maskformer.load_state_dict(separate.maskformer.state_dict())
+    assert torch.equal(separate.text_features, segmenter.text_features)
+    texts = separate.region_text_features, separate.text_features
+    assert not torch.allclose(*texts, atol=1e-3)
     ours, other = separate.propose(random_image()), segmenter.propose(random_image())
-    assert torch.equal(ours.class_probs, other.class_probs) and not torch.equal(
-        ours.clip_probs, other.clip_probs
-    )
-    parts = separate.learned_state()
-    assert set(parts) == {"maskformer", "region_prompt"}
-    again = Segmenter(config, tiny_clip_state(1))
-    again.load_learned(parts, "test")
-    assert torch.equal(again.region_prompt.prefix, separate.region_prompt.prefix)
-    with pytest.raises(UserError, match="no learned region_prompt"):
-        again.load_learned({"maskformer": parts["maskformer"]}, "test")
+    assert torch.equal(ours.class_probs, other.class_probs)
+    assert not torch.equal(ours.clip_probs, other.clip_probs)
+    assert {*separate.learned_state()} == {"maskformer", "region_prompt"}
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [(["cat", " "], "class 1: has no name"), (["cat", "cat "], "stands twice")],
-)
-def test_names_are_checked(segmenter, names, message):
-    with pytest.raises(UserError, match=message):
-        segmenter.set_classes(names)
-
-
-def test_on_a_cpu_bf16_is_for_clip_alone(segmenter):
+def test_on_a_cpu_bf16_is_for_clip_alone():
     """The masks are those of fp32; CLIP's probabilities are near, in another precision."""
-    image, dtypes = random_image(), set()
+    segmenter, image, dtypes = tiny_segmenter(), random_image(), set()
     plain = segmenter.propose(image)
-    hook = segmenter.clip.visual.transformer.resblocks[0].mlp.c_fc.register_forward_hook(
-        lambda m, x, y: dtypes.add(y.dtype)
-    )
+    layer = segmenter.clip.visual.transformer.resblocks[0].mlp.c_fc
+    hook = layer.register_forward_hook(lambda m, x, y: dtypes.add(y.dtype))
     with Process(torch.device("cpu")).autocast("on"):
         rough = segmenter.propose(image)
     hook.remove()
     assert dtypes == {torch.bfloat16}
-    assert torch.equal(rough.mask_logits, plain.mask_logits) and torch.equal(
-        rough.class_probs, plain.class_probs
-    )
+    assert torch.equal(rough.mask_logits, plain.mask_logits)
+    assert torch.equal(rough.class_probs, plain.class_probs)
     assert 0 < (rough.clip_probs - plain.clip_probs).abs().max() < 0.05
 
 
-@pytest.mark.parametrize(
-    ("amx", "avx512", "kernels", "has"),
-    [
-        (True, False, "AVX512", True),
-        (False, True, "AVX512", True),
-        (False, False, "AVX512", False),
-        (True, True, "AVX2", False),
-        (True, True, "DEFAULT", False),
-    ],
-)
-def test_bf16_is_on_by_itself_where_the_cpu_multiplies_in_it(
-    monkeypatch, capsys, amx, avx512, kernels, has
-):
-    """And PyTorch may use it; in training only where it is asked for."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kernels)
-    process = Process(torch.device("cpu"))
-    for setting, training, expected in (
-        ("auto", False, has),
-        ("auto", True, False),
-        ("on", False, True),
-        ("on", True, True),
-        ("off", False, False),
-    ):
-        assert process.bf16(setting, training) == expected
-        process.describe(setting, training)
-        line = capsys.readouterr().out
-        assert kernels in line and ("bf16" in line) == expected, line
-    assert Process(torch.device("cuda", 0)).bf16("auto", training=True)
+# Test-time augmentation
 
 
-@pytest.mark.slow  # Inductor
-@pytest.mark.parametrize(
-    ("compiler", "images", "compiled"), [("", 1000, True), ("false", 1000, False), ("", 999, False)]
-)
-def test_on_a_cpu_clip_is_compiled_for_many_images(
-    segmenter, monkeypatch, capsys, compiler, images, compiled
-):
-    """Where there is a C++ compiler; elsewhere the run goes on without, and says so."""
-    distributed.can_compile.cache_clear()
-    if compiler:
-        monkeypatch.setattr(
-            torch, "compile", lambda f: lambda x: subprocess.run([compiler], check=True)
-        )
-    evaluation.compile_for(images, segmenter, tiny_config(), Process(torch.device("cpu")))
-    assert segmenter.clip.bucketed == compiled
-    assert (segmenter.clip.visual._compiled_call_impl is not None) == compiled
-    assert segmenter.maskformer.inference == segmenter.maskformer.decode
-    assert ("not compiled" in capsys.readouterr().out) == bool(compiler)
-    distributed.can_compile.cache_clear()
+@pytest.mark.parametrize(("length", "side"), [(1, 30), (64, 64), (130, 64), (200, 64), (9, 0)])
+def test_windows_cover_the_image_and_overlap(length, side):
+    found = windows(length, side, 50)
+    count, places = np.zeros(length, int), np.zeros(50, int)
+    for window, place in found:
+        assert window.stop - window.start == min(side or length, length)
+        assert place.start / 50 <= window.start / length < window.stop / length <= place.stop / 50
+        count[window] += 1
+        places[place] += 1
+    assert count.min() >= 1 <= places.min() and (len(found) == 1) == (length <= (side or length))
+
+
+@pytest.mark.parametrize("regions", ["crops", "pool"])
+def test_views_are_the_mean_over_sizes_of_the_mean_over_windows(regions, monkeypatch):
+    """However many windows a size has; and of mirror images."""
+    segmenter = tiny_segmenter(f"clip.regions={regions}", "clip.dense_edge=32")
+    images, size, sums = [random_image(64, 64), random_image(64, 96)], (50, 61), []
+    for image in images:
+        total, count = torch.zeros(3, *size), torch.zeros(size)
+        for columns, place in windows(image.shape[2], 64, 61):
+            for flip in (False, True):
+                part = image[:, :, columns]
+                proposals = segmenter.propose(part.flip(-1) if flip else part)
+                shape = (50, place.stop - place.start)
+                maps = segmenter.score_map(segmenter.ensemble(proposals), proposals, shape)
+                total[..., place] += maps.flip(-1) if flip else maps
+                count[:, place] += 1
+        sums.append(total / count)
+    assert count.max() == 6
+    mean = (sums[0] + sums[1]) / 2
+    monkeypatch.setattr(module, "MAX_SCORE_BYTES", 4 * 50 * 61 * 2)  # two classes at once
+    found = segmenter.segment(images, size, flip=True, window=64)
+    assert torch.allclose(found.scores, mean.amax(0), atol=1e-6)
+    assert (found.labels == mean.argmax(0)).float().mean() > 0.999 and not found.variants
+
+
+def test_scores_that_are_not_finite_are_told(segmenter):
+    assert segmenter.segment([random_image()], (9, 9), flip=True, weights=[0.5]).finite
+    with torch.no_grad():
+        segmenter.maskformer.mask_embed[-1].bias[0] = math.nan
+    assert not segmenter.segment([random_image()], (9, 9)).finite

@@ -2,59 +2,53 @@
 
 import json
 
+import pytest
 from conftest import PROCESS
 from own_data import measure
 
-from zsseg import checkpoint
-from zsseg.build import build_segmenter
+from zsseg.apps.vocabulary import seen_classes
 from zsseg.config import load_config
 from zsseg.datasets import dataset
 from zsseg.evaluate import evaluate
-from zsseg.apps.vocabulary import seen_classes
+from zsseg.weights import load_checkpoint, load_segmenter
 
 
-def test_classes_that_were_trained_on_are_seen(root, trained):
-    """Own data without `unseen`: all of them. Only of another set that has no split is none
-    seen.
+@pytest.mark.parametrize(
+    ("settings", "seen"),
+    [
+        ([], [0, 1, 2]),  # own data without `unseen`: all that were trained on
+        (["data.unseen=['grass']"], [0, 1, 2]),  # this run was trained on it, whatever it is called
+        (["data.classes=['Grass','zebra','cat']"], [0, 2]),  # by their names
+    ],
+)
+def test_own_classes_that_were_trained_on_are_seen(root, trained, settings, seen):
+    config = load_config(root / "a.toml", settings)
+    assert seen_classes(dataset(config.data), load_checkpoint(trained), config) == seen
+
+
+def test_of_another_set_its_own_split_counts(root, trained):
+    """And of a set without one no class is seen; the original's checkpoints were not trained on
+    own data.
     """
-    content, config = checkpoint.load(trained), load_config(root / "a.toml")
-    own = dataset(config.data)
-    assert own.seen == [] and seen_classes(own, content, config) == [0, 1, 2]
+    content, config = load_checkpoint(trained), load_config(root / "a.toml")
     assert seen_classes(dataset("ade20k"), content, config) == []
     assert seen_classes(dataset("voc"), content, config) == dataset("voc").seen
-    # The original's checkpoints were not trained on it.
-    assert seen_classes(own, {"model": {}}, config) == []
-    held = load_config(root / "a.toml", ["data.unseen=['grass']"])
-    assert seen_classes(
-        dataset(held.data), content | {"config": {"data": vars(held.data)}}, held
-    ) == [0, 1]
+    assert seen_classes(dataset(config.data), {"model": {}}, config) == []
 
 
 def test_the_weight_of_the_ensemble_of_own_data(root, trained):
     """Measuring takes head^w CLIP^(1-w) for all classes: what w' = 1 - w gives where all are taken
     for unseen.
     """
-    numbers = {}
-    for name, more in (
-        ("seen", ["clip.ensemble_weight=0.7"]),
-        ("unseen", ["clip.ensemble_weight=0.3"]),
-    ):
-        config = load_config(root / "a.toml", more)
-        segmenter = build_segmenter(config, root, checkpoint.load(trained)["model"]).eval()
-        result = evaluate(
-            segmenter, config, root, PROCESS, "val", seen=None if name == "seen" else []
-        )
-        numbers[name] = (result["mIoU"], result["per_class"])
-        assert segmenter.seen.tolist() == [name == "seen"] * 3
-    assert numbers["seen"] == numbers["unseen"]
-    assert (
-        measure(trained, root, "--out", root / "o", "--set", "clip.ensemble_weight=0.7").returncode
-        == 0
-    )
-    assert json.loads((root / "o" / "metrics.json").read_text())["per_class"] == numbers["seen"][1]
-
-
-def test_seen_classes_are_compared_by_their_names(root, trained):
-    content = checkpoint.load(trained)
-    config = load_config(root / "a.toml", ["data.classes=['Grass','zebra','cat']"])
-    assert seen_classes(dataset(config.data), content, config) == [0, 2]
+    numbers = []
+    for weight, seen in ((0.7, None), (0.3, [])):
+        config = load_config(root / "a.toml", [f"clip.ensemble_weight={weight}"])
+        segmenter = load_segmenter(load_checkpoint(trained), config, root, "last.pt").eval()
+        result = evaluate(segmenter, config, root, PROCESS, "val", seen=seen)
+        numbers.append((result["mIoU"], result["per_class"]))
+        assert segmenter.seen.tolist() == [seen is None] * 3
+    assert numbers[0] == numbers[1]
+    done = measure(trained, root, "--out", root / "o", "--set", "clip.ensemble_weight=0.7")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((root / "o" / "metrics.json").read_text())
+    assert result["per_class"] == numbers[0][1]

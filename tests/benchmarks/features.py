@@ -1,9 +1,8 @@
-"""What kept features save: `python -m tests.benchmarks.features [--device cuda]`.
+"""What cached features save: `python -m tests.benchmarks.features [--device cuda]`.
 
-Images a second with a pass of the networks and from kept features, for 3, 171 and 847 classes; and
-the time from a change of words to the new overlay's label map, as the page of `--serve` computes
-it. R50 and ViT-B/16 with random weights, an image of 480 x 640, text features random (of words that
-were asked for before).
+Images a second with a pass of the networks and from the cache, for 3, 171 and 847 classes; and the
+time from a change of words to the label map on the page of `--serve`. R50 and ViT-B/16 with random
+weights, an image of 480 x 640, words that were asked for before.
 """
 
 import argparse
@@ -14,19 +13,23 @@ from pathlib import Path
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from tests.recipe import make_image
-from zsseg import clip
-from zsseg.config import load_config
-from zsseg.data import network_inputs
-from zsseg.distributed import init_distributed
-from zsseg.features import FeatureFiles, read_arrays, to_proposals
-from zsseg.apps.predict import InputImage, Names
-from zsseg.segmenter import Segmenter
+from zsseg.apps.predict import cached_proposals, segment_image
 from zsseg.apps.serve import Session
 from zsseg.apps.vocabulary import Words
+from zsseg.clip import CLIP, VisionTransformer
+from zsseg.config import load_config
+from zsseg.distributed import init_distributed
+from zsseg.images import network_inputs
+from zsseg.maskformer import MaskFormer
+from zsseg.prompts import build_prompt
+from zsseg.segmenter import Segmenter
+from zsseg.tokenizer import Tokenizer
+
+ROUNDS = 3
+SIZE = (480, 640)
 
 
 def seconds(action, rounds: int, device: torch.device) -> float:
@@ -41,63 +44,43 @@ def seconds(action, rounds: int, device: torch.device) -> float:
     return median(times[1:])
 
 
-def random_words(segmenter: Segmenter, count: int) -> None:
-    """A vocabulary of random text features [C, D]."""
-    features = F.normalize(torch.randn(count, segmenter.clip.embed_dim), dim=-1)
-    device = next(segmenter.parameters()).device
-    segmenter.names = [f"thing {i}" for i in range(count)]
-    segmenter.seen = torch.arange(count, device=device) % 2 == 0
-    segmenter.text_features = features.to(device)
-    segmenter.region_text_features = segmenter.text_features
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=3)
-    args = parser.parse_args()
-    process = init_distributed(args.device)
+    process = init_distributed(parser.parse_args().device)
     torch.manual_seed(0)
     config = load_config(None, ["model.backbone=R50"])
-    tower = clip.VisionTransformer(224, 16, 768, 12, 512)
-    state = clip.CLIP(tower, 512, 77, 514, 512, 12).state_dict()
-    segmenter = Segmenter(config, state).to(process.device).eval()
+    tower = VisionTransformer(224, 16, 768, 12, 512)
+    clip = CLIP(tower, Tokenizer(514, 77), 512, 77, 514, 512, 12).requires_grad_(False)
+    maskformer = MaskFormer(config.model, clip.embed_dim, clip.scale)
+    prompt = build_prompt(config.clip.prompt, clip.width)
+    segmenter = Segmenter(maskformer, clip, prompt, config.clip).to(process.device).eval()
+    model = (segmenter, config, process)
     process.describe(config.model.bf16)
 
-    size = (480, 640)
-    image = Image.fromarray(make_image(*size, 0))
+    image = Image.fromarray(make_image(*SIZE, 0))
     inputs = network_inputs(image, config.data)
-    random_words(segmenter, 3)
-    names = Names(["/images", "/images/a.jpg"])
+    segmenter.set_classes(["thing"])
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        files = FeatureFiles(Path(folder), names, "benchmark")
-        item = InputImage(0, inputs, inputs[0], size, [0, 0])
-        files.write(item, files.segment(segmenter, config, process, item))
-        kept = files.file(0).stat().st_size / 2**20
+        place = (Path(folder, "features"), "")
+        cached_proposals(*model, inputs[0], *place)
+        print(f"features of an image: {place[0].stat().st_size / 2**20:.2f} MiB; images/s")
+        print(f"{'classes':>8}{'a pass':>10}{'cached':>10}{'x':>8}")
 
-        def label(proposals) -> None:
-            segmenter.label_map(segmenter.ensemble(proposals), proposals, size)
+        def from_cache() -> None:
+            proposals = cached_proposals(*model, inputs[0], *place)
+            segment_image(*model, inputs, SIZE, proposals=proposals)
 
-        def from_features() -> None:
-            proposals = to_proposals(read_arrays(files.file(0))).to(process.device)
-            label(segmenter.classify(proposals))
-
-        print(f"features of an image: {kept:.2f} MiB; images/s")
-        print(f"{'classes':>8}{'a pass':>10}{'kept':>10}{'x':>8}")
         for count in (3, 171, 847):
-            random_words(segmenter, count)
-            fresh = seconds(
-                lambda: label(files.segment(segmenter, config, process, item)),
-                args.rounds,
-                process.device,
-            )
-            again = seconds(from_features, args.rounds, process.device)
+            segmenter.set_classes([f"thing {i}" for i in range(count)])
+            fresh = seconds(lambda: segment_image(*model, inputs, SIZE), ROUNDS, process.device)
+            again = seconds(from_cache, ROUNDS, process.device)
             print(f"{count:8}{1 / fresh:10.3f}{1 / again:10.2f}{fresh / again:8.1f}", flush=True)
 
     content = io.BytesIO()
     image.save(content, "PNG")
     vocabulary = [f"thing {i}" for i in range(21)]
-    session = Session(segmenter, config, process, [], Words(vocabulary, {}, 21))
+    session = Session(*model, [], Words(vocabulary, {}, 21))
     number = session.add(content.getvalue())["image"]
     texts = [", ".join(vocabulary[:20]), ", ".join(vocabulary[1:])]
 
@@ -105,8 +88,7 @@ def main() -> None:
         session.label(number, texts[0])
         texts.reverse()
 
-    change()
-    words = seconds(change, 4 * args.rounds, process.device)
+    words = seconds(change, 4 * ROUNDS, process.device)
     print(f"words to label map, 20 words, 640 x 480: {1000 * words:.0f} ms")
 
 

@@ -80,7 +80,8 @@ class WindowAttention(ShiftedWindowAttention):
     def forward(self, x: Tensor) -> Tensor:
         """[B, H, W, C] -> the same; padding takes part in the attention."""
         B, H, W, C = x.shape
-        w, shift = self.window_size[0], self.shift_size[0]
+        w = self.window_size[0]
+        shift = self.shift_size[0]
         rows = -(-H // w)  # of windows
         columns = -(-W // w)
         x = F.pad(x, (0, 0, 0, columns * w - W, 0, rows * w - H)).roll((-shift, -shift), (1, 2))

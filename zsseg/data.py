@@ -330,7 +330,6 @@ def end_workers_at_exit() -> None:
     """
 
     def end_workers() -> None:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch would report their death
         for child in multiprocessing.active_children():
             child.kill()
 
@@ -366,6 +365,10 @@ def batches(
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     iterator = iter(loader)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    # PyTorch would raise the error of a killed worker wherever the main process is by then; it also
+    # finds it here, waiting for a batch.
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         for item in iterator:
             if isinstance(item, UserError):
@@ -376,3 +379,5 @@ def batches(
             raise
         todo = "give it more shared memory (docker run --shm-size=8g), or --set data.workers=0"
         raise UserError("data.workers", str(error).partition("\n")[0], todo) from None
+    finally:
+        del iterator  # left to the garbage collection, its workers would end 10 seconds later

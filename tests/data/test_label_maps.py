@@ -1,221 +1,190 @@
-"""Label maps hold numbers, whatever a decoder of images makes of them; photographs are shown one
-way only.
+"""Label maps are numbers, whatever a decoder of images makes of them; photographs are read one way
+only.
 """
 
+import io
+import re
 import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from zsseg.images import GREY, TURNED, read_image, read_samples, read_values, remarks_on
+from zsseg.images import is_image_name, network_inputs, read_image, read_labels, read_values
+from zsseg.images import test_size as size_at_test
 from zsseg.utils import UserError
 
 VALUES = np.array([[0, 1, 2, 3, 1], [3, 2, 1, 0, 0]], np.uint8)
+TURN = 0x0112  # the EXIF and TIFF entry
 
 
 def grey_png(file: Path, values: np.ndarray, bits: int) -> None:
     """A grey PNG whose samples have `bits` bits, which Pillow does not write."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        )
-
     rows = b""
     for row in values:
         text = "".join(f"{int(v):0{bits}b}" for v in row)
         text += "0" * (-len(text) % 8)
         rows += b"\0" + bytes(int(text[i : i + 8], 2) for i in range(0, len(text), 8))
     header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
-    file.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
-
-
-def grey_tiff(
-    file: Path, values: np.ndarray, bits: int, photometric: int, order: str = "<"
-) -> None:
-    """An uncompressed grey TIFF; photometric 0: its white is 0."""
-    H, W = values.shape
-    if bits < 8:
-        texts = ["".join(f"{int(v):0{bits}b}" for v in row) for row in values]
-        data = b"".join(
-            int(t + "0" * (-len(t) % 8), 2).to_bytes(-(-len(t) // 8), "big") for t in texts
-        )
-    else:
-        data = values.astype(f"{order}u{bits // 8}").tobytes()
-    tags = [
-        (256, 4, W),
-        (257, 4, H),
-        (258, 3, bits),
-        (259, 3, 1),
-        (262, 3, photometric),
-        (273, 4, 8),
-        (277, 3, 1),
-        (278, 4, H),
-        (279, 4, len(data)),
-    ]
-    entries = b"".join(
-        struct.pack(f"{order}HHI", tag, kind, 1)
-        + (struct.pack(f"{order}HH", v, 0) if kind == 3 else struct.pack(f"{order}I", v))
-        for tag, kind, v in tags
-    )
-    magic = b"II*\0" if order == "<" else b"MM\0*"
-    data += b"\0" * (len(data) % 2)
-    file.write_bytes(
-        magic
-        + struct.pack(f"{order}I", 8 + len(data))
-        + data
-        + struct.pack(f"{order}H", len(tags))
-        + entries
-        + b"\0" * 4
-    )
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        content += struct.pack(">I", len(data)) + kind + data
+        content += struct.pack(">I", zlib.crc32(kind + data))
+    file.write_bytes(content)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
-def test_grey_pngs_of_any_depth(bits, tmp_path):
-    values = VALUES.astype(np.int64) % 2**bits + (12 if bits > 2 else 0) * (VALUES > 2)
-    grey_png(tmp_path / "x.png", values, bits) if bits < 16 else Image.fromarray(
-        values.astype(np.uint16)
-    ).save(tmp_path / "x.png")
-    assert np.array_equal(read_values(tmp_path / "x.png", 16), values)
+def test_pngs_of_any_depth_hold_their_samples(bits, tmp_path):
+    values = VALUES.astype(np.int64) % 2**bits + {1: 0, 2: 0, 4: 12, 8: 250, 16: 700}[bits]
+    values %= 2**bits
+    grey_png(tmp_path / "x.png", values, bits)
+    read = read_values(tmp_path / "x.png", 16, (5, 2))
+    assert np.array_equal(read, values) and read.dtype == (np.uint16 if bits == 16 else np.uint8)
 
 
-@pytest.mark.parametrize("photometric", [0, 1])
-@pytest.mark.parametrize(
-    ("bits", "order"),
-    [(1, "<"), (2, "<"), (4, "<"), (4, ">"), (8, "<"), (8, ">"), (16, "<"), (16, ">")],
-)
-def test_tiffs_of_any_depth_and_order(bits, order, photometric, tmp_path):
-    """ImageJ writes 16 bits with the high byte first; some scanners call 0 white."""
-    values = VALUES.astype(np.int64) % 2**bits + (700 if bits == 16 else 0)
-    grey_tiff(tmp_path / "x.tif", values, bits, photometric, order)
-    if (bits, order, photometric) == (16, ">", 0):  # which Pillow does not know
-        with pytest.raises(UserError, match="cannot identify"):
-            read_values(tmp_path / "x.tif", 16)
-        return
-    assert np.array_equal(read_values(tmp_path / "x.tif", 16), values)
-    assert read_values(tmp_path / "x.tif", 16).dtype in (np.uint8, np.uint16)
-
-
-@pytest.mark.parametrize(
-    ("kind", "largest"),
-    [("P2", 3), ("P5", 3), ("P5", 20), ("P2", 255), ("P5", 255), ("P5", 700), ("P2", 700)],
-)
-def test_pgms_with_a_largest_value_of_their_own(kind, largest, tmp_path):
-    head = f"{kind}\n5 2\n{largest}\n".encode()
-    wide = ">u2" if largest > 255 else "u1"
-    body = (
-        VALUES.astype(wide).tobytes()
-        if kind == "P5"
-        else " ".join(map(str, VALUES.ravel())).encode()
-    )
-    (tmp_path / "x.pgm").write_bytes(head + body)
-    assert np.array_equal(read_values(tmp_path / "x.pgm", 16), VALUES)
-
-
-def test_bitmaps_hold_their_samples(tmp_path):
-    (tmp_path / "x.pbm").write_bytes(b"P1\n5 2\n0 1 0 1 1\n1 0 1 0 0\n")
-    assert np.array_equal(read_values(tmp_path / "x.pbm", 8), VALUES % 2)
-    for ending in ("bmp", "gif"):
+def test_of_a_palette_the_indices_count(tmp_path):
+    for colours in ([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200], [0, 0, 0, 255, 255, 255, 7, 7, 7]):
         image = Image.fromarray(VALUES)
-        image.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
-        image.save(tmp_path / f"x.{ending}")
-        assert np.array_equal(read_values(tmp_path / f"x.{ending}", 8), VALUES), ending
-
-
-def test_values_that_losses_changed_are_refused(tmp_path):
-    for name, options in (("x.jpg", {}), ("y.tif", {"compression": "jpeg"})):
-        Image.fromarray(VALUES).save(tmp_path / name, **options)
-        with pytest.raises(
-            UserError, match=r"[xy]\.(jpg|tif): is .*JPEG, which changes values; write PNG"
-        ):
-            read_values(tmp_path / name, 8)
-
-
-def test_one_of_several_pages_is_refused(tmp_path):
-    pages = [Image.fromarray(VALUES), Image.fromarray(VALUES[::-1].copy())]
-    for name in ("x.tif", "x.gif", "x.png"):
-        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
-        with pytest.raises(UserError, match="contains 2 pages"):
-            read_values(tmp_path / name, 8)
-
-
-def test_a_palette_of_greys_is_remarked_on(tmp_path):
-    """Optimisers of PNGs turn greys into indices in any order: what counts are the indices, and it
-    is said.
-    """
-    for greys, remark in (([0, 1, 2, 3], ""), ([0, 255, 7, 3], GREY)):
-        image = Image.fromarray(VALUES)
-        image.putpalette([value for grey in greys for value in (grey, grey, grey)])
+        image.putpalette(colours)
         image.save(tmp_path / "x.png")
-        samples, actual = read_samples(tmp_path / "x.png")
-        assert np.array_equal(samples, VALUES) and actual == remark
-    image.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0, 0, 0, 200])
-    image.save(tmp_path / "x.png")
-    assert read_samples(tmp_path / "x.png")[1] == ""
+        assert np.array_equal(read_values(tmp_path / "x.png", 8), VALUES)
 
 
-def test_images_are_read_one_way(tmp_path):
-    """For measuring and training as for `--images`, the camera's turn apart, which is a setting."""
-    Image.fromarray(np.full((2, 3), 0x8080, np.uint16)).save(tmp_path / "deep.png")
-    Image.fromarray(np.full((2, 3, 4), (9, 9, 9, 0), np.uint8)).save(tmp_path / "clear.png")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(np.arange(18, dtype=np.uint8).reshape(2, 3, 3)).save(
-        tmp_path / "turned.png", exif=exif
-    )
-    for name in ("deep.png", "clear.png"):
-        assert np.array_equal(
-            np.asarray(read_image(tmp_path / name)),
-            np.asarray(read_image(tmp_path / name, shown=True)),
-        )
-    turned = [
-        np.asarray(read_image(tmp_path / "turned.png", **how))
-        for how in ({}, {"turn": True}, {"shown": True})
-    ]
-    assert (
-        turned[0].shape == (2, 3, 3)
-        and np.array_equal(turned[1], turned[2])
-        and turned[1].shape == (3, 2, 3)
-    )
-    assert "exif_turn" in TURNED
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_tiffs_of_16_bits_in_either_order(mode, tmp_path):
+    values = VALUES.astype(np.uint16) + 700
+    image = Image.frombytes(mode, (5, 2), values.astype(">u2" if mode[-1] == "B" else "<u2"))
+    image.save(tmp_path / "x.tif")
+    assert np.array_equal(read_values(tmp_path / "x.tif", 16), values)
+    lut = np.arange(65536, dtype=np.int32) - 700
+    assert np.array_equal(read_labels(tmp_path / "x.tif", lut, (5, 2)), VALUES)
 
 
-@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
-@pytest.mark.parametrize("turned", [1, 2, 3, 5, 6, 8])
-def test_tiffs_that_say_they_are_turned(turned, compression, tmp_path):
-    """Pillow turns them by itself: values and images are taken as they are stored, unless a turn
-    is asked for.
+REFUSED = [
+    ("x.jpg", "L", {}, "is JPEG L; write PNG, one channel of 8 bits"),
+    ("x.png", "L", {"format": "JPEG"}, "is JPEG L; write PNG"),
+    ("x.bmp", "L", {}, "is BMP L"),
+    ("x.tif", "L", {}, "is TIFF L"),
+    ("x.png", "RGB", {}, "is PNG RGB"),
+    ("x.png", "I;16", {}, "is PNG I;16; write PNG, one channel of 8 bits"),
+    ("x.png", "L", {"save_all": True, "append_images": [Image.new("L", (5, 2))]}, "of 2 pages"),
+    ("x.tif", "I;16", {"tiffinfo": {TURN: 6}}, "that says it is turned"),
+]
+
+
+@pytest.mark.parametrize(("name", "mode", "options", "part"), REFUSED)
+def test_what_may_not_hold_its_values_is_refused(name, mode, options, part, tmp_path):
+    Image.new(mode, (5, 2), 1).save(tmp_path / name, **options)
+    with pytest.raises(UserError, match=re.escape(f"label map {tmp_path / name}: is ")) as error:
+        read_values(tmp_path / name, 8)
+    assert part in str(error.value)
+
+
+def test_bad_files_are_named(tmp_path):
+    Image.fromarray(VALUES).save(tmp_path / "small.png")
+    with pytest.raises(UserError, match=r"small\.png: is 5 x 2, its image 6 x 2; make the two the"):
+        read_values(tmp_path / "small.png", 8, (6, 2))
+    with pytest.raises(UserError, match=r"or set data\.exif_turn"):
+        read_values(tmp_path / "small.png", 8, (2, 5))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "small.png").read_bytes()[:50])
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "x.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n")
+    for name in ("cut.png", "empty.png", "absent.png", "x.eps"):
+        with pytest.raises(UserError, match=f"image {tmp_path / name}: cannot be read"):
+            read_image(tmp_path / name)
+        with pytest.raises(UserError, match=f"label map {tmp_path / name}: cannot be read"):
+            read_values(tmp_path / name, 8)
+    with pytest.raises(UserError, match=r"this image: cannot be read \(no image\); give another"):
+        read_image(io.BytesIO(b"no image"))
+    assert is_image_name("a.JPEG") and not is_image_name("a.eps") and not is_image_name("jpg")
+
+
+KINDS = st.sampled_from(["1", "L", "P", "I;16", "I", "F", "LA", "RGB", "RGBA", "CMYK"])
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    mode=KINDS,
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    kind=st.sampled_from(["PNG", "TIFF", "BMP"]),
+    bits=st.sampled_from([8, 16]),
+    cut=st.integers(0, 400) | st.none(),
+)
+def test_any_file_is_read_or_named(tmp_path_factory, mode, size, kind, bits, cut):
+    """Any mode, whole or cut anywhere."""
+    file, content = tmp_path_factory.getbasetemp() / f"fuzz.{kind.lower()}", io.BytesIO()
+    try:
+        Image.new(mode, size, 1).save(content, kind)
+    except (OSError, ValueError):  # a mode that this kind of file does not know
+        return
+    file.write_bytes(content.getvalue()[:cut])
+    for read in (lambda: read_values(file, bits), lambda: np.array(read_image(file))):
+        try:
+            values = read()
+        except UserError as error:
+            assert file.name in str(error) and "\n" not in str(error)
+            continue
+        assert values.shape[:2] == size[::-1]
+        assert values.dtype == np.uint8 or (values.ndim == 2 and bits == 16)
+
+
+def test_images_of_other_modes(tmp_path):
+    """RGB: 16 bits reduced to 8, transparent parts white; fractions are refused."""
+    file = tmp_path / "x.png"
+    for mode, colour in (("L", 7), ("P", 7), ("1", 1), ("CMYK", (1, 2, 3, 4))):
+        Image.new(mode, (3, 2), colour).save(file, "JPEG" if mode == "CMYK" else "PNG")
+        assert read_image(file).mode == "RGB"
+    for mode, colour in (("RGBA", (7, 7, 7, 0)), ("LA", (7, 0))):
+        Image.new(mode, (3, 2), colour).save(file)
+        assert (np.asarray(read_image(file)) == 255).all()
+    Image.new("I;16", (3, 2), 300).save(file)
+    assert np.asarray(read_image(file)).tolist() == 2 * [3 * [3 * [300 // 257]]]
+    Image.fromarray(np.full((2, 3), 0.5, np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(UserError, match=r"x\.tif: cannot be read \(its numbers are not those of"):
+        read_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("turned", [2, 3, 5, 6, 8])
+def test_the_camera_s_turn_is_a_setting(turned, tmp_path):
+    """For measuring as stored, unless data.exif_turn is set; `--images` turns. Pillow turns TIFFs
+    by itself: one that cannot be had as stored is refused.
     """
-    options = {"compression": compression} if compression else {}
-    Image.fromarray(VALUES).save(tmp_path / "x.tif", tiffinfo={274: turned}, **options)
-    assert np.array_equal(read_values(tmp_path / "x.tif", 8), VALUES)
-    stored = np.asarray(read_image(tmp_path / "x.tif"))[..., 0]
-    assert np.array_equal(stored, VALUES)
     exif = Image.Exif()
-    exif[0x0112] = turned
-    Image.fromarray(VALUES).save(tmp_path / "x.png", exif=exif)
-    expected = np.asarray(read_image(tmp_path / "x.png", turn=True))
-    assert np.array_equal(np.asarray(read_image(tmp_path / "x.tif", turn=True)), expected)
-    assert remarks_on(tmp_path / "x.tif") == (turned != 1, 0)
+    exif[TURN] = turned
+    pixels = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    Image.fromarray(pixels).save(tmp_path / "x.tif", tiffinfo={TURN: turned})
+    assert np.array_equal(np.asarray(read_image(tmp_path / "x.png")), pixels)
+    shown = np.asarray(read_image(tmp_path / "x.png", turn=True))
+    assert not np.array_equal(shown, pixels)
+    for name in ("x.png", "x.tif"):
+        assert np.array_equal(np.asarray(read_image(tmp_path / name, shown=True)), shown)
+    with pytest.raises(UserError, match="a TIFF that says it is turned"):
+        read_image(tmp_path / "x.tif")
 
 
-def test_a_bitmap_that_pillow_misreads_is_refused(tmp_path):
-    """Two greys in eight bits: it takes bytes for bits."""
-    image = Image.fromarray(VALUES % 2)
-    image.putpalette([0, 0, 0, 255, 255, 255])
-    image.save(tmp_path / "x.bmp")
-    content = bytearray((tmp_path / "x.bmp").read_bytes())
-    content[46:50] = (2).to_bytes(4, "little")  # colours in the palette
-    start = int.from_bytes(content[10:14], "little")
-    content[10:14] = (54 + 8).to_bytes(4, "little")
-    (tmp_path / "x.bmp").write_bytes(content[: 54 + 8] + content[start:])
-    with pytest.raises(UserError, match="write PNG"):
-        read_values(tmp_path / "x.bmp", 8)
+SIZES = [
+    ((640, 480), 512, 2048, (683, 512)),
+    ((170, 230), 512, 2048, (512, 693)),
+    ((230, 190), 512, 2048, (620, 512)),
+    ((1, 1), 512, 2048, (512, 512)),
+    ((1000, 10), 512, 2048, (2048, 20)),
+    ((10000, 1), 640, 2560, (2560, 1)),
+]
+
+
+@pytest.mark.parametrize(("size", "short", "longest", "expected"), SIZES)
+def test_sizes_at_test_time(size, short, longest, expected):
+    assert size_at_test(*size, short, longest) == expected
+
+
+def test_network_inputs_are_contiguous():
+    from conftest import tiny_config
+
+    images = network_inputs(Image.new("RGB", (60, 40)), tiny_config().data, [20, 30])
+    assert [tuple(image.shape) for image in images] == [(3, 20, 30), (3, 30, 45)]
+    assert all(image.is_contiguous() for image in images)

@@ -51,7 +51,7 @@ from zsseg.metrics import report
 from zsseg.prompt_learning import PromptTask
 from zsseg.self_training import pseudo_labels
 from zsseg.utils import claim_folder, git_commit, mix_seed, print_main
-from zsseg.weights import build_segmenter
+from zsseg.weights import build_segmenter, clip_digest
 
 UNMEASURED = [-math.inf, -math.inf]  # what `score` of a task is compared with
 
@@ -68,7 +68,7 @@ class SegmentTask:
             pseudo = pseudo_labels(config, root, out / "pseudo", process)
         self.segmenter = build_segmenter(config, root, saved).to(process.device)
         self.segmenter.set_classes(training_set(config.data).training_names)
-        self.text = self.segmenter.text_features
+        self.clip = self.segmenter.clip
         self.model = self.segmenter.maskformer
         self.clipped = [self.model]  # modules whose gradients are clipped, each by itself
         self.losses = segmentation_losses
@@ -91,7 +91,7 @@ class SegmentTask:
         targets = targets.to(self.process.device)
         # The network only: costs and losses need fp32.
         with self.process.autocast(self.config.model.bf16, training=True):
-            outputs = model(self.model.prepare(images), self.text)
+            outputs = model(self.model.prepare(images), self.segmenter.text_features)
         if not self.config.model.proposals:
             loss = per_pixel_loss(outputs, targets.labels, self.samples.data.ignore)
             return loss, {"class": loss.detach()}
@@ -121,9 +121,6 @@ class SegmentTask:
 
     def state(self, result: dict | None = None) -> dict:
         return self.segmenter.learned_state()
-
-    def load(self, state: dict, what: str) -> None:
-        """Nothing: the segmenter was built from it."""
 
 
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -249,7 +246,6 @@ def train(config: Config, root: Path, out: Path, process: Process, saved: dict) 
     task = tasks[settings.task](config, root, out, process, saved.get("model"))
     optimizer = build_optimizer(task.model, config)
     if saved:
-        task.load(saved["model"], f"checkpoint {out / 'last.pt'}")
         checkpoint.restore(optimizer, saved["optimizer"], f"checkpoint {out / 'last.pt'}")
     process.describe(config.model.bf16, training=True)
     if process.compiles(config.model.compile):
@@ -276,6 +272,7 @@ def train(config: Config, root: Path, out: Path, process: Process, saved: dict) 
             content = {"config": asdict(config), "step": step, "best": best}
             content |= {"wandb": log.run_id, "commit": git_commit(), "skipped": bad_steps.count}
             content |= {"trained": training_set(config.data).training_names}
+            content |= {"clip": clip_digest(task.clip)}
             content |= {"model": task.state(result), "optimizer": optimizer.state_dict()}
             previous = out / "previous.pt" if name == "last.pt" else None
             checkpoint.save(out / name, previous, **content)
@@ -343,17 +340,9 @@ def main(argv: list[str]) -> None:
     saved = checkpoint.load_last(out, args.resume, process)
     config = load_config(None if saved else args.config, args.set, saved.get("config"))
     if saved:
-        print_resumed(out, saved, config)
+        step = f"step {saved['step']} of {config.train.steps}"
+        print_main(f"resuming {out} at {step}: weights and options are those in it, and --set")
     train(config, args.root, out, process, saved)
-
-
-def print_resumed(out: Path, saved: dict, config: Config) -> None:
-    step = f"step {saved['step']} of {config.train.steps}"
-    print_main(f"resuming {out} at {step}: weights and configuration are those in it, and --set")
-    before = saved.get("commit") or "unknown"
-    now = git_commit() or "unknown"
-    if before != now:
-        print_main(f"the program has changed since: {before} -> {now}")
 
 
 if __name__ == "__main__":

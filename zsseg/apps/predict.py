@@ -259,17 +259,14 @@ def segment_images(
                 failed += 1
                 continue
             version, inputs, size, preview = photo
-            proposals = None
-            if cache:
-                place = (cache[0] / digest(file), cache[1] + version)
-                proposals = cached_proposals(*model, inputs[0], *place)
+            place = cache and (cache[0] / digest(file), cache[1] + version)
+            proposals = cache and cached_proposals(*model, inputs[0], *place)
             found = segment_image(*model, inputs, size, file, proposals)
             labels, classes = count_classes(*found, words.shown_names)
             covered.update({c["name"]: c["share"] for c in classes})
-            content = {"image": file, "version": version, "made_with": made_with}
-            content["classes"] = classes
-            parts = (out / name, labels, preview, colours, content)
-            writing.append(pool.submit(write_results, *parts))
+            made = {"image": file, "version": version, "made_with": made_with}
+            parts = (labels, preview, colours, made | {"classes": classes})
+            writing.append(pool.submit(write_results, out / name, *parts))
             if len(writing) > MAX_WRITING:
                 writing.popleft().result()
         for future in writing:
@@ -283,8 +280,7 @@ def segment_images(
         rows = [(name, f"{100 * n / count:.1f}%") for name, n in covered.most_common(MAX_ROWS)]
         print(format_table(("class", "share"), rows))
         before = f", {len(images) - len(left)} done before" if resume else ""
-        speed = f"{seconds:.1f} s, {count / seconds:.2f} images/s"
-        print(f"{plural(count, 'image')} in {speed}{before} -> {out}")
+        print(f"{plural(count, 'image')} in {seconds:.1f} s{before} -> {out}")
+        why = f"{failed} of {len(images)} cannot be read"
         if failed:
-            why = f"{failed} of {len(images)} cannot be read"
             raise UserError("images", why, "mend those named above, or leave them out")

@@ -374,10 +374,11 @@ def batches(
             if isinstance(item, UserError):
                 raise item
             yield item
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):  # the system has killed one
+    except (RuntimeError, OSError, EOFError) as error:
+        if not workers or str(error).startswith("Caught"):  # an error of the program
             raise
+        why = f"the system has killed one ({error or 'it closed its pipe'})"
         todo = "give it more shared memory (docker run --shm-size=8g), or --set data.workers=0"
-        raise UserError("data.workers", str(error).partition("\n")[0], todo) from None
+        raise UserError("data.workers", why, todo) from None
     finally:
         del iterator  # left to the garbage collection, its workers would end 10 seconds later

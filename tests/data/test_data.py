@@ -232,6 +232,17 @@ def test_a_broken_training_file_is_replaced_and_named(root, capsys):
         list(batches(samples, range(2), 2, 1, collate))
 
 
+class Bug(torch.utils.data.Dataset):
+    def __getitem__(self, n: int):
+        raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_program_is_no_user_error(workers):
+    with pytest.raises(RuntimeError, match="a bug"):
+        list(batches(Bug(), range(2), None, workers))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_test_image_is_an_error(workers, root):
     images = Images(load_config(root / "a.toml").data, root, "val")
@@ -256,7 +267,7 @@ def test_workers_leave_signals_to_the_main_process(root):
     assert all(child.is_alive() for child in children)
     next(read)
     os.kill(children[0].pid, signal.SIGKILL)
-    with pytest.raises(UserError, match=r"data\.workers: .*exited unexpectedly.*shm-size"):
+    with pytest.raises(UserError, match=r"data\.workers: the system has killed one.*shm-size"):
         list(read)
     read.close()
 

@@ -86,8 +86,7 @@ def download(urls: list[str], part: Path, what: str, size: int) -> None:
                 return
             now = part.stat().st_size if part.exists() else 0
             failures = 0 if now > start else failures + 1
-            refused = isinstance(getattr(error, "reason", None), ConnectionRefusedError)
-            if code >= 500 and not refused and failures < TRIES:
+            if code >= 500 and failures < TRIES:
                 time.sleep(min(0.1 * 2**failures, 5))
                 continue
             if urls[1:]:

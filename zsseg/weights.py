@@ -265,13 +265,13 @@ def strip_prefix(state: object, what: str) -> State:
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    named = isinstance(state, dict) and all(isinstance(key, str) for key in state)
-    if not named or not all(isinstance(value, Tensor) for value in state.values()):
+    pairs = state.items() if isinstance(state, dict) else [(0, 0)]
+    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in pairs):
         raise UserError(what, "is not a state dict", "give a file of names and tensors")
     names = [re.sub(r"^(module\.|_orig_mod\.)+", "", name) for name in state]
     if names != [*state]:
         print_main(f"{what}: module. or _orig_mod. removed from names")
-    return {k: v.as_subclass(Tensor) for k, v in zip(names, state.values(), strict=True)}
+    return {k: v.as_subclass(Tensor) for k, (_, v) in zip(names, pairs, strict=True)}
 
 
 def check_finite(state: State, what: str) -> None:
@@ -316,13 +316,11 @@ def log_loaded(what: str, count: int, dropped: list[str]) -> None:
     """One line: how many tensors were used, and every name that was not (many of one module as
     `module.*`).
     """
-    groups: dict[str, list[str]] = {}
-    for name in dropped:
-        groups.setdefault(re.split(r"\.resblocks|\.layer|\.\w+$", name)[0], []).append(name)
-    names = [
-        ", ".join(group) if len(group) < 4 else f"{module}.* ({len(group)})"
-        for module, group in groups.items()
-    ]
+    modules = [re.sub(r"(\.resblocks|\.layer).*|\.\w+$", ".*", name) for name in dropped]
+    names = dict.fromkeys(
+        module if modules.count(module) > 3 else name
+        for name, module in zip(dropped, modules, strict=True)
+    )
     text = f": {', '.join(names)}" if names else ""
     print_main(f"{what}: {count} tensors loaded, {len(dropped)} dropped{text}")
 
@@ -479,9 +477,8 @@ def load_clip(section: ClipConfig, root: Path) -> CLIP:
     if name in OPENAI_MODELS:
         checksum = OPENAI_MODELS[name]
         file = re.sub("[/@]", "-", f"{name}.pt")
-        path = fetch(
-            [f"{OPENAI}/{checksum}/{file}"], cache_dir() / file, f"sha256:{checksum}", what
-        )
+        url = f"{OPENAI}/{checksum}/{file}"
+        path = fetch([url], cache_dir() / file, f"sha256:{checksum}", what)
     state = strip_prefix(read_torch(path, what, todo), what)
     if name not in OPENAI_MODELS and "visual.conv1.tokens.weight" not in state:
         if not section.activation:
@@ -546,20 +543,16 @@ def clip_digest(clip: CLIP | State | None) -> str:
 
 # --- backbones
 
-BACKBONE_FILES = {  # name: (URL, what is published of its checksum)
-    "R-50.pkl": (
-        "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/torchvision/R-50.pkl",
-        "",
-    ),
-    "R-103.pkl": ("https://dl.fbaipublicfiles.com/detectron2/DeepLab/R-103.pkl", ""),
+BACKBONE_FILES = {  # what is published of checksums stands after #
+    "R-50.pkl": "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/torchvision/R-50.pkl",
+    "R-103.pkl": "https://dl.fbaipublicfiles.com/detectron2/DeepLab/R-103.pkl",
     "swin_base_patch4_window12_384_22k.pth": (
         "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
-        "swin_base_patch4_window12_384_22k.pth",
-        "",
+        "swin_base_patch4_window12_384_22k.pth"
     ),
-    # model.weights = "imagenet"
-    "R50.pth": ("https://download.pytorch.org/models/resnet50-0676ba61.pth", "sha256:0676ba61"),
-    "SwinB.pth": ("https://download.pytorch.org/models/swin_b-68c6b09e.pth", "sha256:68c6b09e"),
+    # "imagenet"
+    "R50.pth": "https://download.pytorch.org/models/resnet50-0676ba61.pth#sha256:0676ba61",
+    "SwinB.pth": "https://download.pytorch.org/models/swin_b-68c6b09e.pth#sha256:68c6b09e",
 }
 
 
@@ -580,7 +573,7 @@ def load_backbone(backbone: nn.Module, name: str, weights: str, clip: CLIP | Non
         state = stem.backbone.state_dict()
     else:
         if path.name in BACKBONE_FILES and not path.exists():
-            url, checksum = BACKBONE_FILES[path.name]
+            url, _, checksum = BACKBONE_FILES[path.name].partition("#")
             path = fetch([url], cache_dir() / path.name, checksum, what)
         todo = f"give a file, or one of imagenet (R50, SwinB), {', '.join(BACKBONE_FILES)}"
         state = strip_prefix(read_torch(path, what, todo), what)
@@ -593,8 +586,9 @@ def load_backbone(backbone: nn.Module, name: str, weights: str, clip: CLIP | Non
     own = backbone.state_dict()
     used = {key: tensor for key, tensor in state.items() if key in own}
     others += [key for key in state if key not in own]  # a classifier, counters
-    others += load_into(backbone, used, what, f"give weights of {name}", strict=name != "SwinB")
-    log_loaded(what, len(used), [key.removeprefix("backbone.") for key in others])
+    unused = load_into(backbone, used, what, f"give weights of {name}", strict=name != "SwinB")
+    others = [key.removeprefix("backbone.") for key in others + unused]
+    log_loaded(what, len(used) - len(unused), others)
 
 
 # --- segmenters
@@ -702,7 +696,8 @@ def load_learned(
     """
     states, dropped, made_for = parts
     count = 0
-    used = segmenter.learned_modules().keys() - given
+    modules = segmenter.learned_modules()
+    used = [part for part in modules if part not in given]
     for part in used:
         todo = "use the configuration of its training"
         if part in PROMPTS:
@@ -710,10 +705,10 @@ def load_learned(
         if part not in states:
             learned = f"learned {part}" if part in PROMPTS else "segmenter"
             raise UserError(what, f"has no {learned}", todo)
-        unused = load_into(segmenter.learned_modules()[part], states[part], what, todo, strict)
+        unused = load_into(modules[part], states[part], what, todo, strict)
         dropped += [f"{part}.{key}" for key in unused]
         count += len(states[part]) - len(unused)
-    dropped += [f"{part}.{key}" for part in states.keys() - used for key in states[part]]
+    dropped += [f"{part}.{k}" for part in states if part not in used for k in states[part]]
     log_loaded(what, count, dropped)
     if segmenter.clip is not None and made_for not in ("", clip_digest(segmenter.clip)):
         warn(f"{what} was made for another CLIP than clip.weights")

@@ -1,373 +1,283 @@
-"""The six data sets from their official files: labels, lists, conversions, statistics, the
-check.
-"""
+"""The six data sets in their official layouts, and what prepare_data.py says."""
 
 import dataclasses
 import hashlib
-import os
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import trees
-from conftest import PROCESS, tiny_config
+from conftest import command, fails_in_one_line, process, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-import prepare_data
-from zsseg import label_statistics as label_statistics_module
-from zsseg.clip import CLIP, MEAN, STD, VisionTransformer
-from zsseg.prepare.convert import decode_runs, resize_bilinear
-from zsseg.data import TestImages, TrainImages
-from zsseg.datasets import DATASETS, find_pairs
-from zsseg.evaluate import evaluate
-from zsseg.images import read_image, read_labels
-from zsseg.label_statistics import count_classes, label_statistics
-from zsseg.prompt_learning import Regions
-from zsseg.segmenter import Segmenter
+from zsseg.data import TestImages as Images  # pytest would take it for a test
+from zsseg.datasets import DATASETS, find_listing, find_pairs
+from zsseg.prepare.convert import decode_runs
 from zsseg.utils import UserError
 
-TestImages.__test__ = False
 NAMES = list(trees.BUILDERS)
 
 
-def files(root: Path) -> dict[str, tuple[bytes, int]]:
-    return {
-        str(f.relative_to(root)): (f.read_bytes(), f.stat().st_mtime_ns)
-        for f in root.rglob("*")
-        if f.is_file()
-    }
+def prepare(name: str, root: Path, *more: str, env: dict = {}):  # noqa: B006
+    return command("prepare_data.py", name, "--root", root, *more, env=env)
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(root)): f.read_bytes() for f in root.rglob("*") if f.is_file()}
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_official_files_become_class_ids(name, tmp_path, capsys):
+def test_official_files_become_class_ids(name, tmp_path):
     """Every pixel of the test split, odd sizes and modes included; a second run changes nothing."""
     expected = trees.BUILDERS[name](tmp_path)
-    prepare_data.main([name, "--root", str(tmp_path)])
-    assert (
-        f"{name} val: {len(expected)} images (published: {DATASETS[name].counts['val']})"
-        in capsys.readouterr().out
-    )
-    images = TestImages(tiny_config(f"data.name={name}").data, tmp_path, "val")
-    assert sorted(expected) == [pair[0].stem for pair in images.pairs]
+    first = prepare(name, tmp_path)
+    published = DATASETS[name].counts["val"]
+    assert f"{name} val: {len(expected)} images (published: {published})" in first.stdout
+    images = Images(tiny_config(f"data.name={name}").data, tmp_path, "val")
+    assert sorted(expected) == images.names
     for i in range(len(images)):
         [image], labels, stem = images[i]
         assert np.array_equal(labels.numpy(), expected[stem]), stem
         assert image.shape[0] == 3 and min(image.shape[1:]) == 64
     before = files(tmp_path)
-    prepare_data.main([name, "--root", str(tmp_path)])
+    assert prepare(name, tmp_path).returncode == 0
+    checked = prepare(name, tmp_path, "--check")
+    assert checked.returncode == 0 and f"  {DATASETS[name].names[0]} " in checked.stdout
     assert files(tmp_path) == before
-    prepare_data.main([name, "--root", str(tmp_path), "--check"])
-    assert DATASETS[name].names[0] in capsys.readouterr().out
+    if name in ("voc", "coco_stuff"):
+        data, hidden = DATASETS[name], 0
+        unseen = [data.values[data.names.index(n)] for n in data.unseen]
+        for _, label in find_pairs(name, tmp_path, "train"):
+            unseen = [
+                DATASETS[name].values[DATASETS[name].names.index(n)] for n in DATASETS[name].unseen
+            ]
+            hidden += np.isin(np.array(Image.open(label)), unseen).sum()
+        assert hidden > 0 and f"targets: of {hidden} pixels of the " in checked.stdout
+        assert ", 0 survive" in checked.stdout
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_evaluation_on_each_data_set(name, tmp_path):
-    """Metrics and saved label maps of a complete run equal counting by hand."""
-    expected = trees.BUILDERS[name](tmp_path)
-    prepare_data.main([name, "--root", str(tmp_path)])
-    torch.manual_seed(0)
-    clip = CLIP(VisionTransformer(32, 16, 64, 1, 16), 16, 160, 514, 64, 1)
-    settings = [
-        f"data.name={name}",
-        "data.split=val",
-        "eval.compare=false",
-        "clip.mask_threshold=0.3",
-    ]
-    config = tiny_config(*settings, "clip.ensemble_weight=0.5")
-    data = DATASETS[name]
-    result = evaluate(
-        Segmenter(config, clip.state_dict()),
-        config,
-        tmp_path,
-        PROCESS,
-        "val",
-        tmp_path / "out",
-        True,
-    )
-    hit, gt, predicted = (np.zeros(len(data.names)) for _ in range(3))
-    for stem, labels in expected.items():
-        saved = np.array(Image.open(tmp_path / "out" / "predictions" / f"{stem}.png"))
-        assert saved.shape == labels.shape and saved.dtype == (
-            np.uint16 if name == "ade20k_full" else np.uint8
-        )
-        valid = labels != data.ignore
-        for c in range(len(data.names)):
-            hit[c] += ((labels == c) & (saved == c)).sum()
-            gt[c] += (labels == c).sum()
-            predicted[c] += ((saved == c) & valid).sum()
-    iou = 100 * hit / np.maximum(gt + predicted - hit, 1)
-    assert result["images"] == len(expected) and ("hIoU" in result) == (
-        name in ("voc", "coco_stuff")
-    )
-    assert result["mIoU"] == pytest.approx(iou[gt > 0].sum() / (gt + predicted > 0).sum())
-    assert result["mIoU_gt"] == pytest.approx(iou[gt > 0].mean())
-
-
-def test_trainaug_is_voc_and_sbd_without_val(tmp_path):
-    trees.voc(tmp_path)
-    prepare_data.main(["voc", "--root", str(tmp_path)])
-    base = tmp_path / "VOCdevkit" / "VOC2012"
-    train = (base / "train.txt").read_text().split()
-    # 2007_000042 is VOC's val.
-    assert train == ["2007_000032", "2007_000039", "2008_000002", "2008_000003"]
-    assert (base / "val.txt").read_text().split() == ["2007_000033", "2007_000042", "2007_000061"]
-    assert sorted(f.stem for f in (base / "SegmentationClassAug").iterdir()) == [
-        "2008_000002",
-        "2008_000003",
-    ]
-    pairs = {p.stem: label for p, label in find_pairs("voc", tmp_path, "train")}
-    assert pairs["2007_000032"].parent.name == "SegmentationClass"  # VOC's own mask, not SBD's
-    expected = trees.values_like(np.random.default_rng(55), list(range(21)), *trees.SIZES[1], 0)
-    assert np.array_equal(np.array(Image.open(pairs["2008_000002"])), expected)
-
-
-def test_the_readme_layout_is_taken_as_it_is(tmp_path):
-    folder = tmp_path / "VOC2012"
-    trees.voc(tmp_path / "source")
-    shutil.copytree(tmp_path / "source/VOCdevkit/VOC2012/JPEGImages", folder / "JPEGImages")
-    shutil.copytree(
-        tmp_path / "source/VOCdevkit/VOC2012/SegmentationClass", folder / "SegmentationClassAug"
-    )
-    for split in ("train", "val"):
-        shutil.copy(
-            tmp_path / f"source/VOCdevkit/VOC2012/ImageSets/Segmentation/{split}.txt", folder
-        )
-    before = files(tmp_path)
-    prepare_data.main(["voc", "--root", str(tmp_path)])
-    after = files(tmp_path)
-    assert (
-        after.keys() - before.keys() == {"VOC2012/.zsseg/train.npz"}
-        and before.items() <= after.items()
-    )
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_test_split_alone_is_enough(name, tmp_path, capsys):
+def test_a_test_split_alone_is_enough(name, tmp_path):
     trees.BUILDERS[name](tmp_path)
     if name in ("voc", "pcontext"):
-        prepare_data.main([name, "--root", str(tmp_path)])
+        prepare(name, tmp_path)
         (DATASETS[name].folder(tmp_path) / "train.txt").unlink()
     else:
-        for folder in tmp_path.rglob("train*"):
-            if folder.is_dir():
-                shutil.rmtree(folder)
-    prepare_data.main([name, "--root", str(tmp_path)])
-    text = capsys.readouterr().out
-    assert (
-        f"{name} train: none (only training needs it; --train fetches it)" in text
-        and f"{name} val: " in text
-    )
+        for folder in [f for f in tmp_path.rglob("train*") if f.is_dir()]:
+            shutil.rmtree(folder, ignore_errors=True)
+    done = prepare(name, tmp_path)
+    assert f"{name} train: none" in done.stdout and f"{name} val: " in done.stdout
     with pytest.raises(UserError, match=f"run prepare_data.py {name} --train"):
         find_pairs(name, tmp_path, "train")
 
 
-def test_images_are_not_turned_and_not_misread(tmp_path):
-    """EXIF asks for a quarter turn that the label map did not get; grey and CMYK become RGB."""
-    for mode in range(4):
-        trees.image(tmp_path / f"{mode}.jpg", 30, 40, mode, 0)
-        image = read_image(tmp_path / f"{mode}.jpg")
-        assert image.size == (40, 30) and image.mode == "RGB"
-    grey = np.array(read_image(tmp_path / "1.jpg"))
-    assert (grey[..., 0] == grey[..., 1]).all()
-    plain, turned, cmyk = (
-        np.array(read_image(tmp_path / f"{k}.jpg")).astype(int) for k in (0, 3, 2)
-    )
-    assert np.array_equal(plain, turned)
-    assert np.abs(plain - cmyk).mean() < 8 < np.abs(plain - (255 - plain)).mean()  # not inverted
+def test_trainaug_is_voc_and_sbd_without_val(tmp_path, monkeypatch):
+    """With SBD where mmsegmentation puts it, and a folder of notes that hides nothing."""
+    trees.voc(tmp_path, sbd="VOCdevkit/VOCaug/dataset")
+    (tmp_path / "VOC2012").mkdir()
+    (tmp_path / "VOC2012" / "notes.txt").touch()
+    ids = "".join(f"{i}\n" for i in ("2007_000033", "2007_000042", "2007_000061"))
+    digests = {"train": "0" * 64, "val": hashlib.sha256(ids.encode()).hexdigest()}
+    row = dataclasses.replace(DATASETS["voc"], counts={"train": 4, "val": 3}, digests=digests)
+    monkeypatch.setitem(DATASETS, "voc", row)
+    done = prepare("voc", tmp_path)
+    assert "val: 3 images (published: 3), the published ids" in done.stdout
+    assert "train: 4 images (published: 4), but NOT the published ids" in done.stdout
+    base = tmp_path / "VOCdevkit" / "VOC2012"
+    train = (base / "train.txt").read_text().split()
+    # 2007_000042 is VOC's val.
+    assert train == ["2007_000032", "2007_000039", "2008_000002", "2008_000003"]
+    assert (base / "val.txt").read_text() == ids
+    assert sorted(f.stem for f in (base / "SegmentationClassAug").iterdir()) == train[2:]
+    pairs = {p.stem: label for p, label in find_pairs("voc", tmp_path, "train")}
+    assert pairs["2007_000032"].parent.name == "SegmentationClass"  # VOC's own mask, not SBD's
+    expected = trees.values_like(np.random.default_rng(55), list(range(21)), trees.SIZES[1], 0)
+    assert np.array_equal(np.array(Image.open(pairs["2008_000002"])), expected)
 
 
-@pytest.mark.parametrize("name", ["voc", "coco_stuff"])
-def test_no_unseen_class_is_in_what_training_reads(name, tmp_path):
-    trees.BUILDERS[name](tmp_path)
-    prepare_data.main([name, "--root", str(tmp_path)])
-    data = DATASETS[name]
-    samples = TrainImages(tiny_config(f"data.name={name}"), tmp_path)
-    unseen = [data.values[data.names.index(n)] for n in data.unseen]
-    dropped = len(find_pairs(name, tmp_path, "train")) - len(samples.pairs)
-    assert dropped >= 1  # images without any seen class
-    unseen_pixels = 0
-    for n, (image, label) in enumerate(samples.pairs):
-        raw = np.array(Image.open(label))
-        ids = read_labels(label, samples.lut, read_image(image).size)
-        unseen_pixels += np.isin(raw, unseen).sum()
-        assert (ids[np.isin(raw, unseen)] == 255).all() and (ids != 255).any()
-        kept = ids != 255
-        names = np.array(data.names)[np.searchsorted(data.values, raw[kept])]
-        assert (np.array(data.training_names)[ids[kept]] == names).all()
-        number = samples.order(0).tolist().index(n)
-        assert set(samples[number][2].tolist()) <= set(np.unique(ids[kept]).tolist())
-    assert unseen_pixels > 0
-    everything = TrainImages(tiny_config(f"data.name={name}", "data.train_on=all"), tmp_path)
-    assert everything.lut.tolist() == data.lut().tolist()
-    # COCO's third image has no class at all.
-    assert len(everything.pairs) == len(samples.pairs) + (name == "voc")
-
-
-def test_one_region_samples(tmp_path):
-    """The box of a class, its mask, a crop that always shows some of it; never an unseen class."""
+@pytest.mark.parametrize("given", ["masks", "lists", "train_aug"])
+def test_what_is_given_of_voc_is_taken_as_it_is(given, tmp_path):
+    """The README's layout; somebody's lists without the masks of SBD; masks and a list without
+    SBD.
+    """
+    base = tmp_path / "VOCdevkit" / "VOC2012"
     trees.voc(tmp_path)
-    prepare_data.main(["voc", "--root", str(tmp_path)])
-    samples = Regions(tiny_config("data.name=voc", "prompts.samples_per_class=1"), tmp_path, 32)
-    classes = [c for _, c in samples.regions]
-    assert len(set(classes)) == len(classes) and max(classes) < 15
-    many = Regions(tiny_config("data.name=voc"), tmp_path, 32)
-    assert len(many.regions) > len(samples.regions)
-    for n in range(3 * len(many.regions)):
-        crop, category = many[n]
-        assert (
-            crop.shape == (3, 32, 32)
-            and crop.dtype == torch.float32
-            and 0 <= category < 15
-            and crop.any()
-        )
-    assert all(np.array_equal(a, b) for a, b in zip(many[3], many[3], strict=True))
+    official = base / "ImageSets" / "Segmentation"
+    if given == "lists":
+        (base / "train.txt").write_text("2008_000003\n2008_000002\n2007_000032\n")
+        (base / "val.txt").write_text("2007_000033\n")
+    else:
+        shutil.copytree(base / "SegmentationClass", base / "SegmentationClassAug")
+        shutil.rmtree(tmp_path / "benchmark_RELEASE")
+        target = official / "train_aug.txt" if given == "train_aug" else base / "train.txt"
+        shutil.copy(official / "train.txt", target)
+        if given == "masks":
+            shutil.copy(official / "val.txt", base)
+    before = files(tmp_path)
+    done = prepare("voc", tmp_path, env={"ZSSEG_CACHE": str(tmp_path / "cache")})
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "cache").exists() and before.items() <= files(tmp_path).items()
+    assert all(p.exists() for pair in find_pairs("voc", tmp_path, "train") for p in pair)
 
 
-def test_a_region_and_its_mask_move_together(tmp_path):
-    """On images whose colour is their label; a region of a few single pixels is never missed."""
+def test_check_names_every_bad_file(tmp_path):
+    trees.ade20k(tmp_path)
+    base = tmp_path / "ADEChallengeData2016"
+    (base / "images/validation/ADE_val_00000001.jpg").write_bytes(b"junk")
+    Image.new("L", (5, 5)).save(base / "annotations/validation/ADE_val_00000002.png")
+    Image.new("RGB", (1, 1)).save(base / "annotations/validation/ADE_val_00000003.png")
+    (base / "images/training/ADE_train_00000001.jpg").unlink()
+    (base / "annotations/training/ADE_train_00000002.png").unlink()
+    before = files(tmp_path)
+    done = prepare("ade20k", tmp_path, "--check")  # which writes nothing
+    fails_in_one_line(done, "5 problems (listed above)")
+    for part in (
+        "ADE_val_00000001.jpg: cannot be read",
+        "ADE_val_00000002.png: is 5 x 5",
+        "ADE_val_00000003.png: is PNG RGB",
+        "ADE_train_00000001.png has no partner",
+        "ADE_train_00000002.jpg has no partner",
+    ):
+        assert done.stdout.count(part) == 1, part
+    assert files(tmp_path) == before
+    said = prepare("ade20k", tmp_path).stdout  # the original leaves them out, too
+    assert "train: 1 images" in said and "left out: 2 files without a partner in train" in said
+
+
+def break_mat(root: Path) -> str:
+    file = root / "benchmark_RELEASE/dataset/cls/2008_000002.mat"
+    file.write_bytes(file.read_bytes()[:200])
+    return file.name
+
+
+def break_seg(root: Path) -> str:
+    file = next((root / "ADE20K_2021_17_01").rglob("ADE_val_00000001_seg.png"))
+    file.unlink()
+    return file.name
+
+
+def edit(change):
+    """Break Context's annotations by `change(content)`, or cut the file."""
+
+    def damage(root: Path) -> str:
+        file = root / "pcontext/trainval_merged.json"
+        content = json.loads(file.read_text())
+        if change:
+            change(content)
+        text = json.dumps(content)
+        file.write_text(text if change else text[:500])
+        return file.name
+
+    return damage
+
+
+def with_images(**values: object):
+    return edit(lambda content: [image.update(values) for image in content["images"]])
+
+
+RUNS = lambda content: content["annos_segmentation"][0]["segmentation"].update(counts=[1])
+DAMAGES = [("voc", break_mat), ("ade20k_full", break_seg), ("pcontext", edit(None))]
+DAMAGES += [("pcontext", edit(RUNS)), ("pcontext", with_images(phase="test"))]
+DAMAGES += [("pcontext", with_images(height=h)) for h in (10**9, -1, "x")]
+DAMAGES += [("pcontext", with_images(file_name=f)) for f in ("../../x?.jpg", "a\0b.jpg", 300 * "a")]
+DAMAGES += [("pcontext", with_images(image_id=i)) for i in (float("inf"), None)]
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES)
+def test_a_broken_source_is_named(name, damage, tmp_path):
+    trees.BUILDERS[name](tmp_path)
+    part = damage(tmp_path)
+    fails_in_one_line(prepare(name, tmp_path), part)
+    assert not list(tmp_path.rglob("*.tmp"))
+    # It would mark the conversion as complete.
+    assert not (DATASETS[name].folder(tmp_path) / "val.txt").exists()
+
+
+@pytest.mark.parametrize("part", ["list", "masks", "folders"])
+def test_half_a_tree_is_no_data_set(part, tmp_path, monkeypatch):
+    rows = [dataclasses.replace(a, urls=["http://127.0.0.1:9/x"]) for a in DATASETS["voc"].archives]
+    monkeypatch.setitem(DATASETS, "voc", dataclasses.replace(DATASETS["voc"], archives=rows))
     folder = tmp_path / "VOC2012"
     (folder / "JPEGImages").mkdir(parents=True)
-    labels = np.zeros((375, 500), np.uint8)
-    labels[50:200, 100:330], labels[60:90, 150:300] = 7, 3
-    labels[10, 20] = labels[370, 480] = 5
-    labels[300, 200:210] = 5
-    trees.save_map(labels, folder / "SegmentationClassAug" / "a.png")
-    Image.fromarray(labels * 30).convert("RGB").save(
-        folder / "JPEGImages" / "a.jpg", quality=100, subsampling=0
-    )
-    (folder / "train.txt").write_text("a")
-    samples = Regions(tiny_config("data.name=voc"), tmp_path, 64)
-    assert sorted(c for _, c in samples.regions) == [2, 4, 6]
-    for n in range(240):
-        crop, category = samples[n]
-        mask = crop.abs().sum(0) > 0  # what is outside is 0
-        assert mask.any(), n
-        if category != 4:
-            red = 255 * (crop[0] * STD[0] + MEAN[0])
-            assert ((red - 30 * (category + 1)).abs() < 40)[mask].float().mean() > 0.8
+    if part != "folders":
+        (folder / "val.txt").write_text("2007_000033\n")
+    if part == "masks":
+        trees.save_map(np.zeros((3, 3)), folder / "SegmentationClassAug" / "2007_000033.png")
+    cache = {"ZSSEG_CACHE": str(tmp_path / "cache")}
+    fails_in_one_line(prepare("voc", tmp_path, env=cache), "voc", "127.0.0.1:9")
+    if part == "list":
+        done = prepare("voc", tmp_path, "--check")
+        fails_in_one_line(done, "1 problem ")
+        assert "JPEGImages/2007_000033.jpg: cannot be read" in done.stdout
+        (folder / "val.txt").write_text("2007_000033\n", "utf-16")
+        fails_in_one_line(prepare("voc", tmp_path), "val.txt: is not UTF-8 text; save it as UTF-8")
 
 
-# --- run lengths
+def test_a_list_requires_ids(tmp_path):
+    folder = tmp_path / "VOC2012"
+    for file in ("JPEGImages/x.jpg", "SegmentationClassAug/x.png"):
+        trees.save_map(np.zeros((4, 4)), folder / file)
+    cache = {"ZSSEG_CACHE": str(tmp_path / "cache")}
+    for line in ("/JPEGImages/x.jpg /SegmentationClassAug/x.png", "x.jpg", "x -1", "JPEGImages\\x"):
+        (folder / "val.txt").write_text(f"{line}\n")
+        fails_in_one_line(prepare("voc", tmp_path, env=cache), "val.txt: ", " is no id", "{id}")
+        assert not (tmp_path / "cache").exists()  # nothing was asked of the network
+    (folder / "val.txt").write_bytes(b"\xef\xbb\xbfx\r\n x\r\n")
+    listing = find_listing("voc", tmp_path, "val")
+    assert len(listing.pairs) == 1
+    assert listing.remarks == ["1 duplicate line in val.txt: every image counts once"]
 
 
-def test_run_lengths_known_text():
+def test_hidden_files_and_linked_cities(tmp_path):
+    expected = trees.cityscapes(tmp_path)
+    base = tmp_path / "cityscapes"
+    for part, ending in (("gtFine", "gtFine_labelIds"), ("leftImg8bit", "leftImg8bit")):
+        (base / part / "val" / "ulm" / f"._x_{ending}.png").write_bytes(b"?")
+        target = tmp_path / "ulm" / part
+        target.parent.mkdir(exist_ok=True)
+        (base / part / "val" / "ulm").rename(target)
+        (base / part / "val" / "ulm").symlink_to(target)
+    assert sorted(p.stem for p, _ in find_pairs("cityscapes", tmp_path, "val")) == sorted(expected)
+
+
+def test_the_command_line(tmp_path):
+    """Registration is asked for; what is mistyped or missing is answered before torch is loaded."""
+    for name, part in (
+        ("cityscapes", "gtFine_trainvaltest.zip"),
+        ("ade20k_full", "ADE20K_2021_17"),
+    ):
+        fails_in_one_line(prepare(name, tmp_path), part, "register at https://", str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "voc.toml").write_text('[data]\nname = "voc"\n')
+    fails_in_one_line(prepare("folder", tmp_path), "--config: is missing")
+    described = prepare("folder", tmp_path, "--config", tmp_path / "voc.toml")
+    fails_in_one_line(described, "describes voc")
+    fails_in_one_line(process("prepare_data.py", "citiscapes"), "did you mean cityscapes?")
+    for name, match in (("vok", r"did you mean voc\?"), ("pets", "choose one of shapes, voc, ")):
+        with pytest.raises(UserError, match=match):
+            find_pairs(name, tmp_path, "val")
+
+
+SIZES = st.tuples(st.integers(1, 30), st.integers(1, 30))
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@given(SIZES, st.integers(0, 2**32), st.sampled_from([0, 0.05, 0.5, 1]), st.booleans())
+def test_run_lengths_come_back(size, seed, density, compressed):
+    mask = np.random.default_rng(seed).random(size) < density
+    assert np.array_equal(decode_runs(trees.encode_runs(mask, compressed)), mask)
+
+
+def test_run_lengths_known_text_and_those_that_cannot_be():
     """A 5 x 4 mask with one pixel set at row 1, column 2: runs 11, 1, 8."""
     mask = decode_runs({"size": [5, 4], "counts": ";18"})
     assert mask.sum() == 1 and mask[1, 2]
-
-
-@pytest.mark.parametrize(
-    ("size", "counts"),
-    [
-        ([3, 5], [2**62] * 4 + [15]),
-        ([2**20, 2**20], [2**40]),
-        ([2, 2], [3]),
-        ([2, 2], [5, -1]),
-        ([2, 2], "\x01"),
-        ([2, 2], "zz"),
-        ([2, 2], "é"),
-    ],
-)
-def test_run_lengths_that_cannot_be(size, counts):
-    with pytest.raises(ValueError, match=r"run length|run-length|ascii|sensible size"):
-        decode_runs({"size": size, "counts": counts})
-
-
-# --- statistics
-
-
-def test_statistics_count_and_are_counted_once(tmp_path, monkeypatch):
-    trees.coco_stuff(tmp_path)
-    data, split = DATASETS["coco_stuff"], "val"
-    statistics = label_statistics("coco_stuff", tmp_path, split)
-    expected = np.zeros(172, int)
-    for i, (image, label) in enumerate(find_pairs("coco_stuff", tmp_path, split)):
-        ids = read_labels(label, data.lut(), read_image(image).size)
-        classes, pixels = np.unique(np.where(ids == 255, 171, ids), return_counts=True)
-        rows = statistics.image == i
-        assert statistics.category[rows].tolist() == classes.tolist()
-        assert statistics.pixels[rows].tolist() == pixels.tolist()
-        np.add.at(expected, classes, pixels)
-        assert (i in statistics.images_with([int(classes[0])])) and (
-            len(classes) > 1
-            or classes[0] != 171
-            or i not in statistics.images_with(list(range(171)))
-        )
-    assert statistics.histogram(171).tolist() == expected.tolist()
-
-    def forbidden(*args: object, **options: object):
-        raise RuntimeError("counted again")
-
-    real = label_statistics_module.count_classes
-    monkeypatch.setattr(label_statistics_module, "count_classes", forbidden)
-    cached = label_statistics("coco_stuff", tmp_path, split)
-    assert all(np.array_equal(vars(cached)[k], v) for k, v in vars(statistics).items())
-    cache = tmp_path / "coco" / ".zsseg" / "val.npz"
-    monkeypatch.setitem(DATASETS, "coco_stuff", dataclasses.replace(data, unseen=["person"]))
-    with pytest.raises(RuntimeError, match="counted again"):  # another table
-        label_statistics("coco_stuff", tmp_path, split)
-    monkeypatch.setitem(DATASETS, "coco_stuff", data)
-    label = find_pairs("coco_stuff", tmp_path, split)[0][1]
-    os.utime(label, ns=(0, cache.stat().st_mtime_ns + 10**9))  # a label map that changed
-    with pytest.raises(RuntimeError, match="counted again"):
-        label_statistics("coco_stuff", tmp_path, split)
-    os.utime(label)
-    monkeypatch.setattr(label_statistics_module, "count_classes", real)
-    cache.write_bytes(cache.read_bytes()[:100])
-    again = label_statistics("coco_stuff", tmp_path, split)
-    assert again.histogram(171).tolist() == expected.tolist()
-
-
-def test_statistics_of_a_read_only_root(tmp_path, monkeypatch):
-    """They go to the cache instead."""
-    trees.ade20k(tmp_path / "root")
-    monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path / "cache"))
-    real, tried = label_statistics_module.atomic_write, []
-
-    def refuse(path: Path):
-        tried.append(path)
-        if path.is_relative_to(tmp_path / "root"):
-            raise UserError("file", "cannot be written", "")
-        return real(path)
-
-    monkeypatch.setattr(label_statistics_module, "atomic_write", refuse)
-    for tries in (2, 0):
-        tried.clear()
-        assert (
-            label_statistics("ade20k", tmp_path / "root", "val").histogram(150).sum()
-            == 37 * 53 + 64 * 48 + 1
-        )
-        assert len(tried) == tries
-    assert not (tmp_path / "root" / "ADEChallengeData2016" / ".zsseg").exists()
-    assert len(list((tmp_path / "cache" / "statistics").iterdir())) == 1
-
-
-def test_a_leak_in_one_table_is_noticed(tmp_path):
-    data = DATASETS["voc"]
-    Image.fromarray(np.array([[1, 16]], np.uint8)).save(tmp_path / "a.png")
-    full, training = data.lut(), data.lut(training=True)
-    assert count_classes(
-        (tmp_path / "a.jpg", tmp_path / "a.png"), data, (full, training)
-    ).rows.tolist() == [[0, 1], [15, 1]]
-    # An unseen class let through; a seen class under another's number.
-    for value, wrong in ((16, 3), (1, 1)):
-        table = training.copy()
-        table[value] = wrong
-        with pytest.raises(AssertionError, match=r"a\.png"):
-            count_classes((tmp_path / "a.jpg", tmp_path / "a.png"), data, (full, table))
-
-
-@pytest.mark.parametrize(
-    ("shape", "digest"),
-    [((601, 733, 3), "169572b832"), ((1200, 513, 3), "f04f5db6c6"), ((777, 1024), "2b3b5ccb14")],
-)
-def test_images_are_made_smaller_as_opencv_does(shape, digest):
-    """SHA-256 of what cv2.resize (OpenCV 5.0, INTER_LINEAR) gives."""
-    numbers = np.arange(np.prod(shape), dtype=np.uint64) * np.uint64(2654435761) >> np.uint64(7)
-    height, width = (round(side / min(shape[:2]) * 512) for side in shape[:2])
-    small = resize_bilinear((numbers % 256).astype(np.uint8).reshape(shape), height, width)
-    assert small.shape[:2] == (height, width) and hashlib.sha256(
-        small.tobytes()
-    ).hexdigest().startswith(digest)
+    bad = [([3, 5], [2**62] * 4 + [15]), ([2**20, 2**20], [2**40]), ([2, 2], [3])]
+    bad += [([2, 2], counts) for counts in ([5, -1], "\x01", "zz", "é")]
+    for size, counts in bad:
+        with pytest.raises(ValueError, match=r"run length|run-length|ascii|sensible size"):
+            decode_runs({"size": size, "counts": counts})

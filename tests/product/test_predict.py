@@ -272,15 +272,17 @@ def test_overlays_have_room_for_what_there_is_room_for():
 @pytest.mark.slow
 def test_two_processes_leave_what_one_leaves(trained, photos, tmp_path):
     """And three find what the two have left over."""
-    words = ("--images", photos, "--classes", "cat, dog", "--set", "data.workers=2")
+    root = trained.parents[1]
+    words = ["eval.py", trained, "--root", root, "--device", "cpu", "--set", "data.workers=2"]
+    words += ["--images", photos, "--classes", "cat, dog", "--out"]
     for processes in (1, 2):
-        done = segment(trained, tmp_path / str(processes), *words, processes=processes)
+        done = process(*words, tmp_path / str(processes), processes=processes)
         assert done.returncode == 2 and "2 of 8 cannot be read" in done.stderr, done.stderr
     whole = results(tmp_path / "1")
     assert results(tmp_path / "2") == whole and len(whole) == 3 * len(PHOTOS)
     for file in sorted((tmp_path / "2").rglob("*.json"))[1:5]:
         file.unlink()
-    done = segment(trained, tmp_path / "2", *words, "--resume", processes=3)
+    done = process(*words, tmp_path / "2", "--resume", processes=3)
     assert "4 images in" in done.stdout and "2 done before" in done.stdout, done.stderr
     assert results(tmp_path / "2") == whole
 

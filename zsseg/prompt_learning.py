@@ -2,14 +2,15 @@
 names, CLIP frozen.
 """
 
-import statistics
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
+from torchvision.transforms.functional import crop
 
 from zsseg.clip import CLIP
 from zsseg.config import Config
@@ -17,40 +18,37 @@ from zsseg.data import EndlessSamples, batches, training_counts
 from zsseg.datasets import find_pairs, training_set
 from zsseg.distributed import Process
 from zsseg.images import read_image, read_labels, to_tensor
-from zsseg.metrics import mean, percent
-from zsseg.prompts import LearnedPrompt, build_prompt
+from zsseg.prompts import LearnedPrompt
 from zsseg.regions import region_crops
-from zsseg.utils import UserError, format_table, mix_seed, write_json
+from zsseg.utils import mix_seed, write_json
 from zsseg.weights import load_clip, load_into
 
 
 class PromptClassifier(nn.Module):
-    """Region crops -> cosine logits with the text features of one or more learned prompts, over a
-    frozen CLIP.
+    """Region crops -> cosine logits with the text features of learned prompts, over a frozen CLIP.
 
-    The prompts learn side by side from the same crops: one pass of each tower for all of them.
+    The prompts, one a seed, learn side by side from the same crops: one pass of each tower for all.
     """
 
-    def __init__(self, clip: CLIP, prompts: dict[str, LearnedPrompt], names: list[str]):
+    def __init__(self, clip: CLIP, config: Config):
         super().__init__()
         self.clip = clip
-        self.prompts = nn.ModuleDict(prompts)
-        tokens, ends = next(iter(prompts.values())).layout(clip.tokenizer, names)
-        tokens = tokens[:, : int(ends.max()) + 1]  # nothing reads what follows the last end token
-        self.register_buffer("tokens", tokens, persistent=False)
-        self.register_buffer("ends", ends.repeat(len(prompts)), persistent=False)
-
-    def text(self) -> Tensor:
-        """Normalised text features of every prompt [S, C, D]."""
-        inputs = torch.cat([p.embed(self.clip, self.tokens) for p in self.prompts.values()])
-        features = self.clip.encode_embedded(inputs, self.ends).float()
-        return F.normalize(features, dim=-1).unflatten(0, (len(self.prompts), -1))
+        self.prompts = nn.ModuleDict()
+        for seed in config.train.seeds or [config.train.seed]:
+            torch.manual_seed(mix_seed(seed, 0))
+            prompt = LearnedPrompt(clip.width, config.clip.prompt_prefix)
+            self.prompts[str(seed)] = prompt.to(clip.device)
+        names = training_set(config.data).training_names
+        tokens, ends = prompt.layout(clip.tokenizer, names)
+        self.tokens = tokens.to(clip.device)
+        self.ends = ends.to(clip.device).repeat(len(self.prompts))
 
     def forward(self, crops: Tensor) -> Tensor:
-        """Crops [B, 3, R, R] -> logits [S, B, C]."""
-        with torch.no_grad():
-            features = self.clip.encode_image(crops)
-        return self.clip.logits(features, self.text())
+        """Crops [B, 3, R, R] -> logits [S, B, C] of every prompt."""
+        inputs = torch.cat([p.embed(self.clip, self.tokens) for p in self.prompts.values()])
+        text = self.clip.encode_embedded(inputs, self.ends).float()
+        text = F.normalize(text, dim=-1).unflatten(0, (len(self.prompts), -1))
+        return self.clip.logits(self.clip.encode_image(crops), text)
 
     def train(self, mode: bool = True) -> "PromptClassifier":
         return self  # a frozen CLIP stays in eval mode
@@ -60,7 +58,7 @@ class PromptTask:
     """The training of learned prompts, see train.py.
 
     Results vary with the seed, so that several prompts may learn side by side; the best is the one
-    that names held-out regions of the seen classes best (mean accuracy over the classes).
+    that names held-out regions of the seen classes best.
     """
 
     collate = list
@@ -68,90 +66,65 @@ class PromptTask:
     def __init__(self, config: Config, root: Path, out: Path, process: Process, saved: dict | None):
         self.config = config
         self.process = process
-        clip = load_clip(config.clip, root)
-        self.names = training_set(config.data).training_names
-        prompts = {}
-        for seed in config.train.seeds or [config.train.seed]:
-            torch.manual_seed(mix_seed(seed, 0))
-            prompts[str(seed)] = LearnedPrompt(clip.width, config.clip.prompt_prefix)
-        self.model = PromptClassifier(clip, prompts, self.names).to(process.device)
+        self.clip = load_clip(config.clip, root).to(process.device)
+        self.model = PromptClassifier(self.clip, config)
         self.prompts = self.model.prompts
         self.clipped = self.prompts.values()  # the gradient of each by itself
+        if saved:
+            what = f"checkpoint {out / 'last.pt'}"
+            load_into(self.prompts, saved.get("prompts"), what, "use the configuration of its run")
         self.samples = process.main_first(lambda: RegionSamples(config, root))
         self.held_out = RegionSamples(config, root, held_out=True)
 
     def compile(self) -> None:
-        self.model.clip.visual.compile(fullgraph=True)
-        self.model.clip.transformer.compile(fullgraph=True)
+        for tower in (self.clip.visual, self.clip.transformer):
+            tower.compile(fullgraph=True)
 
-    def crops(self, batch: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    def crops(self, batch: list) -> tuple[Tensor, Tensor]:
         """Samples of `RegionSamples` -> what CLIP sees of them [B, 3, R, R], classes [B]."""
         device = self.process.device
         crops = []
         for region, _ in batch:
             region = region.to(device, non_blocking=True)
-            box = torch.tensor([[0, 0, region.shape[2], region.shape[1]]], device=device)
-            crops.append(region_crops(self.model.clip, region[:3], region[3:], box))
+            _, h, w = region.shape
+            box = torch.tensor([[0, 0, w, h]], device=device)
+            crops.append(region_crops(self.clip, region[:3], region[3:], box))
         return torch.cat(crops), torch.tensor([category for _, category in batch], device=device)
 
-    def loss(self, model: nn.Module, batch: list) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: list) -> tuple[Tensor, dict]:
         """The sum over the seeds, each of which has separate parameters, and the accuracy."""
         crops, classes = self.crops(batch)
         with self.process.autocast(self.config.model.bf16, training=True):
             logits = model(crops)  # [S, B, C]
         accuracy = 100 * (logits.argmax(-1) == classes).float().mean()
-        loss = F.cross_entropy(logits.flatten(0, 1), classes.repeat(len(logits)))
-        return len(logits) * loss, {"accuracy": accuracy}
+        return sum(F.cross_entropy(part, classes) for part in logits), {"accuracy": accuracy}
 
-    def state(self, result: dict | None = None) -> dict[str, dict[str, Tensor]]:
-        """The prompts of all seeds and, as "prompt", that of `result["kept_seed"]`."""
-        best = result["kept_seed"] if result else next(iter(self.prompts))
-        return {
-            "prompt": self.prompts[str(best)].state_dict(),
-            "prompts": self.prompts.state_dict(),
-        }
-
-    def load(self, state: dict[str, dict[str, Tensor]], what: str) -> None:
-        load_into(self.prompts, state.get("prompts"), what, "use the configuration of its run")
+    def state(self, result: dict | None = None) -> dict:
+        """The prompts of all seeds and, as "prompt", that of `result["best_seed"]`."""
+        best = result["best_seed"] if result else next(iter(self.prompts))
+        return {"prompt": self.prompts[best].state_dict(), "prompts": self.prompts.state_dict()}
 
     @torch.no_grad()
-    def evaluate(self, split: str, out: Path | None = None, on_image: object = None) -> dict:
-        """Accuracy of every seed on the held-out regions in percent: over regions ("top1") and its
-        mean over classes; "kept_seed" is the best. With `out`, metrics.json and a table.
+    def evaluate(self, split: str, out: Path | None, on_image: object) -> dict:
+        """Accuracy of every seed on the held-out regions in percent, None if there are none, and
+        the "best_seed"; every process measures all. With `out`, metrics.json and a line.
         """
-        clip = self.model.clip
-        single = build_prompt("single", clip.width)(clip, self.names)  # for comparison
-        text = torch.cat([self.model.text(), single[None]])  # [S + 1, C, D]
-        # Of each class: hits of each prompt and, last, regions.
-        counts = torch.zeros(len(text) + 1, text.shape[1], device=text.device)
-        numbers = range(self.process.rank, len(self.held_out), self.process.world_size)
-        for batch in batches(self.held_out, numbers, 64, self.config.data.workers):
+        count = len(self.held_out)
+        hits = torch.zeros(len(self.prompts), device=self.process.device)
+        for batch in batches(self.held_out, range(count), 64, self.config.data.workers):
             crops, classes = self.crops(batch)
-            hits = clip.logits(clip.encode_image(crops), text).argmax(-1) == classes  # [S + 1, B]
-            counts.index_add_(1, classes, F.pad(hits.float(), (0, 0, 0, 1), value=1))
-        *hits, total = self.process.sum(counts).double().cpu().numpy()
-        rows = {}
-        for name, hit in zip([*self.prompts, "single"], hits, strict=True):
-            right = 100 * hit / np.maximum(total, 1)
-            rows[name] = {"top1": mean(right, total), "per_class": mean(right, total > 0)}
-        scores = [rows[seed]["per_class"] or 0.0 for seed in self.prompts]
-        result = {
-            "held_out_regions": int(total.sum()),
-            "kept_seed": int([*self.prompts][scores.index(max(scores))]),
-            "mean": statistics.mean(scores) if total.any() else None,
-            "std": statistics.pstdev(scores) if total.any() else None,
-            "single": rows["single"],
-            "seeds": {seed: rows[seed] for seed in self.prompts},
-        }
+            hits += (self.model(crops).argmax(-1) == classes).sum(1)
+        best = [*self.prompts][hits.argmax()]
+        pairs = zip(self.prompts, hits.tolist(), strict=True)
+        seeds = {seed: round(100 * n / count, 2) if count else None for seed, n in pairs}
+        result = {"best_seed": best, "seeds": seeds}
         if out and self.process.is_main:
             write_json(out / "metrics.json", result)
-            cells = [[name, *map(percent, row.values())] for name, row in rows.items()]
-            print(format_table(["prompt of seed", "top-1", "per class"], cells))
-            print(f"the prompt is that of seed {result['kept_seed']}")
+            print(f"accuracy on {count} held-out regions by seed: {seeds}; the best is {best}")
         return result
 
     def score(self, result: dict) -> list[float]:
-        return [result["seeds"][str(result["kept_seed"])]["per_class"] or 0.0]
+        return [result["seeds"][result["best_seed"]] or 0.0]
 
 
 class RegionSamples(EndlessSamples):
@@ -173,28 +146,21 @@ class RegionSamples(EndlessSamples):
         rng = np.random.default_rng(self.seed)
         self.items = []  # (image, label map, class)
         for i, category in enumerate(data.trained):
-            images = rng.permutation(np.flatnonzero(counts[:, category] > 0)).tolist()
+            images = rng.permutation(np.flatnonzero(counts[:, category] > 0))
             aside = min(config.prompts.held_out, len(images) // 5)
-            last = aside + config.prompts.samples_per_class
-            chosen = images[:aside] if held_out else images[aside:last]
-            self.items += [(*pairs[image], i) for image in chosen]
-        if not self.items and not held_out:
-            why = "no training image shows a class that is trained on"
-            raise UserError(f"data set {config.data.name}", why, "check it")
+            most = config.prompts.samples_per_class
+            images = images[:aside] if held_out else images[aside:][:most]
+            self.items += [(*pairs[image], i) for image in images]
 
     def load(self, n: int) -> tuple[Tensor, int]:
         image_file, label_file, category = self.item(n)
         image = read_image(image_file, turn=self.turn)
-        mask = read_labels(label_file, self.lut, image.size) == category
-        y, x = np.nonzero(mask)
-        pixels = np.dstack([image, mask])[y.min() : y.max() + 1, x.min() : x.max() + 1]
-        region = to_tensor(pixels)
+        mask = Image.fromarray(read_labels(label_file, self.lut, image.size) == category)
+        box = mask.getbbox()
+        region = to_tensor(np.dstack([image.crop(box), mask.crop(box)]))
         if self.held_out:
             return region, category
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(mix_seed(self.seed, 6, n))
-            top, left, h, w = RandomResizedCrop.get_params(region, (0.08, 1), (3 / 4, 4 / 3))
-            mirrored = torch.rand(()) < 0.5
-        part = region[:, top : top + h, left : left + w]
+        torch.manual_seed(mix_seed(self.seed, 6, n))
+        part = crop(region, *RandomResizedCrop.get_params(region, (0.08, 1), (3 / 4, 4 / 3)))
         region = part if part[3].any() else region
-        return (region.flip(-1) if mirrored else region).contiguous(), category
+        return RandomHorizontalFlip()(region).contiguous(), category

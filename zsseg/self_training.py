@@ -2,21 +2,20 @@
 the pixels that training ignores.
 """
 
-from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from zsseg.config import Config, load_config
-from zsseg.data import TestImages, batches, label_counter
-from zsseg.datasets import DataSet, dataset, find_pairs
+from zsseg.config import Config
+from zsseg.data import TestImages, batches
+from zsseg.datasets import dataset
 from zsseg.distributed import Process
 from zsseg.per_pixel import OneStage
-from zsseg.utils import UserError, digest, parallel, print_main, progress, read_text, write_json
+from zsseg.utils import UserError, digest, print_main, progress, write_json
 from zsseg.visualize import save_label_map
-from zsseg.weights import load_checkpoint, load_segmenter
+from zsseg.weights import checkpoint_and_config, load_segmenter
 
 
 def fill_ignored(
@@ -39,34 +38,27 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
     the folder.
 
     A run that is stopped here has no last.pt yet: the same command, without --resume, continues.
-    Seen pixels keep their label; no pixel of an unseen class is read. `folder`/counts.json contains
-    the number of pixels of each class. Raises UserError for maps that were made from something
-    else, and for a teacher that finds no unseen class.
+    Seen pixels keep their label; no pixel of an unseen class is read. Raises UserError for maps
+    that were made from something else.
     """
     data = dataset(config.data)
+    train = config.train
     if not data.unseen or config.data.train_on != "all":
         todo = 'use a data set with a split and data.train_on = "all"'
         raise UserError("train.teacher", "fills in unseen classes", todo)
-    pairs = find_pairs(config.data, root, "train")
-    files = [folder / f"{i:06}.png" for i in range(len(pairs))]
-    process.broadcast(lambda: check_origin(config, pairs, folder))
-    missing = [i for i, file in enumerate(files) if not file.exists()]
-    process.wait()  # until no process is still listing the folder
-    if not missing and (folder / "counts.json").exists():
-        return folder
-
-    content = load_checkpoint(config.train.teacher, "train.teacher")
-    settings = load_config(base=content.get("config", asdict(config)))
-    teacher = load_segmenter(content, settings, root, config.train.teacher)
-    teacher.to(process.device).eval().set_classes(data.names, data.seen)
     lut = data.lut()
     lut[data.lut(training=True) == data.ignore] = data.ignore  # unseen classes are not read
     images = TestImages(config.data, root, "train", lut=lut)
-    least = config.train.min_probability
+    missing = process.broadcast(lambda: missing_maps(config, images, folder))
+
+    content, settings = checkpoint_and_config(train.teacher, None, [])
+    teacher = load_segmenter(content, settings, root, train.teacher).to(process.device).eval()
+    teacher.set_classes(data.names, data.seen)
+    count = torch.zeros(1, device=process.device)  # of pixels filled in
     numbers = missing[process.rank :: process.world_size]
-    items = batches(images, numbers, None, config.data.workers)
-    items = progress(items, "pseudo labels", len(numbers), process.is_main)
-    for i, ([image], labels, _) in zip(numbers, items, strict=True):
+    samples = batches(images, numbers, None, config.data.workers)
+    samples = progress(samples, "pseudo labels", len(numbers), process.is_main)
+    for number, ([image], labels, _) in zip(numbers, samples, strict=True):
         image = image.to(process.device)
         labels = labels.to(process.device)
         size = tuple(labels.shape)
@@ -76,45 +68,25 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
             else:
                 proposals = teacher.propose(image)
                 scores = teacher.score_map(teacher.ensemble(proposals), proposals, size)
-        labels = fill_ignored(labels, scores, ~teacher.seen, least, data.ignore)
-        save_label_map(labels, files[i], len(data.names))
-    process.wait()
-    process.broadcast(lambda: count_pixels(files, data, config.data.workers))
+        filled = fill_ignored(labels, scores, ~teacher.seen, train.min_probability, data.ignore)
+        count += (filled != labels).sum()
+        save_label_map(filled, folder / f"{number:06}.png", len(data.names))
+    print_main(f"pseudo labels: {int(process.sum(count))} pixels filled in")
     return folder
 
 
-def check_origin(config: Config, pairs: list[tuple[Path, Path]], folder: Path) -> None:
-    """Write what the label maps depend on to `folder`/made_with.json; UserError if those in the
-    folder depend on something else. Without the teacher, its label maps may still be used.
+def missing_maps(config: Config, images: TestImages, folder: Path) -> list[int]:
+    """The numbers of the images without a label map; UserError if those in the folder depend on
+    something else.
     """
-    clip = replace(config.clip, crop_batch_size=1)  # of a teacher that brings no configuration
-    sizes = (config.data.test_short_edge, config.data.max_size, config.data.exif_turn)
-    settings = [dataset(config.data), sizes, clip, config.train.min_probability]
-    made_with = [digest(settings, chain(*pairs))]
-    if Path(config.train.teacher).exists():
-        made_with.append(digest("", [config.train.teacher]))
-    file = folder / "made_with.json"
-    if not file.exists() and not any(folder.glob("*.png")):
-        write_json(file, made_with)
-    what = f"pseudo labels ({file})"
-    todo = "delete the folder, or give another --out"
-    text = read_text(file, what, todo)
-    if any(part not in text for part in made_with):
+    data = config.data
+    settings = [dataset(data), data.test_short_edge, data.max_size, data.exif_turn]
+    settings.append(config.train.min_probability)
+    files = [config.train.teacher, *chain(*images.pairs)]
+    mark = folder / f"{digest(settings, files)}.json"
+    if folder.exists() and not mark.exists():
         why = "were made by another teacher, with other settings or from other images"
-        raise UserError(what, why, todo)
-
-
-def count_pixels(files: list[Path], data: DataSet, workers: int) -> None:
-    """Print the share of each unseen class, and write the pixels of every class to counts.json.
-    Raises UserError for a broken map, and if no pixel has an unseen class.
-    """
-    C = len(data.names)
-    count = label_counter(replace(data, values=list(range(C)), bits=8 if C <= 255 else 16))
-    total = sum(parallel(count, files, workers, "count pseudo labels")).tolist()
-    counts = dict(zip([*data.names, "unlabelled"], total, strict=True))
-    for name in [*data.unseen, "unlabelled"]:
-        print_main(f"pseudo labels: {100 * counts[name] / sum(total):6.2f}% {name}")
-    if not any(counts[name] for name in data.unseen):
-        why = "filled no pixel with an unseen class"
-        raise UserError("train.teacher", why, "lower train.min_probability, or train it longer")
-    write_json(files[0].with_name("counts.json"), counts)
+        todo = "delete the folder, or give another --out"
+        raise UserError(f"pseudo labels {folder}", why, todo)
+    write_json(mark, config.train.teacher)
+    return [i for i in range(len(images)) if not (folder / f"{i:06}.png").exists()]

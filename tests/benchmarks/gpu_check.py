@@ -30,8 +30,7 @@ STEPS = {
     "bench.log": (130, "-m tests.benchmarks.kernels --csv {out}/bench.csv"),
     "ladder.log": (
         200,
-        "-m tests.benchmarks.ladder --rounds 1 --csv {out}/ladder.csv --plot {out}/ladder.svg "
-        "--rows " + " ".join(LADDER),
+        "-m tests.benchmarks.ladder --rounds 1 --csv {out}/ladder.csv --rows " + " ".join(LADDER),
     ),
 }
 

@@ -1,13 +1,12 @@
 """End to end from the plain version to the fastest, one optimisation more in every row.
 
-    python -m tests.benchmarks.ladder [--rounds 3] [--csv FILE] [--plot FILE.svg] [--train]
-        [--regions] [--device cuda]
+    python -m tests.benchmarks.ladder [--rounds 3] [--csv FILE] [--train] [--device cuda]
 
 Inference: an image of soft colours, R101c, ViT-B/16, 100 live regions, random weights, from the
 decoded image to the label map at its own size; last, what bf16 and torch.compile give without
-kernels, to compare with. With --train, a training step of R50 as well; with --regions, the one-pass
-region classifier. Every row runs in a process of its own, in turn for every round; medians are
-printed, with the share of pixels whose label is that of the first row.
+kernels, to compare with, and the one-pass region classifier. With --train, a training step of R50 as
+well. Every row runs in another process, in turn for every round; medians are printed, with the share
+of pixels whose label is that of the first row.
 """
 
 import argparse
@@ -29,7 +28,6 @@ from tests.benchmarks.kernels import bounds, machine, measure
 
 INFERENCE = ("plain", "isa", "kernels", "bf16", "compile")
 TRAINING = ("plain", "kernels", "bf16", "compile")
-REGIONS = ("crops", "pool")  # with everything that this device has by default
 WHAT = {
     "plain": "plain eager fp32 (on a CPU: held to AVX2)",
     "isa": "+ all instructions that the processor has",
@@ -37,8 +35,7 @@ WHAT = {
     "bf16": "+ bf16 autocast",
     "compile": "+ torch.compile",
     "baseline": "the same without Triton kernels: bf16 and torch.compile of plain PyTorch",
-    "crops": "all 100 crops through CLIP",
-    "pool": "one pass of CLIP, dense features pooled under the masks",
+    "pool": "one pass of CLIP, dense features pooled under the masks, with all of these",
 }
 # Left out on these, unless asked for.
 ELSEWHERE = {"cpu": ("kernels", "compile", "baseline"), "cuda": ("isa",)}
@@ -95,10 +92,9 @@ def inference(done: set[str], args: argparse.Namespace) -> dict:
     from zsseg.weights import assemble
 
     process = init_distributed(args.device)
-    part, way = args.row.split(":")
     cuda = process.device.type == "cuda"
     bf16 = "on" if "bf16" in done else "off"
-    regions = way if part == "regions" else "crops"
+    regions = "pool" if args.row == "inference:pool" else "crops"
     settings = ["clip.prompt=single", f"model.bf16={bf16}", f"clip.regions={regions}"]
     config = load_config(None, settings)
     segmenter = assemble(config, random_clip()).to(process.device).eval()
@@ -206,29 +202,13 @@ def peak(cuda: bool) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def plot(rows: list[dict], file: Path) -> None:
-    """Bars of images a second, as SVG."""
-    top, height = max(float(r["per_second"]) for r in rows), 26
-    size = f'width="900" height="{height * len(rows) + 40}" font-family="sans-serif"'
-    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-size="12">']
-    lines += [f'<text x="8" y="18">images a second, {rows[0]["device"]}</text>']
-    for i, row in enumerate(rows):
-        y, length = 30 + height * i, 330 * float(row["per_second"]) / top
-        lines.append(
-            f'<text x="8" y="{y + 14}">{row["part"]}: {WHAT[row["row"]][:70]}</text>'
-            f'<rect x="500" y="{y}" height="20" width="{length:.1f}" fill="#4477aa"/>'
-            f'<text x="{505 + length:.1f}" y="{y + 14}">{row["per_second"]}</text>'
-        )
-    file.write_text("\n".join([*lines, "</svg>"]) + "\n")
-
-
 def optimisations(row: str, device: str) -> set[str]:
     """All that a row has."""
     part, name = row.split(":")
     names = TRAINING if part == "training" else INFERENCE
     if name == "baseline":
         return set(names) - {"plain", "kernels"}
-    if part == "regions":
+    if name == "pool":
         name = "isa" if device == "cpu" else "compile"
     return set(names[: names.index(name) + 1]) - {"plain"}
 
@@ -275,14 +255,11 @@ def summary(row: str, found: dict[str, list[dict]], folder: Path) -> dict[str, o
     }
 
 
-def write(table: list[dict], file: Path | None, image: Path | None) -> None:
-    if file:
-        with open(file, "w", newline="") as out:
-            writer = csv.DictWriter(out, table[0])
-            writer.writeheader()
-            writer.writerows(table)
-    if image:
-        plot(table, image)
+def write(table: list[dict], file: Path) -> None:
+    with open(file, "w", newline="") as out:
+        writer = csv.DictWriter(out, table[0])
+        writer.writeheader()
+        writer.writerows(table)
 
 
 def parse() -> argparse.Namespace:
@@ -292,10 +269,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--train", action="store_true", help="a training step, too")
-    parser.add_argument("--regions", action="store_true", help="the region classifiers, too")
     parser.add_argument("--rows", nargs="+", help="only these, e.g. inference:plain inference:bf16")
     parser.add_argument("--csv", type=Path)
-    parser.add_argument("--plot", type=Path)
     for i, name in enumerate(("height", "width", "words")):
         text = f"{SIZES['cpu'][i]} on a CPU, {SIZES['cuda'][i]} on a GPU"
         parser.add_argument(f"--{name}", type=int, help=text)
@@ -313,9 +288,8 @@ def main() -> None:
         measured = training if args.row.startswith("training") else inference
         print(json.dumps(measured(optimisations(args.row, args.device), args)))
         return
-    rows = [f"inference:{r}" for r in (*INFERENCE, "baseline")]
+    rows = [f"inference:{r}" for r in (*INFERENCE, "baseline", "pool")]
     rows += [f"training:{r}" for r in (*TRAINING, "baseline") if args.train]
-    rows += [f"regions:{r}" for r in REGIONS if args.regions]
     rows = args.rows or [r for r in rows if r.split(":")[1] not in ELSEWHERE[args.device]]
     found: dict[str, list[dict]] = {row: [] for row in rows}
     rate = bounds(args.device)[1] if args.device == "cuda" else ""
@@ -330,7 +304,8 @@ def main() -> None:
                 seconds = statistics.median(measured["seconds"])
                 print(f"round {number + 1}, {row}: {seconds:.4f} s", flush=True)
                 table = [summary(r, found, Path(folder)) | about for r in rows if found[r]]
-                write(table, args.csv, args.plot)  # there may be no time for the next row
+                if args.csv:  # there may be no time for the next row
+                    write(table, args.csv)
     for row in table:
         print(
             f"{row['part']:10}{WHAT[row['row']]:76}{row['seconds']:>9} s {row['times_faster']:>6}x"

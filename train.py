@@ -63,9 +63,9 @@ class SegmentTask:
         self.config = config
         self.root = root
         self.process = process
-        pseudo = None
-        if config.train.teacher:
-            pseudo = pseudo_labels(config, root, out / "pseudo", process)
+        pseudo = out / "pseudo" if config.train.teacher else None
+        if pseudo and not saved:
+            pseudo_labels(config, root, pseudo, process)
         self.segmenter = build_segmenter(config, root, saved).to(process.device)
         self.segmenter.set_classes(training_set(config.data).training_names)
         self.clip = self.segmenter.clip

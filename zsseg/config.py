@@ -156,7 +156,7 @@ class PromptsConfig:
 
 @dataclass
 class EvalConfig:
-    # also measure MaskFormer only, CLIP only, CLIP x objectness, and CLIP on the ground-truth masks
+    # also measure MaskFormer only, CLIP only and CLIP x objectness
     compare: bool = False
     # Also measure the ensemble with these weights, in the same pass.
     weights: list[Fraction] = field(default_factory=list)

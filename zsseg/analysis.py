@@ -2,20 +2,21 @@
 truth.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from zsseg.config import Config
-from zsseg.data import TestImages
 from zsseg.datasets import DataSet, dataset
 from zsseg.distributed import Process
-from zsseg.evaluate import name_gt_masks, own_images
-from zsseg.metrics import confusion, metric_table, percent, shown, summarize
+from zsseg.evaluate import own_images
+from zsseg.metrics import confusion, metric_table, percent, summarize
+from zsseg.regions import box_of
 from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError, write_json
 
@@ -40,11 +41,12 @@ def mask_iou(masks: Tensor, targets: Tensor) -> Tensor:
     return intersection / union.clamp(min=1)
 
 
-def oracle_labels(
-    segmenter: Segmenter, image: Tensor, labels: Tensor, data: DataSet, autocast: Callable
-) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """One image, uint8 [3, H, W], with its ground truth int64 [h, w]: a label map for every row of
-    ROWS, and of each ground-truth mask the best IoU, the class, and CLIP's class [T].
+def count_oracles(
+    segmenter: Segmenter, image: Tensor, labels: Tensor, data: DataSet, autocast: torch.autocast
+) -> tuple[Tensor, Tensor]:
+    """Of one image, uint8 [3, H, W], with its ground truth int64 [h, w]: the confusion matrices of
+    ROWS and, last, of CLIP's classes of the T ground-truth masks, [5, C, C]; the best IoU of each
+    of these masks, [T].
 
     "true_classes": each ground-truth mask's proposal (best total IoU, one to one) gets its class,
     all others none. "true_masks": the pixels of a ground-truth mask get the class that its
@@ -54,55 +56,54 @@ def oracle_labels(
     """
     C = len(data.names)
     size = tuple(labels.shape)
-    with autocast():
+    small = F.interpolate(labels[None, None].float(), image.shape[1:], mode="nearest")[0].long()
+    classes = small[small != data.ignore].unique()
+    targets = small == classes[:, None, None]
+    clip_probs = None
+    with autocast:  # of the networks only
         proposals = segmenter.propose(image)
-        classes, targets, region = name_gt_masks(segmenter, image, labels, data.ignore)
+        if segmenter.clip is not None:
+            logits = segmenter.region_logits(image, targets, box_of(targets))
+            clip_probs = logits.softmax(-1)
     scores = segmenter.ensemble(proposals)
     iou = mask_iou(segmenter.binary_masks(proposals), targets)
-    matched = linear_sum_assignment(-iou.cpu().numpy())
-    query, target = (torch.from_numpy(index).to(image.device) for index in matched)
-    overlaps = iou[query, target] > 0
+    pairs = np.stack(linear_sum_assignment(iou.cpu(), maximize=True))
+    pairs = torch.from_numpy(pairs).to(image.device)
+    query, target = pairs[:, iou[*pairs] > 0]
     true_scores = torch.zeros_like(scores)
-    true_scores[query, classes[target]] = overlaps.float()
+    true_scores[query, classes[target]] = 1
 
-    # A ground-truth mask without a proposal: only CLIP decides.
-    head = proposals.class_probs
-    if head is not None:
-        head = torch.ones(len(classes), C, device=image.device)
-        head[target[overlaps]] = proposals.class_probs[query[overlaps]]
-    on_targets = replace(
-        proposals,
-        class_probs=head,
-        clip_probs=None if proposals.clip_probs is None else region,
-        valid=torch.ones_like(classes, dtype=torch.bool),
-    )
-    predicted = segmenter.ensemble(on_targets).argmax(1)
+    on_targets = {"valid": classes >= 0}
+    if proposals.clip_probs is not None:
+        on_targets["clip_probs"] = clip_probs
+    if proposals.class_probs is not None:
+        # A ground-truth mask without a proposal: only CLIP decides.
+        head = scores.new_ones(len(classes), C)
+        head[target] = proposals.class_probs[query]
+        on_targets["class_probs"] = head
+    predicted = segmenter.ensemble(replace(proposals, **on_targets)).argmax(1)
 
     # A class without a pixel at network-input size becomes another class.
     wrong = (torch.arange(max(data.ignore, C) + 1, device=image.device) + 1) % C
-    maps = {
-        "as_is": segmenter.label_map(scores, proposals, size)[0],
-        "true_classes": segmenter.label_map(true_scores, proposals, size)[0],
-        "true_masks": wrong.scatter(0, classes, predicted)[labels],
-        "both": wrong.scatter(0, classes, classes)[labels],
-    }
-    return maps, iou.amax(0), classes, predicted if region is None else region.argmax(1)
+    maps = [
+        segmenter.label_map(scores, proposals, size)[0],
+        segmenter.label_map(true_scores, proposals, size)[0],
+        wrong.scatter(0, classes, predicted)[labels],
+        wrong.scatter(0, classes, classes)[labels],
+    ]
+    by_clip = predicted if clip_probs is None else clip_probs.argmax(1)
+    counts = [confusion(labels, found, C, data.ignore) for found in maps]
+    return torch.stack([*counts, confusion(classes, by_clip, C, data.ignore)]), iou.amax(0)
 
 
 @torch.inference_mode()
 def oracle_analysis(
-    segmenter: Segmenter,
-    config: Config,
-    root: Path,
-    process: Process,
-    split: str,
-    seen: list[int] | None = None,
+    segmenter: Segmenter, config: Config, root: Path, process: Process, split: str, seen: list[int]
 ) -> dict:
     """The metrics of every row, the recall of the proposals, and CLIP's confusions on ground-truth
     masks, over a split, in percent, None for nothing to measure; complete on the first process.
 
-    `seen`: ids of the classes that count as seen in the ensemble; None: those that the set is
-    trained on.
+    `seen`: ids of the classes that count as seen in the ensemble.
     """
     options = config.eval
     if not config.model.proposals or options.sizes or options.flip or options.window:
@@ -110,57 +111,39 @@ def oracle_analysis(
         raise UserError("--budget", "measures the proposals of one view of an image", todo)
     data = dataset(config.data)
     C = len(data.names)
-    segmenter.eval().set_classes(data.names, data.trained if seen is None else seen)
-    autocast = lambda: process.autocast(config.model.bf16)  # of the networks only
-    zeros = lambda: torch.zeros(C, C, dtype=torch.int64, device=process.device)
-    matrices = {row: zeros() for row in [*ROWS, "clip"]}
+    segmenter.eval().set_classes(data.names, seen)
+    autocast = process.autocast(config.model.bf16)
+    matrices = torch.zeros(len(ROWS) + 1, C, C, dtype=torch.int64, device=process.device)
     overlaps = []  # IoU of each ground-truth mask with its best proposal
-
-    images = TestImages(config.data, root, split)
-    own = own_images(images, process, config.data.workers, f"analyse {split}")
-    for _, [image], labels, _ in own:
-        if (labels == data.ignore).all():
-            continue
-        maps, iou, *pairs = oracle_labels(segmenter, image, labels, data, autocast)
-        for row, predicted in maps.items():
-            matrices[row] += confusion(labels, predicted, C, data.ignore)
-        matrices["clip"] += confusion(*pairs, C, -1)
+    for _, _, [image], labels in own_images(config, root, process, split, "analyse"):
+        counts, iou = count_oracles(segmenter, image, labels, data, autocast)
+        matrices += counts
         overlaps += iou.tolist()
-    for matrix in matrices.values():
-        process.sum(matrix)
+    *matrices, by_clip = process.sum(matrices)
+    overlaps = torch.tensor(process.gather(overlaps))
 
-    return summarize_oracles(matrices, torch.tensor(process.gather(overlaps)), data)
-
-
-def summarize_oracles(matrices: dict[str, Tensor], overlaps: Tensor, data: DataSet) -> dict:
-    """The result of `oracle_analysis`."""
-    C = len(data.names)
     share = lambda values: 100 * float(values.double().mean()) if len(values) else None
-    by_clip = matrices["clip"]
-    confused = (by_clip - by_clip.diag().diag()).flatten().topk(min(MAX_CONFUSIONS, C * C))
+    accuracy = summarize(by_clip, data)["pAcc"]
+    confused = by_clip.fill_diagonal_(0).flatten().topk(min(MAX_CONFUSIONS, C * C))
+    confused = torch.stack([*confused], 1).tolist()
     return {
-        **{row: summarize(matrices[row], data) for row in ROWS},
+        **{row: summarize(matrix, data) for row, matrix in zip(ROWS, matrices, strict=True)},
         "recall": {str(t): share(overlaps >= t) for t in IOU_THRESHOLDS},
         "average_best_overlap": share(overlaps),
         "masks": len(overlaps),
-        "clip_accuracy": summarize(by_clip, data)["pAcc"],
-        "confusions": [
-            [data.names[i // C], data.names[i % C], count]
-            for count, i in zip(*(part.tolist() for part in confused), strict=True)
-            if count
-        ],
+        "clip_accuracy": accuracy,
+        "confusions": [[data.names[i // C], data.names[i % C], n] for n, i in confused if n],
     }
 
 
 def write_analysis(result: dict, out: Path) -> None:
     """Write budget.json, and print the table."""
     write_json(out / "budget.json", result)
-    rows = [(title, result[row]) for row, title in ROWS.items()]
-    print(metric_table(shown(result["as_is"]), rows))
+    print(metric_table([(title, result[row]) for row, title in ROWS.items()]))
     recall = ", ".join(f"{percent(value)} at {t}" for t, value in result["recall"].items())
     best = percent(result["average_best_overlap"])
     print(f"recall of {result['masks']} ground-truth masks: {recall}; average best IoU {best}")
-    print(f"CLIP on the ground-truth masks: {percent(result['clip_accuracy'])}% right")
+    print(f"CLIP names {percent(result['clip_accuracy'])}% of them rightly")
     for name, predicted, count in result["confusions"]:
         print(f"  {count:5} x {name} predicted as {predicted}")
     print(f"-> {out / 'budget.json'}")

@@ -1,7 +1,7 @@
 """Metrics: confusion matrices, what follows from them, and the tables that show it."""
 
-from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,44 +21,32 @@ def confusion(labels: Tensor, predicted: Tensor, classes: int, ignore: int) -> T
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
-class Counts:
-    """Pixels of each class, float64 [C]: predicted rightly, of the ground truth, and predicted; and
-    from these IoU and accuracy in percent.
-    """
-
-    def __init__(self, hits: np.ndarray, gt: np.ndarray, predicted: np.ndarray, seen: list[int]):
-        self.gt = gt
-        self.iou = 100 * hits / np.maximum(gt + predicted - hits, 1)
-        self.accuracy = 100 * hits / np.maximum(gt, 1)
-        self.present = gt + predicted > 0
-        self.seen = np.isin(np.arange(len(gt)), seen)  # bool [C]
-
-    def mean_iou(self, classes: np.ndarray | bool = True) -> float | None:
-        """The original's, of some classes, bool [C]: the sum over those with ground truth, divided
-        by the number of those with ground truth or predictions.
-        """
-        return mean(self.iou, classes * (self.gt > 0), classes * self.present)
-
-
-def mean(values: np.ndarray, weights: np.ndarray, divisors=None) -> float | None:
+def mean(values: np.ndarray, weights: np.ndarray) -> float | None:
     """A mean over classes, weighted; None, not zero, if all weights are 0."""
-    total = (weights if divisors is None else divisors).sum()
-    return float((values * weights).sum() / total) if weights.any() else None
+    return float(np.average(values, weights=weights)) if weights.any() else None
+
+
+def mean_iou(counts: SimpleNamespace, classes: np.ndarray) -> float | None:
+    """The original's, of some classes, bool [C]: over those with ground truth or predictions; None
+    if none has ground truth.
+    """
+    return mean(counts.iou, classes & counts.present & (classes & (counts.gt > 0)).any())
 
 
 def harmonic_mean(seen: float | None, unseen: float | None) -> float | None:
     """0 if either is, None if one was not measured."""
     if seen is None or unseen is None:
         return None
-    return 2 * seen * unseen / (seen + unseen) if seen + unseen else 0.0
+    return 2 * seen * unseen / (seen + unseen or 1)
 
 
-# Every metric in percent, from Counts. metrics.json, wandb, tables and the page show all of them.
+# Every metric in percent, from what `summarize` counts of each class [C]. metrics.json, wandb,
+# tables and the page show all of them.
 METRICS = {
-    "mIoU_seen": lambda c: c.mean_iou(c.seen),
-    "mIoU_unseen": lambda c: c.mean_iou(~c.seen),
-    "hIoU": lambda c: harmonic_mean(c.mean_iou(c.seen), c.mean_iou(~c.seen)),
-    "mIoU": lambda c: c.mean_iou(),
+    "mIoU_seen": lambda c: mean_iou(c, c.seen),
+    "mIoU_unseen": lambda c: mean_iou(c, ~c.seen),
+    "hIoU": lambda c: harmonic_mean(mean_iou(c, c.seen), mean_iou(c, ~c.seen)),
+    "mIoU": lambda c: mean_iou(c, c.present),
     "pAcc": lambda c: mean(c.accuracy, c.gt),
     "mIoU_gt": lambda c: mean(c.iou, c.gt > 0),
     "fwIoU": lambda c: mean(c.iou, c.gt),
@@ -81,29 +69,26 @@ def summarize(matrix: Tensor, data: DataSet) -> dict:
     truth.
     """
     matrix = matrix.cpu().numpy().astype(np.float64)
-    counts = Counts(matrix.diagonal(), matrix.sum(1), matrix.sum(0), data.seen)
+    hits = matrix.diagonal()
+    gt = matrix.sum(1)  # pixels
+    union = gt + matrix.sum(0) - hits
+    iou = 100 * hits / np.maximum(union, 1)
+    accuracy = 100 * hits / np.maximum(gt, 1)
+    seen = np.isin(np.arange(len(gt)), data.seen)
+    counts = SimpleNamespace(gt=gt, iou=iou, accuracy=accuracy, present=union > 0, seen=seen)
     names = [name for name in METRICS if data.seen or name not in SPLIT]
     result = {name: METRICS[name](counts) for name in names}
-    values = (counts.iou.tolist(), counts.accuracy.tolist(), counts.gt)
+    values = [np.where(gt > 0, of_class, None) for of_class in (iou, accuracy)]
     result["per_class"] = {
-        name: {"IoU": iou, "Acc": accuracy} if gt else {"IoU": None, "Acc": None}
-        for name, iou, accuracy, gt in zip(data.names, *values, strict=True)
+        name: {"IoU": iou, "Acc": accuracy}
+        for name, iou, accuracy in zip(data.names, *values, strict=True)
     }
     return result
 
 
-def percent(value: float | None, width: int = 0) -> str:
+def percent(value: float | None) -> str:
     """A number in a table, "-" for what was not measured."""
-    return f"{'-' if value is None else format(value, '.1f'):>{width}}"
-
-
-def method(config: Config) -> str:
-    """The part of the method, or all of it, that an evaluation measures."""
-    if not config.model.proposals:
-        return "one-stage baseline"
-    if not config.clip.ensemble:
-        return PARTS["head_only"]
-    return "ensemble" if config.clip.ensemble_weight else PARTS["clip_only"]
+    return "-" if value is None else f"{value:.1f}"
 
 
 def shown(result: dict) -> list[str]:
@@ -111,55 +96,31 @@ def shown(result: dict) -> list[str]:
     return [k for k in METRICS if k in result and not ("hIoU" in result and k in DETAILS)]
 
 
-def rows(result: dict, config: Config) -> tuple[list[str], list[tuple[str, dict]]]:
-    """The metrics that a table shows, and its rows (title, metrics): the method's parts, and last
-    the evaluation itself.
-    """
-    weights = {k: k.replace("weight_", "ensemble, weight ") for k in result if "weight_" in k}
-    name = method(config)
-    titles = PARTS | weights
-    parts = [(title, result[k]) for k, title in titles.items() if k in result and title != name]
-    return shown(result), [*parts, (name, result)]
+def rows(result: dict) -> list[tuple[str, dict]]:
+    """The rows of a table (title, metrics): the method's parts, and last the evaluation itself."""
+    parts = [(PARTS.get(k, k), v) for k, v in result.items() if k in PARTS or "weight_" in k]
+    return [*parts, ("as configured", result)]
 
 
-def metric_table(keys: list[str], rows: Iterable[tuple[str, dict]]) -> str:
+def metric_table(rows: list[tuple[str, dict]]) -> str:
     """Metrics side by side: rows (title, {metric: percent})."""
-    heads = ["", *(key.removeprefix("mIoU_") for key in keys)]
-    return format_table(heads, ([title, *(percent(r[key]) for key in keys)] for title, r in rows))
-
-
-def table(result: dict, config: Config) -> str:
-    """The metrics as lines of text: those of each part side by side, then every class."""
-    lines = [metric_table(*rows(result, config))]
-    if clip := result.get("clip_true_masks"):
-        values = {k.removeprefix("accuracy_"): v for k, v in clip.items() if k != "regions"}
-        shown = ", ".join(f"{name} {percent(value)}" for name, value in values.items())
-        lines.append(f"CLIP on the ground-truth masks ({clip['regions']}): {shown}")
-    unseen = dataset(config.data).unseen
-    cells = [
-        f"{name[:15] + ' *' * (name in unseen):17} {percent(v['IoU'], 5)}"
-        for name, v in result["per_class"].items()
-    ]
-    lines += ["", "IoU of each class" + " (* unseen)" * bool(unseen)]
-    lines += ["  ".join(cells[i : i + 4]) for i in range(0, len(cells), 4)]
-    return "\n".join(lines)
+    keys = shown(rows[-1][1])
+    heads = [key.removeprefix("mIoU_") for key in keys]
+    cells = [[title, *(percent(result[key]) for key in keys)] for title, result in rows]
+    return format_table(["", *heads], cells)
 
 
 def report(result: dict, config: Config, out: Path) -> None:
-    """Print the table of an evaluation, and what does not count in it, and write metrics.json."""
-    data = dataset(config.data)
-    print(table(result, config))
-    without = [name for name, values in result["per_class"].items() if values["IoU"] is None]
-    if without:
-        count = f"{len(without)} of {len(data.names)} classes"
-        names = join_some(without, 20)
-        print(f"not measured, without a pixel of ground truth: {count}: {names}")
+    """Print the IoU of every class, what does not count, and the metrics; write metrics.json."""
+    unseen = dataset(config.data).unseen
+    ious = {name: values["IoU"] for name, values in result["per_class"].items()}
+    cells = [[name + " *" * (name in unseen), percent(iou)] for name, iou in ious.items()]
+    print(format_table(["class (*: unseen)", "IoU"], cells))
+    if without := [name for name, iou in ious.items() if iou is None]:
+        print(f"not measured, without a pixel of ground truth: {join_some(without, 20)}")
     if result["ignored"] >= 0.05:
         print(f"{result['ignored']:.1f}% of the pixels have no class and do not count")
-    images = result["images"]
-    split = config.data.split
-    published = data.counts.get(split, images)
-    note = f" (the published {split} split has {published})" if published != images else ""
-    speed = f"{result['images_per_second']:.2f} images/s"
+    print(metric_table(rows(result)))
     write_json(out / "metrics.json", result)  # last: the numbers have cost more than a file
-    print(f"{images} images{note}, {speed} -> {out / 'metrics.json'}")
+    speed = f"{result['images_per_second']:.2f} images/s"
+    print(f"{result['images']} images, {speed} -> {out / 'metrics.json'}")

@@ -13,7 +13,7 @@ from zsseg.config import Config
 from zsseg.datasets import dataset
 from zsseg.distributed import Process
 from zsseg.log import read_lines
-from zsseg.metrics import rows
+from zsseg.metrics import rows, shown, summarize
 from zsseg.utils import atomic_write, git_commit
 from zsseg.visualize import base64_image, comparison_strip, palette
 
@@ -51,22 +51,13 @@ class Report:
         without any, it is left out.
         """
         self.matrix += matrix
-        matrix = matrix.cpu().numpy()
-        has_gt = matrix.any(1)
-        if not has_gt.any():
+        score = summarize(matrix, self.data)["mIoU_gt"]
+        if score is None:
             return
-        iou = matrix.diagonal() / unions(matrix)
-        score = 100 * float(iou[has_gt].mean())
-        place = bisect.bisect(self.cards, (score, number))
-        if MAX_CARDS <= place <= len(self.cards) - MAX_CARDS:
-            return  # neither among the worst nor among the best
-        C = len(iou)
-        labels = labels.where(labels != self.data.ignore, C)
-        strip = comparison_strip(image.cpu(), labels.cpu(), predicted.cpu(), C)
-        picture = base64_image(Image.fromarray(strip), "PNG")
-        classes = np.flatnonzero(has_gt | matrix.any(0)).tolist()
-        card = {"name": name, "picture": picture, "classes": classes}
-        self.cards.insert(place, (score, number, card))
+        strip = comparison_strip(image, labels, predicted, len(matrix))
+        classes = (matrix.sum(0) + matrix.sum(1)).nonzero()[:, 0].tolist()
+        card = {"name": name, "picture": base64_image(Image.fromarray(strip)), "classes": classes}
+        bisect.insort(self.cards, (score, number, card))
         del self.cards[MAX_CARDS:-MAX_CARDS]
 
     def write(self, result: dict, checkpoint: Path, step: int | None, out: Path) -> None:
@@ -78,18 +69,16 @@ class Report:
         if not self.process.is_main:
             return
         data = self.data
-        keys, table = rows(result, self.config)
-        split = f"{data.name}, {self.config.data.split} split"
-        images = f"{split}, {result['images']} images"
-        facts = [f"{checkpoint}, step {step}", images, f"commit {git_commit()}"]
+        images = f"{data.name}, {self.config.data.split} split, {result['images']} images"
+        keys = shown(result)
         page = {
-            "facts": facts,
+            "facts": [f"{checkpoint}, step {step}", images, f"commit {git_commit()}"],
             "classes": data.names,
             "unseen": data.unseen,
             "colours": palette(len(data.names)).tolist(),
             "per_class": [values["IoU"] for values in result["per_class"].values()],
             "keys": keys,
-            "rows": [(title, [values[key] for key in keys]) for title, values in table],
+            "rows": [(title, [values[key] for key in keys]) for title, values in rows(result)],
             "confusions": confusions(matrix),
             "curves": curves(checkpoint.parent / "metrics.jsonl"),
             "worst": cards[:MAX_CARDS],
@@ -102,16 +91,12 @@ class Report:
         print(f"-> {out / 'report.html'}")
 
 
-def unions(matrix: np.ndarray) -> np.ndarray:
-    """The pixels of each class that are true or predicted [C], or 1, from a confusion matrix."""
-    return np.maximum(matrix.sum(0) + matrix.sum(1) - matrix.diagonal(), 1)
-
-
 def confusions(matrix: np.ndarray) -> list[list[float]]:
-    """The pixels [C, C] whose confusion costs most: (class, predicted as, pixels, by how many
+    """The pixels of [C, C] whose confusion costs most: (class, predicted as, pixels, by how many
     points the class's IoU would rise if they were right).
     """
-    gain = 100 * matrix / unions(matrix)[:, None]
+    union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
+    gain = 100 * matrix / np.maximum(union, 1)[:, None]
     np.fill_diagonal(gain, 0)
     worst = np.argsort(-gain, axis=None, kind="stable")[:MAX_CONFUSIONS]
     i, j = np.unravel_index(worst, gain.shape)

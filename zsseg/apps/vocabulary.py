@@ -3,18 +3,16 @@
 import itertools
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from zsseg.config import Config
-from zsseg.utils import UserError, expand_path, no_such_file, plural, print_main, read_text
+from zsseg.utils import UserError, expand_path, read_text
 
 OTHER = "other"  # what background words are shown as
 MAX_CLASSES = 2**16 - 1  # that a label map of 16 bits has room for
-FULL_WIDTH = str.maketrans("，；：＝、\r", ",;:=,\n")
-BACKGROUND = re.compile(rf"(?:^|[,;\n])\s*{OTHER}s?\s*:", re.IGNORECASE)
-FILE = re.compile(r"(~|\.{0,2}/)[^,;=\n]*|[^,;=\n]*\.\w{2,5}")
-# Brackets, quotes, tabs, comments behind a name, numbers or dashes before it.
-NO_NAME = re.compile(r"""[][{}<>"|\t]|\s#|^['`-]|^\d+[.:)]\s""")
+BACKGROUND = re.compile(rf"\b{OTHER}s?\s*:", re.IGNORECASE)
+# Paths, names of files, brackets, quotes, tabs, comments behind a name, numbers or dashes before it
+NO_NAME = re.compile(r"""^[~./]|\.\w{2,5}$|[][{}<>"|\t]|\s#|^['`-]|^\d+[.:)]\s""")
 
 
 @dataclass
@@ -24,14 +22,14 @@ class Words:
     """
 
     names: list[str]
-    synonyms: dict[str, list[str]]  # {name: other words for it}: their text features are averaged
-    shown: int
+    # {name: other words for it}: their text features are averaged
+    synonyms: dict[str, list[str]] = field(default_factory=dict)
+    shown: int = MAX_CLASSES
 
     @property
     def shown_names(self) -> list[str]:
         """The names of the ids in a label map."""
-        has_background = self.shown < len(self.names)
-        return self.names[: self.shown] + [OTHER] * has_background
+        return self.names[: self.shown] + [OTHER] * (self.shown < len(self.names))
 
     def among(self, trained: list[str]) -> list[int]:
         """The ids of the words that are among the names of trained classes, however they are spaced
@@ -43,9 +41,8 @@ class Words:
         return [i for i, names in enumerate(texts) if seen & set(map(normalise, names))]
 
 
-def words_of(data) -> Words:
-    """The classes of a `datasets.DataSet`."""
-    return Words(data.names, {}, len(data.names))
+def words_of(data) -> Words:  # until eval.py has changed
+    return Words(data.names)
 
 
 def trained_names(content: dict, config: Config) -> list[str]:
@@ -66,15 +63,13 @@ def trained_names(content: dict, config: Config) -> list[str]:
 def seen_classes(data, content: dict, config: Config) -> list[int]:
     """The class ids of a measured `datasets.DataSet` that count as seen.
 
-    Of the user's own data those whose names were trained on, as for any words. Of a data set of the
-    table, those of the training if it is the same, else those of its own split; without a split all
-    of its classes are unseen.
+    Of the user's own data, and of the set that a checkpoint of ours was trained on, those whose
+    names were trained on, as for any words. Of another set those of its own split; without a split
+    all of its classes are unseen.
     """
-    trained = trained_names(content, config)
-    if data.name == "folder":
-        return words_of(data).among(trained)
-    if "trained" in content and content["config"]["data"]["name"] == data.name:
-        return [i for i, name in enumerate(data.names) if name in trained]
+    own = "trained" in content and content["config"]["data"]["name"] == data.name
+    if own or data.name == "folder":
+        return Words(data.names).among(trained_names(content, config))
     return data.seen
 
 
@@ -91,18 +86,10 @@ def read_words(text: str) -> Words:
     what looks like the name of a file or a list in another format.
     """
     file = expand_path(text.strip())
+    if not os.path.isfile(file):
+        return parse_words(text)
     todo = "give a text file, or the words themselves"
-    if os.path.isfile(file):
-        print_main(f"--classes: words from the file {file}")
-        words = parse_words(read_text(file, f"--classes {file}", todo), in_file=True)
-    elif FILE.fullmatch(text.strip()):
-        raise no_such_file(f"--classes {text}", file, todo)
-    else:
-        words = parse_words(text)
-    if len(words.names) == 1:
-        todo = f"separate names by commas, or add '; {OTHER}: ...' for what is something else"
-        print_main(f"1 class, which every pixel gets: {words.names[0]!r} ({todo})")
-    return words
+    return parse_words(read_text(file, f"--classes {file}", todo), in_file=True)
 
 
 def parse_words(text: str, in_file: bool = False) -> Words:
@@ -110,32 +97,29 @@ def parse_words(text: str, in_file: bool = False) -> Words:
     commas, semicolons and line breaks; in several lines, or `in_file`, the commas of a line that
     begins with `name =` separate its synonyms.
     """
-    from zsseg.tokenizer import check_names  # imports torch
-
-    text = text.translate(FULL_WIDTH).strip()
-    in_lines = in_file or "\n" in text
     classes: list[str] = []  # each: its name and, after =, its synonyms
     background: list[str] = []
-    for line in re.split("[;\n]", BACKGROUND.sub(f"\n{OTHER}:", text)):
-        if line.lstrip().startswith("#"):
+    in_lines = in_file or "\n" in text.strip()
+    for line in re.split("[;\r\n]", text):
+        if line.startswith("#"):
             continue
-        if line.startswith(f"{OTHER}:"):
-            background += re.split("[,=]", line.removeprefix(f"{OTHER}:"))
-        elif in_lines and "=" in line.partition(",")[0]:
-            classes.append(line.replace(",", "="))
-        else:
-            classes += line.split(",")
-    clean = lambda words: [" ".join(re.split(" +", w.strip())) for w in words if w.strip()]
-    rows = [row for row in (clean(entry.split("=")) for entry in classes) if row]
-    background = clean(background)
+        line, *other = BACKGROUND.split(line)
+        background += ",".join(other).split(",")
+        if in_lines and "=" in line.partition(",")[0]:
+            line = line.replace(",", "=")
+        classes += line.split(",")
+    rows = [[word.strip() for word in entry.split("=") if word.strip()] for entry in classes]
+    rows = [row for row in rows if row]
+    background = [word.strip() for word in background if word.strip()]
     if not 0 < len(rows) <= MAX_CLASSES:
-        why = f"contain {plural(len(rows), 'name')}"
-        raise UserError("classes", why, f"give 1 to {MAX_CLASSES}, e.g. 'cat, dog, grass'")
-    words = [*itertools.chain(*rows), *background, *[OTHER] * bool(background)]
-    for word in words:
-        if NO_NAME.search(word) or FILE.fullmatch(word):
-            todo = "write only names: cat, dog, grass"
-            raise UserError(f"class {word!r}", "is a file or a list in another format", todo)
+        todo = f"give 1 to {MAX_CLASSES}, e.g. 'cat, dog, grass'"
+        raise UserError("classes", f"are {len(rows)}", todo)
+    words = [*itertools.chain(*rows), *background]
+    for word in filter(NO_NAME.search, words):
+        why = "is no name, but a file or a list in another format"
+        raise UserError(f"class {word!r}", why, "check the path, or write names: cat, dog, grass")
+    from zsseg.tokenizer import check_names  # imports torch
+
     check_names(words, "class")
     synonyms = {name: others for name, *others in rows if others}
     return Words([row[0] for row in rows] + background, synonyms, len(rows))

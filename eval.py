@@ -37,7 +37,7 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
-from zsseg.apps.vocabulary import read_words, seen_classes, trained_names, words_of
+from zsseg.apps.vocabulary import Words, read_words, seen_classes, trained_names
 from zsseg.config import CONFIGS, Config, load_config
 from zsseg.utils import (
     UserError,
@@ -155,7 +155,7 @@ def use_words(args: Namespace, content: dict, config: Config, process) -> None:
     if words is None:
         from zsseg.datasets import dataset
 
-        words = words_of(dataset(config.data))
+        words = Words(dataset(config.data).names)
     trained = trained_names(content, config)
     if args.serve is not None:
         from zsseg.apps.serve import Session, open_server

@@ -68,13 +68,6 @@ def importing(files: list[Path], *packages: str) -> list[str]:
 # --- imports
 
 
-def test_the_rooms():
-    """Folders with programs are these."""
-    folders = {f.parent for f in ROOT.glob("*/**/*.py") if f.relative_to(ROOT).parts[0] != "tests"}
-    folders = {f for f in folders if not any(p.startswith(".") for p in f.relative_to(ROOT).parts)}
-    assert folders == {ROOT / name for name in ("kernels", "zsseg", "zsseg/apps", "zsseg/prepare")}
-
-
 def test_kernels_know_nothing_of_the_rest():
     assert not importing(KERNELS, "zsseg", "tests", "train", "eval", "prepare_data")
 
@@ -180,14 +173,6 @@ def test_nobody_writes_into_another_s_object():
     attributes of parameters and of imported modules and classes, not through further names.
     """
     found = [line for file in (*PROGRAM, *KERNELS) for line in writes(file)]
-    assert not found, found
-
-
-def test_no_global_is_written():
-    """A module's names are set when it is imported."""
-    files = (*PROGRAM, *KERNELS)
-    nodes = [(file, node) for file in files for node in ast.walk(tree(file))]
-    found = [place(file, node) for file, node in nodes if isinstance(node, ast.Global)]
     assert not found, found
 
 

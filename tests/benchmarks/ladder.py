@@ -1,12 +1,11 @@
 """End to end from the plain version to the fastest, one optimisation more in every row.
 
-    python -m tests.benchmarks.ladder [--rounds 3] [--csv FILE] [--train] [--device cuda]
+    python -m tests.benchmarks.ladder [--rows inference:plain training:bf16 ...] [--csv FILE]
 
 Inference: an image of soft colours, R101c, ViT-B/16, 100 live regions, random weights, from the
 decoded image to the label map at its own size; last, what bf16 and torch.compile give without
-kernels, to compare with, and the one-pass region classifier. With --train, a training step of R50 as
-well. Every row runs in another process, in turn for every round; medians are printed, with the share
-of pixels whose label is that of the first row.
+kernels, to compare with, and the one-pass region classifier. Training: steps of R50. Every row runs
+in another process; the share of pixels whose label is that of the first row is printed, too.
 """
 
 import argparse
@@ -14,17 +13,17 @@ import csv
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean, median
 
 import torch
 import torch.nn.functional as F
 
-from tests.benchmarks.kernels import bounds, machine, measure
+from tests.benchmarks.kernels import machine, measure
 
 INFERENCE = ("plain", "isa", "kernels", "bf16", "compile")
 TRAINING = ("plain", "kernels", "bf16", "compile")
@@ -37,6 +36,8 @@ WHAT = {
     "baseline": "the same without Triton kernels: bf16 and torch.compile of plain PyTorch",
     "pool": "one pass of CLIP, dense features pooled under the masks, with all of these",
 }
+ROWS = [f"inference:{name}" for name in (*INFERENCE, "baseline", "pool")]
+ROWS += [f"training:{name}" for name in (*TRAINING, "baseline")]
 # Left out on these, unless asked for.
 ELSEWHERE = {"cpu": ("kernels", "compile", "baseline"), "cuda": ("isa",)}
 HELD = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -86,7 +87,7 @@ def random_clip():
 
 
 def inference(done: set[str], args: argparse.Namespace) -> dict:
-    """Seconds of every round for one row; `done` holds the optimisations up to it."""
+    """Seconds an image; `done` holds the optimisations up to this row."""
     from zsseg.config import load_config
     from zsseg.distributed import init_distributed
     from zsseg.weights import assemble
@@ -127,13 +128,12 @@ def inference(done: set[str], args: argparse.Namespace) -> dict:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - started) / len(images))
     torch.save([m.to(torch.int16).cpu() for m in maps], args.maps)
-    labels = len(torch.cat([m.flatten() for m in maps]).unique())
-    found = {"seconds": times, "regions": valid, "memory": peak(cuda), "labels": labels}
+    found = {"seconds": median(times), "regions": valid, "peak_MiB": peak(cuda)}
     if cuda:
         crops = torch.randn(100, 3, 224, 224, device=process.device)
         with torch.inference_mode(), process.autocast(config.model.bf16):
             (_, milliseconds, _), _ = measure(lambda: segmenter.clip.encode_image(crops), "cuda")
-        found["tower"] = 3.27e3 / milliseconds  # TFLOP/s: 32.7 GFLOP a crop
+        found["tower_TFLOP_per_s"] = 3.27e3 / milliseconds  # 32.7 GFLOP a crop
     return found
 
 
@@ -192,7 +192,7 @@ def training(done: set[str], args: argparse.Namespace) -> dict:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - started) / (8 * B if cuda else B))
     assert torch.isfinite(loss)
-    return {"seconds": times, "regions": B, "memory": peak(cuda)}
+    return {"seconds": median(times), "regions": B, "peak_MiB": peak(cuda)}
 
 
 def peak(cuda: bool) -> float:
@@ -231,35 +231,12 @@ def run_row(row: str, args: argparse.Namespace, folder: Path) -> dict | None:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def summary(row: str, found: dict[str, list[dict]], folder: Path) -> dict[str, object]:
-    """Medians of a row over the rounds, beside the first row of its part."""
-    part, name = row.split(":")
-    first = next(r for r in found if found[r] and r.startswith(part))
-    median = lambda r: statistics.median(s for f in found[r] for s in f["seconds"])
-    last, equal = found[row][-1], ""
-    if part != "training":
-        ours, base = (torch.load(folder / f"{r}.pt") for r in (row, first))
-        shares = [float((a == b).double().mean()) for a, b in zip(ours, base, strict=True)]
-        equal = f"{100 * statistics.mean(shares):.3f}"
-    return {
-        "part": part,
-        "row": name,
-        "seconds": f"{median(row):.4f}",
-        "per_second": f"{1 / median(row):.3f}",
-        "times_faster": f"{median(first) / median(row):.2f}",
-        "equal_labels_percent": equal,
-        "labels": last.get("labels", ""),
-        "peak_MiB": f"{max(f['memory'] for f in found[row]):.0f}",
-        "regions": last["regions"],
-        "tower_TFLOP_per_s": last.get("tower", ""),
-    }
-
-
-def write(table: list[dict], file: Path) -> None:
-    with open(file, "w", newline="") as out:
-        writer = csv.DictWriter(out, table[0])
-        writer.writeheader()
-        writer.writerows(table)
+def equal(row: str, first: str, folder: Path) -> float | None:
+    """Percent of the pixels whose label is that of the first row."""
+    if row.startswith("training"):
+        return None
+    pairs = zip(*(torch.load(folder / f"{r}.pt") for r in (row, first)), strict=True)
+    return 100 * mean(float((a == b).double().mean()) for a, b in pairs)
 
 
 def parse() -> argparse.Namespace:
@@ -267,9 +244,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--train", action="store_true", help="a training step, too")
-    parser.add_argument("--rows", nargs="+", help="only these, e.g. inference:plain inference:bf16")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all of this device")
     parser.add_argument("--csv", type=Path)
     for i, name in enumerate(("height", "width", "words")):
         text = f"{SIZES['cpu'][i]} on a CPU, {SIZES['cuda'][i]} on a GPU"
@@ -288,29 +263,28 @@ def main() -> None:
         measured = training if args.row.startswith("training") else inference
         print(json.dumps(measured(optimisations(args.row, args.device), args)))
         return
-    rows = [f"inference:{r}" for r in (*INFERENCE, "baseline", "pool")]
-    rows += [f"training:{r}" for r in (*TRAINING, "baseline") if args.train]
-    rows = args.rows or [r for r in rows if r.split(":")[1] not in ELSEWHERE[args.device]]
-    found: dict[str, list[dict]] = {row: [] for row in rows}
-    rate = bounds(args.device)[1] if args.device == "cuda" else ""
-    about = {"matrix_TFLOP_per_s": rate} | machine(args.device)
+    rows = args.rows or [r for r in ROWS if r.split(":")[1] not in ELSEWHERE[args.device]]
+    about = machine(args.device)
     table = []
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(args.rounds):
-            for row in rows:
-                if not (measured := run_row(row, args, Path(folder))):
-                    continue
-                found[row].append(measured)
-                seconds = statistics.median(measured["seconds"])
-                print(f"round {number + 1}, {row}: {seconds:.4f} s", flush=True)
-                table = [summary(r, found, Path(folder)) | about for r in rows if found[r]]
-                if args.csv:  # there may be no time for the next row
-                    write(table, args.csv)
-    for row in table:
-        print(
-            f"{row['part']:10}{WHAT[row['row']]:76}{row['seconds']:>9} s {row['times_faster']:>6}x"
-            f"  equal {row['equal_labels_percent']:>7}%  {row['peak_MiB']:>6} MiB"
-        )
+        for row in rows:
+            if not (found := run_row(row, args, Path(folder))):
+                continue
+            part, name = row.split(":")
+            base = next((line for line in table if line["part"] == part), found)
+            first = f"{part}:{base.get('row', name)}"
+            found |= {"part": part, "row": name, "per_second": 1 / found["seconds"]}
+            found["times_faster"] = base["seconds"] / found["seconds"]
+            found["equal_labels_percent"] = equal(row, first, Path(folder))
+            table.append(found)
+            print(f"{part:10}{WHAT[name]:85}{found['seconds']:9.4f} s", end="")
+            print(f"{found['times_faster']:7.2f}x  {found['peak_MiB']:6.0f} MiB", end="")
+            print(f"  equal {found['equal_labels_percent']} %", flush=True)
+            if args.csv:  # there may be no time for the next row
+                with open(args.csv, "w", newline="") as out:
+                    writer = csv.DictWriter(out, [*table[0], *about])
+                    writer.writeheader()
+                    writer.writerows(line | about for line in table)
 
 
 if __name__ == "__main__":

@@ -205,22 +205,6 @@ def test_the_gradient_of_a_part_of_the_layers():
     assert torch.allclose(grad, x.grad, atol=1e-7)
 
 
-@pytest.mark.gpu
-def test_more_pairs_than_a_grid_s_second_axis_takes():
-    torch.manual_seed(0)
-    L, B, Q, T = 6, 64, 256, 255
-    masks = torch.randn(L, B, Q, 2, 2, device="cuda", requires_grad=True)
-    labels = torch.randint(0, T, (B, 8, 8), device="cuda")
-    classes = torch.arange(T, device="cuda").expand(B, T)
-    matched = torch.rand(L, B, Q, device="cuda").argsort(-1)[..., :T].contiguous()
-    results = []
-    for function in (mask_loss.mask_loss, focal_and_dice):
-        found = function(masks, matched, labels, classes)
-        results.append((*found, *torch.autograd.grad(sum(x.sum() for x in found), masks)))
-    for ours, reference in zip(*results, strict=True):
-        assert torch.allclose(ours, reference, rtol=1e-4, atol=1e-6)
-
-
 def test_mask_loss_takes_label_maps_of_a_multiple_of_the_logits_size():
     masks = torch.zeros(1, 1, 1, 8, 6)
     for size in ((32, 24), (33, 24), (32, 48), (8, 6), (24, 18)):
@@ -255,15 +239,10 @@ def test_mask_pool(Q, D, grid, h, w, size, dtype, threshold, plain):
 
 def test_mask_pool_is_a_mean():
     """Of the features of the cells that a mask covers, as far as it covers them."""
-    features, logits = torch.randn(4, 5, 3), torch.full((2, 8, 10), -9.0)
+    features, logits = torch.randn(4, 5, 3), torch.full((1, 8, 10), -9.0)
     logits[0, 2:4, 4:6] = 9.0
-    logits[1, :2, 2:4] = 9.0
     pooled, valid = mask_pool.launch(*on_device(features, logits), (32, 40), 0.5)
     assert valid.all() and torch.allclose(pooled[0].cpu(), features[1, 2], atol=1e-6)
-    masks = torch.zeros(1, 32, 40)
-    masks[0, 8:16, 12:24] = 1  # a cell, and half of its neighbour
-    pooled = regions.pool_features(features, masks)
-    assert torch.allclose(pooled[0], (2 * features[1, 2] + features[1, 1]) / 3, atol=1e-6)
 
 
 # --- regions and label map
@@ -337,9 +316,8 @@ def test_semantic_map(Q, h, w, C, input_size, size):
 
 
 def test_equal_scores_give_the_first_class():
-    logits, classes = on_device(torch.zeros(2, 8, 8), torch.full((2, 40), 0.5))
-    labels, *_ = semantic_map.launch(logits, classes, (32, 32), (9, 9))
-    assert (labels == 0).all()
+    logits, classes = on_device(torch.zeros(2, 4, 4), torch.full((2, 40), 0.5))
+    assert (semantic_map.launch(logits, classes, (16, 16), (5, 5))[0] == 0).all()
 
 
 # --- operators
@@ -450,35 +428,21 @@ class Allocations(TorchDispatchMode):
                 self.seen[t.untyped_storage()._cdata] = t.untyped_storage()
         return out
 
-    def sizes(self) -> list[int]:
-        return sorted((storage.nbytes() for storage in self.seen.values()), reverse=True)
-
 
 def test_no_buffer_of_the_loss_is_larger_than_the_mask_logits():
-    """From shapes alone: batch 32, 640 x 640, up to 31 targets an image, bf16. The logits take 938
-    MiB; the only other buffer that comes near is their gradient.
+    """From shapes alone: batch 32, 640 x 640, up to 31 targets an image, bf16. The only other
+    buffer that comes near is their gradient.
     """
     sizes = compile_check.Sizes(B=32, T=31)
-    L, B, Q, h, w = sizes.L, sizes.B, sizes.Q, sizes.h, sizes.w
-    logits = 2 * L * B * Q * h * w
+    logits = 2 * sizes.L * sizes.B * sizes.Q * sizes.h * sizes.w  # bytes
     calls = compile_check.calls(sizes)
     for name in ("matching_cost", "assignment", "mask_loss", "mask_loss, backward"):
         with Allocations() as allocations:
             recorded(calls[name])
-        found = allocations.sizes()
+        found = sorted((s.nbytes() for s in allocations.seen.values()), reverse=True)
         if name == "mask_loss, backward":
             assert found.pop(0) == logits  # the gradient
         assert sum(found) < logits / 20, (name, found[:3])  # and nothing is copied
-    with FakeTensorMode(), torch.device("cuda"):
-        network = torch.empty(B, L, Q, h, w, dtype=torch.bfloat16, requires_grad=True)
-        masks = network.transpose(0, 1)
-        class_logits = torch.empty(L, B, Q, 172, requires_grad=True)
-        labels = torch.zeros(B, 4 * h, 4 * w, dtype=torch.uint8)
-        classes = torch.zeros(B, 31, dtype=torch.int64)
-        targets = Targets(labels, classes, torch.zeros(B, dtype=torch.int64))
-        with Allocations() as allocations:
-            losses.segmentation_losses(class_logits, masks, targets, torch.ones(2), TRAIN)
-    assert sum(allocations.sizes()) < logits / 2, allocations.sizes()[:4]
 
 
 # --- what the compiler makes of them, without a GPU

@@ -39,42 +39,35 @@ class Process:
 
     def broadcast(self, build: Callable):
         """The first process's build() in every process; its UserError ends all of them."""
-        result = None
+        box = [None]
         if self.is_main:
             try:
-                result = build()
+                box = [build()]
             except UserError as error:
-                result = error
+                box = [error]
         if self.world_size > 1:
-            box = [result]
             dist.broadcast_object_list(box)
-            [result] = box
-        if isinstance(result, UserError):
-            raise result
-        return result
+        if isinstance(box[0], UserError):
+            raise box[0]
+        return box[0]
 
     def gather(self, values: list) -> list:
-        """The values of all processes, one process's after another's, on the first one."""
-        if self.world_size == 1:
-            return values
-        parts = [None] * self.world_size if self.is_main else None
-        dist.gather_object(values, parts)
-        return [value for part in parts or () for value in part]
+        """The values of all processes, one process's after another's."""
+        parts = [values] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(parts, values)
+        return [value for part in parts for value in part]
 
     def main_first(self, build: Callable):
         """build() in every process, in the first one before the others, which find what it
         caches.
         """
         if not self.is_main:
-            self.wait()
+            self.any(False)  # a barrier
         result = build()
         if self.is_main:
-            self.wait()
+            self.any(False)
         return result
-
-    def wait(self) -> None:
-        """A barrier."""
-        self.sum(torch.zeros(1, device=self.device)).item()  # reading it makes the host wait, too
 
     def broadcast_buffers(self, module: torch.nn.Module) -> None:
         """Give every process the first one's buffers (batch-norm statistics), so that all evaluate
@@ -107,13 +100,11 @@ class Process:
         digits.
         """
         precision = "bf16" if self.bf16(setting, training) else "fp32"
+        name = f"CPU, {torch.get_num_threads()} threads"
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
-        else:
-            capability = torch.backends.cpu.get_cpu_capability()
-            name = f"CPU with {capability}, {torch.get_num_threads()} threads"
-            if precision == "bf16" and not training:
-                precision = "CLIP in bf16, the rest in fp32"
+        elif precision == "bf16" and not training:
+            precision = "CLIP in bf16, the rest in fp32"
         print_main(f"computing on {name}: {precision}")
 
 

@@ -6,7 +6,6 @@ No file is ever executed: `weights_only=True`, and unpicklers that know a list o
 
 import gzip
 import importlib
-import math
 import os
 import pickle
 import re
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zsseg.clip import CLIP, ConvStem, build_clip
+from zsseg.clip import CLIP, build_clip
 from zsseg.config import CONFIGS, ClipConfig, Config, load_config
 from zsseg.datasets import dataset
 from zsseg.download import fetch
@@ -51,75 +50,37 @@ DRIVE = "https://drive.usercontent.google.com/download?id={}&export=download&con
 # --- files of tensors
 
 
-class UnreadableFile(UserError):
-    """A file of tensors that is missing or broken, so that another one may take its place."""
-
-
-class NumberType:
-    """A pickled NumPy dtype, numbers only. NumPy's own unpickling would follow the pointers of a
-    forged one.
+class Dtype:
+    """A pickled NumPy dtype, as text: NumPy's own unpickling would follow the pointers of a forged
+    one.
     """
 
     def __init__(self, text: str, *_: object):
-        if not re.fullmatch(r"[fiu][1248]|b1", str(text)):
-            raise pickle.UnpicklingError(f"an array of dtype {text!r}")
-        self.dtype = np.dtype(text)
+        self.text = text
 
     def __setstate__(self, state: tuple) -> None:
-        self.dtype = self.dtype.newbyteorder(state[1])
+        self.text = f"{state[1]}{self.text}"
 
 
 class Array(Tensor):
-    """A pickled NumPy array as a tensor: shape, dtype and bytes, checked against each other."""
-
-    def __new__(cls, *_: object) -> "Array":
-        return torch.empty(0).as_subclass(cls)
+    """A pickled NumPy array as a tensor. NumPy makes no objects of bytes."""
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, fortran, data = state
         data = data.encode("latin1") if isinstance(data, str) else data
-        self.data = read_array(data, dtype, shape, "F" if fortran else "C")
+        array = np.frombuffer(bytearray(data), dtype.text)
+        self.data = torch.from_numpy(array.reshape(shape, order="F" if fortran else "C"))
 
 
-def read_array(data: bytes, kind: NumberType, shape: tuple[int, ...], order: str) -> Tensor:
-    array = np.frombuffer(bytes(data), kind.dtype).reshape(shape, order=order)
-    return torch.from_numpy(array.astype(kind.dtype.newbyteorder("=")))
-
-
-# NumPy's arrays and numbers in pickles of every protocol, by the names of its versions 1 and 2.
-ARRAYS = {
-    "collections.OrderedDict": OrderedDict,
-    "numpy.ndarray": Array,
-    "numpy.dtype": NumberType,
-    "_codecs.encode": lambda text, encoding: text.encode("latin1"),
-    "builtins.bytes": lambda: b"",  # of an empty array
-    "__builtin__.bytes": lambda: b"",
-}
-for package in ("numpy.core", "numpy._core"):
-    ARRAYS |= {
-        f"{package}.multiarray._reconstruct": Array,
-        f"{package}.multiarray.scalar": lambda kind, data: read_array(data, kind, (), "C").item(),
-        f"{package}.numeric._frombuffer": read_array,
-    }
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Reads arrays and plain containers (detectron2's .pkl); KeyError for everything else."""
-
-    def find_class(self, module: str, name: str) -> object:
-        return ARRAYS[f"{module}.{name}"]
-
-
-class ScriptModule:
+class ScriptModule(dict):
     """The attributes of a TorchScript module."""
 
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
+    __setstate__ = dict.update
 
     def tensors(self, prefix: str = "") -> State:
         """Those in it and in its submodules, by attribute path."""
         found = {}
-        for name, value in vars(self).items():
+        for name, value in self.items():
             if isinstance(value, Tensor):
                 found[prefix + name] = value
             elif isinstance(value, ScriptModule):
@@ -127,85 +88,83 @@ class ScriptModule:
         return found
 
 
-class ScriptUnpickler(pickle.Unpickler):
-    """Reads the object tree of a TorchScript archive (OpenAI's CLIPs); nothing is called. KeyError
-    for what such files do not need.
+# What a pickle may name: NumPy's arrays and numbers in its versions 1 and 2,
+ALLOWED = {
+    "collections.OrderedDict": OrderedDict,
+    "numpy.ndarray": Array,
+    "numpy.dtype": Dtype,
+    "_codecs.encode": lambda text, encoding: text.encode("latin1"),
+}
+for package in ("numpy.core", "numpy._core"):
+    ALLOWED |= {
+        f"{package}.multiarray._reconstruct": lambda *_: Array(),
+        f"{package}.multiarray.scalar": lambda kind, data: np.frombuffer(data, kind.text)[0].item(),
+    }
+
+
+def rebuild(numbers: Tensor, start: int, size: tuple, stride: tuple, *_: object) -> Tensor:
+    return numbers.as_strided(size, stride, start)
+
+
+# and in a TorchScript archive.
+SCRIPT = {
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.LongStorage": torch.int64,
+    "torch._utils._rebuild_tensor_v2": rebuild,
+}
+
+
+class Unpickler(pickle.Unpickler):
+    """Reads detectron2's .pkl, and the object tree of a TorchScript archive (OpenAI's CLIPs).
+    KeyError for what such files do not need.
     """
 
-    archive: zipfile.ZipFile
-    folder: str  # in the archive
+    folder: zipfile.Path  # in the archive
 
     def find_class(self, module: str, name: str) -> object:
         if module.startswith("__torch__"):
             return ScriptModule
         if module == "torch.jit._pickle" and name.startswith("build_"):
             return list
-        allowed = {
-            "torch.FloatStorage": torch.float32,
-            "torch.HalfStorage": torch.float16,
-            "torch.LongStorage": torch.int64,
-            "torch._utils._rebuild_tensor_v2": self.tensor,
-            "collections.OrderedDict": OrderedDict,
-        }
-        return allowed[f"{module}.{name}"]
-
-    @staticmethod
-    def tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: object) -> Tensor:
-        if math.prod(size) > len(storage):  # strides of 0 could fill the memory
-            raise pickle.UnpicklingError(f"a tensor of shape {size} from {len(storage)} numbers")
-        return torch.as_strided(storage, size, stride, offset).clone()
+        return (ALLOWED | SCRIPT)[f"{module}.{name}"]
 
     def persistent_load(self, key: tuple) -> Tensor:
         _, dtype, name, _, _ = key
-        data = self.archive.read(f"{self.folder}/data/{name}")
-        return torch.frombuffer(bytearray(data), dtype=dtype)
+        return torch.frombuffer(bytearray((self.folder / "data" / name).read_bytes()), dtype=dtype)
 
 
 def read_torch(path: Path, what: str, todo: str = "check the path") -> object:
     """The content of a file of `torch.save`, a TorchScript archive (its tensors) or detectron2's
-    .pkl, tensors and plain values, on the CPU. Raises UnreadableFile, or UserError if the disk
-    fails.
+    .pkl, tensors and plain values, on the CPU. Raises UserError.
     """
-    if path.is_dir():
-        last = path / "last.pt"
-        todo = f"did you mean {last}?" if last.is_file() else "give a file"
-        raise UnreadableFile(what, "is a folder", todo)
-    if not path.is_file():
-        raise UnreadableFile(*no_such_file(what, path, todo).args)
+    if not path.exists():
+        raise no_such_file(what, path, todo)
     try:
         return unpickle(path)
-    except OSError as error:
-        raise UserError(what, f"cannot be read ({error})", "check the disk") from None
-    except MemoryError:
-        raise
     except Exception as error:  # torch raises many types, with advice to load such a file anyway
-        known = r"[Uu]nsupported \w+:? (GLOBAL )?[\w.]+|an array of [^;\n]+|\S+ is compressed"
+        known = r"GLOBAL [\w.]+|'[\w.]+\.\w+'|\[Errno.*|it is compressed"
         reason = re.search(known, str(error))
         why = f"cannot be read as tensors ({reason[0] if reason else 'broken'})"
         todo = f"check {path}; it may contain only tensors and plain values"
-        raise UnreadableFile(what, why, todo) from None
+        raise UserError(what, why, todo) from None
 
 
 def unpickle(path: Path) -> object:
     """See `read_torch`. Raises anything for a broken file."""
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for (
-                entry
-            ) in archive.infolist():  # tensors never are; a small file could fill the memory
-                if entry.compress_type != zipfile.ZIP_STORED and "/code/" not in entry.filename:
-                    raise pickle.UnpicklingError(f"{entry.filename} is compressed")
-            for name in archive.namelist():
-                if name.endswith("/constants.pkl"):
-                    folder = name.removesuffix("/constants.pkl")
-                    reader = ScriptUnpickler(archive.open(f"{folder}/data.pkl"))
-                    reader.archive = archive
-                    reader.folder = folder
-                    return reader.load().tensors()
+        folder = next(zipfile.Path(path).iterdir())
+        sizes = [entry.file_size for entry in folder.root.infolist()]
+        if sum(sizes) > 2 * path.stat().st_size:  # torch's are not; it might fill the memory
+            raise pickle.UnpicklingError("it is compressed")
+        if (folder / "constants.pkl").exists():
+            reader = Unpickler((folder / "data.pkl").open("rb"))
+            reader.folder = folder
+            return reader.load().tensors()
     elif path.suffix == ".pkl":
         with open(path, "rb") as file:
-            return ArrayUnpickler(file, encoding="latin1").load()
-    with torch.serialization.safe_globals([(value, name) for name, value in ARRAYS.items()]):
+            return Unpickler(file, encoding="latin1").load()
+    with torch.serialization.safe_globals([(value, name) for name, value in ALLOWED.items()]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -242,15 +201,13 @@ def checkpoint_and_config(
     """The content of a checkpoint, and its configuration with that of a file and settings put over
     it. "-": no checkpoint, for a `model.proposer`. Raises UserError.
     """
-    what = f"checkpoint {path}"
     if str(path) == "-":
-        loaded = load_config(config, settings)
-        if not loaded.model.proposer:
-            todo = "give a checkpoint, or set model.proposer"
-            raise UserError(what, "stands for none", todo)
-        return {"config": asdict(loaded), "model": {}, "trained": []}, loaded
-    content = load_checkpoint(path)
+        own = asdict(load_config(config, settings))
+        content = {"config": own, "model": {}, "trained": []}
+    else:
+        content = load_checkpoint(path)
     if "config" not in content and not config:
+        what = f"checkpoint {path}"
         raise UserError(what, "contains no configuration", "give its --config")
     return content, load_config(config, settings, content.get("config"))
 
@@ -263,20 +220,21 @@ def strip_prefix(state: object, what: str) -> State:
     torch.compile ("_orig_mod.") put before names. UserError for anything else.
     """
     for key in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    pairs = state.items() if isinstance(state, dict) else [(0, 0)]
-    if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in pairs):
-        raise UserError(what, "is not a state dict", "give a file of names and tensors")
-    names = [re.sub(r"^(module\.|_orig_mod\.)+", "", name) for name in state]
-    if names != [*state]:
-        print_main(f"{what}: module. or _orig_mod. removed from names")
-    return {k: v.as_subclass(Tensor) for k, (_, v) in zip(names, pairs, strict=True)}
+        if isinstance(state, dict):
+            state = state.get(key, state)
+    try:
+        return {
+            re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor.as_subclass(Tensor)
+            for name, tensor in state.items()
+        }
+    except (AttributeError, TypeError):
+        todo = "give a file of names and tensors"
+        raise UserError(what, "is not a state dict", todo) from None
 
 
 def check_finite(state: State, what: str) -> None:
     """UserError for weights with NaN/Inf in them, which would give labels all the same."""
-    broken = [k for k, v in state.items() if not (v.is_meta or v.isfinite().all())]
+    broken = [k for k, v in state.items() if not v.isfinite().all()]
     if broken:
         todo = "take another checkpoint; casts to half precision may do that"
         raise UserError(what, f"contains NaN/Inf, in {join_some(broken, 3)}", todo)
@@ -297,12 +255,13 @@ def load_into(
     missing = [k for k in own if k not in fits]
     unused = [k for k in state if k not in fits]
     if strict and (missing or unused):
-        wrong = dict.fromkeys(missing + unused, "absent")
-        found = wrong | {k: [*v.shape] for k, v in state.items()}
-        expected = wrong | {k: [*v.shape] for k, v in own.items()}
-        problems = [f"{k} is {found[k]} instead of {expected[k]}" for k in wrong]
+        shape = lambda tensor: "absent" if tensor is None else [*tensor.shape]
+        problems = [
+            f"{k} is {shape(state.get(k))} instead of {shape(own.get(k))}"
+            for k in dict.fromkeys(missing + unused)
+        ]
         raise UserError(what, f"does not fit: {join_some(problems, 3)}", todo)
-    if not fits:
+    if own and not fits:
         raise UserError(what, "has no weight that fits", todo)
     check_finite(fits, what)
     module.load_state_dict(fits, strict=False)
@@ -313,16 +272,9 @@ def load_into(
 
 
 def log_loaded(what: str, count: int, dropped: list[str]) -> None:
-    """One line: how many tensors were used, and every name that was not (many of one module as
-    `module.*`).
-    """
-    modules = [re.sub(r"(\.resblocks|\.layer).*|\.\w+$", ".*", name) for name in dropped]
-    names = dict.fromkeys(
-        module if modules.count(module) > 3 else name
-        for name, module in zip(dropped, modules, strict=True)
-    )
-    text = f": {', '.join(names)}" if names else ""
-    print_main(f"{what}: {count} tensors loaded, {len(dropped)} dropped{text}")
+    """One line: how many tensors were used, and the names of all that were not (* for numbers)."""
+    names = ", ".join(dict.fromkeys(re.sub(r"\d+", "*", name) for name in dropped))
+    print_main(f"{what}: {count} tensors loaded, {len(dropped)} dropped: {names or 'none'}")
 
 
 # --- the original's names
@@ -389,15 +341,13 @@ backbone.stem.conv3.norm.{name}  maskformer.backbone.bn1.{name}
 def our_name(name: str, deep_stem: bool = False) -> str:
     """Our name for a parameter of the original: "-" for one that is dropped, "" for an unknown."""
 
-    def field(brace: re.Match) -> str:
-        return f"(?P<{brace[1]}>{'.+' if len(brace[1]) > 1 else '[0-9]+'})"
-
     def number(brace: re.Match) -> str:
         return str(int(brace[1] or 1) * int(match[brace[2]]) + int(brace[3] or 0))
 
     words = (DEEP_STEM + NAMES if deep_stem else NAMES).split()
     for theirs, ours in zip(words[::2], words[1::2], strict=True):
-        pattern = re.sub(r"\\{(\w+)\\}", field, re.escape(theirs))
+        pattern = re.sub(r"\\{(\w)\\}", r"(?P<\1>[0-9]+)", re.escape(theirs))
+        pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+)", pattern)
         if match := re.fullmatch(pattern, name):
             return re.sub(r"{(\d?)(\w)([-+]\d)?}", number, ours).format(**match.groupdict())
     return ""
@@ -413,33 +363,29 @@ def import_original(state: object, what: str, strict: bool = True) -> tuple[dict
     parts: dict[str, State] = {}
     dropped = []
     state = strip_prefix(state, what)
+    deep_stem = "backbone.stem.conv3.weight" in state
     for name, tensor in state.items():
-        ours = our_name(name, "backbone.stem.conv3.weight" in state)
+        ours = our_name(name, deep_stem)
         if strict and not ours:
             todo = "give a checkpoint of zsseg.baseline"
             raise UserError(what, f"has an unknown entry {name}", todo)
         part, _, key = ours.partition(".")
-        if part == "region_clip":
-            if not torch.equal(tensor, state.get(name.removeprefix("_region_"), torch.empty(0))):
-                todo = "only one shared CLIP is supported"
-                raise UserError(what, "has two different CLIPs", todo)
-            key = ""
         if key:
             parts.setdefault(part, {})[key] = tensor
         else:
             dropped.append(name)
-    return parts, dropped
+    clip = parts.get("clip", {})
+    region = parts.pop("region_clip", {})
+    if not all(key in clip and torch.equal(clip[key], region[key]) for key in region):
+        raise UserError(what, "has two different CLIPs", "only one shared CLIP is supported")
+    return parts, dropped + [f"_region_clip_adapter.clip_model.{key}" for key in region]
 
 
-def model_parts(content: dict, what: str, strict: bool = True) -> tuple[dict, list[str], str]:
-    """A checkpoint, ours or the original's -> ({part: state dict}, names that were dropped, digest
-    of the CLIP that it was made for, "" if unknown).
-    """
-    if "config" in content:
-        parts = {part: strip_prefix(state, what) for part, state in content["model"].items()}
-        return parts, [], content.get("clip", "")
-    parts, dropped = import_original(content["model"], what, strict)
-    return parts, dropped, clip_digest(parts.get("clip"))
+def model_parts(content: dict, what: str, strict: bool = True) -> tuple[dict, list[str]]:
+    """A checkpoint, ours or the original's -> ({part: state dict}, names that were dropped)."""
+    if "config" not in content:
+        return import_original(content["model"], what, strict)
+    return {part: strip_prefix(state, what) for part, state in content["model"].items()}, []
 
 
 # --- CLIP
@@ -471,22 +417,17 @@ def load_clip(section: ClipConfig, root: Path) -> CLIP:
     name = section.weights.replace("{root}", str(root))
     what = f"clip.weights {name}"
     path = expand_path(name)
-    todo = did_you_mean(name, OPENAI_MODELS, "give a file or the name of OpenAI's model")
-    if "{root}" in section.weights:
-        todo = "give the --root that contains it, or run prepare_data.py shapes"
     if name in OPENAI_MODELS:
         checksum = OPENAI_MODELS[name]
         file = re.sub("[/@]", "-", f"{name}.pt")
         url = f"{OPENAI}/{checksum}/{file}"
         path = fetch([url], cache_dir() / file, f"sha256:{checksum}", what)
-    state = strip_prefix(read_torch(path, what, todo), what)
-    if name not in OPENAI_MODELS and "visual.conv1.tokens.weight" not in state:
-        if not section.activation:
-            todo = "set clip.activation to quickgelu (OpenAI's) or gelu (most of LAION's)"
-            raise UserError(what, "does not tell its activation", todo)
-        options = ("activation", "heads", "mean", "std", "scale")
-        taken = ", ".join(f"clip.{key} = {getattr(section, key)}" for key in options)
-        print_main(f"{what}: taken for a CLIP with {taken}")
+    todo = "give a file or the name of OpenAI's model, or run prepare_data.py shapes"
+    state = strip_prefix(read_torch(path, what, did_you_mean(name, OPENAI_MODELS, todo)), what)
+    known = name in OPENAI_MODELS or "visual.conv1.tokens.weight" in state
+    if not (known or section.activation):
+        todo = "set clip.activation to quickgelu (OpenAI's) or gelu (most of LAION's)"
+        raise UserError(what, "does not tell its activation", todo)
     return make_clip(state, section, what)
 
 
@@ -496,49 +437,44 @@ def make_clip(state: State, section: ClipConfig, what: str) -> CLIP:
     check_finite(state, what)
     log_loaded(what, len(state) - len(dropped), dropped)
     tables = ("token_embedding.weight", "positional_embedding")
-    sizes = [(*state.get(name, torch.empty(0)).shape, 0)[0] for name in tables]
+    tokenizer = load_tokenizer(*[len(state.get(name, ())) for name in tables])
     options = (section.heads, section.mean, section.std, section.scale)
-    return build_clip(state, load_tokenizer(*sizes), section.activation or "quickgelu", *options)
+    return build_clip(state, tokenizer, section.activation or "quickgelu", *options)
 
 
 def load_tokenizer(vocab_size: int, context_length: int) -> Tokenizer:
-    """A tokenizer with the first merges of OpenAI's vocabulary file ($ZSSEG_VOCAB, else the cache,
-    else downloaded), as many as `vocab_size` has room for.
+    """A tokenizer with the first merges of OpenAI's vocabulary file ($ZSSEG_VOCAB, else in the
+    cache; downloaded if it is not there, and checked), as many as `vocab_size` has room for.
     """
-    count = vocab_size - BYTES_ONLY
-    if count <= 0:
-        return Tokenizer(vocab_size, context_length)
-    given = os.environ.get("ZSSEG_VOCAB")
-    path = expand_path(given or cache_dir() / "bpe_simple_vocab_16e6.txt.gz")
-    what = f"BPE vocabulary {path}"
-    url, checksum = VOCABULARY
-    if not given:
+    count = max(vocab_size - BYTES_ONLY, 0)
+    merges = []
+    if count:
+        file = os.environ.get("ZSSEG_VOCAB") or cache_dir() / "bpe_simple_vocab_16e6.txt.gz"
+        path = expand_path(file)
+        url, checksum = VOCABULARY
         fetch([url], path, checksum, "BPE vocabulary")
-    try:
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-        # The first line is a version.
-        merges = [(first, second) for first, second in map(str.split, lines[1 : count + 1])]
-        if len(merges) < count:
-            raise ValueError(f"fewer than {count} merges")
-    except (OSError, EOFError, ValueError) as error:
-        todo = "set ZSSEG_VOCAB to bpe_simple_vocab_16e6.txt.gz, or delete it to download it again"
-        raise UserError(what, f"cannot be read ({error})", todo) from None
+        merges = [tuple(line.split()) for line in lines[1 : count + 1]]  # the first is a version
     return Tokenizer(vocab_size, context_length, merges)
 
 
-def clip_digest(clip: CLIP | State | None) -> str:
-    """16 hex digits of a CLIP's weights, the same in half precision and fp32, on a CPU and a GPU;
-    "" without a CLIP. Of each tensor the sum of its bits: no two CLIPs agree in all.
+def clip_digest(clip: CLIP | None) -> str:
+    """16 hex digits of a CLIP's weights, the same on a CPU and a GPU; "" without a CLIP. Of each
+    tensor the sum of its bits: no two CLIPs agree in all.
     """
-    if not clip:
+    if clip is None:
         return ""
-    state = clip if isinstance(clip, dict) else clip.state_dict()
-    sums = [
-        (name, list(tensor.shape), int(tensor.float().view(torch.int32).sum(dtype=torch.int64)))
-        for name, tensor in sorted(state.items())
-        if name not in CONSTANTS
-    ]
+    sums = {
+        name: int(tensor.float().view(torch.int32).sum(dtype=torch.int64))
+        for name, tensor in clip.state_dict().items()
+    }
     return digest(sums)
+
+
+def check_clip(content: dict, clip: CLIP | None, what: str) -> None:
+    """A class head for one CLIP gives labels with another, too: say so."""
+    if content.get("clip", "") not in ("", clip_digest(clip)):
+        warn(f"{what} was made for another CLIP than clip.weights")
 
 
 # --- backbones
@@ -558,42 +494,42 @@ BACKBONE_FILES = {  # what is published of checksums stands after #
 
 def load_backbone(backbone: nn.Module, name: str, weights: str, clip: CLIP | None = None) -> None:
     """Initial weights (`model.weights`) of the backbone `name`: a torchvision `.pth`, a detectron2
-    `.pkl`, Swin's own `.pth`, "imagenet" or, for the small one, "clip": the small CLIP's.
+    `.pkl`, Swin's own `.pth`, "imagenet" (R50, SwinB), a name in `BACKBONE_FILES`, which is
+    downloaded, or, for the small one, "clip": the small CLIP's.
 
-    "imagenet" (R50, SwinB) and the names in `BACKBONE_FILES`, unless there is such a file, are
-    downloaded. All of a ResNet's must be there; of a Swin what fits: position biases of windows of
-    7 do not, and the norms of the four maps are in no file.
+    All of a ResNet's must be there; of a Swin what fits: position biases of windows of 7 do not,
+    and the norms of the four maps are in no file.
     """
     what = f"model.weights {weights}"
-    path = Path(weights.replace("imagenet", f"{name}.pth"))
+    file = f"{name}.pth" if weights == "imagenet" else weights
     if weights == "clip":
-        stem = clip.visual.conv1 if clip and hasattr(clip.visual, "conv1") else None
-        if not isinstance(stem, ConvStem):
-            raise UserError(what, "is for the small CLIP", "give a file, or --set model.weights=")
-        state = stem.backbone.state_dict()
+        try:
+            state = clip.visual.conv1.backbone.state_dict()
+        except AttributeError:
+            todo = "give a file, or --set model.weights="
+            raise UserError(what, "is for the small CLIP", todo) from None
     else:
-        if path.name in BACKBONE_FILES and not path.exists():
-            url, _, checksum = BACKBONE_FILES[path.name].partition("#")
-            path = fetch([url], cache_dir() / path.name, checksum, what)
-        todo = f"give a file, or one of imagenet (R50, SwinB), {', '.join(BACKBONE_FILES)}"
+        path = expand_path(file)
+        if file in BACKBONE_FILES:
+            url, _, checksum = BACKBONE_FILES[file].partition("#")
+            path = fetch([url], cache_dir() / file, checksum, what)
+        todo = f"give a file, or one of {', '.join(BACKBONE_FILES)}"
         state = strip_prefix(read_torch(path, what, todo), what)
-    others = []
-    if "stem.conv1.weight" in state or "patch_embed.proj.weight" in state:  # others' names
-        state = {f"backbone.{key}": tensor for key, tensor in state.items()}
-        parts, others = import_original(state, what, strict=False)
-        state = parts["maskformer"]
-    state = {key.removeprefix("backbone."): tensor for key, tensor in state.items()}
     own = backbone.state_dict()
-    used = {key: tensor for key, tensor in state.items() if key in own}
-    others += [key for key in state if key not in own]  # a classifier, counters
+    used = {}
+    dropped = []  # a classifier, counters
+    for key, tensor in state.items():
+        theirs = our_name(f"backbone.{key}", "stem.conv3.weight" in state)
+        ours = theirs.removeprefix("maskformer.backbone.") or key
+        if ours in own:
+            used[ours] = tensor
+        else:
+            dropped.append(key)
     unused = load_into(backbone, used, what, f"give weights of {name}", strict=name != "SwinB")
-    others = [key.removeprefix("backbone.") for key in others + unused]
-    log_loaded(what, len(used) - len(unused), others)
+    log_loaded(what, len(used) - len(unused), dropped + unused)
 
 
 # --- segmenters
-
-PROMPTS = {"prompt", "region_prompt"}
 
 
 def build_segmenter(
@@ -611,7 +547,7 @@ def build_segmenter(
     clip = load_clip(config.clip, root) if model.class_head == "text" else None
     segmenter = assemble(config, clip)
     if saved is not None:
-        load_learned(segmenter, (saved, [], ""), "last.pt")
+        load_learned(segmenter, saved, [], "last.pt")
         return segmenter
     if model.weights:
         load_backbone(segmenter.maskformer.backbone, model.backbone, model.weights, clip)
@@ -619,7 +555,9 @@ def build_segmenter(
     if config.train.init:
         what = f"train.init {config.train.init}"
         content = load_checkpoint(find_model(config.train.init)[0], "train.init")
-        load_learned(segmenter, model_parts(content, what, strict=False), what, given, strict=False)
+        parts, dropped = model_parts(content, what, strict=False)
+        load_learned(segmenter, parts, dropped, what, given, strict=False)
+        check_clip(content, clip, what)
     elif segmenter.learned_modules().keys() - {"maskformer", *given}:
         raise UserError("clip.prompt", "is learned, but not here", "set clip.prompts")
     return segmenter
@@ -630,24 +568,18 @@ def load_segmenter(
 ) -> Segmenter | OneStage:
     """The segmenter of a loaded checkpoint, ours or the original's."""
     what = f"checkpoint {name}"
-    parts, dropped, made_for = model_parts(content, what)
-    recorded = ""
+    parts, dropped = model_parts(content, what)
     clip = None
-    if "config" in content and parts:
-        recorded = load_config(base=content["config"]).clip.prompts
     if config.model.class_head == "text":
-        if "config" in content:
-            clip = load_clip(config.clip, root)
-        elif "clip" in parts:
-            clip = make_clip(parts.pop("clip"), config.clip, f"{what}, CLIP")
-        else:
-            todo = "give a zero-shot checkpoint of zsseg.baseline"
-            raise UserError(what, "contains no CLIP", todo)
+        own = parts.pop("clip", None)
+        clip = make_clip(own, config.clip, f"{what}, CLIP") if own else load_clip(config.clip, root)
     segmenter = assemble(config, clip)
     given = set()
-    if config.clip.prompts != recorded:  # else the checkpoint contains them
+    recorded = content.get("config", {}).get("clip", {}) if parts else {}
+    if config.clip.prompts != recorded.get("prompts", ""):  # else the checkpoint contains them
         given = load_prompts(segmenter, config.clip.prompts)
-    load_learned(segmenter, (parts, dropped, made_for), what, given)
+    load_learned(segmenter, parts, dropped, what, given)
+    check_clip(content, clip, what)
     return segmenter
 
 
@@ -685,33 +617,23 @@ def find_proposer(name: str) -> Callable:
 
 def load_learned(
     segmenter: Segmenter | OneStage,
-    parts: tuple[dict, list[str], str],
+    parts: dict[str, State],
+    dropped: list[str],
     what: str,
     given: set[str] = frozenset(),
     strict: bool = True,
 ) -> None:
     """Load `model_parts` into what the segmenter learns, but for the parts in `given`, which come
-    from elsewhere, and say how much was used, what was dropped, and if it was made for another
-    CLIP. Not `strict`: only what fits. Raises UserError.
+    from elsewhere, and say how much was used and what was dropped. Not `strict`: only what fits.
+    Raises UserError.
     """
-    states, dropped, made_for = parts
-    count = 0
-    modules = segmenter.learned_modules()
-    used = [part for part in modules if part not in given]
-    for part in used:
-        todo = "use the configuration of its training"
-        if part in PROMPTS:
-            todo = f"set clip.prompts and clip.prompt_prefix, or clip.{part} to a fixed prompt"
-        if part not in states:
-            learned = f"learned {part}" if part in PROMPTS else "segmenter"
-            raise UserError(what, f"has no {learned}", todo)
-        unused = load_into(modules[part], states[part], what, todo, strict)
-        dropped += [f"{part}.{key}" for key in unused]
-        count += len(states[part]) - len(unused)
-    dropped += [f"{part}.{k}" for part in states if part not in used for k in states[part]]
-    log_loaded(what, count, dropped)
-    if segmenter.clip is not None and made_for not in ("", clip_digest(segmenter.clip)):
-        warn(f"{what} was made for another CLIP than clip.weights")
+    modules = {k: module for k, module in segmenter.learned_modules().items() if k not in given}
+    state = {f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
+    used = {k: v for k, v in state.items() if k.partition(".")[0] in modules}
+    todo = "use the configuration of its training; a learned prompt may come from clip.prompts"
+    unused = load_into(nn.ModuleDict(modules), used, what, todo, strict)
+    unused += [name for name in state if name not in used]
+    log_loaded(what, len(state) - len(unused), dropped + unused)
 
 
 def load_prompts(segmenter: Segmenter | OneStage, file: str) -> set[str]:
@@ -721,11 +643,9 @@ def load_prompts(segmenter: Segmenter | OneStage, file: str) -> set[str]:
     if not file:
         return set()
     what = f"clip.prompts {file}"
-    parts, dropped, made_for = model_parts(load_checkpoint(file, "clip.prompts"), what)
-    prompt = parts.pop("prompt", None) or parts.pop("region_prompt", None)
-    if not prompt:
-        raise UserError(what, "has no learned prompt", "give a checkpoint of prompt learning")
-    wanted = PROMPTS & segmenter.learned_modules().keys()
+    parts, dropped = model_parts(load_checkpoint(file, "clip.prompts"), what)
+    wanted = segmenter.learned_modules().keys() - {"maskformer"}
+    prompt = parts.pop("prompt", None) or parts.pop("region_prompt", {})
     parts |= dict.fromkeys(wanted, prompt)
-    load_learned(segmenter, (parts, dropped, made_for), what, {"maskformer"})
+    load_learned(segmenter, parts, dropped, what, {"maskformer"})
     return wanted

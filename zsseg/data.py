@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import functools
 import multiprocessing
+import operator
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from zsseg.config import Config, DataConfig
-from zsseg.datasets import DataSet, dataset, find_listing, find_pairs, training_set
+from zsseg.datasets import DataSet, Pair, dataset, find_listing, find_pairs, training_set
 from zsseg.images import network_inputs, read_image, read_labels, read_values, test_size
 from zsseg.matcher import Targets
 from zsseg.utils import (
@@ -196,15 +197,10 @@ class TrainImages(EndlessSamples):
             counts = training_counts(config, root)
             shown = (counts[:, self.data.trained] > 0).any(1)
             self.items = [pair for pair, used in zip(pairs, shown, strict=True) if used]
-            if without := int((~shown & (counts[:, 0] >= 0)).sum()):
-                warn(f"{plural(without, 'training image')} without a trained class left out")
         else:  # label maps of class ids, by `zsseg.self_training`
             C = len(self.data.names)
             self.lut = replace(self.data, values=list(range(C)), bits=8 if C <= 255 else 16).lut()
             self.items = [(image, pseudo / f"{i:06}.png") for i, (image, _) in enumerate(pairs)]
-        if not self.items:
-            why = "no training image shows a class that is trained on"
-            raise UserError(f"data set {config.data.name}", why, "check it")
 
     def load(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         image_file, label_file = self.item(n)
@@ -227,28 +223,44 @@ def collate(samples: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Targe
 # --- label counts
 
 
-def label_counter(data: DataSet) -> Callable[..., np.ndarray]:
-    """A function of (label map, its image's size or None): pixels of each class and, last, of no
-    class, int64 [C + 1].
+def count_map(data: DataSet, file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Pixels of each class and, last, of no class in a label map: int64 [C + 1]. `size`: its
+    image's (width, height).
 
-    It raises UserError for a bad file, AssertionError if training would read a pixel of an unseen
+    Raises UserError for a bad file, AssertionError if training would see a pixel of an unseen
     class.
     """
     C = len(data.names)
+    values = read_values(file, data.bits, size)
+    pixels = np.bincount(values.ravel(), minlength=2**data.bits)  # of each label value
+    unseen = [data.values[data.names.index(name)] for name in data.unseen]
+    leaks = data.lut(training=True)[unseen] != data.ignore
+    if pixels[unseen][leaks].any():
+        raise AssertionError(f"{file}: a pixel of an unseen class survives")
     ids = np.minimum(data.lut(), C)  # the ignore value is the largest
-    unseen = [data.names.index(name) for name in data.unseen]
-    leaks = np.isin(ids, unseen)
-    leaks[[data.values[i] for i in unseen]] = True  # `ids` could be wrong, too
-    leaks &= data.lut(training=True) != data.ignore
+    return np.bincount(ids, pixels, C + 1).astype(np.int64)
 
-    def count(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-        values = read_values(file, data.bits, size)
-        pixels = np.bincount(values.ravel(), minlength=len(ids))
-        if pixels[leaks].any():
-            raise AssertionError(f"{file}: a pixel of an unseen class survives")
-        return np.bincount(ids, pixels, C + 1).astype(np.int64)
 
-    return count
+def count_pairs(
+    data: DataSet,
+    pairs: list[Pair],
+    workers: int,
+    name: str,
+    size_of: Callable = lambda image_file: None,
+) -> tuple[np.ndarray, list[str]]:
+    """`count_map` of many: int64 [n, C + 1], -1 for what cannot be read, and the errors of those.
+    `size_of`: reads an image's size, which its label map must have.
+    """
+    errors = []
+
+    def count(pair: Pair) -> np.ndarray:
+        try:
+            return count_map(data, pair[1], size_of(pair[0]))
+        except UserError as error:
+            errors.append(str(error))
+            return np.full(len(data.names) + 1, -1)
+
+    return np.stack([*parallel(count, pairs, workers, name)]), errors
 
 
 def count_labels(data_config: DataConfig, root: Path, split: str, workers: int = 4) -> np.ndarray:
@@ -266,20 +278,10 @@ def count_labels(data_config: DataConfig, root: Path, split: str, workers: int =
         if str(content["version"]) == version:
             return content["counts"]
 
-    count = label_counter(data)
-    broken = []
-
-    def attempt(pair: tuple[Path, Path]) -> np.ndarray:
-        try:
-            return count(pair[1])
-        except UserError as error:
-            broken.append(str(error))
-            return np.full(len(data.names) + 1, -1)
-
     name = f"count {data.name} {split}"
-    counts = np.stack([*parallel(attempt, listing.pairs, workers, name)])
-    if broken:
-        warn(f"{plural(len(broken), 'label map')} left out: {join_some(broken, 3)}")
+    counts, errors = count_pairs(data, listing.pairs, workers, name)
+    if errors:
+        warn(f"{plural(len(errors), 'label map')} left out: {join_some(errors, 3)}")
         return counts
     # The folder may be read-only.
     with contextlib.suppress(UserError), atomic_write(cache) as path, open(path, "wb") as file:
@@ -288,11 +290,17 @@ def count_labels(data_config: DataConfig, root: Path, split: str, workers: int =
 
 
 def training_counts(config: Config, root: Path) -> np.ndarray:
-    """`count_labels` of the training split; says which classes have no pixel in it."""
+    """`count_labels` of the training split; says which classes have no pixel in it. Raises
+    UserError if all have none.
+    """
     counts = count_labels(config.data, root, "train", config.data.workers)
     data = training_set(config.data)
     shown = (counts > 0).any(0)
-    if absent := [data.names[i] for i in data.trained if not shown[i]]:
+    absent = [data.names[i] for i in data.trained if not shown[i]]
+    if len(absent) == len(data.trained):
+        why = "no training image shows a class that is trained on"
+        raise UserError(f"data set {data.name}", why, "check data.values")
+    if absent:
         count = f"{len(absent)} of {len(data.trained)} classes"
         warn(f"no pixel in train of {count}: {join_some(absent, 20)}")
     return counts
@@ -301,26 +309,20 @@ def training_counts(config: Config, root: Path) -> np.ndarray:
 # --- loading
 
 
-class Loaded(Dataset):
-    """Samples by number or, with `collate_fn`, batches by list of numbers. An item is its UserError
-    if it cannot be read: worker processes cannot raise one.
+class Batches(Dataset):
+    """Batches by list of sample numbers. An item is a UserError if a sample cannot be read: worker
+    processes cannot raise it.
     """
 
-    def __init__(self, samples: Dataset, collate_fn: Callable | None):
+    def __init__(self, samples: Dataset, collate_fn: Callable):
         self.samples = samples
         self.collate_fn = collate_fn
 
-    def __getitem__(self, number: int | list[int]) -> object:
+    def __getitem__(self, numbers: list[int]) -> object:
         try:
-            if self.collate_fn is None:
-                return self.samples[number]
-            return self.collate_fn([self.samples[n] for n in number])
+            return self.collate_fn([self.samples[n] for n in numbers])
         except UserError as error:
             return error
-
-
-def as_it_is(item: object) -> object:
-    return item
 
 
 @functools.cache
@@ -353,11 +355,10 @@ def batches(
     alone = batch_size is None
     prefetch = 1 if alone else 2  # images to be evaluated may be huge
     loader = DataLoader(
-        Loaded(samples, None if alone else collate_fn),
+        Batches(samples, operator.itemgetter(0) if alone else collate_fn),
         batch_size=None,
-        sampler=numbers if alone else BatchSampler(numbers, batch_size, drop_last=False),
+        sampler=BatchSampler(numbers, batch_size or 1, drop_last=False),
         num_workers=workers,
-        collate_fn=as_it_is,
         prefetch_factor=prefetch if workers else None,
         pin_memory=torch.cuda.is_available(),
     )

@@ -18,7 +18,6 @@ from zsseg.tokenizer import check_names
 from zsseg.utils import (
     UserError,
     did_you_mean,
-    join_some,
     no_such_file,
     plural,
     read_text,
@@ -63,8 +62,6 @@ class DataSet:
     bits: int = 8  # of a label value; 16-bit data sets may have 8-bit files
     ignore: int = 255
     counts: dict[str, int] = field(default_factory=dict)  # images of each split, as published
-    # SHA-256 of a split's sorted ids, one a line.
-    digests: dict[str, str] = field(default_factory=dict)
     objects: list[int] = field(default_factory=list)  # ADE20K-847: object index of each class
     archives: list[Archive] = field(default_factory=list)
     register: str = ""  # what to do where nothing may be downloaded
@@ -108,56 +105,46 @@ class DataSet:
         """
         file = folder / f"{split}.txt"
         lines = read_ids(file) if file.exists() else []
-        listing = Listing(folder)
+        pairs = []
         for name in dict.fromkeys(lines):
             image = folder / self.images.replace("{id}", name)
             if not (re.fullmatch(r"[\w/-]+", name) or image.exists()):
                 todo = f"write what {{id}} stands for in {self.images}, one a line"
                 raise UserError(f"list {file}", f"{name[:100]!r} is no id: no {image}", todo)
             labels = [folder / pattern.replace("{id}", name) for pattern in self.labels]
-            listing.pairs.append((image, next((f for f in labels if f.exists()), labels[0])))
-        if twice := len(lines) - len(listing.pairs):
-            lines = plural(twice, "duplicate line")
-            listing.remarks.append(f"{lines} in {file.name}: every image counts once")
-        return listing
+            pairs.append((image, next((path for path in labels if path.exists()), labels[0])))
+        if twice := len(lines) - len(pairs):
+            warn(f"{plural(twice, 'duplicate line')} in {file}: every image counts once")
+        return Listing(folder, pairs, [])
 
     def match_files(self, folder: Path, split: str) -> "Listing":
         """Files whose paths match the patterns; an image and a label map of one id are a pair.
 
         Raises UserError for a file that matches both and for a second file of an id.
         """
-        images, others = self.match(folder, split, self.images)
-        labels, further = self.match(folder, split, self.labels[0])
+        images = self.match(folder, split, self.images)
+        labels = self.match(folder, split, self.labels[0])
         if both := {*images.values()} & {*labels.values()}:
             todo = "give patterns that differ, e.g. in their folders"
             raise UserError(f"file {min(both)}", "matches data.images and data.labels", todo)
-        pairs = [(Path(images[i]), Path(labels[i])) for i in sorted(images.keys() & labels.keys())]
+        pairs = [(images[i], labels[i]) for i in sorted(images.keys() & labels.keys())]
         alone = sorted((images | labels)[i] for i in images.keys() ^ labels.keys())
-        listing = Listing(folder, pairs, alone, len(images), len(labels))
-        unmatched = sorted((others | further) - {*images.values(), *labels.values()})
-        for files, what in ((alone, "without a partner"), (unmatched, "that match no pattern")):
-            if files and (files is alone or self.name == "folder"):
-                text = f"{plural(len(files), 'file')} {what} in {split}: {join_some(files, 3)}"
-                listing.remarks.append(text)
-        return listing
+        return Listing(folder, pairs, alone)
 
-    def match(self, folder: Path, split: str, pattern: str) -> tuple[dict[str, str], set[str]]:
-        """({id: file} of those that match a pattern, image files that do not)."""
+    def match(self, folder: Path, split: str, pattern: str) -> dict[str, Path]:
+        """{id: file} of those that match a pattern."""
         before, after = pattern.replace("{split}", self.splits[split]).split("{id}")
         base = os.path.join(folder / before, "")
         matched = {}
-        others = set()
         for file in walk(base) if os.path.isdir(base) else ():
-            is_image = is_image_name(file)
-            suffix = os.path.splitext(file)[1] if after == ".*" and is_image else after
+            any_image = after == ".*" and is_image_name(file)
+            suffix = os.path.splitext(file)[1] if any_image else after
             name = file.removeprefix(base).removesuffix(suffix)
-            if file != f"{base}{name}{suffix}" or not name:
-                others |= {file} if is_image else set()
-            elif name in matched:
+            if name in matched:
                 raise UserError(f"file {file}", f"has the id of {matched[name]}", "keep one")
-            else:
-                matched[name] = file
-        return matched, others
+            if name and file.endswith(suffix):
+                matched[name] = Path(file)
+        return matched
 
 
 @dataclass
@@ -165,12 +152,8 @@ class Listing:
     """The files of a split."""
 
     folder: Path  # of the data set
-    pairs: list[Pair] = field(default_factory=list)  # as listed, or sorted by id
-    # Without a partner; a listed file that does not exist is an error instead.
-    unpaired: list[str] = field(default_factory=list)
-    num_images: int = 0
-    num_labels: int = 0
-    remarks: list[str] = field(default_factory=list)  # on what is left out
+    pairs: list[Pair]  # as listed, or sorted by id
+    unpaired: list[Path]  # without a partner; a listed file that does not exist is an error instead
 
 
 def read_ids(file: Path) -> list[str]:
@@ -277,24 +260,22 @@ def find_listing(name_or_config: str | DataConfig, root: Path, split: str) -> Li
     folder = listing.folder
     if not folder.is_dir():
         raise no_such_file("data.folder", folder, "correct it, or give --root")
-    if data.lists:
-        why = f"names no {split!r} image, or does not exist"
-        raise MissingSplit(f"list {folder / split}.txt", why, "write one id a line")
-    found = listing.num_images + listing.num_labels
-    key, pattern = ("labels", data.labels[0]) if listing.num_images else ("images", data.images)
-    path = folder / pattern.replace("{split}", split).replace("{id}", "*")
+    images, labels = (
+        folder / pattern.replace("{split}", split).replace("{id}", "*")
+        for pattern in (data.images, data.labels[0])
+    )
+    listed = f", listed in {folder / split}.txt" if data.lists else ""
     todo = "correct data.images, data.labels or data.split, or give --root"
-    if listing.num_images and listing.num_labels:
-        raise UserError("data.labels", f"no {path} has the id of an image", todo)
-    error = UserError if found else MissingSplit
-    raise error(f"data.{key}", f"no file is {path}", todo)
+    error = UserError if listing.unpaired else MissingSplit
+    raise error("data.images", f"no pair of files {images} and {labels}{listed}", todo)
 
 
 def find_pairs(name_or_config: str | DataConfig, root: Path, split: str) -> list[Pair]:
-    """The (image, label map) files of a split; says what is left out. Raises UserError if it has
-    none.
+    """The (image, label map) files of a split; says how many files are left out. Raises UserError
+    if it has none.
     """
     listing = find_listing(name_or_config, root, split)
-    for remark in listing.remarks:
-        warn(f"left out: {remark}")
+    if alone := listing.unpaired:
+        files = plural(len(alone), "file")
+        warn(f"left out: {files} without a partner in {split}, e.g. {alone[0]}")
     return listing.pairs

@@ -1,10 +1,8 @@
 """Image files: photographs as RGB, label maps as the numbers in the file; the networks' inputs."""
 
 import contextlib
-import functools
 import io
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,75 +14,45 @@ from torch import Tensor
 from zsseg.config import DataConfig
 from zsseg.utils import UserError
 
-ORIENTATION = 0x0112  # the EXIF and TIFF entry that says how the camera was held
-# Of other programs, or programs themselves (PostScript).
-NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
+# Pillow's others are other programs' files, or programs themselves (PostScript).
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 # Bits of the files whose samples Pillow leaves as stored, or stretches.
 LABEL_BITS = {"PNG 1": 8, "PNG L": 8, "PNG P": 8}
 LABEL_BITS |= {"PNG I": 16, "PNG I;16": 16, "TIFF I;16": 16, "TIFF I;16B": 16}
 STRETCH = {"L;2": 85, "L;4": 17}  # what it multiplies those of 2 and 4 bits with
 
 
-@functools.cache
-def formats_by_ending() -> dict[str, str]:
-    """{".jpg": "JPEG", ...} of the files that Pillow reads without another program."""
-    Image.init()
-    formats = Image.OPEN.keys() - NOT_READ
-    return {ending: name for ending, name in Image.EXTENSION.items() if name in formats}
-
-
 def is_image_name(name: str | Path) -> bool:
-    return os.path.splitext(name)[1].lower() in formats_by_ending()
+    ending = os.path.splitext(name)[1].lower()
+    return Image.registered_extensions().get(ending) in FORMATS
 
 
 @contextlib.contextmanager
-def open_image(file: Path | io.BytesIO, what: str, shown: bool = False) -> Iterator[Image.Image]:
-    """An image file, opened and not decoded yet.
-
-    Errors while it is read are a UserError that names it. At most Image.MAX_IMAGE_PIXELS, with
-    `shown` Pillow's own limit of twice as many.
+def open_image(file: Path | io.BytesIO, what: str) -> Iterator[Image.Image]:
+    """An image file, opened and not decoded yet. Errors while it is read, also that it has more
+    pixels than Pillow allows, are a UserError that names it.
     """
-    in_memory = isinstance(file, io.BytesIO)
-    name = f"this {what}" if in_memory else f"{what} {file}"
-    formats = {*formats_by_ending().values()}
+    name = f"this {what}" if isinstance(file, io.BytesIO) else f"{what} {file}"
     try:
-        with contextlib.ExitStack() as stack:
-            # Open already: Pillow would map a TIFF into memory, and then turns it wrongly.
-            content = file if in_memory else stack.enter_context(open(file, "rb"))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = stack.enter_context(Image.open(content, formats=[*formats]))
-            pixels = image.width * image.height
-            if pixels > Image.MAX_IMAGE_PIXELS and not shown:
-                raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS} pixels")
+        with Image.open(file, formats=FORMATS) as image:
             yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, LookupError, Image.DecompressionBombError) as error:
         # Its text would name the file object.
         why = "no image" if isinstance(error, UnidentifiedImageError) else error
-        todo = "give another" if in_memory else "replace the file"
-        raise UserError(name, f"cannot be read ({why})", todo) from None
+        raise UserError(name, f"cannot be read ({why})", "give another") from None
 
 
 def read_image(file: Path | io.BytesIO, shown: bool = False, turn: bool = False) -> Image.Image:
     """An image in RGB: transparent parts on white, 16 bits reduced to 8.
 
-    `turn`: turned as its EXIF entry says. `shown`: that too, and of up to twice as many pixels.
-    Raises UserError for a missing or broken file.
+    `turn`, or `shown` to the user: turned as its EXIF entry says. Raises UserError for a missing or
+    broken file.
     """
-    with open_image(file, "image", shown) as image:
+    with open_image(file, "image") as image:
         if turn or shown:
             with contextlib.suppress(Exception):  # broken EXIF data turn nothing
                 image = ImageOps.exif_transpose(image)
-        elif image.format == "TIFF" and is_turned(image):
-            raise ValueError("a TIFF that says it is turned: set data.exif_turn, or write PNG")
         return as_rgb(image)
-
-
-def is_turned(image: Image.Image) -> bool:
-    """Whether an EXIF entry turns or mirrors it; of TIFFs, whose pixels Pillow turns on its own,
-    the entry that it follows.
-    """
-    return image.getexif().get(ORIENTATION, 1) != 1
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -110,20 +78,15 @@ def read_values(file: Path, bits: int, size: tuple[int, int] | None = None) -> n
     """
     with open_image(file, "label map") as image:
         kind = f"{image.format} {image.mode}"
-        if (pages := getattr(image, "n_frames", 1)) > 1:
-            kind += f" of {pages} pages"
-        if image.format == "TIFF" and is_turned(image):
-            kind += " that says it is turned"
+        if getattr(image, "n_frames", 1) > 1:
+            kind += " of several pages"
         if LABEL_BITS.get(kind, 99) > bits:
             todo = f"write PNG, one channel of {'8' if bits == 8 else '8 or 16'} bits"
             raise UserError(f"label map {file}", f"is {kind}", todo)
         if size and image.size != size:
-            why = f"is {image.width} x {image.height}, its image {size[0]} x {size[1]}"
-            turn = ", or set data.exif_turn if its camera turned the image"
-            todo = f"make the two the same size{turn if image.size == size[::-1] else ''}"
+            why = "is {} x {}, its image {} x {}".format(*image.size, *size)
+            todo = "make them one size, or set data.exif_turn if the camera turned the image"
             raise UserError(f"label map {file}", why, todo)
-        if not image.tile:
-            raise ValueError("it contains no pixels")
         stretch = STRETCH.get(image.tile[0].args, 1)
         values = np.array(image)
     return values.astype(np.uint8 if LABEL_BITS[kind] == 8 else np.uint16) // stretch

@@ -1,7 +1,6 @@
 """The six data sets in their official layouts, and what prepare_data.py says."""
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -15,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from zsseg.data import TestImages as Images  # pytest would take it for a test
-from zsseg.datasets import DATASETS, find_listing, find_pairs
+from zsseg.datasets import DATASETS, find_pairs
 from zsseg.prepare.convert import decode_runs
-from zsseg.utils import UserError
+from zsseg.utils import UserError, warn
 
 NAMES = list(trees.BUILDERS)
 
@@ -75,23 +74,17 @@ def test_a_test_split_alone_is_enough(name, tmp_path):
         find_pairs(name, tmp_path, "train")
 
 
-def test_trainaug_is_voc_and_sbd_without_val(tmp_path, monkeypatch):
+def test_trainaug_is_voc_and_sbd_without_val(tmp_path):
     """With SBD where mmsegmentation puts it, and a folder of notes that hides nothing."""
     trees.voc(tmp_path, sbd="VOCdevkit/VOCaug/dataset")
     (tmp_path / "VOC2012").mkdir()
     (tmp_path / "VOC2012" / "notes.txt").touch()
-    ids = "".join(f"{i}\n" for i in ("2007_000033", "2007_000042", "2007_000061"))
-    digests = {"train": "0" * 64, "val": hashlib.sha256(ids.encode()).hexdigest()}
-    row = dataclasses.replace(DATASETS["voc"], counts={"train": 4, "val": 3}, digests=digests)
-    monkeypatch.setitem(DATASETS, "voc", row)
-    done = prepare("voc", tmp_path)
-    assert "val: 3 images (published: 3), the published ids" in done.stdout
-    assert "train: 4 images (published: 4), but NOT the published ids" in done.stdout
+    assert prepare("voc", tmp_path).returncode == 0
     base = tmp_path / "VOCdevkit" / "VOC2012"
     train = (base / "train.txt").read_text().split()
     # 2007_000042 is VOC's val.
     assert train == ["2007_000032", "2007_000039", "2008_000002", "2008_000003"]
-    assert (base / "val.txt").read_text() == ids
+    assert (base / "val.txt").read_text().split() == ["2007_000033", "2007_000042", "2007_000061"]
     assert sorted(f.stem for f in (base / "SegmentationClassAug").iterdir()) == train[2:]
     pairs = {p.stem: label for p, label in find_pairs("voc", tmp_path, "train")}
     assert pairs["2007_000032"].parent.name == "SegmentationClass"  # VOC's own mask, not SBD's
@@ -145,7 +138,7 @@ def test_check_names_every_bad_file(tmp_path):
         assert done.stdout.count(part) == 1, part
     assert files(tmp_path) == before
     said = prepare("ade20k", tmp_path).stdout  # the original leaves them out, too
-    assert "train: 1 images" in said and "left out: 2 files without a partner in train" in said
+    assert "train: 1 images (published: 20210), 2 files without a partner left out" in said
 
 
 def break_mat(root: Path) -> str:
@@ -217,7 +210,7 @@ def test_half_a_tree_is_no_data_set(part, tmp_path, monkeypatch):
         fails_in_one_line(prepare("voc", tmp_path), "val.txt: is not UTF-8 text; save it as UTF-8")
 
 
-def test_a_list_requires_ids(tmp_path):
+def test_a_list_requires_ids(tmp_path, capsys):
     folder = tmp_path / "VOC2012"
     for file in ("JPEGImages/x.jpg", "SegmentationClassAug/x.png"):
         trees.save_map(np.zeros((4, 4)), folder / file)
@@ -227,9 +220,9 @@ def test_a_list_requires_ids(tmp_path):
         fails_in_one_line(prepare("voc", tmp_path, env=cache), "val.txt: ", " is no id", "{id}")
         assert not (tmp_path / "cache").exists()  # nothing was asked of the network
     (folder / "val.txt").write_bytes(b"\xef\xbb\xbfx\r\n x\r\n")
-    listing = find_listing("voc", tmp_path, "val")
-    assert len(listing.pairs) == 1
-    assert listing.remarks == ["1 duplicate line in val.txt: every image counts once"]
+    warn.cache_clear()
+    assert len(find_pairs("voc", tmp_path, "val")) == 1
+    assert "1 duplicate line in" in capsys.readouterr().out
 
 
 def test_hidden_files_and_linked_cities(tmp_path):
@@ -276,8 +269,8 @@ def test_run_lengths_known_text_and_those_that_cannot_be():
     """A 5 x 4 mask with one pixel set at row 1, column 2: runs 11, 1, 8."""
     mask = decode_runs({"size": [5, 4], "counts": ";18"})
     assert mask.sum() == 1 and mask[1, 2]
-    bad = [([3, 5], [2**62] * 4 + [15]), ([2**20, 2**20], [2**40]), ([2, 2], [3])]
+    bad = [([3, 5], [2**62] * 4 + [15]), ([2, 2], [3])]
     bad += [([2, 2], counts) for counts in ([5, -1], "\x01", "zz", "é")]
     for size, counts in bad:
-        with pytest.raises(ValueError, match=r"run length|run-length|ascii|sensible size"):
+        with pytest.raises(ValueError, match=r"run length|run-length|ascii"):
             decode_runs({"size": size, "counts": counts})

@@ -107,17 +107,14 @@ def test_layouts(images, labels, files, tmp_path):
     (tmp_path / "val.txt").write_text("a\n")
     found = listing(images, labels, tmp_path)
     assert found.pairs == [tuple(tmp_path / f for f in files.split())]
-    assert not found.unpaired and not found.remarks
+    assert not found.unpaired
 
 
 def test_what_has_no_partner_is_said(tmp_path):
-    touch(tmp_path, "i/val/a.png", "m/val/a.png", "m/val/b.png", "i/val/c.png", "i/val/d.tif")
+    touch(tmp_path, "i/val/a.png", "m/val/a.png", "m/val/b.png", "i/val/c.png")
     found = listing("i/{split}/{id}.png", "m/{split}/{id}.png", tmp_path)
     assert [p.name for p, _ in found.pairs] == ["a.png"]
-    assert sorted(Path(f).name for f in found.unpaired) == ["b.png", "c.png"]
-    alone, unmatched = found.remarks
-    assert alone.startswith("2 files without a partner in val: ") and "c.png" in alone
-    assert unmatched.startswith("1 file that match no pattern") or "d.tif" in unmatched
+    assert sorted(f.name for f in found.unpaired) == ["b.png", "c.png"]
 
 
 SPLIT = ["data.images={split}/{id}.jpg", "data.labels={split}/{id}.png"]
@@ -138,7 +135,7 @@ IMPOSSIBLE = [
     (["data.labels=m/{split}/{id}}.png"], "data.labels: is "),
     (["data.images={id}.*", "data.labels={id}.png"], "data.images"),
     (["data.labels=masks/{id}.png"], "write {split} as in data.images"),
-    (["data.split=nope"], "no file is "),
+    (["data.split=nope"], "no pair of files "),
     (["data.folder=absent"], "data.folder: no such"),
 ]
 
@@ -156,9 +153,13 @@ def test_files_that_cannot_be(tmp_path):
     touch(tmp_path, "both/val/a.png", "both/val/a_mask.png")
     good = ("images/{split}/{id}.*", "masks/{split}/{id}.png")
     for images, labels, part in (
-        ("image/{split}/{id}.jpg", good[1], f"data.images: no file is {tmp_path}/image/val/*.jpg"),
-        (good[0], "mask/{split}/{id}.png", f"data.labels: no file is {tmp_path}/mask/val/*.png"),
-        (good[0], "others/{split}/{id}.png", "has the id of an image"),
+        ("image/{split}/{id}.jpg", good[1], f"no pair of files {tmp_path}/image/val/*.jpg and "),
+        (good[0], "mask/{split}/{id}.png", f" and {tmp_path}/mask/val/*.png;"),
+        (
+            good[0],
+            "others/{split}/{id}.png",
+            "others/val/*.png; correct data.images, data.labels or data.split",
+        ),
         ("both/{split}/{id}.png", "both/{split}/{id}.png", "give patterns that differ"),
         ("both/{split}/{id}.png", "both/{split}/{id}_mask.png", "matches data.images and data.lab"),
     ):
@@ -178,7 +179,7 @@ def test_other_data_sets_ignore_the_description():
     assert dataset(described("data.name=voc")) is dataset("voc")
 
 
-def test_ten_mistakes_at_once_are_all_named(root):
+def test_seven_mistakes_at_once_are_all_named(root):
     a = root / "a"
     for i in range(10):
         save_pair(root, "train", str(i), np.minimum(blocks(), 1))
@@ -189,9 +190,7 @@ def test_ten_mistakes_at_once_are_all_named(root):
     Image.new("RGB", (60, 48)).save(a / "masks/train/3.png")  # 4: in colours
     (a / "masks/train/4.png").unlink()  # 5: an image without labels
     (a / "images/train/5.png").unlink()  # 6: labels without an image
-    shutil.copy(a / "images/train/6.png", a / "images/train/6.jpeg")  # 7: fits no pattern
-    shutil.copy(a / "images/train/7.png", a / "images/val/1.png")  # 8: in two splits
-    Image.fromarray(blocks()).save(a / "masks/train/8.png", "JPEG")  # 9: losses, by a wrong name
+    Image.fromarray(blocks()).save(a / "masks/train/8.png", "JPEG")  # 7: losses, by a wrong name
     shutil.copytree(a / "images/train", a / "images/train/.thumbs")  # hidden, no mistake
     done = check(root)
     fails_in_one_line(done, "7 problems (listed above)")
@@ -203,18 +202,10 @@ def test_ten_mistakes_at_once_are_all_named(root):
         "masks/train/3.png: is PNG RGB",
         "images/train/4.png has no partner",
         "masks/train/5.png has no partner",
-        "6.jpeg",
-        "1 image is in another split, too",
         "masks/train/8.png: is JPEG L",
         "grass                                      0.00 %",
     ):
         assert part in done.stdout, part
-    text = (root / "a.toml").read_text().replace("images/{split}/{id}.png", "images/{split}/{id}.*")
-    (root / "a.toml").write_text(text)
-    shutil.rmtree(a / "images/val")
-    done = check(root)  # goes on after what ends other commands
-    fails_in_one_line(done, "2 problems")
-    assert "has the id of" in done.stdout and "no file is " in done.stdout
 
 
 def test_commands_say_what_they_leave_out(root, trained):
@@ -222,7 +213,7 @@ def test_commands_say_what_they_leave_out(root, trained):
     (root / "a/masks/train/0.png").write_bytes(b"no image")
     done = measure(trained, root, "--out", root / "o")
     assert done.returncode == 0, done.stderr
-    assert "left out: 1 file without a partner in val: " in done.stdout
+    assert "left out: 1 file without a partner in val, e.g. " in done.stdout
     done = train(root)
     assert done.returncode == 0, done.stderr
     assert "1 label map left out: label map " in done.stdout

@@ -86,10 +86,9 @@ def decode_runs(segmentation: dict) -> np.ndarray:
     the image.
     """
     height, width = segmentation["size"]
-    check_size(height, width)
     counts = segmentation["counts"]
     counts = decompress(counts) if isinstance(counts, str) else counts
-    if any(count < 0 for count in counts) or sum(counts) != height * width:
+    if min(counts) < 0 or sum(counts) != height * width:
         raise ValueError("run lengths that do not add up to the image")
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
@@ -114,55 +113,46 @@ def decompress(text: str) -> list[int]:
     return runs
 
 
-def check_size(height: int, width: int) -> None:
-    if not 0 < height * width <= MAX_PIXELS:
-        raise ValueError("an image of no sensible size")
-
-
 def pascal_context(folder: Path, workers: int) -> None:
     """`trainval_merged.json` -> `labels/<id>.png`, 16-bit category ids painted in the file's order,
-    and, last, the lists.
+    and, last, the lists. Raises UserError for a file that contains something else.
     """
     file = folder / "trainval_merged.json"
-    images = {}
     annotations = defaultdict(list)
-    try:
-        content = json.loads(file.read_bytes())
-        for image in content["images"]:
-            if image["phase"] in ("train", "val"):
-                stem = Path(image["file_name"]).stem
-                if not re.fullmatch(r"[\w-]{1,100}", stem):
-                    raise ValueError("a file name that cannot be one")
-                size = (image["height"], image["width"])
-                images[int(image["image_id"])] = (stem, image["phase"], size)
-        if "val" not in {phase for _, phase, _ in images.values()}:
-            raise ValueError("no image of phase val")
-        for annotation in content["annos_segmentation"]:
-            annotations[int(annotation["image_id"])].append(annotation)
-    except Exception as error:  # any JSON may be in it
-        why = f"cannot be read ({error!r:.200})"
-        raise UserError(f"annotations {file}", why, "replace the file") from None
-    del content
+    ids = {"train": [], "val": []}
 
-    def convert(key: int) -> None:
-        stem, _, size = images[key]
+    def convert(image: dict) -> None:
+        stem = Path(image["file_name"]).stem
+        size = [image["height"], image["width"]]
+        if not re.fullmatch(r"[\w-]{1,100}", stem) or not 0 < size[0] * size[1] <= MAX_PIXELS:
+            raise ValueError("a file name or a size that cannot be one")
+        ids[image["phase"]].append(stem)
         target = folder / "labels" / f"{stem}.png"
         if target.exists():
             return
-        try:
-            check_size(*size)
-            values = np.zeros(size, np.uint16)
-            for annotation in annotations[key]:
-                values[decode_runs(annotation["segmentation"])] = annotation["category_id"]
-        except Exception as error:
-            why = f"contains no valid masks of {stem} ({error!r:.200})"
-            raise UserError(f"annotations {file}", why, "replace the file") from None
+        values = np.zeros(size, np.uint16)
+        for annotation in annotations[int(image["image_id"])]:
+            runs = annotation["segmentation"]
+            if runs["size"] != size:
+                raise ValueError("a mask of another size than its image")
+            values[decode_runs(runs)] = annotation["category_id"]
         save(values, target)
 
-    list(parallel(convert, sorted(images), workers, "convert Context"))
-    for split in ("train", "val"):
-        ids = sorted(stem for stem, phase, _ in images.values() if phase == split)
-        write_ids(folder / f"{split}.txt", ids)
+    try:
+        content = json.loads(file.read_bytes())
+        images = [image for image in content["images"] if image["phase"] in ids]
+        for annotation in content["annos_segmentation"]:
+            annotations[int(annotation["image_id"])].append(annotation)
+        list(parallel(convert, images, workers, "convert Context"))
+        if not ids["val"]:
+            raise ValueError("no image of phase val")
+    except UserError:
+        raise
+    except Exception as error:  # any JSON may be in it
+        why = f"cannot be read ({error!r:.200})"
+        raise UserError(f"annotations {file}", why, "replace the file") from None
+    for split, stems in ids.items():
+        write_ids(folder / f"{split}.txt", sorted(stems))
 
 
 def ade20k_full(folder: Path, workers: int, train: bool = False) -> None:

@@ -1,6 +1,5 @@
 """The processes that torchrun started, the device of each, and its precision."""
 
-import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,12 +38,10 @@ class Process:
 
     def broadcast(self, build: Callable):
         """The first process's build() in every process; its UserError ends all of them."""
-        box = [None]
-        if self.is_main:
-            try:
-                box = [build()]
-            except UserError as error:
-                box = [error]
+        try:
+            box = [build() if self.is_main else None]
+        except UserError as error:
+            box = [error]
         if self.world_size > 1:
             dist.broadcast_object_list(box)
         if isinstance(box[0], UserError):
@@ -62,12 +59,9 @@ class Process:
         """build() in every process, in the first one before the others, which find what it
         caches.
         """
-        if not self.is_main:
-            self.any(False)  # a barrier
-        result = build()
-        if self.is_main:
-            self.any(False)
-        return result
+        result = build() if self.is_main else None
+        self.any(False)  # a barrier
+        return result if self.is_main else build()
 
     def broadcast_buffers(self, module: torch.nn.Module) -> None:
         """Give every process the first one's buffers (batch-norm statistics), so that all evaluate
@@ -78,18 +72,19 @@ class Process:
 
     def autocast(self, setting: str, training: bool = False) -> torch.autocast:
         """The networks' precision as `model.bf16` says, see `bf16`."""
-        enabled = self.bf16(setting, training)
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        kind = self.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.bf16(setting, training))
 
     def bf16(self, setting: str, training: bool = False) -> bool:
-        """Whether products are in bf16. "auto": on CUDA, and on a CPU that multiplies in bf16, but
-        for training there.
+        """Whether products are in bf16. "auto": on CUDA, and at inference on a CPU that multiplies
+        in bf16 (AMX or AVX512-BF16).
 
         At inference on a CPU only CLIP's image tower is, nearly all of the work.
         """
-        if setting != "auto":
-            return setting == "on"
-        return self.device.type == "cuda" or (not training and cpu_has_bf16())
+        if setting != "auto" or self.device.type == "cuda":
+            return setting != "off"
+        has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return has_bf16 and not training
 
     def compiles(self, setting: str) -> bool:
         """Whether all of a network is compiled. "auto": on CUDA."""
@@ -100,23 +95,12 @@ class Process:
         digits.
         """
         precision = "bf16" if self.bf16(setting, training) else "fp32"
-        name = f"CPU, {torch.get_num_threads()} threads"
+        name = f"a CPU, {torch.get_num_threads()} threads"
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
-        elif precision == "bf16" and not training:
-            precision = "CLIP in bf16, the rest in fp32"
         print_main(f"computing on {name}: {precision}")
 
 
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies matrices in bf16 (AMX or AVX512-BF16) and PyTorch is not held to
-    an older instruction set.
-    """
-    has = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return has and torch.backends.cpu.get_cpu_capability() == "AVX512"
-
-
-@functools.cache
 def can_compile() -> bool:
     """Whether torch.compile works here: on a CPU it needs a C++ compiler and Python's headers,
     which not every machine has.
@@ -124,7 +108,7 @@ def can_compile() -> bool:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(8))
     except Exception as error:  # of any type, a compiler's own among them
-        print_main(f"not compiled ({str(error).strip().splitlines()[0][:200]})")
+        print_main(f"not compiled: {error!r:.200}")
         return False
     return True
 
@@ -138,12 +122,9 @@ def init_distributed(device: str = "auto", timeout: timedelta = DIST_TIMEOUT) ->
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
-        if local_rank >= torch.cuda.device_count():
-            why = f"process {local_rank} has no GPU of its own"
-            raise UserError("torchrun", why, "start as many processes as there are GPUs")
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.allow_tf32 = False  # where bf16 is off, fp32 means fp32
-    if world_size > 1 and not dist.is_initialized():
+    if world_size > 1:
         # torchrun keeps its store over restarts, with the addresses of dead processes in it: every
         # start gets a prefix of its own. With several machines the count of restarts differs
         # between them; there, torchrun's own way must do.
@@ -153,7 +134,5 @@ def init_distributed(device: str = "auto", timeout: timedelta = DIST_TIMEOUT) ->
             store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
             store = dist.PrefixStore(f"start {restarts}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        options = {"rank": rank, "world_size": world_size, "timeout": timeout}
-        dist.init_process_group(backend, store=store, **options)
-    chosen = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    return Process(chosen, rank, world_size)
+        dist.init_process_group(backend, None, timeout, world_size, rank, store)
+    return Process(torch.device(f"cuda:{local_rank}" if cuda else "cpu"), rank, world_size)

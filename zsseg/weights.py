@@ -207,8 +207,8 @@ def checkpoint_and_config(
     else:
         content = load_checkpoint(path)
     if "config" not in content and not config:
-        what = f"checkpoint {path}"
-        raise UserError(what, "contains no configuration", "give its --config")
+        todo = "give its --config"
+        raise UserError(f"checkpoint {path}", "contains no configuration", todo)
     return content, load_config(config, settings, content.get("config"))
 
 
@@ -606,11 +606,10 @@ def find_proposer(name: str) -> Callable:
     folder are found, too.
     """
     module, _, function = name.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         todo = "give package.module:function"
         raise UserError(f"model.proposer {name}", f"cannot be imported ({error})", todo) from None
 

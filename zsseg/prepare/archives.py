@@ -12,12 +12,10 @@ def unpack(archive: Path, take: list[tuple[str, str]], folder: Path, what: str) 
     """Unpack parts of a .zip or .tar(.gz): each (path in the archive, path below `folder`) that
     does not exist yet.
 
-    They get their names only when all have been written. UserError for an archive that is broken,
-    lacks a part, or has a name or a link in one that leads outside.
+    They get their names only when all have been written; nothing is written outside. UserError for
+    an archive that is broken, lacks a part, or, a .tar, has a name or a link that leads outside.
     """
     missing = [(inside, folder / path) for inside, path in take if not (folder / path).exists()]
-    if not missing:
-        return
     staging = folder / ".unpacking"
 
     def wanted(name: str) -> bool:
@@ -26,7 +24,9 @@ def unpack(archive: Path, take: list[tuple[str, str]], folder: Path, what: str) 
     try:
         shutil.rmtree(staging, ignore_errors=True)  # what a kill left
         if archive.suffix == ".zip":
-            unpack_zip(archive, wanted, staging)
+            with zipfile.ZipFile(archive) as content:
+                # drops the ".." of names, and writes links as files
+                content.extractall(staging, filter(wanted, content.namelist()))
         else:
             with tarfile.open(archive) as content:
                 members = [member for member in content if wanted(member.name)]
@@ -42,13 +42,3 @@ def unpack(archive: Path, take: list[tuple[str, str]], folder: Path, what: str) 
         raise UserError(what, why, "check the disk, or delete it to fetch it again") from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def unpack_zip(archive: Path, wanted: object, staging: Path) -> None:
-    """The same for a zip file; ValueError for a name that leads outside."""
-    with zipfile.ZipFile(archive) as content:
-        names = [name for name in content.namelist() if wanted(name)]
-        for name in names:
-            if not (staging / name).resolve().is_relative_to(staging.resolve()):
-                raise ValueError(f"{name!r} leads outside")
-        content.extractall(staging, names)

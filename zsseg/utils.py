@@ -335,4 +335,7 @@ def parallel(function: Callable, items: Sequence, workers: int, name: str) -> It
         yield from (future.result() for future in waiting)
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
-        yield from progress(results(), name, len(items), os.environ.get("RANK", "0") == "0")
+        try:
+            yield from progress(results(), name, len(items), os.environ.get("RANK", "0") == "0")
+        finally:
+            pool.shutdown(cancel_futures=True)

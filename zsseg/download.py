@@ -12,7 +12,7 @@ from pathlib import Path
 
 from zsseg.utils import UserError
 
-TRIES = 8  # of each address
+TRIES = 5  # of each address
 
 
 def fetch(urls: list[str], path: Path, checksum: str, what: str, size: int = 0) -> Path:
@@ -63,6 +63,7 @@ def download(urls: list[str], part: Path, what: str) -> None:
     """Complete `part` from the first of `urls` that works."""
     todo = f"run it again to go on, or put the file at {part.with_suffix('')}"
     for url in urls:
+        print(f"{what}: {url}", flush=True)
         for _ in range(TRIES):
             try:
                 append(url, part, what)
@@ -89,7 +90,6 @@ def append(url: str, part: Path, what: str) -> None:
         start = file.tell()
         headers = {"User-Agent": "zsseg", "Range": f"bytes={start}-"}
         request = urllib.request.Request(url, headers=headers)
-        print(f"{what}: {url}, from byte {start} on", flush=True)
         with urllib.request.urlopen(request, timeout=60) as answer:
             if answer.headers.get_content_type() == "text/html":
                 todo = f"open that link in a browser, and put the file at {part.with_suffix('')}"

@@ -15,7 +15,7 @@ from zsseg.config import DataConfig
 from zsseg.utils import UserError
 
 # Pillow's others are other programs' files, or programs themselves (PostScript).
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 # Bits of the files whose samples Pillow leaves as stored, or stretches.
 LABEL_BITS = {"PNG 1": 8, "PNG L": 8, "PNG P": 8}
 LABEL_BITS |= {"PNG I": 16, "PNG I;16": 16, "TIFF I;16": 16, "TIFF I;16B": 16}

@@ -34,14 +34,15 @@ class PromptClassifier(nn.Module):
         super().__init__()
         self.clip = clip
         self.prompts = nn.ModuleDict()
+        device = clip.mean.device
         for seed in config.train.seeds or [config.train.seed]:
             torch.manual_seed(mix_seed(seed, 0))
             prompt = LearnedPrompt(clip.width, config.clip.prompt_prefix)
-            self.prompts[str(seed)] = prompt.to(clip.device)
+            self.prompts[str(seed)] = prompt.to(device)
         names = training_set(config.data).training_names
         tokens, ends = prompt.layout(clip.tokenizer, names)
-        self.tokens = tokens.to(clip.device)
-        self.ends = ends.to(clip.device).repeat(len(self.prompts))
+        self.tokens = tokens.to(device)
+        self.ends = ends.to(device).repeat(len(self.prompts))
 
     def forward(self, crops: Tensor) -> Tensor:
         """Crops [B, 3, R, R] -> logits [S, B, C] of every prompt."""

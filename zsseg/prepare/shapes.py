@@ -7,52 +7,39 @@ The small CLIP is trained on separate images (split "clip").
 """
 
 import colorsys
-import contextlib
-import json
 import tomllib
 from pathlib import Path
 
 import numpy as np
+from numpy.random import Generator, default_rng
 from PIL import Image, ImageDraw, ImageFilter
 
 from zsseg.datasets import DATASETS
-from zsseg.utils import (
-    UserError,
-    atomic_write,
-    claim_folder,
-    mix_seed,
-    progress,
-    read_text,
-    write_json,
-)
+from zsseg.prepare.convert import save
+from zsseg.utils import claim_folder, mix_seed, progress, write_json
 
 NAMES = DATASETS["shapes"].names
 UNSEEN = DATASETS["shapes"].unseen
-THINGS = NAMES[:20]
-STUFF = NAMES[20:]
+THINGS = 20  # the first classes; the others are textures
 SIDE = 96  # pixels
 SPLITS = {"clip": 2000, "train": 2000, "val": 200, "test": 300}  # images; the order gives the seeds
 MIN_VISIBLE = 0.75  # an image with a thing of which a smaller share is visible is drawn again
-RIM = 1  # pixels of white around a thing, as around a sticker
-RARE = 0.25  # how often an unseen class is drawn for training, compared with a seen one
 FINE = 4  # a silhouette is drawn with 4 x 4 points a pixel
-BOX = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
 DRAWING = tomllib.loads((Path(__file__).parent / "shapes.toml").read_text("utf-8"))
 
 
 def outline(kind: str, values: list[float]) -> np.ndarray:
     """Points [N, 2] of a part of a silhouette, see shapes.toml."""
-    if kind == "polygon":
+    if "polygon" in kind:
         return np.reshape(values, (-1, 2))
     x, y, rx, ry, *ends = values
     angles = np.radians(np.linspace(*(ends or (0, 360)), 33))
-    circle = np.stack([np.cos(angles), np.sin(angles)], 1)
-    return (BOX if kind == "box" else circle) * (rx, ry) + (x, y)
+    return np.stack([x + rx * np.cos(angles), y + ry * np.sin(angles)], 1)
 
 
-def silhouette(name: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """The share of every pixel that a thing somewhere in the image covers, with and without the rim
-    around it, float64 [96, 96] each.
+def silhouette(name: str, rng: Generator) -> np.ndarray:
+    """The share of every pixel that a thing somewhere in the image covers, with and without a rim
+    of a pixel: float64 [2, 96, 96].
     """
     centre = rng.uniform(22, SIDE - 22, 2)
     scale = rng.uniform(18, 27)
@@ -61,29 +48,28 @@ def silhouette(name: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
     canvas = Image.new("L", (SIDE * FINE, SIDE * FINE))
     pen = ImageDraw.Draw(canvas)
     for kind, *values in DRAWING["silhouettes"][name]:
-        points = (outline(kind.removeprefix("-"), values) @ turn * scale + centre) * FINE
+        points = (outline(kind, values) @ turn * scale + centre) * FINE
         pen.polygon(points.ravel().tolist(), fill=0 if kind[0] == "-" else 255)
     cover = canvas.reduce(FINE)
-    wide = cover.filter(ImageFilter.MaxFilter(2 * RIM + 1))
-    return np.asarray(wide) / 255, np.asarray(cover) / 255
+    return np.stack([cover.filter(ImageFilter.MaxFilter(3)), cover]) / 255
 
 
-def colour(rng: np.random.Generator, hue: float, spread: float, *rest: float) -> np.ndarray:
+def colour(rng: Generator, hue: float, spread: float, *rest: float) -> np.ndarray:
     """A colour near a hue of 0 to 1, of saturation and value near `rest`; float64 [3], 0..255."""
     hue += rng.uniform(-spread, spread)
     rest = np.clip(rest + rng.uniform(-0.1, 0.1, 2), 0, 1)
     return 255 * np.array(colorsys.hsv_to_rgb(hue % 1, *rest))
 
 
-def noise(rng: np.random.Generator, *cells: int) -> np.ndarray:
+def noise(rng: Generator, *cells: int) -> np.ndarray:
     """Smooth noise of 0 to 1 with that many cells down and across, float64 [96, 96]."""
     coarse = Image.fromarray(rng.integers(0, 256, cells, np.uint8))
-    return np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) / 255
+    return np.asarray(coarse.resize((SIDE, SIDE))) / 255
 
 
-def texture(name: str, rng: np.random.Generator) -> np.ndarray:
+def texture(name: str, rng: Generator) -> np.ndarray:
     """A piece of ground, float64 [96, 96, 3]."""
-    y, x = np.mgrid[:SIDE, :SIDE] + rng.uniform(0, 50, 2)[:, None, None]
+    y, x = np.mgrid[:SIDE, :SIDE] + rng.uniform(0, 50, (2, 1, 1))
     base, other = (colour(rng, *values) for values in DRAWING["colours"][name])
     match name:
         case "brick":
@@ -103,7 +89,7 @@ def texture(name: str, rng: np.random.Generator) -> np.ndarray:
     return base + (other - base) * amount[..., None]
 
 
-def paint(rng: np.random.Generator) -> np.ndarray:
+def paint(rng: Generator) -> np.ndarray:
     """The surface of a thing, whatever it is: any colour, plain or with a pattern; float64 [96, 96,
     3].
     """
@@ -113,78 +99,56 @@ def paint(rng: np.random.Generator) -> np.ndarray:
     angle = rng.uniform(0, np.pi)
     period = rng.uniform(6, 10)
     y, x = np.mgrid[:SIDE, :SIDE]
-    along, across = (x * np.cos(a) + y * np.sin(a) for a in (angle, angle + np.pi / 2))
-    middle = period / 2
-    stripes = along % period - middle
-    match rng.integers(4):
-        case 0:
-            amount = np.zeros((SIDE, SIDE))
-        case 1:
-            amount = stripes < 0
-        case 2:
-            amount = stripes**2 + (across % period - middle) ** 2 < 5
-        case 3:
-            amount = noise(rng, 4, 4)
+    waves = [x * np.cos(a) + y * np.sin(a) for a in (angle, angle + np.pi / 2)]
+    along, across = (wave % period - period / 2 for wave in waves)
+    patterns = [0 * x, along < 0, along**2 + across**2 < 5]  # plain, stripes, dots, or clouds
+    kind = rng.integers(4)
+    amount = noise(rng, 4, 4) if kind == 3 else patterns[kind]
     return base + (other - base) * amount[..., None]
 
 
-def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, dict]:
     """Image uint8 [96, 96, 3], class ids uint8 [96, 96] and a caption for every class in it."""
-    rng = np.random.default_rng(mix_seed(list(SPLITS).index(split), index))
+    rng = default_rng(mix_seed(list(SPLITS).index(split), index))
     # Unseen classes are rare in training, as in COCO-Stuff.
-    share = np.array([RARE if split == "train" and name in UNSEEN else 1 for name in NAMES])
-    things_share, stuff_share = (part / part.sum() for part in np.split(share, [len(THINGS)]))
-    ground = int(rng.choice(len(STUFF), p=stuff_share))
+    share = np.array([0.25 if split == "train" and name in UNSEEN else 1 for name in NAMES])
+    things_share, stuff_share = (part / part.sum() for part in np.split(share, [THINGS]))
+    ground = THINGS + rng.choice(len(stuff_share), p=stuff_share)
     while True:
-        labels = np.full((SIDE, SIDE), len(THINGS) + ground, np.uint8)
-        count = int(rng.integers(2, 4))
-        things = rng.choice(len(THINGS), count, replace=False, p=things_share).tolist()
-        covers = {thing: silhouette(THINGS[thing], rng) for thing in things}
-        areas = {thing: wide > 0.5 for thing, (wide, _) in covers.items()}
-        for thing, area in areas.items():
-            labels[area] = thing
-        if all((labels == k).sum() >= MIN_VISIBLE * area.sum() for k, area in areas.items()):
+        labels = np.full((SIDE, SIDE), ground, np.uint8)
+        count = rng.integers(2, 4)
+        things = rng.choice(THINGS, count, replace=False, p=things_share)
+        covers = np.stack([silhouette(NAMES[k], rng) for k in things])  # [N, 2, 96, 96]
+        areas = covers[:, 0] > 0.5
+        for k, area in zip(things, areas, strict=True):
+            labels[area] = k
+        shown = (labels == things[:, None, None]).sum((1, 2))
+        if (shown >= MIN_VISIBLE * areas.sum((1, 2))).all():
             break
 
-    image = texture(STUFF[ground], rng)
-    for wide, cover in covers.values():
-        image[2:, 1:] *= 1 - 0.4 * wide[:-2, :-1, None]  # its shadow
-        image += (245 - image) * wide[..., None]
-        image += (paint(rng) - image) * cover[..., None]
-    image = np.clip(image, 0, 255).astype(np.uint8)
-    texts = {k: str(rng.choice(DRAWING["captions"])) for k in np.unique(labels).tolist()}
-    return image, labels, {k: text.format(NAMES[k]) for k, text in texts.items()}
-
-
-def read_captions(folder: Path) -> dict[str, dict[str, str]]:
-    """What `generate` writes last: {name of an image: {class id: caption}}. Raises UserError for a
-    data set of other classes.
-    """
-    todo = "move it away, or give another --root"
-    text = read_text(folder / "captions.json", f"data set {folder}", todo)
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        captions = json.loads(text)
-        if captions.pop("classes") == list(NAMES):
-            return captions
-    raise UserError(f"data set {folder}", "was drawn by another version", todo)
+    image = texture(NAMES[ground], rng)
+    for wide, cover in covers[..., None]:
+        image[2:, 1:] *= 1 - 0.4 * wide[:-2, :-1]  # its shadow
+        image += (245 - image) * wide
+        image += (paint(rng) - image) * cover
+    image = image.clip(0, 255).astype(np.uint8)
+    present = np.unique(labels).tolist()
+    return image, labels, {k: rng.choice(DRAWING["captions"]).format(NAMES[k]) for k in present}
 
 
 def generate(folder: Path) -> None:
-    """Write `images/`, `labels/` and, last, `captions.json`, unless all are there.
-
-    UserError for a data set of other classes, and for a folder with other files.
+    """Write `images/`, `labels/` and, last, `captions.json`, {name of an image: {class id:
+    caption}}, unless that exists. UserError for a folder with other files.
     """
     if (folder / "captions.json").exists():
-        read_captions(folder)
         return
     claim_folder(folder)
-    captions = {"classes": list(NAMES)}
+    captions = {}
     for split, count in SPLITS.items():
         for index in progress(range(count), f"draw {split}", count):
             name = f"{split}{index:05}"
             image, labels, captions[name] = draw(split, index)
-            with atomic_write(folder / "images" / split / f"{name}.jpg") as file:
-                Image.fromarray(image).save(file, "JPEG", quality=80, subsampling=0)
-            with atomic_write(folder / "labels" / split / f"{name}.png") as file:
-                Image.fromarray(labels).save(file, "PNG")
+            file = folder / "images" / split / f"{name}.jpg"
+            save(image, file, "JPEG", quality=80, subsampling=0)
+            save(labels, folder / "labels" / split / f"{name}.png")
     write_json(folder / "captions.json", captions)

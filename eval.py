@@ -3,7 +3,8 @@
 Measure it:
     python eval.py runs/shapes/last.pt
     python eval.py model_final.pth --config configs/voc_r50_single.toml --save-predictions
-    python eval.py runs/shapes/last.pt --report              a page to look at: OUT/report.html
+    python eval.py runs/shapes/last.pt --report              and a page: OUT/report.html
+    python eval.py runs/shapes/last.pt --budget              instead, what masks and classes cost
     torchrun --nproc-per-node=8 eval.py CHECKPOINT
 
 Segment images: files, folders, or - for a list on standard input. Each gets a label map (.png), an
@@ -30,11 +31,8 @@ program.
 """
 
 import operator
-import os
 import tomllib
 from argparse import Namespace
-from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 from zsseg.apps.vocabulary import Words, read_words, seen_classes, trained_names
@@ -44,14 +42,13 @@ from zsseg.utils import (
     claim_folder,
     command,
     did_you_mean,
+    digest,
     expand_path,
     no_such_file,
     run_parser,
 )
 
 MIN_IMAGES_TO_COMPILE = 1000  # images a process: for fewer, compiling takes longer than it saves
-# For processes whose share of many images takes longer than the others'.
-DIST_TIMEOUT = timedelta(days=30)
 PUBLISHED = tomllib.loads((CONFIGS.parent / "zsseg/published.toml").read_text("utf-8"))
 # The settings that a published number is of, besides whether there was a teacher
 PUBLISHED_FOR = operator.attrgetter(
@@ -60,12 +57,6 @@ PUBLISHED_FOR = operator.attrgetter(
     *("clip.ensemble_weight", "clip.mask_threshold", "eval.sizes", "eval.flip", "eval.window"),
 )
 MODELS = [*PUBLISHED["model"]]
-MEASURING = {
-    "--save-predictions": "write OUT/predictions/<stem>.png, class ids",
-    "--budget": "what masks and classes cost: oracles, recall, confusions",
-    "--report": "write OUT/report.html: metrics, confusions, curves, images",
-}
-METRICS = ("pAcc", "mIoU_seen", "mIoU_unseen", "hIoU", "mIoU")
 
 
 def parse(argv: list[str]) -> Namespace:
@@ -73,40 +64,26 @@ def parse(argv: list[str]) -> Namespace:
     parser = run_parser(__doc__)
     text = f"a file, a published model ({', '.join(MODELS)}), or -"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
-    add = parser.add_argument_group("measuring").add_argument
-    for name, text in MEASURING.items():
-        add(name, action="store_true", help=text)
-    add = parser.add_argument_group("any images, any words").add_argument
-    text = "files, folders, or - for a list"
-    add("--images", metavar="IMAGE", nargs="+", help=text)
-    text = 'what to look for: "cat, dog, grass; other: sky" or a text file'
-    add("--classes", metavar="WORDS", type=read_words, help=text)
-    text = "segment only the images that are not done yet"
-    add("--resume", action="store_true", help=text)
-    text = "cache there what the networks make of each image, whatever the words"
-    add("--features", metavar="DIR", type=expand_path, help=text)
-    text = "a page on 127.0.0.1 (port 8000) to try images and words on"
-    add("--serve", metavar="PORT", type=int, nargs="?", const=8000, help=text)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--save-predictions", action="store_true", help="also OUT/predictions/<stem>.png")
+    add("--report", action="store_true", help="also OUT/report.html: confusions, curves, images")
+    add("--budget", action="store_true", help="instead, what masks and classes cost: oracles")
+    add("--images", metavar="IMAGE", nargs="+", default=[], help="files, folders, or - for a list")
+    add("--serve", metavar="PORT", type=int, nargs="?", const=8000, help="a page on 127.0.0.1")
+    add = parser.add_argument
+    add("--classes", metavar="WORDS", type=read_words, help='"cat, dog; other: sky", or a file')
+    add("--resume", action="store_true", help="only the images that are not done yet")
+    add("--features", metavar="DIR", type=expand_path, help="cache what serves other words, too")
     args = parser.parse_args(argv)
 
-    serves = args.serve is not None
-    own = args.images or serves
-    measures = args.save_predictions or args.budget or args.report
-    for is_wrong, *error in [
-        (args.images and serves, "--images and --serve", "are two things", "give one"),
-        (own and measures, "--images, --serve", "measure nothing", "leave out what measures"),
-        (args.classes and not own, "--classes", "is for other images", "add --images or --serve"),
-        (args.resume and not args.images, "--resume", "works with --images", "add it"),
-        (args.features and not args.images, "--features", "works with --images", "add it"),
-    ]:
-        if is_wrong:
-            raise UserError(*error)
-    files = [("checkpoint", args.checkpoint), *(("--images", text) for text in args.images or [])]
-    for what, text in files:
+    args.own = args.images or args.serve is not None
+    if not args.own and (args.classes or args.resume or args.features):
+        options = "--classes, --resume, --features"
+        raise UserError(options, "are for images of your own", "add --images")
+    for text in (args.checkpoint, *args.images):
         path = expand_path(text)
         if not path.exists() and text not in (*MODELS, "-"):
-            todo = did_you_mean(text, MODELS, "check the path")
-            raise no_such_file(f"{what} {text}", path, todo)
+            raise no_such_file(f"file {text}", path, did_you_mean(text, MODELS, "check the path"))
     load_config(args.config, args.set)
     return args
 
@@ -114,77 +91,63 @@ def parse(argv: list[str]) -> Namespace:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     from zsseg.distributed import init_distributed
-    from zsseg.weights import checkpoint_and_config, find_model
+    from zsseg.weights import checkpoint_and_config, find_model, load_segmenter
 
     named = args.checkpoint
     args.checkpoint, published = find_model(named)
     content, config = checkpoint_and_config(args.checkpoint, args.config or published, args.set)
     folder = Path("runs", named) if published else args.checkpoint.parent
     args.out = args.out or folder / ("segmented" if args.images else "eval")
-    process = init_distributed(args.device, DIST_TIMEOUT)
-    use = measure if args.images is args.serve is None else use_words
-    use(args, content, config, process)
+    process = init_distributed(args.device)
 
-
-def load(args: Namespace, content: dict, config: Config, process, images: int):
-    """The segmenter on its device, compiled if that saves time with so many images; prints what the
-    run computes on.
-    """
-    from zsseg.distributed import can_compile
-    from zsseg.weights import load_segmenter
-
-    segmenter = load_segmenter(content, config, args.root, args.checkpoint)
-    segmenter = segmenter.to(process.device).eval()
-    process.describe(config.model.bf16)
-    setting = config.model.compile
-    if setting == "on" or images >= MIN_IMAGES_TO_COMPILE * process.world_size:
-        if process.compiles(setting):
+    def load(images: int):
+        """The segmenter, compiled if that saves time with so many images; says what it runs on."""
+        segmenter = load_segmenter(content, config, args.root, args.checkpoint)
+        segmenter.to(process.device).eval()
+        process.describe(config.model.bf16)
+        setting = config.model.compile
+        many = images >= MIN_IMAGES_TO_COMPILE * process.world_size
+        if process.compiles(setting) and (many or setting == "on"):
             segmenter.compile_parts()
-        elif setting == "auto" and segmenter.clip is not None and can_compile():
-            segmenter.compile_tower()  # on a CPU all else is little beside it
-    return segmenter
+        return segmenter
+
+    use = use_words if args.own else measure
+    use(args, content, config, process, load)
 
 
-def use_words(args: Namespace, content: dict, config: Config, process) -> None:
+def use_words(args, content, config, process, load) -> None:
     """Images of the user's: a page to try them on, or a label map, an overlay and a JSON file each.
     What can fail does before anything is downloaded.
     """
-    from zsseg.apps.predict import find_images, segment_images, settings_digest
+    from zsseg.apps.predict import find_images, segment_images
+    from zsseg.apps.serve import Session, open_server
+    from zsseg.datasets import dataset
 
-    words = args.classes
-    if words is None:
-        from zsseg.datasets import dataset
-
-        words = Words(dataset(config.data).names)
+    words = args.classes or Words(dataset(config.data).names)
     trained = trained_names(content, config)
     if args.serve is not None:
-        from zsseg.apps.serve import Session, open_server
-
-        if process.world_size > 1:
-            raise UserError("--serve", "is for one process", "start it without torchrun")
         server = open_server(args.serve, config)
-        segmenter = load(args, content, config, process, 0)
-        return server.run(Session(segmenter, config, process, trained, words))
+        return server.run(Session(load(0), config, process, trained, words))
 
     views = config.eval.sizes or config.eval.flip or config.eval.window
     if args.features and (views or not config.model.proposals):
-        todo = "leave it out, or eval.sizes, eval.flip, eval.window and model.proposals=false"
-        raise UserError("--features", "caches mask proposals, of one view an image", todo)
+        why = "caches mask proposals, of one view an image (eval.sizes, flip, window)"
+        raise UserError("--features", why, "leave it out")
     images = process.broadcast(lambda: find_images(args.images, args.out))
-    segmenter = load(args, content, config, process, len(images))
-    seen = words.among(trained)
-    segmenter.set_classes(words.names, seen, words.synonyms)
-    weights = (config.clip.weights, config.clip.prompts)
-    files = [args.checkpoint, *(w.replace("{root}", str(args.root)) for w in weights)]
-    made_with = settings_digest(config, process, files, words, seen)
-    cache = args.features and (args.features, settings_digest(config, process, files))
-    resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    parts = (segmenter, config, process, words, images, args.out, made_with)
-    segment_images(*parts, resume, cache)
+    segmenter = load(len(images))
+    segmenter.set_classes(words.names, words.among(trained), words.synonyms)
+    weights = config.clip.weights.replace("{root}", str(args.root))
+    files = (args.checkpoint, weights, config.clip.prompts)
+    sizes = (config.data.test_short_edge, config.data.max_size)
+    model = digest([config.model, config.clip, config.eval, sizes], files)
+    parts = (segmenter, config, process, words, images)
+    segment_images(*parts, args.out, model, args.resume, args.features)
 
 
-def measure(args: Namespace, content: dict, config: Config, process) -> None:
+def measure(args, content, config, process, load) -> None:
     """The metrics on a split of a data set, and what belongs to them."""
+    from zsseg.analysis import oracle_analysis, write_analysis
+    from zsseg.apps.report import Report
     from zsseg.datasets import dataset, find_pairs
     from zsseg.evaluate import evaluate
     from zsseg.metrics import report
@@ -192,25 +155,14 @@ def measure(args: Namespace, content: dict, config: Config, process) -> None:
     split = config.data.split
     pairs = find_pairs(config.data, args.root, split)  # before anything is downloaded
     process.broadcast(lambda: claim_folder(args.out))
-    if "config" not in content and config.model.bf16 == "auto" and process.device.type == "cpu":
-        # What an original checkpoint gives is compared with the original's numbers.
-        config = replace(config, model=replace(config.model, bf16="off"))
-    segmenter = load(args, content, config, process, len(pairs))
     seen = seen_classes(dataset(config.data), content, config)
-    measured = (segmenter, config, args.root, process, split)
+    measured = (load(len(pairs)), config, args.root, process, split)
     if args.budget:
-        from zsseg.analysis import oracle_analysis, write_analysis
-
         result = oracle_analysis(*measured, seen)
         if process.is_main:
             write_analysis(result, args.out)
-    if args.budget and not args.report:
         return
-    page = None
-    if args.report:
-        from zsseg.apps.report import Report
-
-        page = Report(config, process)
+    page = Report(config, process) if args.report else None
     result = evaluate(*measured, args.out, args.save_predictions, page, seen)
     if process.is_main:
         report(result, config, args.out)
@@ -225,7 +177,7 @@ def published_row(config: Config) -> str:
         other = load_config(row["config"], row.get("set", []))
         same = PUBLISHED_FOR(other) == PUBLISHED_FOR(config)
         if same and bool(other.train.teacher) == bool(config.train.teacher):
-            found = [f"{key} {row[key]}" for key in METRICS if key in row]
+            found = [f"{key} {value}" for key, value in row.items() if isinstance(value, float)]
             return f"published ({row['name']}): {', '.join(found)}\n"
     return ""
 

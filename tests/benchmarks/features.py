@@ -63,12 +63,13 @@ def main() -> None:
     segmenter.set_classes(["thing"])
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         place = (Path(folder, "features"), "")
-        cached_proposals(*model, inputs[0], *place)
+        with process.autocast(config.model.bf16):
+            cached_proposals(segmenter, inputs[0], *place)
         print(f"features of an image: {place[0].stat().st_size / 2**20:.2f} MiB; images/s")
         print(f"{'classes':>8}{'a pass':>10}{'cached':>10}{'x':>8}")
 
         def from_cache() -> None:
-            proposals = cached_proposals(*model, inputs[0], *place)
+            proposals = cached_proposals(segmenter, inputs[0], *place)
             segment_image(*model, inputs, SIZE, proposals=proposals)
 
         for count in (3, 171, 847):

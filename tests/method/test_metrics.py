@@ -1,4 +1,4 @@
-"""Metrics against counting by hand."""
+"""Metrics against counting by hand, and the tables that show them."""
 
 import dataclasses
 import json
@@ -9,31 +9,24 @@ import torch
 from conftest import tiny_config
 
 from zsseg import metrics
-from zsseg.config import load_config
 from zsseg.datasets import DataSet
-from zsseg.metrics import confusion, summarize, table
+from zsseg.metrics import confusion, report, summarize
 
 PLAIN = DataSet("plain", ["a", "b", "c", "d"], [], "", [], {}, [0, 1, 2, 3])
 SPLIT = dataclasses.replace(PLAIN, unseen=["c", "d"])
 
 
-def literal_iou(labels: np.ndarray, predicted: np.ndarray, c: int) -> float:
-    valid = labels != 255
-    both = ((labels == c) & (predicted == c) & valid).sum()
-    either = (((labels == c) | (predicted == c)) & valid).sum()
-    return 100 * both / either
-
-
-def test_confusion_and_iou_on_random_maps():
+def test_metrics_of_random_maps():
     rng = np.random.default_rng(0)
     labels, predicted = rng.choice([0, 1, 2, 3, 255], (40, 50)), rng.integers(0, 4, (40, 50))
     matrix = confusion(torch.from_numpy(labels), torch.from_numpy(predicted), 4, 255)
     assert matrix.sum() == (labels != 255).sum() and matrix.dtype == torch.int64
     result = summarize(matrix, SPLIT)
-    ious = [literal_iou(labels, predicted, c) for c in range(4)]
-    seen, unseen = np.mean(ious[:2]), np.mean(ious[2:])
     valid = labels != 255
     right = labels == predicted
+    sides = [((labels == c) & valid, (predicted == c) & valid) for c in range(4)]
+    ious = [100 * (a & b).sum() / (a | b).sum() for a, b in sides]
+    seen, unseen = np.mean(ious[:2]), np.mean(ious[2:])
     weights = [(labels == c).sum() / valid.sum() for c in range(4)]
     wanted = {
         "mIoU": np.mean(ious),
@@ -73,28 +66,25 @@ def test_nothing_measured_is_null_and_all_wrong_is_zero():
     missed = summarize(matrix.T.contiguous(), SPLIT)
     assert missed["mIoU_unseen"] == 0 == missed["hIoU"]
     for values in (nothing, result):
-        json.loads(json.dumps(values, allow_nan=False))
-        assert "-" in table(values, tiny_config()).splitlines()[1]
+        json.dumps(values, allow_nan=False)
+        assert "-" in metrics.metric_table(metrics.rows(values))
 
 
-def test_a_perfect_prediction_is_100():
-    labels = torch.arange(4).repeat(5, 1)
-    result = summarize(confusion(labels, labels, 4, 255), SPLIT)
-    assert all(result[name] == 100 for name in metrics.METRICS)
-
-
-def test_the_table_shows_the_parts_side_by_side():
+def test_the_table_and_the_file(tmp_path, capsys):
+    """A metric is an entry of METRICS: all are 100 where all is right."""
     result = summarize(torch.eye(4, dtype=torch.int64) * 7, SPLIT)
-    accuracy = {"accuracy": 91.25, "regions": 12, "accuracy_seen": 93.0}
-    result |= {"head_only": result, "weight_0.3": result, "clip_true_masks": accuracy}
-    lines = table(result, tiny_config()).splitlines()
-    assert lines[0].split() == ["seen", "unseen", "hIoU", "mIoU", "pAcc"]
-    starts = ["MaskFormer only", "ensemble, weight 0.3", "ensemble", "CLIP on the ground-truth"]
-    assert all(line.startswith(start) for line, start in zip(lines[1:5], starts, strict=True))
-    assert "91.2" in lines[4] and "d " in lines[-1]
-    for setting, title in (
-        ("model.proposals=false", "one-stage baseline"),
-        ("clip.ensemble=false", "MaskFormer only"),
-        ("clip.ensemble_weight=0", "CLIP only"),
-    ):
-        assert metrics.method(load_config(None, [setting])) == title
+    assert all(result[name] == 100 for name in metrics.METRICS)
+    result["per_class"]["b"] = {"IoU": None, "Acc": None}
+    result = result | {"head_only": result, "weight_0.3": result}
+    result |= {"ignored": 12.34, "images": 3, "images_per_second": 2.0}
+    report(result, tiny_config(), tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-5].split() == ["seen", "unseen", "hIoU", "mIoU", "pAcc"]
+    assert [line.split("  ")[0] for line in lines[-4:-1]] == [
+        "MaskFormer only",
+        "weight_0.3",
+        "as configured",
+    ]
+    assert "not measured, without a pixel of ground truth: b" in lines
+    assert "12.3% of the pixels have no class and do not count" in lines
+    assert json.loads((tmp_path / "metrics.json").read_text()) == result

@@ -23,9 +23,9 @@ TABLE = Path(__file__).parent / "zsseg" / "datasets.toml"
 def main(argv: list[str]) -> None:
     args = parse(argv)
     config = load_config(args.config).data if args.config else DataConfig(name=args.dataset)
-    if config.name != args.dataset or (args.dataset == "folder" and not args.config):
-        why = f"describes {config.name}" if args.config else "is missing"
-        raise UserError("--config", why, f'give a file with [data] name = "{args.dataset}"')
+    if config.name != args.dataset:
+        todo = f'give a file with [data] name = "{args.dataset}"'
+        raise UserError("--config", f"describes {config.name}", todo)
 
     # These take seconds to import.
     from zsseg.prepare import check, official, shapes, shapes_clip

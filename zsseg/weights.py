@@ -422,7 +422,7 @@ def load_clip(section: ClipConfig, root: Path) -> CLIP:
         file = re.sub("[/@]", "-", f"{name}.pt")
         url = f"{OPENAI}/{checksum}/{file}"
         path = fetch([url], cache_dir() / file, f"sha256:{checksum}", what)
-    todo = "give a file or the name of OpenAI's model, or run prepare_data.py shapes"
+    todo = "give a file, an OpenAI name, or the --root of the data; or run prepare_data.py shapes"
     state = strip_prefix(read_torch(path, what, did_you_mean(name, OPENAI_MODELS, todo)), what)
     known = name in OPENAI_MODELS or "visual.conv1.tokens.weight" in state
     if not (known or section.activation):

@@ -22,7 +22,6 @@ from zsseg.weights import (
     load_checkpoint,
     load_into,
     load_segmenter,
-    our_name,
 )
 
 LISTS = keys("upstream_keys.json")
@@ -31,51 +30,35 @@ LISTS = keys("upstream_keys.json")
 # --- the original's names
 
 
+@pytest.mark.filterwarnings("ignore:.*meta parameter")
 @pytest.mark.parametrize("name", LISTS)
 def test_every_key_of_the_original_is_used_or_dropped(name):
     """Each name goes to one place of ours, shapes fit, nothing of ours is left without a value."""
-    with torch.device("meta"):
-        state = {k: torch.empty(shape) for k, shape in LISTS[name].items()}
-    region = {k for k in state if k.startswith("_region_clip_adapter.clip_model.")}
-    parts, dropped = import_original({k: v for k, v in state.items() if k not in region}, name)
-    assert len(state) - len(region) == len(dropped) + sum(len(p) for p in parts.values())
+    state = {k: torch.zeros(()).expand(shape) for k, shape in LISTS[name].items()}
+    parts, dropped = import_original(state, name)
+    assert len(state) == len(dropped) + sum(len(part) for part in parts.values())
     constants = ("_signal", "pixel_", "empty_weight", "_region")
     assert all(any(word in k for word in constants) for k in dropped)
-    maskformer = parts.get("maskformer", {})
     assert ("maskformer" in parts) == (name != "coco_prompt_learning")
-    if "pixel_embed.weight" in maskformer:
-        assert maskformer["pixel_embed.weight"].shape == (512, 256, 1, 1)
-    elif maskformer:
-        backbone = "R50" if name.startswith("voc_r50") else "R101c"
-        with torch.device("meta"):
-            model = MaskFormer(ModelConfig(backbone), maskformer["non_object"].shape[1])
-        assert load_into(model, maskformer, name, "") == []
-    for part in {"prompt", "region_prompt"} & parts.keys():
-        with torch.device("meta"):
-            prompt = LearnedPrompt(parts[part]["prefix"].shape[1])
-        assert load_into(prompt, parts[part], name, "") == []
     assert ("prompt" in parts) == ("learn" in name)
     assert ("region_prompt" in parts) == ("separate" in name)
+    with torch.device("meta"):
+        modules = {k: LearnedPrompt(parts[k]["prefix"].shape[1]) for k in parts if "prompt" in k}
+        if "non_object" in parts.get("maskformer", ()):
+            backbone = "R50" if name.startswith("voc_r50") else "R101c"
+            width = parts["maskformer"]["non_object"].shape[1]
+            modules["maskformer"] = MaskFormer(ModelConfig(backbone), width)
+    for part, module in modules.items():
+        assert load_into(module, parts[part], name, "") == []
 
 
-def test_a_region_adapter_must_share_the_clip():
-    end = "clip_model.ln_final.weight"
-    names = [f"clip_adapter.{end}", f"_region_clip_adapter.{end}"]
-    parts, dropped = import_original({n: torch.ones(3) for n in names}, "file")
-    assert list(parts) == ["clip"] and dropped == names[1:]
-    for state in (
-        {n: torch.full((3,), float(i)) for i, n in enumerate(names)},
-        {names[1]: torch.ones(3)},
-    ):
-        with pytest.raises(UserError, match="two different CLIPs"):
-            import_original(state, "file")
-
-
-def test_unknown_names_are_refused():
-    for name in ("backbone.stem.conv9.weight", "sem_seg_head.extra", "x.backbone.stem"):
-        assert our_name(name) == ""
+def test_entries_that_have_no_place_are_refused():
     with pytest.raises(UserError, match=r"unknown entry sem_seg_head\.extra"):
         import_original({"sem_seg_head.extra": torch.zeros(1)}, "file")
+    end = "clip_model.ln_final.weight"
+    for clip in ({}, {f"clip_adapter.{end}": torch.zeros(3)}):
+        with pytest.raises(UserError, match="two different CLIPs"):
+            import_original({f"_region_clip_adapter.{end}": torch.ones(3)} | clip, "file")
 
 
 # --- what fits
@@ -119,11 +102,6 @@ def test_weights_that_are_not_finite_are_refused(value, trained, small_clip):
         weights.make_clip(state, tiny_config().clip, "clip")
 
 
-def test_many_names_of_one_module_are_one_word(capsys):
-    weights.log_loaded("file", 2, [f"stage.layer1.{i}.bias" for i in range(5)] + ["x.bias"])
-    assert capsys.readouterr().out == "file: 2 tensors loaded, 6 dropped: stage.*, x.bias\n"
-
-
 # --- backbones
 
 
@@ -141,7 +119,7 @@ def to_detectron(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 def test_backbone_weights_from_torchvision_and_detectron2(tmp_path, capsys, monkeypatch):
     """Detectron2's converted files have torchvision's classifier as `stem.fc` and maybe batch
-    counters; by its name such a file is downloaded.
+    counters; by its name such a file comes from the cache.
     """
     torch.manual_seed(0)
     source = torchvision.models.resnet50(weights=None)
@@ -149,12 +127,11 @@ def test_backbone_weights_from_torchvision_and_detectron2(tmp_path, capsys, monk
     torch.save(source.state_dict(), tmp_path / "r50.pth")
     arrays = to_detectron(state) | {"stem.conv1.norm.num_batches_tracked": np.array(7)}
     content = {"model": arrays, "matching_heuristics": True, "__author__": "torchvision"}
-    (tmp_path / "r50.pkl").write_bytes(pickle.dumps(content))
-    url = (tmp_path / "r50.pkl").as_uri()
-    monkeypatch.setitem(weights.BACKBONE_FILES, "R-50.pkl", url)
-    monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path / "cache"))
+    for file in (tmp_path / "r50.pkl", tmp_path / "R-50.pkl"):
+        file.write_bytes(pickle.dumps(content))
+    monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path))
     for name, count, part in (
-        (str(tmp_path / "r50.pth"), 2 + 53, "bn1.num_batches_tracked, "),
+        (str(tmp_path / "r50.pth"), 2 + 53, "bn*.num_batches_tracked, "),
         (str(tmp_path / "r50.pkl"), 3, "stem.fc.weight, stem.fc.bias"),
         ("R-50.pkl", 3, "stem.fc.weight, stem.fc.bias"),
     ):
@@ -165,7 +142,6 @@ def test_backbone_weights_from_torchvision_and_detectron2(tmp_path, capsys, monk
         assert f"{name}: 265 tensors loaded, {count} dropped: " in text and part in text
         with pytest.raises(UserError, match="does not fit"):
             load_backbone(R101c(), "R101c", name)
-    assert (tmp_path / "cache" / "R-50.pkl").exists()
     with pytest.raises(UserError, match=r"imagenet: no such file; .*R-103\.pkl"):
         load_backbone(R101c(), "R101c", "imagenet")
 
@@ -184,38 +160,35 @@ def test_the_small_backbone_starts_from_the_small_clip_s(shapes_root, capsys):
 # --- files
 
 
-@pytest.mark.parametrize("protocol", range(6))
-def test_arrays_of_every_protocol_are_read(protocol, tmp_path):
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_arrays_are_read(protocol, tmp_path):
     arrays = {
         "f4": np.arange(6, dtype=np.float32).reshape(2, 3),
         "order": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
-        "big": np.arange(3, dtype=">i4"),
-        "none": np.zeros((0, 2)),
         "scalar": np.float64(3),
         "half": np.ones(2, np.float16),
         "flags": np.array([True, False]),
     }
-    dump = pickle.dumps({"model": arrays}, protocol)
-    # As NumPy 1 wrote it.
-    for content in (dump, dump.replace(b"numpy._core", b"numpy.core")) if protocol < 4 else (dump,):
-        (tmp_path / "a.pkl").write_bytes(content)
-        read = weights.read_torch(tmp_path / "a.pkl", "file")["model"]
-        for name, array in arrays.items():
-            values = np.asarray(read[name])
-            assert np.array_equal(values, array) and values.dtype.kind == array.dtype.kind
-    torch.save({"model": {}} | arrays, tmp_path / "a.pt")
-    read = load_checkpoint(tmp_path / "a.pt")
-    assert all(np.array_equal(np.asarray(read[name]), array) for name, array in arrays.items())
+    dump = pickle.dumps({"model": {}} | arrays, protocol)
+    old = dump.replace(b"numpy._core", b"numpy.core") if protocol == 2 else dump  # NumPy 1's
+    for name, content in (("new.pkl", dump), ("old.pkl", old), ("a.pt", b"")):
+        (tmp_path / name).write_bytes(content)
+        if not content:
+            torch.save({"model": {}} | arrays, tmp_path / name)
+        read = load_checkpoint(tmp_path / name)
+        for key, array in arrays.items():
+            values = np.asarray(read[key])
+            assert np.array_equal(values, array) and values.dtype == array.dtype
 
 
 def test_empty_and_cut_files_are_named(tmp_path):
     (tmp_path / "x.pt").touch()
-    with pytest.raises(weights.UnreadableFile, match=r"x\.pt: cannot be read"):
+    with pytest.raises(UserError, match=r"x\.pt: cannot be read"):
         load_checkpoint(tmp_path / "x.pt")
     torch.save({"model": {"w": torch.zeros(1000)}}, tmp_path / "x.pt")
     for size in (100, 3000):
         (tmp_path / "y.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:size])
-        with pytest.raises(weights.UnreadableFile, match=r"y\.pt: cannot be read"):
+        with pytest.raises(UserError, match=r"y\.pt: cannot be read"):
             load_checkpoint(tmp_path / "y.pt")
 
 
@@ -224,7 +197,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         torch.save(content, tmp_path / "last.pt")
         with pytest.raises(UserError, match="contains no model"):
             load_checkpoint(tmp_path / "last.pt")
-    with pytest.raises(UserError, match=r"is a folder; did you mean .*last\.pt\?"):
+    with pytest.raises(UserError, match=r"cannot be read .*Is a directory"):
         load_checkpoint(tmp_path)
     with pytest.raises(UserError, match=r"lst\.pt: no such file; did you mean .*last\.pt\?"):
         load_checkpoint(tmp_path / "lst.pt")
@@ -247,13 +220,6 @@ def content(trained):
     """A run's checkpoint and its configuration."""
     content = load_checkpoint(trained)
     return content, load_config(base=content["config"])
-
-
-def test_a_checkpoint_without_a_segmenter(content, trained):
-    content, config = content
-    del content["model"]["maskformer"]
-    with pytest.raises(UserError, match="has no segmenter"):
-        load_segmenter(content, config, trained.parent.parent, "x")
 
 
 def test_another_clip_is_said(content, trained, tmp_path, capsys):
@@ -289,8 +255,8 @@ def test_a_proposer_needs_no_maskformer(content, trained, tmp_path, monkeypatch)
         assert labels.shape == (64, 64) and segmenter.learned_state() == {}
     with pytest.raises(UserError, match="gives masks that nothing trains"):
         build_segmenter(config, root)
-    with pytest.raises(UserError, match="stands for none"):
-        weights.checkpoint_and_config("-", root / "a.toml", [])
+    with pytest.raises(UserError, match=r"checkpoint -: does not fit: maskformer\."):
+        load_segmenter(*weights.checkpoint_and_config("-", root / "a.toml", []), root, "-")
     for wrong in ("boxes", "boxes:other", "nowhere:f", ":f", "a.py:f"):
         with pytest.raises(UserError, match=rf"model\.proposer {wrong}: cannot be imported"):
             weights.find_proposer(wrong)
@@ -307,29 +273,23 @@ def test_learned_prompts_come_from_their_checkpoint(content, trained, tmp_path, 
     name = "clip_adapter.prompt_learner.prefix_prompt"
     torch.save({"model": {name: prompt["prefix"]}}, tmp_path / "theirs.pt")
     for file in ("ours.pt", "theirs.pt"):
-        settings = ["clip.prompt=learned", f"clip.prompts={tmp_path / file}"]
-        config = load_config(root / "a.toml", settings)
+        name = f"clip.prompts={tmp_path / file}"
+        config = load_config(root / "a.toml", ["clip.prompt=learned", name])
         built = build_segmenter(config, root)
         assert torch.equal(built.prompt.prefix, prompt["prefix"])
-        assert (
-            f"clip.prompts {tmp_path / file}: 1 tensors loaded, 0 dropped"
-            in capsys.readouterr().out
-        )
-        regions = load_config(root / "a.toml", ["clip.region_prompt=learned", settings[1]])
+        text = capsys.readouterr().out
+        assert f"clip.prompts {tmp_path / file}: 1 tensors loaded, 0 dropped" in text
+        regions = load_config(root / "a.toml", ["clip.region_prompt=learned", name])
         assert torch.equal(build_segmenter(regions, root).region_prompt.prefix, prompt["prefix"])
     saved = {"model": built.learned_state(), "config": dataclasses.asdict(config)}
     (tmp_path / "theirs.pt").unlink()
     again = load_segmenter(saved, config, root, "x")
     assert torch.equal(again.prompt.prefix, prompt["prefix"])
     learned = load_config(settings=["clip.prompt=learned"], base=loaded["config"])
-    with pytest.raises(UserError, match="has no learned prompt; set clip"):
+    with pytest.raises(UserError, match=r"does not fit: prompt\.prefix is absent"):
         load_segmenter(loaded, learned, root, "x")
     with pytest.raises(UserError, match=r"clip\.prompt: is learned"):
         build_segmenter(learned, root)
-    with pytest.raises(UserError, match="has no learned prompt"):
-        build_segmenter(
-            load_config(settings=[f"clip.prompts={trained}"], base=loaded["config"]), root
-        )
 
 
 def test_a_supervised_checkpoint_of_the_original(capsys, tmp_path):
@@ -349,5 +309,3 @@ def test_a_supervised_checkpoint_of_the_original(capsys, tmp_path):
     assert segmenter.learned_state().keys() == {"maskformer"} and segmenter.clip is None
     with pytest.raises(UserError):
         segmenter.set_classes(["cat", "dog"])
-    with pytest.raises(UserError, match="contains no CLIP"):
-        load_segmenter({"model": state}, load_config("voc_r50_single"), tmp_path, "x")

@@ -2,6 +2,7 @@
 hostile; kills.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -32,7 +33,7 @@ PAGE = b"\n <!DOCTYPE html><html><title>Quota exceeded</title></html>"
 
 class Server:
     """Serves `files`. cuts: bytes after which each of the next answers ends; ranges False: always
-    the complete file; status: of every answer; page: sent in the place of a file, as of type `kind`.
+    the complete file; status: of every answer; page: sent in the place of a file.
     """
 
     def __init__(self):
@@ -41,7 +42,6 @@ class Server:
         self.ranges = True
         self.status = 200
         self.page = b""
-        self.kind = "application/octet-stream"
         self.asked = []
         outer = self
 
@@ -58,7 +58,7 @@ class Server:
                     self.send_error(416)
                     return
                 self.send_response(206 if start else 200)
-                self.send_header("Content-Type", outer.kind)
+                self.send_header("Content-Type", "text/html" if outer.page else "x/y")
                 self.send_header("Content-Length", str(len(content) - start))
                 self.end_headers()
                 body = content[start:]
@@ -76,7 +76,6 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(download, "BLOCK", 10_000)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     server = Server()
     server.files["data.bin"] = DATA
@@ -98,7 +97,8 @@ def test_a_cut_transfer_goes_on_where_it_was(server, tmp_path):
     path = tmp_path / "d" / "data.bin"
     assert get(server, path, size=len(DATA)) == DATA
     assert [f.name for f in path.parent.iterdir()] == ["data.bin"]
-    assert [r for _, r in server.asked] == [None, "bytes=70000-", "bytes=70000-", "bytes=170000-"]
+    starts = [int(r.strip("bytes=-")) for _, r in server.asked]
+    assert starts == [0, 70_000, 70_000, 170_000]
     get(server, path)  # it exists: nothing is requested
     with pytest.raises(UserError, match="replace"):  # but looked at
         get(server, path, "sha256:0")
@@ -107,11 +107,8 @@ def test_a_cut_transfer_goes_on_where_it_was(server, tmp_path):
 
 def test_the_next_run_goes_on_too(server, tmp_path):
     server.cuts = [70_000] + 20 * [0]
-    with pytest.raises(
-        UserError, match=r"cannot download .* cut; 70000 bytes.*run it again to go on"
-    ):
+    with pytest.raises(UserError, match=r"cannot download .* cut.*run it again to go on"):
         get(server, tmp_path / "data.bin")
-    assert [f.name for f in tmp_path.iterdir()] == ["data.bin.part"]
     server.cuts = []
     server.asked = []
     assert get(server, tmp_path / "data.bin") == DATA
@@ -138,31 +135,31 @@ def test_a_wrong_file_is_not_kept(server, tmp_path, digest, size):
 def test_mirrors_and_servers_that_refuse(server, tmp_path):
     urls = [server.url("absent.bin"), "http://127.0.0.1:9/data.bin", server.url("data.bin")]
     assert fetch(urls, tmp_path / "data.bin", checksum(DATA), "data").read_bytes() == DATA
-    with pytest.raises(UserError, match=r"absent\.bin \(HTTP Error 404"):
-        fetch(urls[:1], tmp_path / "other.bin", "", "data")
-    with pytest.raises(UserError, match=r"refused.*put the file at .*other\.bin"):
-        fetch(urls[1:2], tmp_path / "other.bin", "", "data")
+    for url, why in zip(
+        urls, (r"absent\.bin \(HTTP Error 404", r"refused.*put the file at"), strict=False
+    ):
+        with pytest.raises(UserError, match=why):
+            fetch([url], tmp_path / "other.bin", "", "data")
     server.status = 503
     with pytest.raises(UserError, match="HTTP Error 503"):
         fetch(urls[2:], tmp_path / "other.bin", "", "data")
     assert len([a for a in server.asked if a[0] == "/data.bin"]) == 1 + download.TRIES
-    assert [f.name for f in tmp_path.iterdir()] == ["data.bin"]
+    assert not (tmp_path / "other.bin").exists()
     with pytest.raises(UserError, match="cannot write"):
         get(server, tmp_path / "data.bin" / "data.bin")
 
 
-@pytest.mark.parametrize("kind", ["text/html; charset=utf-8", "application/octet-stream"])
-def test_a_web_page_is_never_saved_as_a_file(server, tmp_path, kind):
+def test_a_web_page_is_never_saved_as_a_file(server, tmp_path):
     """Google Drive sends one when it asks for a login, or its quota is spent, now and then in the
     middle of a file.
     """
     server.page = PAGE
-    server.kind = kind
-    with pytest.raises(
-        UserError, match=r"web page.*open that link in a browser, and put the file at"
-    ):
+    (tmp_path / "data.bin.part").write_bytes(DATA[:1000])
+    advice = r"web page.*open that link in a browser, and put the file at"
+    with pytest.raises(UserError, match=advice):
         get(server, tmp_path / "data.bin", "")
-    assert not list(tmp_path.iterdir())
+    server.page = b""
+    assert get(server, tmp_path / "data.bin") == DATA
 
 
 def in_child(work: Callable[[], bool]) -> int:
@@ -185,15 +182,15 @@ def test_processes_that_want_the_same_file_wait_for_one_another(server, tmp_path
     assert len(server.asked) == 3 and [*path.parent.iterdir()] == [path]
 
 
-def test_a_full_disk_is_not_the_network_s_fault(server, tmp_path):
+def test_a_full_disk_is_named(server, tmp_path):
     def full() -> bool:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        with pytest.raises(UserError, match=r"data\.bin\.part \(File too large\)"):
+        with pytest.raises(UserError, match="File too large"):
             get(server, tmp_path / "data.bin")
         return True
 
-    assert os.waitpid(in_child(full), 0)[1] == 0 and len(server.asked) == 1
+    assert os.waitpid(in_child(full), 0)[1] == 0
 
 
 # --- archives
@@ -203,7 +200,7 @@ def test_a_full_disk_is_not_the_network_s_fault(server, tmp_path):
 def test_unpacking_takes_what_is_missing(tmp_path, ending):
     source = tmp_path / "source"
     folder = tmp_path / "out"
-    for name in ("top/a/1.txt", "top/a/deep/2.txt", "top/b/3.txt", "top/list.txt", "other/4.txt"):
+    for name in ("top/a/deep/1.txt", "top/b/2.txt", "top/list.txt", "other/3.txt"):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(name)
     archive = trees.pack(source, tmp_path / f"x{ending}")
@@ -211,11 +208,9 @@ def test_unpacking_takes_what_is_missing(tmp_path, ending):
     (folder / ".unpacking" / "0").mkdir(parents=True)  # left by a kill
     (folder / "list.txt").write_text("mine")
     unpack(archive, take, folder, "data")
-    files = [f for f in folder.rglob("*") if f.is_file()]
-    assert {f.relative_to(folder).as_posix(): f.read_text() for f in files} == {
-        "A/1.txt": "top/a/1.txt",
-        "A/deep/2.txt": "top/a/deep/2.txt",
-        "deep/B/3.txt": "top/b/3.txt",
+    assert {name: content.decode() for name, content in files_below(folder).items()} == {
+        "A/deep/1.txt": "top/a/deep/1.txt",
+        "deep/B/2.txt": "top/b/2.txt",
         "list.txt": "mine",
     }
     with pytest.raises(UserError, match="contains no top/c"):
@@ -223,34 +218,28 @@ def test_unpacking_takes_what_is_missing(tmp_path, ending):
     assert not (folder / "B2").exists() and not (folder / ".unpacking").exists()
 
 
-@pytest.mark.parametrize(
-    ("file", "name"),
-    [
-        ("x.zip", "good/../../../outside.txt"),
-        ("x.tar", "good/../../../outside.txt"),
-        ("x.tar", "good/link"),
-    ],
-)
-def test_names_and_links_that_lead_outside_are_refused(tmp_path, file, name):
-    archive = trees.hostile(tmp_path / file, name, link=name == "good/link")
-    with pytest.raises(UserError, match=rf"{file} cannot be unpacked .*(outside|link)"):
+@pytest.mark.parametrize("ending", [".zip", ".tar"])
+@pytest.mark.parametrize("name", ["good/../../../outside.txt", "good/link", "../outside.txt"])
+def test_nothing_is_unpacked_outside(tmp_path, ending, name):
+    """Of a .tar such names and links are refused, in a .zip ".." and links mean nothing."""
+    archive = trees.hostile(tmp_path / f"x{ending}", name, link=name == "good/link")
+    is_refused = ending == ".tar" and name.startswith("good")
+    error = pytest.raises(UserError, match=r"x\.tar cannot be unpacked .*(outside|link)")
+    with error if is_refused else contextlib.nullcontext():
         unpack(archive, [("good", "good")], tmp_path / "in" / "out", "data")
-    assert not list(tmp_path.rglob("outside.txt")) + list(tmp_path.rglob("in/out/*"))
-    archive = trees.hostile(tmp_path / file, "../outside.txt")  # of what is not wanted
-    unpack(archive, [("good", "good")], tmp_path / "in" / "out", "data")
-    assert [f.name for f in tmp_path.rglob("in/out/**/*")] == ["good", "a.txt"]
-    assert not list(tmp_path.rglob("outside.txt"))
+    assert not list(tmp_path.glob("*outside*")) and not list(tmp_path.glob("in/*outside*"))
+    assert not any(file.is_symlink() for file in tmp_path.rglob("*"))
+    assert (tmp_path / "in/out/good/a.txt").exists() != is_refused
 
 
 @pytest.mark.parametrize("ending", [".zip", ".tar", ".tgz"])
 def test_cut_archives_leave_nothing(tmp_path, ending):
     source = tmp_path / "source" / "top"
     source.mkdir(parents=True)
-    for i in range(4):
-        (source / f"{i}.bin").write_bytes(DATA[: 5000 * i + 512])
+    (source / "1.bin").write_bytes(DATA[:20_000])
     archive = trees.pack(source.parent, tmp_path / f"x{ending}")
     complete = archive.read_bytes()
-    for length in (0, 10, 512, 1024, len(complete) // 2, len(complete) - 12_000):
+    for length in (0, 512, len(complete) // 2):
         archive.write_bytes(complete[:length])
         with pytest.raises(UserError, match=f"x{ending} cannot be unpacked"):
             unpack(archive, [("top", "top")], tmp_path / "out", "data")
@@ -293,14 +282,13 @@ def files_below(root: Path) -> dict[str, bytes]:
     return {f.relative_to(root).as_posix(): f.read_bytes() for f in files}
 
 
-@pytest.mark.parametrize("harm", ["gone", "wrong"])
-def test_what_goes_wrong_is_one_line(harm, server, official, tmp_path):
+def test_what_goes_wrong_is_one_line(server, official, tmp_path):
     [(file, content)] = official("ade20k", server.url).items()
-    server.files |= {} if harm == "gone" else {file: content[:-1] + b"?"}
-    parts = {"gone": ["404", "put the file at"], "wrong": ["sha256", "run it again"]}[harm]
-    done = command("prepare_data.py", "ade20k", "--root", tmp_path / "root")
-    fails_in_one_line(done, file, *parts)
-    assert not files_below(tmp_path / "root")
+    for parts in (("404", "put the file at"), ("sha256", "run it again")):
+        done = command("prepare_data.py", "ade20k", "--root", tmp_path / "root")
+        fails_in_one_line(done, file, *parts)
+        assert not files_below(tmp_path / "root")
+        server.files[file] = content[:-1] + b"?"
 
 
 def killed(arguments: list[str], number: int) -> int:

@@ -18,37 +18,25 @@ from zsseg.weights import (
 )
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_wrapped_state_dicts_are_unwrapped(prefix, trained, tmp_path, capsys):
+@pytest.mark.parametrize("prefix", ["module._orig_mod.", ""])
+def test_wrapped_state_dicts_and_arrays_are_taken(prefix, trained, tmp_path):
+    """What DataParallel and torch.compile put before names; and all of NumPy."""
     content = load_checkpoint(trained)
     before = content["model"]["maskformer"]
-    content["model"]["maskformer"] = {prefix + k: v for k, v in before.items()}
-    config = load_config(base=content["config"])
-    segmenter = load_segmenter(content, config, trained.parent.parent, "x")
+    wrap = lambda state: {prefix + k: v if prefix else v.numpy() for k, v in state.items()}
+    clip = {"epoch": 3, "state_dict": wrap(tiny_clip_state())}  # as OpenCLIP's trainer does
+    torch.save(clip if prefix else clip["state_dict"], tmp_path / "clip.pt")
+    torch.save(content | {"model": {"maskformer": wrap(before)}}, tmp_path / "x.pt")
+    read = load_checkpoint(tmp_path / "x.pt")
+    segmenter = load_segmenter(read, load_config(base=read["config"]), tmp_path, "x")
     after = segmenter.maskformer.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
-    clip = {prefix + k: v for k, v in tiny_clip_state().items()}
-    torch.save({"epoch": 3, "state_dict": clip}, tmp_path / "clip.pt")  # as OpenCLIP's trainer does
-    loaded = load_clip(ClipConfig(weights="{root}/clip.pt"), tmp_path)
-    assert clip_digest(loaded) == clip_digest(tiny_clip_state())
-    assert "removed from names" in capsys.readouterr().out
-
-
-def test_checkpoints_all_of_numpy(trained, tmp_path):
-    content = load_checkpoint(trained)
-    model = content["model"]
-    arrays = {part: {k: v.numpy() for k, v in state.items()} for part, state in model.items()}
-    torch.save(content | {"model": arrays}, tmp_path / "np.pt")
-    torch.save({k: v.numpy() for k, v in tiny_clip_state().items()}, tmp_path / "clip.pt")
-    read = load_checkpoint(tmp_path / "np.pt")
-    config = load_config(base=read["config"])
-    segmenter = load_segmenter(read, config, tmp_path, "x")
-    after = segmenter.learned_state()["maskformer"]
-    assert all(torch.equal(after[name], value) for name, value in model["maskformer"].items())
     assert {type(value) for value in after.values()} == {torch.Tensor}
+    state = segmenter.clip.state_dict()
+    assert all(torch.equal(state[name], v) for name, v in tiny_clip_state().items())
 
 
-def test_what_a_file_does_not_tell_must_be_said(tmp_path, capsys):
+def test_what_a_file_does_not_tell_must_be_said(tmp_path):
     """GELU instead of QuickGELU, heads of another width, other statistics."""
     torch.manual_seed(0)
     visual = VisionTransformer(32, 16, 160, 2, 64, num_heads=2, activation="gelu")
@@ -61,8 +49,6 @@ def test_what_a_file_does_not_tell_must_be_said(tmp_path, capsys):
         load_clip(ClipConfig(weights=file), tmp_path)
     options = {"activation": "gelu", "heads": 2, "mean": [0.5] * 3, "std": [0.5] * 3, "scale": 50.0}
     clip = load_clip(ClipConfig(weights=file, **options), tmp_path)
-    text = capsys.readouterr().out
-    assert "taken for a CLIP with clip.activation = gelu, clip.heads = 2, clip.mean = [0.5" in text
     assert clip.scale == 50 and clip.mean.tolist() == clip.std.tolist() == [0.5] * 3
     with torch.no_grad():
         expected = made.encode_image(image)
@@ -70,7 +56,7 @@ def test_what_a_file_does_not_tell_must_be_said(tmp_path, capsys):
         for others in (("quickgelu", 2), ("gelu", 4)):
             other = build_clip(state, Tokenizer(514, 40), *others)
             assert not torch.allclose(other.encode_image(image), expected, atol=1e-4)
-    with pytest.raises(UserError, match=r"clip\.heads: is 3"):
+    with pytest.raises(UserError, match=r"clip\.heads"):
         load_clip(ClipConfig(weights=file, activation="gelu", heads=3), tmp_path)
     torch.save({"text_model.embeddings.token_embedding.weight": torch.zeros(3)}, file)
     with pytest.raises(UserError, match="OpenAI's names"):  # Hugging Face's
@@ -78,7 +64,7 @@ def test_what_a_file_does_not_tell_must_be_said(tmp_path, capsys):
 
 
 def test_clips_that_are_not_there(tmp_path):
-    for name, todo in (("ViT-B/17", "did you mean ViT-B/16"), ("{root}/x.pt", "give the --root")):
+    for name, todo in (("ViT-B/17", "did you mean ViT-B/16"), ("{root}/x.pt", "or the --root")):
         with pytest.raises(UserError, match=todo):
             load_clip(ClipConfig(weights=name), tmp_path)
 
@@ -86,18 +72,16 @@ def test_clips_that_are_not_there(tmp_path):
 def test_the_vocabulary_s_file(tmp_path, monkeypatch):
     monkeypatch.setenv("ZSSEG_VOCAB", str(tmp_path / "bpe.txt.gz"))
     assert load_tokenizer(514, 40).encode("cat")  # needs none
-    for content in (None, b"junk", b"\x1f\x8b\x08"):
-        if content:
-            (tmp_path / "bpe.txt.gz").write_bytes(content)
-        with pytest.raises(UserError, match=r"BPE vocabulary .*bpe\.txt\.gz: cannot be read"):
-            load_tokenizer(49408, 77)
+    (tmp_path / "bpe.txt.gz").write_bytes(b"junk")
+    with pytest.raises(UserError, match=r"BPE vocabulary: the file has sha256 .*bpe\.txt\.gz"):
+        load_tokenizer(49408, 77)
 
 
 def test_a_digest_knows_a_clip(small_clip):
     digest = clip_digest(small_clip)
-    half = {k: v.half() if v.is_floating_point() else v for k, v in small_clip.state_dict().items()}
+    half = {k: v.half() for k, v in small_clip.state_dict().items()}
     small_clip.load_state_dict(half)
-    assert clip_digest(small_clip) == clip_digest(half) != digest
+    assert clip_digest(small_clip) == clip_digest(small_clip.half()) != digest
     assert clip_digest(None) == ""
 
 
@@ -140,7 +124,7 @@ def test_an_original_with_further_entries_starts_a_training(trained, tmp_path, c
     assert "1 tensors loaded, 1 dropped: extra.thing" in text and "start afresh" in text
     del original["clip_adapter.non_object_embedding"]
     torch.save({"model": original}, tmp_path / "model_final.pth")
-    with pytest.raises(UserError, match="has no segmenter"):
+    with pytest.raises(UserError, match="has no weight that fits"):
         build_segmenter(config, root)
 
 

@@ -59,16 +59,13 @@ def count_oracles(
     small = F.interpolate(labels[None, None].float(), image.shape[1:], mode="nearest")[0].long()
     classes = small[small != data.ignore].unique()
     targets = small == classes[:, None, None]
-    clip_probs = None
     with autocast:  # of the networks only
         proposals = segmenter.propose(image)
-        if segmenter.clip is not None:
-            logits = segmenter.region_logits(image, targets, box_of(targets))
-            clip_probs = logits.softmax(-1)
+        clip_probs = segmenter.region_logits(image, targets, box_of(targets)).softmax(-1)
     scores = segmenter.ensemble(proposals)
     iou = mask_iou(segmenter.binary_masks(proposals), targets)
     pairs = np.stack(linear_sum_assignment(iou.cpu(), maximize=True))
-    pairs = torch.from_numpy(pairs).to(image.device)
+    pairs = torch.tensor(pairs, device=image.device)
     query, target = pairs[:, iou[*pairs] > 0]
     true_scores = torch.zeros_like(scores)
     true_scores[query, classes[target]] = 1
@@ -91,9 +88,8 @@ def count_oracles(
         wrong.scatter(0, classes, predicted)[labels],
         wrong.scatter(0, classes, classes)[labels],
     ]
-    by_clip = predicted if clip_probs is None else clip_probs.argmax(1)
     counts = [confusion(labels, found, C, data.ignore) for found in maps]
-    return torch.stack([*counts, confusion(classes, by_clip, C, data.ignore)]), iou.amax(0)
+    return torch.stack([*counts, confusion(classes, clip_probs.argmax(1), C, -1)]), iou.amax(0)
 
 
 @torch.inference_mode()
@@ -105,10 +101,10 @@ def oracle_analysis(
 
     `seen`: ids of the classes that count as seen in the ensemble.
     """
-    options = config.eval
-    if not config.model.proposals or options.sizes or options.flip or options.window:
-        todo = "leave eval.sizes, eval.flip and eval.window out; the one-stage baseline has none"
-        raise UserError("--budget", "measures the proposals of one view of an image", todo)
+    views = config.eval.sizes or config.eval.flip or config.eval.window
+    if views or not config.model.proposals or segmenter.clip is None:
+        why = "measures the proposals of one view of an image, and CLIP"
+        raise UserError("--budget", why, "leave out eval.sizes, eval.flip and eval.window")
     data = dataset(config.data)
     C = len(data.names)
     segmenter.eval().set_classes(data.names, seen)

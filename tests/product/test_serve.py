@@ -91,7 +91,7 @@ def test_a_label_map_is_that_of_a_fresh_pass(session):
     """And the class named at a pixel is the one that is drawn there."""
     number = session.add(photo(90, 120))["image"]
     labels = label_map(session.label(number, "star, tree, brick"))
-    inputs = network_inputs(read_image(io.BytesIO(photo(90, 120)), shown=True), tiny_config().data)
+    inputs = network_inputs(read_image(io.BytesIO(photo(90, 120)), turn=True), tiny_config().data)
     fresh = session.segmenter.segment(inputs, (90, 120)).labels.numpy()
     assert (labels == fresh).mean() > 0.999
     same = []

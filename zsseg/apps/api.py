@@ -75,7 +75,7 @@ class Predictor:
         the queries of class score x mask. UserError for a file that cannot be read.
         """
         if isinstance(image, str | Path):
-            image = read_image(expand_path(image), shown=True)
+            image = read_image(expand_path(image), turn=True)
         elif isinstance(image, np.ndarray):
             image = Image.fromarray(image)
         image = as_rgb(image)

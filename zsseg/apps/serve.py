@@ -8,7 +8,7 @@ import io
 import json
 import secrets
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -41,10 +41,10 @@ class Session:
     process: Process
     trained: list[str]  # names of the classes of the training, which count as seen
     words: Words
-    # {number: (network input uint8 [3, H, W], proposals, size of the label map)}
-    images: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # {number: (network input uint8 [3, H, W], proposals, size of the label map)}
+        self.images = {}
         self.set_words(self.words)
 
     def set_words(self, words: Words) -> None:
@@ -54,7 +54,7 @@ class Session:
 
     def add(self, content: bytes) -> dict:
         """Pass an image file through the networks. Raises UserError for a broken one."""
-        photo = read_image(io.BytesIO(content), shown=True)
+        photo = read_image(io.BytesIO(content), turn=True)
         [pixels] = network_inputs(photo, self.config.data)
         with self.process.autocast(self.config.model.bf16):
             proposals = self.segmenter.propose(pixels.to(self.process.device))

@@ -41,10 +41,6 @@ class Words:
         return [i for i, names in enumerate(texts) if seen & set(map(normalise, names))]
 
 
-def words_of(data) -> Words:  # until eval.py has changed
-    return Words(data.names)
-
-
 def trained_names(content: dict, config: Config) -> list[str]:
     """The names of the classes that a checkpoint's segmenter was trained on: they count as seen in
     the ensemble.
@@ -97,8 +93,8 @@ def parse_words(text: str, in_file: bool = False) -> Words:
     commas, semicolons and line breaks; in several lines, or `in_file`, the commas of a line that
     begins with `name =` separate its synonyms.
     """
-    classes: list[str] = []  # each: its name and, after =, its synonyms
-    background: list[str] = []
+    classes = []  # each: its name and, after =, its synonyms
+    background = []
     in_lines = in_file or "\n" in text.strip()
     for line in re.split("[;\r\n]", text):
         if line.startswith("#"):

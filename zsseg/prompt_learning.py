@@ -39,9 +39,9 @@ class PromptClassifier(nn.Module):
             torch.manual_seed(mix_seed(seed, 0))
             prompt = LearnedPrompt(clip.width, config.clip.prompt_prefix)
             self.prompts[str(seed)] = prompt.to(device)
-        names = training_set(config.data).training_names
-        tokens, ends = prompt.layout(clip.tokenizer, names)
-        self.tokens = tokens.to(device)
+        tokens, ends = prompt.layout(clip.tokenizer, training_set(config.data).training_names)
+        # Nothing reads what follows the last end token.
+        self.tokens = tokens[:, : int(ends.max()) + 1].to(device)
         self.ends = ends.to(device).repeat(len(self.prompts))
 
     def forward(self, crops: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ class PromptTask:
         accuracy = 100 * (logits.argmax(-1) == classes).float().mean()
         return sum(F.cross_entropy(part, classes) for part in logits), {"accuracy": accuracy}
 
-    def state(self, result: dict | None = None) -> dict:
+    def state(self, result: dict | None) -> dict:
         """The prompts of all seeds and, as "prompt", that of `result["best_seed"]`."""
         best = result["best_seed"] if result else next(iter(self.prompts))
         return {"prompt": self.prompts[best].state_dict(), "prompts": self.prompts.state_dict()}

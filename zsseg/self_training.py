@@ -33,9 +33,8 @@ def fill_ignored(
 
 
 @torch.inference_mode()
-def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) -> Path:
-    """Write a label map (class ids) for every training image that has none in `folder` yet; returns
-    the folder.
+def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) -> None:
+    """Write a label map (class ids) for every training image that has none in `folder` yet.
 
     A run that is stopped here has no last.pt yet: the same command, without --resume, continues.
     Seen pixels keep their label; no pixel of an unseen class is read. Raises UserError for maps
@@ -71,8 +70,8 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
         filled = fill_ignored(labels, scores, ~teacher.seen, train.min_probability, data.ignore)
         count += (filled != labels).sum()
         save_label_map(filled, folder / f"{number:06}.png", len(data.names))
+    # Waits for all processes.
     print_main(f"pseudo labels: {int(process.sum(count))} pixels filled in")
-    return folder
 
 
 def missing_maps(config: Config, images: TestImages, folder: Path) -> list[int]:

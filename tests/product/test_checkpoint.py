@@ -64,24 +64,19 @@ def test_entries_that_have_no_place_are_refused():
 # --- what fits
 
 
-def test_strict_loading_lists_what_does_not_fit():
+def test_what_does_not_fit_is_listed(capsys):
     module = torch.nn.Linear(2, 3)
     before = module.weight.clone()
     state = {"weight": torch.zeros(3, 5), "extra": torch.zeros(1)}
-    with pytest.raises(UserError) as error:
-        load_into(module, state, "file", "hint")
     wrong = (
-        "weight is [3, 5] instead of [3, 2], bias is absent instead of [3], extra is [1] instead"
+        r"weight is \[3, 5\] instead of \[3, 2\], bias is absent instead of \[3\], extra is \[1\]"
     )
-    assert wrong in str(error.value)
+    with pytest.raises(UserError, match=wrong):
+        load_into(module, state, "file", "hint")
     assert torch.equal(module.weight, before)
     for broken in (5, {"weight": 5}, {5: before}):
         with pytest.raises(UserError, match="is not a state dict"):
             load_into(module, broken, "file", "hint")
-
-
-def test_loading_what_fits_says_what_did_not(capsys):
-    module = torch.nn.Linear(2, 3)
     state = {"weight": torch.ones(3, 2), "bias": torch.zeros(4), "extra": torch.zeros(1)}
     assert load_into(module, state, "file", "hint", strict=False) == ["bias", "extra"]
     assert (module.weight == 1).all()
@@ -91,7 +86,7 @@ def test_loading_what_fits_says_what_did_not(capsys):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(value, trained, small_clip):
+def test_weights_that_are_not_finite_are_refused(value, small_clip):
     module = torch.nn.Linear(2, 3)
     state = module.state_dict() | {"bias": torch.tensor([0, value, 0])}
     with pytest.raises(UserError, match="contains NaN/Inf, in bias"):
@@ -181,22 +176,17 @@ def test_arrays_are_read(protocol, tmp_path):
             assert np.array_equal(values, array) and values.dtype == array.dtype
 
 
-def test_empty_and_cut_files_are_named(tmp_path):
-    (tmp_path / "x.pt").touch()
-    with pytest.raises(UserError, match=r"x\.pt: cannot be read"):
-        load_checkpoint(tmp_path / "x.pt")
-    torch.save({"model": {"w": torch.zeros(1000)}}, tmp_path / "x.pt")
-    for size in (100, 3000):
-        (tmp_path / "y.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:size])
-        with pytest.raises(UserError, match=r"y\.pt: cannot be read"):
-            load_checkpoint(tmp_path / "y.pt")
-
-
 def test_what_is_no_checkpoint_is_refused(tmp_path):
+    file = tmp_path / "last.pt"
     for content in ({"model": 3}, [1, 2], {"state": {}}):
-        torch.save(content, tmp_path / "last.pt")
+        torch.save(content, file)
         with pytest.raises(UserError, match="contains no model"):
-            load_checkpoint(tmp_path / "last.pt")
+            load_checkpoint(file)
+    for size in (0, 100, 600):  # empty, cut
+        file.write_bytes(file.read_bytes()[:size] if size else b"")
+        with pytest.raises(UserError, match=r"last\.pt: cannot be read"):
+            load_checkpoint(file)
+        torch.save({"model": {"w": torch.zeros(1000)}}, file)
     with pytest.raises(UserError, match=r"cannot be read .*Is a directory"):
         load_checkpoint(tmp_path)
     with pytest.raises(UserError, match=r"lst\.pt: no such file; did you mean .*last\.pt\?"):

@@ -5,10 +5,10 @@ hostile; kills.
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import os
 import random
 import re
-import resource
 import signal
 import threading
 import time
@@ -122,29 +122,22 @@ def test_the_next_run_goes_on_too(server, tmp_path):
 
 @pytest.mark.parametrize(("digest", "size"), [("sha256:00", 0), ("sha1:12", 0), ("", 299_999)])
 def test_a_wrong_file_is_not_kept(server, tmp_path, digest, size):
-    why = f"instead of {size or digest.partition(':')[2]}"
-    with pytest.raises(UserError, match=why):
-        get(server, tmp_path / "data.bin", digest, size)
-    assert not list(tmp_path.iterdir())
-    (tmp_path / "mine.bin").write_bytes(DATA)  # the user's is not deleted
-    with pytest.raises(UserError, match=why):
-        check_file(tmp_path / "mine.bin", digest, "data", size)
-    assert (tmp_path / "mine.bin").exists()
+    mine = tmp_path / "mine.bin"
+    mine.write_bytes(DATA)  # the user's is not deleted
+    for check in (get, lambda server, *args: check_file(mine, *args[1:2], "data", *args[2:])):
+        with pytest.raises(UserError, match=f"instead of {size or digest.partition(':')[2]}"):
+            check(server, tmp_path / "data.bin", digest, size)
+    assert [*tmp_path.iterdir()] == [mine]
 
 
 def test_mirrors_and_servers_that_refuse(server, tmp_path):
     urls = [server.url("absent.bin"), "http://127.0.0.1:9/data.bin", server.url("data.bin")]
     assert fetch(urls, tmp_path / "data.bin", checksum(DATA), "data").read_bytes() == DATA
-    for url, why in zip(
-        urls, (r"absent\.bin \(HTTP Error 404", r"refused.*put the file at"), strict=False
-    ):
-        with pytest.raises(UserError, match=why):
-            fetch([url], tmp_path / "other.bin", "", "data")
     server.status = 503
-    with pytest.raises(UserError, match="HTTP Error 503"):
-        fetch(urls[2:], tmp_path / "other.bin", "", "data")
+    for url, why in zip(urls, ("HTTP Error 404", "refused", "HTTP Error 503"), strict=True):
+        with pytest.raises(UserError, match=rf"{why}.*put the file at .*other\.bin"):
+            fetch([url], tmp_path / "other.bin", "", "data")
     assert len([a for a in server.asked if a[0] == "/data.bin"]) == 1 + download.TRIES
-    assert not (tmp_path / "other.bin").exists()
     with pytest.raises(UserError, match="cannot write"):
         get(server, tmp_path / "data.bin" / "data.bin")
 
@@ -182,17 +175,6 @@ def test_processes_that_want_the_same_file_wait_for_one_another(server, tmp_path
     assert len(server.asked) == 3 and [*path.parent.iterdir()] == [path]
 
 
-def test_a_full_disk_is_named(server, tmp_path):
-    def full() -> bool:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-        with pytest.raises(UserError, match="File too large"):
-            get(server, tmp_path / "data.bin")
-        return True
-
-    assert os.waitpid(in_child(full), 0)[1] == 0
-
-
 # --- archives
 
 
@@ -215,6 +197,9 @@ def test_unpacking_takes_what_is_missing(tmp_path, ending):
     }
     with pytest.raises(UserError, match="contains no top/c"):
         unpack(archive, [("top/b", "B2"), ("top/c", "C")], folder, "data")
+    archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
+    with pytest.raises(UserError, match=f"x{ending} cannot be unpacked"):
+        unpack(archive, [("top/b", "B2")], folder, "data")
     assert not (folder / "B2").exists() and not (folder / ".unpacking").exists()
 
 
@@ -230,20 +215,6 @@ def test_nothing_is_unpacked_outside(tmp_path, ending, name):
     assert not list(tmp_path.glob("*outside*")) and not list(tmp_path.glob("in/*outside*"))
     assert not any(file.is_symlink() for file in tmp_path.rglob("*"))
     assert (tmp_path / "in/out/good/a.txt").exists() != is_refused
-
-
-@pytest.mark.parametrize("ending", [".zip", ".tar", ".tgz"])
-def test_cut_archives_leave_nothing(tmp_path, ending):
-    source = tmp_path / "source" / "top"
-    source.mkdir(parents=True)
-    (source / "1.bin").write_bytes(DATA[:20_000])
-    archive = trees.pack(source.parent, tmp_path / f"x{ending}")
-    complete = archive.read_bytes()
-    for length in (0, 512, len(complete) // 2):
-        archive.write_bytes(complete[:length])
-        with pytest.raises(UserError, match=f"x{ending} cannot be unpacked"):
-            unpack(archive, [("top", "top")], tmp_path / "out", "data")
-        assert not list((tmp_path / "out").rglob("*"))
 
 
 # --- complete data sets
@@ -293,21 +264,16 @@ def test_what_goes_wrong_is_one_line(server, official, tmp_path):
 
 def killed(arguments: list[str], number: int) -> int:
     """How a forked prepare_data ends that kills itself at its rename of this number."""
+    count = itertools.count(1)
 
-    def dying(real: Callable) -> Callable:
-        def rename(*args: object) -> object:
-            nonlocal number
-            number -= 1
-            if number == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args)
-
-        return rename
+    def rename(*paths: object) -> object:
+        if next(count) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return os.rename(*paths)
 
     def work() -> bool:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.replace = dying(os.replace)
-        Path.rename = dying(Path.rename)
+        os.replace = Path.rename = Path.replace = rename
         prepare_data.main(arguments)
         return True
 

@@ -7,7 +7,6 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_clip_state
 from numpy._core import multiarray
 
 from zsseg import checkpoint
@@ -90,21 +89,12 @@ def test_compressed_archives_are_refused(tmp_path):
             read_torch(tmp_path / "bomb.pt", "file")
 
 
-def test_a_clip_of_odd_sizes(tmp_path):
-    """Shapes that contradict one another are named, not tripped over."""
-    for name in ("text_projection", "positional_embedding", "token_embedding.weight"):
-        torch.save(tiny_clip_state() | {name: torch.zeros(3)}, tmp_path / "clip.pt")
-        with pytest.raises(UserError, match="CLIP"):
-            load_clip(ClipConfig(weights=str(tmp_path / "clip.pt")), tmp_path)
-
-
 def test_a_checkpoint_that_is_nonsense(trained, tmp_path):
     """The kinds of its entries are checked before they are used."""
     content = load_checkpoint(trained)
     for change, part in (
         ({"config": 5}, "not a table"),
         ({"config": {"trian": {}}}, "did you mean train"),
-        ({"config": {"train": {"steps": "2"}}}, "train.steps"),
         ({"model": {"maskformer": 5}}, "state dict"),
         ({"model": {"maskformer": {"norm.weight": "x"}}}, "state dict"),
         ({"model": {}}, "does not fit"),

@@ -58,9 +58,10 @@ def test_what_a_file_does_not_tell_must_be_said(tmp_path):
             assert not torch.allclose(other.encode_image(image), expected, atol=1e-4)
     with pytest.raises(UserError, match=r"clip\.heads"):
         load_clip(ClipConfig(weights=file, activation="gelu", heads=3), tmp_path)
-    torch.save({"text_model.embeddings.token_embedding.weight": torch.zeros(3)}, file)
-    with pytest.raises(UserError, match="OpenAI's names"):  # Hugging Face's
-        load_clip(ClipConfig(weights=file, activation="gelu"), tmp_path)
+    for change in ({}, {"text_projection": torch.zeros(3)}):  # Hugging Face's; one of odd sizes
+        torch.save((state if change else {"text_model.x": image}) | change, file)
+        with pytest.raises(UserError, match="OpenAI's names"):
+            load_clip(ClipConfig(weights=file, activation="gelu"), tmp_path)
 
 
 def test_clips_that_are_not_there(tmp_path):
@@ -99,10 +100,8 @@ def test_training_starts_from_a_segmenter(trained, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "model.weights clip: " in text
     assert f"train.init {trained}: {len(before)} tensors loaded, 0 dropped" in text
-    part = {k: v for k, v in before.items() if not k.startswith("backbone.s")}
-    part["backbone.stem.0.weight"] = before["backbone.stem.0.weight"]
-    saved = {"model": {"maskformer": part}, "config": {}}
-    torch.save(saved, tmp_path / "part.pt")
+    part = {k: before[k] for k in ("backbone.stem.0.weight", "query_embed.weight")}
+    torch.save({"model": {"maskformer": part}, "config": {}}, tmp_path / "part.pt")
     settings = [*classes, f"train.init={tmp_path}/part.pt", "model.num_queries=9"]
     wider = build_segmenter(load_config(root / "a.toml", settings), root)
     text = capsys.readouterr().out
@@ -122,10 +121,6 @@ def test_an_original_with_further_entries_starts_a_training(trained, tmp_path, c
     assert torch.equal(build_segmenter(config, root).maskformer.non_object, embedding)
     text = capsys.readouterr().out
     assert "1 tensors loaded, 1 dropped: extra.thing" in text and "start afresh" in text
-    del original["clip_adapter.non_object_embedding"]
-    torch.save({"model": original}, tmp_path / "model_final.pth")
-    with pytest.raises(UserError, match="has no weight that fits"):
-        build_segmenter(config, root)
 
 
 def test_a_resumed_run_starts_from_its_own_weights(trained):

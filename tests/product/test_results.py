@@ -19,65 +19,45 @@ def run(checkpoint: Path, root: Path, *more: object):
     return command("eval.py", checkpoint, *config, "--root", root, "--device", "cpu", *more)
 
 
-def test_label_maps_never_replace_images(root, trained):
-    """Beside the checkpoint lies a folder of the user's images, as it often does, and the whole
-    folder is asked for, again and over its own results.
-    """
-    work = root / "work"
-    (work / "images").mkdir(parents=True)
-    shutil.copy(trained, work / "last.pt")
-    shutil.copy(root / "a/images/val/0.png", work / "images" / "x.png")
-    before = (work / "images" / "x.png").read_bytes()
-    for images in (work / "images", work, work):
-        assert run(work / "last.pt", root, "--images", images).returncode == 0
-    assert (work / "images" / "x.png").read_bytes() == before
-    found = sorted(p.relative_to(work).as_posix() for p in work.rglob("x.json"))
-    assert found == ["segmented/images/x.json", "segmented/x.json"]
-
-
-@pytest.mark.parametrize("options", [[], ["--images"], ["--images", "--features"]])
-def test_a_folder_of_others_is_refused_before_the_work_begins(options, root, trained):
+@pytest.mark.parametrize("option", ["--save-predictions", "--images", "--features"])
+def test_a_folder_of_others_is_refused_before_the_work_begins(option, root, trained):
     mine = root / "mine"
     mine.mkdir()
     (mine / "0.png").write_text("mine")
-    words = ["--images", root / "a/images/val"] if options else ["--save-predictions"]
-    out = root / "o" if "--features" in options else mine
-    words += ["--features", mine] if "--features" in options else []
-    result = run(trained, root, *words, "--out", out)
+    images = () if option == "--save-predictions" else ("--images", root / "a/images/val")
+    more = {"--save-predictions": [option], "--images": [], "--features": [option, mine]}[option]
+    out = root / "o" if option == "--features" else mine
+    result = run(trained, root, *images, *more, "--out", out)
     fails_in_one_line(result, "contains files that are not this program's")
     assert [*mine.iterdir()] == [mine / "0.png"] and (mine / "0.png").read_text() == "mine"
     assert "evaluate val" not in result.stdout and "segment " not in result.stdout
-    (root / "file").touch()
-    fails_in_one_line(run(trained, root, *words, "--out", root / "file" / "o"), "cannot be written")
 
 
-def test_results_of_the_same_images_are_made_anew(root, trained):
-    """But what was only corrected by hand stays with --resume."""
-    words = ("--images", root / "a/images/val", "--out", root / "o")
-    assert run(trained, root, *words).returncode == 0
-    whole = (root / "o/0.png").read_bytes()
-    (root / "o/0.png").write_bytes(b"corrected")
-    assert run(trained, root, *words, "--resume").returncode == 0
-    assert (root / "o/0.png").read_bytes() == b"corrected"
-    assert run(trained, root, *words).returncode == 0
-    assert (root / "o/0.png").read_bytes() == whole
-
-
-def test_results_of_another_image_are_not_replaced(root, trained):
-    """Two folders whose images have the same names, as cameras give them."""
+def test_results_never_take_the_place_of_others(root, trained):
+    """A whole folder is asked for, with the checkpoint and the results in it; then other images of
+    the same names, as cameras give them.
+    """
+    work = root / "work"
     for folder in ("cam1", "cam2"):
-        (root / folder).mkdir()
-        shutil.copy(root / "a/images/val/0.png", root / folder / "0001.png")
-    words = ("--out", root / "o", "--images")
-    assert run(trained, root, *words, root / "cam1").returncode == 0
-    before = (root / "o" / "0001.json").read_bytes()
+        (work / folder).mkdir(parents=True)
+        shutil.copy(root / "a/images/val/0.png", work / folder / "0001.png")
+    shutil.copy(trained, work / "last.pt")
+    before = (work / "cam1/0001.png").read_bytes()
+    for images in (work, work, work / "cam1"):
+        assert run(work / "last.pt", root, "--images", images).returncode == 0
+    assert (work / "cam1/0001.png").read_bytes() == before
+    out = work / "segmented"
+    found = sorted(path.relative_to(out).as_posix() for path in out.rglob("0001.png"))
+    assert found == ["0001.png", "cam1/0001.png", "cam2/0001.png"]
+
+    before = (out / "0001.json").read_bytes()
     for more in ([], ["--resume"]):
-        result = run(trained, root, *words, root / "cam2", *more)
+        result = run(work / "last.pt", root, "--images", work / "cam2", *more)
         fails_in_one_line(result, "the result of another image", "cam1/0001.png")
-    assert (root / "o" / "0001.json").read_bytes() == before
-    shutil.rmtree(root / "cam1")
-    assert run(trained, root, *words, root / "cam2").returncode == 0
-    assert "cam2" in json.loads((root / "o" / "0001.json").read_text())["image"]
+    assert (out / "0001.json").read_bytes() == before
+    shutil.rmtree(work / "cam1")
+    assert run(work / "last.pt", root, "--images", work / "cam2").returncode == 0
+    assert "cam2" in json.loads((out / "0001.json").read_text())["image"]
 
 
 def test_predictions_of_equal_names(root, trained):
@@ -86,8 +66,8 @@ def test_predictions_of_equal_names(root, trained):
     save_pair(root, "val", "one/7", blocks())
     save_pair(root, "val", "two/7", blocks()[::-1].copy())
     assert run(trained, root, "--out", root / "o", "--save-predictions").returncode == 0
-    files = (root / "o/predictions").rglob("*.png")
-    names = sorted(file.relative_to(root / "o/predictions").as_posix() for file in files)
+    predictions = root / "o/predictions"
+    names = sorted(path.relative_to(predictions).as_posix() for path in predictions.rglob("*.png"))
     assert names == ["one/7.png", "two/7.png"]
 
 

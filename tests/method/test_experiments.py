@@ -81,9 +81,10 @@ def test_it_begins_again_after_a_kill_and_leaves_a_whole_data_set_alone(tmp_path
 
 # Learned prompts
 
-LEARN = """data.name=shapes data.split=test data.workers=0 clip.weights={root}/shapes/clip.pt
+SETTINGS = """data.name=shapes data.split=test data.workers=0 clip.weights={root}/shapes/clip.pt
 train.steps=4 train.batch_size=4 train.checkpoint_every=2 log.every=1 prompts.samples_per_class=3
-prompts.held_out=2 prompts.warmup_steps=1""".split()
+prompts.held_out=2 prompts.warmup_steps=1"""
+LEARN = SETTINGS.split()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 only.
 """
 
+import contextlib
 import io
 import re
 import struct
@@ -10,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from zsseg.images import is_image_name, read_image, read_labels, read_values
@@ -23,16 +22,13 @@ VALUES = np.array([[0, 1, 2, 3, 1], [3, 2, 1, 0, 0]], np.uint8)
 
 def grey_png(file: Path, values: np.ndarray, bits: int) -> None:
     """A grey PNG whose samples have `bits` bits, which Pillow does not write."""
-    rows = b""
-    for row in values:
-        text = "".join(f"{int(v):0{bits}b}" for v in row)
-        text += "0" * (-len(text) % 8)
-        rows += b"\0" + bytes(int(text[i : i + 8], 2) for i in range(0, len(text), 8))
+    samples = np.unpackbits(values.astype(">u2")[..., None].view(np.uint8), axis=-1)[..., -bits:]
+    rows = np.packbits(samples.reshape(len(values), -1), axis=1)
     header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], bits, 0, 0, 0, 0)
     content = b"\x89PNG\r\n\x1a\n"
-    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
-        content += struct.pack(">I", len(data)) + kind + data
-        content += struct.pack(">I", zlib.crc32(kind + data))
+    data = zlib.compress(np.pad(rows, ((0, 0), (1, 0))).tobytes())
+    for chunk in (b"IHDR" + header, b"IDAT" + data, b"IEND"):
+        content += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     file.write_bytes(content)
 
 
@@ -99,33 +95,22 @@ def test_bad_files_are_named(tmp_path):
     assert is_image_name("a.JPEG") and not is_image_name("a.eps") and not is_image_name("jpg")
 
 
-KINDS = st.sampled_from(["1", "L", "P", "I;16", "I", "F", "LA", "RGB", "RGBA", "CMYK"])
-
-
-@settings(max_examples=150, deadline=None, derandomize=True, database=None)
-@given(
-    mode=KINDS,
-    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    kind=st.sampled_from(["PNG", "TIFF", "BMP"]),
-    bits=st.sampled_from([8, 16]),
-    cut=st.integers(0, 400) | st.none(),
-)
-def test_any_file_is_read_or_named(tmp_path_factory, mode, size, kind, bits, cut):
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP"])
+@pytest.mark.filterwarnings("ignore")
+def test_any_file_is_read_or_named(kind, tmp_path):
     """Any mode, whole or cut anywhere."""
-    file, content = tmp_path_factory.getbasetemp() / f"fuzz.{kind.lower()}", io.BytesIO()
-    try:
-        Image.new(mode, size, 1).save(content, kind)
-    except (OSError, ValueError):  # a mode that this kind of file does not know
-        return
-    file.write_bytes(content.getvalue()[:cut])
-    for read in (lambda: read_values(file, bits), lambda: np.array(read_image(file))):
-        try:
-            values = read()
-        except UserError as error:
-            assert file.name in str(error) and "\n" not in str(error)
-            continue
-        assert values.shape[:2] == size[::-1]
-        assert values.dtype == np.uint8 or (values.ndim == 2 and bits == 16)
+    file = tmp_path / f"x.{kind.lower()}"
+    for mode in ("1", "L", "P", "I;16", "I", "F", "LA", "RGB", "RGBA", "CMYK"):
+        content = io.BytesIO()
+        with contextlib.suppress(OSError, ValueError):  # this kind of file does not know it
+            Image.new(mode, (7, 5), 1).save(content, kind)
+        for end in (*range(0, 400, 7), None):
+            file.write_bytes(content.getvalue()[:end])
+            for read in (lambda: read_values(file, 16), lambda: np.array(read_image(file))):
+                try:
+                    assert read().shape[:2] == (5, 7)
+                except UserError as error:
+                    assert file.name in str(error) and "\n" not in str(error)
 
 
 def test_images_of_other_modes(tmp_path):

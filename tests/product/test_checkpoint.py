@@ -9,7 +9,7 @@ import torch
 import torchvision
 from conftest import keys, original_state, tiny_clip_state, tiny_config
 
-from zsseg import checkpoint, weights
+from zsseg import weights
 from zsseg.backbone import DeepResNet, R101c
 from zsseg.config import ModelConfig, load_config
 from zsseg.maskformer import MaskFormer
@@ -25,9 +25,6 @@ from zsseg.weights import (
 )
 
 LISTS = keys("upstream_keys.json")
-
-
-# --- the original's names
 
 
 @pytest.mark.filterwarnings("ignore:.*meta parameter")
@@ -61,16 +58,11 @@ def test_entries_that_have_no_place_are_refused():
             import_original({f"_region_clip_adapter.{end}": torch.ones(3)} | clip, "file")
 
 
-# --- what fits
-
-
 def test_what_does_not_fit_is_listed(capsys):
     module = torch.nn.Linear(2, 3)
     before = module.weight.clone()
     state = {"weight": torch.zeros(3, 5), "extra": torch.zeros(1)}
-    wrong = (
-        r"weight is \[3, 5\] instead of \[3, 2\], bias is absent instead of \[3\], extra is \[1\]"
-    )
+    wrong = r"weight is \[3, 5\] instead of \[3, 2\], bias is absent .*, extra is \[1\] instead"
     with pytest.raises(UserError, match=wrong):
         load_into(module, state, "file", "hint")
     assert torch.equal(module.weight, before)
@@ -85,19 +77,15 @@ def test_what_does_not_fit_is_listed(capsys):
         load_into(module, {"extra": torch.zeros(1)}, "file", "hint", strict=False)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(value, small_clip):
+def test_weights_that_are_not_finite_are_refused(small_clip):
     module = torch.nn.Linear(2, 3)
-    state = module.state_dict() | {"bias": torch.tensor([0, value, 0])}
+    state = module.state_dict() | {"bias": torch.tensor([0, float("nan"), 0])}
     with pytest.raises(UserError, match="contains NaN/Inf, in bias"):
         load_into(module, state, "file", "hint")
     assert module.bias.isfinite().all()
-    state = small_clip.state_dict() | {"text_projection": torch.full((64, 64), value)}
+    state = small_clip.state_dict() | {"text_projection": torch.full((64, 64), float("inf"))}
     with pytest.raises(UserError, match="contains NaN/Inf, in text_projection"):
         weights.make_clip(state, tiny_config().clip, "clip")
-
-
-# --- backbones
 
 
 def to_detectron(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -122,12 +110,10 @@ def test_backbone_weights_from_torchvision_and_detectron2(tmp_path, capsys, monk
     torch.save(source.state_dict(), tmp_path / "r50.pth")
     arrays = to_detectron(state) | {"stem.conv1.norm.num_batches_tracked": np.array(7)}
     content = {"model": arrays, "matching_heuristics": True, "__author__": "torchvision"}
-    for file in (tmp_path / "r50.pkl", tmp_path / "R-50.pkl"):
-        file.write_bytes(pickle.dumps(content))
+    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(content))
     monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path))
     for name, count, part in (
         (str(tmp_path / "r50.pth"), 2 + 53, "bn*.num_batches_tracked, "),
-        (str(tmp_path / "r50.pkl"), 3, "stem.fc.weight, stem.fc.bias"),
         ("R-50.pkl", 3, "stem.fc.weight, stem.fc.bias"),
     ):
         backbone = DeepResNet()
@@ -150,9 +136,6 @@ def test_the_small_backbone_starts_from_the_small_clip_s(shapes_root, capsys):
     for setting in ("model.backbone=R50", "model.small_widths=[8, 8, 8, 8]"):
         with pytest.raises(UserError, match=r"^model\.weights clip: "):
             build_segmenter(tiny_config(setting), shapes_root)
-
-
-# --- files
 
 
 @pytest.mark.parametrize("protocol", [2, 4])
@@ -193,18 +176,6 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         load_checkpoint(tmp_path / "lst.pt")
 
 
-def test_saving_replaces_or_leaves_the_file(tmp_path):
-    path = tmp_path / "new" / "last.pt"
-    checkpoint.save(path, model={"w": torch.ones(2)}, step=1)
-    with pytest.raises(AttributeError):
-        checkpoint.save(path, model=lambda: None)  # cannot be pickled
-    assert load_checkpoint(path)["step"] == 1
-    assert [f.name for f in path.parent.iterdir()] == ["last.pt"]
-
-
-# --- segmenters
-
-
 @pytest.fixture
 def content(trained):
     """A run's checkpoint and its configuration."""
@@ -227,9 +198,8 @@ def test_another_clip_is_said(content, trained, tmp_path, capsys):
 
 def test_a_proposer_needs_no_maskformer(content, trained, tmp_path, monkeypatch):
     """By its name, from the current folder too, with a checkpoint and without any."""
-    (tmp_path / "boxes.py").write_text(
-        "def propose(image):\n    return image[:1, ::4, ::4] * 0 + 1, None\n"
-    )
+    code = "def propose(image):\n    return image[:1, ::4, ::4] * 0 + 1, None\n"
+    (tmp_path / "boxes.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     setting = "model.proposer=boxes:propose"
     root = trained.parent.parent
@@ -292,10 +262,7 @@ def test_a_supervised_checkpoint_of_the_original(capsys, tmp_path):
     settings = ["data.train_on=all", "model.class_head=linear", "clip.ensemble=false"]
     config = load_config("voc_r50_single", settings)
     segmenter = load_segmenter({"model": state}, config, tmp_path, "x")
-    count = len(names) - 1
-    text = f"checkpoint x: {count} tensors loaded, 1 dropped: criterion.empty_weight"
+    text = f"checkpoint x: {len(names) - 1} tensors loaded, 1 dropped: criterion.empty_weight"
     assert text in capsys.readouterr().out
     assert torch.equal(segmenter.maskformer.class_embed.bias, state[f"{embed}.bias"])
     assert segmenter.learned_state().keys() == {"maskformer"} and segmenter.clip is None
-    with pytest.raises(UserError):
-        segmenter.set_classes(["cat", "dog"])

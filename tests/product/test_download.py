@@ -23,7 +23,7 @@ from conftest import command, fails_in_one_line
 import prepare_data
 from zsseg import download
 from zsseg.datasets import DATASETS, find_pairs
-from zsseg.download import check_file, fetch
+from zsseg.download import fetch
 from zsseg.prepare.archives import unpack
 from zsseg.utils import UserError
 
@@ -93,26 +93,21 @@ def get(server: Server, path: Path, digest: str = checksum(DATA), size: int = 0)
 
 
 def test_a_cut_transfer_goes_on_where_it_was(server, tmp_path):
-    server.cuts = [70_000, 0, 100_000]
+    """In the next run, too."""
+    server.cuts = [70_000, 0, 100_000] + 20 * [0]
     path = tmp_path / "d" / "data.bin"
-    assert get(server, path, size=len(DATA)) == DATA
-    assert [f.name for f in path.parent.iterdir()] == ["data.bin"]
+    with pytest.raises(UserError, match=r"cannot download .* cut.*run it again to go on"):
+        get(server, path)
     starts = [int(r.strip("bytes=-")) for _, r in server.asked]
-    assert starts == [0, 70_000, 70_000, 170_000]
+    assert starts == [0, 70_000, 70_000, 170_000, 170_000]
+    server.cuts = []
+    assert get(server, path, size=len(DATA)) == DATA
+    assert server.asked[-1] == ("/data.bin", "bytes=170000-")
+    assert [*path.parent.iterdir()] == [path]
     get(server, path)  # it exists: nothing is requested
     with pytest.raises(UserError, match="replace"):  # but looked at
         get(server, path, "sha256:0")
-    assert len(server.asked) == 4 and path.exists()
-
-
-def test_the_next_run_goes_on_too(server, tmp_path):
-    server.cuts = [70_000] + 20 * [0]
-    with pytest.raises(UserError, match=r"cannot download .* cut.*run it again to go on"):
-        get(server, tmp_path / "data.bin")
-    server.cuts = []
-    server.asked = []
-    assert get(server, tmp_path / "data.bin") == DATA
-    assert server.asked == [("/data.bin", "bytes=70000-")]
+    assert len(server.asked) == 6 and path.exists()
     (tmp_path / "other.bin.part").write_bytes(DATA)  # whole already
     assert get(server, tmp_path / "other.bin", checksum(DATA, "sha1")) == DATA
     server.ranges = False
@@ -122,12 +117,12 @@ def test_the_next_run_goes_on_too(server, tmp_path):
 
 @pytest.mark.parametrize(("digest", "size"), [("sha256:00", 0), ("sha1:12", 0), ("", 299_999)])
 def test_a_wrong_file_is_not_kept(server, tmp_path, digest, size):
-    mine = tmp_path / "mine.bin"
-    mine.write_bytes(DATA)  # the user's is not deleted
-    for check in (get, lambda server, *args: check_file(mine, *args[1:2], "data", *args[2:])):
+    for path in (tmp_path / "data.bin", tmp_path / "mine.bin"):
         with pytest.raises(UserError, match=f"instead of {size or digest.partition(':')[2]}"):
-            check(server, tmp_path / "data.bin", digest, size)
-    assert [*tmp_path.iterdir()] == [mine]
+            get(server, path, digest, size)
+        assert not (tmp_path / "data.bin").exists()
+        (tmp_path / "mine.bin").write_bytes(DATA)  # the user's is not deleted
+    assert [*tmp_path.iterdir()] == [tmp_path / "mine.bin"]
 
 
 def test_mirrors_and_servers_that_refuse(server, tmp_path):
@@ -173,9 +168,6 @@ def test_processes_that_want_the_same_file_wait_for_one_another(server, tmp_path
     children = [in_child(lambda: get(server, path) == DATA) for _ in range(4)]
     assert [os.waitpid(child, 0)[1] for child in children] == 4 * [0]
     assert len(server.asked) == 3 and [*path.parent.iterdir()] == [path]
-
-
-# --- archives
 
 
 @pytest.mark.parametrize("ending", [".zip", ".tar", ".tgz"])
@@ -226,10 +218,10 @@ PACKED = {  # the archives of data sets and which folders of a tree they hold
 
 
 @pytest.fixture
-def official(tmp_path, monkeypatch) -> Callable[[str, Callable], dict[str, bytes]]:
+def official(server, tmp_path, monkeypatch) -> Callable[[str], dict[str, bytes]]:
     """Makes small official archives of a data set, which its row in the table then describes."""
 
-    def make(name: str, url: Callable[[str], str]) -> dict[str, bytes]:
+    def make(name: str) -> dict[str, bytes]:
         trees.BUILDERS[name](tmp_path / "source")
         rows = []
         packed = {}
@@ -237,10 +229,10 @@ def official(tmp_path, monkeypatch) -> Callable[[str, Callable], dict[str, bytes
             file = tmp_path / "archives" / archive.file
             content = trees.pack(tmp_path / "source", file, PACKED[name][archive.file]).read_bytes()
             packed[archive.file] = content
+            row = dataclasses.replace(archive, bytes=archive.bytes and len(content))
             method = archive.checksum.partition(":")[0]
-            facts = {"urls": [url(archive.file)], "checksum": checksum(content, method)}
-            size = archive.bytes and len(content)
-            rows.append(dataclasses.replace(archive, bytes=size, **facts))
+            facts = {"urls": [server.url(archive.file)], "checksum": checksum(content, method)}
+            rows.append(dataclasses.replace(row, **facts))
         monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], archives=rows))
         monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path / "cache"))
         return packed
@@ -254,7 +246,7 @@ def files_below(root: Path) -> dict[str, bytes]:
 
 
 def test_what_goes_wrong_is_one_line(server, official, tmp_path):
-    [(file, content)] = official("ade20k", server.url).items()
+    [(file, content)] = official("ade20k").items()
     for parts in (("404", "put the file at"), ("sha256", "run it again")):
         done = command("prepare_data.py", "ade20k", "--root", tmp_path / "root")
         fails_in_one_line(done, file, *parts)
@@ -283,7 +275,7 @@ def killed(arguments: list[str], number: int) -> int:
 @pytest.mark.parametrize("name", PACKED)
 def test_a_data_set_is_downloaded_whole(name, server, official, tmp_path):
     """Killed half-way and repeated it finishes; run again it changes and requests nothing."""
-    server.files |= official(name, server.url)
+    server.files |= official(name)
     server.cuts = [500, 1000, 300]
     root = tmp_path / "root"
     words = [name, "--workers", "1", "--root", str(root)]

@@ -14,7 +14,7 @@ from zsseg import weights
 from zsseg.config import load_config
 from zsseg.prepare import shapes
 from zsseg.utils import UserError
-from zsseg.weights import DRIVE, PUBLISHED, build_segmenter, find_model, import_original
+from zsseg.weights import DRIVE, PUBLISHED, build_segmenter, find_model
 
 
 @pytest.fixture
@@ -89,18 +89,3 @@ def test_a_photo_and_words(drive, tmp_path):
     assert predictor.config.clip.ensemble_weight == 0.7 and len(drive.asked) == 1
     predictor.set_classes(["cat", "sofa"])
     assert (predictor("photo.jpg") == Image.open(file)).all()
-
-
-@pytest.mark.usefixtures("vocabulary")
-def test_training_starts_from_a_published_model(drive, tmp_path, capsys):
-    """First the configured backbone, then the model's weights over it; its CLIP is not taken."""
-    state = torch.load(tmp_path / "weights.pth")["model"]
-    clip = import_original(state, "reference")[0]["clip"]
-    torch.save(clip, tmp_path / "clip.pt")
-    settings = ["train.init=ovseg-r101c", "model.weights=", "clip.activation=quickgelu"]
-    config = load_config("ovseg_r101c", [*settings, f"clip.weights={tmp_path}/clip.pt"])
-    segmenter = build_segmenter(config, tmp_path)
-    expected = state["sem_seg_head.predictor.query_embed.weight"]
-    assert torch.equal(segmenter.maskformer.query_embed.weight, expected)
-    text = capsys.readouterr().out
-    assert re.search(r"train\.init ovseg-r101c: \d+ tensors loaded, \d+ dropped: .*clip\.", text)

@@ -121,13 +121,3 @@ def test_an_original_with_further_entries_starts_a_training(trained, tmp_path, c
     assert torch.equal(build_segmenter(config, root).maskformer.non_object, embedding)
     text = capsys.readouterr().out
     assert "1 tensors loaded, 1 dropped: extra.thing" in text and "start afresh" in text
-
-
-def test_a_resumed_run_starts_from_its_own_weights(trained):
-    root = trained.parent.parent
-    saved = load_checkpoint(trained)["model"]
-    config = load_config(root / "a.toml", ["train.init=nowhere.pt"])
-    after = build_segmenter(config, root, saved).maskformer.state_dict()
-    assert all(torch.equal(after[name], v) for name, v in saved["maskformer"].items())
-    with pytest.raises(UserError, match=r"train\.init nowhere\.pt: no such file"):
-        build_segmenter(config, root)

@@ -12,7 +12,7 @@ import operator
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from zsseg.config import Config, DataConfig
-from zsseg.datasets import DataSet, Pair, dataset, find_listing, find_pairs, training_set
+from zsseg.datasets import Pair, dataset, find_listing, find_pairs, training_set
 from zsseg.images import network_inputs, read_image, read_labels, read_values, test_size
 from zsseg.matcher import Targets
 from zsseg.utils import (
@@ -223,51 +223,14 @@ def collate(samples: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Targe
 # --- label counts
 
 
-def count_map(data: DataSet, file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Pixels of each class and, last, of no class in a label map: int64 [C + 1]. `size`: its
-    image's (width, height).
-
-    Raises UserError for a bad file, AssertionError if training would see a pixel of an unseen
-    class.
-    """
-    C = len(data.names)
-    values = read_values(file, data.bits, size)
-    pixels = np.bincount(values.ravel(), minlength=2**data.bits)  # of each label value
-    unseen = [data.values[data.names.index(name)] for name in data.unseen]
-    leaks = data.lut(training=True)[unseen] != data.ignore
-    if pixels[unseen][leaks].any():
-        raise AssertionError(f"{file}: a pixel of an unseen class survives")
-    ids = np.minimum(data.lut(), C)  # the ignore value is the largest
-    return np.bincount(ids, pixels, C + 1).astype(np.int64)
-
-
-def count_pairs(
-    data: DataSet,
-    pairs: list[Pair],
-    workers: int,
-    name: str,
-    size_of: Callable = lambda image_file: None,
+def count_labels(
+    data_config: DataConfig, root: Path, split: str, workers: int = 4, check: bool = False
 ) -> tuple[np.ndarray, list[str]]:
-    """`count_map` of many: int64 [n, C + 1], -1 for what cannot be read, and the errors of those.
-    `size_of`: reads an image's size, which its label map must have.
-    """
-    errors = []
+    """Pixels of each class and, last, of no class in every label map of a split, int64 [n, C + 1],
+    -1 for a map that cannot be read; and the errors of those.
 
-    def count(pair: Pair) -> np.ndarray:
-        try:
-            return count_map(data, pair[1], size_of(pair[0]))
-        except UserError as error:
-            errors.append(str(error))
-            return np.full(len(data.names) + 1, -1)
-
-    return np.stack([*parallel(count, pairs, workers, name)]), errors
-
-
-def count_labels(data_config: DataConfig, root: Path, split: str, workers: int = 4) -> np.ndarray:
-    """Pixels of each class and, last, of no class in every label map of a split: int64 [n, C + 1],
-    -1 for a map that cannot be read.
-
-    Counted once, and again when the data set or a label map has changed.
+    Counted once, and again when the data set or a label map has changed; with `check` always, and
+    the images are read, too. AssertionError if training would see a pixel of an unseen class.
     """
     data = dataset(data_config)
     listing = find_listing(data_config, root, split)
@@ -275,25 +238,41 @@ def count_labels(data_config: DataConfig, root: Path, split: str, workers: int =
     version = digest(table, [label for _, label in listing.pairs])
     cache = listing.folder / f".labels.{split.replace('/', '.')}.npz"
     with contextlib.suppress(Exception), np.load(cache) as content:  # broken ones raise anything
-        if str(content["version"]) == version:
-            return content["counts"]
+        if str(content["version"]) == version and not check:
+            return content["counts"], []
+    C = len(data.names)
+    unseen = [data.values[data.names.index(name)] for name in data.unseen]
+    errors = []
 
-    name = f"count {data.name} {split}"
-    counts, errors = count_pairs(data, listing.pairs, workers, name)
-    if errors:
-        warn(f"{plural(len(errors), 'label map')} left out: {join_some(errors, 3)}")
-        return counts
-    # The folder may be read-only.
-    with contextlib.suppress(UserError), atomic_write(cache) as path, open(path, "wb") as file:
-        np.savez_compressed(file, version=version, counts=counts)
-    return counts
+    def count(pair: Pair) -> np.ndarray:
+        image, label = pair
+        try:
+            size = read_image(image, turn=data_config.exif_turn).size if check else None
+            values = read_values(label, data.bits, size)
+        except UserError as error:
+            errors.append(str(error))
+            return np.full(C + 1, -1)
+        trained = values[data.lut(training=True)[values] != data.ignore]
+        if np.isin(trained, unseen).any():
+            raise AssertionError(f"{label}: a pixel of an unseen class survives")
+        ids = np.minimum(data.lut()[values], C)  # the ignore value is the largest
+        return np.bincount(ids.ravel(), minlength=C + 1)
+
+    counts = np.stack([*parallel(count, listing.pairs, workers, f"count {data.name} {split}")])
+    if not errors and not check:
+        # The folder may be read-only.
+        with contextlib.suppress(UserError), atomic_write(cache) as path, open(path, "wb") as file:
+            np.savez_compressed(file, version=version, counts=counts)
+    return counts, errors
 
 
 def training_counts(config: Config, root: Path) -> np.ndarray:
-    """`count_labels` of the training split; says which classes have no pixel in it. Raises
-    UserError if all have none.
+    """`count_labels` of the training split; says what is left out and which classes have no pixel.
+    Raises UserError if all have none.
     """
-    counts = count_labels(config.data, root, "train", config.data.workers)
+    counts, errors = count_labels(config.data, root, "train", config.data.workers)
+    if errors:
+        warn(f"{plural(len(errors), 'label map')} left out: {join_some(errors, 3)}")
     data = training_set(config.data)
     shown = (counts > 0).any(0)
     absent = [data.names[i] for i in data.trained if not shown[i]]
@@ -309,33 +288,25 @@ def training_counts(config: Config, root: Path) -> np.ndarray:
 # --- loading
 
 
+# Kill workers when the main process ends: they block its signals, and multiprocessing's own
+# handler, which runs after this one, would wait for them forever.
+atexit.register(lambda: [child.kill() for child in multiprocessing.active_children()])
+
+
+@dataclass
 class Batches(Dataset):
     """Batches by list of sample numbers. An item is a UserError if a sample cannot be read: worker
     processes cannot raise it.
     """
 
-    def __init__(self, samples: Dataset, collate_fn: Callable):
-        self.samples = samples
-        self.collate_fn = collate_fn
+    samples: Dataset
+    collate_fn: Callable
 
     def __getitem__(self, numbers: list[int]) -> object:
         try:
             return self.collate_fn([self.samples[n] for n in numbers])
         except UserError as error:
             return error
-
-
-@functools.cache
-def end_workers_at_exit() -> None:
-    """Kill workers when the main process ends: they block its signals, and multiprocessing's own
-    handler, which runs after this one, would wait for them forever.
-    """
-
-    def end_workers() -> None:
-        for child in multiprocessing.active_children():
-            child.kill()
-
-    atexit.register(end_workers)
 
 
 def batches(
@@ -351,35 +322,20 @@ def batches(
     A broken sample raises its UserError. Workers ignore the signals that ask a run to stop: only
     the main process, which still needs the batches, handles a scheduler's signals to all.
     """
-    workers = min(workers, os.cpu_count() or 1)
-    alone = batch_size is None
-    prefetch = 1 if alone else 2  # images to be evaluated may be huge
     loader = DataLoader(
-        Batches(samples, operator.itemgetter(0) if alone else collate_fn),
+        Batches(samples, collate_fn if batch_size else operator.itemgetter(0)),
         batch_size=None,
         sampler=BatchSampler(numbers, batch_size or 1, drop_last=False),
-        num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
+        num_workers=min(workers, os.cpu_count() or 1),
         pin_memory=torch.cuda.is_available(),
     )
-    end_workers_at_exit()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     iterator = iter(loader)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    # PyTorch would raise the error of a killed worker wherever the main process is by then; it also
-    # finds it here, waiting for a batch.
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         for item in iterator:
             if isinstance(item, UserError):
                 raise item
             yield item
-    except (RuntimeError, OSError, EOFError) as error:
-        if not workers or str(error).startswith("Caught"):  # an error of the program
-            raise
-        why = f"the system has killed one ({error or 'it closed its pipe'})"
-        todo = "give it more shared memory (docker run --shm-size=8g), or --set data.workers=0"
-        raise UserError("data.workers", why, todo) from None
     finally:
         del iterator  # left to the garbage collection, its workers would end 10 seconds later

@@ -27,6 +27,8 @@ from zsseg.utils import (
 )
 
 Pair = tuple[Path, Path]  # (image, label map)
+# {id} once, at the beginning or after a slash, and no brace but those of {split}
+PATTERN = re.compile(r"(([^{}]|\{split\})*/)?\{id\}([^{}]|\{split\})*")
 
 
 class MissingSplit(UserError):
@@ -95,44 +97,23 @@ class DataSet:
         folders = [root / name for name in self.folders]
         return next((folder for folder in folders if (folder / below).is_dir()), folders[0])
 
-    def listing(self, folder: Path, split: str) -> "Listing":
-        """The files of a split, as its list names them or as they match the patterns."""
-        return self.read_list(folder, split) if self.lists else self.match_files(folder, split)
-
-    def read_list(self, folder: Path, split: str) -> "Listing":
-        """The files of the ids in <split>.txt, if it exists. Raises UserError for a list that
-        contains something else.
+    def read_list(self, folder: Path, split: str) -> list[Pair]:
+        """The files of the ids in <split>.txt, if it exists, each once. Raises UserError for a list
+        that contains something else.
         """
         file = folder / f"{split}.txt"
-        lines = read_ids(file) if file.exists() else []
         pairs = []
-        for name in dict.fromkeys(lines):
+        for name in dict.fromkeys(read_ids(file) if file.exists() else ()):
             image = folder / self.images.replace("{id}", name)
             if not (re.fullmatch(r"[\w/-]+", name) or image.exists()):
                 todo = f"write what {{id}} stands for in {self.images}, one a line"
                 raise UserError(f"list {file}", f"{name[:100]!r} is no id: no {image}", todo)
             labels = [folder / pattern.replace("{id}", name) for pattern in self.labels]
             pairs.append((image, next((path for path in labels if path.exists()), labels[0])))
-        if twice := len(lines) - len(pairs):
-            warn(f"{plural(twice, 'duplicate line')} in {file}: every image counts once")
-        return Listing(folder, pairs, [])
-
-    def match_files(self, folder: Path, split: str) -> "Listing":
-        """Files whose paths match the patterns; an image and a label map of one id are a pair.
-
-        Raises UserError for a file that matches both and for a second file of an id.
-        """
-        images = self.match(folder, split, self.images)
-        labels = self.match(folder, split, self.labels[0])
-        if both := {*images.values()} & {*labels.values()}:
-            todo = "give patterns that differ, e.g. in their folders"
-            raise UserError(f"file {min(both)}", "matches data.images and data.labels", todo)
-        pairs = [(images[i], labels[i]) for i in sorted(images.keys() & labels.keys())]
-        alone = sorted((images | labels)[i] for i in images.keys() ^ labels.keys())
-        return Listing(folder, pairs, alone)
+        return pairs
 
     def match(self, folder: Path, split: str, pattern: str) -> dict[str, Path]:
-        """{id: file} of those that match a pattern."""
+        """{id: file} of those that match a pattern. Raises UserError for two files of an id."""
         before, after = pattern.replace("{split}", self.splits[split]).split("{id}")
         base = os.path.join(folder / before, "")
         matched = {}
@@ -175,10 +156,9 @@ DATASETS = read_table(Path(__file__).parent / "datasets.toml")
 
 def dataset(name_or_config: str | DataConfig) -> DataSet:
     """A row of the table, or the data set that a configuration describes ("folder")."""
-    config = None if isinstance(name_or_config, str) else name_or_config
-    name = config.name if config else name_or_config
-    if config and name == "folder":
-        return own_dataset(config)
+    name = getattr(name_or_config, "name", name_or_config)
+    if name == "folder":
+        return own_dataset(name_or_config)
     if name not in DATASETS:
         names = [*DATASETS, "folder"]
         todo = did_you_mean(name, names, f"choose one of {', '.join(names)}")
@@ -191,24 +171,21 @@ def own_dataset(config: DataConfig) -> DataSet:
     classes = config.classes
     values = config.values or list(range(len(classes)))
     lists = "{split}" not in config.images
-    same = lists == ("{split}" not in config.labels)
     stray = [name for name in config.unseen if name not in classes]
-    some = "give some of data.classes, not all"
+    some = did_you_mean("".join(stray[:1]), classes, "give some of data.classes, not all")
     ids = f"give each of the {len(classes)} classes its own value, from 0 to 65535"
     in_range = all(0 <= value < 2**16 for value in values)
     rules = (
-        ("images", is_pattern(config.images), 'write e.g. "images/{split}/{id}.jpg"'),
-        ("labels", is_pattern(config.labels), 'write e.g. "masks/{split}/{id}.png"'),
-        ("labels", same, "write {split} as in data.images"),
+        ("images", PATTERN.fullmatch(config.images), 'write e.g. "images/{split}/{id}.jpg"'),
+        ("labels", PATTERN.fullmatch(config.labels), 'write e.g. "masks/{split}/{id}.png"'),
+        ("labels", lists == ("{split}" not in config.labels), "write {split} as in data.images"),
         ("classes", classes, "name every class"),
-        ("unseen", not stray, did_you_mean(stray[0], classes, some) if stray else ""),
-        ("unseen", len({*config.unseen}) == len(config.unseen) < len(classes), some),
+        ("unseen", {*config.unseen} < {*classes}, some),
         ("values", in_range and len({*values}) == len(values) == len(classes), ids),
     )
     for key, valid, todo in rules:
         if not valid:
-            given = getattr(config, key)
-            why = f"is {given}" if given else "is missing (data.name is folder)"
+            why = f"is {getattr(config, key) or 'missing (data.name is folder)'}"
             raise UserError(f"data.{key}", why, todo)
     check_names(classes)
     return DataSet(
@@ -226,17 +203,6 @@ def own_dataset(config: DataConfig) -> DataSet:
     )
 
 
-def is_pattern(path: str) -> bool:
-    """Whether {id} is in it once, at the beginning or after a slash, and no brace but those of
-    {split}; lists (without {split}) require an ending, too.
-    """
-    braces = re.findall("{.*?}|[{}]", path)
-    any_ending = path.endswith(".*") and "{split}" not in path
-    at_start = re.search("(^|/){id}", path)
-    known = {*braces} <= {"{id}", "{split}"}
-    return bool(at_start) and known and braces.count("{id}") == 1 and not any_ending
-
-
 def training_set(config: DataConfig) -> DataSet:
     """The data set as training sees it: with `train_on = "all"` no class is unseen."""
     data = dataset(config)
@@ -249,25 +215,27 @@ def find_listing(name_or_config: str | DataConfig, root: Path, split: str) -> Li
     if split not in data.splits:
         todo = f"{data.name} has {', '.join(data.splits)}: --set data.split=..."
         raise MissingSplit("data.split", f"is {split!r}", todo)
-    for folder in data.folders:
-        listing = data.listing(root / folder, split)
-        if listing.pairs:
-            return listing
+    for folder in (root / name for name in data.folders):
+        images = labels = {}
+        if data.lists:
+            pairs = data.read_list(folder, split)
+        else:
+            images = data.match(folder, split, data.images)
+            labels = data.match(folder, split, data.labels[0])
+            pairs = [(images[i], labels[i]) for i in sorted(images.keys() & labels.keys())]
+        unpaired = sorted((images | labels)[i] for i in images.keys() ^ labels.keys())
+        if pairs:
+            return Listing(folder, pairs, unpaired)
     if data.name != "folder":
         train = " --train" if split == "train" and data.name != "shapes" else ""
         todo = f"run prepare_data.py {data.name}{train}, or give --root"
         raise MissingSplit(f"data set {data.name}", f"no {split!r} images in {root}", todo)
-    folder = listing.folder
     if not folder.is_dir():
         raise no_such_file("data.folder", folder, "correct it, or give --root")
-    images, labels = (
-        folder / pattern.replace("{split}", split).replace("{id}", "*")
-        for pattern in (data.images, data.labels[0])
-    )
-    listed = f", listed in {folder / split}.txt" if data.lists else ""
+    patterns = f"{data.images} and {data.labels[0]}"
+    error = UserError if unpaired else MissingSplit
     todo = "correct data.images, data.labels or data.split, or give --root"
-    error = UserError if listing.unpaired else MissingSplit
-    raise error("data.images", f"no pair of files {images} and {labels}{listed}", todo)
+    raise error("data.images", f"no pair of files {patterns} in {folder} for {split}", todo)
 
 
 def find_pairs(name_or_config: str | DataConfig, root: Path, split: str) -> list[Pair]:

@@ -16,7 +16,7 @@ from PIL import Image
 from zsseg.data import TestImages as Images  # pytest would take it for a test
 from zsseg.datasets import DATASETS, find_pairs
 from zsseg.prepare.convert import decode_runs
-from zsseg.utils import UserError, warn
+from zsseg.utils import UserError
 
 NAMES = list(trees.BUILDERS)
 
@@ -48,13 +48,10 @@ def test_official_files_become_class_ids(name, tmp_path):
     assert checked.returncode == 0 and f"  {DATASETS[name].names[0]} " in checked.stdout
     assert files(tmp_path) == before
     if name in ("voc", "coco_stuff"):
-        data, hidden = DATASETS[name], 0
+        data = DATASETS[name]
         unseen = [data.values[data.names.index(n)] for n in data.unseen]
-        for _, label in find_pairs(name, tmp_path, "train"):
-            unseen = [
-                DATASETS[name].values[DATASETS[name].names.index(n)] for n in DATASETS[name].unseen
-            ]
-            hidden += np.isin(np.array(Image.open(label)), unseen).sum()
+        maps = [np.array(Image.open(label)) for _, label in find_pairs(name, tmp_path, "train")]
+        hidden = sum(np.isin(values, unseen).sum() for values in maps)
         assert hidden > 0 and f"targets: of {hidden} pixels of the " in checked.stdout
         assert ", 0 survive" in checked.stdout
 
@@ -210,7 +207,7 @@ def test_half_a_tree_is_no_data_set(part, tmp_path, monkeypatch):
         fails_in_one_line(prepare("voc", tmp_path), "val.txt: is not UTF-8 text; save it as UTF-8")
 
 
-def test_a_list_requires_ids(tmp_path, capsys):
+def test_a_list_requires_ids(tmp_path):
     folder = tmp_path / "VOC2012"
     for file in ("JPEGImages/x.jpg", "SegmentationClassAug/x.png"):
         trees.save_map(np.zeros((4, 4)), folder / file)
@@ -220,9 +217,7 @@ def test_a_list_requires_ids(tmp_path, capsys):
         fails_in_one_line(prepare("voc", tmp_path, env=cache), "val.txt: ", " is no id", "{id}")
         assert not (tmp_path / "cache").exists()  # nothing was asked of the network
     (folder / "val.txt").write_bytes(b"\xef\xbb\xbfx\r\n x\r\n")
-    warn.cache_clear()
     assert len(find_pairs("voc", tmp_path, "val")) == 1
-    assert "1 duplicate line in" in capsys.readouterr().out
 
 
 def test_hidden_files_and_linked_cities(tmp_path):

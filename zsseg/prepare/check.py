@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from zsseg.config import DataConfig
-from zsseg.data import count_labels, count_pairs
+from zsseg.data import count_labels
 from zsseg.datasets import Listing, MissingSplit, dataset, find_listing
-from zsseg.images import read_image
 from zsseg.utils import UserError, plural
 
 
@@ -30,7 +29,7 @@ def summarize(config: DataConfig, root: Path, workers: int, check: bool) -> None
             line += f", {plural(alone, 'file')} without a partner left out"
         print(line, flush=True)
         if check:
-            problems += check_split(config, split, listing, workers)
+            problems += check_split(config, root, split, listing, workers)
         elif split == "train":
             count_labels(config, root, "train", workers)  # now, since training needs it
     if problems:
@@ -38,14 +37,14 @@ def summarize(config: DataConfig, root: Path, workers: int, check: bool) -> None
         raise UserError(f"data set {data.name}", why, "replace these files")
 
 
-def check_split(config: DataConfig, split: str, listing: Listing, workers: int) -> list[str]:
+def check_split(
+    config: DataConfig, root: Path, split: str, listing: Listing, workers: int
+) -> list[str]:
     """Read every file of a split and print what it contains. Returns a line for each file that is
     broken or has no partner.
     """
     data = dataset(config)
-    size_of = lambda image_file: read_image(image_file, turn=config.exif_turn).size
-    name = f"check {data.name} {split}"
-    counts, broken = count_pairs(data, listing.pairs, workers, name, size_of)
+    counts, broken = count_labels(config, root, split, workers, check=True)
     broken += [f"{file} has no partner" for file in listing.unpaired]
     pixels = counts.clip(0).sum(0)
     share = 100 * pixels / max(pixels.sum(), 1)

@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import mean, median
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -162,7 +163,9 @@ def training(done: set[str], args: argparse.Namespace) -> dict:
             self.process = process
             self.losses = segmentation_losses
             self.model = MaskFormer(config.model, 512).to(process.device).train()
-            self.text = F.normalize(torch.randn(classes, 512, device=process.device), dim=-1)
+            self.clipped = [self.model]
+            text = F.normalize(torch.randn(classes, 512, device=process.device), dim=-1)
+            self.segmenter = SimpleNamespace(text_features=text)
             self.compiled = False
 
     def batch(T: int) -> tuple:

@@ -83,7 +83,7 @@ def loss_case(T: int, counts: list[int], device: str = "cpu") -> tuple:
 @pytest.mark.parametrize("device", DEVICES)
 def test_one_program_serves_all_numbers_of_targets(device, aot_eager):
     compiled = torch.compile(segmentation_losses, fullgraph=True)
-    for T, counts in 2 * [(5, [5, 3]), (1, [1, 0]), (15, [15, 2]), (0, [0, 0]), (8, [2, 8])]:
+    for T, counts in [(5, [5, 3]), (1, [1, 0]), (15, [15, 2]), (0, [0, 0])]:
         results = []
         for function in (segmentation_losses, compiled):
             logits, masks, targets, normalizers = loss_case(T, counts, device)
@@ -153,7 +153,7 @@ def test_the_losses_read_nothing_back(shapes_root):
                 part._parameters[name] = torch.nn.Parameter(empty(tensor))
             for name, tensor in [*part.named_buffers(recurse=False)]:
                 part._buffers[name] = empty(tensor)
-        task.text = empty(task.text)
+        task.segmenter.text_features = empty(task.segmenter.text_features)
         task.process = Process(torch.device("cuda"))
         images, *targets = map(mode.from_tensor, (images, *vars(targets).values()))
         with transfers:

@@ -7,6 +7,7 @@ The small CLIP is trained on separate images (split "clip").
 """
 
 import colorsys
+import json
 import tomllib
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from zsseg.datasets import DATASETS
 from zsseg.prepare.convert import save
-from zsseg.utils import claim_folder, mix_seed, progress, write_json
+from zsseg.utils import UserError, claim_folder, mix_seed, progress, write_json
 
 NAMES = DATASETS["shapes"].names
 UNSEEN = DATASETS["shapes"].unseen
@@ -138,12 +139,16 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, dict]:
 
 def generate(folder: Path) -> None:
     """Write `images/`, `labels/` and, last, `captions.json`, {name of an image: {class id:
-    caption}}, unless that exists. UserError for a folder with other files.
+    caption}}, unless that exists. UserError for a folder with other files, or with a data set of
+    other classes.
     """
+    captions = {"classes": NAMES}
     if (folder / "captions.json").exists():
+        if json.loads((folder / "captions.json").read_text("utf-8")).get("classes") != NAMES:
+            todo = "move it away, or give another --root"
+            raise UserError(f"data set {folder}", "was drawn with other classes", todo)
         return
     claim_folder(folder)
-    captions = {}
     for split, count in SPLITS.items():
         for index in progress(range(count), f"draw {split}", count):
             name = f"{split}{index:05}"

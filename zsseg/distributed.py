@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from zsseg.utils import UserError, print_main
 
-# For processes that wait while one prepares data; a dead one is noticed at once.
-DIST_TIMEOUT = timedelta(hours=1)
+# For processes whose share of the work takes less long; a dead one is noticed at once.
+DIST_TIMEOUT = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def can_compile() -> bool:
     return True
 
 
-def init_distributed(device: str = "auto", timeout: timedelta = DIST_TIMEOUT) -> Process:
+def init_distributed(device: str = "auto") -> Process:
     """Pick the device and join the process group if torchrun started this process."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda", "no CUDA device is available", "use --device cpu")
@@ -131,8 +131,8 @@ def init_distributed(device: str = "auto", timeout: timedelta = DIST_TIMEOUT) ->
         store = None
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+            store, _, _ = next(dist.rendezvous("env://", timeout=DIST_TIMEOUT))
             store = dist.PrefixStore(f"start {restarts}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, None, timeout, world_size, rank, store)
+        dist.init_process_group(backend, None, DIST_TIMEOUT, world_size, rank, store)
     return Process(torch.device(f"cuda:{local_rank}" if cuda else "cpu"), rank, world_size)

@@ -1,7 +1,6 @@
 """A small data set of one's own and the commands on it: three classes in blocks, a small CLIP."""
 
 import subprocess
-import time
 from pathlib import Path
 
 import conftest
@@ -77,20 +76,6 @@ def words(root: Path) -> list:
 def train(root: Path, *more: object) -> subprocess.CompletedProcess:
     out = ["--out", root / "r", "--device", "cpu"]
     return conftest.command("train.py", *words(root), *out, *more)
-
-
-def training(root: Path, *settings: str, **options: object) -> subprocess.Popen:
-    """`train` as a process that goes on."""
-    out = ["--out", root / "r", "--device", "cpu"]
-    chosen = [word for setting in ("log.every=1", *settings) for word in ("--set", setting)]
-    return conftest.start("train.py", *words(root), *out, *chosen, **options)
-
-
-def wait_for_steps(root: Path) -> None:
-    """Until a `training` has logged one."""
-    file, until = root / "r" / "metrics.jsonl", time.time() + 120
-    while not (file.exists() and file.stat().st_size) and time.time() < until:
-        time.sleep(0.1)
 
 
 def measure(model: Path, root: Path, *more: object) -> subprocess.CompletedProcess:

@@ -146,9 +146,6 @@ class EndlessSamples(Dataset):
     more, in a fresh order every epoch. Subclasses set `items` and `seed` and define `load(n)`.
     """
 
-    items: list[tuple]
-    seed: int
-
     def __len__(self) -> int:
         return len(self.items)
 
@@ -170,8 +167,14 @@ class EndlessSamples(Dataset):
                 return self.load(k)
             except UserError as error:
                 last = error
-                warn(f"replaced by the next sample: {error}")
+                print_once(f"warning: replaced by the next sample: {error}")
         raise last
+
+
+@functools.cache
+def print_once(text: str) -> None:
+    """On any process: only the one whose sample it is meets a broken file."""
+    print(text, flush=True)
 
 
 @functools.lru_cache(maxsize=2)

@@ -25,6 +25,7 @@ from zsseg.data import (
     batches,
     collate,
     count_labels,
+    print_once,
     ssd_jitter,
     training_counts,
 )
@@ -218,7 +219,7 @@ def test_a_broken_training_file_is_replaced_and_named(root, capsys):
     good = [samples[n] for n in range(9)]
     file = Path(samples.source(2))
     file.write_bytes(b"junk")
-    warn.cache_clear()
+    print_once.cache_clear()
     assert torch.equal(samples[2][0], good[3][0]) and torch.equal(samples[1][0], good[1][0])
     assert torch.equal(samples[2][0], good[3][0])
     assert capsys.readouterr().out.count(f"replaced by the next sample: image {file}") == 1

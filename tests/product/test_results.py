@@ -74,7 +74,7 @@ def test_predictions_of_equal_names(root, trained):
 @pytest.mark.parametrize(("classes", "dtype"), [(2, "u1"), (255, "u1"), (256, "u2"), (848, "u2")])
 def test_label_maps_have_every_id(classes, dtype, tmp_path):
     ids = torch.arange(classes).view(1, -1)
-    save_label_map(ids, tmp_path / "map.png", classes, palette(classes)[:-1])
+    save_label_map(ids, tmp_path / "map.png", classes)
     stored = np.array(Image.open(tmp_path / "map.png"))
     assert stored.astype(np.int64).tolist() == ids.tolist()
     assert stored.dtype.itemsize == np.dtype(dtype).itemsize

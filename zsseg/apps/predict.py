@@ -37,7 +37,7 @@ from zsseg.utils import (
     walk,
     write_json,
 )
-from zsseg.visualize import NEAREST, label_type, overlay, palette, save_label_map
+from zsseg.visualize import NEAREST, overlay, palette, save_label_map
 
 OVERLAY_EDGE = 960  # the longer side of an overlay, whatever the image's
 
@@ -146,7 +146,7 @@ def count_classes(
         if n
     ]
     classes.sort(key=lambda c: -c["pixels"])
-    return labels.cpu().numpy().astype(label_type(len(names))), classes
+    return labels.cpu().numpy().astype(np.min_scalar_type(len(names))), classes
 
 
 def colours_of(words: Words) -> np.ndarray:
@@ -160,7 +160,7 @@ def write_results(
     stem: Path, labels: np.ndarray, preview: np.ndarray, colours: np.ndarray, content: dict
 ) -> None:
     """<stem>.png, .overlay.jpg and, last, .json with `content`."""
-    save_label_map(labels, Path(f"{stem}.png"), len(colours), colours)
+    save_label_map(labels, Path(f"{stem}.png"), len(colours))
     small = Image.fromarray(labels).resize(preview.shape[1::-1], NEAREST)
     legend = [(c["id"], f"{c['name']}  {100 * c['share']:.1f}%") for c in content["classes"]]
     drawn = overlay(preview, np.asarray(small), colours, legend)

@@ -22,8 +22,8 @@ from zsseg.images import read_image
 from zsseg.utils import UserError
 from zsseg.visualize import overlay, palette
 
-MAX_FUNCTIONS = 100
-MAX_FILES = 16
+MAX_FUNCTIONS = 140
+MAX_FILES = 17
 PHOTOS = ["a.jpg", "a.png", "deep16", "more/deep/ünïcode", "more/one pixel", "more/palette"]
 
 

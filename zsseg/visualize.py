@@ -24,11 +24,6 @@ def palette(count: int) -> np.ndarray:
     return (255 * np.array([*rgb, (0, 0, 0)])).astype(np.uint8)
 
 
-def label_type(classes: int) -> type:
-    """The type of ids in a label map: 8 bits, 16 above 255 classes."""
-    return np.uint8 if classes <= 255 else np.uint16
-
-
 def comparison_strip(image: Tensor, labels: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
     """Image, ground truth (black from id `classes` on: ignored) and prediction below one another,
     each STRIP_HEIGHT pixels high: uint8 [3 * STRIP_HEIGHT, width, 3].
@@ -41,18 +36,13 @@ def comparison_strip(image: Tensor, labels: Tensor, predicted: Tensor, classes: 
     return np.concatenate([Image.fromarray(part).resize(size, NEAREST) for part in parts])
 
 
-def save_label_map(
-    labels: Tensor | np.ndarray, path: Path, classes: int, colours: np.ndarray | None = None
-) -> None:
-    """Class ids as a PNG of 8 bits, 16 above 255 classes; those of 8 bits with a palette if
-    `colours` uint8 [C, 3] are given. Raises UserError if it cannot be written.
+def save_label_map(labels: Tensor | np.ndarray, path: Path, classes: int) -> None:
+    """Class ids as a PNG of 8 bits, 16 above 255 classes. Raises UserError if it cannot be
+    written.
     """
-    labels = torch.as_tensor(labels).cpu().numpy()
-    image = Image.fromarray(labels.astype(label_type(classes)))
-    if colours is not None and image.mode == "L":
-        image.putpalette(colours.tobytes())
+    labels = torch.as_tensor(labels).cpu().numpy().astype(np.min_scalar_type(classes))
     with atomic_write(path) as temporary:
-        image.save(temporary, "PNG")
+        Image.fromarray(labels).save(temporary, "PNG")
 
 
 def overlay(

@@ -99,6 +99,9 @@ def main(argv: list[str]) -> None:
     folder = Path("runs", named) if published else args.checkpoint.parent
     args.out = args.out or folder / ("segmented" if args.images else "eval")
     process = init_distributed(args.device)
+    if "config" not in content and not args.own and process.device.type == "cpu":
+        # What an original checkpoint gives is compared with the original's numbers.
+        config = load_config(args.config or published, ["model.bf16=off", *args.set])
 
     def load(images: int):
         """The segmenter, compiled if that saves time with so many images; says what it runs on."""

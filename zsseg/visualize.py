@@ -36,13 +36,18 @@ def comparison_strip(image: Tensor, labels: Tensor, predicted: Tensor, classes: 
     return np.concatenate([Image.fromarray(part).resize(size, NEAREST) for part in parts])
 
 
-def save_label_map(labels: Tensor | np.ndarray, path: Path, classes: int) -> None:
-    """Class ids as a PNG of 8 bits, 16 above 255 classes. Raises UserError if it cannot be
-    written.
+def save_label_map(
+    labels: Tensor | np.ndarray, path: Path, classes: int, colours: np.ndarray | None = None
+) -> None:
+    """Class ids as a PNG of 8 bits, 16 above 255 classes; those of 8 bits with a palette if there
+    are `colours` uint8 [C, 3]. Raises UserError if it cannot be written.
     """
     labels = torch.as_tensor(labels).cpu().numpy().astype(np.min_scalar_type(classes))
+    image = Image.fromarray(labels)
+    if colours is not None and image.mode == "L":
+        image.putpalette(colours.tobytes())
     with atomic_write(path) as temporary:
-        Image.fromarray(labels).save(temporary, "PNG")
+        image.save(temporary, "PNG")
 
 
 def overlay(

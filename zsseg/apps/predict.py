@@ -160,7 +160,7 @@ def write_results(
     stem: Path, labels: np.ndarray, preview: np.ndarray, colours: np.ndarray, content: dict
 ) -> None:
     """<stem>.png, .overlay.jpg and, last, .json with `content`."""
-    save_label_map(labels, Path(f"{stem}.png"), len(colours))
+    save_label_map(labels, Path(f"{stem}.png"), len(colours), colours)
     small = Image.fromarray(labels).resize(preview.shape[1::-1], NEAREST)
     legend = [(c["id"], f"{c['name']}  {100 * c['share']:.1f}%") for c in content["classes"]]
     drawn = overlay(preview, np.asarray(small), colours, legend)

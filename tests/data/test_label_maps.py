@@ -42,11 +42,10 @@ def test_pngs_of_any_depth_hold_their_samples(bits, tmp_path):
 
 
 def test_of_a_palette_the_indices_count(tmp_path):
-    for colours in ([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200], [0, 0, 0, 255, 255, 255, 7, 7, 7]):
-        image = Image.fromarray(VALUES)
-        image.putpalette(colours)
-        image.save(tmp_path / "x.png")
-        assert np.array_equal(read_values(tmp_path / "x.png", 8), VALUES)
+    image = Image.fromarray(VALUES)
+    image.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0, 0, 0, 200])
+    image.save(tmp_path / "x.png")
+    assert np.array_equal(read_values(tmp_path / "x.png", 8), VALUES)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B"])
@@ -143,14 +142,8 @@ def test_the_camera_s_turn_is_a_setting(turned, tmp_path):
         assert np.array_equal(np.asarray(shown), expected)
 
 
-SIZES = [
-    ((640, 480), 512, 2048, (683, 512)),
-    ((170, 230), 512, 2048, (512, 693)),
-    ((1000, 10), 512, 2048, (2048, 20)),
-    ((10000, 1), 640, 2560, (2560, 1)),
-]
-
-
-@pytest.mark.parametrize(("size", "short", "longest", "expected"), SIZES)
-def test_sizes_at_test_time(size, short, longest, expected):
-    assert size_at_test(*size, short, longest) == expected
+def test_sizes_at_test_time():
+    assert size_at_test(640, 480, 512, 2048) == (683, 512)
+    assert size_at_test(170, 230, 512, 2048) == (512, 693)
+    assert size_at_test(1000, 10, 512, 2048) == (2048, 20)
+    assert size_at_test(10000, 1, 640, 2560) == (2560, 1)

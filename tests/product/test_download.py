@@ -138,9 +138,7 @@ def test_mirrors_and_servers_that_refuse(server, tmp_path):
 
 
 def test_a_web_page_is_never_saved_as_a_file(server, tmp_path):
-    """Google Drive sends one when it asks for a login, or its quota is spent, now and then in the
-    middle of a file.
-    """
+    """Google Drive sends one when it asks for a login, or its quota is spent."""
     server.page = PAGE
     (tmp_path / "data.bin.part").write_bytes(DATA[:1000])
     advice = r"web page.*open that link in a browser, and put the file at"
@@ -229,10 +227,9 @@ def official(server, tmp_path, monkeypatch) -> Callable[[str], dict[str, bytes]]
             file = tmp_path / "archives" / archive.file
             content = trees.pack(tmp_path / "source", file, PACKED[name][archive.file]).read_bytes()
             packed[archive.file] = content
-            row = dataclasses.replace(archive, bytes=archive.bytes and len(content))
-            method = archive.checksum.partition(":")[0]
-            facts = {"urls": [server.url(archive.file)], "checksum": checksum(content, method)}
-            rows.append(dataclasses.replace(row, **facts))
+            digest = checksum(content, archive.checksum.partition(":")[0])
+            facts = {"checksum": digest, "bytes": archive.bytes and len(content)}
+            rows.append(dataclasses.replace(archive, urls=[server.url(archive.file)], **facts))
         monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], archives=rows))
         monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path / "cache"))
         return packed
@@ -281,13 +278,11 @@ def test_a_data_set_is_downloaded_whole(name, server, official, tmp_path):
     words = [name, "--workers", "1", "--root", str(root)]
     ends = [killed(words, number) for number in (1, 2, 3, 0)]
     assert ends == [*3 * [signal.SIGKILL], 0]
-    layout = tmp_path / "layout"
-    trees.BUILDERS[name](layout)
-    prepare_data.main([name, "--root", str(layout)])
-    pairs = [find_pairs(name, folder, "val") for folder in (root, layout)]
-    for ours, theirs in zip(*pairs, strict=True):
-        assert [f.name for f in ours] == [f.name for f in theirs]
-        assert [f.read_bytes() for f in ours] == [f.read_bytes() for f in theirs]
+    trees.BUILDERS[name](tmp_path / "layout")
+    prepare_data.main([name, "--root", str(tmp_path / "layout")])
+    pairs = [find_pairs(name, tmp_path / folder, "val") for folder in ("root", "layout")]
+    ours, theirs = ([(f.name, f.read_bytes()) for pair in one for f in pair] for one in pairs)
+    assert ours == theirs and ours
     before = files_below(root)
     count = len(server.asked)
     prepare_data.main(words)

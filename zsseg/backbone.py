@@ -5,7 +5,7 @@ To add one: a module whose forward gives the four maps and whose `channels` says
 and a row in BACKBONES.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -61,9 +61,9 @@ class R101c(DeepResNet):
         self.conv1 = nn.Sequential(*layers)
         self.layer1[0].conv1 = nn.Conv2d(128, 64, 1, bias=False)
         self.layer1[0].downsample[0] = nn.Conv2d(128, 256, 1, bias=False)
-        for block, dilation in zip(self.layer4, (1, 2, 4), strict=True):
-            block.conv2.dilation = (dilation, dilation)
-            block.conv2.padding = (dilation, dilation)
+        for i in (1, 2):
+            conv = self.layer4[i].conv2
+            conv.dilation = conv.padding = (2 * i, 2 * i)
 
 
 class WindowAttention(ShiftedWindowAttention):
@@ -140,10 +140,9 @@ class Swin(SwinTransformer):
         H, W = x.shape[-2:]
         x = F.pad(x, (0, -W % 4, 0, -H % 4))  # or torchvision would cut the rest off
         maps = []
-        for i, layer in enumerate(self.features):  # patches, stage, merging, stage, ...
-            x = layer(x)
-            if i % 2:
-                maps.append(self.get_submodule(f"norm{i // 2}")(x).permute(0, 3, 1, 2))
+        for i in range(4):
+            x = self.features[2 * i : 2 * i + 2](x)  # patches or merging, stage
+            maps.append(self.get_submodule(f"norm{i}")(x).permute(0, 3, 1, 2))
         return maps
 
 
@@ -179,17 +178,11 @@ class SmallResNet(nn.Module):
         return [x := stage(x) for stage in self.stages]
 
 
-# model.backbone -> a module from the section [model]
-BACKBONES: dict[str, Callable[[object], nn.Module]] = {
+# model.backbone -> a module from the section [model], images [B, 3, H, W] -> res2..res5 at strides
+# 4, 8, 16, 32 (the small one: 4, 8, 8, 8); its `channels` says how wide they are.
+BACKBONES = {
     "R50": lambda model: DeepResNet(),
     "R101c": lambda model: R101c(),
     "SwinB": lambda model: Swin(),
     "small": lambda model: SmallResNet(model.small_widths),
 }
-
-
-def build_backbone(model: object) -> nn.Module:
-    """Images [B, 3, H, W] -> res2..res5 at strides 4, 8, 16, 32 (the small one: 4, 8, 8, 8);
-    `channels` says how wide they are. model: the section [model].
-    """
-    return BACKBONES[model.backbone](model)

@@ -8,12 +8,11 @@ that callers need of a CLIP: pixel statistics, temperature, resolution, patches,
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import resnet
+from torchvision.models.resnet import Bottleneck
 
 from zsseg.backbone import SmallResNet
 from zsseg.tokenizer import Tokenizer
@@ -21,6 +20,8 @@ from zsseg.utils import UserError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
+NOT_A_CLIP = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+CONSTANTS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's files
 SCALE = 100.0  # where OpenAI's trained temperature ends
 
 
@@ -32,24 +33,20 @@ class QuickGELU(nn.Module):
 ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's; that of most OpenCLIP models
 
 
-class Attention(nn.Module):
-    """Self-attention with one product for queries, keys and values; parameters as in
-    `nn.MultiheadAttention`.
+def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, causal: bool = False) -> Tensor:
+    """Attention of queries [N, n, width] to keys and values [N, m, width] -> [N, n, width]; causal:
+    no token sees what follows it.
     """
+    # [N, num_heads, length, width/num_heads]
+    q, k, v = (x.unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
 
-    def __init__(self, width: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, count: int | None = None) -> Tensor:
-        """[N, length, width] -> outputs of the first `count` tokens (all) [N, count, width]; `mask`
-        [length, length] is added to the logits.
-        """
+class Attention(nn.MultiheadAttention):
+    """Self-attention with one product for queries, keys and values."""
+
+    def forward(self, x: Tensor, causal: bool = False, count: int | None = None) -> Tensor:
+        """[N, length, width] -> outputs of the first `count` tokens (all) [N, count, width]."""
         weight = self.in_proj_weight
         bias = self.in_proj_bias
         width = x.shape[-1]
@@ -58,41 +55,40 @@ class Attention(nn.Module):
         else:
             q = F.linear(x[:, :count], weight[:width], bias[:width])
             k, v = F.linear(x, weight[width:], bias[width:]).chunk(2, -1)
-        # [N, num_heads, count or length, width/num_heads]
-        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in (q, k, v))
-        mask = None if mask is None else mask.to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, v, mask)
-        return self.out_proj(y.transpose(1, 2).flatten(2))
+        return self.out_proj(attend(q, k, v, self.num_heads, causal))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; arguments of `forward` as in `Attention`."""
+    """Pre-norm transformer block; arguments of `forward` as in `Attention`; `num_heads` 0: width /
+    64.
+    """
 
-    def __init__(self, width: int, num_heads: int = 0, activation: str = "quickgelu"):
+    def __init__(self, width: int, num_heads: int, activation: str):
         super().__init__()
-        self.attn = Attention(width, num_heads or max(width // 64, 1))
+        self.attn = Attention(width, num_heads or width // 64)
         self.ln_1 = nn.LayerNorm(width)
         self.ln_2 = nn.LayerNorm(width)
-        fc = nn.Linear(width, 4 * width)
-        proj = nn.Linear(4 * width, width)
-        layers = OrderedDict(c_fc=fc, gelu=ACTIVATIONS[activation](), c_proj=proj)
+        layers = OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=ACTIVATIONS[activation]())
         self.mlp = nn.Sequential(layers)
+        self.mlp.c_proj = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, count: int | None = None) -> Tensor:
-        x = x[:, :count] + self.attn(self.ln_1(x), mask, count)
+    def forward(self, x: Tensor, causal: bool = False, count: int | None = None) -> Tensor:
+        x = x[:, :count] + self.attn(self.ln_1(x), causal, count)
         return x + self.mlp(self.ln_2(x))
 
 
 class Transformer(nn.Module):
-    """Blocks on [N, length, width]; `mask` [length, length] is added to the attention logits."""
+    """Blocks on [N, length, width]; as a module the text tower's, where no token sees what follows
+    it.
+    """
 
-    def __init__(self, width: int, layers: int, num_heads: int = 0, activation: str = "quickgelu"):
+    def __init__(self, width: int, layers: int, num_heads: int, activation: str):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, num_heads, activation) for _ in range(layers))
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for block in self.resblocks:
-            x = block(x, mask)
+            x = block(x, causal=True)
         return x
 
 
@@ -104,16 +100,16 @@ def cosine_logits(features: Tensor, text: Tensor, scale: float) -> Tensor:
         return scale * F.normalize(features.float(), dim=-1) @ text.float().mT
 
 
-def resize_positions(positions: Tensor, height: int, width: int) -> Tensor:
-    """Position embeddings [1+n*n, D] -> [1+height*width, D]: bicubic on the grid, the class token
-    as it is.
+def resize_positions(positions: Tensor, grid: torch.Size) -> Tensor:
+    """Position embeddings [1+n*n, D] -> [1+h*w, D] for a grid of h x w: bicubic, the class token as
+    it is.
     """
     side = math.isqrt(len(positions) - 1)
-    if (side, side) == (height, width):
+    if (side, side) == grid:
         return positions
-    grid = positions[1:].T.reshape(1, -1, side, side)  # [1, D, n, n]
-    grid = F.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
-    return torch.cat([positions[:1], grid.flatten(2)[0].T])
+    cells = positions[1:].T.unflatten(1, (side, side))[None]  # [1, D, n, n]
+    cells = F.interpolate(cells, grid, mode="bicubic")
+    return torch.cat([positions[:1], cells.flatten(2)[0].T])
 
 
 class ConvStem(nn.Module):
@@ -153,15 +149,16 @@ class VisionTransformer(nn.Module):
             self.conv1 = ConvStem(stem, width)
         else:
             self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
-        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
+        std = width**-0.5
         tokens = (resolution // patch) ** 2 + 1
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
+        self.class_embedding = nn.Parameter(std * torch.randn(width))
+        self.positional_embedding = nn.Parameter(std * torch.randn(tokens, width))
         self.ln_pre = nn.LayerNorm(width)
         self.ln_post = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, num_heads, activation)
-        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
+        self.proj = nn.Parameter(std * torch.randn(width, embed_dim))
         # [depth, T or 1, width]: the mask prompt of a CLIP that was adapted to masks
-        self.register_parameter("mask_embedding", None)
+        self.mask_embedding = None
 
     def forward(self, images: Tensor, shown: Tensor | None = None, dense: bool = False) -> Tensor:
         """Normalised images [N, 3, H, W] -> [N, D], or with `dense` one feature a patch [N, H/p,
@@ -176,53 +173,52 @@ class VisionTransformer(nn.Module):
         x = self.conv1(images)  # [N, width, H/p, W/p]
         grid = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2).float()  # fp32 between the blocks under autocast, too
-        if shown is not None:
-            x = self.hide(x, shown, 0)
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
-        x = self.ln_pre(x + resize_positions(self.positional_embedding, *grid))
+        x = self.hide(x, shown, 0)
+        x = self.ln_pre(x + resize_positions(self.positional_embedding, grid))
         *blocks, last = self.transformer.resblocks
         for layer, block in enumerate(blocks, 1):
-            x = block(x)
-            if shown is not None and layer < len(self.mask_embedding):
-                x = torch.cat([x[:, :1], self.hide(x[:, 1:], shown, layer)], 1)
+            x = self.hide(block(x), shown, layer)
         if not dense:
             return self.ln_post(last(x, count=1)[:, 0]) @ self.proj
-        rows = slice(-x.shape[-1], None)  # of the values
         attn = last.attn
-        x = F.linear(last.ln_1(x[:, 1:]), attn.in_proj_weight[rows], attn.in_proj_bias[rows])
-        return (self.ln_post(attn.out_proj(x)) @ self.proj).unflatten(1, grid)
+        x = F.linear(last.ln_1(x[:, 1:]), attn.in_proj_weight, attn.in_proj_bias)
+        x = attn.out_proj(x.chunk(3, -1)[2])  # of the values
+        return (self.ln_post(x) @ self.proj).unflatten(1, grid)
 
-    def hide(self, x: Tensor, shown: Tensor, layer: int) -> Tensor:
-        """Patches [N, T, width], those not `shown` [N, T] replaced by the mask prompt after `layer`
-        blocks (Liang et al. 2023, section 3.3).
+    def hide(self, x: Tensor, shown: Tensor | None, layer: int) -> Tensor:
+        """Tokens [N, 1+T, width], patches that are not `shown` [N, T] replaced by the mask prompt
+        after `layer` blocks (Liang et al. 2023, section 3.3).
         """
-        return torch.where(shown[..., None], x, self.mask_embedding[layer])
+        if shown is None or layer >= len(self.mask_embedding):
+            return x
+        patches = torch.where(shown[..., None], x[:, 1:], self.mask_embedding[layer])
+        return torch.cat([x[:, :1], patches], 1)
 
 
-class Bottleneck(resnet.Bottleneck):
-    """ResNet block whose stride is an average pool, in the main path and in the shortcut."""
-
-    def __init__(self, channels: int, planes: int, stride: int):
-        super().__init__(channels, planes)
-        self.pool = nn.AvgPool2d(stride)
-        out = 4 * planes
-        if stride > 1 or channels != out:
-            conv = nn.Conv2d(channels, out, 1, bias=False)
-            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(out))
+class PooledConv(nn.Conv2d):
+    """A convolution of 1x1 whose stride is an average pool in front."""
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.pool(F.relu(self.bn2(self.conv2(y))))
-        y = self.bn3(self.conv3(y))
-        return F.relu(y + (self.downsample(self.pool(x)) if self.downsample else x))
+        return F.conv2d(F.avg_pool2d(x, self.stride), self.weight)
+
+
+def bottleneck(channels: int, planes: int, stride: int) -> Bottleneck:
+    """ResNet block with `PooledConv`s for strides."""
+    out = 4 * planes
+    block = Bottleneck(channels, planes)
+    block.conv3 = PooledConv(planes, out, 1, stride, bias=False)
+    if channels != out:
+        conv = PooledConv(channels, out, 1, stride, bias=False)
+        block.downsample = nn.Sequential(conv, nn.BatchNorm2d(out))
+    return block
 
 
 class AttentionPool(nn.Module):
     """Attention over the grid and its mean; the mean's output is the image feature."""
 
-    def __init__(self, side: int, width: int, num_heads: int, embed_dim: int):
+    def __init__(self, side: int, width: int, embed_dim: int):
         super().__init__()
-        self.num_heads = num_heads
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(side * side + 1, width))
         self.k_proj = nn.Linear(width, width)
         self.q_proj = nn.Linear(width, width)
@@ -234,16 +230,10 @@ class AttentionPool(nn.Module):
         grid = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # [N, h*w, width]
         x = torch.cat([x.mean(1, keepdim=True), x], 1)
-        x = x + resize_positions(self.positional_embedding, *grid)
+        x = x + resize_positions(self.positional_embedding, grid)
         q = self.q_proj(x[:, 1:] if dense else x[:, :1])
-        # [N, num_heads, length, width/num_heads]
-        q, k, v = (
-            y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for y in (q, self.k_proj(x), self.v_proj(x))
-        )
-        y = F.scaled_dot_product_attention(q, k, v)
-        out = self.c_proj(y.transpose(1, 2).flatten(2))
-        return out.unflatten(1, grid) if dense else out[:, 0]
+        x = self.c_proj(attend(q, self.k_proj(x), self.v_proj(x), x.shape[-1] // 64))
+        return x.unflatten(1, grid) if dense else x[:, 0]
 
 
 class ModifiedResNet(nn.Module):
@@ -252,27 +242,25 @@ class ModifiedResNet(nn.Module):
     patch = 32
     mask_embedding = None
 
-    def __init__(
-        self, layers: list[int], width: int, resolution: int, embed_dim: int, num_heads: int = 0
-    ):
+    def __init__(self, layers: list[int], width: int, resolution: int, embed_dim: int):
         super().__init__()
         self.resolution = resolution
-        stem = pairwise((3, width // 2, width // 2, width))
-        for i, (channels, out) in enumerate(stem, 1):
+        channels = 3
+        for i, out in enumerate((width // 2, width // 2, width), 1):
             conv = nn.Conv2d(channels, out, 3, 2 if i == 1 else 1, 1, bias=False)
-            setattr(self, f"conv{i}", conv)
-            setattr(self, f"bn{i}", nn.BatchNorm2d(out))
-        channels = width
+            self.add_module(f"conv{i}", conv)
+            self.add_module(f"bn{i}", nn.BatchNorm2d(out))
+            channels = out
         for i, depth in enumerate(layers):
             planes = width * 2**i
-            blocks = [Bottleneck(channels, planes, 2 if i else 1)]
-            channels = 4 * planes
-            blocks += [Bottleneck(channels, planes, 1) for _ in range(depth - 1)]
-            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
-        heads = num_heads or channels // 64
-        self.attnpool = AttentionPool(resolution // 32, channels, heads, embed_dim)
+            blocks = []
+            for k in range(depth):
+                blocks.append(bottleneck(channels, planes, 1 if k or not i else 2))
+                channels = 4 * planes
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+        self.attnpool = AttentionPool(resolution // 32, channels, embed_dim)
 
-    def forward(self, images: Tensor, dense: bool = False) -> Tensor:
+    def forward(self, images: Tensor, shown: None = None, dense: bool = False) -> Tensor:
         """Normalised images [N, 3, H, W] -> [N, D], or with `dense` [N, H/32, W/32, D]."""
         x = F.relu(self.bn1(self.conv1(images)))
         x = F.relu(self.bn2(self.conv2(x)))
@@ -314,29 +302,18 @@ class CLIP(nn.Module):
         self.has_mask_prompt = visual.mask_embedding is not None
         self.tokenizer = tokenizer
         self.embed_dim = embed_dim
-        self.context_length = context_length
         self.width = width
         self.scale = scale
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context_length, width))
-        self.transformer = Transformer(width, layers, activation=activation)
+        self.transformer = Transformer(width, layers, 0, activation)
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        causal = torch.full((context_length, context_length), -math.inf).triu(1)
-        self.register_buffer("causal_mask", causal, persistent=False)
-        self.pixel_stats = (list(mean), list(std))
+        self.pixel_stats = ([*mean], [*std])
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-
-    @property
-    def device(self) -> torch.device:
-        return self.text_projection.device
-
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Both towers, for contrastive training: features [N, D] each."""
-        return self.encode_image(images), self.encode_text(tokens)
 
     def normalize(self, images: Tensor) -> Tensor:
         """RGB in 0..255 [..., 3, H, W] as the image tower takes it, fp32."""
@@ -346,7 +323,7 @@ class CLIP(nn.Module):
         """Normalised images [N, 3, H, W] -> [N, D]. shown: bool [N, H/p * W/p], the patches with
         the region; for a CLIP with a mask prompt (see `VisionTransformer.forward`).
         """
-        return self.visual(images) if shown is None else self.visual(images, shown)
+        return self.visual(images, shown)
 
     def encode_dense(self, images: Tensor) -> Tensor:
         """Normalised images [N, 3, H, W] -> one feature a patch [N, H/p, W/p, D]."""
@@ -360,9 +337,7 @@ class CLIP(nn.Module):
         """Token embeddings [N, length, width] and the end tokens at [N] -> [N, D]; length at most
         context_length, since no token sees what follows it.
         """
-        length = x.shape[1]
-        mask = self.causal_mask[:length, :length]
-        x = self.transformer(x + self.positional_embedding[:length], mask)
+        x = self.transformer(x + self.positional_embedding[: x.shape[1]])
         x = self.ln_final(x[torch.arange(len(x), device=x.device), end])
         return x @ self.text_projection
 
@@ -383,61 +358,45 @@ def build_clip(
     """The model whose weights `state` contains (OpenAI names; any float dtype), in fp32, frozen, in
     eval mode.
 
-    What the weights do not tell: the tokenizer, the MLPs' `activation`, `num_heads` of the image
-    tower's attention (0: width / 64), and the statistics of `CLIP`. Raises UserError when `state`
-    is not a whole CLIP, or its width cannot be shared by so many heads.
+    What the weights do not tell: the tokenizer, the MLPs' `activation`, `num_heads` of a ViT's
+    attention (0: width / 64), and the statistics of `CLIP`. Raises UserError when `state` is not a
+    whole CLIP, or its width cannot be shared by so many heads.
     """
     try:
-        constants = ("input_resolution", "context_length", "vocab_size")
-        state = {k: v for k, v in state.items() if k not in constants}
-        embed_dim = state["text_projection"].shape[1]
+        width, embed_dim = state["text_projection"].shape
         visual = build_visual(state, embed_dim, activation, num_heads)
-        context_length = len(state["positional_embedding"])
-        vocab_size, width = state["token_embedding.weight"].shape
-        sizes = (embed_dim, context_length, vocab_size, width)
-        layers = depth(state, "transformer.")
-        clip = CLIP(visual, tokenizer, *sizes, layers, activation, mean, std, scale)
-        clip.load_state_dict({k: v.float() for k, v in state.items()})
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        missing = "no " if isinstance(error, KeyError) else ""
-        why = f"are not a CLIP state dict with OpenAI's names ({missing}{str(error)[:200]})"
-        raise UserError("CLIP weights", why, "check clip.weights") from None
+        tables = (state["positional_embedding"], state["token_embedding.weight"])
+        sizes = (embed_dim, *map(len, tables), width, depth(state, "transformer."))
+        clip = CLIP(visual, tokenizer, *sizes, activation, mean, std, scale)
+        clip.load_state_dict({k: v for k, v in state.items() if k not in CONSTANTS})
+    except NOT_A_CLIP as error:
+        why = f"are not a CLIP state dict with OpenAI's names ({error!r:.200})"
+        raise UserError("CLIP weights", why, "check clip.weights and clip.heads") from None
     return clip.eval().requires_grad_(False)
 
 
-def build_visual(
-    state: dict[str, Tensor], embed_dim: int, activation: str, num_heads: int
-) -> nn.Module:
-    """An image tower for the weights of a CLIP."""
-    is_vit = "visual.proj" in state
-    positions = "visual.positional_embedding" if is_vit else "visual.attnpool.positional_embedding"
-    count, width = state[positions].shape
+def build_visual(state, embed_dim, activation, num_heads) -> nn.Module:
+    """An image tower for the weights of a CLIP; arguments as of `build_clip`."""
+    prefix = "visual." if "visual.proj" in state else "visual.attnpool."
+    count, width = state[f"{prefix}positional_embedding"].shape
     side = math.isqrt(count - 1)
-    if num_heads and width % num_heads:
-        why = f"is {num_heads}, and the image tower's width {width}"
-        raise UserError("clip.heads", why, "give a divisor of that, or 0")
-    if not is_vit:
+    if "visual.proj" not in state:
         layers = [depth(state, f"visual.layer{i}.", ".bn1.weight") for i in (1, 2, 3, 4)]
-        return ModifiedResNet(layers, width // 32, 32 * side, embed_dim, num_heads)
-
-    layers = depth(state, "visual.transformer.")
-    patch = ConvStem.stride
-    stem = ()
+        return ModifiedResNet(layers, width // 32, 32 * side, embed_dim)
     if "visual.conv1.weight" in state:
+        stem = ()
         patch = state["visual.conv1.weight"].shape[-1]
     else:
         stem = [len(state[f"visual.conv1.backbone.stages.{i}.conv1.weight"]) for i in range(4)]
-    sizes = (side * patch, patch, width, layers, embed_dim, stem)
+        patch = ConvStem.stride
+    sizes = (side * patch, patch, width, depth(state, "visual.transformer."), embed_dim, stem)
     visual = VisionTransformer(*sizes, num_heads, activation)
     if "visual.mask_embedding" in state:
-        shape = state["visual.mask_embedding"].shape
-        if not 0 < shape[0] <= layers or shape[1:] not in ((1, width), (count - 1, width)):
-            raise ValueError(f"a mask prompt of shape {list(shape)}")
-        visual.mask_embedding = nn.Parameter(torch.empty(shape))
+        visual.mask_embedding = nn.Parameter(state["visual.mask_embedding"].float())
     return visual
 
 
-def depth(state: dict[str, Tensor], prefix: str, leaf: str = ".ln_1.weight") -> int:
+def depth(state, prefix, leaf=".ln_1.weight") -> int:
     """The number of blocks below `prefix`, each of which has one `leaf`; at least 1, which then
     does not fit.
     """

@@ -14,15 +14,9 @@ from kernels import mask_loss
 from kernels.jit import use_triton
 from zsseg.matcher import Targets, assign, matching_cost
 
-ALPHA = 0.25  # of the focal loss (Lin et al. 2017), with gamma 2
-
 
 def loss_normalizers(
-    counts: Tensor,
-    num_queries: int,
-    no_object_weight: float,
-    sum: Callable[[Tensor], Tensor],
-    world_size: int,
+    counts: Tensor, num_queries: int, no_object_weight: float, sum: Callable, world_size: int
 ) -> Tensor:
     """The divisors of the losses, fp32 [2]: the number of masks, and of the queries' class weights.
 
@@ -45,7 +39,7 @@ def class_loss(class_logits, mask_logits, matched, targets, normalizers, train):
     target = target.scatter(2, query, targets.classes.expand(L, -1, -1))[..., :Q]
     weight = torch.where(target == C - 1, train.no_object_weight, 1.0)
     logits = class_logits.float().flatten(0, 2)
-    losses = F.cross_entropy(logits, target.flatten(), reduction="none").view(L, B, Q)
+    losses = F.cross_entropy(logits, target.flatten(), reduction="none").view_as(weight)
     return {"class": (weight * losses).sum((1, 2)) / normalizers[1]}
 
 
@@ -68,27 +62,23 @@ def focal_and_dice(
     W], classes [B, T] -> focal and dice loss of each pair [L, B, T], 0 for unmatched targets; fp32,
     or fp64 for fp64 masks.
     """
-    T = classes.shape[1]
-    h, w = masks.shape[-2:]
     dtype = torch.promote_types(masks.dtype, torch.float32)
-    if not T:
+    if not classes.shape[1]:
         return (masks[:, :, :0, 0, 0].to(dtype),) * 2  # so that the masks get a gradient, of zeros
     t = labels[:, None] == classes[:, :, None, None]  # [B, T, H, W]
-    alpha = torch.where(t, ALPHA, 1 - ALPHA).to(dtype)
-    focal = []
-    dice = []
+    alpha = torch.where(t, 0.25, 0.75)  # of the focal loss (Lin et al. 2017); gamma is 2
+    losses = []
     for layer_masks, query in zip(masks, matched, strict=True):
-        index = query.clamp(min=0)[..., None, None].expand(-1, -1, h, w)
-        x = layer_masks.gather(1, index).to(dtype)  # [B, T, h, w]
-        x = F.interpolate(x, labels.shape[-2:], mode="bilinear", align_corners=False)
+        index = query.clamp(min=0)[..., None, None]
+        x = layer_masks.take_along_dim(index, 1).to(dtype)  # [B, T, h, w]
+        x = F.interpolate(x, labels.shape[-2:], mode="bilinear")
         x_true = torch.where(t, x, -x)  # the logit of what is true
         missed = (-x_true).sigmoid()  # 1 - p of it
-        loss = -(alpha * missed**2 * F.logsigmoid(x_true)).mean((2, 3))
+        focal = -(alpha * missed**2 * F.logsigmoid(x_true)).mean((2, 3))
         p = x.sigmoid()
         ratio = (2 * (p * t).sum((2, 3)) + 1) / (p.sum((2, 3)) + t.sum((2, 3)) + 1)
-        focal.append(torch.where(query >= 0, loss, 0))
-        dice.append(torch.where(query >= 0, 1 - ratio, 0))
-    return torch.stack(focal), torch.stack(dice)
+        losses.append(torch.where(query >= 0, torch.stack([focal, 1 - ratio]), 0))
+    return torch.stack(losses, 1).unbind()
 
 
 # Each maps class logits [L, B, Q, C+1], mask logits [L, B, Q, h, w], the query of each target

@@ -16,7 +16,6 @@ from kernels import matching_cost as kernel
 from kernels.jit import use_triton
 
 LIMIT = 1e6  # costs that are not finite count as this much
-MAX_TARGETS = 64  # of an image, that the assignment kernel takes
 
 
 @dataclass
@@ -42,7 +41,7 @@ class Targets:
         a power of two less one.
         """
         T = self.classes.shape[1]
-        wide = T if T == MAX_TARGETS else max(2 ** T.bit_length() - 1, 15)
+        wide = max(2 ** T.bit_length() - 1, 15)
         return Targets(self.labels, F.pad(self.classes, (0, wide - T)), self.counts)
 
 
@@ -61,7 +60,7 @@ def matching_cost(
     fp64 masks; columns beyond an image's count mean nothing. Label maps are brought to h x w by
     nearest sampling. No gradient is needed.
     """
-    L, _, Q, h, w = mask_logits.shape
+    h, w = mask_logits.shape[-2:]
     labels = F.interpolate(targets.labels[:, None].float(), (h, w), mode="nearest")[:, 0].int()
     classes = targets.classes
     if use_triton(mask_logits):
@@ -83,8 +82,7 @@ def matching_cost(
     overlap = torch.einsum(over_pixels, p, target)
     dice = 1 - (2 * overlap + 1) / (p.sum(-1)[..., None] + target.sum(-1)[:, None] + 1)
 
-    index = classes[None, :, None].expand(L, -1, Q, -1)  # [L, B, Q, T]
-    class_prob = class_logits.to(dtype).softmax(-1).gather(-1, index)
+    class_prob = class_logits.to(dtype).softmax(-1).take_along_dim(classes[None, :, None], -1)
     return -class_prob + focal_weight * focal / (h * w) + dice_weight * dice
 
 
@@ -106,12 +104,12 @@ def hungarian(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     L, B, _, T = cost.shape
     matched = torch.full((L, B, T), -1, dtype=torch.int64)
     bad = torch.zeros(L, B, dtype=torch.bool)
-    costs = cost.detach().double().cpu()  # one transfer
+    costs = cost.cpu()  # one transfer
     for layer in range(L):
         for image, count in enumerate(counts.tolist()):
             problem = costs[layer, image, :, :count]
             bad[layer, image] = not problem.isfinite().all()
-            problem = problem.nan_to_num(LIMIT, LIMIT, -LIMIT).clamp(-LIMIT, LIMIT)
+            problem = problem.nan_to_num(LIMIT).clamp(-LIMIT, LIMIT)
             query, target = linear_sum_assignment(problem.numpy())
             matched[layer, image, torch.from_numpy(target)] = torch.from_numpy(query)
     return matched.to(cost.device), bad.to(cost.device)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from zsseg.clip import cosine_logits
 from zsseg.maskformer import PixelNetwork
-from zsseg.segmenter import OpenVocabulary, Segmentation, Size, make_views
+from zsseg.segmenter import OpenVocabulary, Segmentation, Size
 
 STRIDE = 4  # from embeddings to the network input
 
@@ -32,21 +32,16 @@ class PerPixel(PixelNetwork):
         """`prepare`d images [B, 3, H, W] -> embeddings [B, D, h, w] at stride 4."""
         return self.pixel_embed(self.pixel_decoder(self.backbone(images)))
 
-    def classify(self, embeds: Tensor, text: Tensor) -> Tensor:
-        """Embeddings [B, D, H, W], text features [C, D] -> class logits fp32 [B, C, H, W]."""
-        return cosine_logits(embeds.movedim(1, -1), text, self.scale).movedim(-1, 1)
-
-    def forward(self, images: Tensor, text: Tensor) -> Tensor:
-        """`prepare`d images [B, 3, H, W], text features [C, D] -> class logits fp32 [B, C, H, W],
-        what torch.compile and DDP wrap.
+    def forward(self, images: Tensor, text: Tensor, size: Size | None = None) -> Tensor:
+        """`prepare`d images [B, 3, H, W], text features [C, D] -> class logits fp32 [B, C, H, W] or
+        [B, C, *size]; what torch.compile and DDP wrap.
         """
-        return self.classify(upsample(self.decode(images), images.shape[-2:]), text)
-
-
-def upsample(embeds: Tensor, size: Size) -> Tensor:
-    """Embeddings [B, D, h, w] -> fp32 [B, D, *size], `size` of the network input."""
-    embeds = F.interpolate(embeds.float(), scale_factor=STRIDE, mode="bilinear")
-    return embeds[..., : size[0], : size[1]]
+        H, W = images.shape[-2:]
+        embeds = self.decode(images).float()
+        embeds = F.interpolate(embeds, scale_factor=STRIDE, mode="bilinear")[..., :H, :W]
+        if size:
+            embeds = F.interpolate(embeds, size, mode="bilinear")
+        return cosine_logits(embeds.movedim(1, -1), text, self.scale).movedim(-1, 1)
 
 
 class OneStage(OpenVocabulary):
@@ -61,16 +56,13 @@ class OneStage(OpenVocabulary):
         p of the pixel, c of CLIP for the whole image, w the ensemble's weight: seen classes p^w
         c^(1-w), unseen ones p^(1-w) c^w; w = 0 is CLIP only.
         """
+        network = self.maskformer
         with torch.autocast("cpu", enabled=False):
-            embeds = self.maskformer.decode(self.maskformer.prepare(image[None]))
-        embeds = upsample(embeds, image.shape[-2:])
-        embeds = F.interpolate(embeds, size, mode="bilinear", align_corners=False)
-        p = self.maskformer.classify(embeds, self.text_features)[0].softmax(0)
+            logits = network.forward(network.prepare(image[None]), self.text_features, size)
+        p = logits[0].softmax(0)
         if not self.config.ensemble:
             return p
-        least = [max(s, self.clip.patch) for s in image.shape[-2:]]
-        whole = F.interpolate(self.clip.normalize(image)[None], least, mode="bilinear")
-        whole = self.clip.encode_image(whole)
+        whole = self.clip.encode_image(self.clip.normalize(image)[None])
         c = self.clip.logits(whole, self.text_features).softmax(-1)[0, :, None, None]
         w = self.config.ensemble_weight
         power = torch.where(self.seen & self.config.ensemble_seen, w, 1 - w if w else 0)
@@ -89,11 +81,7 @@ class OneStage(OpenVocabulary):
         """The label map of one image, with test-time augmentation, see `Segmenter.segment`; it has
         no variants.
         """
-        scores = torch.zeros(len(self.names), *size, device=inputs[0].device)
-        for view in make_views(inputs, size, flip, window):
-            view.add(self.score_map(view.image, view.size), scores)
-        best, labels = scores.max(0)
-        return Segmentation(labels, best, scores.isfinite().all())
+        return self.segment_views(inputs, size, flip, window)
 
     def compile_tower(self) -> None:
         """Nothing: every image has another size here, and would have a program compiled for it."""

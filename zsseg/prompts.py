@@ -128,7 +128,7 @@ class FixedPrompt(nn.Module):
         texts = [template.replace("{}", name) for template in self.templates for name in names]
         tokens = clip.tokenizer(texts)
         length = int(tokens.argmax(-1).max()) + 1  # nothing reads what follows the last end token
-        tokens = tokens[:, :length].to(clip.device)
+        tokens = tokens[:, :length].to(clip.mean.device)
         features = torch.cat([clip.encode_text(chunk) for chunk in tokens.split(256)])
         features = F.normalize(features, dim=-1).view(len(self.templates), len(names), -1)
         return F.normalize(features.mean(0), dim=-1)
@@ -142,22 +142,11 @@ class LearnedPrompt(nn.Module):
         self.prefix = nn.Parameter(0.02 * torch.randn(prefix, width))
 
     def layout(self, tokenizer: Tokenizer, names: list[str]) -> tuple[Tensor, Tensor]:
-        """Token ids [C, context] with zeros where the prompt goes, and the position of the end
-        token [C], on the CPU.
+        """Token ids [C, context], with a token that `embed` replaces for each of the prompt's, and
+        the position of the end token [C], on the CPU. UserError for a name that does not fit.
         """
-        most = tokenizer.context_length
-        tokens = torch.zeros(len(names), most, dtype=torch.int64)
-        ends = []
-        before = [tokenizer.start, *[0] * len(self.prefix)]
-        after = [*tokenizer.encode("."), tokenizer.end]
-        for row, name in zip(tokens, names, strict=True):
-            ids = before + tokenizer.encode(name) + after
-            if len(ids) > most:
-                why = f"needs {len(ids)} tokens with its prompt, CLIP reads {most}"
-                raise UserError(f"class name {name!r}", why, "shorten it")
-            row[: len(ids)] = torch.tensor(ids)
-            ends.append(len(ids) - 1)
-        return tokens, torch.tensor(ends)
+        tokens = tokenizer(["x " * len(self.prefix) + f"{name} ." for name in names])
+        return tokens, tokens.argmax(-1)
 
     def embed(self, clip: CLIP, tokens: Tensor) -> Tensor:
         """What enters the text tower for the tokens of a `layout`: [C, length, width]."""

@@ -20,9 +20,8 @@ def mask_probabilities(logits: Tensor, size: tuple[int, int]) -> Tensor:
     *size], fp32 or fp64.
     """
     H, W = size
-    padded = (STRIDE * logits.shape[1], STRIDE * logits.shape[2])
     logits = logits[None].to(torch.promote_types(logits.dtype, torch.float32))
-    logits = F.interpolate(logits, padded, mode="bilinear", align_corners=False)
+    logits = F.interpolate(logits, scale_factor=STRIDE, mode="bilinear")
     return logits[0, :, :H, :W].sigmoid()
 
 
@@ -43,7 +42,7 @@ def region_masks(
     others mean nothing.
     """
     if use_triton(logits):
-        return kernel.region_masks(logits, list(size), threshold)
+        return kernel.region_masks(logits, size, threshold)
     masks = mask_probabilities(logits, size) > threshold
     valid = masks.flatten(1).any(1)
     boxes = logits.new_zeros(len(masks), 4, dtype=torch.int64)
@@ -75,7 +74,7 @@ def region_crops(clip: CLIP, image: Tensor, masks: Tensor, boxes: Tensor) -> Ten
     crops = image.new_empty(len(masks), 3, R, R)
     for crop, mask, (x0, y0, x1, y1) in zip(crops, masks != 0, boxes.tolist(), strict=True):
         region = image[None, :, y0:y1, x0:x1] * mask[y0:y1, x0:x1]
-        crop[:] = F.interpolate(region, (R, R), mode="bicubic", align_corners=False)[0]
+        crop[:] = F.interpolate(region, (R, R), mode="bicubic")[0]
     return crops.to(dtype)
 
 
@@ -83,14 +82,12 @@ def patch_masks(masks: Tensor, boxes: Tensor, resolution: int, patch: int) -> Te
     """Masks [P, H, W] cut to boxes [P, 4] and resized to R x R -> bool [P, R/p * R/p]: the patches
     of p x p with a pixel of the mask (Liang et al. 2023, section 3.3).
     """
-    first = boxes[:, :2, None]
-    length = boxes[:, 2:, None] - first  # [P, 2, 1]: of x and of y
-    # The nearest pixel in fp32, like F.interpolate; exact arithmetic differs, e.g. for 62 pixels.
-    source = length.float() / resolution * torch.arange(resolution, device=masks.device)
-    x, y = (first + source.long().minimum(length - 1)).unbind(1)  # [P, R]
-    index = torch.arange(len(masks), device=masks.device)
-    cut = masks[index[:, None, None], y[:, :, None], x[:, None]]  # [P, R, R]
-    return F.max_pool2d(cut.float(), patch).flatten(1) > 0
+    shown = []
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes.tolist(), strict=True):
+        cut = mask[None, None, y0:y1, x0:x1].float()
+        cut = F.interpolate(cut, (resolution, resolution), mode="nearest")
+        shown.append(F.max_pool2d(cut, patch).flatten() > 0)
+    return torch.stack(shown)
 
 
 def encode_crops(clip: CLIP, crops: Tensor, batch_size: int, shown: Tensor | None = None) -> Tensor:
@@ -100,17 +97,14 @@ def encode_crops(clip: CLIP, crops: Tensor, batch_size: int, shown: Tensor | Non
     The last batch is filled up to a quarter, a half, three quarters or a whole of the others: a
     compiled tower sees few sizes.
     """
-    step = max(batch_size // 4, 1)
-    features = [crops.new_zeros(0, clip.embed_dim, dtype=torch.float32)]
-    for start in range(0, len(crops), batch_size):
-        batch = crops[start : start + batch_size]
-        patches = None if shown is None else shown[start : start + batch_size]
-        count = len(batch)
-        if missing := -count % step:
-            batch = F.pad(batch, (0, 0, 0, 0, 0, 0, 0, missing))
-            patches = None if patches is None else F.pad(patches, (0, 0, 0, missing))
-        features.append(clip.encode_image(batch, patches)[:count].float())
-    return torch.cat(features)
+    count = len(crops)
+    missing = -count % max(batch_size // 4, 1)
+    batches = F.pad(crops, (0, 0, 0, 0, 0, 0, 0, missing)).split(batch_size)
+    parts = [None] * len(batches)
+    if shown is not None:
+        parts = F.pad(shown, (0, 0, 0, missing)).split(batch_size)
+    pairs = zip(batches, parts, strict=True)
+    return torch.cat([clip.encode_image(*pair).float() for pair in pairs])[:count]
 
 
 def crop_features(clip: CLIP, image: Tensor, regions: Regions, config: object) -> Tensor:
@@ -122,16 +116,6 @@ def crop_features(clip: CLIP, image: Tensor, regions: Regions, config: object) -
     if config.mask_prompt and clip.has_mask_prompt:
         shown = patch_masks(regions.masks, regions.boxes, clip.resolution, clip.patch)
     return encode_crops(clip, crops, config.crop_batch_size, shown)
-
-
-def dense_features(clip: CLIP, image: Tensor, edge: int) -> Tensor:
-    """CLIP's feature of every patch, [h', w', D]: image [3, H, W] in 0..255, its shorter edge
-    brought to about `edge` pixels, both edges to multiples of CLIP's patch.
-    """
-    scale = edge / min(image.shape[-2:])
-    size = [max(round(scale * s / clip.patch), 1) * clip.patch for s in image.shape[-2:]]
-    image = F.interpolate(clip.normalize(image)[None], size, mode="bicubic", antialias=True)
-    return clip.encode_dense(image)[0]
 
 
 def pool_features(features: Tensor, masks: Tensor) -> Tensor:
@@ -147,10 +131,15 @@ def pool_features(features: Tensor, masks: Tensor) -> Tensor:
 
 
 def pooled_features(clip: CLIP, image: Tensor, regions: Regions, config: object) -> Tensor:
-    """The mean of CLIP's dense features under each mask, from a single pass over the image."""
-    dense = dense_features(clip, image, config.dense_edge)
+    """The mean of CLIP's dense features under each mask, from a single pass over the image: its
+    shorter edge brought to about `dense_edge` pixels, both edges to multiples of CLIP's patch.
+    """
+    size = image.shape[-2:]
+    scale = config.dense_edge / min(size) / clip.patch
+    edges = [max(round(scale * s), 1) * clip.patch for s in size]
+    resized = F.interpolate(clip.normalize(image)[None], edges, mode="bicubic", antialias=True)
+    dense = clip.encode_dense(resized)[0]  # [h', w', D]
     if use_triton(dense) and regions.mask_logits is not None:
-        size = list(image.shape[-2:])
         return mask_pool(dense, regions.mask_logits, size, config.mask_threshold)[0]
     return pool_features(dense, regions.masks)
 

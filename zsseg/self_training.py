@@ -12,7 +12,6 @@ from zsseg.config import Config
 from zsseg.data import TestImages, batches
 from zsseg.datasets import dataset
 from zsseg.distributed import Process
-from zsseg.per_pixel import OneStage
 from zsseg.utils import UserError, digest, print_main, progress, write_json
 from zsseg.visualize import save_label_map
 from zsseg.weights import checkpoint_and_config, load_segmenter
@@ -62,11 +61,7 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
         labels = labels.to(process.device)
         size = tuple(labels.shape)
         with process.autocast(settings.model.bf16):
-            if isinstance(teacher, OneStage):
-                scores = teacher.score_map(image, size)
-            else:
-                proposals = teacher.propose(image)
-                scores = teacher.score_map(teacher.ensemble(proposals), proposals, size)
+            scores = teacher.score_map(image, size)
         filled = fill_ignored(labels, scores, ~teacher.seen, train.min_probability, data.ignore)
         count += (filled != labels).sum()
         save_label_map(filled, folder / f"{number:06}.png", len(data.names))

@@ -18,11 +18,9 @@ def clean(text: str) -> str:
     """Text as CLIP reads it: broken encodings and HTML's entities mended, one space between words,
     lower case.
     """
-    # Else there is nothing to mend.
-    if not (text.isascii() and text.isprintable() and "&" not in text):
-        import ftfy
+    import ftfy  # slow to import
 
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 
@@ -33,20 +31,18 @@ def check_names(names: Sequence[str], what: str = "class name") -> list[str]:
     if isinstance(names, str) or not names:
         raise UserError(f"{what}s", f"are {names!r}", "give a list of at least one name")
     names = [name.strip() for name in names]
-    earlier = {}
+    read = [clean(name) for name in names]
     for i, name in enumerate(names):
-        read = clean(name)
-        if not any(c.isprintable() for c in read.replace(" ", "")):
+        if not any(map(str.isprintable, read[i].replace(" ", ""))):
             raise UserError(f"{what} {i}", f"is {name!r}, empty to CLIP", "give every class a name")
-        if read in earlier:
-            twin = earlier[read]
+        twin = names[read.index(read[i])]
+        if read[i] in read[:i]:
             why = "is given twice" if twin == name else f"is the same to CLIP as {twin!r}"
             raise UserError(f"{what} {name!r}", why, "give every class another name")
-        earlier[read] = name
     return names
 
 
-WORD = r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+WORD = r"'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 class Tokenizer:
@@ -58,15 +54,14 @@ class Tokenizer:
 
     def __init__(self, vocab_size: int, context_length: int, merges: Sequence[tuple] = ()):
         self.context_length = context_length
-        # The character that stands for each byte; those that print badly come last.
-        printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-        others = [b for b in range(256) if b not in printable]
-        self.symbols = {b: chr(b) for b in printable}
-        self.symbols |= {b: chr(256 + i) for i, b in enumerate(others)}
-        symbols = list(self.symbols.values())
-        self.rank = {pair: i for i, pair in enumerate(merges)}
+        # Bytes that print badly are written as characters that follow all bytes.
+        odd = [b for b in range(256) if not chr(b).isprintable() or chr(b) == " "]
+        self.table = {b: 256 + i for i, b in enumerate(odd)}
+        symbols = [chr(b) for b in range(256) if b not in odd]
+        symbols += map(chr, self.table.values())
         words = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
         self.index = {word: i for i, word in enumerate(words)}
+        self.rank = {pair: i for i, pair in enumerate(merges)}
         self.start = vocab_size - 2
         self.end = vocab_size - 1
         self._merge = cache(self._merge)
@@ -75,11 +70,9 @@ class Tokenizer:
         """Token ids of `text` without start and end."""
         import regex  # \p classes, which `re` lacks
 
-        special = {"<|startoftext|>": [self.start], "<|endoftext|>": [self.end]}
         ids = []
         for word in regex.findall(WORD, clean(text), regex.IGNORECASE):
-            symbols = "".join(self.symbols[b] for b in word.encode("utf-8"))
-            ids += special.get(word) or self._merge(symbols)
+            ids += self._merge(word.encode().decode("latin-1").translate(self.table))
         return ids
 
     def _merge(self, word: str) -> list[int]:
@@ -89,22 +82,23 @@ class Tokenizer:
             best = min(pairwise(parts), key=lambda pair: self.rank.get(pair, math.inf))
             if best not in self.rank:
                 break
-            joined = []
-            i = 0
-            while i < len(parts):
-                step = 2 if tuple(parts[i : i + 2]) == best else 1
-                joined.append("".join(parts[i : i + step]))
-                i += step
+            joined = parts[:1]
+            for part in parts[1:]:
+                if (joined[-1], part) == best:
+                    joined[-1] += part
+                else:
+                    joined.append(part)
             parts = joined
         return [self.index[part] for part in parts]
 
     def __call__(self, texts: list[str]) -> Tensor:
         """Texts -> int64 [N, context_length], zero-padded. UserError if a text does not fit."""
-        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
-        for row, text in zip(tokens, texts, strict=True):
+        rows = []
+        for text in texts:
             ids = [self.start, *self.encode(text), self.end]
-            if len(ids) > self.context_length:
+            missing = self.context_length - len(ids)
+            if missing < 0:
                 why = f"has {len(ids)} tokens, CLIP reads {self.context_length}"
                 raise UserError(f"text {text!r}", why, "shorten the class name or the prompt")
-            row[: len(ids)] = torch.tensor(ids)
-        return tokens
+            rows.append(ids + [0] * missing)
+        return torch.tensor(rows)

@@ -156,7 +156,7 @@ class PromptsConfig:
 
 @dataclass
 class EvalConfig:
-    # also measure MaskFormer only, CLIP only and CLIP x objectness
+    # also measure MaskFormer only, CLIP only and CLIP x objectness (not of several views)
     compare: bool = False
     # Also measure the ensemble with these weights, in the same pass.
     weights: list[Fraction] = field(default_factory=list)
@@ -278,7 +278,8 @@ def check_combinations(config: Config) -> None:
     train = config.train
     segments = train.task == "segment"
     text = model.class_head == "text"
-    whole = clip.ensemble and model.proposals
+    views = config.eval.sizes or config.eval.flip or config.eval.window
+    parts = clip.ensemble and model.proposals and not views
     shared = model.hidden_dim % 32 or model.hidden_dim % model.num_heads
     rules = {  # option: (whether it is right, what to do)
         "data.short_edges": (data.short_edges, "give at least one"),
@@ -291,7 +292,7 @@ def check_combinations(config: Config) -> None:
         "clip.prompt": (clip.prompt, "give at least one template"),
         "clip.mean": (len(clip.mean) == 3, "give three, of red, green and blue"),
         "clip.std": (len(clip.std) == 3 and all(clip.std), "give three above 0"),
-        "eval.weights": (not config.eval.weights or whole, "it needs clip.ensemble"),
+        "eval.weights": (not config.eval.weights or parts, "it needs an ensemble and one view"),
         "train.seeds": (not train.seeds or not segments, "only task prompts learns several"),
         "train.init": (not train.init or segments, "only task segment starts from one"),
     }

@@ -18,6 +18,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 sys.modules["conftest"] = sys.modules[__name__]  # tests import it by this name
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each, before torch counts the cores
@@ -179,8 +180,7 @@ def shapes_root(tmp_path_factory) -> Path:
     from zsseg.prepare import shapes
 
     def make(folder: Path) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(shapes, "SPLITS", {"clip": 60, "train": 10, "val": 6, "test": 4})
+        with patch.object(shapes, "SPLITS", {"clip": 60, "train": 10, "val": 6, "test": 4}):
             shapes.generate(folder / "shapes")
         torch.save(tiny_clip_state(), folder / "shapes" / "clip.pt")
 
@@ -237,22 +237,16 @@ def command(
     with tempfile.TemporaryDirectory() as folder:
         files = stream_files(Path(folder), stdin)
         with isolated(words, os.environ | env, files):
-            code = exit_code(main)
+            code = 0
+            try:
+                utils.command(main)
+            except SystemExit as end:
+                code = end.code or 0
+            except Exception:
+                traceback.print_exc()
+                code = 1
         output = [file.read_text("utf-8") for file in files[1:]]
     return subprocess.CompletedProcess(words, code, *output)
-
-
-def exit_code(main: Callable[[list[str]], None]) -> int:
-    try:
-        utils.command(main)
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-        return end.code if isinstance(end.code, int) else int(bool(end.code))
-    except Exception:
-        traceback.print_exc()
-        return 1
-    return 0
 
 
 def stream_files(folder: Path, stdin: str) -> list[Path]:
@@ -265,33 +259,25 @@ def stream_files(folder: Path, stdin: str) -> list[Path]:
 @contextlib.contextmanager
 def isolated(words: list[str], environment: dict[str, str], files: list[Path]) -> Iterator[None]:
     """Inside `with`, what a process finds at its start; afterwards, what was here before."""
+    precision = torch.get_float32_matmul_precision()
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(torch.random.fork_rng(devices=()))
+        stack.enter_context(contextlib.chdir(ROOT))
+        stack.enter_context(patch.object(sys, "argv", words))
+        stack.enter_context(patch.dict(os.environ, environment, clear=True))
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
         stack.callback(torch.set_num_threads, torch.get_num_threads())
-        precision = torch.get_float32_matmul_precision()
         stack.callback(torch.set_float32_matmul_precision, precision)
-        stack.enter_context(contextlib.chdir(ROOT))
-        stack.callback(set_environment, dict(os.environ))
-        set_environment(environment)
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(sys, "argv", words)
-        if threads := environment.get("OMP_NUM_THREADS"):
-            torch.set_num_threads(int(threads))
+        torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or torch.get_num_threads()))
         for number in utils.SIGNALS:
-            is_interrupt = number == signal.SIGINT
-            handler = signal.default_int_handler if is_interrupt else signal.SIG_DFL
-            stack.callback(signal.signal, number, signal.signal(number, handler))
+            stack.callback(signal.signal, number, signal.getsignal(number))
+        default_signals()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         stack.enter_context(redirected(files))
         utils.warn.cache_clear()  # a process has not printed it yet
         yield
-
-
-def set_environment(environment: dict[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined
 
-from zsseg import distributed, utils
+from zsseg import data, distributed, utils
 from zsseg.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -276,7 +276,8 @@ def isolated(words: list[str], environment: dict[str, str], files: list[Path]) -
         default_signals()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         stack.enter_context(redirected(files))
-        utils.warn.cache_clear()  # a process has not printed it yet
+        for say in (utils.warn, data.print_once):  # a process has not printed it yet
+            say.cache_clear()
         yield
 
 

@@ -108,7 +108,7 @@ def inference(done: set[str], args: argparse.Namespace) -> dict:
     images = [(255 * F.interpolate(coarse, size, mode="bilinear")[0]).byte() for size in sizes]
     vary(segmenter, images[0].to(process.device))
     if "compile" in done:
-        (segmenter.compile_parts if cuda else segmenter.compile_tower)()
+        segmenter.compile_parts() if cuda else segmenter.clip.visual.compile(fullgraph=True)
 
     def go() -> list:
         with process.autocast(config.model.bf16):

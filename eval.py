@@ -36,7 +36,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from zsseg.apps.vocabulary import Words, read_words, seen_classes, trained_names
-from zsseg.config import CONFIGS, Config, load_config
+from zsseg.config import CONFIGS, load_config
 from zsseg.utils import (
     UserError,
     claim_folder,
@@ -59,7 +59,7 @@ PUBLISHED_FOR = operator.attrgetter(
 MODELS = [*PUBLISHED["model"]]
 
 
-def parse(argv: list[str]) -> Namespace:
+def parse(argv) -> Namespace:
     """The command line; UserError for what can be told without loading anything."""
     parser = run_parser(__doc__)
     text = f"a file, a published model ({', '.join(MODELS)}), or -"
@@ -88,7 +88,7 @@ def parse(argv: list[str]) -> Namespace:
     return args
 
 
-def main(argv: list[str]) -> None:
+def main(argv):
     args = parse(argv)
     from zsseg.distributed import init_distributed
     from zsseg.weights import checkpoint_and_config, find_model, load_segmenter
@@ -103,7 +103,7 @@ def main(argv: list[str]) -> None:
         # What an original checkpoint gives is compared with the original's numbers.
         config = load_config(args.config or published, ["model.bf16=off", *args.set])
 
-    def load(images: int):
+    def load(images):
         """The segmenter, compiled if that saves time with so many images; says what it runs on."""
         segmenter = load_segmenter(content, config, args.root, args.checkpoint)
         segmenter.to(process.device).eval()
@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
     use(args, content, config, process, load)
 
 
-def use_words(args, content, config, process, load) -> None:
+def use_words(args, content, config, process, load):
     """Images of the user's: a page to try them on, or a label map, an overlay and a JSON file each.
     What can fail does before anything is downloaded.
     """
@@ -147,7 +147,7 @@ def use_words(args, content, config, process, load) -> None:
     segment_images(*parts, args.out, model, args.resume, args.features)
 
 
-def measure(args, content, config, process, load) -> None:
+def measure(args, content, config, process, load):
     """The metrics on a split of a data set, and what belongs to them."""
     from zsseg.analysis import oracle_analysis, write_analysis
     from zsseg.apps.report import Report
@@ -174,7 +174,7 @@ def measure(args, content, config, process, load) -> None:
         page.write(result, args.checkpoint, content.get("step"), args.out)
 
 
-def published_row(config: Config) -> str:
+def published_row(config) -> str:
     """A line with the published numbers for the settings that are measured, or ""."""
     for row in PUBLISHED["row"]:
         other = load_config(row["config"], row.get("set", []))

@@ -20,7 +20,7 @@ from zsseg.utils import UserError, command, did_you_mean, expand_path, parser
 TABLE = Path(__file__).parent / "zsseg" / "datasets.toml"
 
 
-def main(argv: list[str]) -> None:
+def main(argv):
     args = parse(argv)
     config = load_config(args.config).data if args.config else DataConfig(name=args.dataset)
     if config.name != args.dataset:
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     check.summarize(config, args.root, args.workers, args.check)
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv) -> argparse.Namespace:
     options = parser(__doc__)
     names = [*tomllib.loads(TABLE.read_text("utf-8")), "folder"]
     options.add_argument("dataset", metavar="DATASET", help=f"one of {', '.join(names)}")

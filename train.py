@@ -13,11 +13,11 @@ or a closed terminal (SIGHUP): a checkpoint at the end of the step, exit code 0.
 from argparse import Namespace
 from pathlib import Path
 
-from zsseg.config import Config, load_config
+from zsseg.config import load_config
 from zsseg.utils import UserError, command, run_parser
 
 
-def parse(argv: list[str]) -> Namespace:
+def parse(argv) -> Namespace:
     parser = run_parser(__doc__)
     parser.add_argument("--resume", action="store_true", help="continue OUT/last.pt")
     args = parser.parse_args(argv)
@@ -32,7 +32,6 @@ if __name__ == "__main__":
     command(parse)  # --help and mistakes need not wait for these:
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -43,7 +42,7 @@ from tqdm import tqdm
 from zsseg import checkpoint
 from zsseg.data import TrainImages, batches, collate
 from zsseg.datasets import find_pairs, training_set
-from zsseg.distributed import Process, init_distributed
+from zsseg.distributed import init_distributed
 from zsseg.evaluate import evaluate
 from zsseg.log import Log
 from zsseg.losses import loss_normalizers, per_pixel_loss, segmentation_losses
@@ -59,7 +58,7 @@ UNMEASURED = [-math.inf, -math.inf]  # what `score` of a task is compared with
 class SegmentTask:
     """MaskFormer, or the one-stage baseline, on the seen classes of a data set, CLIP frozen."""
 
-    def __init__(self, config: Config, root: Path, out: Path, process: Process, saved: dict | None):
+    def __init__(self, config, root, out, process, saved):
         self.config = config
         self.root = root
         self.process = process
@@ -77,12 +76,12 @@ class SegmentTask:
         self.samples = process.main_first(lambda: TrainImages(config, root, pseudo))
         self.collate = collate
 
-    def compile(self) -> None:
+    def compile(self):
         self.compiled = True
         self.model.compile(fullgraph=True)
         self.losses = torch.compile(segmentation_losses, fullgraph=True)
 
-    def loss(self, model: nn.Module, batch: tuple) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model, batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its parts, of the last layer by name and of the others as `name/layer_i`.
         Nothing in here makes the host wait for a GPU.
         """
@@ -108,22 +107,22 @@ class SegmentTask:
                 parts[f"{name}/layer_{i}"] = value
         return sum(values.sum() for values in losses.values()), parts
 
-    def evaluate(self, split: str, out: Path | None, on_image: Callable) -> dict:
+    def evaluate(self, split, out, on_image) -> dict:
         where = (self.root, self.process, split, out)
         result = evaluate(self.segmenter, self.config, *where, on_image=on_image)
         if out and self.process.is_main:
             report(result, self.config, out)
         return result
 
-    def score(self, result: dict) -> list[float]:
+    def score(self, result) -> list[float]:
         """What best.pt is chosen by: hIoU or, if that is equal or was not measured, mIoU."""
         return [-math.inf if result.get(k) is None else result[k] for k in ("hIoU", "mIoU")]
 
-    def state(self, result: dict | None = None) -> dict:
+    def state(self, result=None) -> dict:
         return self.segmenter.learned_state()
 
 
-def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+def build_optimizer(model, config) -> torch.optim.Optimizer:
     """AdamW; no weight decay for norm layers and embeddings, a smaller learning rate for the
     backbone. SGD for prompts.
     """
@@ -147,7 +146,7 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(options, fused=True)
 
 
-def lr_factor(step: int, config: Config) -> float:
+def lr_factor(step, config) -> float:
     """What multiplies every learning rate: polynomial decay; for prompts a constant warm-up, then
     cosine decay.
     """
@@ -159,7 +158,7 @@ def lr_factor(step: int, config: Config) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def train_step(task, model, optimizer, batch, clip_grad: float) -> tuple:
+def train_step(task, model, optimizer, batch, clip_grad) -> tuple:
     """One step: the loss, its parts, the gradient norm and whether it was bad (1 or 0), left on the
     device.
 
@@ -195,7 +194,7 @@ class BadSteps:
     nothing, and names their images; UserError after too many in a row.
     """
 
-    def __init__(self, samples, log: Log, config: Config, count: int):
+    def __init__(self, samples, log, config, count):
         self.samples = samples
         self.log = log
         self.train = config.train
@@ -222,7 +221,7 @@ class BadSteps:
         return self.in_a_row > 0
 
 
-def train(config: Config, root: Path, out: Path, process: Process, saved: dict) -> None:
+def train(config, root, out, process, saved):
     """Train as `config` says and evaluate, from the start or from `saved`, the content of a
     checkpoint. A signal stops it early, after a checkpoint.
     """
@@ -264,7 +263,7 @@ def train(config: Config, root: Path, out: Path, process: Process, saved: dict) 
     hidden = None if process.is_main else True  # None: shown on a terminal
     bar = tqdm(log.timed(loader), settings.task, steps, initial=start, disable=hidden)
 
-    def save(name: str, step: int, result: dict | None = None) -> None:
+    def save(name, step, result=None):
         """All that a run needs to go on: random numbers follow from (seed, step, rank), samples
         from their number.
         """
@@ -277,7 +276,7 @@ def train(config: Config, root: Path, out: Path, process: Process, saved: dict) 
             previous = out / "previous.pt" if name == "last.pt" else None
             checkpoint.save(out / name, previous, **content)
 
-    def measure(split: str, step: int, folder: Path | None = None) -> dict:
+    def measure(split, step, folder=None):
         process.broadcast_buffers(task.model)
         with log.paused():
             result = task.evaluate(split, folder, log.on_image)
@@ -285,10 +284,10 @@ def train(config: Config, root: Path, out: Path, process: Process, saved: dict) 
         task.model.train()
         return result
 
-    def is_due(step: int) -> bool:
+    def is_due(step):
         return evaluates and step % settings.eval_every == 0 and 0 < step < steps
 
-    def validate(step: int) -> None:
+    def validate(step):
         """The evaluation that is due after a step; a run that goes on from there repeats it."""
         nonlocal best
         if is_due(step):
@@ -333,7 +332,7 @@ def train(config: Config, root: Path, out: Path, process: Process, saved: dict) 
     return log.finish()
 
 
-def main(argv: list[str]) -> None:
+def main(argv):
     args = parse(argv)
     out = args.out or Path("runs") / args.config.stem
     process = init_distributed(args.device)

@@ -1,7 +1,7 @@
 """Zero-shot semantic segmentation in two stages (Xu et al. 2021): `from zsseg import load`."""
 
 
-def __getattr__(name: str):
+def __getattr__(name):
     if name == "load":  # on demand: it imports the whole program
         from zsseg.apps.api import load
 

@@ -3,21 +3,16 @@ truth.
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor
 
-from zsseg.config import Config
-from zsseg.datasets import DataSet, dataset
-from zsseg.distributed import Process
+from zsseg.datasets import dataset
 from zsseg.evaluate import own_images
 from zsseg.metrics import confusion, metric_table, percent, summarize
 from zsseg.regions import box_of
-from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError, write_json
 
 ROWS = {
@@ -30,7 +25,7 @@ IOU_THRESHOLDS = (0.5, 0.7, 0.9)  # of the proposals' recall
 MAX_CONFUSIONS = 10
 
 
-def mask_iou(masks: Tensor, targets: Tensor) -> Tensor:
+def mask_iou(masks, targets):
     """IoU of masks bool [Q, H, W] with ground-truth masks bool [T, H, W], over the pixels of all
     these: fp32 [Q, T].
     """
@@ -41,9 +36,7 @@ def mask_iou(masks: Tensor, targets: Tensor) -> Tensor:
     return intersection / union.clamp(min=1)
 
 
-def count_oracles(
-    segmenter: Segmenter, image: Tensor, labels: Tensor, data: DataSet, autocast: torch.autocast
-) -> tuple[Tensor, Tensor]:
+def count_oracles(segmenter, image, labels, data, autocast):
     """Of one image, uint8 [3, H, W], with its ground truth int64 [h, w]: the confusion matrices of
     ROWS and, last, of CLIP's classes of the T ground-truth masks, [5, C, C]; the best IoU of each
     of these masks, [T].
@@ -93,9 +86,7 @@ def count_oracles(
 
 
 @torch.inference_mode()
-def oracle_analysis(
-    segmenter: Segmenter, config: Config, root: Path, process: Process, split: str, seen: list[int]
-) -> dict:
+def oracle_analysis(segmenter, config, root, process, split, seen) -> dict:
     """The metrics of every row, the recall of the proposals, and CLIP's confusions on ground-truth
     masks, over a split, in percent, None for nothing to measure; complete on the first process.
 
@@ -132,7 +123,7 @@ def oracle_analysis(
     }
 
 
-def write_analysis(result: dict, out: Path) -> None:
+def write_analysis(result, out):
     """Write budget.json, and print the table."""
     write_json(out / "budget.json", result)
     print(metric_table([(title, result[row]) for row, title in ROWS.items()]))

@@ -5,7 +5,6 @@ To add one: a module whose forward gives the four maps and whose `channels` says
 and a row in BACKBONES.
 """
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -25,7 +24,7 @@ class FrozenBatchNorm2d(ops.FrozenBatchNorm2d):
     reads the map twice.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x) -> Tensor:
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
         )
@@ -36,12 +35,12 @@ class DeepResNet(ResNet):
     classifier; depths: blocks of the four stages.
     """
 
-    def __init__(self, depths: Sequence[int] = (3, 4, 6, 3)):
+    def __init__(self, depths=(3, 4, 6, 3)):
         super().__init__(Bottleneck, depths, norm_layer=FrozenBatchNorm2d)
         del self.fc, self.avgpool
         self.channels = [256, 512, 1024, 2048]
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x) -> list[Tensor]:
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         return [x := layer(x) for layer in (self.layer1, self.layer2, self.layer3, self.layer4)]
 
@@ -72,12 +71,12 @@ class WindowAttention(ShiftedWindowAttention):
     largest value.
     """
 
-    def define_relative_position_index(self) -> None:
+    def define_relative_position_index(self):
         super().define_relative_position_index()
         index = self.relative_position_index
         self.register_buffer("relative_position_index", index, persistent=False)  # computed
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         """[B, H, W, C] -> the same; padding takes part in the attention."""
         B, H, W, C = x.shape
         w = self.window_size[0]
@@ -100,7 +99,7 @@ class WindowAttention(ShiftedWindowAttention):
         return x.roll((shift, shift), (1, 2))[:, :H, :W]
 
 
-def shift_mask(rows: int, columns: int, w: int, shift: int, device: torch.device) -> Tensor:
+def shift_mask(rows, columns, w, shift, device):
     """What keeps tokens of a rolled map apart that are not neighbours in the image: 0 or -100,
     [rows * columns, w*w, w*w].
     """
@@ -121,7 +120,7 @@ class Swin(SwinTransformer):
     layer norm of its own for each of the four maps.
     """
 
-    def __init__(self, width: int = 128, depths: tuple[int, ...] = (2, 2, 18, 2)):
+    def __init__(self, width=128, depths=(2, 2, 18, 2)):
         super().__init__(
             [4, 4],
             width,
@@ -136,7 +135,7 @@ class Swin(SwinTransformer):
         for i, channels in enumerate(self.channels):
             self.add_module(f"norm{i}", nn.LayerNorm(channels))
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x) -> list[Tensor]:
         H, W = x.shape[-2:]
         x = F.pad(x, (0, -W % 4, 0, -H % 4))  # or torchvision would cut the rest off
         maps = []
@@ -154,7 +153,7 @@ class SmallResNet(nn.Module):
     for queries to find objects by.
     """
 
-    def __init__(self, widths: Sequence[int]):
+    def __init__(self, widths):
         super().__init__()
         self.channels = list(widths)
         width = widths[0]
@@ -173,7 +172,7 @@ class SmallResNet(nn.Module):
             self.stages.append(BasicBlock(channels, width, stride, shortcut))
             channels = width
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def forward(self, x) -> list[Tensor]:
         x = self.stem(x)
         return [x := stage(x) for stage in self.stages]
 

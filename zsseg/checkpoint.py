@@ -4,17 +4,14 @@ that ask for one. Files of tensors are read by `weights.py`.
 
 import os
 import signal
-from pathlib import Path
-from types import FrameType
 
 import torch
 
-from zsseg.distributed import Process
 from zsseg.utils import SIGNALS, UserError, atomic_write, print_main
 from zsseg.weights import load_checkpoint
 
 
-def save(path: Path, previous: Path | None = None, **content: object) -> None:
+def save(path, previous=None, **content):
     """Write a checkpoint so that one is always complete: `path`, or the one before it, which
     becomes `previous`.
     """
@@ -25,7 +22,7 @@ def save(path: Path, previous: Path | None = None, **content: object) -> None:
             raise OSError(0, str(error).partition("\n")[0]) from None
 
 
-def load_last(out: Path, resume: bool, process: Process) -> dict:
+def load_last(out, resume, process) -> dict:
     """The checkpoint that a run goes on from, with --resume or after a restart by torchrun; {} for
     a new run. previous.pt takes the place of a last.pt that is broken or gone. Raises UserError.
     """
@@ -53,7 +50,7 @@ def load_last(out: Path, resume: bool, process: Process) -> dict:
     return saved
 
 
-def restore(optimizer: torch.optim.Optimizer, state: dict, what: str) -> None:
+def restore(optimizer, state, what):
     """Load an optimizer's state; base rates, weight decay and the like stay as configured. Raises
     UserError if it does not fit the parameters.
     """
@@ -72,7 +69,7 @@ class GracefulStop:
     for a stop at the end of the step. A second Ctrl-C does not wait for that.
     """
 
-    def __init__(self, process: Process):
+    def __init__(self, process):
         self.process = process
         self.received: set[int] = set()
 
@@ -81,11 +78,11 @@ class GracefulStop:
         self.before = {number: signal.signal(number, self.receive) for number in heard}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def receive(self, number: int, frame: FrameType | None) -> None:
+    def receive(self, number, frame):
         if number == signal.SIGINT and number in self.received:
             raise KeyboardInterrupt
         self.received.add(number)

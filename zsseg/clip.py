@@ -7,7 +7,6 @@ that callers need of a CLIP: pixel statistics, temperature, resolution, patches,
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
 from zsseg.backbone import SmallResNet
-from zsseg.tokenizer import Tokenizer
 from zsseg.utils import UserError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of RGB in 0..1
@@ -26,14 +24,14 @@ SCALE = 100.0  # where OpenAI's trained temperature ends
 
 
 class QuickGELU(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x) -> Tensor:
         return (1.702 * x).sigmoid_() * x
 
 
 ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's; that of most OpenCLIP models
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, causal: bool = False) -> Tensor:
+def attend(q, k, v, num_heads, causal=False):
     """Attention of queries [N, n, width] to keys and values [N, m, width] -> [N, n, width]; causal:
     no token sees what follows it.
     """
@@ -45,7 +43,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int, causal: bool = False
 class Attention(nn.MultiheadAttention):
     """Self-attention with one product for queries, keys and values."""
 
-    def forward(self, x: Tensor, causal: bool = False, count: int | None = None) -> Tensor:
+    def forward(self, x, causal=False, count=None):
         """[N, length, width] -> outputs of the first `count` tokens (all) [N, count, width]."""
         weight = self.in_proj_weight
         bias = self.in_proj_bias
@@ -63,7 +61,7 @@ class Block(nn.Module):
     64.
     """
 
-    def __init__(self, width: int, num_heads: int, activation: str):
+    def __init__(self, width, num_heads, activation):
         super().__init__()
         self.attn = Attention(width, num_heads or width // 64)
         self.ln_1 = nn.LayerNorm(width)
@@ -72,7 +70,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(layers)
         self.mlp.c_proj = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, causal: bool = False, count: int | None = None) -> Tensor:
+    def forward(self, x, causal=False, count=None) -> Tensor:
         x = x[:, :count] + self.attn(self.ln_1(x), causal, count)
         return x + self.mlp(self.ln_2(x))
 
@@ -82,17 +80,17 @@ class Transformer(nn.Module):
     it.
     """
 
-    def __init__(self, width: int, layers: int, num_heads: int, activation: str):
+    def __init__(self, width, layers, num_heads, activation):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, num_heads, activation) for _ in range(layers))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x) -> Tensor:
         for block in self.resblocks:
             x = block(x, causal=True)
         return x
 
 
-def cosine_logits(features: Tensor, text: Tensor, scale: float) -> Tensor:
+def cosine_logits(features, text, scale):
     """scale x cosine: features [..., D], normalised text features [..., C, D] -> [..., C], in fp32
     under autocast, too: the steps of bf16 would be 0.1 wide and more.
     """
@@ -100,7 +98,7 @@ def cosine_logits(features: Tensor, text: Tensor, scale: float) -> Tensor:
         return scale * F.normalize(features.float(), dim=-1) @ text.float().mT
 
 
-def resize_positions(positions: Tensor, grid: torch.Size) -> Tensor:
+def resize_positions(positions, grid):
     """Position embeddings [1+n*n, D] -> [1+h*w, D] for a grid of h x w: bicubic, the class token as
     it is.
     """
@@ -117,12 +115,12 @@ class ConvStem(nn.Module):
 
     stride = 16
 
-    def __init__(self, widths: Sequence[int], width: int):
+    def __init__(self, widths, width):
         super().__init__()
         self.backbone = SmallResNet(widths)
         self.tokens = nn.Conv2d(widths[-1], width, 3, 2, 1)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images) -> Tensor:
         return self.tokens(self.backbone(images)[-1])
 
 
@@ -133,14 +131,14 @@ class VisionTransformer(nn.Module):
 
     def __init__(
         self,
-        resolution: int,
-        patch: int,
-        width: int,
-        layers: int,
-        embed_dim: int,
-        stem: Sequence[int] = (),
-        num_heads: int = 0,
-        activation: str = "quickgelu",
+        resolution,
+        patch,
+        width,
+        layers,
+        embed_dim,
+        stem=(),
+        num_heads=0,
+        activation="quickgelu",
     ):
         super().__init__()
         self.resolution = resolution
@@ -160,7 +158,7 @@ class VisionTransformer(nn.Module):
         # [depth, T or 1, width]: the mask prompt of a CLIP that was adapted to masks
         self.mask_embedding = None
 
-    def forward(self, images: Tensor, shown: Tensor | None = None, dense: bool = False) -> Tensor:
+    def forward(self, images, shown=None, dense=False):
         """Normalised images [N, 3, H, W] -> [N, D], or with `dense` one feature a patch [N, H/p,
         W/p, D].
 
@@ -186,7 +184,7 @@ class VisionTransformer(nn.Module):
         x = attn.out_proj(x.chunk(3, -1)[2])  # of the values
         return (self.ln_post(x) @ self.proj).unflatten(1, grid)
 
-    def hide(self, x: Tensor, shown: Tensor | None, layer: int) -> Tensor:
+    def hide(self, x, shown, layer):
         """Tokens [N, 1+T, width], patches that are not `shown` [N, T] replaced by the mask prompt
         after `layer` blocks (Liang et al. 2023, section 3.3).
         """
@@ -199,11 +197,11 @@ class VisionTransformer(nn.Module):
 class PooledConv(nn.Conv2d):
     """A convolution of 1x1 whose stride is an average pool in front."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x) -> Tensor:
         return F.conv2d(F.avg_pool2d(x, self.stride), self.weight)
 
 
-def bottleneck(channels: int, planes: int, stride: int) -> Bottleneck:
+def bottleneck(channels, planes, stride) -> Bottleneck:
     """ResNet block with `PooledConv`s for strides."""
     out = 4 * planes
     block = Bottleneck(channels, planes)
@@ -217,7 +215,7 @@ def bottleneck(channels: int, planes: int, stride: int) -> Bottleneck:
 class AttentionPool(nn.Module):
     """Attention over the grid and its mean; the mean's output is the image feature."""
 
-    def __init__(self, side: int, width: int, embed_dim: int):
+    def __init__(self, side, width, embed_dim):
         super().__init__()
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(side * side + 1, width))
         self.k_proj = nn.Linear(width, width)
@@ -225,7 +223,7 @@ class AttentionPool(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.c_proj = nn.Linear(width, embed_dim)
 
-    def forward(self, x: Tensor, dense: bool) -> Tensor:
+    def forward(self, x, dense):
         """[N, width, h, w] -> [N, D], or with `dense` one feature a cell [N, h, w, D]."""
         grid = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # [N, h*w, width]
@@ -242,7 +240,7 @@ class ModifiedResNet(nn.Module):
     patch = 32
     mask_embedding = None
 
-    def __init__(self, layers: list[int], width: int, resolution: int, embed_dim: int):
+    def __init__(self, layers, width, resolution, embed_dim):
         super().__init__()
         self.resolution = resolution
         channels = 3
@@ -260,7 +258,7 @@ class ModifiedResNet(nn.Module):
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
         self.attnpool = AttentionPool(resolution // 32, channels, embed_dim)
 
-    def forward(self, images: Tensor, shown: None = None, dense: bool = False) -> Tensor:
+    def forward(self, images, shown=None, dense=False):
         """Normalised images [N, 3, H, W] -> [N, D], or with `dense` [N, H/32, W/32, D]."""
         x = F.relu(self.bn1(self.conv1(images)))
         x = F.relu(self.bn2(self.conv2(x)))
@@ -283,17 +281,17 @@ class CLIP(nn.Module):
 
     def __init__(
         self,
-        visual: nn.Module,
-        tokenizer: Tokenizer,
-        embed_dim: int,
-        context_length: int,
-        vocab_size: int,
-        width: int,
-        layers: int,
-        activation: str = "quickgelu",
-        mean: Sequence[float] = MEAN,
-        std: Sequence[float] = STD,
-        scale: float = SCALE,
+        visual,
+        tokenizer,
+        embed_dim,
+        context_length,
+        vocab_size,
+        width,
+        layers,
+        activation="quickgelu",
+        mean=MEAN,
+        std=STD,
+        scale=SCALE,
     ):
         super().__init__()
         self.visual = visual
@@ -315,25 +313,25 @@ class CLIP(nn.Module):
         self.register_buffer("std", torch.tensor(std), persistent=False)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
-    def normalize(self, images: Tensor) -> Tensor:
+    def normalize(self, images):
         """RGB in 0..255 [..., 3, H, W] as the image tower takes it, fp32."""
         return (images / 255 - self.mean.view(3, 1, 1)) / self.std.view(3, 1, 1)
 
-    def encode_image(self, images: Tensor, shown: Tensor | None = None) -> Tensor:
+    def encode_image(self, images, shown=None):
         """Normalised images [N, 3, H, W] -> [N, D]. shown: bool [N, H/p * W/p], the patches with
         the region; for a CLIP with a mask prompt (see `VisionTransformer.forward`).
         """
         return self.visual(images, shown)
 
-    def encode_dense(self, images: Tensor) -> Tensor:
+    def encode_dense(self, images):
         """Normalised images [N, 3, H, W] -> one feature a patch [N, H/p, W/p, D]."""
         return self.visual.forward(images, dense=True)  # compiled for no size
 
-    def encode_text(self, tokens: Tensor) -> Tensor:
+    def encode_text(self, tokens):
         """int64 [N, length] -> [N, D], read at the end token (the largest id)."""
         return self.encode_embedded(self.token_embedding(tokens), tokens.argmax(-1))
 
-    def encode_embedded(self, x: Tensor, end: Tensor) -> Tensor:
+    def encode_embedded(self, x, end):
         """Token embeddings [N, length, width] and the end tokens at [N] -> [N, D]; length at most
         context_length, since no token sees what follows it.
         """
@@ -341,19 +339,13 @@ class CLIP(nn.Module):
         x = self.ln_final(x[torch.arange(len(x), device=x.device), end])
         return x @ self.text_projection
 
-    def logits(self, features: Tensor, text: Tensor) -> Tensor:
+    def logits(self, features, text):
         """Features [..., D], normalised text features [..., C, D] -> class logits fp32 [..., C]."""
         return cosine_logits(features, text, self.scale)
 
 
 def build_clip(
-    state: dict[str, Tensor],
-    tokenizer: Tokenizer,
-    activation: str = "quickgelu",
-    num_heads: int = 0,
-    mean: Sequence[float] = MEAN,
-    std: Sequence[float] = STD,
-    scale: float = SCALE,
+    state, tokenizer, activation="quickgelu", num_heads=0, mean=MEAN, std=STD, scale=SCALE
 ) -> CLIP:
     """The model whose weights `state` contains (OpenAI names; any float dtype), in fp32, frozen, in
     eval mode.

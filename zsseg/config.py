@@ -198,9 +198,7 @@ OPTIONS = {
 }
 
 
-def load_config(
-    file: str | Path | None = None, settings: list[str] = (), base: dict | None = None
-) -> Config:
+def load_config(file=None, settings=(), base=None) -> Config:
     """The configuration of a run: `base` (a checkpoint's), then the TOML `file`, then settings
     "section.key=value".
 
@@ -228,13 +226,13 @@ def load_config(
     return config
 
 
-def describes(section: str, values: dict) -> bool:
+def describes(section, values) -> bool:
     """Whether values begin a description, see GROUPS."""
     keys, _ = GROUPS.get(section, ((), ""))
     return any(key in values.get(section, ()) for key in keys)
 
 
-def update(config: Config, values: dict, source: str, reset: dict | None = None) -> None:
+def update(config, values, source, reset=None):
     """Set options of `config` from {section: {key: value}}; descriptions that begin in `reset`, by
     default in `values`, begin with the defaults.
     """
@@ -265,12 +263,12 @@ def update(config: Config, values: dict, source: str, reset: dict | None = None)
             setattr(part, key, value)
 
 
-def unknown(source: str, name: str, names: dict) -> UserError:
+def unknown(source, name, names) -> UserError:
     todo = did_you_mean(name, names, "all options are in zsseg/config.py")
     return UserError(f"{source}: {name}", "is not a known option", todo)
 
 
-def check_combinations(config: Config) -> None:
+def check_combinations(config):
     """UserError for values that do not go together."""
     data = config.data
     model = config.model
@@ -302,7 +300,7 @@ def check_combinations(config: Config) -> None:
             raise UserError(name, f"is {getattr(getattr(config, section), key)!r}", todo)
 
 
-def find_config(name: Path, folder: Path) -> Path:
+def find_config(name, folder) -> Path:
     """A configuration file by its path, with or without .toml, below a folder or in configs/."""
     for parent in (folder, CONFIGS):
         for path in (parent / name, parent / f"{name}.toml"):
@@ -311,7 +309,7 @@ def find_config(name: Path, folder: Path) -> Path:
     raise no_such_file(f"config {name}", folder / name, "give the path of a TOML file")
 
 
-def read_toml(file: Path, derived: tuple[Path, ...] = ()) -> list[tuple[str, dict]]:
+def read_toml(file, derived=()) -> list[tuple[str, dict]]:
     """(name, tables) of a file, after those of the file that its `base` names. `derived`: the files
     that led here.
     """
@@ -330,7 +328,7 @@ def read_toml(file: Path, derived: tuple[Path, ...] = ()) -> list[tuple[str, dic
     return [*read_toml(path, derived), (str(file), values)]
 
 
-def parse(text: str, expected: object) -> object:
+def parse(text, expected) -> object:
     """A command-line value: the text itself for a string, else TOML if it is that (so strings need
     no quotes).
     """
@@ -341,7 +339,7 @@ def parse(text: str, expected: object) -> object:
     return text if expected is str and not isinstance(value, str) else value
 
 
-def matches(value: object, expected: object) -> bool:
+def matches(value, expected) -> bool:
     """Whether a value is of a field's type and in its range; a whole number may stand for a float,
     NaN and infinity for none.
     """
@@ -361,7 +359,7 @@ def matches(value: object, expected: object) -> bool:
     return type(value) is expected
 
 
-def describe(expected: object) -> str:
+def describe(expected) -> str:
     """A field's type, as "int above 0" or "Literal['online', 'offline']"."""
     text = re.sub(r"typing\.|<class '(\w+)'>", r"\1", str(expected))
     return re.sub(r"Annotated\[(\w+), '([^']+)'\]", r"\1 \2", text)

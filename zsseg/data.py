@@ -11,9 +11,8 @@ import multiprocessing
 import operator
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,8 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from zsseg.config import Config, DataConfig
-from zsseg.datasets import Pair, dataset, find_listing, find_pairs, training_set
+from zsseg.datasets import dataset, find_listing, find_pairs, training_set
 from zsseg.images import network_inputs, read_image, read_labels, read_values, test_size
 from zsseg.matcher import Targets
 from zsseg.utils import (
@@ -49,14 +47,7 @@ class TestImages(Dataset):
     class id, if not the data set's.
     """
 
-    def __init__(
-        self,
-        data_config: DataConfig,
-        root: Path,
-        split: str,
-        edges: list[int] = (),
-        lut: np.ndarray | None = None,
-    ):
+    def __init__(self, data_config, root, split, edges=(), lut=None):
         self.config = data_config
         self.lut = dataset(data_config).lut() if lut is None else lut
         self.edges = edges
@@ -70,7 +61,7 @@ class TestImages(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, i: int) -> tuple[list[Tensor], Tensor, str]:
+    def __getitem__(self, i) -> tuple[list[Tensor], Tensor, str]:
         image_file, label_file = self.pairs[i]
         image = read_image(image_file, turn=self.config.exif_turn)
         labels = torch.from_numpy(read_labels(label_file, self.lut, image.size))
@@ -80,13 +71,7 @@ class TestImages(Dataset):
 # --- training samples
 
 
-def augment(
-    image: Image.Image,
-    labels: np.ndarray,
-    data_config: DataConfig,
-    ignore: int,
-    rng: np.random.Generator,
-) -> tuple[Tensor, Tensor]:
+def augment(image, labels, data_config, ignore, rng):
     """Training augmentation: RGB image and class ids [H, W] -> uint8 [3, S, S] and ids [S, S],
     S = data.crop.
 
@@ -118,7 +103,7 @@ def augment(
     return torch.from_numpy(pixels), torch.from_numpy(mask)
 
 
-def ssd_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def ssd_jitter(image, rng) -> Image.Image:
     """SSD's colour jitter: brightness, contrast, saturation and hue, each with p = 0.5; contrast
     comes before or after saturation and hue with equal probability.
     """
@@ -149,16 +134,16 @@ class EndlessSamples(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def item(self, n: int) -> tuple:
+    def item(self, n) -> tuple:
         """What sample n shows."""
         epoch, i = divmod(n, len(self.items))
         return self.items[permutation(mix_seed(self.seed, 1, epoch), len(self.items))[i]]
 
-    def source(self, n: int) -> str:
+    def source(self, n) -> str:
         """The image of sample n, for messages."""
         return str(self.item(n)[0])
 
-    def __getitem__(self, n: int) -> object:
+    def __getitem__(self, n) -> object:
         """Sample n or, if its files are broken, which is said, the next that can be read: still a
         function of n only. Too many broken ones in a row raise the last one's UserError.
         """
@@ -172,13 +157,13 @@ class EndlessSamples(Dataset):
 
 
 @functools.cache
-def print_once(text: str) -> None:
+def print_once(text):
     """On any process: only the one whose sample it is meets a broken file."""
     print(text, flush=True)
 
 
 @functools.lru_cache(maxsize=2)
-def permutation(seed: int, length: int) -> np.ndarray:
+def permutation(seed, length):
     """The order of an epoch, cached until the next one: int64 [length]."""
     return np.random.default_rng(seed).permutation(length)
 
@@ -190,7 +175,7 @@ class TrainImages(EndlessSamples):
     `pseudo`: a folder of label maps to train on instead of the data set's.
     """
 
-    def __init__(self, config: Config, root: Path, pseudo: Path | None = None):
+    def __init__(self, config, root, pseudo=None):
         self.config = config.data
         self.seed = config.train.seed
         self.data = training_set(config.data)
@@ -205,7 +190,7 @@ class TrainImages(EndlessSamples):
             self.lut = replace(self.data, values=list(range(C)), bits=8 if C <= 255 else 16).lut()
             self.items = [(image, pseudo / f"{i:06}.png") for i, (image, _) in enumerate(pairs)]
 
-    def load(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    def load(self, n) -> tuple[Tensor, Tensor, Tensor]:
         image_file, label_file = self.item(n)
         image = read_image(image_file, turn=self.config.exif_turn)
         labels = read_labels(label_file, self.lut, image.size)
@@ -215,7 +200,7 @@ class TrainImages(EndlessSamples):
         return pixels, mask, classes[classes != self.data.ignore]
 
 
-def collate(samples: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Targets]:
+def collate(samples) -> tuple[Tensor, Targets]:
     """Images uint8 [B, 3, S, S] and their targets, padded to the largest number of classes T."""
     images, labels, classes = zip(*samples, strict=True)
     counts = torch.tensor([len(c) for c in classes])
@@ -226,9 +211,7 @@ def collate(samples: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Targe
 # --- label counts
 
 
-def count_labels(
-    data_config: DataConfig, root: Path, split: str, workers: int = 4, check: bool = False
-) -> tuple[np.ndarray, list[str]]:
+def count_labels(data_config, root, split, workers=4, check=False) -> tuple[np.ndarray, list[str]]:
     """Pixels of each class and, last, of no class in every label map of a split, int64 [n, C + 1],
     -1 for a map that cannot be read; and the errors of those.
 
@@ -247,7 +230,7 @@ def count_labels(
     unseen = [data.values[data.names.index(name)] for name in data.unseen]
     errors = []
 
-    def count(pair: Pair) -> np.ndarray:
+    def count(pair):
         image, label = pair
         try:
             size = read_image(image, turn=data_config.exif_turn).size if check else None
@@ -269,7 +252,7 @@ def count_labels(
     return counts, errors
 
 
-def training_counts(config: Config, root: Path) -> np.ndarray:
+def training_counts(config, root) -> np.ndarray:
     """`count_labels` of the training split; says what is left out and which classes have no pixel.
     Raises UserError if all have none.
     """
@@ -305,20 +288,14 @@ class Batches(Dataset):
     samples: Dataset
     collate_fn: Callable
 
-    def __getitem__(self, numbers: list[int]) -> object:
+    def __getitem__(self, numbers) -> object:
         try:
             return self.collate_fn([self.samples[n] for n in numbers])
         except UserError as error:
             return error
 
 
-def batches(
-    samples: Dataset,
-    numbers: Iterable[int],
-    batch_size: int | None,
-    workers: int,
-    collate_fn: Callable = list,
-) -> Iterator:
+def batches(samples, numbers, batch_size, workers, collate_fn=list) -> Iterator:
     """Batches of the samples with these numbers, in order, as `collate_fn` makes them of a list;
     with `batch_size` None the samples themselves.
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from zsseg.config import DataConfig
 from zsseg.images import is_image_name
 from zsseg.tokenizer import check_names
 from zsseg.utils import (
@@ -82,7 +81,7 @@ class DataSet:
     def training_names(self) -> list[str]:
         return [self.names[i] for i in self.trained]
 
-    def lut(self, training: bool = False) -> np.ndarray:
+    def lut(self, training=False):
         """Label value -> class id: uint8 or int32 [2**bits]. For training: -> index in `trained`,
         with unseen classes as `ignore`.
         """
@@ -91,13 +90,13 @@ class DataSet:
         table[[self.values[i] for i in ids]] = np.arange(len(ids))
         return table
 
-    def folder(self, root: Path) -> Path:
+    def folder(self, root) -> Path:
         """The first of `folders` with a folder of images, else the first."""
         below = self.images.partition("{")[0]
         folders = [root / name for name in self.folders]
         return next((folder for folder in folders if (folder / below).is_dir()), folders[0])
 
-    def read_list(self, folder: Path, split: str) -> list[Pair]:
+    def read_list(self, folder, split) -> list[Pair]:
         """The files of the ids in <split>.txt, if it exists, each once. Raises UserError for a list
         that contains something else.
         """
@@ -112,7 +111,7 @@ class DataSet:
             pairs.append((image, next((path for path in labels if path.exists()), labels[0])))
         return pairs
 
-    def match(self, folder: Path, split: str, pattern: str) -> dict[str, Path]:
+    def match(self, folder, split, pattern) -> dict[str, Path]:
         """{id: file} of those that match a pattern. Raises UserError for two files of an id."""
         before, after = pattern.replace("{split}", self.splits[split]).split("{id}")
         base = os.path.join(folder / before, "")
@@ -137,13 +136,13 @@ class Listing:
     unpaired: list[Path]  # without a partner; a listed file that does not exist is an error instead
 
 
-def read_ids(file: Path) -> list[str]:
+def read_ids(file) -> list[str]:
     """The lines of a list but the empty ones. Raises UserError."""
     lines = split_lines(read_text(file, f"list {file}", "replace the file"))
     return [line.strip() for line in lines if line.strip()]
 
 
-def read_table(file: Path) -> dict[str, DataSet]:
+def read_table(file) -> dict[str, DataSet]:
     rows = tomllib.loads(file.read_text(encoding="utf-8"))
     for row in rows.values():
         row.setdefault("values", list(range(len(row["names"]))))
@@ -154,7 +153,7 @@ def read_table(file: Path) -> dict[str, DataSet]:
 DATASETS = read_table(Path(__file__).parent / "datasets.toml")
 
 
-def dataset(name_or_config: str | DataConfig) -> DataSet:
+def dataset(name_or_config) -> DataSet:
     """A row of the table, or the data set that a configuration describes ("folder")."""
     name = getattr(name_or_config, "name", name_or_config)
     if name == "folder":
@@ -166,7 +165,7 @@ def dataset(name_or_config: str | DataConfig) -> DataSet:
     return DATASETS[name]
 
 
-def own_dataset(config: DataConfig) -> DataSet:
+def own_dataset(config) -> DataSet:
     """The user's own data set; UserError if its description cannot be right."""
     classes = config.classes
     values = config.values or list(range(len(classes)))
@@ -203,13 +202,13 @@ def own_dataset(config: DataConfig) -> DataSet:
     )
 
 
-def training_set(config: DataConfig) -> DataSet:
+def training_set(config) -> DataSet:
     """The data set as training sees it: with `train_on = "all"` no class is unseen."""
     data = dataset(config)
     return replace(data, unseen=[]) if config.train_on == "all" else data
 
 
-def find_listing(name_or_config: str | DataConfig, root: Path, split: str) -> Listing:
+def find_listing(name_or_config, root, split) -> Listing:
     """The files of a split, of the first folder that holds any. Raises UserError if none does."""
     data = dataset(name_or_config)
     if split not in data.splits:
@@ -238,7 +237,7 @@ def find_listing(name_or_config: str | DataConfig, root: Path, split: str) -> Li
     raise error("data.images", f"no pair of files {patterns} in {folder} for {split}", todo)
 
 
-def find_pairs(name_or_config: str | DataConfig, root: Path, split: str) -> list[Pair]:
+def find_pairs(name_or_config, root, split) -> list[Pair]:
     """The (image, label map) files of a split; says how many files are left out. Raises UserError
     if it has none.
     """

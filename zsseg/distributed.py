@@ -1,7 +1,6 @@
 """The processes that torchrun started, the device of each, and its precision."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -26,17 +25,17 @@ class Process:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def sum(self, tensor) -> torch.Tensor:
         """Sum over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: bool) -> bool:
+    def any(self, flag) -> bool:
         """Whether the flag is set in any process; the devices are not waited for."""
         return bool(self.sum(torch.tensor(float(flag))))
 
-    def broadcast(self, build: Callable):
+    def broadcast(self, build):
         """The first process's build() in every process; its UserError ends all of them."""
         try:
             box = [build() if self.is_main else None]
@@ -48,14 +47,14 @@ class Process:
             raise box[0]
         return box[0]
 
-    def gather(self, values: list) -> list:
+    def gather(self, values) -> list:
         """The values of all processes, one process's after another's."""
         parts = [values] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(parts, values)
         return [value for part in parts for value in part]
 
-    def main_first(self, build: Callable):
+    def main_first(self, build):
         """build() in every process, in the first one before the others, which find what it
         caches.
         """
@@ -63,19 +62,19 @@ class Process:
         self.any(False)  # a barrier
         return result if self.is_main else build()
 
-    def broadcast_buffers(self, module: torch.nn.Module) -> None:
+    def broadcast_buffers(self, module):
         """Give every process the first one's buffers (batch-norm statistics), so that all evaluate
         the same model.
         """
         for buffer in module.buffers() if self.world_size > 1 else ():
             dist.broadcast(buffer, 0)
 
-    def autocast(self, setting: str, training: bool = False) -> torch.autocast:
+    def autocast(self, setting, training=False) -> torch.autocast:
         """The networks' precision as `model.bf16` says, see `bf16`."""
         kind = self.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=self.bf16(setting, training))
 
-    def bf16(self, setting: str, training: bool = False) -> bool:
+    def bf16(self, setting, training=False) -> bool:
         """Whether products are in bf16. "auto": on CUDA, and at inference on a CPU that multiplies
         in bf16 (AMX or AVX512-BF16).
 
@@ -86,11 +85,11 @@ class Process:
         has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return has_bf16 and not training
 
-    def compiles(self, setting: str) -> bool:
+    def compiles(self, setting) -> bool:
         """Whether all of a network is compiled. "auto": on CUDA."""
         return setting == "on" or (setting == "auto" and self.device.type == "cuda")
 
-    def describe(self, setting: str, training: bool = False) -> None:
+    def describe(self, setting, training=False):
         """Print the device and the precision of this run: both decide how fast it is, and the last
         digits.
         """
@@ -113,7 +112,7 @@ def can_compile() -> bool:
     return True
 
 
-def init_distributed(device: str = "auto") -> Process:
+def init_distributed(device="auto") -> Process:
     """Pick the device and join the process group if torchrun started this process."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda", "no CUDA device is available", "use --device cpu")

@@ -15,7 +15,7 @@ from zsseg.utils import UserError
 TRIES = 5  # of each address
 
 
-def fetch(urls: list[str], path: Path, checksum: str, what: str, size: int = 0) -> Path:
+def fetch(urls, path, checksum, what, size=0) -> Path:
     """Download `path` from the first of `urls` that works, unless it exists, and check it.
 
     An incomplete file stays in `<path>.part`, where the next try or the next run resumes; other
@@ -45,7 +45,7 @@ def fetch(urls: list[str], path: Path, checksum: str, what: str, size: int = 0) 
         raise UserError(what, f"cannot write {path} ({error})", todo) from None
 
 
-def check_file(file: Path, checksum: str, what: str, size: int = 0) -> None:
+def check_file(file, checksum, what, size=0):
     """UserError for a file that is not what was published."""
     method, _, expected = checksum.partition(":")
     found = file.stat().st_size
@@ -59,7 +59,7 @@ def check_file(file: Path, checksum: str, what: str, size: int = 0) -> None:
         raise UserError(what, f"the file has {wrong}", f"run it again, or replace {file}")
 
 
-def download(urls: list[str], part: Path, what: str) -> None:
+def download(urls, part, what):
     """Complete `part` from the first of `urls` that works."""
     todo = f"run it again to go on, or put the file at {part.with_suffix('')}"
     for url in urls:
@@ -79,7 +79,7 @@ def download(urls: list[str], part: Path, what: str) -> None:
     raise UserError(what, why, todo)
 
 
-def append(url: str, part: Path, what: str) -> None:
+def append(url, part, what):
     """Request the bytes that `part` lacks. Raises OSError and HTTPException, also if fewer come
     than the server announced, and UserError for a web page in the place of the file, as Google
     Drive sends it now and then.

@@ -2,19 +2,15 @@
 
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from zsseg.config import Config
 from zsseg.data import TestImages, batches
-from zsseg.datasets import DataSet, dataset
-from zsseg.distributed import Process
+from zsseg.datasets import dataset
 from zsseg.metrics import confusion, summarize
-from zsseg.segmenter import OpenVocabulary
 from zsseg.utils import UserError, atomic_write, plural, progress
 from zsseg.visualize import comparison_strip, save_label_map
 
@@ -25,7 +21,7 @@ OnImage = Callable[[int, str, Tensor, Tensor, Tensor, Tensor], None]
 
 
 def own_images(
-    config: Config, root: Path, process: Process, split: str, title: str
+    config, root, process, split, title
 ) -> Iterator[tuple[int, str, list[Tensor], Tensor]]:
     """This process's part of a split, on its device, with progress: (index, name, network inputs,
     labels int64 [H, W]).
@@ -41,15 +37,15 @@ def own_images(
 
 @torch.inference_mode()
 def evaluate(
-    segmenter: OpenVocabulary,
-    config: Config,
-    root: Path,
-    process: Process,
-    split: str,
-    out: Path | None = None,
-    save_predictions: bool = False,
-    on_image: OnImage | None = None,
-    seen: list[int] | None = None,
+    segmenter,
+    config,
+    root,
+    process,
+    split,
+    out=None,
+    save_predictions=False,
+    on_image=None,
+    seen=None,
 ) -> dict:
     """Metrics of a split; with `out`, some images in samples.png there (rank 0). `segmenter`: a
     `Segmenter` or a `OneStage`.
@@ -93,7 +89,7 @@ def evaluate(
     return result | {"images_per_second": rate}
 
 
-def summarize_totals(totals: dict[str, Tensor], data: DataSet, process: Process) -> dict:
+def summarize_totals(totals, data, process) -> dict:
     """The metrics from what all processes have counted. The first one counts all that others do."""
     shapes = process.broadcast(lambda: {name: count.shape for name, count in totals.items()})
     for name, shape in shapes.items():

@@ -4,14 +4,11 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
-from zsseg.config import DataConfig
 from zsseg.utils import UserError
 
 # Pillow's others are other programs' files, or programs themselves (PostScript).
@@ -22,13 +19,13 @@ LABEL_BITS |= {"PNG I": 16, "PNG I;16": 16, "TIFF I;16": 16, "TIFF I;16B": 16}
 STRETCH = {"L;2": 85, "L;4": 17}  # what it multiplies those of 2 and 4 bits with
 
 
-def is_image_name(name: str | Path) -> bool:
+def is_image_name(name) -> bool:
     ending = os.path.splitext(name)[1].lower()
     return Image.registered_extensions().get(ending) in FORMATS
 
 
 @contextlib.contextmanager
-def open_image(file: Path | io.BytesIO, what: str) -> Iterator[Image.Image]:
+def open_image(file, what) -> Iterator[Image.Image]:
     """An image file, opened and not decoded yet. Errors while it is read, also that it has more
     pixels than Pillow allows, are a UserError that names it.
     """
@@ -42,7 +39,7 @@ def open_image(file: Path | io.BytesIO, what: str) -> Iterator[Image.Image]:
         raise UserError(name, f"cannot be read ({why})", "give another") from None
 
 
-def read_image(file: Path | io.BytesIO, shown: bool = False, turn: bool = False) -> Image.Image:
+def read_image(file, shown=False, turn=False) -> Image.Image:
     """An image in RGB: transparent parts on white, 16 bits reduced to 8.
 
     `turn`, or `shown` to the user: turned as its EXIF entry says. Raises UserError for a missing or
@@ -55,7 +52,7 @@ def read_image(file: Path | io.BytesIO, shown: bool = False, turn: bool = False)
         return as_rgb(image)
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image) -> Image.Image:
     """An image in RGB, 16 bits reduced to 8, transparent parts on white; ValueError for one of
     fractions.
     """
@@ -70,7 +67,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_values(file: Path, bits: int, size: tuple[int, int] | None = None) -> np.ndarray:
+def read_values(file, bits, size=None):
     """The numbers in a label map, as stored: uint8 or uint16 [H, W].
 
     Either a PNG of one channel (grey, or the indices of a palette) or a TIFF of 16 bits, with at
@@ -92,19 +89,19 @@ def read_values(file: Path, bits: int, size: tuple[int, int] | None = None) -> n
     return values.astype(np.uint8 if LABEL_BITS[kind] == 8 else np.uint16) // stretch
 
 
-def read_labels(file: Path, lut: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def read_labels(file, lut, size):
     """A label map through `lut` [256 or 65536]: [H, W] of its dtype. `size`: its image's (width,
     height).
     """
     return lut[read_values(file, 8 if len(lut) == 256 else 16, size)]
 
 
-def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
+def to_tensor(image):
     """uint8 [H, W, 3] -> [3, H, W], contiguous."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def test_size(width: int, height: int, short: int, longest: int) -> tuple[int, int]:
+def test_size(width, height, short, longest) -> tuple[int, int]:
     """(width, height) with the short edge resized to `short`, the long one to at most `longest`
     (detectron2's rule).
     """
@@ -115,9 +112,7 @@ def test_size(width: int, height: int, short: int, longest: int) -> tuple[int, i
     return max(int(w + 0.5), 1), max(int(h + 0.5), 1)
 
 
-def network_inputs(
-    image: Image.Image, data_config: DataConfig, short_edges: list[int] = ()
-) -> list[Tensor]:
+def network_inputs(image, data_config, short_edges=()):
     """uint8 [3, h, w] at each network-input size: with these shorter edges, else with
     `data.test_short_edge`.
     """

@@ -6,18 +6,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from zsseg.config import Config
 from zsseg.datasets import dataset
-from zsseg.distributed import Process
 from zsseg.utils import LINE_EVERY, UserError, atomic_write, format_time
 
 MAX_IMAGES = 8  # of an evaluation that wandb gets
@@ -30,9 +26,7 @@ class Log:
     (rank 0 only), and a line now and then. Whatever becomes of wandb, the run goes on.
     """
 
-    def __init__(
-        self, folder: Path, process: Process, config: Config, step: int = 0, run_id: str = ""
-    ):
+    def __init__(self, folder, process, config, step=0, run_id=""):
         self.process = process
         self.config = config
         self.file = folder / "metrics.jsonl" if process.is_main else None
@@ -54,7 +48,7 @@ class Log:
             self.run = start_wandb(config, folder, run_id)
             self.run_id = self.run.id
 
-    def timed(self, batches: Iterator) -> Iterator:
+    def timed(self, batches) -> Iterator:
         """The batches; the time that each takes to come counts as waiting."""
         asked = time.perf_counter()
         for batch in batches:
@@ -68,9 +62,7 @@ class Log:
         yield
         self.since += time.perf_counter() - began
 
-    def step(
-        self, done: int, loss: Tensor, parts: dict[str, Tensor], norm: Tensor, lr: float
-    ) -> str:
+    def step(self, done, loss, parts, norm, lr) -> str:
         """Log the numbers of the step that was the `done`th, means over the processes; here the
         host waits for the device. What a progress bar shows of them.
         """
@@ -97,7 +89,7 @@ class Log:
             print(f"{train.task} step {done}/{train.steps} {text}, {left} left", flush=True)
         return text
 
-    def write(self, step: int, **values: object) -> None:
+    def write(self, step, **values):
         """Log values, nested ones too; nothing with NaN/Inf, which JSON does not know."""
         if self.file is None or not all(map(math.isfinite, scalars(values).values())):
             return
@@ -109,7 +101,7 @@ class Log:
             raise UserError(f"file {self.file}", why, "check the disk; --resume") from None
         self.send(lambda: self.run.log(scalars({"step": step, **values})))
 
-    def send(self, action: Callable[[], None]) -> None:
+    def send(self, action):
         """wandb's errors end wandb, not the run."""
         try:
             if self.run:
@@ -118,7 +110,7 @@ class Log:
             print(f"wandb: {first_line(error)}; going on without it", flush=True)
             self.run = None
 
-    def evaluation(self, step: int, split: str, result: dict) -> None:
+    def evaluation(self, step, split, result):
         """Log the result of an evaluation; wandb gets its first images, too."""
         self.write(step, **{f"{split}/{key}": value for key, value in result.items()})
         self.send(lambda: self.run.log({"step": step, f"{split}/predictions": self.with_masks()}))
@@ -138,27 +130,19 @@ class Log:
             images.append(wandb.Image(pixels, caption=name, masks=masks))
         return images
 
-    def on_image(
-        self,
-        number: int,
-        name: str,
-        image: Tensor,
-        labels: Tensor,
-        predicted: Tensor,
-        matrix: Tensor,
-    ) -> None:
+    def on_image(self, number, name, image, labels, predicted, matrix):
         """Collect the first images of an evaluation for wandb, at network-input size."""
         if self.run and len(self.images) < MAX_IMAGES:
             maps = torch.stack([labels, predicted])[None].clamp(max=255).float()
             maps = F.interpolate(maps, image.shape[1:], mode="nearest")[0].byte().cpu().numpy()
             self.images.append((name, image.permute(1, 2, 0).cpu().numpy(), *maps))
 
-    def finish(self) -> None:
+    def finish(self):
         """Give wandb its time to upload the rest; what is left stays in its folder."""
         self.send(lambda: self.run.finish())
 
 
-def read_lines(file: Path) -> list[dict]:
+def read_lines(file) -> list[dict]:
     """The complete lines of a metrics.jsonl: after a kill the last one may not be."""
     lines = []
     for text in file.read_text("utf-8", "replace").splitlines() if file.exists() else ():
@@ -169,14 +153,14 @@ def read_lines(file: Path) -> list[dict]:
     return lines
 
 
-def is_before(line: dict, step: int) -> bool:
+def is_before(line, step) -> bool:
     """Whether a run that goes on from `step` does not repeat what a line of metrics.jsonl is
     about.
     """
     return line["step"] < step or (line["step"] == step and ("loss" in line or "skipped" in line))
 
 
-def scalars(values: dict, prefix: str = "") -> dict[str, float]:
+def scalars(values, prefix="") -> dict[str, float]:
     """The numbers among nested values as {"test/head_only/hIoU": 12.0}, without the tables of every
     class.
     """
@@ -189,11 +173,11 @@ def scalars(values: dict, prefix: str = "") -> dict[str, float]:
     return numbers
 
 
-def first_line(error: Exception) -> str:
+def first_line(error) -> str:
     return str(error or type(error).__name__).partition("\n")[0]
 
 
-def start_wandb(config: Config, folder: Path, run_id: str):
+def start_wandb(config, folder, run_id):
     """wandb's run: a new one or, by its id, the one that is resumed; offline without a login or a
     network. wandb's environment decides where the configuration has its defaults.
     """

@@ -4,20 +4,16 @@ the one-stage baseline's cross-entropy.
 Plain PyTorch; CUDA tensors go to a kernel that computes the same.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import mask_loss
 from kernels.jit import use_triton
-from zsseg.matcher import Targets, assign, matching_cost
+from zsseg.matcher import assign, matching_cost
 
 
-def loss_normalizers(
-    counts: Tensor, num_queries: int, no_object_weight: float, sum: Callable, world_size: int
-) -> Tensor:
+def loss_normalizers(counts, num_queries, no_object_weight, sum, world_size):
     """The divisors of the losses, fp32 [2]: the number of masks, and of the queries' class weights.
 
     Both are means over the processes of the global batch (`sum` adds them up), so that processes
@@ -55,9 +51,7 @@ def mask_losses(class_logits, mask_logits, matched, targets, normalizers, train)
     }
 
 
-def focal_and_dice(
-    masks: Tensor, matched: Tensor, labels: Tensor, classes: Tensor
-) -> tuple[Tensor, Tensor]:
+def focal_and_dice(masks, matched, labels, classes):
     """mask logits [L, B, Q, h, w], matched [L, B, T] (query of each target or -1), labels [B, H,
     W], classes [B, T] -> focal and dice loss of each pair [L, B, T], 0 for unmatched targets; fp32,
     or fp64 for fp64 masks.
@@ -88,7 +82,7 @@ LOSSES = {"class": class_loss, "mask": mask_losses}
 
 
 def segmentation_losses(
-    class_logits: Tensor, mask_logits: Tensor, targets: Targets, normalizers: Tensor, train: object
+    class_logits, mask_logits, targets, normalizers, train
 ) -> dict[str, Tensor]:
     """All weighted loss terms of every decoder layer, {"class": [L], "focal": [L], "dice": [L]};
     their sum is the loss. Shapes as for LOSSES; `normalizers` from `loss_normalizers`.
@@ -109,7 +103,7 @@ def segmentation_losses(
     return losses
 
 
-def per_pixel_loss(logits: Tensor, labels: Tensor, ignore: int) -> Tensor:
+def per_pixel_loss(logits, labels, ignore):
     """Cross-entropy of logits [B, C, H, W] and labels [B, H, W], the mean over the pixels that are
     not `ignore`; 0 if all are.
     """

@@ -17,7 +17,7 @@ from zsseg.clip import cosine_logits
 PIXELS = {"pixel_mean": (123.675, 116.28, 103.53), "pixel_std": (58.395, 57.12, 57.375)}
 
 
-def conv_norm(channels: int, out: int, kernel: int) -> nn.Sequential:
+def conv_norm(channels, out, kernel) -> nn.Sequential:
     """Convolution without bias, then GroupNorm; Kaiming-uniform weights (a=1)."""
     conv = nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False)
     nn.init.kaiming_uniform_(conv.weight, a=1)
@@ -27,14 +27,14 @@ def conv_norm(channels: int, out: int, kernel: int) -> nn.Sequential:
 class PixelDecoder(nn.Module):
     """FPN: res2..res5 -> mask features [B, hidden_dim, h, w] at stride 4."""
 
-    def __init__(self, channels: list[int], hidden_dim: int):
+    def __init__(self, channels, hidden_dim):
         super().__init__()
         self.top = conv_norm(channels[-1], hidden_dim, 3)
         self.lateral = nn.ModuleList(conv_norm(c, hidden_dim, 1) for c in channels[:-1])
         self.output = nn.ModuleList(conv_norm(hidden_dim, hidden_dim, 3) for _ in channels[:-1])
         self.mask_features = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1)
 
-    def forward(self, features: list[Tensor]) -> Tensor:
+    def forward(self, features) -> Tensor:
         y = F.relu(self.top(features[-1]))
         for i in (2, 1, 0):
             x = self.lateral[i](features[i])
@@ -42,7 +42,7 @@ class PixelDecoder(nn.Module):
         return self.mask_features(y)
 
 
-def sine_positions(x: Tensor) -> Tensor:
+def sine_positions(x):
     """Normalised sine position encoding for a map [B, hidden_dim, h, w]: [h*w, hidden_dim], y
     before x (DETR; temperature 10000, scale 2 pi).
     """
@@ -72,7 +72,7 @@ class DecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(self, x: Tensor, query_pos: Tensor, memory: Tensor, keys: Tensor) -> Tensor:
+    def forward(self, x, query_pos, memory, keys):
         """x and query_pos [Q, B, D], memory and keys (memory + positions) [h*w, B, D] -> like x,
         D = hidden_dim.
         """
@@ -98,7 +98,7 @@ class PixelNetwork(nn.Module):
         for name, values in PIXELS.items():
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
-    def prepare(self, images: Tensor) -> Tensor:
+    def prepare(self, images):
         """RGB in 0..255 [B, 3, H, W], any dtype and size -> normalised, zero-padded at the right
         and bottom to multiples of `divisor`, fp32.
         """
@@ -116,7 +116,7 @@ class MaskFormer(PixelNetwork):
     cosines.
     """
 
-    def __init__(self, model, embed_dim: int, scale: float = 100.0):
+    def __init__(self, model, embed_dim, scale=100.0):
         super().__init__(model)
         self.scale = scale
         dim = model.hidden_dim
@@ -142,7 +142,7 @@ class MaskFormer(PixelNetwork):
             self.class_embed = nn.Sequential(*layers)
             self.non_object = nn.Parameter(embed_dim**-0.5 * torch.randn(1, embed_dim))
 
-    def decode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, images):
         """Queries of `prepare`d images [B, 3, H, W].
 
         Returns class embeddings [L, B, Q, D] and mask logits [L, B, Q, h, w] at stride 4; in eval
@@ -161,7 +161,7 @@ class MaskFormer(PixelNetwork):
         y = self.norm(torch.stack(outputs if self.training else outputs[-1:])).transpose(1, 2)
         return self.class_embed(y), torch.einsum("lbqc,bchw->lbqhw", self.mask_embed(y), pixels)
 
-    def classify(self, embeds: Tensor, text: Tensor) -> Tensor:
+    def classify(self, embeds, text):
         """Class embeddings [..., D], text features [C, D] -> logits [..., C+1], the last column no
         object; fp32.
         """
@@ -170,7 +170,7 @@ class MaskFormer(PixelNetwork):
         text = torch.cat([text, F.normalize(self.non_object, dim=-1)])
         return cosine_logits(embeds, text, self.scale)
 
-    def forward(self, images: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images, text):
         """`prepare`d images [B, 3, H, W] and text features [C, D], what torch.compile and DDP wrap.
 
         Class logits [L, B, Q, C+1] and mask logits [L, B, Q, h, w]; see `decode` and `classify`.
@@ -178,14 +178,14 @@ class MaskFormer(PixelNetwork):
         embeds, mask_logits = self.decode(images)
         return self.classify(embeds, text), mask_logits
 
-    def propose(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def propose(self, image):
         """Inference on RGB in 0..255 [3, H, W]: mask logits fp32 [Q, h, w] and class features
         [Q, D] for `classify`.
         """
         embeds, mask_logits = self.decode(self.prepare(image[None]))
         return mask_logits[-1, 0].float(), embeds[-1, 0]
 
-    def compile_inference(self) -> None:
+    def compile_inference(self):
         """Compile what inference uses, for images of any size; another program than the one that
         training compiles.
         """

@@ -28,7 +28,7 @@ class Targets:
     classes: Tensor  # [B, T] int64, padded with 0
     counts: Tensor  # [B] int64
 
-    def to(self, device: torch.device) -> "Targets":
+    def to(self, device) -> "Targets":
         """A copy on `device`; the host does not wait for it."""
         return Targets(*(t.to(device, non_blocking=True) for t in vars(self).values()))
 
@@ -45,13 +45,7 @@ class Targets:
         return Targets(self.labels, F.pad(self.classes, (0, wide - T)), self.counts)
 
 
-def matching_cost(
-    class_logits: Tensor,
-    mask_logits: Tensor,
-    targets: Targets,
-    focal_weight: float,
-    dice_weight: float,
-) -> Tensor:
+def matching_cost(class_logits, mask_logits, targets, focal_weight, dice_weight):
     """Cost of every query for every target, all layers and images at once:
 
         -p[class] + focal_weight * focal(mask, target) + dice_weight * dice(mask, target)
@@ -86,7 +80,7 @@ def matching_cost(
     return -class_prob + focal_weight * focal / (h * w) + dice_weight * dice
 
 
-def assign(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def assign(cost, counts):
     """Minimum-cost assignment per layer and image: cost [L, B, Q, T], counts [B] -> the query of
     each target, int64 [L, B, T].
 

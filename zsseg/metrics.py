@@ -1,18 +1,15 @@
 """Metrics: confusion matrices, what follows from them, and the tables that show it."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from zsseg.config import Config
-from zsseg.datasets import DataSet, dataset
+from zsseg.datasets import dataset
 from zsseg.utils import format_table, join_some, write_json
 
 
-def confusion(labels: Tensor, predicted: Tensor, classes: int, ignore: int) -> Tensor:
+def confusion(labels, predicted, classes, ignore):
     """Pixel counts int64 [C, C], rows true classes, columns predicted ones; `ignore` pixels are
     left out.
     """
@@ -21,19 +18,19 @@ def confusion(labels: Tensor, predicted: Tensor, classes: int, ignore: int) -> T
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
-def mean(values: np.ndarray, weights: np.ndarray) -> float | None:
+def mean(values, weights) -> float | None:
     """A mean over classes, weighted; None, not zero, if all weights are 0."""
     return float(np.average(values, weights=weights)) if weights.any() else None
 
 
-def mean_iou(counts: SimpleNamespace, classes: np.ndarray) -> float | None:
+def mean_iou(counts, classes) -> float | None:
     """The original's, of some classes, bool [C]: over those with ground truth or predictions; None
     if none has ground truth.
     """
     return mean(counts.iou, classes & counts.present & (classes & (counts.gt > 0)).any())
 
 
-def harmonic_mean(seen: float | None, unseen: float | None) -> float | None:
+def harmonic_mean(seen, unseen) -> float | None:
     """0 if either is, None if one was not measured."""
     if seen is None or unseen is None:
         return None
@@ -64,7 +61,7 @@ PARTS = {
 }
 
 
-def summarize(matrix: Tensor, data: DataSet) -> dict:
+def summarize(matrix, data) -> dict:
     """METRICS of a confusion matrix, and IoU and accuracy `per_class`; None for what has no ground
     truth.
     """
@@ -86,23 +83,23 @@ def summarize(matrix: Tensor, data: DataSet) -> dict:
     return result
 
 
-def percent(value: float | None) -> str:
+def percent(value) -> str:
     """A number in a table, "-" for what was not measured."""
     return "-" if value is None else f"{value:.1f}"
 
 
-def shown(result: dict) -> list[str]:
+def shown(result) -> list[str]:
     """The metrics of a result that tables show."""
     return [k for k in METRICS if k in result and not ("hIoU" in result and k in DETAILS)]
 
 
-def rows(result: dict) -> list[tuple[str, dict]]:
+def rows(result) -> list[tuple[str, dict]]:
     """The rows of a table (title, metrics): the method's parts, and last the evaluation itself."""
     parts = [(PARTS.get(k, k), v) for k, v in result.items() if k in PARTS or "weight_" in k]
     return [*parts, ("as configured", result)]
 
 
-def metric_table(rows: list[tuple[str, dict]]) -> str:
+def metric_table(rows) -> str:
     """Metrics side by side: rows (title, {metric: percent})."""
     keys = shown(rows[-1][1])
     heads = [key.removeprefix("mIoU_") for key in keys]
@@ -110,7 +107,7 @@ def metric_table(rows: list[tuple[str, dict]]) -> str:
     return format_table(["", *heads], cells)
 
 
-def report(result: dict, config: Config, out: Path) -> None:
+def report(result, config, out):
     """Print the IoU of every class, what does not count, and the metrics; write metrics.json."""
     unseen = dataset(config.data).unseen
     ious = {name: values["IoU"] for name, values in result["per_class"].items()}

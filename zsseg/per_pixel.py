@@ -4,11 +4,11 @@ features, without mask proposals.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from zsseg.clip import cosine_logits
 from zsseg.maskformer import PixelNetwork
-from zsseg.segmenter import OpenVocabulary, Segmentation, Size
+from zsseg.segmenter import OpenVocabulary, Segmentation
 
 STRIDE = 4  # from embeddings to the network input
 
@@ -20,7 +20,7 @@ class PerPixel(PixelNetwork):
 
     divisor = 1  # no padding
 
-    def __init__(self, model: object, embed_dim: int, scale: float = 100.0):
+    def __init__(self, model, embed_dim, scale=100.0):
         super().__init__(model)
         self.scale = scale
         conv = self.pixel_decoder.mask_features
@@ -28,11 +28,11 @@ class PerPixel(PixelNetwork):
         nn.init.zeros_(conv.bias)
         self.pixel_embed = nn.Conv2d(model.hidden_dim, embed_dim, 1)
 
-    def decode(self, images: Tensor) -> Tensor:
+    def decode(self, images):
         """`prepare`d images [B, 3, H, W] -> embeddings [B, D, h, w] at stride 4."""
         return self.pixel_embed(self.pixel_decoder(self.backbone(images)))
 
-    def forward(self, images: Tensor, text: Tensor, size: Size | None = None) -> Tensor:
+    def forward(self, images, text, size=None):
         """`prepare`d images [B, 3, H, W], text features [C, D] -> class logits fp32 [B, C, H, W] or
         [B, C, *size]; what torch.compile and DDP wrap.
         """
@@ -50,7 +50,7 @@ class OneStage(OpenVocabulary):
     """
 
     @torch.inference_mode()
-    def score_map(self, image: Tensor, size: Size) -> Tensor:
+    def score_map(self, image, size):
         """RGB in 0..255 [3, H, W] -> class scores [C, *size].
 
         p of the pixel, c of CLIP for the whole image, w the ensemble's weight: seen classes p^w
@@ -70,20 +70,13 @@ class OneStage(OpenVocabulary):
         return p**power * c ** (1 - power)
 
     @torch.inference_mode()
-    def segment(
-        self,
-        inputs: list[Tensor],
-        size: Size,
-        flip: bool = False,
-        window: int = 0,
-        weights: list[float] | None = None,
-    ) -> Segmentation:
+    def segment(self, inputs, size, flip=False, window=0, weights=None) -> Segmentation:
         """The label map of one image, with test-time augmentation, see `Segmenter.segment`; it has
         no variants.
         """
         return self.segment_views(inputs, size, flip, window)
 
-    def compile_tower(self) -> None:
+    def compile_tower(self):
         """Nothing: every image has another size here, and would have a program compiled for it."""
 
     compile_parts = compile_tower

@@ -2,8 +2,6 @@
 names, CLIP frozen.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -12,11 +10,8 @@ from torch import Tensor, nn
 from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
 from torchvision.transforms.functional import crop
 
-from zsseg.clip import CLIP
-from zsseg.config import Config
 from zsseg.data import EndlessSamples, batches, training_counts
 from zsseg.datasets import find_pairs, training_set
-from zsseg.distributed import Process
 from zsseg.images import read_image, read_labels, to_tensor
 from zsseg.prompts import LearnedPrompt
 from zsseg.regions import region_crops
@@ -30,7 +25,7 @@ class PromptClassifier(nn.Module):
     The prompts, one a seed, learn side by side from the same crops: one pass of each tower for all.
     """
 
-    def __init__(self, clip: CLIP, config: Config):
+    def __init__(self, clip, config):
         super().__init__()
         self.clip = clip
         self.prompts = nn.ModuleDict()
@@ -44,14 +39,14 @@ class PromptClassifier(nn.Module):
         self.tokens = tokens[:, : int(ends.max()) + 1].to(device)
         self.ends = ends.to(device).repeat(len(self.prompts))
 
-    def forward(self, crops: Tensor) -> Tensor:
+    def forward(self, crops):
         """Crops [B, 3, R, R] -> logits [S, B, C] of every prompt."""
         inputs = torch.cat([p.embed(self.clip, self.tokens) for p in self.prompts.values()])
         text = self.clip.encode_embedded(inputs, self.ends).float()
         text = F.normalize(text, dim=-1).unflatten(0, (len(self.prompts), -1))
         return self.clip.logits(self.clip.encode_image(crops), text)
 
-    def train(self, mode: bool = True) -> "PromptClassifier":
+    def train(self, mode=True) -> "PromptClassifier":
         return self  # a frozen CLIP stays in eval mode
 
 
@@ -64,7 +59,7 @@ class PromptTask:
 
     collate = list
 
-    def __init__(self, config: Config, root: Path, out: Path, process: Process, saved: dict | None):
+    def __init__(self, config, root, out, process, saved):
         self.config = config
         self.process = process
         self.clip = load_clip(config.clip, root).to(process.device)
@@ -77,11 +72,11 @@ class PromptTask:
         self.samples = process.main_first(lambda: RegionSamples(config, root))
         self.held_out = RegionSamples(config, root, held_out=True)
 
-    def compile(self) -> None:
+    def compile(self):
         for tower in (self.clip.visual, self.clip.transformer):
             tower.compile(fullgraph=True)
 
-    def crops(self, batch: list) -> tuple[Tensor, Tensor]:
+    def crops(self, batch):
         """Samples of `RegionSamples` -> what CLIP sees of them [B, 3, R, R], classes [B]."""
         device = self.process.device
         crops = []
@@ -92,7 +87,7 @@ class PromptTask:
             crops.append(region_crops(self.clip, region[:3], region[3:], box))
         return torch.cat(crops), torch.tensor([category for _, category in batch], device=device)
 
-    def loss(self, model: nn.Module, batch: list) -> tuple[Tensor, dict]:
+    def loss(self, model, batch) -> tuple[Tensor, dict]:
         """The sum over the seeds, each of which has separate parameters, and the accuracy."""
         crops, classes = self.crops(batch)
         with self.process.autocast(self.config.model.bf16, training=True):
@@ -100,13 +95,13 @@ class PromptTask:
         accuracy = 100 * (logits.argmax(-1) == classes).float().mean()
         return sum(F.cross_entropy(part, classes) for part in logits), {"accuracy": accuracy}
 
-    def state(self, result: dict | None) -> dict:
+    def state(self, result) -> dict:
         """The prompts of all seeds and, as "prompt", that of `result["best_seed"]`."""
         best = result["best_seed"] if result else next(iter(self.prompts))
         return {"prompt": self.prompts[best].state_dict(), "prompts": self.prompts.state_dict()}
 
     @torch.no_grad()
-    def evaluate(self, split: str, out: Path | None, on_image: object) -> dict:
+    def evaluate(self, split, out, on_image) -> dict:
         """Accuracy of every seed on the held-out regions in percent, None if there are none, and
         the "best_seed"; every process measures all. With `out`, metrics.json and a line.
         """
@@ -124,7 +119,7 @@ class PromptTask:
             print(f"accuracy on {count} held-out regions by seed: {seeds}; the best is {best}")
         return result
 
-    def score(self, result: dict) -> list[float]:
+    def score(self, result) -> list[float]:
         return [result["seeds"][result["best_seed"]] or 0.0]
 
 
@@ -136,7 +131,7 @@ class RegionSamples(EndlessSamples):
     that are set aside, each the whole of its box.
     """
 
-    def __init__(self, config: Config, root: Path, held_out: bool = False):
+    def __init__(self, config, root, held_out=False):
         data = training_set(config.data)
         self.seed = config.train.seed
         self.turn = config.data.exif_turn
@@ -153,7 +148,7 @@ class RegionSamples(EndlessSamples):
             images = images[:aside] if held_out else images[aside:][:most]
             self.items += [(*pairs[image], i) for image in images]
 
-    def load(self, n: int) -> tuple[Tensor, int]:
+    def load(self, n) -> tuple[Tensor, int]:
         image_file, label_file, category = self.item(n)
         image = read_image(image_file, turn=self.turn)
         mask = Image.fromarray(read_labels(label_file, self.lut, image.size) == category)

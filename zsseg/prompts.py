@@ -2,10 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from zsseg.clip import CLIP
-from zsseg.tokenizer import Tokenizer
 from zsseg.utils import UserError
 
 # The prompt templates of the paper, verbatim, one a line; {} stands for the class name.
@@ -115,7 +113,7 @@ class FixedPrompt(nn.Module):
     normalise.
     """
 
-    def __init__(self, templates: list[str]):
+    def __init__(self, templates):
         super().__init__()
         for template in templates or [""]:
             if "{}" not in template:
@@ -123,7 +121,7 @@ class FixedPrompt(nn.Module):
                 raise UserError(f"prompt {template!r}", "has no {} for the class name", todo)
         self.templates = templates
 
-    def forward(self, clip: CLIP, names: list[str]) -> Tensor:
+    def forward(self, clip, names):
         """Names -> normalised features [C, D]."""
         texts = [template.replace("{}", name) for template in self.templates for name in names]
         tokens = clip.tokenizer(texts)
@@ -137,30 +135,30 @@ class FixedPrompt(nn.Module):
 class LearnedPrompt(nn.Module):
     """`[start] prefix name . [end]` with learned token embeddings (CoOp, Zhou et al. 2021)."""
 
-    def __init__(self, width: int, prefix: int = 16):
+    def __init__(self, width, prefix=16):
         super().__init__()
         self.prefix = nn.Parameter(0.02 * torch.randn(prefix, width))
 
-    def layout(self, tokenizer: Tokenizer, names: list[str]) -> tuple[Tensor, Tensor]:
+    def layout(self, tokenizer, names):
         """Token ids [C, context], with a token that `embed` replaces for each of the prompt's, and
         the position of the end token [C], on the CPU. UserError for a name that does not fit.
         """
         tokens = tokenizer(["x " * len(self.prefix) + f"{name} ." for name in names])
         return tokens, tokens.argmax(-1)
 
-    def embed(self, clip: CLIP, tokens: Tensor) -> Tensor:
+    def embed(self, clip, tokens):
         """What enters the text tower for the tokens of a `layout`: [C, length, width]."""
         x = clip.token_embedding(tokens)
         prefix = self.prefix.expand(len(x), -1, -1)
         return torch.cat([x[:, :1], prefix, x[:, 1 + len(self.prefix) :]], 1)
 
-    def forward(self, clip: CLIP, names: list[str]) -> Tensor:
+    def forward(self, clip, names):
         """Names -> normalised features [C, D]; differentiable in the prompt."""
         tokens, ends = (t.to(self.prefix.device) for t in self.layout(clip.tokenizer, names))
         return F.normalize(clip.encode_embedded(self.embed(clip, tokens), ends), dim=-1)
 
 
-def build_prompt(spec: str | list[str], width: int, prefix: int = 16) -> nn.Module:
+def build_prompt(spec, width, prefix=16) -> nn.Module:
     """The prompt that `clip.prompt` names; `width` is the text tower's, `prefix` the number of
     learned tokens. Raises UserError for an unknown name.
     """

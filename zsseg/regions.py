@@ -10,12 +10,11 @@ from torchvision.ops import masks_to_boxes
 from kernels import region_crop as kernel
 from kernels.jit import use_triton
 from kernels.mask_pool import mask_pool
-from zsseg.clip import CLIP
 
 STRIDE = 4  # from mask logits to the padded network input
 
 
-def mask_probabilities(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def mask_probabilities(logits, size):
     """Mask logits [Q, h, w] at stride 4 -> probabilities at network-input size, before padding: [Q,
     *size], fp32 or fp64.
     """
@@ -25,7 +24,7 @@ def mask_probabilities(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return logits[0, :, :H, :W].sigmoid()
 
 
-def box_of(masks: Tensor) -> Tensor:
+def box_of(masks):
     """Tight boxes of binary masks [P, H, W] with at least a pixel each -> int64 [P, 4]: x0, y0, x1,
     y1, ends excluded.
     """
@@ -34,9 +33,7 @@ def box_of(masks: Tensor) -> Tensor:
     return boxes
 
 
-def region_masks(
-    logits: Tensor, size: tuple[int, int], threshold: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def region_masks(logits, size, threshold):
     """Mask logits [Q, h, w] -> where the probability is above the threshold, bool or uint8 [Q,
     *size]; boxes [Q, 4] as of `box_of`; valid bool [Q]: the mask has a pixel. The boxes of the
     others mean nothing.
@@ -59,7 +56,7 @@ class Regions:
     boxes: Tensor  # int64 [P, 4], see `box_of`
 
 
-def region_crops(clip: CLIP, image: Tensor, masks: Tensor, boxes: Tensor) -> Tensor:
+def region_crops(clip, image, masks, boxes):
     """Masked crops: image [3, H, W] in 0..255, masks [P, H, W], boxes [P, 4] -> [P, 3, R, R].
 
     The image inside the mask and CLIP's mean colour outside, normalised, cropped to the box,
@@ -78,7 +75,7 @@ def region_crops(clip: CLIP, image: Tensor, masks: Tensor, boxes: Tensor) -> Ten
     return crops.to(dtype)
 
 
-def patch_masks(masks: Tensor, boxes: Tensor, resolution: int, patch: int) -> Tensor:
+def patch_masks(masks, boxes, resolution, patch):
     """Masks [P, H, W] cut to boxes [P, 4] and resized to R x R -> bool [P, R/p * R/p]: the patches
     of p x p with a pixel of the mask (Liang et al. 2023, section 3.3).
     """
@@ -90,7 +87,7 @@ def patch_masks(masks: Tensor, boxes: Tensor, resolution: int, patch: int) -> Te
     return torch.stack(shown)
 
 
-def encode_crops(clip: CLIP, crops: Tensor, batch_size: int, shown: Tensor | None = None) -> Tensor:
+def encode_crops(clip, crops, batch_size, shown=None):
     """CLIP's features of crops [P, 3, R, R], `batch_size` at once: fp32 [P, D]; `shown` bool [P, T]
     are the patches with the region, for a CLIP with a mask prompt.
 
@@ -107,7 +104,7 @@ def encode_crops(clip: CLIP, crops: Tensor, batch_size: int, shown: Tensor | Non
     return torch.cat([clip.encode_image(*pair).float() for pair in pairs])[:count]
 
 
-def crop_features(clip: CLIP, image: Tensor, regions: Regions, config: object) -> Tensor:
+def crop_features(clip, image, regions, config) -> Tensor:
     """The paper's: CLIP on the masked crop of each region, with the mask prompt of a CLIP that has
     one.
     """
@@ -118,7 +115,7 @@ def crop_features(clip: CLIP, image: Tensor, regions: Regions, config: object) -
     return encode_crops(clip, crops, config.crop_batch_size, shown)
 
 
-def pool_features(features: Tensor, masks: Tensor) -> Tensor:
+def pool_features(features, masks):
     """Mask pooling: features [h', w', D], masks [P, H, W] in 0..1 -> the mean feature under each
     mask [P, D], 0 for an empty one, fp32 or fp64.
 
@@ -130,7 +127,7 @@ def pool_features(features: Tensor, masks: Tensor) -> Tensor:
     return share @ features.flatten(0, 1) / total.where(total > 0, 1)
 
 
-def pooled_features(clip: CLIP, image: Tensor, regions: Regions, config: object) -> Tensor:
+def pooled_features(clip, image, regions, config) -> Tensor:
     """The mean of CLIP's dense features under each mask, from a single pass over the image: its
     shorter edge brought to about `dense_edge` pixels, both edges to multiples of CLIP's patch.
     """

@@ -4,7 +4,6 @@ map.
 
 import itertools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from kernels import semantic_map
 from kernels.jit import use_triton
-from zsseg.clip import CLIP
 from zsseg.regions import CLASSIFIERS, Regions, mask_probabilities, region_masks
 from zsseg.tokenizer import check_names
 from zsseg.utils import UserError
@@ -47,7 +45,7 @@ class Segmentation:
     variants: dict[str, Tensor]  # other label maps, see `Segmenter.variants`
 
     @property
-    def finite(self) -> Tensor:
+    def finite(self):
         """bool []: masks and scores are numbers, else the labels mean nothing; a maximum of none is
         NaN or negative.
         """
@@ -62,7 +60,7 @@ class OpenVocabulary(nn.Module):
     the data set.
     """
 
-    def __init__(self, maskformer, clip: CLIP, prompt, config, region_prompt=None, proposer=None):
+    def __init__(self, maskformer, clip, prompt, config, region_prompt=None, proposer=None):
         super().__init__()
         self.maskformer = maskformer
         self.clip = clip
@@ -73,9 +71,7 @@ class OpenVocabulary(nn.Module):
         self.text_cache: dict[nn.Module, dict[str, Tensor]] = {}  # prompt -> word -> feature [D]
 
     @torch.no_grad()
-    def set_classes(
-        self, names: list[str], seen: list[int] = (), synonyms: dict[str, list[str]] | None = None
-    ) -> None:
+    def set_classes(self, names, seen=(), synonyms=None):
         """Fix the vocabulary. `seen` are the ids of the classes that were trained on; empty for
         data without such a split.
 
@@ -102,7 +98,7 @@ class OpenVocabulary(nn.Module):
         self.text_features = text  # [C, D], for the network's features
         self.region_text_features = region_text  # [C, D], for CLIP's image features
 
-    def encode_words(self, prompt: nn.Module, words: Iterable[list[str]]) -> Tensor:
+    def encode_words(self, prompt, words):
         """The words for each class -> normalised mean of their text features [C, D]. Each word is
         encoded once in the life of a segmenter.
         """
@@ -115,9 +111,7 @@ class OpenVocabulary(nn.Module):
             features.append(total if len(row) == 1 else F.normalize(total, dim=0))
         return torch.stack(features).to(self.clip.mean.device)
 
-    def segment_views(
-        self, inputs: list[Tensor], size: Size, flip: bool, window: int
-    ) -> Segmentation:
+    def segment_views(self, inputs, size, flip, window) -> Segmentation:
         """Test-time augmentation: the mean of the score maps of one image over its `inputs`
         [3, H, W] of several sizes, each the mean over its windows of side `window` (0: none) and,
         with `flip`, their mirror images.
@@ -140,7 +134,7 @@ class OpenVocabulary(nn.Module):
         best, labels = mean.max(0)
         return Segmentation(labels, best, {})
 
-    def compile_parts(self) -> None:
+    def compile_parts(self):
         """Hand the mask proposer and CLIP's image tower to torch.compile, in place: names in state
         dicts stay as they are.
 
@@ -151,7 +145,7 @@ class OpenVocabulary(nn.Module):
             self.maskformer.compile_inference()
         self.compile_tower()
 
-    def compile_tower(self) -> None:
+    def compile_tower(self):
         """CLIP's image tower only, which is most of the work."""
         if self.clip is not None:
             self.clip.visual.compile(fullgraph=True, dynamic=False)
@@ -176,7 +170,7 @@ class Segmenter(OpenVocabulary):
     """
 
     @torch.inference_mode()
-    def propose(self, image: Tensor) -> Proposals:
+    def propose(self, image) -> Proposals:
         """One pass of the networks; image: RGB uint8 or float in 0..255 [3, H, W] at network-input
         size.
         """
@@ -193,7 +187,7 @@ class Segmenter(OpenVocabulary):
         return self.classify(proposals)
 
     @torch.inference_mode()
-    def classify(self, proposals: Proposals) -> Proposals:
+    def classify(self, proposals) -> Proposals:
         """The same masks with the probabilities of the present classes: one product with the text
         features each.
         """
@@ -208,20 +202,20 @@ class Segmenter(OpenVocabulary):
             c = probs.new_ones(len(valid), C).masked_scatter(valid, probs)
         return replace(proposals, class_probs=p, clip_probs=c)
 
-    def encode_regions(self, image: Tensor, regions: Regions) -> Tensor:
+    def encode_regions(self, image, regions):
         """CLIP's features, fp32 [P, D], of the regions of an image [3, H, W]."""
         if not len(regions.masks):
             return image.new_zeros(0, self.clip.embed_dim, dtype=torch.float32)
         return CLASSIFIERS[self.config.regions](self.clip, image, regions, self.config)
 
-    def region_logits(self, image: Tensor, masks: Tensor, boxes: Tensor) -> Tensor:
+    def region_logits(self, image, masks, boxes):
         """CLIP's class logits, fp32 [P, C], of regions: masks [P, H, W], none empty, and their
         boxes [P, 4].
         """
         features = self.encode_regions(image, Regions(None, masks, boxes))
         return self.clip.logits(features, self.region_text_features)
 
-    def ensemble(self, proposals: Proposals, weight: float | None = None) -> Tensor:
+    def ensemble(self, proposals, weight=None):
         """Class scores [Q, C] with ensemble weight w (None: the configuration's).
 
         p of the proposer, c of CLIP: seen classes p^w c^(1-w), unseen ones p^(1-w) c^w; w = 0, and
@@ -236,12 +230,12 @@ class Segmenter(OpenVocabulary):
         power = torch.where(self.seen & self.config.ensemble_seen, w, 1 - w)  # [C], of the proposer
         return p**power * c ** (1 - power)
 
-    def variants(self, proposals: Proposals, weights: list[float] | None) -> dict[str, Tensor]:
+    def variants(self, proposals, weights) -> dict[str, Tensor]:
         """Class scores [Q, C] of the method's parts and of other ensemble weights, from one pass;
         none for `weights` None, or if there is one part only.
         """
         p = proposals.class_probs
-        if weights is None or p is None:
+        if weights is None or p is None or self.clip is None:
             return {}
         scores = {"head_only": p}
         if proposals.clip_probs is not None:
@@ -250,14 +244,12 @@ class Segmenter(OpenVocabulary):
             scores |= {f"weight_{w:g}": self.ensemble(proposals, w) for w in weights}
         return scores
 
-    def binary_masks(self, proposals: Proposals) -> Tensor:
+    def binary_masks(self, proposals):
         """Where each proposal is above the threshold, at network-input size: bool [Q, H, W]."""
         masks, size = proposals.mask_logits, proposals.input_size
         return region_masks(masks, size, self.config.mask_threshold)[0].bool()
 
-    def label_map(
-        self, scores: Tensor, proposals: Proposals, size: Size, all_scores: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def label_map(self, scores, proposals, size, all_scores=False):
         """The sum over queries of class score [Q, C] x mask, resized to the original `size`, fp32
         under autocast, too: the class with the largest at every pixel, int64, that score and, with
         `all_scores`, those of all classes [C, *size]; else a few classes at a time are computed.
@@ -280,19 +272,13 @@ class Segmenter(OpenVocabulary):
             best = torch.maximum(score, best)
         return labels, best, maps
 
-    def score_map(self, image: Tensor, size: Size) -> Tensor:
+    def score_map(self, image, size):
         """All class scores [C, *size] of an image [3, H, W] in 0..255."""
         found = self.propose(image)
         return self.label_map(self.ensemble(found), found, size, True)[2]
 
     def segment(
-        self,
-        inputs: list[Tensor],
-        size: Size,
-        flip: bool = False,
-        window: int = 0,
-        weights: list[float] | None = None,
-        proposals: Proposals | None = None,
+        self, inputs, size, flip=False, window=0, weights=None, proposals=None
     ) -> Segmentation:
         """The label map, at the original `size`, of one image [3, H, W] in 0..255, and with
         `weights` those of all `variants`. `proposals`: of its only input, from an earlier
@@ -311,7 +297,7 @@ class Segmenter(OpenVocabulary):
         return Segmentation(labels, best, maps)
 
 
-def windows(length: int, side: int, size: int) -> list[tuple[slice, slice]]:
+def windows(length, side, size) -> list[tuple[slice, slice]]:
     """Windows of `side` that overlap by two thirds and cover `length` pixels, all of them for side
     0; and their places in a label map of `size` pixels.
     """

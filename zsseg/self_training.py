@@ -3,23 +3,17 @@ the pixels that training ignores.
 """
 
 from itertools import chain
-from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from zsseg.config import Config
 from zsseg.data import TestImages, batches
 from zsseg.datasets import dataset
-from zsseg.distributed import Process
 from zsseg.utils import UserError, digest, print_main, progress, write_json
 from zsseg.visualize import save_label_map
 from zsseg.weights import checkpoint_and_config, load_segmenter
 
 
-def fill_ignored(
-    labels: Tensor, scores: Tensor, unseen: Tensor, min_probability: float, ignore: int
-) -> Tensor:
+def fill_ignored(labels, scores, unseen, min_probability, ignore):
     """Labels [H, W] of seen classes or `ignore`, score maps [C, H, W] -> labels int64 [H, W] with
     ignored pixels filled in.
 
@@ -32,7 +26,7 @@ def fill_ignored(
 
 
 @torch.inference_mode()
-def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) -> None:
+def pseudo_labels(config, root, folder, process):
     """Write a label map (class ids) for every training image that has none in `folder` yet.
 
     A run that is stopped here has no last.pt yet: the same command, without --resume, continues.
@@ -69,7 +63,7 @@ def pseudo_labels(config: Config, root: Path, folder: Path, process: Process) ->
     print_main(f"pseudo labels: {int(process.sum(count))} pixels filled in")
 
 
-def missing_maps(config: Config, images: TestImages, folder: Path) -> list[int]:
+def missing_maps(config, images, folder) -> list[int]:
     """The numbers of the images without a label map; UserError if those in the folder depend on
     something else.
     """

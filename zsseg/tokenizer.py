@@ -2,19 +2,17 @@
 
 import html
 import math
-from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
 from zsseg.utils import UserError
 
 BYTES_ONLY = 514  # vocabulary size with no merges: 256 bytes, 256 ending a word, start, end
 
 
-def clean(text: str) -> str:
+def clean(text) -> str:
     """Text as CLIP reads it: broken encodings and HTML's entities mended, one space between words,
     lower case.
     """
@@ -24,7 +22,7 @@ def clean(text: str) -> str:
     return " ".join(text.split()).lower()
 
 
-def check_names(names: Sequence[str], what: str = "class name") -> list[str]:
+def check_names(names, what="class name") -> list[str]:
     """Class names without surrounding white space; UserError if there are none, if one has nothing
     to see, or if two are one to CLIP.
     """
@@ -52,7 +50,7 @@ class Tokenizer:
     start and end: vocab_size - `BYTES_ONLY`.
     """
 
-    def __init__(self, vocab_size: int, context_length: int, merges: Sequence[tuple] = ()):
+    def __init__(self, vocab_size, context_length, merges=()):
         self.context_length = context_length
         # Bytes that print badly are written as characters that follow all bytes.
         odd = [b for b in range(256) if not chr(b).isprintable() or chr(b) == " "]
@@ -66,7 +64,7 @@ class Tokenizer:
         self.end = vocab_size - 1
         self._merge = cache(self._merge)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text) -> list[int]:
         """Token ids of `text` without start and end."""
         import regex  # \p classes, which `re` lacks
 
@@ -75,7 +73,7 @@ class Tokenizer:
             ids += self._merge(word.encode().decode("latin-1").translate(self.table))
         return ids
 
-    def _merge(self, word: str) -> list[int]:
+    def _merge(self, word) -> list[int]:
         """Join the pair of lowest rank everywhere, left to right, until no known pair is left."""
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
@@ -91,7 +89,7 @@ class Tokenizer:
             parts = joined
         return [self.index[part] for part in parts]
 
-    def __call__(self, texts: list[str]) -> Tensor:
+    def __call__(self, texts):
         """Texts -> int64 [N, context_length], zero-padded. UserError if a text does not fit."""
         rows = []
         for text in texts:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -39,42 +39,42 @@ class UserError(Exception):
 # --- messages
 
 
-def did_you_mean(word: str, names: Iterable[str], default: str) -> str:
+def did_you_mean(word, names, default) -> str:
     """What to do about an unknown name: take the nearest of `names`, else `default`."""
     near = difflib.get_close_matches(word, names, 1, 0.65)
     return f"did you mean {near[0]}?" if near else default
 
 
-def no_such_file(what: str, path: Path, todo: str = "check the path") -> UserError:
+def no_such_file(what, path, todo="check the path") -> UserError:
     """The error of a missing file; it names a file beside it with a similar name."""
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
     return UserError(what, "no such file", did_you_mean(str(path), map(str, beside), todo))
 
 
-def print_main(text: str) -> None:
+def print_main(text):
     """Print on the first process only."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
 
 @functools.cache
-def warn(text: str) -> None:
+def warn(text):
     """Print a warning at once, each text once."""
     print_main(f"warning: {text}")
 
 
-def join_some(names: list[str], most: int) -> str:
+def join_some(names, most) -> str:
     """At most so many names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
-def plural(count: int, noun: str, many: str = "") -> str:
+def plural(count, noun, many="") -> str:
     """A number and its noun."""
     return f"{count} {noun if count == 1 else many or noun + 's'}"
 
 
-def format_table(heads: Iterable, rows: Iterable[Iterable]) -> str:
+def format_table(heads, rows) -> str:
     """Lines of a table: the first column aligned to the left, the others to the right."""
     lines = [[str(cell) for cell in row] for row in (heads, *rows)]
     width = max(len(line[0]) for line in lines)
@@ -83,7 +83,7 @@ def format_table(heads: Iterable, rows: Iterable[Iterable]) -> str:
     )
 
 
-def format_time(seconds: float) -> str:
+def format_time(seconds) -> str:
     """As 0:03:12."""
     return str(timedelta(seconds=round(seconds)))
 
@@ -94,29 +94,29 @@ def format_time(seconds: float) -> str:
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line like every other user error."""
 
-    def parse_args(self, argv: list[str]) -> argparse.Namespace:
+    def parse_args(self, argv) -> argparse.Namespace:
         args, unknown = self.parse_known_args(argv)
         if unknown:
             todo = did_you_mean(unknown[0], self._option_string_actions, f"see {self.prog} --help")
             raise UserError("command line", f"{unknown[0]} is not an option", todo)
         return args
 
-    def error(self, message: str):
+    def error(self, message):
         raise UserError("command line", message, f"see {self.prog} --help")
 
-    def add_root(self) -> None:
+    def add_root(self):
         root = os.environ.get("ZSSEG_DATA") or "datasets"
         text = "data root ($ZSSEG_DATA, else ./datasets)"
         self.add_argument("--root", metavar="DIR", type=expand_path, default=root, help=text)
 
 
-def parser(doc: str) -> Parser:
+def parser(doc) -> Parser:
     """The options of a script; `doc` is its docstring."""
     layout = argparse.RawDescriptionHelpFormatter
     return Parser(description=doc, epilog=ENVIRONMENT, formatter_class=layout, allow_abbrev=False)
 
 
-def run_parser(doc: str) -> Parser:
+def run_parser(doc) -> Parser:
     """The options that train.py and eval.py share."""
     shared = parser(doc)
     text = "TOML file of options; a checkpoint holds its configuration"
@@ -133,17 +133,17 @@ def run_parser(doc: str) -> Parser:
 class Stream(io.TextIOWrapper):
     """stdout or stderr: what a reader that is gone or a full disk does not take is lost."""
 
-    def write(self, text: str) -> int:
+    def write(self, text) -> int:
         with contextlib.suppress(OSError, ValueError):
             super().write(text)
         return len(text)
 
-    def flush(self) -> None:
+    def flush(self):
         with contextlib.suppress(OSError, ValueError):
             super().flush()
 
 
-def command(main: Callable[[list[str]], None]) -> None:
+def command(main):
     """Run `main(argv)`; a UserError becomes `error: ...` on stderr and exit code 2."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -169,7 +169,7 @@ def command(main: Callable[[list[str]], None]) -> None:
 # --- files
 
 
-def expand_path(text: str | Path) -> Path:
+def expand_path(text) -> Path:
     """A path as a shell would read it: `~` is the home folder, also in --out=~/x."""
     try:
         return Path(text).expanduser()
@@ -182,7 +182,7 @@ def cache_dir() -> Path:
     return expand_path(os.environ.get("ZSSEG_CACHE") or "~/.cache/zsseg")
 
 
-def read_text(file: Path, what: str, todo: str) -> str:
+def read_text(file, what, todo) -> str:
     """A text file of the user's in UTF-8, with or without a mark. Raises UserError."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
@@ -197,19 +197,19 @@ def read_text(file: Path, what: str, todo: str) -> str:
     raise UserError(what, "is not UTF-8 text", "save it as UTF-8")
 
 
-def split_lines(text: str) -> list[str]:
+def split_lines(text) -> list[str]:
     """Lines end at newlines and carriage returns, and at nothing else: a name may contain any
     other character.
     """
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
 
 
-def walk(folder: str | Path, skip: str = "") -> Iterator[str]:
+def walk(folder, skip="") -> Iterator[str]:
     """The files below a folder, sorted; hidden ones are ignored, every folder is entered once,
     whatever links to it. `skip`: the real path of a folder to leave out.
     """
 
-    def refuse(error: OSError) -> None:
+    def refuse(error):
         why = f"cannot be read ({error.strerror})"
         raise UserError(f"folder {error.filename}", why, "check its rights") from None
 
@@ -225,7 +225,7 @@ def walk(folder: str | Path, skip: str = "") -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, previous: Path | None = None) -> Iterator[Path]:
+def atomic_write(path, previous=None) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which takes its place when the block ends without an
     error and the content is on the disk. `previous`: the new name of the old file. The temporary
     name is always the same, so that the next try replaces what a kill has left. Raises UserError.
@@ -247,13 +247,13 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[Path]:
             temporary.unlink()
 
 
-def write_json(path: Path, content: object) -> None:
+def write_json(path, content):
     """Write JSON whole or not at all; ValueError for NaN/Inf in it."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
 
 
-def claim_folder(out: Path) -> None:
+def claim_folder(out):
     """Make a folder of results. UserError for one that contains files and was not made by this
     program, so that no file of the user's is ever replaced.
     """
@@ -269,7 +269,7 @@ def claim_folder(out: Path) -> None:
         raise UserError(f"output {out}", why, "check the folder and the disk") from None
 
 
-def digest(settings: object, files: Iterable[str | Path] = ()) -> str:
+def digest(settings, files=()) -> str:
     """16 hex digits of all that something depends on: settings, as JSON, and files, by path, size
     and times of change.
     """
@@ -295,14 +295,14 @@ def git_commit() -> str:
 # --- seeds and progress
 
 
-def mix_seed(*numbers: int) -> int:
+def mix_seed(*numbers) -> int:
     """One well-mixed 63-bit seed from several small numbers, e.g. (run seed, step, rank)."""
     import numpy as np
 
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def progress(items: Iterable, name: str, total: int, show: bool = True) -> Iterator:
+def progress(items, name, total, show=True) -> Iterator:
     """The items, with a progress bar on a terminal, else with a line every LINE_EVERY seconds."""
     if sys.stderr.isatty() or not show:
         from tqdm import tqdm
@@ -321,13 +321,13 @@ def progress(items: Iterable, name: str, total: int, show: bool = True) -> Itera
             print(f"{name} {i}/{total}, {1 / each:.1f}/s, {left} left", flush=True)
 
 
-def parallel(function: Callable, items: Sequence, workers: int, name: str) -> Iterator:
+def parallel(function, items, workers, name) -> Iterator:
     """function(item) of every item, in order, by threads (Pillow and zlib release the
     interpreter), a few ahead, with progress.
     """
     waiting = deque()
 
-    def results() -> Iterator:
+    def results():
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > 4 * workers:

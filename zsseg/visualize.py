@@ -3,12 +3,10 @@
 import base64
 import colorsys
 import io
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from zsseg.utils import atomic_write
 
@@ -16,7 +14,7 @@ NEAREST = Image.Resampling.NEAREST
 STRIP_HEIGHT = 160  # pixels of each image in a comparison
 
 
-def palette(count: int) -> np.ndarray:
+def palette(count):
     """`count` distinct colours and, last, black for ignored pixels: uint8 [count + 1, 3]."""
     # Golden-ratio steps of the hue keep neighbours apart.
     hsv = [(0.618034 * i % 1, 0.75, 0.95 - 0.175 * (i // 7 % 3)) for i in range(count)]
@@ -24,7 +22,7 @@ def palette(count: int) -> np.ndarray:
     return (255 * np.array([*rgb, (0, 0, 0)])).astype(np.uint8)
 
 
-def comparison_strip(image: Tensor, labels: Tensor, predicted: Tensor, classes: int) -> np.ndarray:
+def comparison_strip(image, labels, predicted, classes):
     """Image, ground truth (black from id `classes` on: ignored) and prediction below one another,
     each STRIP_HEIGHT pixels high: uint8 [3 * STRIP_HEIGHT, width, 3].
 
@@ -36,9 +34,7 @@ def comparison_strip(image: Tensor, labels: Tensor, predicted: Tensor, classes: 
     return np.concatenate([Image.fromarray(part).resize(size, NEAREST) for part in parts])
 
 
-def save_label_map(
-    labels: Tensor | np.ndarray, path: Path, classes: int, colours: np.ndarray | None = None
-) -> None:
+def save_label_map(labels, path, classes, colours=None):
     """Class ids as a PNG of 8 bits, 16 above 255 classes; those of 8 bits with a palette if there
     are `colours` uint8 [C, 3]. Raises UserError if it cannot be written.
     """
@@ -50,9 +46,7 @@ def save_label_map(
         image.save(temporary, "PNG")
 
 
-def overlay(
-    image: np.ndarray, labels: np.ndarray, colours: np.ndarray, legend: list[tuple[int, str]]
-) -> Image.Image:
+def overlay(image, labels, colours, legend):
     """The image uint8 [H, W, 3] in grey, tinted and outlined by its label map [H, W], and on its
     right a legend: (class id, text) from the top to as far down as there is room; `colours` uint8
     [C, 3].
@@ -75,7 +69,7 @@ def overlay(
     return canvas
 
 
-def base64_image(image: Image.Image) -> str:
+def base64_image(image) -> str:
     """The content of a PNG file in base64."""
     file = io.BytesIO()
     image.save(file, "PNG")

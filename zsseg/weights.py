@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from zsseg.clip import CLIP, build_clip
-from zsseg.config import CONFIGS, ClipConfig, Config, load_config
+from zsseg.config import CONFIGS, Config, load_config
 from zsseg.datasets import dataset
 from zsseg.download import fetch
 from zsseg.maskformer import MaskFormer
@@ -55,17 +55,17 @@ class Dtype:
     one.
     """
 
-    def __init__(self, text: str, *_: object):
+    def __init__(self, text, *_):
         self.text = text
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state):
         self.text = f"{state[1]}{self.text}"
 
 
 class Array(Tensor):
     """A pickled NumPy array as a tensor. NumPy makes no objects of bytes."""
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state):
         _, shape, dtype, fortran, data = state
         data = data.encode("latin1") if isinstance(data, str) else data
         array = np.frombuffer(bytearray(data), dtype.text)
@@ -77,7 +77,7 @@ class ScriptModule(dict):
 
     __setstate__ = dict.update
 
-    def tensors(self, prefix: str = "") -> State:
+    def tensors(self, prefix="") -> State:
         """Those in it and in its submodules, by attribute path."""
         found = {}
         for name, value in self.items():
@@ -102,7 +102,7 @@ for package in ("numpy.core", "numpy._core"):
     }
 
 
-def rebuild(numbers: Tensor, start: int, size: tuple, stride: tuple, *_: object) -> Tensor:
+def rebuild(numbers, start, size, stride, *_) -> Tensor:
     return numbers.as_strided(size, stride, start)
 
 
@@ -122,19 +122,19 @@ class Unpickler(pickle.Unpickler):
 
     folder: zipfile.Path  # in the archive
 
-    def find_class(self, module: str, name: str) -> object:
+    def find_class(self, module, name) -> object:
         if module.startswith("__torch__"):
             return ScriptModule
         if module == "torch.jit._pickle" and name.startswith("build_"):
             return list
         return (ALLOWED | SCRIPT)[f"{module}.{name}"]
 
-    def persistent_load(self, key: tuple) -> Tensor:
+    def persistent_load(self, key) -> Tensor:
         _, dtype, name, _, _ = key
         return torch.frombuffer(bytearray((self.folder / "data" / name).read_bytes()), dtype=dtype)
 
 
-def read_torch(path: Path, what: str, todo: str = "check the path") -> object:
+def read_torch(path, what, todo="check the path") -> object:
     """The content of a file of `torch.save`, a TorchScript archive (its tensors) or detectron2's
     .pkl, tensors and plain values, on the CPU. Raises UserError.
     """
@@ -150,7 +150,7 @@ def read_torch(path: Path, what: str, todo: str = "check the path") -> object:
         raise UserError(what, why, todo) from None
 
 
-def unpickle(path: Path) -> object:
+def unpickle(path) -> object:
     """See `read_torch`. Raises anything for a broken file."""
     if zipfile.is_zipfile(path):
         folder = next(zipfile.Path(path).iterdir())
@@ -168,7 +168,7 @@ def unpickle(path: Path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load_checkpoint(path: str | Path, what: str = "checkpoint") -> dict:
+def load_checkpoint(path, what="checkpoint") -> dict:
     """A checkpoint of ours ({"config", "step", "model", ...}) or the original's ({"model": ...}),
     on the CPU.
     """
@@ -180,7 +180,7 @@ def load_checkpoint(path: str | Path, what: str = "checkpoint") -> dict:
     return content
 
 
-def find_model(wanted: str | Path) -> tuple[Path, Path | None]:
+def find_model(wanted) -> tuple[Path, Path | None]:
     """The file of a checkpoint and, if `wanted` names a published model, its configuration's.
 
     Such a model is downloaded to the cache once; a file or folder of that name comes first.
@@ -195,9 +195,7 @@ def find_model(wanted: str | Path) -> tuple[Path, Path | None]:
     return file, CONFIGS / f"{model['config']}.toml"
 
 
-def checkpoint_and_config(
-    path: str | Path, config: str | Path | None, settings: list[str]
-) -> tuple[dict, Config]:
+def checkpoint_and_config(path, config, settings) -> tuple[dict, Config]:
     """The content of a checkpoint, and its configuration with that of a file and settings put over
     it. "-": no checkpoint, for a `model.proposer`. Raises UserError.
     """
@@ -215,7 +213,7 @@ def checkpoint_and_config(
 # --- state dicts
 
 
-def strip_prefix(state: object, what: str) -> State:
+def strip_prefix(state, what) -> State:
     """A state dict, maybe below "model" or "state_dict", without what DataParallel ("module.") and
     torch.compile ("_orig_mod.") put before names. UserError for anything else.
     """
@@ -232,7 +230,7 @@ def strip_prefix(state: object, what: str) -> State:
         raise UserError(what, "is not a state dict", todo) from None
 
 
-def check_finite(state: State, what: str) -> None:
+def check_finite(state, what):
     """UserError for weights with NaN/Inf in them, which would give labels all the same."""
     broken = [k for k, v in state.items() if not v.isfinite().all()]
     if broken:
@@ -240,9 +238,7 @@ def check_finite(state: State, what: str) -> None:
         raise UserError(what, f"contains NaN/Inf, in {join_some(broken, 3)}", todo)
 
 
-def load_into(
-    module: nn.Module, state: object, what: str, todo: str, strict: bool = True
-) -> list[str]:
+def load_into(module, state, what, todo, strict=True) -> list[str]:
     """Load the tensors of a state dict that fit a module by name and shape; returns the names of
     the others, and prints which of the module's start afresh.
 
@@ -271,7 +267,7 @@ def load_into(
     return unused
 
 
-def log_loaded(what: str, count: int, dropped: list[str]) -> None:
+def log_loaded(what, count, dropped):
     """One line: how many tensors were used, and the names of all that were not (* for numbers)."""
     names = ", ".join(dict.fromkeys(re.sub(r"\d+", "*", name) for name in dropped))
     print_main(f"{what}: {count} tensors loaded, {len(dropped)} dropped: {names or 'none'}")
@@ -338,10 +334,10 @@ backbone.stem.conv3.norm.{name}  maskformer.backbone.bn1.{name}
 """
 
 
-def our_name(name: str, deep_stem: bool = False) -> str:
+def our_name(name, deep_stem=False) -> str:
     """Our name for a parameter of the original: "-" for one that is dropped, "" for an unknown."""
 
-    def number(brace: re.Match) -> str:
+    def number(brace):
         return str(int(brace[1] or 1) * int(match[brace[2]]) + int(brace[3] or 0))
 
     words = (DEEP_STEM + NAMES if deep_stem else NAMES).split()
@@ -353,7 +349,7 @@ def our_name(name: str, deep_stem: bool = False) -> str:
     return ""
 
 
-def import_original(state: object, what: str, strict: bool = True) -> tuple[dict, list[str]]:
+def import_original(state, what, strict=True) -> tuple[dict, list[str]]:
     """The original's state dict -> ({part: state dict of ours}, names that were dropped).
 
     Parts: "maskformer", "clip", "prompt" and, for a separate region adapter, "region_prompt" (its
@@ -381,7 +377,7 @@ def import_original(state: object, what: str, strict: bool = True) -> tuple[dict
     return parts, dropped + [f"_region_clip_adapter.clip_model.{key}" for key in region]
 
 
-def model_parts(content: dict, what: str, strict: bool = True) -> tuple[dict, list[str]]:
+def model_parts(content, what, strict=True) -> tuple[dict, list[str]]:
     """A checkpoint, ours or the original's -> ({part: state dict}, names that were dropped)."""
     if "config" not in content:
         return import_original(content["model"], what, strict)
@@ -409,7 +405,7 @@ VOCABULARY = (
 )
 
 
-def load_clip(section: ClipConfig, root: Path) -> CLIP:
+def load_clip(section, root) -> CLIP:
     """The CLIP of `clip.weights`: an OpenAI name (downloaded to the cache), or a file with OpenAI's
     names, an archive or a state dict; `{root}` is the data root. Of a file that is neither OpenAI's
     nor our small one's, `clip.activation` must be given.
@@ -431,7 +427,7 @@ def load_clip(section: ClipConfig, root: Path) -> CLIP:
     return make_clip(state, section, what)
 
 
-def make_clip(state: State, section: ClipConfig, what: str) -> CLIP:
+def make_clip(state, section, what) -> CLIP:
     """CLIP from its weights, and from what they do not tell."""
     dropped = [key for key in CONSTANTS if key in state]
     check_finite(state, what)
@@ -442,7 +438,7 @@ def make_clip(state: State, section: ClipConfig, what: str) -> CLIP:
     return build_clip(state, tokenizer, section.activation or "quickgelu", *options)
 
 
-def load_tokenizer(vocab_size: int, context_length: int) -> Tokenizer:
+def load_tokenizer(vocab_size, context_length) -> Tokenizer:
     """A tokenizer with the first merges of OpenAI's vocabulary file ($ZSSEG_VOCAB, else in the
     cache; downloaded if it is not there, and checked), as many as `vocab_size` has room for.
     """
@@ -458,7 +454,7 @@ def load_tokenizer(vocab_size: int, context_length: int) -> Tokenizer:
     return Tokenizer(vocab_size, context_length, merges)
 
 
-def clip_digest(clip: CLIP | None) -> str:
+def clip_digest(clip) -> str:
     """16 hex digits of a CLIP's weights, the same on a CPU and a GPU; "" without a CLIP. Of each
     tensor the sum of its bits: no two CLIPs agree in all.
     """
@@ -471,7 +467,7 @@ def clip_digest(clip: CLIP | None) -> str:
     return digest(sums)
 
 
-def check_clip(content: dict, clip: CLIP | None, what: str) -> None:
+def check_clip(content, clip, what):
     """A class head for one CLIP gives labels with another, too: say so."""
     if content.get("clip", "") not in ("", clip_digest(clip)):
         warn(f"{what} was made for another CLIP than clip.weights")
@@ -492,7 +488,7 @@ BACKBONE_FILES = {  # what is published of checksums stands after #
 }
 
 
-def load_backbone(backbone: nn.Module, name: str, weights: str, clip: CLIP | None = None) -> None:
+def load_backbone(backbone, name, weights, clip=None):
     """Initial weights (`model.weights`) of the backbone `name`: a torchvision `.pth`, a detectron2
     `.pkl`, Swin's own `.pth`, "imagenet" (R50, SwinB), a name in `BACKBONE_FILES`, which is
     downloaded, or, for the small one, "clip": the small CLIP's.
@@ -532,9 +528,7 @@ def load_backbone(backbone: nn.Module, name: str, weights: str, clip: CLIP | Non
 # --- segmenters
 
 
-def build_segmenter(
-    config: Config, root: Path, saved: dict[str, State] | None = None
-) -> Segmenter | OneStage:
+def build_segmenter(config, root, saved=None) -> Segmenter | OneStage:
     """A segmenter to train: the configuration's CLIP, prompts and initial backbone, else fresh
     weights; over them those of the checkpoint `train.init`, as far as they fit.
 
@@ -563,9 +557,7 @@ def build_segmenter(
     return segmenter
 
 
-def load_segmenter(
-    content: dict, config: Config, root: Path, name: str | Path
-) -> Segmenter | OneStage:
+def load_segmenter(content, config, root, name) -> Segmenter | OneStage:
     """The segmenter of a loaded checkpoint, ours or the original's."""
     what = f"checkpoint {name}"
     parts, dropped = model_parts(content, what)
@@ -583,7 +575,7 @@ def load_segmenter(
     return segmenter
 
 
-def assemble(config: Config, clip: CLIP | None) -> Segmenter | OneStage:
+def assemble(config, clip) -> Segmenter | OneStage:
     """A segmenter with fresh weights and this CLIP (None: the fully supervised MaskFormer)."""
     model = config.model
     section = config.clip
@@ -601,7 +593,7 @@ def assemble(config: Config, clip: CLIP | None) -> Segmenter | OneStage:
     return Segmenter(maskformer, clip, prompt, section, region_prompt, proposer)
 
 
-def find_proposer(name: str) -> Callable:
+def find_proposer(name) -> Callable:
     """The function that `model.proposer` names, "package.module:function"; modules in the current
     folder are found, too.
     """
@@ -614,14 +606,7 @@ def find_proposer(name: str) -> Callable:
         raise UserError(f"model.proposer {name}", f"cannot be imported ({error})", todo) from None
 
 
-def load_learned(
-    segmenter: Segmenter | OneStage,
-    parts: dict[str, State],
-    dropped: list[str],
-    what: str,
-    given: set[str] = frozenset(),
-    strict: bool = True,
-) -> None:
+def load_learned(segmenter, parts, dropped, what, given=frozenset(), strict=True):
     """Load `model_parts` into what the segmenter learns, but for the parts in `given`, which come
     from elsewhere, and say how much was used and what was dropped. Not `strict`: only what fits.
     Raises UserError.
@@ -635,7 +620,7 @@ def load_learned(
     log_loaded(what, len(state) - len(unused), dropped + unused)
 
 
-def load_prompts(segmenter: Segmenter | OneStage, file: str) -> set[str]:
+def load_prompts(segmenter, file) -> set[str]:
     """Load the learned prompt of a checkpoint (ours or the original's prompt learning), for head
     and regions alike; returns the parts that have it now.
     """

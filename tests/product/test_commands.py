@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -146,10 +145,13 @@ def test_the_package_works_from_any_folder(tmp_path):
         (["{shapes}", "--resme"], ["--resme", "did you mean --resume?"]),
         (["{shapes}", "--set", "train.stps=1"], ["train.stps", "train.steps"]),
         (["{shapes}", "--set", "data.name=pets"], ["pets", "voc"]),
-        (["{shapes}", "--set", "data.name=voc"], ["voc", "prepare_data.py voc"]),
+        (
+            ["{shapes}", "--set", "data.name=voc", "--set", "data.split=val"],
+            ["voc", "prepare_data.py voc"],
+        ),
         (["{shapes}", "--set", "clip.prompt=poem"], ["clip.prompt", "imagenet"]),
         (["{shapes}", "--set", "data.split=nope"], ["nope", "val, test"]),
-        (["{shapes}", "--set", "clip.prompt=learned"], ["no learned prompt"]),
+        (["{shapes}", "--set", "clip.prompt=learned"], ["set clip.prompts"]),
         (["{shapes}", "--resume"], ["has no run", "leave --resume out"]),
         (["{shapes}", "--set", f"clip.prompt=['{'a ' * 30}{{}}']"], ["tokens", "shorten"]),
         (["{shapes}", "--set", "model.proposer=absent:f"], ["model.proposer"]),
@@ -198,7 +200,7 @@ def test_check_finds_an_unseen_pixel(monkeypatch, shapes_root):
 
     monkeypatch.setattr(DataSet, "lut", leaky)
     done = command("prepare_data.py", "shapes", "--root", shapes_root, "--check")
-    assert done.returncode == 1 and "unseen class survived" in done.stderr
+    assert done.returncode == 1 and "unseen class survives" in done.stderr
 
 
 def test_mistakes_in_evaluation(shapes_run, shapes_root, tmp_path):
@@ -207,14 +209,12 @@ def test_mistakes_in_evaluation(shapes_run, shapes_root, tmp_path):
     torch.save({"model": {"backbone.stem.conv1.weight": torch.zeros(1)}}, theirs)
     (tmp_path / "junk.pt").write_bytes(b"PK\x03\x04junk")
     last = shapes_run / "last.pt"
-    voc = ["--config", "configs/voc_r50_single.toml", "--set", "data.name=shapes"]
     for words, *parts in (
         ([tmp_path / "no.pt"], "no.pt", "no such file"),
         ([tmp_path / "junk.pt"], "junk.pt", "cannot be read"),
         ([theirs], "give its --config"),
-        ([theirs, *voc], "no CLIP"),
         ([last, "--set", "model.num_queries=9"], "query_embed.weight", "shape"),
-        ([last, "--set", "clip.prompt=learned"], "no learned prompt"),
+        ([last, "--set", "clip.prompt=learned"], "set clip.prompts"),
         ([last, "--export", "x"], "--export is not an option"),
     ):
         fails_in_one_line(command("eval.py", *words, *out), *parts)
@@ -256,10 +256,3 @@ def test_printing_never_ends_a_run(streams, trained, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "猫" in json.loads((folder / "o" / "metrics.json").read_text())["per_class"]
-
-
-def test_help_answers_within_a_second():
-    """On an idle machine; three times that here, for one that is not."""
-    started = time.perf_counter()
-    assert process("eval.py", "--help").returncode == 0
-    assert time.perf_counter() - started < 3

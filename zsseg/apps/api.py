@@ -28,14 +28,7 @@ class Predictor:
     as none changes the classes.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        config: str | Path | None = None,
-        root: str | Path = "datasets",
-        device: str = "auto",
-        settings: list[str] = (),
-    ):
+    def __init__(self, path, config=None, root="datasets", device="auto", settings=()):
         """From a checkpoint of ours or the original's (which needs the `config` file of its
         training), or from the name of a published model, such as "ovseg-swinb", which is
         downloaded; "-" with a `config` that sets model.proposer.
@@ -55,7 +48,7 @@ class Predictor:
         self.trained = trained_names(content, self.config)
         self.set_classes(dataset(self.config.data).names)
 
-    def set_classes(self, names: list[str], synonyms: dict[str, list[str]] | None = None) -> None:
+    def set_classes(self, names, synonyms=None):
         """Fix the classes; those that the segmenter was trained on count as seen in the ensemble.
 
         synonyms: {name: further names of the class}, whose text features are averaged with the
@@ -66,7 +59,7 @@ class Predictor:
         self.names = self.segmenter.names
 
     @torch.inference_mode()
-    def __call__(self, image: str | Path | Image.Image | np.ndarray, return_scores: bool = False):
+    def __call__(self, image, return_scores=False):
         """The class of every pixel: indices of `names`, uint8 (uint16 above 255 classes) [H, W], of
         the image's size.
 

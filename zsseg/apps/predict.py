@@ -20,12 +20,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from zsseg.apps.vocabulary import Words
 from zsseg.checkpoint import save
-from zsseg.config import Config
-from zsseg.distributed import Process
 from zsseg.images import is_image_name, network_inputs, read_image
-from zsseg.segmenter import Proposals, Segmenter
+from zsseg.segmenter import Proposals
 from zsseg.utils import (
     UserError,
     atomic_write,
@@ -42,7 +39,7 @@ from zsseg.visualize import NEAREST, overlay, palette, save_label_map
 OVERLAY_EDGE = 960  # the longer side of an overlay, whatever the image's
 
 
-def find_images(given: list[str], out: Path) -> list[tuple[str, str]]:
+def find_images(given, out) -> list[tuple[str, str]]:
     """(file, name of its results) of the images that `--images` means, sorted: files, all images
     below folders, for `-` those on the lines of standard input. A name is the path below the folder
     that contains all of them, without its ending if it stays unique.
@@ -75,7 +72,7 @@ def find_images(given: list[str], out: Path) -> list[tuple[str, str]]:
     return images
 
 
-def cached_proposals(segmenter: Segmenter, image: Tensor, path: Path, key: str) -> Proposals:
+def cached_proposals(segmenter, image, path, key) -> Proposals:
     """What `Segmenter.propose` gives for an image [3, h, w]; from a file if an earlier call with
     this key wrote it, else computed and written there. It serves any classes.
     """
@@ -89,7 +86,7 @@ def cached_proposals(segmenter: Segmenter, image: Tensor, path: Path, key: str) 
     return proposals
 
 
-def read_photo(file: str, config: Config) -> tuple[str, list[Tensor], tuple, np.ndarray] | None:
+def read_photo(file, config) -> tuple[str, list[Tensor], tuple, np.ndarray] | None:
     """Of an image as a viewer would show it: the version of the file (`digest`), network inputs
     uint8 [3, h, w], its size (height, width), a preview for the overlay uint8 [h, w, 3]. None, and
     a line on stderr, if it cannot be read.
@@ -106,15 +103,7 @@ def read_photo(file: str, config: Config) -> tuple[str, list[Tensor], tuple, np.
 
 
 @torch.inference_mode()
-def segment_image(
-    segmenter: Segmenter,
-    config: Config,
-    process: Process,
-    inputs: list[Tensor],
-    size: tuple[int, int],
-    name: str = "this image",
-    proposals: Proposals | None = None,
-) -> tuple[Tensor, Tensor]:
+def segment_image(segmenter, config, process, inputs, size, name="this image", proposals=None):
     """The class of every pixel and its score, int64 and fp32 `size` (height, width); inputs: uint8
     [3, h, w] at each network-input size; proposals: of the only one, if they are known.
 
@@ -131,9 +120,7 @@ def segment_image(
     return found.labels, found.scores
 
 
-def count_classes(
-    labels: Tensor, scores: Tensor, names: list[str]
-) -> tuple[np.ndarray, list[dict]]:
+def count_classes(labels, scores, names) -> tuple[np.ndarray, list[dict]]:
     """Of a label map and its scores [H, W]: ids of `names` uint8 or uint16 [H, W]; the classes that
     it shows, the largest first, each with id, name, pixels, share and mean score.
     """
@@ -149,16 +136,14 @@ def count_classes(
     return labels.cpu().numpy().astype(np.min_scalar_type(len(names))), classes
 
 
-def colours_of(words: Words) -> np.ndarray:
+def colours_of(words):
     """The colour of each of `words.shown_names`, uint8 [C, 3]; grey for background words."""
     colours = palette(len(words.shown_names))[:-1]
     colours[words.shown :] = 96
     return colours
 
 
-def write_results(
-    stem: Path, labels: np.ndarray, preview: np.ndarray, colours: np.ndarray, content: dict
-) -> None:
+def write_results(stem, labels, preview, colours, content):
     """<stem>.png, .overlay.jpg and, last, .json with `content`."""
     save_label_map(labels, Path(f"{stem}.png"), len(colours), colours)
     small = Image.fromarray(labels).resize(preview.shape[1::-1], NEAREST)
@@ -169,7 +154,7 @@ def write_results(
     write_json(Path(f"{stem}.json"), content)
 
 
-def is_done(file: str, stem: Path, made_with: str) -> bool:
+def is_done(file, stem, made_with) -> bool:
     """Whether the results of an image are there: .json, the last one, says so. Raises UserError for
     those of another image.
     """
@@ -185,17 +170,7 @@ def is_done(file: str, stem: Path, made_with: str) -> bool:
     return content["made_with"] == made_with + digest("", [file])
 
 
-def segment_images(
-    segmenter: Segmenter,
-    config: Config,
-    process: Process,
-    words: Words,
-    images: list[tuple[str, str]],
-    out: Path,
-    model: str,
-    resume: bool,
-    cache: Path | None,
-) -> None:
+def segment_images(segmenter, config, process, words, images, out, model, resume, cache):
     """Segment all images, as `find_images` gives them, shared among the processes; with `resume`
     those that are not done yet. `segmenter` has its words; model: a digest of what its proposals
     depend on besides the image; cache: a folder for these.

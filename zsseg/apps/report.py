@@ -7,11 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from zsseg.config import Config
 from zsseg.datasets import dataset
-from zsseg.distributed import Process
 from zsseg.log import read_lines
 from zsseg.metrics import rows, shown, summarize
 from zsseg.utils import atomic_write, git_commit
@@ -30,7 +27,7 @@ class Report:
     of them, ready for the page.
     """
 
-    def __init__(self, config: Config, process: Process):
+    def __init__(self, config, process):
         self.config = config
         self.process = process
         self.data = dataset(config.data)
@@ -38,15 +35,7 @@ class Report:
         self.matrix = torch.zeros(C, C, dtype=torch.int64, device=process.device)
         self.cards: list[tuple[float, int, dict]] = []  # (score, number, what is shown), sorted
 
-    def __call__(
-        self,
-        number: int,
-        name: str,
-        image: Tensor,
-        labels: Tensor,
-        predicted: Tensor,
-        matrix: Tensor,
-    ) -> None:
+    def __call__(self, number, name, image, labels, predicted, matrix):
         """See `evaluate`. An image's score is the mean IoU of the classes in its ground truth;
         without any, it is left out.
         """
@@ -60,7 +49,7 @@ class Report:
         bisect.insort(self.cards, (score, number, card))
         del self.cards[MAX_CARDS:-MAX_CARDS]
 
-    def write(self, result: dict, checkpoint: Path, step: int | None, out: Path) -> None:
+    def write(self, result, checkpoint, step, out):
         """Write OUT/report.html, on the first process, about the metrics `result` of a checkpoint
         saved after `step`, with the curves in the metrics.jsonl beside it.
         """
@@ -91,7 +80,7 @@ class Report:
         print(f"-> {out / 'report.html'}")
 
 
-def confusions(matrix: np.ndarray) -> list[list[float]]:
+def confusions(matrix) -> list[list[float]]:
     """The pixels of [C, C] whose confusion costs most: (class, predicted as, pixels, by how many
     points the class's IoU would rise if they were right).
     """
@@ -103,7 +92,7 @@ def confusions(matrix: np.ndarray) -> list[list[float]]:
     return np.stack([i, j, matrix[i, j], gain[i, j]], 1).tolist()
 
 
-def curves(file: Path) -> dict[str, list[tuple[int, float]]]:
+def curves(file) -> dict[str, list[tuple[int, float]]]:
     """What a run logged, {key: (step, value), the last one first}, about MAX_POINTS of each."""
     lines = read_lines(file)
     series = {key: [(line["step"], line[key]) for line in lines if key in line] for key in CURVES}

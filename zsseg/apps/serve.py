@@ -42,17 +42,17 @@ class Session:
     trained: list[str]  # names of the classes of the training, which count as seen
     words: Words
 
-    def __post_init__(self) -> None:
+    def __post_init__(self):
         # {number: (network input uint8 [3, H, W], proposals, size of the label map)}
         self.images = {}
         self.set_words(self.words)
 
-    def set_words(self, words: Words) -> None:
+    def set_words(self, words):
         """Words that are refused leave everything as it was."""
         self.segmenter.set_classes(words.names, words.among(self.trained), words.synonyms)
         self.words = words
 
-    def add(self, content: bytes) -> dict:
+    def add(self, content) -> dict:
         """Pass an image file through the networks. Raises UserError for a broken one."""
         photo = read_image(io.BytesIO(content), turn=True)
         [pixels] = network_inputs(photo, self.config.data)
@@ -65,7 +65,7 @@ class Session:
             del self.images[next(iter(self.images))]
         return {"image": number, "width": photo.width, "height": photo.height}
 
-    def label(self, image: int, words: str) -> dict:
+    def label(self, image, words) -> dict:
         """The label map of an image for these words, as red + 256 x green of a PNG in base64; all
         names and their colours; the classes in it, see `count_classes`.
         """
@@ -79,7 +79,7 @@ class Session:
         return {"labels": base64_image(rgb), "names": names, "colours": colours, "classes": classes}
 
     @torch.inference_mode()
-    def pixel(self, image: int, x: int, y: int) -> dict:
+    def pixel(self, image, x, y) -> dict:
         """The score of every class at a pixel of the label map, and the proposal that gives the
         first one most of its score.
         """
@@ -98,7 +98,7 @@ class Session:
         classes = dict(zip(self.words.names, total.tolist(), strict=True))
         return {"classes": classes, "query": query, "probability": float(masks[query])}
 
-    def find(self, image: int) -> tuple:
+    def find(self, image) -> tuple:
         """One of `images`."""
         if image not in self.images:
             raise UserError("image", "is not stored any more", "drop it again")
@@ -108,7 +108,7 @@ class Session:
 class Server(ThreadingHTTPServer):
     """Serves one session to this machine."""
 
-    def run(self, session: Session) -> None:
+    def run(self, session):
         """Answer until Ctrl-C."""
         self.session = session
         print(f"open http://127.0.0.1:{self.server_port}/ (Ctrl-C ends it)")
@@ -124,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 60  # seconds that a client may be silent
     lock = threading.Lock()  # one request at a time
 
-    def do_GET(self) -> None:
+    def do_GET(self):
         with contextlib.suppress(OSError):  # a client that leaves is no error
             status = 200
             try:
@@ -158,11 +158,11 @@ class Handler(BaseHTTPRequestHandler):
         with self.lock:
             return json.dumps(actions[self.path](), allow_nan=False)
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, *_):
         pass
 
 
-def format_words(words: Words) -> str:
+def format_words(words) -> str:
     """As `parse_words` reads them."""
     rows = [" = ".join([name, *words.synonyms.get(name, [])]) for name in words.names]
     if words.shown < len(rows):
@@ -170,7 +170,7 @@ def format_words(words: Words) -> str:
     return ", ".join(rows)
 
 
-def open_server(port: int, config: Config) -> Server:
+def open_server(port, config) -> Server:
     """A server on 127.0.0.1 that does not answer yet. UserError for a port that cannot be opened,
     and for what has no page.
     """

@@ -5,7 +5,6 @@ import os
 import re
 from dataclasses import dataclass, field
 
-from zsseg.config import Config
 from zsseg.utils import UserError, expand_path, read_text
 
 OTHER = "other"  # what background words are shown as
@@ -31,7 +30,7 @@ class Words:
         """The names of the ids in a label map."""
         return self.names[: self.shown] + [OTHER] * (self.shown < len(self.names))
 
-    def among(self, trained: list[str]) -> list[int]:
+    def among(self, trained) -> list[int]:
         """The ids of the words that are among the names of trained classes, however they are spaced
         and capitalised.
         """
@@ -41,7 +40,7 @@ class Words:
         return [i for i, names in enumerate(texts) if seen & set(map(normalise, names))]
 
 
-def trained_names(content: dict, config: Config) -> list[str]:
+def trained_names(content, config) -> list[str]:
     """The names of the classes that a checkpoint's segmenter was trained on: they count as seen in
     the ensemble.
 
@@ -56,7 +55,7 @@ def trained_names(content: dict, config: Config) -> list[str]:
     return [data.names[i] for i in data.seen]
 
 
-def seen_classes(data, content: dict, config: Config) -> list[int]:
+def seen_classes(data, content, config) -> list[int]:
     """The class ids of a measured `datasets.DataSet` that count as seen.
 
     Of the user's own data, and of the set that a checkpoint of ours was trained on, those whose
@@ -69,7 +68,7 @@ def seen_classes(data, content: dict, config: Config) -> list[int]:
     return data.seen
 
 
-def read_words(text: str) -> Words:
+def read_words(text) -> Words:
     """The words themselves, "cat, sofa = couch, dog; other: sky, wall", or a text file of them, one
     class a line:
 
@@ -88,7 +87,7 @@ def read_words(text: str) -> Words:
     return parse_words(read_text(file, f"--classes {file}", todo), in_file=True)
 
 
-def parse_words(text: str, in_file: bool = False) -> Words:
+def parse_words(text, in_file=False) -> Words:
     """The words in a text as `read_words` describes them; nothing is read. Classes are separated by
     commas, semicolons and line breaks; in several lines, or `in_file`, the commas of a line that
     begins with `name =` separate its synonyms.

@@ -3,12 +3,12 @@
 import shutil
 import tarfile
 import zipfile
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from zsseg.utils import UserError
 
 
-def unpack(archive: Path, take: list[tuple[str, str]], folder: Path, what: str) -> None:
+def unpack(archive, take, folder, what):
     """Unpack parts of a .zip or .tar(.gz): each (path in the archive, path below `folder`) that
     does not exist yet.
 
@@ -18,7 +18,7 @@ def unpack(archive: Path, take: list[tuple[str, str]], folder: Path, what: str) 
     missing = [(inside, folder / path) for inside, path in take if not (folder / path).exists()]
     staging = folder / ".unpacking"
 
-    def wanted(name: str) -> bool:
+    def wanted(name):
         return any(PurePosixPath(name).is_relative_to(inside) for inside, _ in missing)
 
     try:

@@ -1,14 +1,11 @@
 """What a data set contains: counts beside the published ones, broken files, the label histogram."""
 
-from pathlib import Path
-
-from zsseg.config import DataConfig
 from zsseg.data import count_labels
-from zsseg.datasets import Listing, MissingSplit, dataset, find_listing
+from zsseg.datasets import MissingSplit, dataset, find_listing
 from zsseg.utils import UserError, plural
 
 
-def summarize(config: DataConfig, root: Path, workers: int, check: bool) -> None:
+def summarize(config, root, workers, check):
     """Print what each split contains. `check`: read every file and print all problems, which are
     then a UserError.
     """
@@ -37,9 +34,7 @@ def summarize(config: DataConfig, root: Path, workers: int, check: bool) -> None
         raise UserError(f"data set {data.name}", why, "replace these files")
 
 
-def check_split(
-    config: DataConfig, root: Path, split: str, listing: Listing, workers: int
-) -> list[str]:
+def check_split(config, root, split, listing, workers) -> list[str]:
     """Read every file of a split and print what it contains. Returns a line for each file that is
     broken or has no partner.
     """

@@ -7,7 +7,6 @@ so that a conversion that was killed continues where it was.
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +18,14 @@ from zsseg.images import read_image, to_tensor
 from zsseg.utils import UserError, atomic_write, parallel, walk
 
 
-def write_ids(file: Path, ids: list[str]) -> None:
+def write_ids(file, ids):
     """Write a list of ids unless it exists."""
     if not file.exists():
         with atomic_write(file) as temporary:
             temporary.write_text("".join(f"{i}\n" for i in ids), "utf-8")
 
 
-def voc_trainaug(folder: Path, find_sbd: Callable[[], Path], workers: int) -> None:
+def voc_trainaug(folder, find_sbd, workers):
     """Write `SegmentationClassAug/`, `train.txt` and, last, `val.txt` from VOC's own files and
     SBD's, for whose folder `find_sbd` is asked if it is needed.
 
@@ -57,7 +56,7 @@ def voc_trainaug(folder: Path, find_sbd: Callable[[], Path], workers: int) -> No
         write_ids(folder / "val.txt", read_ids(official / "val.txt"))
 
 
-def read_sbd(file: Path) -> np.ndarray:
+def read_sbd(file):
     """SBD's class mask: uint8 [H, W], 0 background, 1..20; there is no void."""
     from scipy.io import loadmat  # only when needed: it takes a second to import
 
@@ -68,12 +67,12 @@ def read_sbd(file: Path) -> np.ndarray:
         raise UserError(f"SBD file {file}", why, "replace the file") from None
 
 
-def save(values: np.ndarray, file: Path, format: str = "PNG", **options: object) -> None:
+def save(values, file, format="PNG", **options):
     with atomic_write(file) as temporary:
         Image.fromarray(values).save(temporary, format, **options)
 
 
-def decode_runs(segmentation: dict) -> np.ndarray:
+def decode_runs(segmentation):
     """COCO's run-length mask, {"size": [h, w], "counts": list or compressed text} -> bool [h, w].
 
     The runs go down the columns, background first. Raises ValueError for runs that do not make up
@@ -87,7 +86,7 @@ def decode_runs(segmentation: dict) -> np.ndarray:
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
 
-def decompress(text: str) -> list[int]:
+def decompress(text) -> list[int]:
     """COCO's compressed run lengths: 5 bits a character from 48 on, low bits first; the 6th bit
     says that more follow; two's complement; from the third on, differences to the run before the
     last.
@@ -105,7 +104,7 @@ def decompress(text: str) -> list[int]:
     return runs
 
 
-def pascal_context(folder: Path, workers: int) -> None:
+def pascal_context(folder, workers):
     """`trainval_merged.json` -> `labels/<id>.png`, 16-bit category ids painted in the file's order,
     and, last, the lists. Raises UserError for a file that contains something else.
     """
@@ -113,7 +112,7 @@ def pascal_context(folder: Path, workers: int) -> None:
     annotations = defaultdict(list)
     ids = {"train": [], "val": []}
 
-    def convert(image: dict) -> None:
+    def convert(image):
         stem = Path(image["file_name"]).stem
         ids[image["phase"]].append(stem)
         target = folder / "labels" / f"{stem}.png"
@@ -141,7 +140,7 @@ def pascal_context(folder: Path, workers: int) -> None:
         write_ids(folder / f"{split}.txt", sorted(stems))
 
 
-def ade20k_full(folder: Path, workers: int, train: bool = False) -> None:
+def ade20k_full(folder, workers, train=False):
     """`images/ADE/**/<id>.jpg` and `<id>_seg.png` -> `images_detectron2/` and
     `annotations_detectron2/`, as MaskFormer does.
 
@@ -153,7 +152,7 @@ def ade20k_full(folder: Path, workers: int, train: bool = False) -> None:
     lut = np.full(65536, data.ignore, np.uint16)
     lut[data.objects] = np.arange(len(data.objects))
 
-    def convert(jpeg: Path) -> None:
+    def convert(jpeg):
         split = data.splits["val" if "_val_" in jpeg.stem else "train"]
         target = folder / data.labels[0].format(split=split, id=jpeg.stem)
         if target.exists():

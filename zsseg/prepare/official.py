@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from zsseg.datasets import Archive, DataSet, MissingSplit, dataset, find_listing
+from zsseg.datasets import MissingSplit, dataset, find_listing
 from zsseg.download import check_file, fetch
 from zsseg.prepare import convert
 from zsseg.prepare.archives import unpack
@@ -11,7 +11,7 @@ from zsseg.utils import UserError, cache_dir
 SBD_FOLDERS = ("SBD", "sbd", "benchmark_RELEASE/dataset", "VOCdevkit/VOCaug/dataset")
 
 
-def prepare(name: str, root: Path, workers: int, train: bool) -> None:
+def prepare(name, root, workers, train):
     """Bring the official files into the layout that is read, unless they are in it.
 
     A test split is enough (evaluation needs no more) unless `train` asks for both.
@@ -38,7 +38,7 @@ def prepare(name: str, root: Path, workers: int, train: bool) -> None:
         raise UserError(f"data set {name}", f"{folder} is not complete", todo)
 
 
-def has_files(name: str, root: Path, split: str) -> bool:
+def has_files(name, root, split) -> bool:
     """Whether most of the files of a split exist (--check names the others)."""
     try:
         pairs = find_listing(name, root, split).pairs
@@ -47,7 +47,7 @@ def has_files(name: str, root: Path, split: str) -> bool:
     return sum(image.exists() and label.exists() for image, label in pairs) > len(pairs) / 2
 
 
-def find_sbd(data: DataSet, root: Path, folder: Path) -> Path:
+def find_sbd(data, root, folder) -> Path:
     """SBD's folder: one below the root, else it is downloaded."""
     folders = [folder / "SBD", *(root / name for name in SBD_FOLDERS)]
     for sbd in folders:
@@ -57,7 +57,7 @@ def find_sbd(data: DataSet, root: Path, folder: Path) -> Path:
     return folders[0]
 
 
-def obtain(archive: Archive, data: DataSet, root: Path, folder: Path) -> None:
+def obtain(archive, data, root, folder):
     """Unpack an archive from the root or the cache, to which it is downloaded if it is in
     neither.
     """

@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 
 import numpy as np
-from numpy.random import Generator, default_rng
+from numpy.random import default_rng
 from PIL import Image, ImageDraw, ImageFilter
 
 from zsseg.datasets import DATASETS
@@ -29,7 +29,7 @@ FINE = 4  # a silhouette is drawn with 4 x 4 points a pixel
 DRAWING = tomllib.loads((Path(__file__).parent / "shapes.toml").read_text("utf-8"))
 
 
-def outline(kind: str, values: list[float]) -> np.ndarray:
+def outline(kind, values):
     """Points [N, 2] of a part of a silhouette, see shapes.toml."""
     if "polygon" in kind:
         return np.reshape(values, (-1, 2))
@@ -38,7 +38,7 @@ def outline(kind: str, values: list[float]) -> np.ndarray:
     return np.stack([x + rx * np.cos(angles), y + ry * np.sin(angles)], 1)
 
 
-def silhouette(name: str, rng: Generator) -> np.ndarray:
+def silhouette(name, rng):
     """The share of every pixel that a thing somewhere in the image covers, with and without a rim
     of a pixel: float64 [2, 96, 96].
     """
@@ -55,20 +55,20 @@ def silhouette(name: str, rng: Generator) -> np.ndarray:
     return np.stack([cover.filter(ImageFilter.MaxFilter(3)), cover]) / 255
 
 
-def colour(rng: Generator, hue: float, spread: float, *rest: float) -> np.ndarray:
+def colour(rng, hue, spread, *rest):
     """A colour near a hue of 0 to 1, of saturation and value near `rest`; float64 [3], 0..255."""
     hue += rng.uniform(-spread, spread)
     rest = np.clip(rest + rng.uniform(-0.1, 0.1, 2), 0, 1)
     return 255 * np.array(colorsys.hsv_to_rgb(hue % 1, *rest))
 
 
-def noise(rng: Generator, *cells: int) -> np.ndarray:
+def noise(rng, *cells):
     """Smooth noise of 0 to 1 with that many cells down and across, float64 [96, 96]."""
     coarse = Image.fromarray(rng.integers(0, 256, cells, np.uint8))
     return np.asarray(coarse.resize((SIDE, SIDE))) / 255
 
 
-def texture(name: str, rng: Generator) -> np.ndarray:
+def texture(name, rng):
     """A piece of ground, float64 [96, 96, 3]."""
     y, x = np.mgrid[:SIDE, :SIDE] + rng.uniform(0, 50, (2, 1, 1))
     base, other = (colour(rng, *values) for values in DRAWING["colours"][name])
@@ -90,7 +90,7 @@ def texture(name: str, rng: Generator) -> np.ndarray:
     return base + (other - base) * amount[..., None]
 
 
-def paint(rng: Generator) -> np.ndarray:
+def paint(rng):
     """The surface of a thing, whatever it is: any colour, plain or with a pattern; float64 [96, 96,
     3].
     """
@@ -108,7 +108,7 @@ def paint(rng: Generator) -> np.ndarray:
     return base + (other - base) * amount[..., None]
 
 
-def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, dict]:
+def draw(split, index) -> tuple[np.ndarray, np.ndarray, dict]:
     """Image uint8 [96, 96, 3], class ids uint8 [96, 96] and a caption for every class in it."""
     rng = default_rng(mix_seed(list(SPLITS).index(split), index))
     # Unseen classes are rare in training, as in COCO-Stuff.
@@ -137,7 +137,7 @@ def draw(split: str, index: int) -> tuple[np.ndarray, np.ndarray, dict]:
     return image, labels, {k: rng.choice(DRAWING["captions"]).format(NAMES[k]) for k in present}
 
 
-def generate(folder: Path) -> None:
+def generate(folder):
     """Write `images/`, `labels/` and, last, `captions.json`, {name of an image: {class id:
     caption}}, unless that exists. UserError for a folder with other files, or with a data set of
     other classes.

@@ -4,7 +4,6 @@ and captions of all classes on separate images. Two minutes; killed, it begins a
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ def build_small_clip() -> CLIP:
     return CLIP(visual, Tokenizer(514, 40), 64, 40, 514, 64, 2)
 
 
-def train_small_clip(folder: Path, steps: int = STEPS) -> None:
+def train_small_clip(folder, steps=STEPS):
     """Write `clip.pt` to the folder of the data set, unless it is there."""
     if (folder / "clip.pt").exists():
         return
@@ -63,7 +62,7 @@ def train_small_clip(folder: Path, steps: int = STEPS) -> None:
         torch.save(clip.state_dict(), file)
 
 
-def read_regions(folder: Path) -> list[list[tuple]]:
+def read_regions(folder) -> list[list[tuple]]:
     """Of each class, all regions: (image uint8 [3, H, W], corners fp32 [2, 2] of its box,
     caption).
     """
@@ -78,7 +77,7 @@ def read_regions(folder: Path) -> list[list[tuple]]:
     return regions
 
 
-def draw_samples(clip: CLIP, regions: list, numbers: range) -> Iterator[tuple[Tensor, str]]:
+def draw_samples(clip, regions, numbers) -> Iterator[tuple[Tensor, str]]:
     """For every number one region of every class, so that no two of them match each other's
     caption: crop fp32 [1, 3, R, R], caption.
 

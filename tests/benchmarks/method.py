@@ -51,7 +51,7 @@ def main() -> None:
             parts.append(
                 f'<text x="{x + width / 2}" y="{middle:g}" text-anchor="middle"{weight}>{line}</text>'
             )
-    Path(__file__).with_name("method.svg").write_text(
+    (Path(__file__).parents[1] / "screens" / "method.svg").write_text(
         "\n".join([*parts, "</svg>"]) + "\n", encoding="utf-8"
     )
 

@@ -1,4 +1,4 @@
-"""Draw the method as tests/screens/method.svg: `python tests/screens/method.py`."""
+"""Draw the method as tests/screens/method.svg: `python -m tests.benchmarks.method`."""
 
 from pathlib import Path
 

@@ -214,7 +214,7 @@ def test_mistakes_in_evaluation(shapes_run, shapes_root, tmp_path):
         ([tmp_path / "junk.pt"], "junk.pt", "cannot be read"),
         ([theirs], "give its --config"),
         ([last, "--set", "model.num_queries=9"], "query_embed.weight", "shape"),
-        ([last, "--set", "clip.prompt=learned"], "set clip.prompts"),
+        ([last, "--set", "clip.prompt=learned"], "may come from clip.prompts"),
         ([last, "--export", "x"], "--export is not an option"),
     ):
         fails_in_one_line(command("eval.py", *words, *out), *parts)

@@ -41,9 +41,6 @@ def words(root: Path, out: Path, *settings: str) -> list:
     return [*SHAPES, *pairs, "--root", root, "--out", out]
 
 
-# --- kills and signals
-
-
 @pytest.mark.parametrize("at", ["before", "middle", "after"])
 def test_a_kill_while_a_checkpoint_is_written_costs_nothing(at, shapes_root, tmp_path):
     """SIGKILL around the replacement of last.pt, --resume, and the weights of an undisturbed run,
@@ -129,9 +126,6 @@ def test_ctrl_c_saves_and_a_second_one_leaves(shapes_root, tmp_path, monkeypatch
         signal.signal(signal.SIGINT, handler)
     assert (tmp_path / "last.pt").exists() == patient
     assert not patient or load_checkpoint(tmp_path / "last.pt")["step"] == 3
-
-
-# --- NaN/Inf
 
 
 def spoil(monkeypatch, steps: set[int], how: str) -> None:
@@ -238,9 +232,6 @@ def test_too_many_bad_steps_stop_the_run(shapes_root, tmp_path, monkeypatch):
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, 9))
 
 
-# --- broken training files
-
-
 def test_a_broken_training_file_is_named_once_and_replaced(shapes_root, tmp_path, capfd):
     """The same whatever reads it; a label map that cannot be counted is left out, and said."""
     root = tmp_path / "root"
@@ -273,8 +264,6 @@ def test_a_broken_image_in_an_evaluation_on_the_way_costs_no_step(shapes_root, t
     assert done.returncode == 2 and "val00001.jpg" in done.stderr
     assert load_checkpoint(tmp_path / "r" / "last.pt")["step"] == 2
 
-
-# --- many processes
 
 # R50 has no batch statistics, which are per process.
 PAIR = ("train.steps=20", "train.checkpoint_every=6", "model.dropout=0", "model.decoder_layers=1")

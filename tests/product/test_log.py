@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROCESS, TINY, command, process, tiny_config
+from conftest import PROCESS, TINY, process, tiny_config
 
 import train
 from zsseg.log import Log, scalars
@@ -139,11 +139,3 @@ def test_the_real_wandb_offline(shapes_root, tmp_path):
     done = process("train.py", *words, "--out", tmp_path / "run", env=environment)
     assert done.returncode == 0, done.stderr
     assert [*(tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")]
-
-
-def test_plain_lines_without_a_terminal(shapes_root, tmp_path):
-    words = ["--config", "configs/shapes.toml", "--device", "cpu", "--root", shapes_root]
-    words += [word for setting in TINY for word in ("--set", setting)]
-    done = command("train.py", *words, "--set", "train.steps=2", "--out", tmp_path / "run")
-    assert done.returncode == 0 and "segment step 2/2 loss" in done.stdout
-    assert "\r" not in done.stdout + done.stderr

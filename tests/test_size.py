@@ -285,6 +285,17 @@ def test_the_tests_are_short_too():
     assert sum(lines.values()) <= MAX_TEST_LINES, (sum(lines.values()), lines)
 
 
+def test_every_promise_names_its_tests():
+    text = (ROOT / "tests" / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| [^|]+ \| `([\w/]+\.py.*)` \|$", text, re.MULTILINE)
+    assert len(rows) > 30
+    for group in (group for row in rows for group in row.split("; ")):
+        file, _, names = group.partition("::")
+        for name in re.findall(r"test_\w+", names):
+            source = (ROOT / "tests" / file).read_text("utf-8")
+            assert f"def {name}(" in source, (file, name)
+
+
 def test_pages_are_small():
     pages = (ROOT / "README.md", ROOT / "zsseg" / "apps" / "report.html")
     sizes = {page.name: page.stat().st_size for page in pages}

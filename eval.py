@@ -30,7 +30,9 @@ segmented/ beside the checkpoint, or in runs/NAME/): a folder that is new, empty
 program.
 """
 
+import inspect
 import operator
+import os
 import tomllib
 from argparse import Namespace
 from pathlib import Path
@@ -64,9 +66,10 @@ def parse(argv) -> Namespace:
     parser = run_parser(__doc__)
     text = f"a file, a published model ({', '.join(MODELS)}), or -"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
-    add = parser.add_mutually_exclusive_group().add_argument
+    add = parser.add_argument
     add("--save-predictions", action="store_true", help="also OUT/predictions/<stem>.png")
     add("--report", action="store_true", help="also OUT/report.html: confusions, curves, images")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--budget", action="store_true", help="instead, what masks and classes cost: oracles")
     add("--images", metavar="IMAGE", nargs="+", default=[], help="files, folders, or - for a list")
     add("--serve", metavar="PORT", type=int, nargs="?", const=8000, help="a page on 127.0.0.1")
@@ -77,6 +80,8 @@ def parse(argv) -> Namespace:
     args = parser.parse_args(argv)
 
     args.own = args.images or args.serve is not None
+    if args.own and (args.save_predictions or args.report):
+        raise UserError("--save-predictions, --report", "are for measuring", "leave them out")
     if not args.own and (args.classes or args.resume or args.features):
         options = "--classes, --resume, --features"
         raise UserError(options, "are for images of your own", "add --images")
@@ -90,7 +95,7 @@ def parse(argv) -> Namespace:
 
 def main(argv):
     args = parse(argv)
-    from zsseg.distributed import init_distributed
+    from zsseg.distributed import can_compile, init_distributed
     from zsseg.weights import checkpoint_and_config, find_model, load_segmenter
 
     named = args.checkpoint
@@ -112,6 +117,8 @@ def main(argv):
         many = images >= MIN_IMAGES_TO_COMPILE * process.world_size
         if process.compiles(setting) and (many or setting == "on"):
             segmenter.compile_parts()
+        elif many and setting == "auto" and segmenter.clip is not None and can_compile():
+            segmenter.compile_tower()  # on a CPU all else is little beside it
         return segmenter
 
     use = use_words if args.own else measure
@@ -137,14 +144,19 @@ def use_words(args, content, config, process, load):
         why = "caches mask proposals, of one view an image (eval.sizes, flip, window)"
         raise UserError("--features", why, "leave it out")
     images = process.broadcast(lambda: find_images(args.images, args.out))
+    folders = [folder for folder in (args.out, args.features) if folder]
+    process.broadcast(lambda: [claim_folder(folder) for folder in folders])
     segmenter = load(len(images))
     segmenter.set_classes(words.names, words.among(trained), words.synonyms)
     weights = config.clip.weights.replace("{root}", str(args.root))
-    files = (args.checkpoint, weights, config.clip.prompts)
+    files = [args.checkpoint, weights, config.clip.prompts]
+    if config.model.proposer:
+        files.append(inspect.getsourcefile(inspect.unwrap(segmenter.proposer)))
     sizes = (config.data.test_short_edge, config.data.max_size)
     model = digest([config.model, config.clip, config.eval, sizes], files)
     parts = (segmenter, config, process, words, images)
-    segment_images(*parts, args.out, model, args.resume, args.features)
+    resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    segment_images(*parts, args.out, model, resume, args.features)
 
 
 def measure(args, content, config, process, load):
@@ -164,7 +176,8 @@ def measure(args, content, config, process, load):
         result = oracle_analysis(*measured, seen)
         if process.is_main:
             write_analysis(result, args.out)
-        return
+        if not args.report:
+            return
     page = Report(config, process) if args.report else None
     result = evaluate(*measured, args.out, args.save_predictions, page, seen)
     if process.is_main:

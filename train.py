@@ -107,7 +107,7 @@ class SegmentTask:
                 parts[f"{name}/layer_{i}"] = value
         return sum(values.sum() for values in losses.values()), parts
 
-    def evaluate(self, split, out, on_image) -> dict:
+    def evaluate(self, split, out, on_image):
         where = (self.root, self.process, split, out)
         result = evaluate(self.segmenter, self.config, *where, on_image=on_image)
         if out and self.process.is_main:
@@ -118,7 +118,7 @@ class SegmentTask:
         """What best.pt is chosen by: hIoU or, if that is equal or was not measured, mIoU."""
         return [-math.inf if result.get(k) is None else result[k] for k in ("hIoU", "mIoU")]
 
-    def state(self, result=None) -> dict:
+    def state(self, result=None):
         return self.segmenter.learned_state()
 
 
@@ -202,7 +202,7 @@ class BadSteps:
         self.in_a_row = 0
         self.flags: list[tuple[int, Tensor]] = []  # not waited for
 
-    def read(self) -> bool:
+    def read(self):
         """Whether the last step was bad; the host waits for the device."""
         size = self.train.batch_size
         for step, bad in self.flags:

@@ -86,7 +86,7 @@ def count_oracles(segmenter, image, labels, data, autocast):
 
 
 @torch.inference_mode()
-def oracle_analysis(segmenter, config, root, process, split, seen) -> dict:
+def oracle_analysis(segmenter, config, root, process, split, seen):
     """The metrics of every row, the recall of the proposals, and CLIP's confusions on ground-truth
     masks, over a split, in percent, None for nothing to measure; complete on the first process.
 

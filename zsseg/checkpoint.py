@@ -22,7 +22,7 @@ def save(path, previous=None, **content):
             raise OSError(0, str(error).partition("\n")[0]) from None
 
 
-def load_last(out, resume, process) -> dict:
+def load_last(out, resume, process):
     """The checkpoint that a run goes on from, with --resume or after a restart by torchrun; {} for
     a new run. previous.pt takes the place of a last.pt that is broken or gone. Raises UserError.
     """
@@ -87,6 +87,6 @@ class GracefulStop:
             raise KeyboardInterrupt
         self.received.add(number)
 
-    def requested(self) -> bool:
+    def requested(self):
         """Whether any process received a signal: they all stop after the same step."""
         return self.process.any(bool(self.received))

@@ -226,7 +226,7 @@ def load_config(file=None, settings=(), base=None) -> Config:
     return config
 
 
-def describes(section, values) -> bool:
+def describes(section, values):
     """Whether values begin a description, see GROUPS."""
     keys, _ = GROUPS.get(section, ((), ""))
     return any(key in values.get(section, ()) for key in keys)
@@ -328,7 +328,7 @@ def read_toml(file, derived=()) -> list[tuple[str, dict]]:
     return [*read_toml(path, derived), (str(file), values)]
 
 
-def parse(text, expected) -> object:
+def parse(text, expected):
     """A command-line value: the text itself for a string, else TOML if it is that (so strings need
     no quotes).
     """
@@ -339,7 +339,7 @@ def parse(text, expected) -> object:
     return text if expected is str and not isinstance(value, str) else value
 
 
-def matches(value, expected) -> bool:
+def matches(value, expected):
     """Whether a value is of a field's type and in its range; a whole number may stand for a float,
     NaN and infinity for none.
     """

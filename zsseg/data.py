@@ -11,7 +11,7 @@ import multiprocessing
 import operator
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -143,7 +143,7 @@ class EndlessSamples(Dataset):
         """The image of sample n, for messages."""
         return str(self.item(n)[0])
 
-    def __getitem__(self, n) -> object:
+    def __getitem__(self, n):
         """Sample n or, if its files are broken, which is said, the next that can be read: still a
         function of n only. Too many broken ones in a row raise the last one's UserError.
         """
@@ -288,14 +288,14 @@ class Batches(Dataset):
     samples: Dataset
     collate_fn: Callable
 
-    def __getitem__(self, numbers) -> object:
+    def __getitem__(self, numbers):
         try:
             return self.collate_fn([self.samples[n] for n in numbers])
         except UserError as error:
             return error
 
 
-def batches(samples, numbers, batch_size, workers, collate_fn=list) -> Iterator:
+def batches(samples, numbers, batch_size, workers, collate_fn=list):
     """Batches of the samples with these numbers, in order, as `collate_fn` makes them of a list;
     with `batch_size` None the samples themselves.
 

@@ -22,7 +22,7 @@ class Process:
     world_size: int = 1
 
     @property
-    def is_main(self) -> bool:
+    def is_main(self):
         return self.rank == 0
 
     def sum(self, tensor) -> torch.Tensor:
@@ -31,7 +31,7 @@ class Process:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag) -> bool:
+    def any(self, flag):
         """Whether the flag is set in any process; the devices are not waited for."""
         return bool(self.sum(torch.tensor(float(flag))))
 
@@ -74,7 +74,7 @@ class Process:
         kind = self.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=self.bf16(setting, training))
 
-    def bf16(self, setting, training=False) -> bool:
+    def bf16(self, setting, training=False):
         """Whether products are in bf16. "auto": on CUDA, and at inference on a CPU that multiplies
         in bf16 (AMX or AVX512-BF16).
 
@@ -85,7 +85,7 @@ class Process:
         has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
         return has_bf16 and not training
 
-    def compiles(self, setting) -> bool:
+    def compiles(self, setting):
         """Whether all of a network is compiled. "auto": on CUDA."""
         return setting == "on" or (setting == "auto" and self.device.type == "cuda")
 
@@ -100,7 +100,7 @@ class Process:
         print_main(f"computing on {name}: {precision}")
 
 
-def can_compile() -> bool:
+def can_compile():
     """Whether torch.compile works here: on a CPU it needs a C++ compiler and Python's headers,
     which not every machine has.
     """

@@ -46,7 +46,7 @@ def evaluate(
     save_predictions=False,
     on_image=None,
     seen=None,
-) -> dict:
+):
     """Metrics of a split; with `out`, some images in samples.png there (rank 0). `segmenter`: a
     `Segmenter` or a `OneStage`.
 
@@ -89,7 +89,7 @@ def evaluate(
     return result | {"images_per_second": rate}
 
 
-def summarize_totals(totals, data, process) -> dict:
+def summarize_totals(totals, data, process):
     """The metrics from what all processes have counted. The first one counts all that others do."""
     shapes = process.broadcast(lambda: {name: count.shape for name, count in totals.items()})
     for name, shape in shapes.items():

@@ -19,7 +19,7 @@ LABEL_BITS |= {"PNG I": 16, "PNG I;16": 16, "TIFF I;16": 16, "TIFF I;16B": 16}
 STRETCH = {"L;2": 85, "L;4": 17}  # what it multiplies those of 2 and 4 bits with
 
 
-def is_image_name(name) -> bool:
+def is_image_name(name):
     ending = os.path.splitext(name)[1].lower()
     return Image.registered_extensions().get(ending) in FORMATS
 

@@ -48,7 +48,7 @@ class Log:
             self.run = start_wandb(config, folder, run_id)
             self.run_id = self.run.id
 
-    def timed(self, batches) -> Iterator:
+    def timed(self, batches):
         """The batches; the time that each takes to come counts as waiting."""
         asked = time.perf_counter()
         for batch in batches:
@@ -153,7 +153,7 @@ def read_lines(file) -> list[dict]:
     return lines
 
 
-def is_before(line, step) -> bool:
+def is_before(line, step):
     """Whether a run that goes on from `step` does not repeat what a line of metrics.jsonl is
     about.
     """

@@ -61,7 +61,7 @@ PARTS = {
 }
 
 
-def summarize(matrix, data) -> dict:
+def summarize(matrix, data):
     """METRICS of a confusion matrix, and IoU and accuracy `per_class`; None for what has no ground
     truth.
     """

@@ -70,7 +70,9 @@ class OneStage(OpenVocabulary):
         return p**power * c ** (1 - power)
 
     @torch.inference_mode()
-    def segment(self, inputs, size, flip=False, window=0, weights=None) -> Segmentation:
+    def segment(
+        self, inputs, size, flip=False, window=0, weights=None, proposals=None
+    ) -> Segmentation:
         """The label map of one image, with test-time augmentation, see `Segmenter.segment`; it has
         no variants.
         """

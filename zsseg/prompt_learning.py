@@ -95,13 +95,13 @@ class PromptTask:
         accuracy = 100 * (logits.argmax(-1) == classes).float().mean()
         return sum(F.cross_entropy(part, classes) for part in logits), {"accuracy": accuracy}
 
-    def state(self, result) -> dict:
+    def state(self, result):
         """The prompts of all seeds and, as "prompt", that of `result["best_seed"]`."""
         best = result["best_seed"] if result else next(iter(self.prompts))
         return {"prompt": self.prompts[best].state_dict(), "prompts": self.prompts.state_dict()}
 
     @torch.no_grad()
-    def evaluate(self, split, out, on_image) -> dict:
+    def evaluate(self, split, out, on_image):
         """Accuracy of every seed on the held-out regions in percent, None if there are none, and
         the "best_seed"; every process measures all. With `out`, metrics.json and a line.
         """

@@ -302,7 +302,7 @@ def mix_seed(*numbers) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def progress(items, name, total, show=True) -> Iterator:
+def progress(items, name, total, show=True):
     """The items, with a progress bar on a terminal, else with a line every LINE_EVERY seconds."""
     if sys.stderr.isatty() or not show:
         from tqdm import tqdm
@@ -321,7 +321,7 @@ def progress(items, name, total, show=True) -> Iterator:
             print(f"{name} {i}/{total}, {1 / each:.1f}/s, {left} left", flush=True)
 
 
-def parallel(function, items, workers, name) -> Iterator:
+def parallel(function, items, workers, name):
     """function(item) of every item, in order, by threads (Pillow and zlib release the
     interpreter), a few ahead, with progress.
     """

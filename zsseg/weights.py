@@ -122,7 +122,7 @@ class Unpickler(pickle.Unpickler):
 
     folder: zipfile.Path  # in the archive
 
-    def find_class(self, module, name) -> object:
+    def find_class(self, module, name):
         if module.startswith("__torch__"):
             return ScriptModule
         if module == "torch.jit._pickle" and name.startswith("build_"):
@@ -134,7 +134,7 @@ class Unpickler(pickle.Unpickler):
         return torch.frombuffer(bytearray((self.folder / "data" / name).read_bytes()), dtype=dtype)
 
 
-def read_torch(path, what, todo="check the path") -> object:
+def read_torch(path, what, todo="check the path"):
     """The content of a file of `torch.save`, a TorchScript archive (its tensors) or detectron2's
     .pkl, tensors and plain values, on the CPU. Raises UserError.
     """
@@ -150,7 +150,7 @@ def read_torch(path, what, todo="check the path") -> object:
         raise UserError(what, why, todo) from None
 
 
-def unpickle(path) -> object:
+def unpickle(path):
     """See `read_torch`. Raises anything for a broken file."""
     if zipfile.is_zipfile(path):
         folder = next(zipfile.Path(path).iterdir())
@@ -168,7 +168,7 @@ def unpickle(path) -> object:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load_checkpoint(path, what="checkpoint") -> dict:
+def load_checkpoint(path, what="checkpoint"):
     """A checkpoint of ours ({"config", "step", "model", ...}) or the original's ({"model": ...}),
     on the CPU.
     """
@@ -447,6 +447,8 @@ def load_tokenizer(vocab_size, context_length) -> Tokenizer:
     if count:
         file = os.environ.get("ZSSEG_VOCAB") or cache_dir() / "bpe_simple_vocab_16e6.txt.gz"
         path = expand_path(file)
+        if "ZSSEG_VOCAB" in os.environ and not path.is_file():
+            raise no_such_file("ZSSEG_VOCAB", path)
         url, checksum = VOCABULARY
         fetch([url], path, checksum, "BPE vocabulary")
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")

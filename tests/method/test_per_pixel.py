@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import PROCESS, golden, keys, original_state, relative_error, tiny_config
 
+from zsseg import load
 from zsseg.clip import build_clip
 from zsseg.config import Config
 from zsseg.datasets import dataset
@@ -129,3 +130,5 @@ def test_it_trains_and_evaluates(shapes_root, tmp_path):
     content = torch.load(tmp_path / "last.pt", weights_only=True)
     assert "pixel_embed.weight" in content["model"]["maskformer"]
     assert (tmp_path / "metrics.json").exists()
+    segmenter = load(tmp_path / "last.pt", root=shapes_root, device="cpu")
+    assert segmenter(shapes_root / "shapes/images/test/test00000.jpg").shape == (96, 96)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from zsseg.checkpoint import save
@@ -26,7 +26,6 @@ from zsseg.segmenter import Proposals
 from zsseg.utils import (
     UserError,
     atomic_write,
-    claim_folder,
     digest,
     parallel,
     plural,
@@ -49,7 +48,7 @@ def find_images(given, out) -> list[tuple[str, str]]:
     """
     results = os.path.realpath(out)
     if given == ["-"]:
-        given = split_lines(os.fsdecode(sys.stdin.buffer.read()))
+        given = split_lines(os.fsdecode(sys.stdin.buffer.read().replace(b"\0", b"\n")))
     files = set()
     folders = set()
     for path in [os.path.abspath(word) for word in given if word.strip()]:
@@ -97,7 +96,9 @@ def read_photo(file, config) -> tuple[str, list[Tensor], tuple, np.ndarray] | No
     except Exception as error:  # whatever a decoder raises must not end a run of a million
         print(f"{file}: {error}", file=sys.stderr, flush=True)
         return None
-    preview = ImageOps.contain(image, (OVERLAY_EDGE, OVERLAY_EDGE), Image.Resampling.BILINEAR)
+    scale = OVERLAY_EDGE / max(image.size)
+    size = [max(round(scale * side), 1) for side in image.size]
+    preview = image.resize(size, Image.Resampling.BILINEAR)
     inputs = network_inputs(image, config.data, config.eval.sizes)
     return version, inputs, image.size[::-1], np.asarray(preview)
 
@@ -154,7 +155,7 @@ def write_results(stem, labels, preview, colours, content):
     write_json(Path(f"{stem}.json"), content)
 
 
-def is_done(file, stem, made_with) -> bool:
+def is_done(file, stem, made_with):
     """Whether the results of an image are there: .json, the last one, says so. Raises UserError for
     those of another image.
     """
@@ -163,11 +164,11 @@ def is_done(file, stem, made_with) -> bool:
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return False  # none, or a broken one
-    other = content["image"]
+    other = content.get("image", file)
     if other != file and os.path.exists(other):  # else it was moved
         why = f"is the result of another image, {other}, not of {file}"
         raise UserError(f"file {path}", why, "give another --out")
-    return content["made_with"] == made_with + digest("", [file])
+    return content.get("made_with") == made_with + digest("", [file])
 
 
 def segment_images(segmenter, config, process, words, images, out, model, resume, cache):
@@ -177,7 +178,6 @@ def segment_images(segmenter, config, process, words, images, out, model, resume
 
     Raises UserError at the end for images that cannot be read.
     """
-    process.broadcast(lambda: [claim_folder(folder) for folder in (out, cache) if folder])
     made_with = digest([model, words, segmenter.seen.tolist()])
     is_ready = lambda file, name: is_done(file, out / name, made_with) and resume
     left = process.broadcast(lambda: [image for image in images if not is_ready(*image)])

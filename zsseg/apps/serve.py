@@ -52,7 +52,7 @@ class Session:
         self.segmenter.set_classes(words.names, words.among(self.trained), words.synonyms)
         self.words = words
 
-    def add(self, content) -> dict:
+    def add(self, content):
         """Pass an image file through the networks. Raises UserError for a broken one."""
         photo = read_image(io.BytesIO(content), turn=True)
         [pixels] = network_inputs(photo, self.config.data)
@@ -65,12 +65,13 @@ class Session:
             del self.images[next(iter(self.images))]
         return {"image": number, "width": photo.width, "height": photo.height}
 
-    def label(self, image, words) -> dict:
+    def label(self, image, words):
         """The label map of an image for these words, as red + 256 x green of a PNG in base64; all
         names and their colours; the classes in it, see `count_classes`.
         """
         pixels, proposals, size = self.find(image)
-        self.set_words(parse_words(words))
+        if words:  # else those from the start, which may have commas in them
+            self.set_words(parse_words(words))
         parts = (self.segmenter, self.config, self.process, [pixels], size)
         names = self.words.shown_names
         ids, classes = count_classes(*segment_image(*parts, proposals=proposals), names)
@@ -79,7 +80,7 @@ class Session:
         return {"labels": base64_image(rgb), "names": names, "colours": colours, "classes": classes}
 
     @torch.inference_mode()
-    def pixel(self, image, x, y) -> dict:
+    def pixel(self, image, x, y):
         """The score of every class at a pixel of the label map, and the proposal that gives the
         first one most of its score.
         """
@@ -149,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             words = html.escape(format_words(session.words))
             return PAGE.read_text("utf-8").replace("{{words}}", words)
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         actions = {
             "/image": lambda: session.add(body),
             "/label": lambda: session.label(**json.loads(body)),
@@ -163,7 +164,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def format_words(words) -> str:
-    """As `parse_words` reads them."""
+    """As `parse_words` reads them; "" for names with commas in them."""
+    if any("," in name for name in words.names):
+        return ""
     rows = [" = ".join([name, *words.synonyms.get(name, [])]) for name in words.names]
     if words.shown < len(rows):
         rows[words.shown] = f"other: {rows[words.shown]}"

@@ -95,9 +95,8 @@ def parse_words(text, in_file=False) -> Words:
     classes = []  # each: its name and, after =, its synonyms
     background = []
     in_lines = in_file or "\n" in text.strip()
-    for line in re.split("[;\r\n]", text):
-        if line.startswith("#"):
-            continue
+    lines = [line for line in re.split("[\r\n]", text) if not line.strip().startswith("#")]
+    for line in ";".join(lines).split(";"):
         line, *other = BACKGROUND.split(line)
         background += ",".join(other).split(",")
         if in_lines and "=" in line.partition(",")[0]:

@@ -28,7 +28,10 @@ def summarize(config, root, workers, check):
         if check:
             problems += check_split(config, root, split, listing, workers)
         elif split == "train":
-            count_labels(config, root, "train", workers)  # now, since training needs it
+            _, broken = count_labels(config, root, "train", workers)  # training needs it
+            problems += broken
+            for line in broken:
+                print(f"  broken: {line}")
     if problems:
         why = f"{plural(len(problems), 'problem')} (listed above)"
         raise UserError(f"data set {data.name}", why, "replace these files")

@@ -1,12 +1,13 @@
 """The official files of a data set: found below the data root, or downloaded and unpacked."""
 
+import shutil
 from pathlib import Path
 
 from zsseg.datasets import MissingSplit, dataset, find_listing
 from zsseg.download import check_file, fetch
 from zsseg.prepare import convert
 from zsseg.prepare.archives import unpack
-from zsseg.utils import UserError, cache_dir
+from zsseg.utils import UserError, atomic_write, cache_dir
 
 SBD_FOLDERS = ("SBD", "sbd", "benchmark_RELEASE/dataset", "VOCdevkit/VOCaug/dataset")
 
@@ -38,13 +39,16 @@ def prepare(name, root, workers, train):
         raise UserError(f"data set {name}", f"{folder} is not complete", todo)
 
 
-def has_files(name, root, split) -> bool:
-    """Whether most of the files of a split exist (--check names the others)."""
+def has_files(name, root, split):
+    """Whether most of the files of a split exist (--check names the others), of VOC all: its
+    masks are converted one by one.
+    """
     try:
         pairs = find_listing(name, root, split).pairs
     except MissingSplit:
         return False
-    return sum(image.exists() and label.exists() for image, label in pairs) > len(pairs) / 2
+    found = sum(image.exists() and label.exists() for image, label in pairs)
+    return found >= (len(pairs) if name == "voc" else len(pairs) / 2)
 
 
 def find_sbd(data, root, folder) -> Path:
@@ -67,8 +71,9 @@ def obtain(archive, data, root, folder):
     what = f"data set {data.name}, {archive.file}"
     is_archive = archive.take[0][0] != ""
     file = cache_dir() / "downloads" / archive.file if is_archive else targets[0]
-    if (root / archive.file).is_file():
-        file = root / archive.file
+    given = [path for path in (root / archive.file, folder / archive.file) if path.is_file()]
+    if given:
+        file = given[0]
         check_file(file, archive.checksum, what, archive.bytes)
     elif archive.urls:
         fetch(archive.urls, file, archive.checksum, what, archive.bytes)
@@ -77,3 +82,6 @@ def obtain(archive, data, root, folder):
         raise UserError(f"data set {data.name}", why, data.register)
     if is_archive:
         unpack(file, archive.take, folder, what)
+    elif file != targets[0]:
+        with atomic_write(targets[0]) as temporary:
+            shutil.copyfile(file, temporary)

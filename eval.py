@@ -34,7 +34,6 @@ import inspect
 import operator
 import os
 import tomllib
-from argparse import Namespace
 from pathlib import Path
 
 from zsseg.apps.vocabulary import Words, read_words, seen_classes, trained_names
@@ -61,7 +60,7 @@ PUBLISHED_FOR = operator.attrgetter(
 MODELS = [*PUBLISHED["model"]]
 
 
-def parse(argv) -> Namespace:
+def parse(argv):
     """The command line; UserError for what can be told without loading anything."""
     parser = run_parser(__doc__)
     text = f"a file, a published model ({', '.join(MODELS)}), or -"
@@ -187,7 +186,7 @@ def measure(args, content, config, process, load):
         page.write(result, args.checkpoint, content.get("step"), args.out)
 
 
-def published_row(config) -> str:
+def published_row(config):
     """A line with the published numbers for the settings that are measured, or ""."""
     for row in PUBLISHED["row"]:
         other = load_config(row["config"], row.get("set", []))

@@ -10,7 +10,6 @@ that is allowed (to $ZSSEG_CACHE, else ~/.cache/zsseg) or one line says what to 
 it again changes nothing; killed half-way and run again it finishes.
 """
 
-import argparse
 import tomllib
 from pathlib import Path
 
@@ -39,7 +38,7 @@ def main(argv):
     check.summarize(config, args.root, args.workers, args.check)
 
 
-def parse(argv) -> argparse.Namespace:
+def parse(argv):
     options = parser(__doc__)
     names = [*tomllib.loads(TABLE.read_text("utf-8")), "folder"]
     options.add_argument("dataset", metavar="DATASET", help=f"one of {', '.join(names)}")

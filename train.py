@@ -10,14 +10,13 @@ configuration in it; on the CPU the weights come out the same bit for bit. SIGTE
 or a closed terminal (SIGHUP): a checkpoint at the end of the step, exit code 0.
 """
 
-from argparse import Namespace
 from pathlib import Path
 
 from zsseg.config import load_config
 from zsseg.utils import UserError, command, run_parser
 
 
-def parse(argv) -> Namespace:
+def parse(argv):
     parser = run_parser(__doc__)
     parser.add_argument("--resume", action="store_true", help="continue OUT/last.pt")
     args = parser.parse_args(argv)
@@ -67,6 +66,7 @@ class SegmentTask:
             pseudo_labels(config, root, pseudo, process)
         self.segmenter = build_segmenter(config, root, saved).to(process.device)
         self.segmenter.set_classes(training_set(config.data).training_names)
+        self.text = self.segmenter.text_features  # an evaluation sets other classes
         self.clip = self.segmenter.clip
         self.model = self.segmenter.maskformer
         self.clipped = [self.model]  # modules whose gradients are clipped, each by itself
@@ -90,7 +90,7 @@ class SegmentTask:
         targets = targets.to(self.process.device)
         # The network only: costs and losses need fp32.
         with self.process.autocast(self.config.model.bf16, training=True):
-            outputs = model(self.model.prepare(images), self.segmenter.text_features)
+            outputs = model(self.model.prepare(images), self.text)
         if not self.config.model.proposals:
             loss = per_pixel_loss(outputs, targets.labels, self.samples.data.ignore)
             return loss, {"class": loss.detach()}
@@ -114,7 +114,7 @@ class SegmentTask:
             report(result, self.config, out)
         return result
 
-    def score(self, result) -> list[float]:
+    def score(self, result):
         """What best.pt is chosen by: hIoU or, if that is equal or was not measured, mIoU."""
         return [-math.inf if result.get(k) is None else result[k] for k in ("hIoU", "mIoU")]
 
@@ -146,7 +146,7 @@ def build_optimizer(model, config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(options, fused=True)
 
 
-def lr_factor(step, config) -> float:
+def lr_factor(step, config):
     """What multiplies every learning rate: polynomial decay; for prompts a constant warm-up, then
     cosine decay.
     """
@@ -158,7 +158,7 @@ def lr_factor(step, config) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def train_step(task, model, optimizer, batch, clip_grad) -> tuple:
+def train_step(task, model, optimizer, batch, clip_grad):
     """One step: the loss, its parts, the gradient norm and whether it was bad (1 or 0), left on the
     device.
 
@@ -237,7 +237,7 @@ def train(config, root, out, process, saved):
     evaluates = 0 < settings.eval_every < steps
     for split in [config.data.split, *["val"] * evaluates]:  # a missing one is noticed now
         find_pairs(config.data, root, split)
-    process.broadcast(lambda: saved or claim_folder(out))
+    process.broadcast(lambda: None if saved else claim_folder(out))
 
     # model and optimizer; compiled before DDP wraps it, in place: names in the state dict stay
     torch.manual_seed(mix_seed(settings.seed, 0))

@@ -44,6 +44,8 @@ def load_last(out, resume, process):
             print_main(f"{error}: going on from previous.pt")
             if process.is_main:  # or the next checkpoint would make it the previous one
                 file.rename(out / "broken.pt")
+    if files and not {"config", "step", "optimizer"} <= saved.keys():
+        raise UserError(f"checkpoint {file}", "is not one of a training run", "give another --out")
     if len({*process.gather([saved.get("step", 0)])}) > 1:
         why = "the processes found checkpoints of different steps"
         raise UserError(f"output {out}", why, "put it where all machines see the same files")

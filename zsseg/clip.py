@@ -388,7 +388,7 @@ def build_visual(state, embed_dim, activation, num_heads) -> nn.Module:
     return visual
 
 
-def depth(state, prefix, leaf=".ln_1.weight") -> int:
+def depth(state, prefix, leaf=".ln_1.weight"):
     """The number of blocks below `prefix`, each of which has one `leaf`; at least 1, which then
     does not fit.
     """

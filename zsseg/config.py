@@ -300,7 +300,7 @@ def check_combinations(config):
             raise UserError(name, f"is {getattr(getattr(config, section), key)!r}", todo)
 
 
-def find_config(name, folder) -> Path:
+def find_config(name, folder):
     """A configuration file by its path, with or without .toml, below a folder or in configs/."""
     for parent in (folder, CONFIGS):
         for path in (parent / name, parent / f"{name}.toml"):
@@ -359,7 +359,7 @@ def matches(value, expected):
     return type(value) is expected
 
 
-def describe(expected) -> str:
+def describe(expected):
     """A field's type, as "int above 0" or "Literal['online', 'offline']"."""
     text = re.sub(r"typing\.|<class '(\w+)'>", r"\1", str(expected))
     return re.sub(r"Annotated\[(\w+), '([^']+)'\]", r"\1 \2", text)

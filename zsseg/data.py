@@ -58,7 +58,7 @@ class TestImages(Dataset):
             base = os.path.commonpath([file.parent for file in files])
             self.names = [os.path.relpath(file, base) for file in files]
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.pairs)
 
     def __getitem__(self, i) -> tuple[list[Tensor], Tensor, str]:
@@ -131,15 +131,15 @@ class EndlessSamples(Dataset):
     more, in a fresh order every epoch. Subclasses set `items` and `seed` and define `load(n)`.
     """
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.items)
 
-    def item(self, n) -> tuple:
+    def item(self, n):
         """What sample n shows."""
         epoch, i = divmod(n, len(self.items))
         return self.items[permutation(mix_seed(self.seed, 1, epoch), len(self.items))[i]]
 
-    def source(self, n) -> str:
+    def source(self, n):
         """The image of sample n, for messages."""
         return str(self.item(n)[0])
 
@@ -225,8 +225,10 @@ def count_labels(data_config, root, split, workers=4, check=False) -> tuple[np.n
     cache = listing.folder / f".labels.{split.replace('/', '.')}.npz"
     with contextlib.suppress(Exception), np.load(cache) as content:  # broken ones raise anything
         if str(content["version"]) == version and not check:
-            return content["counts"], []
+            return content["counts"], content["errors"].tolist()
     C = len(data.names)
+    full = data.lut()
+    training = data.lut(training=True)
     unseen = [data.values[data.names.index(name)] for name in data.unseen]
     errors = []
 
@@ -238,17 +240,17 @@ def count_labels(data_config, root, split, workers=4, check=False) -> tuple[np.n
         except UserError as error:
             errors.append(str(error))
             return np.full(C + 1, -1)
-        trained = values[data.lut(training=True)[values] != data.ignore]
+        trained = values[training[values] != data.ignore]
         if np.isin(trained, unseen).any():
             raise AssertionError(f"{label}: a pixel of an unseen class survives")
-        ids = np.minimum(data.lut()[values], C)  # the ignore value is the largest
+        ids = np.minimum(full[values], C)  # the ignore value is the largest
         return np.bincount(ids.ravel(), minlength=C + 1)
 
     counts = np.stack([*parallel(count, listing.pairs, workers, f"count {data.name} {split}")])
-    if not errors and not check:
+    if not check:
         # The folder may be read-only.
         with contextlib.suppress(UserError), atomic_write(cache) as path, open(path, "wb") as file:
-            np.savez_compressed(file, version=version, counts=counts)
+            np.savez_compressed(file, version=version, counts=counts, errors=np.array(errors, str))
     return counts, errors
 
 

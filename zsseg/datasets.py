@@ -68,17 +68,17 @@ class DataSet:
     register: str = ""  # what to do where nothing may be downloaded
 
     @property
-    def seen(self) -> list[int]:
+    def seen(self):
         """Ids of the seen classes; empty without a seen/unseen split."""
         return [i for i, n in enumerate(self.names) if n not in self.unseen] if self.unseen else []
 
     @property
-    def trained(self) -> list[int]:
+    def trained(self):
         """Ids of the classes that are trained on: the seen ones, or all without such a split."""
         return self.seen or list(range(len(self.names)))
 
     @property
-    def training_names(self) -> list[str]:
+    def training_names(self):
         return [self.names[i] for i in self.trained]
 
     def lut(self, training=False):
@@ -90,7 +90,7 @@ class DataSet:
         table[[self.values[i] for i in ids]] = np.arange(len(ids))
         return table
 
-    def folder(self, root) -> Path:
+    def folder(self, root):
         """The first of `folders` with a folder of images, else the first."""
         below = self.images.partition("{")[0]
         folders = [root / name for name in self.folders]
@@ -136,7 +136,7 @@ class Listing:
     unpaired: list[Path]  # without a partner; a listed file that does not exist is an error instead
 
 
-def read_ids(file) -> list[str]:
+def read_ids(file):
     """The lines of a list but the empty ones. Raises UserError."""
     lines = split_lines(read_text(file, f"list {file}", "replace the file"))
     return [line.strip() for line in lines if line.strip()]

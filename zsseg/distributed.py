@@ -47,7 +47,7 @@ class Process:
             raise box[0]
         return box[0]
 
-    def gather(self, values) -> list:
+    def gather(self, values):
         """The values of all processes, one process's after another's."""
         parts = [values] * self.world_size
         if self.world_size > 1:
@@ -58,9 +58,9 @@ class Process:
         """build() in every process, in the first one before the others, which find what it
         caches.
         """
-        result = build() if self.is_main else None
-        self.any(False)  # a barrier
-        return result if self.is_main else build()
+        results = []
+        self.broadcast(lambda: results.append(build()))  # its UserError ends all
+        return results[0] if self.is_main else build()
 
     def broadcast_buffers(self, module):
         """Give every process the first one's buffers (batch-norm statistics), so that all evaluate

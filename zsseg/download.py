@@ -8,14 +8,13 @@ import shutil
 import time
 import urllib.request
 from http.client import HTTPException
-from pathlib import Path
 
 from zsseg.utils import UserError
 
 TRIES = 5  # of each address
 
 
-def fetch(urls, path, checksum, what, size=0) -> Path:
+def fetch(urls, path, checksum, what, size=0):
     """Download `path` from the first of `urls` that works, unless it exists, and check it.
 
     An incomplete file stays in `<path>.part`, where the next try or the next run resumes; other

@@ -62,7 +62,7 @@ class Log:
         yield
         self.since += time.perf_counter() - began
 
-    def step(self, done, loss, parts, norm, lr) -> str:
+    def step(self, done, loss, parts, norm, lr):
         """Log the numbers of the step that was the `done`th, means over the processes; here the
         host waits for the device. What a progress bar shows of them.
         """
@@ -116,7 +116,7 @@ class Log:
         self.send(lambda: self.run.log({"step": step, f"{split}/predictions": self.with_masks()}))
         self.images = []
 
-    def with_masks(self) -> list:
+    def with_masks(self):
         """The images as wandb's, whose masks know the classes 0 to 254; 255 is all else."""
         import wandb
 
@@ -173,7 +173,7 @@ def scalars(values, prefix="") -> dict[str, float]:
     return numbers
 
 
-def first_line(error) -> str:
+def first_line(error):
     return str(error or type(error).__name__).partition("\n")[0]
 
 
@@ -184,8 +184,10 @@ def start_wandb(config, folder, run_id):
     for name, value in WANDB.items():
         os.environ.setdefault(name, value)
     disable = "set log.wandb=disabled"
-    import wandb  # takes seconds, and most runs do without
-
+    try:
+        import wandb  # takes seconds, and most runs do without
+    except ImportError:
+        raise UserError("log.wandb", "wandb is not installed", disable) from None
     options = {"config": asdict(config), "dir": str(folder), "id": run_id or None}
     if "WANDB_PROJECT" not in os.environ:
         options["project"] = config.log.project

@@ -83,12 +83,12 @@ def summarize(matrix, data):
     return result
 
 
-def percent(value) -> str:
+def percent(value):
     """A number in a table, "-" for what was not measured."""
     return "-" if value is None else f"{value:.1f}"
 
 
-def shown(result) -> list[str]:
+def shown(result):
     """The metrics of a result that tables show."""
     return [k for k in METRICS if k in result and not ("hIoU" in result and k in DETAILS)]
 
@@ -99,7 +99,7 @@ def rows(result) -> list[tuple[str, dict]]:
     return [*parts, ("as configured", result)]
 
 
-def metric_table(rows) -> str:
+def metric_table(rows):
     """Metrics side by side: rows (title, {metric: percent})."""
     keys = shown(rows[-1][1])
     heads = [key.removeprefix("mIoU_") for key in keys]

@@ -76,7 +76,10 @@ class OneStage(OpenVocabulary):
         """The label map of one image, with test-time augmentation, see `Segmenter.segment`; it has
         no variants.
         """
-        return self.segment_views(inputs, size, flip, window)
+        if flip or window or len(inputs) > 1:
+            return self.segment_views(inputs, size, flip, window)
+        best, labels = self.score_map(inputs[0], size).max(0)
+        return Segmentation(labels, best, {})
 
     def compile_tower(self):
         """Nothing: every image has another size here, and would have a program compiled for it."""

@@ -119,7 +119,7 @@ class PromptTask:
             print(f"accuracy on {count} held-out regions by seed: {seeds}; the best is {best}")
         return result
 
-    def score(self, result) -> list[float]:
+    def score(self, result):
         return [result["seeds"][result["best_seed"]] or 0.0]
 
 

@@ -59,11 +59,14 @@ def pseudo_labels(config, root, folder, process):
         filled = fill_ignored(labels, scores, ~teacher.seen, train.min_probability, data.ignore)
         count += (filled != labels).sum()
         save_label_map(filled, folder / f"{number:06}.png", len(data.names))
-    # Waits for all processes.
-    print_main(f"pseudo labels: {int(process.sum(count))} pixels filled in")
+    process.sum(count)  # waits for all processes
+    print_main(f"pseudo labels: {int(count)} pixels filled in")
+    if missing and not count:
+        todo = "delete the folder; lower train.min_probability, or take another teacher"
+        raise UserError(f"pseudo labels {folder}", "have no pixel of an unseen class", todo)
 
 
-def missing_maps(config, images, folder) -> list[int]:
+def missing_maps(config, images, folder):
     """The numbers of the images without a label map; UserError if those in the folder depend on
     something else.
     """

@@ -12,7 +12,7 @@ from zsseg.utils import UserError
 BYTES_ONLY = 514  # vocabulary size with no merges: 256 bytes, 256 ending a word, start, end
 
 
-def clean(text) -> str:
+def clean(text):
     """Text as CLIP reads it: broken encodings and HTML's entities mended, one space between words,
     lower case.
     """
@@ -22,7 +22,7 @@ def clean(text) -> str:
     return " ".join(text.split()).lower()
 
 
-def check_names(names, what="class name") -> list[str]:
+def check_names(names, what="class name"):
     """Class names without surrounding white space; UserError if there are none, if one has nothing
     to see, or if two are one to CLIP.
     """
@@ -64,7 +64,7 @@ class Tokenizer:
         self.end = vocab_size - 1
         self._merge = cache(self._merge)
 
-    def encode(self, text) -> list[int]:
+    def encode(self, text):
         """Token ids of `text` without start and end."""
         import regex  # \p classes, which `re` lacks
 
@@ -73,7 +73,7 @@ class Tokenizer:
             ids += self._merge(word.encode().decode("latin-1").translate(self.table))
         return ids
 
-    def _merge(self, word) -> list[int]:
+    def _merge(self, word):
         """Join the pair of lowest rank everywhere, left to right, until no known pair is left."""
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:

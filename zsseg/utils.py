@@ -31,7 +31,7 @@ Triton kernels). A user error is one line on stderr and exit code 2."""
 class UserError(Exception):
     """An error that the user can correct, as (what, why, what to do): one line, exit code 2."""
 
-    def __str__(self) -> str:
+    def __str__(self):
         what, why, todo = self.args
         return " ".join(f"{what}: {why}; {todo}".split())
 
@@ -39,7 +39,7 @@ class UserError(Exception):
 # --- messages
 
 
-def did_you_mean(word, names, default) -> str:
+def did_you_mean(word, names, default):
     """What to do about an unknown name: take the nearest of `names`, else `default`."""
     near = difflib.get_close_matches(word, names, 1, 0.65)
     return f"did you mean {near[0]}?" if near else default
@@ -63,18 +63,18 @@ def warn(text):
     print_main(f"warning: {text}")
 
 
-def join_some(names, most) -> str:
+def join_some(names, most):
     """At most so many names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
-def plural(count, noun, many="") -> str:
+def plural(count, noun, many=""):
     """A number and its noun."""
     return f"{count} {noun if count == 1 else many or noun + 's'}"
 
 
-def format_table(heads, rows) -> str:
+def format_table(heads, rows):
     """Lines of a table: the first column aligned to the left, the others to the right."""
     lines = [[str(cell) for cell in row] for row in (heads, *rows)]
     width = max(len(line[0]) for line in lines)
@@ -83,7 +83,7 @@ def format_table(heads, rows) -> str:
     )
 
 
-def format_time(seconds) -> str:
+def format_time(seconds):
     """As 0:03:12."""
     return str(timedelta(seconds=round(seconds)))
 
@@ -94,7 +94,7 @@ def format_time(seconds) -> str:
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line like every other user error."""
 
-    def parse_args(self, argv) -> argparse.Namespace:
+    def parse_args(self, argv):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             todo = did_you_mean(unknown[0], self._option_string_actions, f"see {self.prog} --help")
@@ -133,7 +133,7 @@ def run_parser(doc) -> Parser:
 class Stream(io.TextIOWrapper):
     """stdout or stderr: what a reader that is gone or a full disk does not take is lost."""
 
-    def write(self, text) -> int:
+    def write(self, text):
         with contextlib.suppress(OSError, ValueError):
             super().write(text)
         return len(text)
@@ -169,7 +169,7 @@ def command(main):
 # --- files
 
 
-def expand_path(text) -> Path:
+def expand_path(text):
     """A path as a shell would read it: `~` is the home folder, also in --out=~/x."""
     try:
         return Path(text).expanduser()
@@ -177,12 +177,12 @@ def expand_path(text) -> Path:
         return Path(text)  # no such user: the name begins with ~
 
 
-def cache_dir() -> Path:
+def cache_dir():
     """$ZSSEG_CACHE, else ~/.cache/zsseg."""
     return expand_path(os.environ.get("ZSSEG_CACHE") or "~/.cache/zsseg")
 
 
-def read_text(file, what, todo) -> str:
+def read_text(file, what, todo):
     """A text file of the user's in UTF-8, with or without a mark. Raises UserError."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
@@ -197,7 +197,7 @@ def read_text(file, what, todo) -> str:
     raise UserError(what, "is not UTF-8 text", "save it as UTF-8")
 
 
-def split_lines(text) -> list[str]:
+def split_lines(text):
     """Lines end at newlines and carriage returns, and at nothing else: a name may contain any
     other character.
     """
@@ -269,7 +269,7 @@ def claim_folder(out):
         raise UserError(f"output {out}", why, "check the folder and the disk") from None
 
 
-def digest(settings, files=()) -> str:
+def digest(settings, files=()):
     """16 hex digits of all that something depends on: settings, as JSON, and files, by path, size
     and times of change.
     """
@@ -282,7 +282,7 @@ def digest(settings, files=()) -> str:
 
 
 @functools.cache
-def git_commit() -> str:
+def git_commit():
     """The program's git commit, with "-dirty" if files were changed; "" without git."""
     words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     options = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL, "timeout": 10}
@@ -295,7 +295,7 @@ def git_commit() -> str:
 # --- seeds and progress
 
 
-def mix_seed(*numbers) -> int:
+def mix_seed(*numbers):
     """One well-mixed 63-bit seed from several small numbers, e.g. (run seed, step, rank)."""
     import numpy as np
 

@@ -69,7 +69,7 @@ def overlay(image, labels, colours, legend):
     return canvas
 
 
-def base64_image(image) -> str:
+def base64_image(image):
     """The content of a PNG file in base64."""
     file = io.BytesIO()
     image.save(file, "PNG")

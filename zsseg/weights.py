@@ -238,7 +238,7 @@ def check_finite(state, what):
         raise UserError(what, f"contains NaN/Inf, in {join_some(broken, 3)}", todo)
 
 
-def load_into(module, state, what, todo, strict=True) -> list[str]:
+def load_into(module, state, what, todo, strict=True):
     """Load the tensors of a state dict that fit a module by name and shape; returns the names of
     the others, and prints which of the module's start afresh.
 
@@ -334,7 +334,7 @@ backbone.stem.conv3.norm.{name}  maskformer.backbone.bn1.{name}
 """
 
 
-def our_name(name, deep_stem=False) -> str:
+def our_name(name, deep_stem=False):
     """Our name for a parameter of the original: "-" for one that is dropped, "" for an unknown."""
 
     def number(brace):
@@ -456,7 +456,7 @@ def load_tokenizer(vocab_size, context_length) -> Tokenizer:
     return Tokenizer(vocab_size, context_length, merges)
 
 
-def clip_digest(clip) -> str:
+def clip_digest(clip):
     """16 hex digits of a CLIP's weights, the same on a CPU and a GPU; "" without a CLIP. Of each
     tensor the sum of its bits: no two CLIPs agree in all.
     """

@@ -125,7 +125,7 @@ def test_test_time_augmentation_is_a_mean_over_sizes(small_clip):
 def test_it_trains_and_evaluates(shapes_root, tmp_path):
     import train
 
-    config = tiny_config("model.proposals=false", "train.steps=1")
+    config = tiny_config("model.proposals=false", "train.steps=2", "train.eval_every=1")
     train.train(config, shapes_root, tmp_path, PROCESS, {})
     content = torch.load(tmp_path / "last.pt", weights_only=True)
     assert "pixel_embed.weight" in content["model"]["maskformer"]

@@ -46,7 +46,7 @@ def test_a_kill_while_a_checkpoint_is_written_costs_nothing(at, shapes_root, tmp
     """SIGKILL around the replacement of last.pt, --resume, and the weights of an undisturbed run,
     bit for bit; several seeds of a prompt: test_experiments.py, kills at random: benchmarks/kills.
     """
-    settings = ("train.steps=4", "train.checkpoint_every=1", PLAIN)
+    settings = ("train.steps=4", "train.checkpoint_every=1", "train.eval_every=2", PLAIN)
     config = tiny_config(*settings)
     train.train(config, shapes_root, tmp_path / "whole", PROCESS, {})
     script = tmp_path / "killed.py"

@@ -99,7 +99,7 @@ class Session:
         classes = dict(zip(self.words.names, total.tolist(), strict=True))
         return {"classes": classes, "query": query, "probability": float(masks[query])}
 
-    def find(self, image) -> tuple:
+    def find(self, image):
         """One of `images`."""
         if image not in self.images:
             raise UserError("image", "is not stored any more", "drop it again")
@@ -141,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
 
     do_POST = do_GET
 
-    def respond(self) -> str:
+    def respond(self):
         """UserError for other pages in the same browser; a tunnel may come from another port."""
         origin = urlsplit(self.headers.get("Origin", "//localhost"))  # a browser's POST always says
         if origin.hostname not in ("127.0.0.1", "localhost"):
@@ -163,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def format_words(words) -> str:
+def format_words(words):
     """As `parse_words` reads them; "" for names with commas in them."""
     if any("," in name for name in words.names):
         return ""

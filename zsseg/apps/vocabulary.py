@@ -26,11 +26,11 @@ class Words:
     shown: int = MAX_CLASSES
 
     @property
-    def shown_names(self) -> list[str]:
+    def shown_names(self):
         """The names of the ids in a label map."""
         return self.names[: self.shown] + [OTHER] * (self.shown < len(self.names))
 
-    def among(self, trained) -> list[int]:
+    def among(self, trained):
         """The ids of the words that are among the names of trained classes, however they are spaced
         and capitalised.
         """
@@ -40,7 +40,7 @@ class Words:
         return [i for i, names in enumerate(texts) if seen & set(map(normalise, names))]
 
 
-def trained_names(content, config) -> list[str]:
+def trained_names(content, config):
     """The names of the classes that a checkpoint's segmenter was trained on: they count as seen in
     the ensemble.
 
@@ -55,7 +55,7 @@ def trained_names(content, config) -> list[str]:
     return [data.names[i] for i in data.seen]
 
 
-def seen_classes(data, content, config) -> list[int]:
+def seen_classes(data, content, config):
     """The class ids of a measured `datasets.DataSet` that count as seen.
 
     Of the user's own data, and of the set that a checkpoint of ours was trained on, those whose

@@ -37,7 +37,7 @@ def summarize(config, root, workers, check):
         raise UserError(f"data set {data.name}", why, "replace these files")
 
 
-def check_split(config, root, split, listing, workers) -> list[str]:
+def check_split(config, root, split, listing, workers):
     """Read every file of a split and print what it contains. Returns a line for each file that is
     broken or has no partner.
     """

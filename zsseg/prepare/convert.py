@@ -86,7 +86,7 @@ def decode_runs(segmentation):
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
 
-def decompress(text) -> list[int]:
+def decompress(text):
     """COCO's compressed run lengths: 5 bits a character from 48 on, low bits first; the 6th bit
     says that more follow; two's complement; from the third on, differences to the run before the
     last.

@@ -1,7 +1,6 @@
 """The official files of a data set: found below the data root, or downloaded and unpacked."""
 
 import shutil
-from pathlib import Path
 
 from zsseg.datasets import MissingSplit, dataset, find_listing
 from zsseg.download import check_file, fetch
@@ -51,7 +50,7 @@ def has_files(name, root, split):
     return found >= (len(pairs) if name == "voc" else len(pairs) / 2)
 
 
-def find_sbd(data, root, folder) -> Path:
+def find_sbd(data, root, folder):
     """SBD's folder: one below the root, else it is downloaded."""
     folders = [folder / "SBD", *(root / name for name in SBD_FOLDERS)]
     for sbd in folders:

@@ -21,6 +21,9 @@ class Process:
     rank: int = 0
     world_size: int = 1
 
+    def __post_init__(self):
+        torch.backends.cudnn.allow_tf32 = False  # where bf16 is off, fp32 means fp32
+
     @property
     def is_main(self):
         return self.rank == 0
@@ -122,7 +125,6 @@ def init_distributed(device="auto") -> Process:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         torch.cuda.set_device(local_rank)
-        torch.backends.cudnn.allow_tf32 = False  # where bf16 is off, fp32 means fp32
     if world_size > 1:
         # torchrun keeps its store over restarts, with the addresses of dead processes in it: every
         # start gets a prefix of its own. With several machines the count of restarts differs

@@ -61,7 +61,7 @@ def pseudo_labels(config, root, folder, process):
         save_label_map(filled, folder / f"{number:06}.png", len(data.names))
     process.sum(count)  # waits for all processes
     print_main(f"pseudo labels: {int(count)} pixels filled in")
-    if missing and not count:
+    if len(missing) == len(images) and not count:
         todo = "delete the folder; lower train.min_probability, or take another teacher"
         raise UserError(f"pseudo labels {folder}", "have no pixel of an unseen class", todo)
 

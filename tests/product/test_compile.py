@@ -153,7 +153,7 @@ def test_the_losses_read_nothing_back(shapes_root):
                 part._parameters[name] = torch.nn.Parameter(empty(tensor))
             for name, tensor in [*part.named_buffers(recurse=False)]:
                 part._buffers[name] = empty(tensor)
-        task.segmenter.text_features = empty(task.segmenter.text_features)
+        task.text = empty(task.text)
         task.process = Process(torch.device("cuda"))
         images, *targets = map(mode.from_tensor, (images, *vars(targets).values()))
         with transfers:

@@ -266,7 +266,7 @@ def test_mistakes(trained, photos, tmp_path):
         (["--imges", photos], "did you mean --images?"),
     ]:
         fails_in_one_line(segment(trained, out, *more), part)
-    assert not out.exists()
+    assert [file.name for file in out.iterdir()] == [".zsseg"]
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_words_change_without_a_pass(port, session, monkeypatch):
             row["id"]: row["pixels"] for row in found["classes"]
         }
     assert len(found["colours"]) == 3 and found["colours"][-1] == [96] * 3
-    for bad in ("star, " + "very " * 90, "cat, cat", "cat, cat", "", "other: sky", "photo.jpg"):
+    for bad in ("star, " + "very " * 90, "cat, cat", "cat, cat", ",", "other: sky", "photo.jpg"):
         status, refused = ask(port, "/label", {"image": stored["image"], "words": bad})
         assert status == 422 and len(refused["error"].splitlines()) == 1, bad
         assert parse_words(serve.format_words(session.words)) == parse_words(words)

@@ -39,7 +39,6 @@ class Predictor:
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        torch.backends.cudnn.allow_tf32 = False
         self.process = Process(torch.device(device))
         file, published = find_model(path)
         content, self.config = checkpoint_and_config(file, config or published, settings)

@@ -39,14 +39,13 @@ def open_image(file, what) -> Iterator[Image.Image]:
         raise UserError(name, f"cannot be read ({why})", "give another") from None
 
 
-def read_image(file, shown=False, turn=False) -> Image.Image:
+def read_image(file, turn=False) -> Image.Image:
     """An image in RGB: transparent parts on white, 16 bits reduced to 8.
 
-    `turn`, or `shown` to the user: turned as its EXIF entry says. Raises UserError for a missing or
-    broken file.
+    `turn`: as its EXIF entry says, which viewers do. Raises UserError for a missing or broken file.
     """
     with open_image(file, "image") as image:
-        if turn or shown:
+        if turn:
             with contextlib.suppress(Exception):  # broken EXIF data turn nothing
                 image = ImageOps.exif_transpose(image)
         return as_rgb(image)

@@ -134,7 +134,7 @@ def test_every_image_gets_its_files(trained, photos, tmp_path, monkeypatch):
         content = json.loads((out / f"{name}.json").read_text("utf-8"))
         classes = content["classes"]
         photo = Image.open(out / f"{name}.png")
-        assert photo.size == read_image(Path(content["image"]), shown=True).size
+        assert photo.size == read_image(Path(content["image"]), turn=True).size
         ids, pixels = np.unique(photo, return_counts=True)
         assert {c["id"]: c["pixels"] for c in classes} == dict(zip(ids, pixels, strict=True))
         assert [c["pixels"] for c in classes] == sorted(pixels.tolist(), reverse=True)

@@ -92,7 +92,7 @@ def read_photo(file, config) -> tuple[str, list[Tensor], tuple, np.ndarray] | No
     """
     version = digest("", [file])  # before it is read: it may change meanwhile
     try:
-        image = read_image(file, shown=True)
+        image = read_image(file, turn=True)
     except Exception as error:  # whatever a decoder raises must not end a run of a million
         print(f"{file}: {error}", file=sys.stderr, flush=True)
         return None

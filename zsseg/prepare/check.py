@@ -51,7 +51,7 @@ def check_split(config, root, split, listing, workers):
     if split == "train" and data.unseen:
         hidden = sum(pixels[data.names.index(name)] for name in data.unseen)
         classes = f"the {len(data.unseen)} unseen classes ({', '.join(data.unseen)})"
-        # count_map raises an error otherwise.
+        # count_labels raises an error otherwise.
         print(f"  training targets: of {hidden} pixels of {classes}, 0 survive")
     for line in sorted(broken):
         print(f"  broken: {line}")

@@ -18,7 +18,6 @@ from zsseg.utils import UserError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
-NOT_A_CLIP = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 CONSTANTS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's files
 SCALE = 100.0  # where OpenAI's trained temperature ends
 
@@ -344,24 +343,22 @@ class CLIP(nn.Module):
         return cosine_logits(features, text, self.scale)
 
 
-def build_clip(
-    state, tokenizer, activation="quickgelu", num_heads=0, mean=MEAN, std=STD, scale=SCALE
-) -> CLIP:
+def build_clip(state, tokenizer, activation="quickgelu", heads=0, **statistics) -> CLIP:
     """The model whose weights `state` contains (OpenAI names; any float dtype), in fp32, frozen, in
     eval mode.
 
-    What the weights do not tell: the tokenizer, the MLPs' `activation`, `num_heads` of a ViT's
-    attention (0: width / 64), and the statistics of `CLIP`. Raises UserError when `state` is not a
-    whole CLIP, or its width cannot be shared by so many heads.
+    What the weights do not tell: the tokenizer, the MLPs' `activation`, the `heads` of a ViT's
+    attention (0: width / 64), and mean, std and scale of `CLIP`. Raises UserError when `state` is
+    not a whole CLIP, or its width cannot be shared by so many heads.
     """
     try:
         width, embed_dim = state["text_projection"].shape
-        visual = build_visual(state, embed_dim, activation, num_heads)
+        visual = build_visual(state, embed_dim, activation, heads)
         tables = (state["positional_embedding"], state["token_embedding.weight"])
         sizes = (embed_dim, *map(len, tables), width, depth(state, "transformer."))
-        clip = CLIP(visual, tokenizer, *sizes, activation, mean, std, scale)
+        clip = CLIP(visual, tokenizer, *sizes, activation, **statistics)
         clip.load_state_dict({k: v for k, v in state.items() if k not in CONSTANTS})
-    except NOT_A_CLIP as error:
+    except Exception as error:  # of many types
         why = f"are not a CLIP state dict with OpenAI's names ({error!r:.200})"
         raise UserError("CLIP weights", why, "check clip.weights and clip.heads") from None
     return clip.eval().requires_grad_(False)

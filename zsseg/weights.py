@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zsseg.clip import CLIP, build_clip
-from zsseg.config import CONFIGS, Config, load_config
+from zsseg.clip import CLIP, CONSTANTS, build_clip
+from zsseg.config import CONFIGS, ClipConfig, Config, load_config
 from zsseg.datasets import dataset
 from zsseg.download import fetch
 from zsseg.maskformer import MaskFormer
@@ -33,7 +33,6 @@ from zsseg.tokenizer import BYTES_ONLY, Tokenizer
 from zsseg.utils import (
     UserError,
     cache_dir,
-    did_you_mean,
     digest,
     expand_path,
     join_some,
@@ -43,7 +42,9 @@ from zsseg.utils import (
 )
 
 State = dict[str, Tensor]
-PUBLISHED = tomllib.loads((Path(__file__).parent / "published.toml").read_text("utf-8"))["model"]
+# What is published: models, OpenAI's CLIPs, backbones
+FILES = tomllib.loads((Path(__file__).parent / "published.toml").read_text("utf-8"))
+PUBLISHED = FILES["model"]
 # With the answer to what it would ask of a large file: that it is not scanned for viruses.
 DRIVE = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
 
@@ -102,16 +103,14 @@ for package in ("numpy.core", "numpy._core"):
     }
 
 
-def rebuild(numbers, start, size, stride, *_) -> Tensor:
-    return numbers.as_strided(size, stride, start)
-
-
 # and in a TorchScript archive.
 SCRIPT = {
     "torch.FloatStorage": torch.float32,
     "torch.HalfStorage": torch.float16,
     "torch.LongStorage": torch.int64,
-    "torch._utils._rebuild_tensor_v2": rebuild,
+    "torch._utils._rebuild_tensor_v2": lambda numbers, start, size, stride, *_: numbers.as_strided(
+        size, stride, start
+    ),
 }
 
 
@@ -267,6 +266,16 @@ def load_into(module, state, what, todo, strict=True):
     return unused
 
 
+def load_known(module, state, is_known, what, todo, dropped=(), strict=True):
+    """`load_into` of the tensors whose names `is_known`; one line says how many were used and names
+    all that were not, with those `dropped` before.
+    """
+    known = {name: tensor for name, tensor in state.items() if is_known(name)}
+    unused = load_into(module, known, what, todo, strict)
+    unused += [name for name in state if name not in known]
+    log_loaded(what, len(state) - len(unused), [*dropped, *unused])
+
+
 def log_loaded(what, count, dropped):
     """One line: how many tensors were used, and the names of all that were not (* for numbers)."""
     names = ", ".join(dict.fromkeys(re.sub(r"\d+", "*", name) for name in dropped))
@@ -386,19 +395,8 @@ def model_parts(content, what, strict=True) -> tuple[dict, list[str]]:
 
 # --- CLIP
 
+UNTOLD = ("heads", "mean", "std", "scale")  # what no weights tell
 OPENAI = "https://openaipublic.azureedge.net/clip/models"
-OPENAI_MODELS = {  # name: SHA-256 of the file
-    "RN50": "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
-    "RN101": "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
-    "RN50x4": "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
-    "RN50x16": "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
-    "RN50x64": "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
-    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
-    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
-}
-CONSTANTS = ("input_resolution", "context_length", "vocab_size")  # that OpenAI's files hold
 VOCABULARY = (
     "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
     "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
@@ -408,22 +406,30 @@ VOCABULARY = (
 def load_clip(section, root) -> CLIP:
     """The CLIP of `clip.weights`: an OpenAI name (downloaded to the cache), or a file with OpenAI's
     names, an archive or a state dict; `{root}` is the data root. Of a file that is neither OpenAI's
-    nor our small one's, `clip.activation` must be given.
+    nor our small one's, `clip.activation` must be given, and what else is assumed is printed.
     """
     name = section.weights.replace("{root}", str(root))
     what = f"clip.weights {name}"
     path = expand_path(name)
-    if name in OPENAI_MODELS:
-        checksum = OPENAI_MODELS[name]
+    models = FILES["clip"]
+    if name in models:
+        checksum = models[name]
         file = re.sub("[/@]", "-", f"{name}.pt")
         url = f"{OPENAI}/{checksum}/{file}"
         path = fetch([url], cache_dir() / file, f"sha256:{checksum}", what)
-    todo = "give a file, an OpenAI name, or the --root of the data; or run prepare_data.py shapes"
-    state = strip_prefix(read_torch(path, what, did_you_mean(name, OPENAI_MODELS, todo)), what)
-    known = name in OPENAI_MODELS or "visual.conv1.tokens.weight" in state
-    if not (known or section.activation):
-        todo = "set clip.activation to quickgelu (OpenAI's) or gelu (most of LAION's)"
-        raise UserError(what, "does not tell its activation", todo)
+    # No "did you mean": a name with another digit is another model.
+    todo = f"give a file, one of OpenAI's {', '.join(models)}, or the --root of the data"
+    state = strip_prefix(read_torch(path, what, f"{todo}; or run prepare_data.py shapes"), what)
+    if any(key.startswith(("text_model.", "vision_model.")) for key in state):
+        raise UserError(what, "has Hugging Face's names", "give OpenAI's or OpenCLIP's file")
+    if name not in models and "visual.conv1.tokens.weight" not in state:
+        if not section.activation:
+            todo = "set clip.activation to quickgelu (OpenAI's) or gelu (most of LAION's)"
+            raise UserError(what, "does not tell its activation", todo)
+        default = vars(ClipConfig())
+        options = [key for key in UNTOLD if getattr(section, key) == default[key]]
+        if options:
+            print_main(f"{what}: assumed to be OpenAI's: clip.{', clip.'.join(options)}")
     return make_clip(state, section, what)
 
 
@@ -434,8 +440,8 @@ def make_clip(state, section, what) -> CLIP:
     log_loaded(what, len(state) - len(dropped), dropped)
     tables = ("token_embedding.weight", "positional_embedding")
     tokenizer = load_tokenizer(*[len(state.get(name, ())) for name in tables])
-    options = (section.heads, section.mean, section.std, section.scale)
-    return build_clip(state, tokenizer, section.activation or "quickgelu", *options)
+    options = {key: getattr(section, key) for key in UNTOLD}
+    return build_clip(state, tokenizer, section.activation or "quickgelu", **options)
 
 
 def load_tokenizer(vocab_size, context_length) -> Tokenizer:
@@ -477,29 +483,16 @@ def check_clip(content, clip, what):
 
 # --- backbones
 
-BACKBONE_FILES = {  # what is published of checksums stands after #
-    "R-50.pkl": "https://dl.fbaipublicfiles.com/detectron2/ImageNetPretrained/torchvision/R-50.pkl",
-    "R-103.pkl": "https://dl.fbaipublicfiles.com/detectron2/DeepLab/R-103.pkl",
-    "swin_base_patch4_window12_384_22k.pth": (
-        "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
-        "swin_base_patch4_window12_384_22k.pth"
-    ),
-    # "imagenet"
-    "R50.pth": "https://download.pytorch.org/models/resnet50-0676ba61.pth#sha256:0676ba61",
-    "SwinB.pth": "https://download.pytorch.org/models/swin_b-68c6b09e.pth#sha256:68c6b09e",
-}
-
 
 def load_backbone(backbone, name, weights, clip=None):
     """Initial weights (`model.weights`) of the backbone `name`: a torchvision `.pth`, a detectron2
-    `.pkl`, Swin's own `.pth`, "imagenet" (R50, SwinB), a name in `BACKBONE_FILES`, which is
-    downloaded, or, for the small one, "clip": the small CLIP's.
+    `.pkl`, Swin's own `.pth`, "imagenet" (R50, SwinB), the name of a file in published.toml, which
+    is downloaded, or, for the small one, "clip": the small CLIP's.
 
     All of a ResNet's must be there; of a Swin what fits: position biases of windows of 7 do not,
     and the norms of the four maps are in no file.
     """
     what = f"model.weights {weights}"
-    file = f"{name}.pth" if weights == "imagenet" else weights
     if weights == "clip":
         try:
             state = clip.visual.conv1.backbone.state_dict()
@@ -507,24 +500,22 @@ def load_backbone(backbone, name, weights, clip=None):
             todo = "give a file, or --set model.weights="
             raise UserError(what, "is for the small CLIP", todo) from None
     else:
+        file = f"{name}.pth" if weights == "imagenet" else weights
         path = expand_path(file)
-        if file in BACKBONE_FILES:
-            url, _, checksum = BACKBONE_FILES[file].partition("#")
+        published = FILES["backbone"]
+        if file in published:
+            url, checksum = published[file]
             path = fetch([url], cache_dir() / file, checksum, what)
-        todo = f"give a file, or one of {', '.join(BACKBONE_FILES)}"
+        todo = f"give a file, or one of {', '.join(published)}"
         state = strip_prefix(read_torch(path, what, todo), what)
     own = backbone.state_dict()
-    used = {}
-    dropped = []  # a classifier, counters
+    renamed = {}
     for key, tensor in state.items():
         theirs = our_name(f"backbone.{key}", "stem.conv3.weight" in state)
-        ours = theirs.removeprefix("maskformer.backbone.") or key
-        if ours in own:
-            used[ours] = tensor
-        else:
-            dropped.append(key)
-    unused = load_into(backbone, used, what, f"give weights of {name}", strict=name != "SwinB")
-    log_loaded(what, len(used) - len(unused), dropped + unused)
+        ours = theirs.removeprefix("maskformer.backbone.")
+        renamed[ours if ours in own else key] = tensor
+    todo = f"give weights of {name}"  # what is not known is a classifier, or counters
+    load_known(backbone, renamed, own.__contains__, what, todo, strict=name != "SwinB")
 
 
 # --- segmenters
@@ -615,11 +606,9 @@ def load_learned(segmenter, parts, dropped, what, given=frozenset(), strict=True
     """
     modules = {k: module for k, module in segmenter.learned_modules().items() if k not in given}
     state = {f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
-    used = {k: v for k, v in state.items() if k.partition(".")[0] in modules}
     todo = "use the configuration of its training; a learned prompt may come from clip.prompts"
-    unused = load_into(nn.ModuleDict(modules), used, what, todo, strict)
-    unused += [name for name in state if name not in used]
-    log_loaded(what, len(state) - len(unused), dropped + unused)
+    is_known = lambda name: name.partition(".")[0] in modules
+    load_known(nn.ModuleDict(modules), state, is_known, what, todo, dropped, strict)
 
 
 def load_prompts(segmenter, file) -> set[str]:

@@ -41,7 +41,7 @@ def test_what_the_weights_do_not_tell_belongs_to_the_object():
     state = tiny_clip_state()
     images = torch.randn(2, 3, 48, 48)
     plain = build_clip(state, TOKENIZER)
-    for options in ({"activation": "gelu"}, {"num_heads": 3}):
+    for options in ({"activation": "gelu"}, {"heads": 3}):
         clip = build_clip(state, TOKENIZER, **options)
         assert not torch.allclose(clip.encode_image(images), plain.encode_image(images), atol=1e-4)
     other = build_clip(state, TOKENIZER, mean=[0.5] * 3, std=[0.25] * 3, scale=10.0)
@@ -77,7 +77,7 @@ def test_what_is_not_a_clip_is_refused(change):
 
 def test_heads_must_divide_the_width():
     with pytest.raises(UserError, match=r"divisible by num_heads.*clip\.heads"):
-        build_clip(tiny_clip_state(), TOKENIZER, num_heads=5)
+        build_clip(tiny_clip_state(), TOKENIZER, heads=5)
 
 
 @torch.no_grad()

@@ -36,8 +36,10 @@ def test_wrapped_state_dicts_and_arrays_are_taken(prefix, trained, tmp_path):
     assert all(torch.equal(state[name], v) for name, v in tiny_clip_state().items())
 
 
-def test_what_a_file_does_not_tell_must_be_said(tmp_path):
-    """GELU instead of QuickGELU, heads of another width, other statistics."""
+def test_what_a_file_does_not_tell_must_be_said(tmp_path, capsys):
+    """GELU instead of QuickGELU, heads of another width, other statistics; what is not said is
+    taken to be OpenAI's, in a line.
+    """
     torch.manual_seed(0)
     visual = VisionTransformer(32, 16, 160, 2, 64, num_heads=2, activation="gelu")
     made = CLIP(visual, Tokenizer(514, 40), 64, 40, 514, 64, 1, "gelu").eval()
@@ -49,6 +51,10 @@ def test_what_a_file_does_not_tell_must_be_said(tmp_path):
         load_clip(ClipConfig(weights=file), tmp_path)
     options = {"activation": "gelu", "heads": 2, "mean": [0.5] * 3, "std": [0.5] * 3, "scale": 50.0}
     clip = load_clip(ClipConfig(weights=file, **options), tmp_path)
+    assert "assumed" not in capsys.readouterr().out
+    load_clip(ClipConfig(weights=file, activation="gelu", heads=2, scale=50.0), tmp_path)
+    line = f"clip.weights {file}: assumed to be OpenAI's: clip.mean, clip.std\n"
+    assert line in capsys.readouterr().out
     assert clip.scale == 50 and clip.mean.tolist() == clip.std.tolist() == [0.5] * 3
     with torch.no_grad():
         expected = made.encode_image(image)
@@ -58,16 +64,27 @@ def test_what_a_file_does_not_tell_must_be_said(tmp_path):
             assert not torch.allclose(other.encode_image(image), expected, atol=1e-4)
     with pytest.raises(UserError, match=r"clip\.heads"):
         load_clip(ClipConfig(weights=file, activation="gelu", heads=3), tmp_path)
-    for change in ({}, {"text_projection": torch.zeros(3)}):  # Hugging Face's; one of odd sizes
-        torch.save((state if change else {"text_model.x": image}) | change, file)
-        with pytest.raises(UserError, match="OpenAI's names"):
+    for names, why in (("text_model.", "has Hugging Face's names"), ("text.", "OpenAI's names")):
+        torch.save({f"{names}x": image, "text_projection": torch.zeros(3)}, file)
+        with pytest.raises(UserError, match=why):
             load_clip(ClipConfig(weights=file, activation="gelu"), tmp_path)
 
 
-def test_clips_that_are_not_there(tmp_path):
-    for name, todo in (("ViT-B/17", "did you mean ViT-B/16"), ("{root}/x.pt", "or the --root")):
-        with pytest.raises(UserError, match=todo):
-            load_clip(ClipConfig(weights=name), tmp_path)
+@pytest.mark.parametrize("name", ["ViT-B/17", "ViT-H/14", "RN50x64x", "ViT-L-14", "{root}/x.pt"])
+def test_no_other_clip_is_suggested(name, tmp_path):
+    """A name with another digit is another model."""
+    with pytest.raises(UserError, match=r"give a file, one of OpenAI's RN50, .*, or the --root"):
+        load_clip(ClipConfig(weights=name), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ViT-L/14@336px", "RN50x64"])
+def test_every_clip_of_openai_s_comes_by_its_name(name, tmp_path, monkeypatch):
+    """Its file from the cache, where another one is refused."""
+    monkeypatch.setenv("ZSSEG_CACHE", str(tmp_path))
+    file = tmp_path / f"{name.replace('/', '-').replace('@', '-')}.pt"
+    file.write_bytes(b"another")
+    with pytest.raises(UserError, match=f"clip.weights {name}: .*sha256.* instead of .*{file}"):
+        load_clip(ClipConfig(weights=name), tmp_path)
 
 
 def test_the_vocabulary_s_file(tmp_path, monkeypatch):

@@ -199,6 +199,22 @@ def pcontext(root: Path, folder: str = "pcontext") -> dict[str, np.ndarray]:
     return expected
 
 
+def pcontext_full(root: Path, folder: str = "pcontext") -> dict[str, np.ndarray]:
+    """The files of `pcontext`, without whose masks it does, and a .mat for every image."""
+    pcontext(root, folder)
+    rng, expected = np.random.default_rng(7), {}
+    content = json.loads((root / folder / "trainval_merged.json").read_text())
+    (root / folder / "trainval").mkdir()
+    for row in content["images"]:
+        name, size = row["file_name"].removesuffix(".jpg"), (row["height"], row["width"])
+        values = values_like(rng, [459, *[0] * 90, *range(1, 460)], size, int(name[-1]) % 3)
+        mat = root / folder / "trainval" / f"{name}.mat"
+        savemat(mat, {"LabelMap": values.astype(np.uint16)}, do_compression=True)
+        if row["phase"] == "val":
+            expected[name] = np.where(values == 0, 65535, values - 1)
+    return expected
+
+
 def cityscapes(root: Path) -> dict[str, np.ndarray]:
     used = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
     rng, expected, base = np.random.default_rng(6), {}, root / "cityscapes"
@@ -215,7 +231,8 @@ def cityscapes(root: Path) -> dict[str, np.ndarray]:
     return expected
 
 
-BUILDERS = {f.__name__: f for f in (voc, coco_stuff, ade20k, ade20k_full, pcontext, cityscapes)}
+BUILDERS = (voc, coco_stuff, ade20k, ade20k_full, pcontext, pcontext_full, cityscapes)
+BUILDERS = {builder.__name__: builder for builder in BUILDERS}
 
 
 def pack(folder: Path, archive: Path, *names: str) -> Path:
@@ -228,7 +245,7 @@ def pack(folder: Path, archive: Path, *names: str) -> Path:
             for path, file in files.items():
                 content.write(file, path.as_posix())
     else:
-        with tarfile.open(archive, "w:gz" if archive.suffix == ".tgz" else "w") as content:
+        with tarfile.open(archive, "w:gz" if archive.suffix in (".tgz", ".gz") else "w") as content:
             for path, file in files.items():
                 content.add(file, path.as_posix())
     return archive

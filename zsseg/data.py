@@ -12,7 +12,7 @@ import operator
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -90,8 +90,9 @@ def augment(image, labels, data_config, ignore, rng):
     # the same as for the full image.
     box = (left * W / width, top * H / height, (left + w) * W / width, (top + h) * H / height)
     image = image.resize((w, h), Image.Resampling.BILINEAR, box)
-    rows = np.minimum((np.arange(top, top + h) + 0.5) * H / height, H - 1).astype(int)  # nearest
-    cols = np.minimum((np.arange(left, left + w) + 0.5) * W / width, W - 1).astype(int)
+    # floor(i * in / out) in fp32, which is `nearest` of F.interpolate, as in the original
+    rows = (np.arange(top, top + h, dtype=np.float32) * (H / height)).astype(int)
+    cols = (np.arange(left, left + w, dtype=np.float32) * (W / width)).astype(int)
     if data_config.color_jitter:
         image = ssd_jitter(image, rng)
 
@@ -186,8 +187,7 @@ class TrainImages(EndlessSamples):
             shown = (counts[:, self.data.trained] > 0).any(1)
             self.items = [pair for pair, used in zip(pairs, shown, strict=True) if used]
         else:  # label maps of class ids, by `zsseg.self_training`
-            C = len(self.data.names)
-            self.lut = replace(self.data, values=list(range(C)), bits=8 if C <= 255 else 16).lut()
+            self.lut = np.arange(self.data.ignore + 1, dtype=self.data.lut().dtype)
             self.items = [(image, pseudo / f"{i:06}.png") for i, (image, _) in enumerate(pairs)]
 
     def load(self, n) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,8 +220,7 @@ def count_labels(data_config, root, split, workers=4, check=False) -> tuple[np.n
     """
     data = dataset(data_config)
     listing = find_listing(data_config, root, split)
-    table = [data.names, data.values, data.unseen, data.bits]
-    version = digest(table, [label for _, label in listing.pairs])
+    version = digest(data, [label for _, label in listing.pairs])
     cache = listing.folder / f".labels.{split.replace('/', '.')}.npz"
     with contextlib.suppress(Exception), np.load(cache) as content:  # broken ones raise anything
         if str(content["version"]) == version and not check:

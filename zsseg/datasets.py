@@ -7,6 +7,7 @@ For training, the table maps unseen classes to the ignore value.
 import os
 import re
 import tomllib
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -53,7 +54,7 @@ class DataSet:
 
     name: str
     names: list[str]
-    folders: list[str]  # below the data root; the first that exists is used
+    folders: list[str]  # below the data root; the first that holds a split's files is used
     images: str  # below the folder, with {split} and {id}; an id may contain sub-folders
     labels: list[str]  # the same; the first file that exists is used
     splits: dict[str, str]  # name of a split -> its folder's name
@@ -90,19 +91,18 @@ class DataSet:
         table[[self.values[i] for i in ids]] = np.arange(len(ids))
         return table
 
-    def folder(self, root):
-        """The first of `folders` with a folder of images, else the first."""
-        below = self.images.partition("{")[0]
-        folders = [root / name for name in self.folders]
-        return next((folder for folder in folders if (folder / below).is_dir()), folders[0])
-
     def read_list(self, folder, split) -> list[Pair]:
-        """The files of the ids in <split>.txt, if it exists, each once. Raises UserError for a list
-        that contains something else.
+        """The files of the ids in <split>.txt, if it exists: each once, which is said, however
+        often and in whatever spelling it is listed. Raises UserError for a list that contains
+        something else.
         """
         file = folder / f"{split}.txt"
+        counts = Counter(map(os.path.normpath, listed_ids(file)))
+        if twice := [name for name, count in counts.items() if count > 1]:
+            images = plural(len(twice), "image")
+            warn(f"list {file} names {images} more than once, e.g. {twice[0]}; each counts once")
         pairs = []
-        for name in dict.fromkeys(read_ids(file) if file.exists() else ()):
+        for name in counts:
             image = folder / self.images.replace("{id}", name)
             if not (re.fullmatch(r"[\w/-]+", name) or image.exists()):
                 todo = f"write what {{id}} stands for in {self.images}, one a line"
@@ -133,13 +133,19 @@ class Listing:
 
     folder: Path  # of the data set
     pairs: list[Pair]  # as listed, or sorted by id
-    unpaired: list[Path]  # without a partner; a listed file that does not exist is an error instead
+    unpaired: list[Path]  # files without a partner
+    missing: list[Path]  # listed files that do not exist
 
 
 def read_ids(file):
     """The lines of a list but the empty ones. Raises UserError."""
     lines = split_lines(read_text(file, f"list {file}", "replace the file"))
     return [line.strip() for line in lines if line.strip()]
+
+
+def listed_ids(file):
+    """`read_ids`, none if there is no list."""
+    return read_ids(file) if file.exists() else []
 
 
 def read_table(file) -> dict[str, DataSet]:
@@ -179,7 +185,7 @@ def own_dataset(config) -> DataSet:
         ("labels", PATTERN.fullmatch(config.labels), 'write e.g. "masks/{split}/{id}.png"'),
         ("labels", lists == ("{split}" not in config.labels), "write {split} as in data.images"),
         ("classes", classes, "name every class"),
-        ("unseen", {*config.unseen} < {*classes}, some),
+        ("unseen", not isinstance(config.unseen, str) and {*config.unseen} < {*classes}, some),
         ("values", in_range and len({*values}) == len(values) == len(classes), ids),
     )
     for key, valid, todo in rules:
@@ -209,11 +215,14 @@ def training_set(config) -> DataSet:
 
 
 def find_listing(name_or_config, root, split) -> Listing:
-    """The files of a split, of the first folder that holds any. Raises UserError if none does."""
+    """The files of a split, of the folder that lacks the fewest. Raises UserError if none holds any
+    or lists any.
+    """
     data = dataset(name_or_config)
     if split not in data.splits:
         todo = f"{data.name} has {', '.join(data.splits)}: --set data.split=..."
         raise MissingSplit("data.split", f"is {split!r}", todo)
+    found = []
     for folder in (root / name for name in data.folders):
         images = labels = {}
         if data.lists:
@@ -223,17 +232,23 @@ def find_listing(name_or_config, root, split) -> Listing:
             labels = data.match(folder, split, data.labels[0])
             pairs = [(images[i], labels[i]) for i in sorted(images.keys() & labels.keys())]
         unpaired = sorted((images | labels)[i] for i in images.keys() ^ labels.keys())
-        if pairs:
-            return Listing(folder, pairs, unpaired)
+        missing = [file for pair in pairs for file in pair if data.lists and not file.exists()]
+        found.append(Listing(folder, pairs, unpaired, missing))
+    best = min(found, key=lambda listing: (not listing.pairs, len(listing.missing)))
+    if best.pairs:
+        return best
     if data.name != "folder":
-        train = " --train" if split == "train" and data.name != "shapes" else ""
-        todo = f"run prepare_data.py {data.name}{train}, or give --root"
+        train = " --train" if split == "train" else ""
+        todo = f"run prepare_data.py {data.name}{train}, or give another data root"
         raise MissingSplit(f"data set {data.name}", f"no {split!r} images in {root}", todo)
     if not folder.is_dir():
-        raise no_such_file("data.folder", folder, "correct it, or give --root")
+        raise no_such_file("data.folder", folder, "correct it, or give another data root")
+    # The split may be there by another name.
+    beside = {path.name for path in (folder / data.images.partition("{split}")[0]).glob("*")}
+    todo = did_you_mean(split, beside - {split}, "correct data.images, data.labels,")
+    todo += " give data.split, or another data root"
     patterns = f"{data.images} and {data.labels[0]}"
     error = UserError if unpaired else MissingSplit
-    todo = "correct data.images, data.labels or data.split, or give --root"
     raise error("data.images", f"no pair of files {patterns} in {folder} for {split}", todo)
 
 

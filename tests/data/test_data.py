@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import trees
 from conftest import process, tiny_config
 from own_data import blocks, described, save_pair
@@ -148,29 +149,46 @@ def test_augmentation_moves_image_and_labels_together(size):
 
 @pytest.mark.parametrize("size", [(375, 500), (97, 301), (1000, 20)])
 def test_the_crop_is_resized_as_a_part_of_the_whole(size):
-    """Resizing only what the crop shows gives the pixels of resizing it all, and nearest labels are
-    Pillow's.
-    """
+    """Resizing only what the crop shows gives the pixels of resizing it all, but for roundings."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
-    labels = rng.integers(0, 20, size, dtype=np.uint8)
-    settings = ["data.short_edges=[40, 320, 700]", "data.crop=128", "data.color_jitter=false"]
-    config = tiny_config(*settings).data
+    labels = np.arange(np.prod(size), dtype=np.int32).reshape(size)
+    settings = ["data.short_edges=[40, 320, 700]", "data.crop=128", "data.max_size=2048"]
+    config = tiny_config(*settings, "data.color_jitter=false").data
+    whole = torch.from_numpy(labels)[None, None].float()
     for seed in range(8):
-        pixels, mask = augment(image, labels, config, 255, np.random.default_rng(seed))
+        pixels, mask = augment(image, labels, config, -1, np.random.default_rng(seed))
         draws = np.random.default_rng(seed)
         short = int(draws.choice(config.short_edges))
         width, height = size_at_test(*image.size, short, config.max_size)
         h, w = min(height, 128), min(width, 128)
         top, left = int(draws.integers(height - h + 1)), int(draws.integers(width - w + 1))
         flipped = draws.random() < 0.5
-        for ours, theirs, method, rare in (
-            (pixels.permute(1, 2, 0), image, Image.Resampling.BILINEAR, 1e-3),
-            (mask, Image.fromarray(labels), Image.Resampling.NEAREST, 1e-9),
-        ):
-            full = np.array(theirs.resize((width, height), method))[top : top + h, left : left + w]
-            apart = (full[:, ::-1] if flipped else full).astype(int) - ours[:h, :w].numpy()
-            assert (apart != 0).mean() < rare and np.abs(apart).max() <= 1, (method, seed)
+        resized = image.resize((width, height), Image.Resampling.BILINEAR)
+        nearest = F.interpolate(whole, (height, width), mode="nearest")[0, 0]
+        for ours, full, most in ((pixels.permute(1, 2, 0), resized, 2), (mask, nearest, 0)):
+            part = np.asarray(full)[top : top + h, left : left + w].astype(int)
+            apart = (part[:, ::-1] if flipped else part) - ours[:h, :w].numpy()
+            assert np.abs(apart).max() <= most, seed
+
+
+def test_whole_label_maps_are_resized_as_the_original_does():
+    """Nearest of F.interpolate, at any size: not what exact numbers or Pillow's centres give."""
+    rng = np.random.default_rng(0)
+    others = 0
+    for _ in range(60):
+        H, W, short = rng.integers(1, 700, 3).tolist()
+        settings = [f"data.short_edges=[{short}]", "data.crop=1400", "data.max_size=1400"]
+        config = tiny_config(*settings, "data.color_jitter=false").data
+        labels = np.arange(H * W, dtype=np.int32).reshape(H, W)
+        width, height = size_at_test(W, H, short, 1400)
+        _, mask = augment(Image.new("RGB", (W, H)), labels, config, -1, rng)
+        whole = torch.from_numpy(labels)[None, None].float()
+        nearest = F.interpolate(whole, (height, width), mode="nearest")[0, 0].int()
+        found = mask[:height, :width]
+        assert torch.equal(found, nearest) or torch.equal(found.flip(1), nearest), (H, W, short)
+        others += not np.array_equal(np.arange(height) * H // height, nearest[:, 0] // W)
+    assert others
 
 
 def test_jitter_is_ssd_s():

@@ -58,7 +58,7 @@ def test_the_walk_through(tmp_path):
     checked = command("prepare_data.py", "folder", *config, *root, "--check")
     assert checked.returncode == 0, checked.stderr
     assert "folder train: 5 images" in checked.stdout and "folder val: 3 images" in checked.stdout
-    assert "of 1500 pixels of the 1 unseen classes (zebra), 0 survive" in checked.stdout
+    assert "of 1500 pixels of the 1 unseen class (zebra), 0 survive" in checked.stdout
     out = ["--out", tmp_path / "run", "--device", "cpu"]
     out += [word for setting in SMALL for word in ("--set", setting)]
     trained = command("train.py", *config, *root, *out)

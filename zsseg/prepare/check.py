@@ -1,7 +1,7 @@
 """What a data set contains: counts beside the published ones, broken files, the label histogram."""
 
 from zsseg.data import count_labels
-from zsseg.datasets import MissingSplit, dataset, find_listing
+from zsseg.datasets import MissingSplit, dataset, find_listing, training_set
 from zsseg.utils import UserError, plural
 
 
@@ -19,40 +19,40 @@ def summarize(config, root, workers, check):
                 raise error
             print(f"{data.name} {split}: none")
             continue
-        line = f"{data.name} {split}: {len(listing.pairs)} images"
+        line = f"{data.name} {split}: {plural(len(listing.pairs), 'image')}"
         if split in data.counts:
             line += f" (published: {data.counts[split]})"
         if alone := len(listing.unpaired):
             line += f", {plural(alone, 'file')} without a partner left out"
         print(line, flush=True)
-        if check:
-            problems += check_split(config, root, split, listing, workers)
-        elif split == "train":
-            _, broken = count_labels(config, root, "train", workers)  # training needs it
-            problems += broken
-            for line in broken:
+        if check or split == "train":  # training needs it
+            counts, broken = count_labels(config, root, split, workers, check)
+            if check:
+                broken += [f"{file} has no partner" for file in listing.unpaired]
+                print_shares(config, split, counts.clip(0).sum(0))
+            for folder in {file.parent for file in listing.missing if not file.parent.is_dir()}:
+                others = [line for line in broken if f"{folder}/" not in line]
+                if len(others) < len(broken) - 1:
+                    broken = [*others, f"no folder {folder}"]
+            for line in sorted(broken):
                 print(f"  broken: {line}")
+            problems += broken
     if problems:
         why = f"{plural(len(problems), 'problem')} (listed above)"
         raise UserError(f"data set {data.name}", why, "replace these files")
 
 
-def check_split(config, root, split, listing, workers):
-    """Read every file of a split and print what it contains. Returns a line for each file that is
-    broken or has no partner.
-    """
-    data = dataset(config)
-    counts, broken = count_labels(config, root, split, workers, check=True)
-    broken += [f"{file} has no partner" for file in listing.unpaired]
-    pixels = counts.clip(0).sum(0)
+def print_shares(config, split, pixels):
+    """The share of every class, given the pixels of each and, last, of none, int64 [C + 1]."""
+    data = training_set(config)
     share = 100 * pixels / max(pixels.sum(), 1)
     for name, percent in zip([*data.names, "ignored"], share, strict=True):
         print(f"  {name[:40]:40}{percent:7.2f} %")
     if split == "train" and data.unseen:
         hidden = sum(pixels[data.names.index(name)] for name in data.unseen)
-        classes = f"the {len(data.unseen)} unseen classes ({', '.join(data.unseen)})"
+        classes = plural(len(data.unseen), "unseen class", "unseen classes")
         # count_labels raises an error otherwise.
-        print(f"  training targets: of {hidden} pixels of {classes}, 0 survive")
-    for line in sorted(broken):
-        print(f"  broken: {line}")
-    return broken
+        print(
+            f"  training targets: of {hidden} pixels of the {classes}"
+            f" ({', '.join(data.unseen)}), 0 survive"
+        )

@@ -1,10 +1,11 @@
-"""Label files that cannot be read in place: SBD's .mat, Context's run lengths in JSON, the colours
-of ADE20K-847.
+"""Label files that cannot be read in place: the .mat of SBD and of Context's 459 classes, the run
+lengths in JSON of its 59, the colours of ADE20K-847.
 
 Every output file is written under a temporary name first and is not written again when it exists,
 so that a conversion that was killed continues where it was.
 """
 
+import contextlib
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -13,21 +14,33 @@ import numpy as np
 import torch.nn.functional as F
 from PIL import Image
 
-from zsseg.datasets import dataset, read_ids
+from zsseg.datasets import dataset, listed_ids, read_ids
 from zsseg.images import read_image, to_tensor
 from zsseg.utils import UserError, atomic_write, parallel, walk
 
 
+@contextlib.contextmanager
+def naming(file):
+    """Errors inside are those of a file that contains something else: UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # SciPy raises many types, and JSON may contain anything
+        why = f"cannot be read ({error!r:.200})"
+        raise UserError(f"file {file}", why, "replace the file") from None
+
+
 def write_ids(file, ids):
-    """Write a list of ids unless it exists."""
-    if not file.exists():
+    """Write a list of ids unless it has some."""
+    if not listed_ids(file):
         with atomic_write(file) as temporary:
             temporary.write_text("".join(f"{i}\n" for i in ids), "utf-8")
 
 
 def voc_trainaug(folder, find_sbd, workers):
-    """Write `SegmentationClassAug/`, `train.txt` and, last, `val.txt` from VOC's own files and
-    SBD's, for whose folder `find_sbd` is asked if it is needed.
+    """Write `SegmentationClassAug/` and the lists from VOC's own files and SBD's, for whose folder
+    `find_sbd` is asked with what is needed of it.
 
     train = (VOC train + SBD train + SBD val) - VOC val, 10,582 images, or as a list says. An image
     that VOC segmented keeps VOC's mask (with its void borders); SBD's are for the others, and never
@@ -35,36 +48,39 @@ def voc_trainaug(folder, find_sbd, workers):
     """
     official = folder / "ImageSets" / "Segmentation"
     lists = [folder / "train.txt", official / "trainaug.txt", official / "train_aug.txt"]
-    given = [file for file in lists if file.exists()]
-    if given:  # only masks may be missing
-        train = read_ids(given[0])
-    else:
-        sbd = find_sbd()
+    train = next(filter(None, map(listed_ids, lists)), None)
+    val = listed_ids(folder / "val.txt") or read_ids(official / "val.txt")
+    if not train:
+        sbd = find_sbd("val.txt")  # which is unpacked last
         files = (official / "train.txt", sbd / "train.txt", sbd / "val.txt")
-        ids = {i for file in files for i in read_ids(file)}
-        train = sorted(ids - {*read_ids(official / "val.txt")})
+        train = sorted({i for file in files for i in read_ids(file)} - {*val})
 
     masks = folder / "SegmentationClassAug"
     both = (folder / "SegmentationClass", masks)
     missing = [i for i in train if not any((part / f"{i}.png").exists() for part in both)]
     if missing:
-        classes = find_sbd() / "cls"
-        convert = lambda i: save(read_sbd(classes / f"{i}.mat"), masks / f"{i}.png")
-        list(parallel(convert, missing, workers, "convert SBD"))
+        convert_mats(find_sbd("cls/*.mat") / "cls", missing, "GTcls", masks, workers)
     write_ids(folder / "train.txt", train)
-    if not (folder / "val.txt").exists():  # last: it marks the conversion as complete
-        write_ids(folder / "val.txt", read_ids(official / "val.txt"))
+    write_ids(folder / "val.txt", val)
 
 
-def read_sbd(file):
-    """SBD's class mask: uint8 [H, W], 0 background, 1..20; there is no void."""
+def convert_mats(source, ids, name, target, workers):
+    """The label map `name` of each <id>.mat, or its field Segmentation, -> <id>.png, as stored,
+    unless that exists.
+    """
     from scipy.io import loadmat  # only when needed: it takes a second to import
 
-    try:
-        return loadmat(file, variable_names=["GTcls"])["GTcls"][0]["Segmentation"][0]
-    except Exception as error:  # SciPy raises many types for a broken file
-        why = f"cannot be read ({error!r})"
-        raise UserError(f"SBD file {file}", why, "replace the file") from None
+    def convert(i):
+        file = source / f"{i}.mat"
+        if not (target / f"{i}.png").exists():
+            with naming(file):
+                values = loadmat(file, variable_names=[name])[name]
+                values = values["Segmentation"][0, 0] if values.dtype.names else values
+                if values.dtype.kind != "u":
+                    raise TypeError(f"{name} is of {values.dtype}")
+                save(values, target / f"{i}.png")
+
+    list(parallel(convert, ids, workers, f"convert {name}"))
 
 
 def save(values, file, format="PNG", **options):
@@ -106,7 +122,7 @@ def decompress(text):
 
 def pascal_context(folder, workers):
     """`trainval_merged.json` -> `labels/<id>.png`, 16-bit category ids painted in the file's order,
-    and, last, the lists. Raises UserError for a file that contains something else.
+    and the lists. Raises UserError for a file that contains something else.
     """
     file = folder / "trainval_merged.json"
     annotations = defaultdict(list)
@@ -123,7 +139,7 @@ def pascal_context(folder, workers):
             values[decode_runs(annotation["segmentation"])] = annotation["category_id"]
         save(values, target)
 
-    try:
+    with naming(file):
         content = json.loads(file.read_bytes())
         images = [image for image in content["images"] if image["phase"] in ids]
         for annotation in content["annos_segmentation"]:
@@ -131,13 +147,14 @@ def pascal_context(folder, workers):
         list(parallel(convert, images, workers, "convert Context"))
         if not ids["val"]:
             raise ValueError("no image of phase val")
-    except UserError:
-        raise
-    except Exception as error:  # any JSON may be in it
-        why = f"cannot be read ({error!r:.200})"
-        raise UserError(f"annotations {file}", why, "replace the file") from None
     for split, stems in ids.items():
         write_ids(folder / f"{split}.txt", sorted(stems))
+
+
+def pascal_context_full(folder, workers):
+    """`trainval/<id>.mat` -> `labels_full/<id>.png` of the listed ids."""
+    ids = [i for split in ("train", "val") for i in listed_ids(folder / f"{split}.txt")]
+    convert_mats(folder / "trainval", ids, "LabelMap", folder / "labels_full", workers)
 
 
 def ade20k_full(folder, workers, train=False):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import ops
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet, conv1x1, conv3x3
 from torchvision.models.swin_transformer import (
     ShiftedWindowAttention,
     SwinTransformer,
@@ -28,6 +28,14 @@ class FrozenBatchNorm2d(ops.FrozenBatchNorm2d):
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
         )
+
+
+def conv_stem(norm, *sizes) -> list[nn.Module]:
+    """Convolutions of 3x3, each with norm and ReLU; sizes: (channels, width, stride) of each."""
+    layers = []
+    for channels, width, stride in sizes:
+        layers += [conv3x3(channels, width, stride), norm(width), nn.ReLU(inplace=True)]
+    return layers
 
 
 class DeepResNet(ResNet):
@@ -52,14 +60,11 @@ class R101c(DeepResNet):
 
     def __init__(self):
         super().__init__((3, 4, 23, 3))
-        stem = []
-        for channels, width, stride in ((3, 64, 2), (64, 64, 1), (64, 128, 1)):
-            conv = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
-            stem += [conv, FrozenBatchNorm2d(width), nn.ReLU(inplace=True)]
+        stem = conv_stem(FrozenBatchNorm2d, (3, 64, 2), (64, 64, 1), (64, 128, 1))
         *layers, self.bn1, self.relu = stem
         self.conv1 = nn.Sequential(*layers)
-        self.layer1[0].conv1 = nn.Conv2d(128, 64, 1, bias=False)
-        self.layer1[0].downsample[0] = nn.Conv2d(128, 256, 1, bias=False)
+        self.layer1[0].conv1 = conv1x1(128, 64)
+        self.layer1[0].downsample[0] = conv1x1(128, 256)
         for i in (1, 2):
             conv = self.layer4[i].conv2
             conv.dilation = conv.padding = (2 * i, 2 * i)
@@ -89,12 +94,13 @@ class WindowAttention(ShiftedWindowAttention):
             bias = bias + shift_mask(rows, columns, w, shift, x.device).repeat(B, 1, 1)[:, None]
 
         x = x.view(B, rows, w, columns, w, C).transpose(2, 3)
-        x = x.reshape(B * rows * columns, w * w, C)
+        layout = x.shape
+        x = self.qkv(x.reshape(B * rows * columns, w * w, C))
         # [B * windows, heads, w*w, C/heads]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = x.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype)).transpose(1, 2)
 
-        x = self.proj(x.flatten(2)).view(B, rows, columns, w, w, C).transpose(2, 3)
+        x = self.proj(x.flatten(2)).view(layout).transpose(2, 3)
         x = x.reshape(B, rows * w, columns * w, C)
         return x.roll((shift, shift), (1, 2))[:, :H, :W]
 
@@ -103,14 +109,9 @@ def shift_mask(rows, columns, w, shift, device):
     """What keeps tokens of a rolled map apart that are not neighbours in the image: 0 or -100,
     [rows * columns, w*w, w*w].
     """
-    parts = []
-    for count in (rows, columns):
-        # 0, 1 or 2: before the last window, in its first part, in what was rolled in
-        part = torch.zeros(count, w, device=device)
-        part[-1] = 1
-        part[-1, w - shift :] = 2
-        parts.append(part)
-    part = 3 * parts[0][:, None, :, None] + parts[1][:, None]  # [rows, columns, w, w]
+    # What was rolled in from the other end; in every window but the last ones it is nothing.
+    y, x = (torch.arange(n * w, device=device).view(n, w) >= n * w - shift for n in (rows, columns))
+    part = 2 * y[:, None, :, None] + x[:, None]  # [rows, columns, w, w]
     part = part.reshape(rows * columns, w * w)
     return -100.0 * (part[:, None] != part[:, :, None])
 
@@ -121,19 +122,20 @@ class Swin(SwinTransformer):
     """
 
     def __init__(self, width=128, depths=(2, 2, 18, 2)):
+        channels = [width * 2**i for i in range(4)]
         super().__init__(
             [4, 4],
             width,
             list(depths),
-            [width // 32 * 2**i for i in range(4)],
+            [c // 32 for c in channels],
             [12, 12],
             stochastic_depth_prob=0.3,
             block=partial(SwinTransformerBlock, attn_layer=WindowAttention),
         )
         del self.norm, self.permute, self.avgpool, self.flatten, self.head
-        self.channels = [width * 2**i for i in range(4)]
-        for i, channels in enumerate(self.channels):
-            self.add_module(f"norm{i}", nn.LayerNorm(channels))
+        self.channels = channels
+        for i, c in enumerate(channels):
+            self.add_module(f"norm{i}", nn.LayerNorm(c))
 
     def forward(self, x) -> list[Tensor]:
         H, W = x.shape[-2:]
@@ -156,21 +158,15 @@ class SmallResNet(nn.Module):
     def __init__(self, widths):
         super().__init__()
         self.channels = list(widths)
-        width = widths[0]
-        stem = []
-        for channels in (3, width):
-            conv = nn.Conv2d(channels, width, 3, 2, 1, bias=False)
-            stem += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-        self.stem = nn.Sequential(*stem)
+        first = widths[0]
+        self.stem = nn.Sequential(*conv_stem(nn.BatchNorm2d, (3, first, 2), (first, first, 2)))
         self.stages = nn.ModuleList()
-        channels = widths[0]
-        for width, stride in zip(widths, (1, 2, 1, 1), strict=True):
+        for channels, width, stride in zip((first, *widths[:3]), widths, (1, 2, 1, 1), strict=True):
             shortcut = None
             if (channels, 1) != (width, stride):
-                conv = nn.Conv2d(channels, width, 1, stride, bias=False)
+                conv = conv1x1(channels, width, stride)
                 shortcut = nn.Sequential(conv, nn.BatchNorm2d(width))
             self.stages.append(BasicBlock(channels, width, stride, shortcut))
-            channels = width
 
     def forward(self, x) -> list[Tensor]:
         x = self.stem(x)

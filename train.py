@@ -34,13 +34,13 @@ import math
 from dataclasses import asdict
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from zsseg import checkpoint
 from zsseg.data import TrainImages, batches, collate
-from zsseg.datasets import find_pairs, training_set
+from zsseg.datasets import MissingSplit, find_pairs, training_set
 from zsseg.distributed import init_distributed
 from zsseg.evaluate import evaluate
 from zsseg.log import Log
@@ -49,7 +49,7 @@ from zsseg.metrics import report
 from zsseg.prompt_learning import PromptTask
 from zsseg.self_training import pseudo_labels
 from zsseg.utils import claim_folder, git_commit, mix_seed, print_main
-from zsseg.weights import build_segmenter, clip_digest
+from zsseg.weights import build_segmenter, check_clip, clip_digest
 
 UNMEASURED = [-math.inf, -math.inf]  # what `score` of a task is compared with
 
@@ -81,9 +81,20 @@ class SegmentTask:
         self.model.compile(fullgraph=True)
         self.losses = torch.compile(segmentation_losses, fullgraph=True)
 
-    def loss(self, model, batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and its parts, of the last layer by name and of the others as `name/layer_i`.
-        Nothing in here makes the host wait for a GPU.
+    def normalizers(self, batches):
+        """The divisors of the losses, as if the batches of a step were one."""
+        model = self.config.model
+        counts = [
+            targets.counts if model.proposals else (targets.labels < len(self.text)).sum((1, 2))
+            for _, targets in batches
+        ]
+        counts = torch.cat(counts).to(self.process.device, non_blocking=True)
+        sizes = (counts, model.num_queries, self.config.train.no_object_weight)
+        return loss_normalizers(*sizes, self.process.sum, self.process.world_size)
+
+    def loss(self, model, batch, normalizers):
+        """The share of a batch in the "loss" of a step, and its parts, of the last layer by name
+        and of the others as `name/layer_i`. Nothing in here makes the host wait for a GPU.
         """
         images, targets = batch
         images = images.to(self.process.device, non_blocking=True)
@@ -92,20 +103,16 @@ class SegmentTask:
         with self.process.autocast(self.config.model.bf16, training=True):
             outputs = model(self.model.prepare(images), self.text)
         if not self.config.model.proposals:
-            loss = per_pixel_loss(outputs, targets.labels, self.samples.data.ignore)
-            return loss, {"class": loss.detach()}
-        train = self.config.train
-        num_queries = self.config.model.num_queries
-        sizes = (targets.counts, num_queries, train.no_object_weight)
-        normalizers = loss_normalizers(*sizes, self.process.sum, self.process.world_size)
+            return {"loss": per_pixel_loss(outputs, targets.labels, normalizers[0])}
         if self.compiled:
             targets = targets.padded()
-        losses = self.losses(*outputs, targets, normalizers, train)
-        parts = {name: values[-1].detach() for name, values in losses.items()}
+        losses = self.losses(*outputs, targets, normalizers, self.config.train)
+        parts = {"loss": sum(values.sum() for values in losses.values())}
         for name, values in losses.items():
-            for i, value in enumerate(values[:-1].detach()):
+            parts[name] = values[-1]
+            for i, value in enumerate(values[:-1]):
                 parts[f"{name}/layer_{i}"] = value
-        return sum(values.sum() for values in losses.values()), parts
+        return parts
 
     def evaluate(self, split, out, on_image):
         where = (self.root, self.process, split, out)
@@ -127,7 +134,7 @@ def build_optimizer(model, config) -> torch.optim.Optimizer:
     backbone. SGD for prompts.
     """
     train = config.train
-    groups: dict[tuple[float, float], list] = {}
+    groups = {}
     for prefix, module in model.named_modules():
         lr = train.lr * (train.backbone_lr if prefix.startswith("backbone") else 1)
         norm = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.Embedding))
@@ -158,35 +165,39 @@ def lr_factor(step, config):
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def train_step(task, model, optimizer, batch, clip_grad):
-    """One step: the loss, its parts, the gradient norm and whether it was bad (1 or 0), left on the
-    device.
+def train_step(task, model, optimizer, batches, clip_grad):
+    """One step, as of one large batch: the loss and its parts by name, the gradient norm and
+    whether it was bad (1 or 0), left on the device.
 
     In a bad step the loss or the gradient of some process has NaN/Inf: nothing changes in any of
     them, whatever the optimizer is; for one that is not fused, the host waits for the device in
     every step. `clip_grad` 0: no limit.
     """
     layers = (m for m in task.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase))
-    running = [buffer for layer in layers for buffer in layer.buffers()]
-    before = [buffer.clone() for buffer in running]
+    running = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers()]
 
-    loss, parts = task.loss(model, batch)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    normalizers = task.normalizers(batches)
+    total = 0
+    for batch in batches:
+        parts = task.loss(model, batch, normalizers)
+        parts["loss"].backward()
+        total = total + torch.stack([*parts.values()]).detach()
+    total = dict(zip(parts, total, strict=True))
     limit = clip_grad or math.inf
     norms = [nn.utils.clip_grad_norm_(part.parameters(), limit) for part in task.clipped]
     norm = torch.stack(norms).max()
 
-    finite = loss.detach().isfinite() & norm.isfinite()
+    finite = total["loss"].isfinite() & norm.isfinite()
     bad = task.process.sum(1 - finite.float()).clamp(max=1)
     if all(group.get("fused") for group in optimizer.param_groups):
         optimizer.found_inf = bad  # PyTorch's own: where this is 1, a fused step changes nothing
         optimizer.step()
     elif not bad:
         optimizer.step()
-    for buffer, old in zip(running, before, strict=True):
+    for buffer, old in running:
         buffer.copy_(torch.where(bad > 0, old, buffer))
-    return loss.detach(), parts, norm, bad
+    return total, norm, bad
 
 
 class BadSteps:
@@ -200,11 +211,11 @@ class BadSteps:
         self.train = config.train
         self.count = count
         self.in_a_row = 0
-        self.flags: list[tuple[int, Tensor]] = []  # not waited for
+        self.flags = []  # (step, whether it was bad), not waited for
 
     def read(self):
         """Whether the last step was bad; the host waits for the device."""
-        size = self.train.batch_size
+        size = self.train.batch_size * self.train.accumulate
         for step, bad in self.flags:
             self.in_a_row = self.in_a_row + 1 if bad else 0
             if not bad:
@@ -221,6 +232,19 @@ class BadSteps:
         return self.in_a_row > 0
 
 
+def validation_split(config, root):
+    """The split val or, for a data set of one's own without it, the one that is measured."""
+    split = config.data.split
+    try:
+        find_pairs(config.data, root, "val")
+    except MissingSplit:
+        if config.data.name != "folder":
+            raise
+        print_main(f"there is no split val: best.pt will be the best on data.split, {split}")
+        return split
+    return "val"
+
+
 def train(config, root, out, process, saved):
     """Train as `config` says and evaluate, from the start or from `saved`, the content of a
     checkpoint. A signal stops it early, after a checkpoint.
@@ -231,12 +255,10 @@ def train(config, root, out, process, saved):
     best = saved.get("best", UNMEASURED)
     size = settings.batch_size
     share = size // process.world_size
-    if size != share * process.world_size:
-        why = f"{size} cannot be shared by {process.world_size} processes"
-        raise UserError("train.batch_size", why, "change it")
-    evaluates = 0 < settings.eval_every < steps
-    for split in [config.data.split, *["val"] * evaluates]:  # a missing one is noticed now
-        find_pairs(config.data, root, split)
+    count = settings.accumulate  # batches of a step
+    every = settings.eval_every or steps
+    find_pairs(config.data, root, config.data.split)  # a missing one is noticed now
+    validation = validation_split(config, root) if every < steps else ""
     process.broadcast(lambda: None if saved else claim_folder(out))
 
     # model and optimizer; compiled before DDP wraps it, in place: names in the state dict stay
@@ -245,7 +267,9 @@ def train(config, root, out, process, saved):
     task = tasks[settings.task](config, root, out, process, saved.get("model"))
     optimizer = build_optimizer(task.model, config)
     if saved:
-        checkpoint.restore(optimizer, saved["optimizer"], f"checkpoint {out / 'last.pt'}")
+        what = f"checkpoint {out / 'last.pt'}"
+        check_clip(saved, task.clip, what)
+        checkpoint.restore(optimizer, saved["optimizer"], what)
     process.describe(config.model.bf16, training=True)
     if process.compiles(config.model.compile):
         task.compile()
@@ -254,24 +278,24 @@ def train(config, root, out, process, saved):
         model = DistributedDataParallel(model)
 
     # data: the order of samples over all processes does not depend on their number
-    firsts = range(start * size + process.rank * share, steps * size, size)
+    firsts = (n * size + process.rank * share for n in range(start * count, steps * count))
     numbers = (n for first in firsts for n in range(first, first + share))
     loader = batches(task.samples, numbers, share, config.data.workers, task.collate)
 
     log = Log(out, process, config, start, saved.get("wandb", ""))
     bad_steps = BadSteps(task.samples, log, config, saved.get("skipped", 0))
     hidden = None if process.is_main else True  # None: shown on a terminal
-    bar = tqdm(log.timed(loader), settings.task, steps, initial=start, disable=hidden)
+    chunked = zip(*[log.timed(loader)] * count, strict=True)
+    bar = tqdm(chunked, settings.task, steps, initial=start, disable=hidden)
 
     def save(name, step, result=None):
         """All that a run needs to go on: random numbers follow from (seed, step, rank), samples
         from their number.
         """
         if process.is_main:
-            content = {"config": asdict(config), "step": step, "best": best}
-            content |= {"wandb": log.run_id, "commit": git_commit(), "skipped": bad_steps.count}
-            content |= {"trained": training_set(config.data).training_names}
-            content |= {"clip": clip_digest(task.clip)}
+            content = {"config": asdict(config), "step": step, "best": best, "wandb": log.run_id}
+            content |= {"trained": training_set(config.data).training_names, "commit": git_commit()}
+            content |= {"clip": clip_digest(task.clip), "skipped": bad_steps.count}
             content |= {"model": task.state(result), "optimizer": optimizer.state_dict()}
             previous = out / "previous.pt" if name == "last.pt" else None
             checkpoint.save(out / name, previous, **content)
@@ -285,35 +309,35 @@ def train(config, root, out, process, saved):
         return result
 
     def is_due(step):
-        return evaluates and step % settings.eval_every == 0 and 0 < step < steps
+        return step % every == 0 and 0 < step < steps
 
     def validate(step):
         """The evaluation that is due after a step; a run that goes on from there repeats it."""
         nonlocal best
         if is_due(step):
-            result = measure("val", step)
+            result = measure(validation, step)
             if (score := task.score(result)) > best:
                 best = score
                 save("best.pt", step, result)
 
     validate(start)
     due = False  # a checkpoint
-    with checkpoint.GracefulStop(process) as stop:
-        for step, batch in enumerate(bar, start):
+    with checkpoint.graceful_stop(process) as asked_to_stop:
+        for step, chunks in enumerate(bar, start):
             torch.manual_seed(mix_seed(settings.seed, 4, step, process.rank))  # dropout
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * lr_factor(step, config)
 
             # Nothing waits for the GPU but a step that is logged or saved.
-            loss, parts, norm, bad = train_step(task, model, optimizer, batch, settings.clip_grad)
+            values, norm, bad = train_step(task, model, optimizer, chunks, settings.clip_grad)
             bad_steps.flags.append((step, bad))
             done = step + 1
-            stopping = stop.requested()
+            stopping = asked_to_stop()
             last = done == steps or stopping
             if done % config.log.every == 0 or done == steps:
                 bad_steps.read()
                 lr = settings.lr * lr_factor(step, config)
-                bar.set_postfix_str(log.step(done, loss, parts, norm, lr))
+                bar.set_postfix_str(log.step(done, values, norm, lr))
             # A checkpoint that is due in a bad step waits for a good one: the weights may be why.
             due = due or last or done % settings.checkpoint_every == 0 or is_due(done)
             if due and (not bad_steps.read() or last):
@@ -341,6 +365,10 @@ def main(argv):
     if saved:
         step = f"step {saved['step']} of {config.train.steps}"
         print_main(f"resuming {out} at {step}: weights and options are those in it, and --set")
+    size = config.train.batch_size
+    if size % process.world_size:
+        why = f"{size} cannot be shared by {process.world_size} processes"
+        raise UserError("train.batch_size", why, "change it")
     train(config, args.root, out, process, saved)
 
 

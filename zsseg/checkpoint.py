@@ -2,8 +2,10 @@
 that ask for one. Files of tensors are read by `weights.py`.
 """
 
+import contextlib
 import os
 import signal
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -34,6 +36,7 @@ def load_last(out, resume, process):
         todo = "add --resume, or give another --out"
         raise UserError(f"output {out}", "has a run already", todo)
     saved = {}
+    broken = None
     for file in files:
         try:
             saved = load_checkpoint(file)
@@ -41,14 +44,16 @@ def load_last(out, resume, process):
         except UserError as error:
             if file == files[-1]:
                 raise
-            print_main(f"{error}: going on from previous.pt")
-            if process.is_main:  # or the next checkpoint would make it the previous one
-                file.rename(out / "broken.pt")
+            broken = error
     if files and not {"config", "step", "optimizer"} <= saved.keys():
         raise UserError(f"checkpoint {file}", "is not one of a training run", "give another --out")
     if len({*process.gather([saved.get("step", 0)])}) > 1:
         why = "the processes found checkpoints of different steps"
         raise UserError(f"output {out}", why, "put it where all machines see the same files")
+    if broken:
+        print_main(f"{broken}: going on from previous.pt")
+        if process.is_main:  # or the next checkpoint would make it the previous one
+            files[0].rename(out / "broken.pt")
     return saved
 
 
@@ -66,29 +71,23 @@ def restore(optimizer, state, what):
         group |= options | {"lr": group["lr"]}
 
 
-class GracefulStop:
+@contextlib.contextmanager
+def graceful_stop(process) -> Iterator[Callable[[], bool]]:
     """Inside `with`, SIGTERM, SIGUSR1, Ctrl-C and SIGHUP (a closed terminal; not under nohup) ask
-    for a stop at the end of the step. A second Ctrl-C does not wait for that.
+    for a stop at the end of the step, which all processes then make after the same step. A second
+    Ctrl-C does not wait for that. Gives a function: whether any process was asked.
     """
+    received = set()
 
-    def __init__(self, process):
-        self.process = process
-        self.received: set[int] = set()
-
-    def __enter__(self) -> "GracefulStop":
-        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        self.before = {number: signal.signal(number, self.receive) for number in heard}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def receive(self, number, frame):
-        if number == signal.SIGINT and number in self.received:
+    def receive(number, frame):
+        if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
-        self.received.add(number)
+        received.add(number)
 
-    def requested(self):
-        """Whether any process received a signal: they all stop after the same step."""
-        return self.process.any(bool(self.received))
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, receive) for number in heard}
+    try:
+        yield lambda: process.any(bool(received))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -6,8 +6,9 @@ possible. Numbers are those of the paper's COCO-Stuff setting unless a file in `
 otherwise.
 """
 
-import math
+import operator
 import re
+import sys
 import tomllib
 import types
 from dataclasses import dataclass, field, fields
@@ -32,7 +33,8 @@ Fraction = Annotated[float, "from 0 to 1"]
 
 @dataclass
 class DataConfig:
-    # shapes | voc | coco_stuff | ade20k | ade20k_full | pcontext | cityscapes | folder (your own)
+    # shapes | voc | coco_stuff | ade20k | ade20k_full | pcontext | pcontext_full | cityscapes |
+    # folder (your own)
     name: str = "shapes"
     # Of "folder" only, below the data root:
     folder: str = ""  # the folder of the data set
@@ -42,7 +44,7 @@ class DataConfig:
     classes: list[str] = field(default_factory=list)  # names
     unseen: list[str] = field(default_factory=list)  # the unseen ones, ignored in training
     # The label value of each class, all others are ignored; []: 0, 1, 2, ...
-    values: list[int] = field(default_factory=list)
+    values: list[NonNegativeInt] = field(default_factory=list)
     # Turn images as their camera says, which labelling tools do and COCO's labels do not.
     exif_turn: bool = False
     split: str = "val"  # the split that train.py (at its end) and eval.py measure on
@@ -97,7 +99,7 @@ class ClipConfig:
     prompt: str | list[str] = "single"  # single | imagenet | vild | learned | a list of templates
     region_prompt: str | list[str] = ""  # another prompt for the regions; "": the same
     prompts: str = ""  # checkpoint with the learned prompt
-    prompt_prefix: NonNegativeInt = 16  # learned tokens before the name
+    prompt_prefix: PositiveInt = 16  # learned tokens before the name
     ensemble: bool = True  # false: only the segmenter's class probabilities
     # w: seen classes head^w clip^(1-w), unseen the other way round; 0: CLIP only
     ensemble_weight: Fraction = 0.8
@@ -116,6 +118,7 @@ class TrainConfig:
     task: Literal["segment", "prompts"] = "segment"  # prompts: learn CLIP's prompt
     steps: PositiveInt = 60_000
     batch_size: PositiveInt = 32  # over all processes
+    accumulate: PositiveInt = 1  # batches a step, which learns as from one large batch
     seed: NonNegativeInt = 0
     # Prompts: one is learned for each seed, in parallel, and the best is used.
     seeds: list[NonNegativeInt] = field(default_factory=list)
@@ -165,6 +168,7 @@ class EvalConfig:
     flip: bool = False  # average with the mirror image's score map
     # side of sliding windows that overlap by 2/3, in pixels of the network input; 0: none
     window: NonNegativeInt = 0
+    max_images: NonNegativeInt = 0  # the first ones of the split; 0: all
 
 
 @dataclass
@@ -216,12 +220,11 @@ def load_config(file=None, settings=(), base=None) -> Config:
             todo = "write e.g. train.steps=100"
             raise UserError(f"--set {setting}", "is not of the form section.key=value", todo)
         given.setdefault(section, {})[key] = parse(text.strip(), OPTIONS.get(name.strip()))
+    last = {}
+    for name, last in sources:
+        update(config, last, name)
     # What the command line adds to its file describes the same things.
-    last = sources[-1][1] if sources else {}
-    reset = {name: values for name, values in given.items() if not describes(name, last)}
-    for name, values in sources:
-        update(config, values, name)
-    update(config, given, "--set", reset)
+    update(config, given, "--set", last)
     check_combinations(config)
     return config
 
@@ -232,9 +235,9 @@ def describes(section, values):
     return any(key in values.get(section, ()) for key in keys)
 
 
-def update(config, values, source, reset=None):
-    """Set options of `config` from {section: {key: value}}; descriptions that begin in `reset`, by
-    default in `values`, begin with the defaults.
+def update(config, values, source, before=None):
+    """Set options of `config` from {section: {key: value}}; descriptions that begin in `values`,
+    and not in the `before` that they complete, begin with the defaults.
     """
     if not isinstance(values, dict):
         raise UserError(source, "is not a table of sections", "give a checkpoint of train.py")
@@ -245,7 +248,7 @@ def update(config, values, source, reset=None):
         if not isinstance(options, dict):
             todo = f"write [{section}] with keys below it"
             raise UserError(f"{source}: {section}", "is a section, not a value", todo)
-        if describes(section, values if reset is None else reset):
+        if describes(section, values) and not describes(section, before or {}):
             defaults = type(part)()
             for key in GROUPS[section][1].split():
                 setattr(part, key, getattr(defaults, key))
@@ -279,25 +282,31 @@ def check_combinations(config):
     views = config.eval.sizes or config.eval.flip or config.eval.window
     parts = clip.ensemble and model.proposals and not views
     shared = model.hidden_dim % 32 or model.hidden_dim % model.num_heads
+    pixels = text and not model.proposer
+    largest = max(data.short_edges, default=0)
+    unique = len({*train.seeds}) == len(train.seeds)
     rules = {  # option: (whether it is right, what to do)
-        "data.short_edges": (data.short_edges, "give at least one"),
+        "data.short_edges": (0 < largest <= data.max_size, "give some, none above data.max_size"),
         "data.train_on": (data.train_on == "all" or text, 'a linear head needs "all"'),
         "model.hidden_dim": (not shared, "give a multiple of 32 and of model.num_heads"),
         "model.small_widths": (len(model.small_widths) == 4, "give four widths"),
-        "model.proposals": (model.proposals or text, 'false needs class_head = "text"'),
+        "model.proposals": (model.proposals or pixels, "false needs a text head, no proposer"),
         "model.proposer": (not model.proposer or text, 'it needs class_head = "text"'),
         "clip.ensemble": (not clip.ensemble or text, "a linear head needs false"),
         "clip.prompt": (clip.prompt, "give at least one template"),
         "clip.mean": (len(clip.mean) == 3, "give three, of red, green and blue"),
         "clip.std": (len(clip.std) == 3 and all(clip.std), "give three above 0"),
         "eval.weights": (not config.eval.weights or parts, "it needs an ensemble and one view"),
-        "train.seeds": (not train.seeds or not segments, "only task prompts learns several"),
+        "train.seeds": (
+            unique and not (segments and train.seeds),
+            "give each once, to task prompts",
+        ),
         "train.init": (not train.init or segments, "only task segment starts from one"),
+        "train.teacher": (not train.teacher or segments, "only task segment has one"),
     }
     for name, (right, todo) in rules.items():
         if not right:
-            section, key = name.split(".")
-            raise UserError(name, f"is {getattr(getattr(config, section), key)!r}", todo)
+            raise UserError(name, f"is {operator.attrgetter(name)(config)!r}", todo)
 
 
 def find_config(name, folder):
@@ -309,7 +318,7 @@ def find_config(name, folder):
     raise no_such_file(f"config {name}", folder / name, "give the path of a TOML file")
 
 
-def read_toml(file, derived=()) -> list[tuple[str, dict]]:
+def read_toml(file, derived=()):
     """(name, tables) of a file, after those of the file that its `base` names. `derived`: the files
     that led here.
     """
@@ -355,7 +364,7 @@ def matches(value, expected):
     if origin is list:
         return isinstance(value, list) and all(matches(item, *arguments) for item in value)
     if expected is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
     return type(value) is expected
 
 

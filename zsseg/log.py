@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -30,7 +29,7 @@ class Log:
         self.process = process
         self.config = config
         self.file = folder / "metrics.jsonl" if process.is_main else None
-        self.images: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []
+        self.images = []  # (name, RGB uint8 [h, w, 3], true and predicted ids uint8 [h, w])
         self.run = None
         self.run_id = run_id
         self.done = step
@@ -39,14 +38,15 @@ class Log:
         self.printed = self.since
         if not process.is_main:
             return
+        mode = wandb_mode(config.log.wandb)
+        if mode != "disabled":
+            self.run = start_wandb(config, folder, run_id, mode)
+            self.run_id = self.run.id
         # A resumed run repeats the steps after its checkpoint, and the evaluation due then.
         lines = read_lines(self.file) if step else []
         with atomic_write(self.file) as file:
             before = (json.dumps(line) + "\n" for line in lines if is_before(line, step))
             file.write_text("".join(before))
-        if config.log.wandb != "disabled":
-            self.run = start_wandb(config, folder, run_id)
-            self.run_id = self.run.id
 
     def timed(self, batches):
         """The batches; the time that each takes to come counts as waiting."""
@@ -62,26 +62,27 @@ class Log:
         yield
         self.since += time.perf_counter() - began
 
-    def step(self, done, loss, parts, norm, lr):
+    def step(self, done, values, norm, lr):
         """Log the numbers of the step that was the `done`th, means over the processes; here the
         host waits for the device. What a progress bar shows of them.
         """
         train = self.config.train
-        means = torch.stack([loss, *parts.values()]).double()
+        means = torch.stack([*values.values()]).double()
         means = self.process.sum(means) / self.process.world_size
-        values = dict(zip(["loss", *parts], means.tolist(), strict=True))
+        values = dict(zip(values, means.tolist(), strict=True))
         now = time.perf_counter()
         pace = (now - self.since) / (done - self.done)
+        speed = train.batch_size * train.accumulate / pace
+        wait = 100 * self.waited / (now - self.since)
         values |= {"grad_norm": float(norm), "lr": lr}
-        values["speed/images_per_second"] = train.batch_size / pace
-        values["speed/data_wait"] = 100 * self.waited / (now - self.since)
+        values |= {"speed/images_per_second": speed, "speed/data_wait": wait}
         if self.process.device.type == "cuda":
             values["speed/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.since = now
         self.waited = 0.0
         self.done = done
         self.write(done, **values)
-        text = f"loss {values['loss']:.3f}, {train.batch_size / pace:.1f} images/s"
+        text = f"loss {values['loss']:.3f}, {speed:.1f} images/s"
         due = now - self.printed > LINE_EVERY or done == train.steps
         if self.file and due and not sys.stderr.isatty():
             self.printed = now
@@ -142,7 +143,7 @@ class Log:
         self.send(lambda: self.run.finish())
 
 
-def read_lines(file) -> list[dict]:
+def read_lines(file):
     """The complete lines of a metrics.jsonl: after a kill the last one may not be."""
     lines = []
     for text in file.read_text("utf-8", "replace").splitlines() if file.exists() else ():
@@ -160,7 +161,7 @@ def is_before(line, step):
     return line["step"] < step or (line["step"] == step and ("loss" in line or "skipped" in line))
 
 
-def scalars(values, prefix="") -> dict[str, float]:
+def scalars(values, prefix=""):
     """The numbers among nested values as {"test/head_only/hIoU": 12.0}, without the tables of every
     class.
     """
@@ -177,9 +178,18 @@ def first_line(error):
     return str(error or type(error).__name__).partition("\n")[0]
 
 
-def start_wandb(config, folder, run_id):
+def wandb_mode(wanted):
+    """`log.wandb`, or what wandb's environment says, if that is less."""
+    said = os.environ.get("WANDB_MODE")
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("true", "1"):
+        return "disabled"
+    modes = ("disabled", "dryrun", "offline")  # dryrun: another name of offline
+    return next((mode for mode in modes if mode in (wanted, said)), "online")
+
+
+def start_wandb(config, folder, run_id, mode):
     """wandb's run: a new one or, by its id, the one that is resumed; offline without a login or a
-    network. wandb's environment decides where the configuration has its defaults.
+    network. wandb's environment decides on the project, the folder and how to resume.
     """
     for name, value in WANDB.items():
         os.environ.setdefault(name, value)
@@ -188,19 +198,18 @@ def start_wandb(config, folder, run_id):
         import wandb  # takes seconds, and most runs do without
     except ImportError:
         raise UserError("log.wandb", "wandb is not installed", disable) from None
-    options = {"config": asdict(config), "dir": str(folder), "id": run_id or None}
-    if "WANDB_PROJECT" not in os.environ:
-        options["project"] = config.log.project
-    mode = os.environ.get("WANDB_MODE", config.log.wandb)
+    options = {"project": config.log.project, "dir": str(folder), "resume": "allow"}
+    options = {k: v for k, v in options.items() if f"WANDB_{k.upper()}" not in os.environ}
+    options |= {"config": asdict(config), "id": run_id or None}
     if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
         print("wandb: no login (wandb login), logging offline", flush=True)
         mode = "offline"
     try:
-        run = wandb.init(mode=mode, resume="allow", **options)
+        run = wandb.init(mode=mode, **options)
     except Exception as error:  # no network, no answer, an unknown login, ...
         if mode != "online":
             raise UserError("log.wandb", first_line(error), f"try again, or {disable}") from None
         print(f"wandb: {first_line(error)}; logging offline (later: wandb sync)", flush=True)
-        run = wandb.init(mode="offline", resume="allow", **options)
+        run = wandb.init(mode="offline", **options)
     run.define_metric("*", step_metric="step")
     return run

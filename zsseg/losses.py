@@ -6,7 +6,6 @@ Plain PyTorch; CUDA tensors go to a kernel that computes the same.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from kernels import mask_loss
 from kernels.jit import use_triton
@@ -81,9 +80,7 @@ def focal_and_dice(masks, matched, labels, classes):
 LOSSES = {"class": class_loss, "mask": mask_losses}
 
 
-def segmentation_losses(
-    class_logits, mask_logits, targets, normalizers, train
-) -> dict[str, Tensor]:
+def segmentation_losses(class_logits, mask_logits, targets, normalizers, train):
     """All weighted loss terms of every decoder layer, {"class": [L], "focal": [L], "dice": [L]};
     their sum is the loss. Shapes as for LOSSES; `normalizers` from `loss_normalizers`.
 
@@ -103,9 +100,10 @@ def segmentation_losses(
     return losses
 
 
-def per_pixel_loss(logits, labels, ignore):
-    """Cross-entropy of logits [B, C, H, W] and labels [B, H, W], the mean over the pixels that are
-    not `ignore`; 0 if all are.
+def per_pixel_loss(logits, labels, count):
+    """Cross-entropy of logits [B, C, H, W] and labels [B, H, W], the sum over the pixels with a
+    class, whose labels are below C, divided by `count`.
     """
-    total = F.cross_entropy(logits, labels.long(), ignore_index=ignore, reduction="sum")
-    return total / (labels != ignore).sum().clamp(min=1)
+    labels = labels.long()
+    labels = labels.where(labels < logits.shape[1], -1)
+    return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / count

@@ -87,13 +87,20 @@ class PromptTask:
             crops.append(region_crops(self.clip, region[:3], region[3:], box))
         return torch.cat(crops), torch.tensor([category for _, category in batch], device=device)
 
-    def loss(self, model, batch) -> tuple[Tensor, dict]:
-        """The sum over the seeds, each of which has separate parameters, and the accuracy."""
+    def normalizers(self, batches):
+        """Their number: all are of one size."""
+        return len(batches)
+
+    def loss(self, model, batch, count):
+        """The share of one of `count` batches in the loss of a step, the sum over the seeds, each
+        of which has separate parameters, and in the accuracy.
+        """
         crops, classes = self.crops(batch)
         with self.process.autocast(self.config.model.bf16, training=True):
             logits = model(crops)  # [S, B, C]
         accuracy = 100 * (logits.argmax(-1) == classes).float().mean()
-        return sum(F.cross_entropy(part, classes) for part in logits), {"accuracy": accuracy}
+        loss = sum(F.cross_entropy(part, classes) for part in logits)
+        return {"loss": loss / count, "accuracy": accuracy / count}
 
     def state(self, result):
         """The prompts of all seeds and, as "prompt", that of `result["best_seed"]`."""

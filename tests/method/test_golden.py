@@ -19,13 +19,15 @@ import trees
 from conftest import GOLDEN, GPU, PROCESS, command, golden, keys, original_state, relative_error
 from PIL import Image
 
+from train import build_optimizer, train_step
 from zsseg.clip import build_clip
-from zsseg.config import Config, TrainConfig
+from zsseg.config import Config, TrainConfig, load_config
 from zsseg.datasets import dataset
 from zsseg.distributed import Process
 from zsseg.losses import loss_normalizers, segmentation_losses
 from zsseg.matcher import Targets, assign, matching_cost
 from zsseg.metrics import confusion, summarize
+from zsseg.prompt_learning import PromptClassifier, PromptTask
 from zsseg.regions import box_of, region_crops
 from zsseg.segmenter import Segmenter
 from zsseg.weights import load_segmenter, load_tokenizer, our_name
@@ -223,6 +225,52 @@ def test_training_step(file, key_file, backbone, process):
     if backbone == "R50":
         trainable = {our_name(k).removeprefix("maskformer.") for k in keys("trainable_keys.json")}
         assert trainable == {k for k, p in parameters.items() if p.grad is not None}
+
+
+class GivenCrops(PromptTask):
+    """The training of a prompt from crops that are there."""
+
+    def __init__(self, clip, config, process):
+        self.config, self.process, self.clip = config, process, clip
+        self.model = PromptClassifier(clip, config).to(process.device)
+        self.prompts = self.model.prompts
+        self.clipped = self.prompts.values()
+
+    def crops(self, batch: tuple) -> tuple:
+        return batch
+
+
+@on_cpu_and_gpu
+@pytest.mark.parametrize("seeds", [[0], [0, 1]], ids=["alone", "beside another"])
+def test_prompt_learning(seeds, inference, process):
+    """Three steps of the original; each prompt is clipped by itself."""
+    arrays, device, most = golden("prompt_step.npz"), process.device, tolerance(process)
+    config = load_config("voc_prompts", [f"train.seeds={seeds}", "model.bf16=off"])
+    clip = inference[1].clip.to(device)
+    task = GivenCrops(clip, config, process)
+    prefix = task.prompts["0"].prefix
+    prefix.data.copy_(0.4 * torch.from_numpy(recipe.make_tensor("prefix_prompt", (16, 128))))
+    assert relative_error(prefix, arrays["before"]) == 0
+    images = torch.stack([random_image((224, 224), 70 + i) for i in range(8)])
+    maps = [recipe.make_labels(224, 224, [i, 3, 5], 70 + i) == i for i in range(8)]
+    masks = torch.from_numpy(np.stack(maps))[:, None].to(device)
+    crops = torch.where(masks, clip.normalize(images.to(device)), clip.mean.view(3, 1, 1))
+    batch = crops, torch.arange(8, device=device)
+
+    optimizer = build_optimizer(task.model, config)
+    names = ("losses", "gradient_norms", "prompts")
+    for step, (loss, norm, prompt) in enumerate(zip(*map(arrays.get, names), strict=True)):
+        values, ours, bad = train_step(task, task.model, optimizer, [batch], config.train.clip_grad)
+        assert not bad
+        if len(seeds) == 1:
+            assert float(values["loss"]) == pytest.approx(loss, rel=most)
+            assert float(ours) == pytest.approx(norm, rel=most)
+        if step == 0:  # it is clipped in place
+            assert relative_error(prefix.grad * norm / 0.01, arrays["gradient"]) < most
+        assert relative_error(prefix, prompt) < most
+        # The steps are small, as small as fp32 allows to compare them.
+        moved = prefix.detach().cpu() - torch.from_numpy(arrays["before"])
+        assert relative_error(moved, prompt - arrays["before"]) < 10 * most
 
 
 @pytest.mark.parametrize("bf16", ["off", pytest.param("auto", marks=pytest.mark.slow)])

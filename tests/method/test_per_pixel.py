@@ -88,10 +88,11 @@ def test_training_compares_interpolated_features(small_clip):
     assert logits.shape == (2, 3, 37, 50)
     assert torch.allclose(logits[1, :, 30, 41], 100 * one, atol=1e-3)
     labels = torch.full((2, 37, 50), 255, dtype=torch.uint8)
-    assert per_pixel_loss(logits, labels, 255).item() == 0
+    assert per_pixel_loss(logits, labels, 1).item() == 0
     labels[1, 30, 41] = 2
-    loss = per_pixel_loss(logits, labels, 255)
-    assert loss.item() == pytest.approx(-logits[1, :, 30, 41].log_softmax(0)[2].item(), rel=1e-4)
+    loss = per_pixel_loss(logits, labels, 2)
+    wanted = -logits[1, :, 30, 41].log_softmax(0)[2].item() / 2
+    assert loss.item() == pytest.approx(wanted, rel=1e-4)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 

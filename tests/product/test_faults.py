@@ -182,7 +182,7 @@ def test_a_bad_step_changes_nothing(optimizer_class, how, shapes_root, tmp_path,
     states = []
     for step in range(3):
         batch = task.collate([task.samples[n] for n in range(4 * step, 4 * step + 4)])
-        bad = train.train_step(task, task.model, optimizer, batch, 0.01)[-1]
+        bad = train.train_step(task, task.model, optimizer, [batch], 0.01)[-1]
         assert bad == (step == 1)
         state = [*task.model.state_dict().values(), *tensors(optimizer)]
         states.append([tensor.clone() for tensor in state])
@@ -197,9 +197,12 @@ def tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 
-def test_bad_steps_are_counted_and_named(shapes_root, tmp_path, monkeypatch, capsys):
-    """A checkpoint that was due in one waits for the next good step."""
-    spoil(monkeypatch, {1, 3}, "loss")
+@pytest.mark.parametrize(("batches", "spoiled"), [(1, {1, 3}), (2, {3, 6})])
+def test_bad_steps_are_counted_and_named(
+    batches, spoiled, shapes_root, tmp_path, monkeypatch, capsys
+):
+    """A checkpoint that was due in one waits for the next good step. Any batch spoils its step."""
+    spoil(monkeypatch, spoiled, "loss")
     saved = []
     real = checkpoint.save
 
@@ -208,11 +211,14 @@ def test_bad_steps_are_counted_and_named(shapes_root, tmp_path, monkeypatch, cap
         return real(path, *rest, **content)
 
     monkeypatch.setattr(checkpoint, "save", save)
-    config = tiny_config("train.steps=6", "train.checkpoint_every=2", PLAIN)
+    settings = ("train.steps=6", "train.checkpoint_every=2", f"train.accumulate={batches}")
+    config = tiny_config(*settings, PLAIN)
     train.train(config, shapes_root, tmp_path, PROCESS, {})
     said = [line for line in capsys.readouterr().out.splitlines() if "was skipped" in line]
     assert len(said) == 2 and "step 2 was skipped" in said[0] and "2 so far" in said[1]
-    assert said[0].count(".jpg") == 4
+    samples = data.TrainImages(config, shapes_root)
+    names = [samples.source(n) for n in range(4 * batches, 8 * batches)]
+    assert said[0].endswith(f"(1 so far): {', '.join(names)}")
     skipped = [line for line in lines(tmp_path) if "skipped" in line]
     assert [(line["step"], line["skipped"]) for line in skipped] == [(2, 1), (4, 2)]
     assert [step for name, step in saved if name == "last.pt"] == [3, 5, 6]
@@ -270,9 +276,34 @@ PAIR = ("train.steps=20", "train.checkpoint_every=6", "model.dropout=0", "model.
 PAIR += ("model.backbone=R50", "train.lr=3e-6", PLAIN)
 
 
+@pytest.mark.parametrize("proposals", ["true", "false"])
+def test_four_batches_a_step_learn_as_one(proposals, shapes_root, tmp_path):
+    """Every loss is over all of them; prompts, and which samples: test_experiments.py."""
+    config = tiny_config(*PAIR, f"model.proposals={proposals}", "model.weights=")
+    found = {}
+    for size in (8, 2):
+        torch.manual_seed(0)
+        task = train.SegmentTask(config, shapes_root, tmp_path, PROCESS, None)
+        optimizer = train.build_optimizer(task.model.train(), config)
+        for step in range(3):
+            firsts = range(8 * step, 8 * step + 8, size)
+            chunks = [task.collate([task.samples[n + i] for i in range(size)]) for n in firsts]
+            values, norm, _ = train.train_step(task, task.model, optimizer, chunks, 0.01)
+            numbers = torch.stack([*values.values(), norm]).tolist()
+            found.setdefault(size, []).append(dict(zip([*values, "norm"], numbers, strict=True)))
+        found[size] += [task.model.state_dict()]
+    *one, before = found[8]
+    *four, after = found[2]
+    for a, b in zip(one, four, strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    assert all(torch.allclose(after[name], value, atol=1e-5) for name, value in before.items())
+
+
 @pytest.fixture(scope="module")
 def pair(shapes_root, tmp_path_factory) -> Path:
-    """Twenty steps of the same run by one process and by two; r50.pth is where both start."""
+    """Twenty steps of the same run by one process and by two, whose batches are halves of one's;
+    r50.pth is where both start.
+    """
     out = tmp_path_factory.mktemp("pair")
     torch.manual_seed(0)
     # Untrained and without batch statistics, residuals would grow from block to block.
@@ -282,7 +313,8 @@ def pair(shapes_root, tmp_path_factory) -> Path:
             norm.weight.data.fill_(0.2)
     torch.save(calm.state_dict(), out / "r50.pth")
     for n in (1, 2):
-        settings = (*PAIR, f"model.weights={out / 'r50.pth'}")
+        settings = (*PAIR, f"model.weights={out / 'r50.pth'}", f"train.accumulate={n}")
+        settings += (f"train.batch_size={4 // n}",)
         arguments = words(shapes_root, out / str(n), *settings)
         done = process("train.py", *arguments, processes=n, env={"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
@@ -291,7 +323,7 @@ def pair(shapes_root, tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(pair):
-    """The same global batches; losses and normalisers averaged over both."""
+    """The same global batches, in halves; losses and normalisers averaged over both."""
     one, two = (lines(pair / name)[:20] for name in "12")
     for a, b in zip(one, two, strict=True):
         for key in ("loss", "class", "focal", "dice"):

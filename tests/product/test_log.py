@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import PROCESS, TINY, process, tiny_config
 
 import train
 from zsseg.log import Log, scalars
+from zsseg.utils import UserError
 from zsseg.weights import load_checkpoint
 
 SETTINGS = ("train.steps=4", "train.eval_every=2", "eval.compare=false", "log.wandb=online")
@@ -53,8 +55,8 @@ def wandb(monkeypatch):
     module.api = types.SimpleNamespace(api_key="key")
     module.Image = lambda pixels, caption, masks: (pixels, caption, masks)
     monkeypatch.setitem(sys.modules, "wandb", module)
-    for name in ("WANDB_MODE", "WANDB_PROJECT"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("MODE", "PROJECT", "DIR", "DISABLED"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
     return module
 
 
@@ -103,12 +105,50 @@ def test_no_fault_of_wandb_ends_a_run(wandb, fails_at, refuses, shapes_root, tmp
     assert len([line for line in lines(tmp_path) if "loss" in line]) == 4
 
 
-def test_wandb_s_environment_decides(wandb, shapes_root, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_PROJECT", "mine")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    Log(tmp_path, PROCESS, tiny_config("log.wandb=online"))
-    options = wandb.runs[0].options
-    assert options["mode"] == "offline" and "project" not in options
+@pytest.mark.parametrize(
+    ("environment", "wanted", "modes"),
+    [
+        ({}, "offline", ["offline"]),
+        ({"MODE": "offline"}, "online", ["offline"]),
+        ({"MODE": "dryrun"}, "online", ["dryrun"]),
+        ({"MODE": "disabled"}, "online", []),
+        ({"DISABLED": "True"}, "online", []),
+        ({"MODE": "disabled"}, "offline", []),
+        ({"MODE": "online"}, "offline", ["offline"]),
+        ({"MODE": "online"}, "disabled", []),
+    ],
+)
+def test_wandb_s_environment_decides(wandb, environment, wanted, modes, tmp_path, monkeypatch):
+    """On the mode where it says less than the configuration; always on project and folder."""
+    for name, value in {"PROJECT": "mine", "DIR": "here", **environment}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    log = Log(tmp_path, PROCESS, tiny_config(f"log.wandb={wanted}"), run_id="old")
+    assert [run.options["mode"] for run in wandb.runs] == modes and log.run_id == "old"
+    assert not any({"project", "dir"} & run.options.keys() for run in wandb.runs)
+
+
+def test_a_run_that_cannot_go_on_loses_no_line(wandb, tmp_path):
+    """Those of the steps after its checkpoint, which it would repeat."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n')
+    before = lines(tmp_path)
+    wandb.refuses = ("offline",)
+    with pytest.raises(UserError, match=r"log\.wandb: no answer; try again"):
+        Log(tmp_path, PROCESS, tiny_config("log.wandb=offline"), 1)
+    assert lines(tmp_path) == before
+    Log(tmp_path, PROCESS, tiny_config(), 1)
+    assert lines(tmp_path) == before[:1]
+
+
+def test_time_left_is_that_of_the_last_steps(tmp_path, monkeypatch, capsys):
+    """Not of a mean since the start, which a slow beginning or a resumed run would spoil."""
+    now = iter([0.0, 100.0, 101.0, 131.0])  # of the start, then of each logged step
+    monkeypatch.setattr("zsseg.log.time.perf_counter", lambda: next(now))
+    log = Log(tmp_path, PROCESS, tiny_config("train.steps=100", "train.accumulate=2"), 10)
+    values = {"loss": torch.tensor(1.0)}
+    for done in (20, 30, 40):
+        log.step(done, values, torch.tensor(1.0), 0.1)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].startswith("segment step 40/100 loss 1.000, 2.7 images/s, 0:03:00 left")
 
 
 def test_numbers_that_are_none_are_not_logged(tmp_path):

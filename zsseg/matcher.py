@@ -4,7 +4,7 @@ assignment of minimum cost.
 Plain PyTorch and SciPy; CUDA tensors go to kernels that compute the same.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,7 @@ from kernels.jit import use_triton
 LIMIT = 1e6  # costs that are not finite count as this much
 
 
-@dataclass
-class Targets:
+class Targets(NamedTuple):
     """The classes in each image, padded to the largest count T; a target's mask is `labels ==
     class`.
     """
@@ -30,11 +29,7 @@ class Targets:
 
     def to(self, device) -> "Targets":
         """A copy on `device`; the host does not wait for it."""
-        return Targets(*(t.to(device, non_blocking=True) for t in vars(self).values()))
-
-    def pin_memory(self) -> "Targets":
-        """What DataLoader asks for to make that copy fast."""
-        return Targets(*(t.pin_memory() for t in vars(self).values()))
+        return Targets(*(t.to(device, non_blocking=True) for t in self))
 
     def padded(self) -> "Targets":
         """T raised to 15, 31, 63 or more: a compiled program serves one T, and the matching kernel
@@ -42,7 +37,7 @@ class Targets:
         """
         T = self.classes.shape[1]
         wide = max(2 ** T.bit_length() - 1, 15)
-        return Targets(self.labels, F.pad(self.classes, (0, wide - T)), self.counts)
+        return self._replace(classes=F.pad(self.classes, (0, wide - T)))
 
 
 def matching_cost(class_logits, mask_logits, targets, focal_weight, dice_weight):
@@ -96,7 +91,7 @@ def assign(cost, counts):
 def hungarian(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """`assign` by SciPy, on the host."""
     L, B, _, T = cost.shape
-    matched = torch.full((L, B, T), -1, dtype=torch.int64)
+    matched = torch.full((L, B, T), -1)
     bad = torch.zeros(L, B, dtype=torch.bool)
     costs = cost.cpu()  # one transfer
     for layer in range(L):
@@ -104,8 +99,8 @@ def hungarian(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
             problem = costs[layer, image, :, :count]
             bad[layer, image] = not problem.isfinite().all()
             problem = problem.nan_to_num(LIMIT).clamp(-LIMIT, LIMIT)
-            query, target = linear_sum_assignment(problem.numpy())
-            matched[layer, image, torch.from_numpy(target)] = torch.from_numpy(query)
+            query, target = linear_sum_assignment(problem)
+            matched[layer, image, target] = torch.from_numpy(query)
     return matched.to(cost.device), bad.to(cost.device)
 
 

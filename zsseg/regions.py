@@ -25,8 +25,8 @@ def mask_probabilities(logits, size):
 
 
 def box_of(masks):
-    """Tight boxes of binary masks [P, H, W] with at least a pixel each -> int64 [P, 4]: x0, y0, x1,
-    y1, ends excluded.
+    """Tight boxes of binary masks [P, H, W] -> int64 [P, 4]: x0, y0, x1, y1, ends excluded. Those
+    of empty masks mean nothing.
     """
     boxes = masks_to_boxes(masks).long()
     boxes[:, 2:] += 1
@@ -35,16 +35,12 @@ def box_of(masks):
 
 def region_masks(logits, size, threshold):
     """Mask logits [Q, h, w] -> where the probability is above the threshold, bool or uint8 [Q,
-    *size]; boxes [Q, 4] as of `box_of`; valid bool [Q]: the mask has a pixel. The boxes of the
-    others mean nothing.
+    *size]; boxes [Q, 4] as of `box_of`; valid bool [Q]: the mask has a pixel.
     """
     if use_triton(logits):
         return kernel.region_masks(logits, size, threshold)
     masks = mask_probabilities(logits, size) > threshold
-    valid = masks.flatten(1).any(1)
-    boxes = logits.new_zeros(len(masks), 4, dtype=torch.int64)
-    boxes[valid] = box_of(masks[valid])
-    return masks, boxes, valid
+    return masks, box_of(masks), masks.flatten(1).any(1)
 
 
 @dataclass
@@ -93,17 +89,17 @@ def encode_crops(clip, crops, batch_size, shown=None):
     """CLIP's features of crops [P, 3, R, R], `batch_size` at once: fp32 [P, D]; `shown` bool [P, T]
     are the patches with the region, for a CLIP with a mask prompt.
 
-    The last batch is filled up to a quarter, a half, three quarters or a whole of the others: a
-    compiled tower sees few sizes.
+    The last batch is filled up to a quarter, a half, three quarters or a whole of the others, with
+    its last crop: a compiled tower sees few sizes.
     """
     count = len(crops)
     missing = -count % max(batch_size // 4, 1)
-    batches = F.pad(crops, (0, 0, 0, 0, 0, 0, 0, missing)).split(batch_size)
-    parts = [None] * len(batches)
-    if shown is not None:
-        parts = F.pad(shown, (0, 0, 0, missing)).split(batch_size)
-    pairs = zip(batches, parts, strict=True)
-    return torch.cat([clip.encode_image(*pair).float() for pair in pairs])[:count]
+    order = torch.arange(count + missing, device=crops.device).clamp(max=count - 1)
+    features = []
+    for part in order.split(batch_size):
+        patches = None if shown is None else shown[part]
+        features.append(clip.encode_image(crops[part], patches).float())
+    return torch.cat(features)[:count]
 
 
 def crop_features(clip, image, regions, config) -> Tensor:

@@ -155,7 +155,7 @@ def test_the_losses_read_nothing_back(shapes_root):
                 part._buffers[name] = empty(tensor)
         task.text = empty(task.text)
         task.process = Process(torch.device("cuda"))
-        images, *targets = map(mode.from_tensor, (images, *vars(targets).values()))
+        images, *targets = map(mode.from_tensor, (images, *targets))
         with transfers:
             loss, parts = task.loss(task.model, (images, Targets(*targets)))
         assert loss.is_cuda and loss.requires_grad and all(v.is_cuda for v in parts.values())
@@ -173,7 +173,7 @@ def test_a_training_step_never_waits_for_the_gpu(shapes_root, compiled):
         task.compile()
     for step in range(4):
         images, targets = task.collate([task.samples[n] for n in range(4 * step, 4 * step + 4)])
-        batch = images.pin_memory(), targets.pin_memory()
+        batch = images.pin_memory(), Targets(*(t.pin_memory() for t in targets))
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
         try:

@@ -204,7 +204,7 @@ def pcontext_full(root: Path, folder: str = "pcontext") -> dict[str, np.ndarray]
     pcontext(root, folder)
     rng, expected = np.random.default_rng(7), {}
     content = json.loads((root / folder / "trainval_merged.json").read_text())
-    (root / folder / "trainval").mkdir()
+    (root / folder / "trainval").mkdir(exist_ok=True)
     for row in content["images"]:
         name, size = row["file_name"].removesuffix(".jpg"), (row["height"], row["width"])
         values = values_like(rng, [459, *[0] * 90, *range(1, 460)], size, int(name[-1]) % 3)

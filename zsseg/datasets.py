@@ -75,7 +75,9 @@ class DataSet:
 
     @property
     def trained(self):
-        """Ids of the classes that are trained on: the seen ones, or all without such a split."""
+        """Ids of the classes that targets show: the seen ones, or all without such a split. What a
+        run is trained on says its `training_set`.
+        """
         return self.seen or list(range(len(self.names)))
 
     @property
@@ -177,7 +179,8 @@ def own_dataset(config) -> DataSet:
     values = config.values or list(range(len(classes)))
     lists = "{split}" not in config.images
     stray = [name for name in config.unseen if name not in classes]
-    some = did_you_mean("".join(stray[:1]), classes, "give some of data.classes, not all")
+    some = "give some of data.classes, not all, in a list"
+    some = did_you_mean("".join(stray[:1]), classes, some)
     ids = f"give each of the {len(classes)} classes its own value, from 0 to 65535"
     in_range = all(0 <= value < 2**16 for value in values)
     rules = (
@@ -245,11 +248,12 @@ def find_listing(name_or_config, root, split) -> Listing:
         raise no_such_file("data.folder", folder, "correct it, or give another data root")
     # The split may be there by another name.
     beside = {path.name for path in (folder / data.images.partition("{split}")[0]).glob("*")}
-    todo = did_you_mean(split, beside - {split}, "correct data.images, data.labels,")
-    todo += " give data.split, or another data root"
+    near = did_you_mean(split, beside - {split}, "")
+    todo = f"{near} correct data.images, data.labels or data.split, or give another data root"
     patterns = f"{data.images} and {data.labels[0]}"
+    listed = f"{split}.txt" if data.lists else split
     error = UserError if unpaired else MissingSplit
-    raise error("data.images", f"no pair of files {patterns} in {folder} for {split}", todo)
+    raise error("data.images", f"no pair of files {patterns} in {folder} for {listed}", todo)
 
 
 def find_pairs(name_or_config, root, split) -> list[Pair]:

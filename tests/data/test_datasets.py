@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
+from zsseg.config import load_config
 from zsseg.data import TestImages as Images  # pytest would take it for a test
 from zsseg.datasets import DATASETS, find_listing, find_pairs
 from zsseg.prepare.convert import decode_runs
@@ -115,6 +116,78 @@ def test_what_is_given_of_voc_is_taken_as_it_is(given, tmp_path):
     assert all(p.exists() for pair in find_pairs("voc", tmp_path, "train") for p in pair)
 
 
+VOC = "VOCdevkit/VOC2012"
+LEFT_OVERS = [  # the folder in which all is, and empty files beside it
+    ("voc", VOC, ["VOC2012/JPEGImages/notes.txt", "VOC2012/SegmentationClass/x.png"]),
+    ("voc", VOC, ["VOC2012/val.txt", f"{VOC}/val.txt", f"{VOC}/train.txt"]),
+    ("voc", VOC, ["SBD/cls/notes.txt", f"{VOC}/SBD/cls/notes.txt", "sbd/val.txt"]),
+    ("pcontext", "VOCdevkit/VOC2010", ["pcontext/JPEGImages/x.jpg", "VOC2010/train.txt"]),
+    ("pcontext_full", "VOC2010", ["pcontext/trainval/2008_000003.mat", "VOC2010/val.txt"]),
+]
+
+
+@pytest.mark.parametrize(("name", "folder", "others"), LEFT_OVERS)
+def test_a_left_over_is_no_data_set(name, folder, others, tmp_path):
+    expected = trees.BUILDERS[name](tmp_path, folder)
+    for file in (tmp_path / other for other in others):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    done = prepare(name, tmp_path, env={"ZSSEG_CACHE": str(tmp_path / "cache")})
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "cache").exists() and f"{name} train: none" not in done.stdout
+    pairs = find_pairs(name, tmp_path, "val")
+    assert [image.stem for image, _ in pairs] == sorted(expected)
+    first = tmp_path / DATASETS[name].folders[0]  # gets the train split and a list without files
+    for file in [f for pair in find_pairs(name, tmp_path, "train") for f in pair]:
+        target = first / file.relative_to(tmp_path / folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    shutil.copy(tmp_path / folder / "train.txt", first)
+    (first / "val.txt").write_text("2007_999999\n")
+    assert find_listing(name, tmp_path, "train").folder == first
+    assert find_pairs(name, tmp_path, "val") == pairs
+
+
+def test_half_of_an_archive_is_no_data_set(tmp_path, monkeypatch):
+    """An empty folder is filled; of half a folder a file without a partner is named."""
+    trees.coco_stuff(tmp_path)
+    row = DATASETS["coco_stuff"]
+    rows = [dataclasses.replace(a, urls=[], bytes=0, checksum="") for a in row.archives]
+    monkeypatch.setitem(DATASETS, "coco_stuff", dataclasses.replace(row, archives=rows))
+    images = tmp_path / "coco/val2017"
+    trees.pack(tmp_path / "coco", tmp_path / "val2017.zip", "val2017")
+    shutil.rmtree(images)
+    images.mkdir()
+    assert prepare("coco_stuff", tmp_path).returncode == 0
+    for i in (100, 101, 103):
+        (images / f"{i:012}.jpg").unlink()
+    fails_in_one_line(prepare("coco_stuff", tmp_path), "not complete", f"{100:012}.png has no part")
+
+
+@pytest.mark.parametrize("order", [("pcontext", "pcontext_full"), ("pcontext_full", "pcontext")])
+def test_context_s_59_and_459_classes_share_a_folder(order, tmp_path):
+    """One after the other, from an archive; what a kill left is completed."""
+    expected = [trees.BUILDERS[name](tmp_path) for name in order]
+    base = tmp_path / "pcontext"
+    trees.pack(base, tmp_path / "trainval.tar.gz", "trainval")
+    shutil.rmtree(base / "trainval")
+    for lost in (None, "labels/2008_000003.png", "labels_full/2008_000004.png"):
+        if lost:
+            (base / lost).unlink()
+        for name, maps in zip(order, expected, strict=True):
+            assert prepare(name, tmp_path).returncode == 0
+            images = Images(tiny_config(f"data.name={name}").data, tmp_path, "val")
+            for _, labels, stem in map(images.__getitem__, range(len(maps))):
+                assert np.array_equal(labels.numpy(), maps[stem])
+    shutil.rmtree(base / "labels_full")
+    (base / "trainval_merged.json").unlink()
+    assert prepare("pcontext_full", tmp_path).returncode == 0
+    assert (np.array(Image.open(base / "labels_full/2008_000004.png")) == np.uint16(459)).all()
+    assert load_config("pcontext_full").data.name == "pcontext_full"
+    shutil.rmtree(base / "labels")
+    fails_in_one_line(prepare("pcontext", tmp_path, "--check"), "1 problem ")  # the folder
+
+
 def test_check_names_every_bad_file(tmp_path):
     trees.ade20k(tmp_path)
     base = tmp_path / "ADEChallengeData2016"
@@ -139,22 +212,13 @@ def test_check_names_every_bad_file(tmp_path):
     assert "train: 1 image (published: 20210), 2 files without a partner left out" in said
 
 
-def break_mat(root: Path) -> str:
-    file = next(root.rglob("2008_000002.mat"))
-    file.write_bytes(file.read_bytes()[:200])
-    return file.name
+def damage_mat(change):
+    def damage(root: Path) -> str:
+        file = next(root.rglob("2008_000002.mat"))
+        change(file)
+        return file.name
 
-
-def lose_mat(root: Path) -> str:
-    file = next(root.rglob("2008_000003.mat"))
-    file.unlink()
-    return file.name
-
-
-def another_mat(root: Path) -> str:
-    file = next(root.rglob("2008_000004.mat"))
-    savemat(file, {"LabelMap": np.full((2, 2), 1.5)})
-    return file.name
+    return damage
 
 
 def break_seg(root: Path) -> str:
@@ -183,8 +247,10 @@ def with_images(**values: object):
 
 
 RUNS = lambda content: content["annos_segmentation"][0]["segmentation"].update(counts=[1])
-DAMAGES = [("voc", break_mat), ("voc", lose_mat), ("ade20k_full", break_seg)]
-DAMAGES += [("pcontext_full", damage) for damage in (break_mat, lose_mat, another_mat, edit(None))]
+FLOATS = lambda file: savemat(file, {"LabelMap": np.full((2, 2), 1.5)})
+MATS = [lambda file: file.write_bytes(file.read_bytes()[:200]), Path.unlink, FLOATS]
+DAMAGES = [(name, damage_mat(change)) for name in ("voc", "pcontext_full") for change in MATS]
+DAMAGES += [("ade20k_full", break_seg), ("pcontext_full", edit(None))]
 DAMAGES += [("pcontext", edit(None))]
 DAMAGES += [("pcontext", edit(RUNS)), ("pcontext", with_images(phase="test"))]
 DAMAGES += [("pcontext", with_images(height=h)) for h in (-1, "x")]
@@ -221,7 +287,7 @@ def test_half_a_tree_is_no_data_set(part, tmp_path, monkeypatch):
         fails_in_one_line(prepare("voc", tmp_path), "val.txt: is not UTF-8 text; save it as UTF-8")
 
 
-def test_a_list_requires_ids(tmp_path):
+def test_a_list_requires_ids(tmp_path, capsys):
     folder = tmp_path / "VOC2012"
     for file in ("JPEGImages/x.jpg", "SegmentationClassAug/x.png"):
         trees.save_map(np.zeros((4, 4)), folder / file)
@@ -230,8 +296,10 @@ def test_a_list_requires_ids(tmp_path):
         (folder / "val.txt").write_text(f"{line}\n")
         fails_in_one_line(prepare("voc", tmp_path, env=cache), "val.txt: ", " is no id", "{id}")
         assert not (tmp_path / "cache").exists()  # nothing was asked of the network
-    (folder / "val.txt").write_bytes(b"\xef\xbb\xbfx\r\n x\r\n")
-    assert len(find_pairs("voc", tmp_path, "val")) == 1
+    (folder / "val.txt").write_bytes(b"\xef\xbb\xbfx\r\n x\r\n./x\na//y\na/y\na/../x\nz\n")
+    assert len(Images(tiny_config("data.name=voc").data, tmp_path, "val")) == 3
+    said = capsys.readouterr().out
+    assert said.count("val.txt names 2 images more than once, e.g. x; each counts once") == 1
 
 
 def test_hidden_files_and_linked_cities(tmp_path):

@@ -5,12 +5,13 @@ mistakes.
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, fails_in_one_line, tiny_clip_state
+from conftest import ROOT, TINY, command, fails_in_one_line, tiny_clip_state
 from own_data import blocks, check, described, save_pair
 from PIL import Image
 
@@ -20,21 +21,8 @@ from zsseg.data import TrainImages
 from zsseg.datasets import MissingSplit, find_listing, find_pairs
 from zsseg.utils import UserError
 
-SMALL = [
-    "model.backbone=small",
-    "model.weights=",
-    "model.num_queries=8",
-    "model.hidden_dim=32",
-    "model.decoder_layers=1",
-    "train.steps=4",
-    "train.batch_size=2",
-    "data.workers=0",
-    "data.crop=64",
-    "data.short_edges=[64]",
-    "data.test_short_edge=64",
-    "clip.weights={root}/clip.pt",
-    "clip.prompt=['a {}.']",
-]
+SMALL = [*TINY, "model.backbone=small", "model.weights=", "model.hidden_dim=32"]
+SMALL += ["model.decoder_layers=1", "clip.weights={root}/clip.pt", "clip.prompt=['a {}.']"]
 
 
 def test_the_walk_through(tmp_path):
@@ -59,6 +47,10 @@ def test_the_walk_through(tmp_path):
     assert checked.returncode == 0, checked.stderr
     assert "folder train: 5 images" in checked.stdout and "folder val: 3 images" in checked.stdout
     assert "of 1500 pixels of the 1 unseen class (zebra), 0 survive" in checked.stdout
+    all_seen = text.replace("[data]", '[data]\ntrain_on = "all"')
+    (tmp_path / "all.toml").write_text(all_seen)  # targets show zebra
+    words = ["--config", tmp_path / "all.toml", *root, "--check"]
+    assert "survive" not in command("prepare_data.py", "folder", *words).stdout
     out = ["--out", tmp_path / "run", "--device", "cpu"]
     out += [word for setting in SMALL for word in ("--set", setting)]
     trained = command("train.py", *config, *root, *out)
@@ -110,18 +102,12 @@ def test_layouts(images, labels, files, tmp_path):
     assert not found.unpaired
 
 
-def test_what_has_no_partner_is_said(tmp_path):
-    touch(tmp_path, "i/val/a.png", "m/val/a.png", "m/val/b.png", "i/val/c.png")
-    found = listing("i/{split}/{id}.png", "m/{split}/{id}.png", tmp_path)
-    assert [p.name for p, _ in found.pairs] == ["a.png"]
-    assert sorted(f.name for f in found.unpaired) == ["b.png", "c.png"]
-
-
 SPLIT = ["data.images={split}/{id}.jpg", "data.labels={split}/{id}.png"]
 IMPOSSIBLE = [
     (["data.classes=[]"], "data.classes: is missing"),
     (["data.classes=['a','a']"], "'a'"),
     (["data.classes=['cat','Cat']"], "to CLIP"),
+    (["data.classes=['cat','\u200b']"], "empty to CLIP"),
     (["data.unseen=['dgo']"], "data.unseen: is ['dgo']; did you mean dog?"),
     (["data.unseen=['cow']"], "give some of data.classes"),
     (["data.unseen=['cat','dog']"], "not all"),
@@ -133,6 +119,7 @@ IMPOSSIBLE = [
     (["data.images=p_{id}.jpg"], "data.images: is p_{id}.jpg"),
     (["data.images=images/{dir}/{id}.png"], "data.images: is images/{dir}/{id}.png"),
     (["data.labels=m/{split}/{id}}.png"], "data.labels: is "),
+    (["data.folder={dir}"], "data.folder: no such"),
     (["data.labels=masks/{id}.png"], "write {split} as in data.images"),
     (["data.split=nope"], "no pair of files "),
     (["data.folder=absent"], "data.folder: no such"),
@@ -145,6 +132,22 @@ def test_descriptions_that_cannot_be(settings, part, tmp_path):
     with pytest.raises(UserError) as error:
         find_pairs(config, tmp_path, config.split)
     assert part in str(error.value)
+
+
+def test_a_string_is_no_list(tmp_path):
+    """From Python, where nothing has checked it."""
+    for more in ({"classes": "abc"}, {"classes": ["a", "b", "c"], "unseen": "ab"}):
+        with pytest.raises(UserError, match="list"):
+            find_pairs(replace(described(*SPLIT), **more), tmp_path, "val")
+
+
+def test_a_split_of_another_name_is_named(tmp_path):
+    """Roboflow's `valid`."""
+    touch(tmp_path, "valid/images/a.jpg", "valid/masks/a.png", "training/images/a.jpg")
+    for split, near in (("val", "valid"), ("train", "training"), ("test", "")):
+        with pytest.raises(UserError, match=r"data\.split") as error:
+            listing("{split}/images/{id}.jpg", "{split}/masks/{id}.png", tmp_path, split=split)
+        assert (f"did you mean {near}?" in str(error.value)) == bool(near)
 
 
 def test_files_that_cannot_be(tmp_path):

@@ -10,7 +10,7 @@ def summarize(config, root, workers, check):
     then a UserError.
     """
     data = dataset(config)
-    problems = []
+    problems = set()
     for split in data.splits:
         try:
             listing = find_listing(config, root, split)
@@ -36,7 +36,7 @@ def summarize(config, root, workers, check):
                     broken = [*others, f"no folder {folder}"]
             for line in sorted(broken):
                 print(f"  broken: {line}")
-            problems += broken
+            problems.update(broken)
     if problems:
         why = f"{plural(len(problems), 'problem')} (listed above)"
         raise UserError(f"data set {data.name}", why, "replace these files")

@@ -47,7 +47,7 @@ def voc_trainaug(folder, find_sbd, workers):
     for val.
     """
     official = folder / "ImageSets" / "Segmentation"
-    lists = [folder / "train.txt", official / "trainaug.txt", official / "train_aug.txt"]
+    lists = [folder / "train.txt", *official.glob("train*aug.txt")]
     train = next(filter(None, map(listed_ids, lists)), None)
     val = listed_ids(folder / "val.txt") or read_ids(official / "val.txt")
     if not train:
@@ -180,7 +180,7 @@ def ade20k_full(folder, workers, train=False):
         values = lut[colours[..., 0].astype(int) // 10 * 256 + colours[..., 1]]
         H, W = values.shape
         if pixels.shape[:2] != values.shape:
-            why = f"is {H} pixels high and {W} wide, its image {pixels.shape[:2]}"
+            why = f"has {values.shape} pixels, its image {pixels.shape[:2]}"
             raise UserError(f"label map {segmentation}", why, "make the two the same size")
         if min(H, W) > 512:
             h, w = (round(side / min(H, W) * 512) for side in (H, W))
@@ -192,6 +192,6 @@ def ade20k_full(folder, workers, train=False):
         save(pixels, folder / data.images.format(split=split, id=jpeg.stem), "JPEG")
         save(values, target, "TIFF", compression="tiff_deflate")
 
-    jpegs = [Path(file) for file in walk(folder / "images") if file.endswith(".jpg")]
-    jpegs = [jpeg for jpeg in jpegs if train or "_val_" in jpeg.stem]
+    jpegs = map(Path, walk(folder / "images"))
+    jpegs = [f for f in jpegs if f.suffix == ".jpg" and (train or "_val_" in f.stem)]
     list(parallel(convert, jpegs, workers, "convert ADE20K"))

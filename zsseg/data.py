@@ -188,7 +188,9 @@ class TrainImages(EndlessSamples):
             self.items = [pair for pair, used in zip(pairs, shown, strict=True) if used]
         else:  # label maps of class ids, by `zsseg.self_training`
             self.lut = np.arange(self.data.ignore + 1, dtype=self.data.lut().dtype)
-            self.items = [(image, pseudo / f"{i:06}.png") for i, (image, _) in enumerate(pairs)]
+            names = TestImages(self.config, root, "train").names
+            files = [pseudo / f"{name}.png" for name in names]
+            self.items = [(image, file) for (image, _), file in zip(pairs, files, strict=True)]
 
     def load(self, n) -> tuple[Tensor, Tensor, Tensor]:
         image_file, label_file = self.item(n)

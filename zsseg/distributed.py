@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from zsseg.utils import UserError, print_main
+from zsseg.utils import UserError, plural, print_main
 
 # For processes whose share of the work takes less long; a dead one is noticed at once.
 DIST_TIMEOUT = timedelta(days=30)
@@ -44,11 +44,10 @@ class Process:
             box = [build() if self.is_main else None]
         except UserError as error:
             box = [error]
-        if self.world_size > 1:
-            dist.broadcast_object_list(box)
-        if isinstance(box[0], UserError):
-            raise box[0]
-        return box[0]
+        first = self.gather(box)[0]
+        if isinstance(first, UserError):
+            raise first
+        return first
 
     def gather(self, values):
         """The values of all processes, one process's after another's."""
@@ -97,7 +96,7 @@ class Process:
         digits.
         """
         precision = "bf16" if self.bf16(setting, training) else "fp32"
-        name = f"a CPU, {torch.get_num_threads()} threads"
+        name = f"a CPU, {plural(torch.get_num_threads(), 'thread')}"
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
         print_main(f"computing on {name}: {precision}")
@@ -115,11 +114,20 @@ def can_compile():
     return True
 
 
+def find_device(name) -> torch.device:
+    """A device by "auto" (a GPU, else the CPU) or by torch's name. UserError for one that is not
+    here.
+    """
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    names = ["auto", "cpu", *(["cuda", *gpus] if gpus else [])]
+    if str(name) not in names:
+        raise UserError(f"device {name}", "is not here", f"give one of {', '.join(names)}")
+    return torch.device(("cuda" if gpus else "cpu") if name == "auto" else name)
+
+
 def init_distributed(device="auto") -> Process:
     """Pick the device and join the process group if torchrun started this process."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda", "no CUDA device is available", "use --device cpu")
-    cuda = device != "cpu" and torch.cuda.is_available()
+    cuda = find_device(device).type == "cuda"
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))

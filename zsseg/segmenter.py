@@ -152,8 +152,9 @@ class OpenVocabulary(nn.Module):
 
     def learned_modules(self) -> dict[str, nn.Module]:
         """The parts with something learned besides CLIP."""
-        parts = {k: m for k, m in self.named_children() if k not in ("clip", "proposer")}
-        return {name: part for name, part in parts.items() if [*part.parameters()]}
+        others = ("clip", "proposer")
+        parts = self.named_children()
+        return {k: part for k, part in parts if k not in others and [*part.parameters()]}
 
     def learned_state(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint must hold besides CLIP."""

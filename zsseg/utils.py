@@ -47,13 +47,18 @@ def did_you_mean(word, names, default):
 
 def no_such_file(what, path, todo="check the path") -> UserError:
     """The error of a missing file; it names a file beside it with a similar name."""
-    beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    return UserError(what, "no such file", did_you_mean(str(path), map(str, beside), todo))
+    beside = map(str, path.parent.glob("*"))
+    return UserError(what, "no such file", did_you_mean(str(path), beside, todo))
+
+
+def is_first():
+    """Whether this is the first of torchrun's processes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def print_main(text):
     """Print on the first process only."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(text, flush=True)
 
 
@@ -153,7 +158,7 @@ def command(main):
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first():
             time.sleep(EXIT_DELAY)  # all processes tend to meet the same error: one line is enough
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -258,15 +263,11 @@ def claim_folder(out):
     program, so that no file of the user's is ever replaced.
     """
     mark = out / MARK
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not mark.exists() and any(out.iterdir()):
+    with atomic_write(mark) as temporary:
+        if not mark.exists() and {*out.iterdir()} - {temporary}:
             why = "contains files that are not this program's"
             raise UserError(f"output {out}", why, "give a new or an empty folder")
-        mark.write_text("Results of zsseg, which may write them again.\n")
-    except OSError as error:
-        why = f"cannot be written ({error.strerror})"
-        raise UserError(f"output {out}", why, "check the folder and the disk") from None
+        temporary.write_text("Results of zsseg, which may write them again.\n")
 
 
 def digest(settings, files=()):
@@ -309,16 +310,17 @@ def progress(items, name, total, show=True):
 
         yield from tqdm(items, name, total, disable=not show)
         return
-    started = time.perf_counter()
-    printed = started
+    printed = time.perf_counter()
+    done = 0  # when the last line was printed: the pace is that since then
     for i, item in enumerate(items, 1):
         yield item
-        now = time.perf_counter()
-        if i == total or now - printed > LINE_EVERY:
-            printed = now
-            each = (now - started) / i
-            left = format_time((total - i) * each)
-            print(f"{name} {i}/{total}, {1 / each:.1f}/s, {left} left", flush=True)
+        seconds = time.perf_counter() - printed
+        if i == total or seconds > LINE_EVERY:
+            pace = (i - done) / seconds
+            left = format_time((total - i) / pace)
+            print(f"{name} {i}/{total}, {pace:.1f}/s, {left} left", flush=True)
+            printed += seconds
+            done = i
 
 
 def parallel(function, items, workers, name):
@@ -336,6 +338,6 @@ def parallel(function, items, workers, name):
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         try:
-            yield from progress(results(), name, len(items), os.environ.get("RANK", "0") == "0")
+            yield from progress(results(), name, len(items), is_first())
         finally:
             pool.shutdown(cancel_futures=True)

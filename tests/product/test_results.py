@@ -11,7 +11,8 @@ from conftest import command, fails_in_one_line
 from own_data import blocks, save_pair
 from PIL import Image
 
-from zsseg.visualize import palette, save_label_map
+from zsseg import utils
+from zsseg.visualize import save_label_map
 
 
 def run(checkpoint: Path, root: Path, *more: object):
@@ -80,6 +81,13 @@ def test_label_maps_have_every_id(classes, dtype, tmp_path):
     assert stored.dtype.itemsize == np.dtype(dtype).itemsize
 
 
-def test_colours_differ():
-    colours = palette(171)
-    assert len(np.unique(colours, axis=0)) >= 150 and colours[-1].tolist() == [0, 0, 0]
+def test_the_time_left_is_of_the_recent_pace(monkeypatch, capsys):
+    """Thirty seconds for each of the first two items, then a tenth: a mean since the start would
+    promise minutes.
+    """
+    times = np.cumsum([0, 30, 30, *198 * [0.1]]).tolist()
+    monkeypatch.setattr(utils.time, "perf_counter", iter(times).__next__)
+    assert [*utils.progress(range(200), "x", 200)] == [*range(200)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "x 1/200, 0.0/s, 1:39:30 left"
+    assert lines[2].endswith("/200, 10.0/s, 0:00:05 left") and len(lines) == 4

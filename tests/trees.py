@@ -32,12 +32,8 @@ def image(file: Path, size: tuple[int, int], variant: int, seed: int) -> None:
     image.save(file, **({"quality": 90, "exif": exif} if file.suffix == ".jpg" else {}))
 
 
-def values_like(
-    rng: np.random.Generator, allowed: list[int], size: tuple[int, int], variant: int
-) -> np.ndarray:
-    """A label map of blocks; variant 1 has a class of a single pixel, variant 2 has only the
-    last allowed value.
-    """
+def values_like(rng, allowed: list[int], size: tuple[int, int], variant: int) -> np.ndarray:
+    """A map of blocks; variant 1 has a class of one pixel, variant 2 only the last value."""
     if variant == 2:
         return np.full(size, allowed[-1])
     small = rng.choice(allowed, (4, 4))
@@ -60,12 +56,8 @@ def by_value(values: np.ndarray, ids: dict[int, int], ignore: int = IGNORE) -> n
     return np.vectorize(lambda value: ids.get(int(value), ignore))(values)
 
 
-def voc(
-    root: Path, folder: str = "VOCdevkit/VOC2012", sbd: str = "benchmark_RELEASE/dataset"
-) -> dict[str, np.ndarray]:
-    """VOC train 2, val 3; SBD annotates two others and, differently, one of train and one of
-    val.
-    """
+def voc(root: Path, folder: str = "VOCdevkit/VOC2012", sbd: str = "benchmark_RELEASE/dataset"):
+    """VOC train 2, val 3; SBD has two others and, differently, one of train and one of val."""
     rng, base, expected = np.random.default_rng(1), root / folder, {}
     train, val = ["2007_000032", "2007_000039"], ["2007_000033", "2007_000042", "2007_000061"]
     extra = {"train": ["2008_000002", "2007_000042"], "val": ["2008_000003", "2007_000032"]}
@@ -119,9 +111,7 @@ def ade20k(root: Path) -> dict[str, np.ndarray]:
 
 
 def ade20k_full(root: Path) -> dict[str, np.ndarray]:
-    """Also an image of 600 x 700, which is made smaller, and one of class 255, which is a class, not
-    the ignore value.
-    """
+    """Also an image of 600 x 700, which is made smaller, and one of 255, here a class."""
     objects = DATASETS["ade20k_full"].objects
     rng, expected, base = np.random.default_rng(4), {}, root / "ADE20K_2021_17_01"
     scenes = {"train": "training/urban/street", "val": "validation/home_or_hotel/bedroom"}

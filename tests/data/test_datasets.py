@@ -93,9 +93,7 @@ def test_trainaug_is_voc_and_sbd_without_val(tmp_path):
 
 @pytest.mark.parametrize("given", ["masks", "lists", "train_aug"])
 def test_what_is_given_of_voc_is_taken_as_it_is(given, tmp_path):
-    """The README's layout; somebody's lists without the masks of SBD; masks and a list without
-    SBD.
-    """
+    """The README's layout; somebody's lists without SBD's masks; masks and a list without SBD."""
     base = tmp_path / "VOCdevkit" / "VOC2012"
     trees.voc(tmp_path)
     official = base / "ImageSets" / "Segmentation"

@@ -42,11 +42,11 @@ from zsseg.utils import (
     UserError,
     claim_folder,
     command,
-    did_you_mean,
     digest,
     expand_path,
     no_such_file,
     run_parser,
+    warn,
 )
 
 MIN_IMAGES_TO_COMPILE = 1000  # images a process: for fewer, compiling takes longer than it saves
@@ -56,6 +56,7 @@ PUBLISHED_FOR = operator.attrgetter(
     *("data.name", "data.split", "data.train_on", "data.test_short_edge", "model.backbone"),
     *("model.proposals", "clip.weights", "clip.prompt", "clip.region_prompt", "clip.ensemble"),
     *("clip.ensemble_weight", "clip.mask_threshold", "eval.sizes", "eval.flip", "eval.window"),
+    *("eval.max_images",),
 )
 MODELS = [*PUBLISHED["model"]]
 
@@ -67,8 +68,8 @@ def parse(argv):
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
     add = parser.add_argument
     add("--save-predictions", action="store_true", help="also OUT/predictions/<stem>.png")
-    add("--report", action="store_true", help="also OUT/report.html: confusions, curves, images")
     add = parser.add_mutually_exclusive_group().add_argument
+    add("--report", action="store_true", help="also OUT/report.html: confusions, curves, images")
     add("--budget", action="store_true", help="instead, what masks and classes cost: oracles")
     add("--images", metavar="IMAGE", nargs="+", default=[], help="files, folders, or - for a list")
     add("--serve", metavar="PORT", type=int, nargs="?", const=8000, help="a page on 127.0.0.1")
@@ -79,15 +80,16 @@ def parse(argv):
     args = parser.parse_args(argv)
 
     args.own = args.images or args.serve is not None
-    if args.own and (args.save_predictions or args.report):
-        raise UserError("--save-predictions, --report", "are for measuring", "leave them out")
+    if args.own and args.save_predictions:
+        raise UserError("--save-predictions", "is for measuring", "leave it out")
     if not args.own and (args.classes or args.resume or args.features):
         options = "--classes, --resume, --features"
         raise UserError(options, "are for images of your own", "add --images")
     for text in (args.checkpoint, *args.images):
         path = expand_path(text)
         if not path.exists() and text not in (*MODELS, "-"):
-            raise no_such_file(f"file {text}", path, did_you_mean(text, MODELS, "check the path"))
+            todo = f"check the path, or give one of {', '.join(MODELS)}"
+            raise no_such_file(f"file {text}", path, todo)
     load_config(args.config, args.set)
     return args
 
@@ -133,6 +135,8 @@ def use_words(args, content, config, process, load):
     from zsseg.datasets import dataset
 
     words = args.classes or Words(dataset(config.data).names)
+    if words.note:
+        warn(words.note)
     trained = trained_names(content, config)
     if args.serve is not None:
         server = open_server(args.serve, config)
@@ -173,10 +177,7 @@ def measure(args, content, config, process, load):
     measured = (load(len(pairs)), config, args.root, process, split)
     if args.budget:
         result = oracle_analysis(*measured, seen)
-        if process.is_main:
-            write_analysis(result, args.out)
-        if not args.report:
-            return
+        return write_analysis(result, args.out) if process.is_main else None
     page = Report(config, process) if args.report else None
     result = evaluate(*measured, args.out, args.save_predictions, page, seen)
     if process.is_main:

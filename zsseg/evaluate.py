@@ -3,16 +3,14 @@
 import time
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from zsseg.data import TestImages, batches
 from zsseg.datasets import dataset
 from zsseg.metrics import confusion, summarize
 from zsseg.utils import UserError, atomic_write, plural, progress
-from zsseg.visualize import comparison_strip, save_label_map
+from zsseg.visualize import comparison, palette, samples, save_label_map
 
 SAMPLES = 8  # images in samples.png
 # Called for every image: (index in the split, name, uint8 [3, h, w] at network-input size, class
@@ -27,10 +25,11 @@ def own_images(
     labels int64 [H, W]).
     """
     images = TestImages(config.data, root, split, config.eval.sizes)
-    numbers = range(process.rank, len(images), process.world_size)
-    samples = batches(images, numbers, None, config.data.workers)
-    samples = progress(samples, f"{title} {split}", len(numbers), process.is_main)
-    for number, (inputs, labels, name) in zip(numbers, samples, strict=True):
+    count = min(len(images), config.eval.max_images or len(images))
+    numbers = range(process.rank, count, process.world_size)
+    items = batches(images, numbers, None, config.data.workers)
+    items = progress(items, f"{title} {split}", len(numbers), process.is_main)
+    for number, (inputs, labels, name) in zip(numbers, items, strict=True):
         inputs = [image.to(process.device) for image in inputs]
         yield number, name, inputs, labels.to(process.device).long()
 
@@ -60,7 +59,8 @@ def evaluate(
     weights = options.weights if options.compare or options.weights else None
 
     totals: dict[str, Tensor] = {}  # int64: confusion matrices [C, C] and other counts
-    strips = []
+    comparisons = []
+    shown = torch.zeros(C, device=process.device)  # pixels of each class in them
     started = time.perf_counter()
     images = own_images(config, root, process, split, "evaluate")
     for number, name, inputs, labels in images:
@@ -77,15 +77,18 @@ def evaluate(
         totals = {k: totals.get(k, 0) + v for k, v in counts.items()}
         if save_predictions:
             save_label_map(found.labels, out / "predictions" / f"{name}.png", C)
-        if process.is_main and len(strips) < SAMPLES:
-            strips.append(comparison_strip(inputs[0], labels, found.labels, C))
+        if out and process.is_main and len(comparisons) < SAMPLES:
+            comparisons.append(comparison(inputs[0], labels, found.labels, C))
+            shown += counts["ensemble"].sum(0) + counts["ensemble"].sum(1)
 
     seconds = torch.tensor(time.perf_counter() - started, device=process.device)
     result = summarize_totals(totals, data, process)
     rate = result["images"] * process.world_size / float(process.sum(seconds))
     if out and process.is_main:
+        names = [name + " *" * (name in data.unseen) for name in data.names]
+        legend = [(palette(C)[i], name) for i, name in enumerate(names) if shown[i]]
         with atomic_write(out / "samples.png") as file:
-            Image.fromarray(np.concatenate(strips, 1)).save(file, "PNG")
+            samples(comparisons, legend).save(file, "PNG")
     return result | {"images_per_second": rate}
 
 

@@ -54,11 +54,7 @@ METRICS = {
 SPLIT = ("mIoU_seen", "mIoU_unseen", "hIoU", "pAcc_seen", "pAcc_unseen")  # need unseen classes
 # Not in the tables of data with unseen classes, which would be too wide.
 DETAILS = ("mIoU_gt", "fwIoU", "mAcc", "pAcc_seen", "pAcc_unseen")
-PARTS = {
-    "head_only": "MaskFormer only",
-    "clip_only": "CLIP only",
-    "clip_objectness": "CLIP x objectness",
-}
+PARTS = {"head_only": "head only", "clip_only": "CLIP only", "clip_objectness": "CLIP x objectness"}
 
 
 def summarize(matrix, data):

@@ -1,76 +1,165 @@
-"""Label maps as images."""
+"""Label maps as images: one palette, one overlay and one legend for every command and page."""
 
 import base64
-import colorsys
+import contextlib
+import functools
 import io
+import itertools
+import os
+from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from zsseg.utils import atomic_write
+from zsseg.utils import atomic_write, digest, expand_path, walk, warn
 
 NEAREST = Image.Resampling.NEAREST
+# By tests/benchmarks/palette.py, far from one another, from black, white and GREY, in CIEDE2000.
+PALETTE = bytes.fromhex(Path(__file__).with_name("palette.txt").read_text())
+PALETTE = np.frombuffer(PALETTE, np.uint8).reshape(-1, 3)
+DISTINCT = 33  # the first ones, which differ by 20 or more
+GREY = 96  # of background words
+ALPHA = 150  # of a class's colour over the photo, of 255
+LUMINANCE = (0.2126, 0.7152, 0.0722, 0)  # of red, green and blue, as in CSS's grayscale()
 STRIP_HEIGHT = 160  # pixels of each image in a comparison
+GAP = 4  # pixels between them
+ROWS = ("image", "ground truth", "prediction")  # of a comparison
+FONTS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts")
+FONTS += ("/System/Library/Fonts", "/Library/Fonts", "C:/Windows/Fonts")
 
 
 def palette(count):
-    """`count` distinct colours and, last, black for ignored pixels: uint8 [count + 1, 3]."""
-    # Golden-ratio steps of the hue keep neighbours apart.
-    hsv = [(0.618034 * i % 1, 0.75, 0.95 - 0.175 * (i // 7 % 3)) for i in range(count)]
-    rgb = [colorsys.hsv_to_rgb(*colour) for colour in hsv]
-    return (255 * np.array([*rgb, (0, 0, 0)])).astype(np.uint8)
+    """The colours of a data set's classes and, last, black for ignored pixels: uint8 [count + 1,
+    3]. Those of more than 255 repeat.
+    """
+    return np.concatenate([np.resize(PALETTE, (count, 3)), np.zeros((1, 3), np.uint8)])
 
 
-def comparison_strip(image, labels, predicted, classes):
-    """Image, ground truth (black from id `classes` on: ignored) and prediction below one another,
-    each STRIP_HEIGHT pixels high: uint8 [3 * STRIP_HEIGHT, width, 3].
+def word_colours(words):
+    """The colours of words, uint8 [C, 3]: each has the same in every list, as long as no other word
+    there has a claim to it, which is decided by the words and not by their order.
+    """
+    places = DISTINCT if len(words) <= DISTINCT else len(PALETTE)
+    colours = np.zeros((len(words), 3), np.uint8)
+    free = []
+    for key, i in sorted((int(digest(word), 16), i) for i, word in enumerate(words)):
+        free = free or list(range(places))
+        place = min(free, key=lambda place: (place - key) % places)
+        free.remove(place)
+        colours[i] = PALETTE[place]
+    return colours
+
+
+def tint(labels, colours, size):
+    """A label map [h, w] as what is laid over a photo of `size` (width, height): RGBA of its
+    `colours` uint8 [C, 3], with white outlines.
+    """
+    ids = np.asarray(Image.fromarray(labels).resize(size, NEAREST))
+    rgba = np.dstack([colours[ids], np.full(ids.shape, ALPHA, np.uint8)])
+    rgba[:-1][np.diff(ids, axis=0) != 0] = 255
+    rgba[:, :-1][np.diff(ids) != 0] = 255
+    return Image.fromarray(rgba)
+
+
+def overlay(photo, labels, colours):
+    """A photo in grey, since its colours would mix with those of the legend, under its label map
+    [h, w]; `colours` uint8 [C, 3].
+    """
+    grey = photo.convert("L", LUMINANCE).convert("RGBA")
+    return Image.alpha_composite(grey, tint(labels, colours, photo.size)).convert("RGB")
+
+
+def with_legend(image, legend):
+    """An image with a legend on its right: (colour, text), in as many columns as it takes."""
+    size = max(image.height // 36, 14)
+    texts = [text for _, text in legend]
+    font = find_font("".join(sorted({*"".join(texts)})), size)
+    width = 4 * size + int(max(map(font.getlength, texts), default=0))
+    rows = max(image.height // (2 * size), 1)
+    columns = -(-len(legend) // rows)
+    canvas = ImageOps.expand(image, (0, 0, columns * width, 0), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, (colour, text) in enumerate(legend):
+        x = image.width + size + i // rows * width
+        y = size // 2 + i % rows * 2 * size
+        draw.rectangle((x, y, x + size, y + size), tuple(colour.tolist()))
+        draw.text((x + 2 * size, y), text, "black", font)
+    return canvas
+
+
+@functools.cache
+def find_font(letters, size):
+    """Pillow's font or, for letters beyond ASCII, the first one of this system that has all of
+    them; if there is none, that is said.
+    """
+    default = ImageFont.load_default(size)
+    if letters.isascii():
+        return default
+    folders = filter(os.path.isdir, map(expand_path, FONTS))
+    files = itertools.chain(*map(walk, folders))
+    for file in sorted(files, key=lambda file: ("Sans" not in file, len(file))):
+        with contextlib.suppress(OSError):  # no font of any size
+            font = ImageFont.truetype(file, size)
+            missing, *drawn = (bytes(font.getmask(letter)) for letter in "\uffff" + letters)
+            if missing not in drawn:
+                return font
+    warn(f"no font of this system has all of {letters}: legends show boxes")
+    return default
+
+
+def join(images, axis):
+    """Images below one another (`axis` 0) or side by side (1), with gaps."""
+    gap = [(0, GAP * (axis == i)) for i in range(3)]
+    parts = [np.pad(image, gap, constant_values=255) for image in images]
+    return Image.fromarray(np.concatenate(parts, axis))
+
+
+def comparison(image, labels, predicted, classes):
+    """ROWS below one another, each STRIP_HEIGHT pixels high, the last two as overlays, dark from id
+    `classes` on (ignored).
 
     image: uint8 [3, H, W]. labels, predicted: class ids [h, w].
     """
     size = (max(STRIP_HEIGHT * image.shape[2] // image.shape[1], 1), STRIP_HEIGHT)
-    maps = palette(classes)[torch.stack([labels, predicted]).clamp(max=classes).cpu()]
-    parts = [image.permute(1, 2, 0).cpu().numpy(), *maps]
-    return np.concatenate([Image.fromarray(part).resize(size, NEAREST) for part in parts])
+    photo = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize(size)
+    maps = torch.stack([labels, predicted]).clamp(max=classes).int().cpu().numpy()
+    return join([photo, *(overlay(photo, ids, palette(classes)) for ids in maps)], 0)
 
 
-def save_label_map(labels, path, classes, colours=None):
-    """Class ids as a PNG of 8 bits, 16 above 255 classes; those of 8 bits with a palette if there
-    are `colours` uint8 [C, 3]. Raises UserError if it cannot be written.
+def samples(comparisons, legend):
+    """Comparisons side by side, with the names of the rows and a legend, see `with_legend`."""
+    sheet = ImageOps.expand(join(comparisons, 1), (100, 0, 0, 0), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, name in enumerate(ROWS):
+        y = i * (STRIP_HEIGHT + GAP) + STRIP_HEIGHT // 2
+        draw.text((GAP, y), name, "black", ImageFont.load_default(14))
+    return with_legend(sheet, legend)
+
+
+def label_image(labels, classes, colours=None):
+    """Class ids [H, W] as an image of 8 bits, 16 above 255 classes; those of 8 bits with a palette
+    if there are `colours` uint8 [C, 3].
     """
     labels = torch.as_tensor(labels).cpu().numpy().astype(np.min_scalar_type(classes))
     image = Image.fromarray(labels)
     if colours is not None and image.mode == "L":
         image.putpalette(colours.tobytes())
+    return image
+
+
+def save_label_map(labels, path, classes):
+    """Write a `label_image` as a PNG. Raises UserError if that fails."""
     with atomic_write(path) as temporary:
-        image.save(temporary, "PNG")
+        label_image(labels, classes).save(temporary, "PNG")
 
 
-def overlay(image, labels, colours, legend):
-    """The image uint8 [H, W, 3] in grey, tinted and outlined by its label map [H, W], and on its
-    right a legend: (class id, text) from the top to as far down as there is room; `colours` uint8
-    [C, 3].
-    """
-    # In grey, since its colours would mix with those of the legend.
-    tinted = ((image.mean(2, keepdims=True) + colours[labels]) / 2).astype(np.uint8)
-    tinted[:-1][np.diff(labels, axis=0) != 0] = 255
-    tinted[:, :-1][np.diff(labels) != 0] = 255
-
-    H, W = labels.shape
-    size = max(H // 36, 14)
-    font = ImageFont.load_default(size)
-    width = max(font.getlength(text) for _, text in legend)
-    canvas = Image.new("RGB", (W + 4 * size + int(width), H), "white")
-    canvas.paste(Image.fromarray(tinted))
-    draw = ImageDraw.Draw(canvas)
-    for y, (i, text) in zip(range(size // 2, H, 2 * size), legend, strict=False):
-        draw.rectangle((W + size, y, W + 2 * size, y + size), tuple(colours[i].tolist()))
-        draw.text((W + 3 * size, y), text, "black", font)
-    return canvas
-
-
-def base64_image(image):
-    """The content of a PNG file in base64."""
+def encode(image, format="PNG", **options):
+    """The content of an image file."""
     file = io.BytesIO()
-    image.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def base64_text(content):
+    return base64.b64encode(content).decode()

@@ -19,7 +19,6 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import mean, median
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -165,7 +164,7 @@ def training(done: set[str], args: argparse.Namespace) -> dict:
             self.model = MaskFormer(config.model, 512).to(process.device).train()
             self.clipped = [self.model]
             text = F.normalize(torch.randn(classes, 512, device=process.device), dim=-1)
-            self.segmenter = SimpleNamespace(text_features=text)
+            self.text = text
             self.compiled = False
 
     def batch(T: int) -> tuple:
@@ -173,14 +172,15 @@ def training(done: set[str], args: argparse.Namespace) -> dict:
         labels = F.interpolate(coarse, (side, side), mode="nearest")[:, 0].to(torch.uint8)
         targets = Targets(labels, torch.arange(T).expand(B, T).contiguous(), torch.full((B,), T))
         images = torch.randint(0, 256, (B, 3, side, side), dtype=torch.uint8)
-        return (images.pin_memory(), targets.pin_memory()) if cuda else (images, targets)
+        targets = Targets(*(t.pin_memory() for t in targets)) if cuda else targets
+        return images.pin_memory() if cuda else images, targets
 
     task = Step()
     optimizer = train.build_optimizer(task.model, config)
     if "compile" in done:
         task.compile()
     batches = [batch(T) for T in (3, 6, 1, 9)]
-    step = lambda i: train.train_step(task, task.model, optimizer, batches[i % 4], 0.01)
+    step = lambda i: train.train_step(task, task.model, optimizer, [batches[i % 4]], 0.01)
     for i in range(6 if cuda else 1):
         step(i)
     if cuda:
@@ -190,7 +190,7 @@ def training(done: set[str], args: argparse.Namespace) -> dict:
     for _ in range(5 if cuda else 2):
         started = time.perf_counter()
         for i in range(8 if cuda else 1):  # the host may run ahead
-            loss = step(i)[0]
+            loss = step(i)[0]["loss"]
         if cuda:
             torch.cuda.synchronize()
         times.append((time.perf_counter() - started) / (8 * B if cuda else B))

@@ -52,7 +52,7 @@ EVALUATIONS = {
 }
 # The table: (title, folder, part of metrics.json)
 ROWS = [
-    ("MaskFormer only", "base", "head_only"),
+    ("head only", "base", "head_only"),
     ("CLIP only", "base", "clip_only"),
     ("CLIP x objectness", "base", "clip_objectness"),
     ("ensemble, weight 0.7", "base", ""),
@@ -64,7 +64,7 @@ ROWS = [
     ("per-pixel, alone", "pixel_alone", ""),
     ("per-pixel, with CLIP", "pixel", ""),
     ("self-training: ensemble", "self", ""),
-    ("self-training: MaskFormer only", "self", "head_only"),
+    ("self-training: head only", "self", "head_only"),
 ]
 KEYS = ("mIoU_seen", "mIoU_unseen", "hIoU")
 

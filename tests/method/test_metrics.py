@@ -81,7 +81,7 @@ def test_the_table_and_the_file(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[-5].split() == ["seen", "unseen", "hIoU", "mIoU", "pAcc"]
     assert [line.split("  ")[0] for line in lines[-4:-1]] == [
-        "MaskFormer only",
+        "head only",
         "weight_0.3",
         "as configured",
     ]

@@ -4,6 +4,7 @@ import base64
 import http.client
 import io
 import json
+import re
 import signal
 import subprocess
 import threading
@@ -17,14 +18,28 @@ from conftest import PROCESS, command, fails_in_one_line, start, tiny_config
 from PIL import Image
 
 from zsseg.apps import serve
-from zsseg.apps.vocabulary import Words, parse_words
+from zsseg.apps.api import load
+from zsseg.apps.predict import prepare
+from zsseg.apps.vocabulary import Words, format_words, parse_words
 from zsseg.images import network_inputs, read_image
 from zsseg.utils import UserError
+from zsseg.visualize import ALPHA, LUMINANCE, overlay
 
-DROP = """([bytes, name]) => {
+DROP = """files => {
     const data = new DataTransfer();
-    data.items.add(new File([Uint8Array.from(bytes)], name, {type: "image/png"}));
+    for (const [name, bytes] of files) data.items.add(new File([Uint8Array.from(bytes)], name));
     document.dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true}));
+}"""
+
+# The first image that comes next is answered last.
+SLOW = """() => {
+    const real = window.fetch;
+    let count = 0;
+    window.fetch = async (path, options) => {
+        const answer = await real(path, options);
+        if (path === "/image" && count++ === 0) await new Promise(done => setTimeout(done, 1000));
+        return answer;
+    };
 }"""
 
 
@@ -59,44 +74,109 @@ def ask(port: int, path: str, body: object = None, **headers: str) -> tuple[int,
     return answer.status, text if content is None else json.loads(text)
 
 
-def label_map(found: dict) -> np.ndarray:
-    rgb = np.array(Image.open(io.BytesIO(base64.b64decode(found["labels"]))))
-    return rgb[..., 0] + 256 * rgb[..., 1].astype(np.int64)
+def label(session: serve.Session, image: int, words: str, off: tuple = ()) -> dict:
+    return session.label(image, words, list(off))
+
+
+def opened(text: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def pixels_of(found: dict) -> np.ndarray:
+    """How many pixels of the layer have each class's colour, white outlines left out."""
+    layer = np.array(opened(found["layer"]))
+    return [int((layer == [*colour, ALPHA]).all(-1).sum()) for colour in found["colours"]]
 
 
 def test_words_change_without_a_pass(port, session, monkeypatch):
     """Words that are refused change nothing, however often they are given."""
     status, stored = ask(port, "/image", photo())
     assert status == 200 and (stored["width"], stored["height"]) == (64, 48)
+    about = {"image": stored["image"], "off": []}
     monkeypatch.setattr(session.segmenter, "propose", None)  # nothing passes the networks again
     for words in ("cat, dog", "cat", "a bird, sofa = couch; other: sky, wall"):
-        status, found = ask(port, "/label", {"image": stored["image"], "words": words})
+        status, found = ask(port, "/label", {**about, "words": words})
         assert status == 200, found
         assert found["names"] == parse_words(words).shown_names
-        counts = np.bincount(label_map(found).ravel())
-        assert {i: n for i, n in enumerate(counts) if n} == {
-            row["id"]: row["pixels"] for row in found["classes"]
-        }
+        assert bool(found["note"]) == (words == "cat")
+        assert {row["id"] for row in found["classes"]} == {*np.flatnonzero(pixels_of(found))}
     assert len(found["colours"]) == 3 and found["colours"][-1] == [96] * 3
     for bad in ("star, " + "very " * 90, "cat, cat", "cat, cat", ",", "other: sky", "photo.jpg"):
-        status, refused = ask(port, "/label", {"image": stored["image"], "words": bad})
+        status, refused = ask(port, "/label", {**about, "words": bad})
         assert status == 422 and len(refused["error"].splitlines()) == 1, bad
-        assert parse_words(serve.format_words(session.words)) == parse_words(words)
-    assert ask(port, "/label", {"image": stored["image"], "words": words})[1] == found
-    _, pixel = ask(port, "/pixel", {"image": stored["image"], "x": 3, "y": 40})
-    assert {*pixel["classes"]} == {"a bird", "sofa", "sky", "wall"}
+        assert parse_words(format_words(session.words)) == parse_words(words)
+    assert ask(port, "/label", {**about, "words": words})[1] == found
+
+
+def test_every_request_says_which_words_it_is_about(port, session):
+    """Another page, with the same image or not, has others."""
+    _, stored = ask(port, "/image", photo())
+    mine = {"image": stored["image"], "words": "a bird, sofa = couch; other: sky, wall", "off": []}
+    _, first = ask(port, "/label", mine)
+    ask(port, "/label", {**mine, "words": "moon, cup"})
+    _, pixel = ask(port, "/pixel", {**mine, "x": 3, "y": 40})
+    assert [name for name, _ in pixel["classes"]] == ["a bird", "sofa", "sky", "wall"]
+    ask(port, "/label", {**mine, "words": "moon, cup"})
+    _, files = ask(port, "/results", {**mine, "name": "a.png"})
+    classes = json.loads(base64.b64decode(files[".json"]))["classes"]
+    assert {c["name"] for c in classes} <= {"a bird", "sofa", "other"}
+    _, without = ask(port, "/label", {**mine, "off": ["sofa", "gone"]})
+    assert without["names"] == ["a bird", "other"] and without["off"] == ["sofa"]
+    assert without["colours"][0] == first["colours"][0]
+    status, refused = ask(port, "/label", {**mine, "off": ["sofa", "a bird"]})
+    assert status == 422 and "all switched off" in refused["error"]
+
+
+@pytest.mark.parametrize(("kind", "size"), [("PNG", (120, 90)), ("TIFF", (1100, 40))])
+def test_what_is_shown_and_saved_is_what_images_writes(trained, tmp_path, kind, size):
+    """Of transparent images and formats that no browser shows, too; small ones to the last bit."""
+    rng = np.random.default_rng(2)
+    image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 4), np.uint8))
+    image.save(tmp_path / "my photo.x", kind)
+    words = "cat, dog; other: grass"
+    found = load(trained, root=trained.parents[1], device="cpu")
+    parts = (found.segmenter, found.config, found.process, found.trained)
+    session = serve.Session(*parts, parse_words("cat"))
+    stored = session.add((tmp_path / "my photo.x").read_bytes())
+    answer = label(session, stored["image"], words)
+    files = session.results(stored["image"], words, [], "my photo.x")
+    more = ("--root", trained.parents[1], "--device", "cpu", "--classes", words)
+    done = command(
+        "eval.py", trained, "--images", tmp_path / "my photo.x", "--out", tmp_path / "o", *more
+    )
+    assert done.returncode == 0, done.stderr
+    for ending in (".png", ".overlay.jpg"):
+        written = (tmp_path / "o" / f"my photo{ending}").read_bytes()
+        assert base64.b64decode(files[ending]) == written, ending
+    labels = np.array(opened(files[".png"]))
+    assert labels.shape == size[::-1] and opened(files[".png"]).mode == "P"
+    counted = json.loads((tmp_path / "o" / "my photo.json").read_text())["classes"]
+    assert json.loads(base64.b64decode(files[".json"])) == {
+        "image": "my photo.x",
+        "classes": counted,
+    }
+    seen = opened(stored["photo"])
+    assert np.array_equal(seen, prepare(read_image(tmp_path / "my photo.x"), found.config)[2])
+    shown = np.array(overlay(seen, labels, np.array(answer["colours"], np.uint8))).astype(int)
+    drawn = Image.alpha_composite(
+        seen.convert("L", LUMINANCE).convert("RGBA"), opened(answer["layer"])
+    )
+    differs = (shown != np.array(drawn.convert("RGB"))).any(-1).mean()
+    assert differs == 0 if max(size) <= 960 else differs < 0.05
 
 
 def test_a_label_map_is_that_of_a_fresh_pass(session):
     """And the class named at a pixel is the one that is drawn there."""
     number = session.add(photo(90, 120))["image"]
-    labels = label_map(session.label(number, "star, tree, brick"))
+    words = "star, tree, brick"
+    found = session.results(number, words, [], "")
+    labels = np.array(opened(found[".png"]))
     inputs = network_inputs(read_image(io.BytesIO(photo(90, 120)), turn=True), tiny_config().data)
     fresh = session.segmenter.segment(inputs, (90, 120)).labels.numpy()
     assert (labels == fresh).mean() > 0.999
     same = []
     for x, y in ((x, y) for x in [*range(0, 120, 12), 119] for y in [*range(0, 90, 9), 89]):
-        classes = session.pixel(number, x, y)["classes"]
+        classes = dict(session.pixel(number, words, [], x, y)["classes"])
         same.append(max(classes, key=classes.get) == ("star", "tree", "brick")[labels[y, x]])
     assert np.mean(same) > 0.9
 
@@ -107,13 +187,19 @@ def test_the_server_refuses(port, session, monkeypatch):
     for origin in (f"http://localhost:{port}", "http://localhost:9", "http://127.0.0.1"):  # tunnels
         _, stored = ask(port, "/image", photo(), Origin=origin)
     assert len(session.images) == 2
-    forgotten = ask(port, "/label", {"image": 1, "words": "cat"})
+    about = {"words": "cat, dog", "off": []}
+    forgotten = ask(port, "/label", {**about, "image": 1})
+    monkeypatch.setattr(serve, "MAX_BYTES", 200_000)
     with torch.inference_mode():
-        session.images[stored["image"]][1].mask_logits[0, 0, 0] = torch.nan
+        session.images[stored["image"]][0].mask_logits[0, 0, 0] = torch.nan
     refused = {
         "not the program's": ask(port, "/image", photo(), Origin="http://evil.example"),
         "this image: ": ask(port, "/image", photo()[:-99]),
-        "not finite": ask(port, "/label", {"image": stored["image"], "words": "cat, dog"}),
+        "not finite": ask(port, "/label", {**about, "image": stored["image"]}),
+        "more than 0 MiB": ask(port, "/image", bytes(200_001)),
+        "not the page's": ask(port, "/label", b"[" * 100_000),
+        "this request": ask(port, "/label", b"cat"),
+        "load it again": ask(port, "/pixel", {**about, "image": stored["image"]}),
         "not stored": forgotten,
     }
     for text, (status, content) in refused.items():
@@ -122,8 +208,9 @@ def test_the_server_refuses(port, session, monkeypatch):
 
 def test_the_command(port, trained):
     """It answers until Ctrl-C; what has no page ends in one line before anything is loaded."""
-    with pytest.raises(UserError, match="one-stage"):
-        serve.open_server(0, tiny_config("model.proposals=false"))
+    for setting in ("model.proposals=false", "eval.flip=true"):
+        with pytest.raises(UserError, match="use --images"):
+            serve.open_server(0, tiny_config(setting))
     words = ("eval.py", trained, "--root", trained.parents[1], "--device", "cpu", "--serve")
     fails_in_one_line(command(*words, port), "--serve", f"port {port}")
     running = start(*words, 0, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -131,7 +218,7 @@ def test_the_command(port, trained):
         while not (line := running.stdout.readline().decode()).startswith("open http"):
             assert line
         _, page = ask(int(line.split(":")[2].split("/")[0]), "/")
-        assert page.startswith("<!doctype html>") and 'value="cat, dog, grass"' in page
+        assert page.startswith("<!doctype html>") and ">cat, dog, grass</textarea>" in page
         running.send_signal(signal.SIGINT)
         assert running.wait(30) == 0 and running.stdout.read() == b""
     finally:
@@ -140,7 +227,7 @@ def test_the_command(port, trained):
 
 @pytest.mark.parametrize("width", [1280, 360])
 def test_the_page_in_a_browser(browser, port, width):  # noqa: F811
-    """Choose or drop an image, change words, point, switch a word off, save, a broken file."""
+    """Choose or drop an image, change words, point, switch a word off, save."""
     from playwright.sync_api import expect
 
     with window(browser, width, dark=width == 360) as page:
@@ -148,16 +235,18 @@ def test_the_page_in_a_browser(browser, port, width):  # noqa: F811
         expect(page.locator("#words")).to_have_value("star, tree")
         back = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert back == ("rgb(22, 23, 26)" if width == 360 else "rgb(246, 246, 244)")
+        page.click("button.main")
+        expect(page.locator("#status.bad")).to_contain_text("image first")
         if width == 360:
-            page.evaluate(DROP, [list(photo()), "a.png"])
+            page.evaluate(DROP, [["a.png", list(photo())]])
         else:
             file = {"name": "a.png", "mimeType": "image/png", "buffer": photo(480, 640)}
             page.locator("#file").set_input_files(file)
         names = page.locator("#legend .name")
         expect(names).to_have_count(2, timeout=30_000)
-        page.fill("#words", "cat, dog, bird")
+        page.fill("#words", 'cat, "red,  bird"\ndog')
         expect(names).to_have_count(3)
-        assert {*names.all_inner_texts()} == {"cat", "dog", "bird"}
+        assert {*names.all_inner_texts()} == {"cat", "red, bird", "dog"}
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         expect(page.locator("#pixel li")).to_have_count(3)
         before = page.inner_text("#pixel small")
@@ -165,15 +254,53 @@ def test_the_page_in_a_browser(browser, port, width):  # noqa: F811
         page.keyboard.press("ArrowLeft")
         expect(page.locator("#pixel small")).not_to_have_text(before)
         page.locator("#legend input").first.click()
-        expect(page.locator("#legend .share").last).to_have_text("off")
+        off = page.locator("#legend .share:text('off')")
+        expect(off).to_have_count(1)
+        expect(names).to_have_count(3)
         with page.expect_download() as download:
-            page.click("#png")
-        labels = np.array(Image.open(download.value.path()).convert("RGB"))
-        assert labels[..., 0].max() <= 1 and labels[..., 1:].max() == 0
-        page.evaluate(DROP, [[1, 2, 3], "broken.png"])
-        expect(page.locator("#status.bad")).to_contain_text("this image: ")
-        page.fill("#words", "cat, cat")
-        expect(page.locator("#status.bad")).to_contain_text("cat")
+            page.click("text=Label map")
+        assert download.value.suggested_filename == "a.png"
+        assert np.array(Image.open(download.value.path())).max() <= 1
+        page.fill("#words", "moon")
+        expect(off).to_have_count(0)
+        expect(page.locator("#status")).to_contain_text("1 class: 'moon'")
         page.focus("#choose")
         page.keyboard.press("/")
         assert page.evaluate("document.activeElement.id") == "words"
+
+
+def test_what_fails_leaves_the_page_as_it_was(browser, port):  # noqa: F811
+    """Refused words, broken images, no files, two at once; of two images the one chosen last stays."""
+    from playwright.sync_api import expect
+
+    with window(browser) as page:
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.evaluate(DROP, [["a.png", list(photo())]])
+        names = page.locator("#legend .name")
+        expect(names).to_have_count(2, timeout=30_000)
+        shown = lambda: page.evaluate("[photo.src, layer.src, $('legend').innerText]")
+        before = shown()
+        bad = page.locator("#status.bad")
+        page.evaluate(DROP, [["broken.png", [1, 2, 3]]])
+        expect(bad).to_contain_text("this image: ")
+        page.evaluate(DROP, [])
+        expect(bad).to_contain_text("save the image first")
+        page.fill("#words", "cat, cat")
+        expect(bad).to_contain_text("cat")
+        page.evaluate(DROP, [["b.png", list(photo(seed=2))]])
+        expect(bad).to_contain_text("given twice")
+        assert shown() == before
+        page.fill("#words", "cat, dog")
+        expect(names.first).to_have_text(re.compile("cat|dog"))
+        second = shown()
+        assert second[0] != before[0]
+        page.evaluate(DROP, [["c.png", list(photo(seed=3))], ["d.png", list(photo(seed=4))]])
+        expect(page.locator("#status")).to_contain_text("the first of 2 files")
+        expect(page.locator("#status")).to_contain_text("words to overlay")
+        page.evaluate(SLOW)
+        page.evaluate(DROP, [["slow.png", list(photo(seed=5))]])
+        page.evaluate(DROP, [["last.png", list(photo(seed=6))]])
+        expect(page.locator("#status")).to_contain_text(re.compile(r"last\.png: \d"))
+        last = shown()
+        page.wait_for_timeout(1500)
+        assert shown() == last

@@ -2,9 +2,10 @@
 
 import pytest
 
-from zsseg.apps.vocabulary import parse_words, read_words, seen_classes, trained_names
+from zsseg.apps import vocabulary
+from zsseg.apps.vocabulary import Words, format_words, parse_words, read_words
 from zsseg.config import load_config
-from zsseg.datasets import dataset
+from zsseg.datasets import DATASETS, dataset
 from zsseg.utils import UserError
 
 LINES = "cat, dog\n# a comment = none\nsofa = couch, settee\n\nothers : sky, wall\n  hot dog  "
@@ -19,17 +20,53 @@ ODD = "tv/monitor, St. Bernard, bull's eye, door (wooden), C++, 3d printer"
         ("cat, dog, other: sky", ["cat", "dog", "sky"], {}, 2),
         (LINES, ["cat", "dog", "sofa", "hot dog", "sky", "wall"], {"sofa": ["couch", "settee"]}, 4),
         (ODD, ODD.split(", "), {}, 6),
+        ("猫，狗、草；other：天＝空", ["猫", "狗", "草", "天＝空"], {}, 3),
+        ("cat\ndog\u2028bird\r\n", ["cat", "dog", "bird"], {}, 3),
+        (
+            '"a, b" = "c=d", "19\\" tv"; other: "x; y"',
+            ["a, b", '19" tv', "x; y"],
+            {"a, b": ["c=d"]},
+            2,
+        ),
+        ('"cat",\n"dog: big"', ["cat", "dog: big"], {}, 2),
+        ("18 wheeler, 3 seater sofa, sofa", ["18 wheeler", "3 seater sofa", "sofa"], {}, 3),
     ],
 )
 def test_word_lists_typed_or_in_a_file(text, names, synonyms, shown, tmp_path):
+    names = [name.replace("＝", "=") for name in names]
     words = parse_words(text)
     assert (words.names, words.synonyms, words.shown) == (names, synonyms, shown)
     assert words.shown_names == names[:shown] + ["other"] * (shown < len(names))
+    assert parse_words(format_words(words)) == words and not words.note
     if ";" not in text and "settee," not in text:
         (tmp_path / "words").write_text("\ufeff" + text.replace("\n", "\r\n"), "utf-8")
         assert read_words(str(tmp_path / "words")) == words
     (tmp_path / "words").write_text("sofa = couch, settee")
     assert read_words(str(tmp_path / "words")).synonyms == {"sofa": ["couch", "settee"]}
+
+
+def test_names_of_every_data_set_read_back_as_they_are_written():
+    odd = ["a, b", "other: x", "1. q", 'say "x"', "#c", "7 up", "Ünï", "हिन्दी", "a\\nb", "[x]"]
+    lists = [odd, *(data.names for data in DATASETS.values())]
+    for names in lists:
+        words = Words(names, {names[0]: ["c = d", "7"]}, len(names) - 1)
+        assert parse_words(format_words(words)) == words
+
+
+@pytest.mark.parametrize(
+    "text", ["cat", "cat dog grass", "cat. dog.", "猫 狗", "0 cat", "cat & dog"]
+)
+def test_of_one_class_it_is_said_what_was_taken_for_it(text):
+    assert f"1 class: {text!r}, which every pixel gets" in parse_words(text).note
+    assert not parse_words(f"{text}; other: sky").note
+
+
+def test_words_that_are_switched_off():
+    words = parse_words("cat, sofa = couch, dog; other: sky")
+    assert words.without(["sofa", "sky", "gone"]) == parse_words("cat, dog; other: sky")
+    assert words.without(["cat"]).synonyms == {"sofa": ["couch"]}
+    with pytest.raises(UserError, match="leave one on"):
+        words.without(["cat", "sofa", "dog"])
 
 
 @pytest.mark.parametrize(
@@ -38,10 +75,15 @@ def test_word_lists_typed_or_in_a_file(text, names, synonyms, shown, tmp_path):
         ("are 0; give 1 to 65535", ["", " ,; = ", "other: sky"]),
         ("are 70000; give 1 to 65535", [", ".join(map(str, range(70_000)))]),
         ("'Cat': is the same to CLIP as 'cat'", ["cat, Cat"]),
-        ("is given twice", ["sofa = couch; couch", "cat; other: cat"]),
+        ("is given twice", ["sofa = couch; couch", "cat; other: cat", 'cat, "cat"']),
+        ("empty to CLIP", ['cat, ""']),
         ("is no name, but a file", ["wrods.csv", "a/w.json", "/words", "./words", "cat, a.txt"]),
         ("is no name", ['["cat"]', "'cat', 'dog'", "cat | dog", "- cat", "1. cat", "0: cat"]),
-        ("is no name", ["cat\tdog", "cat # a note"]),
+        (
+            "is no name",
+            ["cat\tdog", "cat # a note", "0 cat\n1 dog", "* cat\n* dog", "“cat”, “dog”"],
+        ),
+        ("is no name", ["cat, background: sky", "其他：天", '19" tv', '"cat" dog, bird']),
     ],
 )
 def test_word_lists_that_cannot_be(texts, part):
@@ -56,17 +98,21 @@ def test_words_that_were_trained_on_are_seen():
     # Sofa and pottedplant are unseen.
     assert read_words(text).among([voc.names[i] for i in voc.seen]) == [0, 4, 5]
     ade = load_config(None, ["data.name=ade20k"])
-    assert trained_names({}, ade) == []  # the original's checkpoints are only measured there
-    assert trained_names({"trained": ["wall"]}, ade) == ["wall"]
+    assert (
+        vocabulary.trained_names({}, ade) == []
+    )  # the original's checkpoints are only measured there
+    assert vocabulary.trained_names({"trained": ["wall"]}, ade) == ["wall"]
 
 
 def test_a_measured_set_s_seen_classes():
-    """Those of the training on the same set; one's own data by name; else the set's own split."""
+    """Those of its split, whatever was trained on: evaluations of one checkpoint are alike."""
     voc = dataset("voc")
     config = load_config(None, ["data.name=voc"])
-    content = {"trained": voc.names[:2], "config": {"data": {"name": "voc"}}}
-    assert seen_classes(voc, content, config) == [0, 1]
-    assert seen_classes(voc, {}, config) == voc.seen
-    content["config"]["data"]["name"] = "coco_stuff"
-    assert seen_classes(voc, content, config) == voc.seen
-    assert seen_classes(dataset("ade20k"), content, config) == []
+    content = {"trained": voc.names, "config": {"data": {"name": "voc", "train_on": "all"}}}
+    for kind in ("voc", "coco_stuff"):
+        content["config"]["data"]["name"] = kind
+        assert vocabulary.seen_classes(voc, content, config) == voc.seen
+    assert vocabulary.seen_classes(voc, {}, config) == voc.seen
+    assert vocabulary.seen_classes(dataset("ade20k"), content, config) == []
+    content["config"]["data"]["name"] = "ade20k"
+    assert vocabulary.seen_classes(dataset("ade20k"), content, config) == [*range(150)]

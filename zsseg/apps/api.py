@@ -7,6 +7,7 @@ segmenter.set_classes(["star", "cup", "brick"])
 labels = segmenter("photo.jpg")
 """
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from zsseg.apps.predict import segment_image
 from zsseg.apps.vocabulary import Words, trained_names
 from zsseg.datasets import dataset
-from zsseg.distributed import Process
+from zsseg.distributed import Process, find_device
 from zsseg.images import as_rgb, network_inputs, read_image
 from zsseg.utils import expand_path
 from zsseg.weights import checkpoint_and_config, find_model, load_segmenter
@@ -24,8 +25,8 @@ from zsseg.weights import checkpoint_and_config, find_model, load_segmenter
 
 class Predictor:
     """Segments images one by one, with any words. `names` has the class of each id in a label map,
-    those of the configured data set until `set_classes` gives others. Threads may share it as long
-    as none changes the classes.
+    those of the configured data set until others are given. Threads may share it, and take turns:
+    where several change the classes, each has to give its own with the image.
     """
 
     def __init__(self, path, config=None, root="datasets", device="auto", settings=()):
@@ -37,9 +38,8 @@ class Predictor:
         torch's: "cpu", "cuda:1". settings: such as "clip.ensemble_weight=0.6". Precision is chosen
         as by eval.py. Raises UserError.
         """
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.process = Process(torch.device(device))
+        self.process = Process(find_device(device))
+        self.lock = threading.RLock()
         file, published = find_model(path)
         content, self.config = checkpoint_and_config(file, config or published, settings)
         segmenter = load_segmenter(content, self.config, expand_path(root), str(file))
@@ -55,17 +55,19 @@ class Predictor:
         name's. UserError for names that CLIP cannot tell apart or read; nothing has changed then.
         """
         seen = Words(names, synonyms or {}).among(self.trained)
-        self.segmenter.set_classes(names, seen, synonyms)
-        self.names = self.segmenter.names
+        with self.lock:
+            self.segmenter.set_classes(names, seen, synonyms)
+            self.names = self.segmenter.names
 
     @torch.inference_mode()
-    def __call__(self, image, return_scores=False):
+    def __call__(self, image, return_scores=False, classes=None):
         """The class of every pixel: indices of `names`, uint8 (uint16 above 255 classes) [H, W], of
         the image's size.
 
         image: a file, a Pillow image or an array that Pillow knows, such as uint8 RGB [H, W, 3] or
         grey [H, W]. With `return_scores`, also the score of that class, fp32 [H, W]: the sum over
-        the queries of class score x mask. UserError for a file that cannot be read.
+        the queries of class score x mask. `classes`: as of `set_classes`, from now on. UserError
+        for a file that cannot be read.
         """
         if isinstance(image, str | Path):
             image = read_image(expand_path(image), turn=True)
@@ -74,8 +76,12 @@ class Predictor:
         image = as_rgb(image)
         inputs = network_inputs(image, self.config.data, self.config.eval.sizes)
         parts = (self.segmenter, self.config, self.process, inputs, image.size[::-1])
-        labels, scores = segment_image(*parts)
-        labels = labels.cpu().numpy().astype(np.min_scalar_type(len(self.names)))
+        with self.lock:
+            if classes:
+                self.set_classes(classes)
+            labels, scores = segment_image(*parts)
+            dtype = np.min_scalar_type(len(self.names))
+        labels = labels.cpu().numpy().astype(dtype)
         return (labels, scores.float().cpu().numpy()) if return_scores else labels
 
 

@@ -23,17 +23,8 @@ from torch import Tensor
 from zsseg.checkpoint import save
 from zsseg.images import is_image_name, network_inputs, read_image
 from zsseg.segmenter import Proposals
-from zsseg.utils import (
-    UserError,
-    atomic_write,
-    digest,
-    parallel,
-    plural,
-    split_lines,
-    walk,
-    write_json,
-)
-from zsseg.visualize import NEAREST, overlay, palette, save_label_map
+from zsseg.utils import UserError, atomic_write, digest, parallel, plural, split_lines, walk, warn
+from zsseg.visualize import GREY, encode, label_image, overlay, with_legend, word_colours
 
 OVERLAY_EDGE = 960  # the longer side of an overlay, whatever the image's
 
@@ -49,11 +40,11 @@ def find_images(given, out) -> list[tuple[str, str]]:
     results = os.path.realpath(out)
     if given == ["-"]:
         given = split_lines(os.fsdecode(sys.stdin.buffer.read().replace(b"\0", b"\n")))
-    files = set()
+    files = []
     folders = set()
     for path in [os.path.abspath(word) for word in given if word.strip()]:
         is_folder = os.path.isdir(path)
-        files.update(filter(is_image_name, walk(path, results)) if is_folder else [path])
+        files += filter(is_image_name, walk(path, results)) if is_folder else [path]
         folders.add(path if is_folder else os.path.dirname(path))
     for folder in folders:
         if Path(os.path.realpath(folder)).is_relative_to(results):
@@ -61,12 +52,17 @@ def find_images(given, out) -> list[tuple[str, str]]:
     if not files:
         todo = "give images that Pillow reads (.jpg, .png, .webp, .tif, ...)"
         raise UserError("--images", "no image is there", todo)
+    if twice := len(files) - len({*files}):
+        warn(f"given twice and segmented once: {plural(twice, 'image')}")
+    files = {*files}
     base = os.path.commonpath(folders)
     stems = Counter(os.path.splitext(file)[0] for file in files)
     images = []
     for file in sorted(files):
         stem = os.path.splitext(file)[0]
-        unique = stems[stem] == 1 and stem not in files  # beside a.jpg, a.jpg.png is not a.jpg
+        taken = stem in files  # beside a.jpg, a.jpg.png is not a.jpg
+        taken |= any(map(os.path.isdir, (f"{stem}.png", f"{stem}.json")))  # nor beside a.png/
+        unique = stems[stem] == 1 and not taken
         images.append((file, os.path.relpath(stem if unique else file, base)))
     return images
 
@@ -85,22 +81,26 @@ def cached_proposals(segmenter, image, path, key) -> Proposals:
     return proposals
 
 
-def read_photo(file, config) -> tuple[str, list[Tensor], tuple, np.ndarray] | None:
-    """Of an image as a viewer would show it: the version of the file (`digest`), network inputs
-    uint8 [3, h, w], its size (height, width), a preview for the overlay uint8 [h, w, 3]. None, and
-    a line on stderr, if it cannot be read.
+def prepare(image, config) -> tuple[list[Tensor], tuple, Image.Image]:
+    """Of an RGB image: network inputs uint8 [3, h, w], its size (height, width), and a preview for
+    the overlay.
     """
-    version = digest("", [file])  # before it is read: it may change meanwhile
-    try:
-        image = read_image(file, turn=True)
-    except Exception as error:  # whatever a decoder raises must not end a run of a million
-        print(f"{file}: {error}", file=sys.stderr, flush=True)
-        return None
     scale = OVERLAY_EDGE / max(image.size)
     size = [max(round(scale * side), 1) for side in image.size]
     preview = image.resize(size, Image.Resampling.BILINEAR)
-    inputs = network_inputs(image, config.data, config.eval.sizes)
-    return version, inputs, image.size[::-1], np.asarray(preview)
+    return network_inputs(image, config.data, config.eval.sizes), image.size[::-1], preview
+
+
+def read_photo(file, config) -> tuple[str, list[Tensor], tuple, Image.Image] | None:
+    """The version of an image file (`digest`), and what `prepare` makes of it as a viewer would
+    show it. None, and a line on stderr, if it cannot be read.
+    """
+    version = digest("", [file])  # before it is read: it may change meanwhile
+    try:
+        return version, *prepare(read_image(file, turn=True), config)
+    except Exception as error:  # whatever a decoder raises must not end a run of a million
+        print(f"{file}: {error}", file=sys.stderr, flush=True)
+        return None
 
 
 @torch.inference_mode()
@@ -139,20 +139,27 @@ def count_classes(labels, scores, names) -> tuple[np.ndarray, list[dict]]:
 
 def colours_of(words):
     """The colour of each of `words.shown_names`, uint8 [C, 3]; grey for background words."""
-    colours = palette(len(words.shown_names))[:-1]
-    colours[words.shown :] = 96
-    return colours
+    colours = word_colours(words.names[: words.shown])
+    others = len(words.shown_names) - len(colours)
+    return np.pad(colours, ((0, others), (0, 0)), constant_values=GREY)
 
 
-def write_results(stem, labels, preview, colours, content):
-    """<stem>.png, .overlay.jpg and, last, .json with `content`."""
-    save_label_map(labels, Path(f"{stem}.png"), len(colours), colours)
-    small = Image.fromarray(labels).resize(preview.shape[1::-1], NEAREST)
-    legend = [(c["id"], f"{c['name']}  {100 * c['share']:.1f}%") for c in content["classes"]]
-    drawn = overlay(preview, np.asarray(small), colours, legend)
-    with atomic_write(Path(f"{stem}.overlay.jpg")) as temporary:
-        drawn.save(temporary, "JPEG", quality=90)
-    write_json(Path(f"{stem}.json"), content)
+def result_files(labels, preview, colours, content):
+    """The content of an image's results, {ending: bytes}: the last one says that all are there."""
+    text = "{name}  {share:.1%}"
+    legend = [(colours[c["id"]], text.format(**c)) for c in content["classes"]]
+    drawn = with_legend(overlay(preview, labels, colours), legend)
+    return {
+        ".png": encode(label_image(labels, len(colours), colours)),
+        ".overlay.jpg": encode(drawn, "JPEG", quality=90),
+        ".json": json.dumps(content, indent=1, allow_nan=False).encode(),
+    }
+
+
+def write_results(stem, *parts):
+    for ending, content in result_files(*parts).items():
+        with atomic_write(Path(f"{stem}{ending}")) as temporary:
+            temporary.write_bytes(content)
 
 
 def is_done(file, stem, made_with):

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from zsseg.datasets import dataset
 from zsseg.log import read_lines
 from zsseg.metrics import rows, shown, summarize
 from zsseg.utils import atomic_write, git_commit
-from zsseg.visualize import base64_image, comparison_strip, palette
+from zsseg.visualize import base64_text, comparison, encode, palette
 
 TEMPLATE = Path(__file__).with_name("report.html")
 MAX_CARDS = 12  # worst images, and as many best ones
@@ -43,9 +42,9 @@ class Report:
         score = summarize(matrix, self.data)["mIoU_gt"]
         if score is None:
             return
-        strip = comparison_strip(image, labels, predicted, len(matrix))
+        strip = comparison(image, labels, predicted, len(matrix))
         classes = (matrix.sum(0) + matrix.sum(1)).nonzero()[:, 0].tolist()
-        card = {"name": name, "picture": base64_image(Image.fromarray(strip)), "classes": classes}
+        card = {"name": name, "picture": base64_text(encode(strip)), "classes": classes}
         bisect.insort(self.cards, (score, number, card))
         del self.cards[MAX_CARDS:-MAX_CARDS]
 

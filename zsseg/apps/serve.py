@@ -4,50 +4,52 @@ change of words is answered from its features. Nothing is written to the disk.
 
 import contextlib
 import html
+import inspect
 import io
 import json
 import secrets
+import sys
 import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import numpy as np
 import torch
-from PIL import Image
 
-from zsseg.apps.predict import colours_of, count_classes, segment_image
-from zsseg.apps.vocabulary import Words, parse_words
+from zsseg.apps.predict import colours_of, count_classes, prepare, result_files, segment_image
+from zsseg.apps.vocabulary import Words, format_words, parse_words
 from zsseg.config import Config
 from zsseg.distributed import Process
-from zsseg.images import network_inputs, read_image
+from zsseg.images import read_image
 from zsseg.regions import STRIDE, mask_probabilities
 from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError
-from zsseg.visualize import base64_image
+from zsseg.visualize import base64_text, encode, tint
 
 PAGE = Path(__file__).with_name("serve.html")
 MAX_IMAGES = 4  # whose proposals are stored
-MAX_EDGE = 1280  # of the label map that the page shows
+MAX_BYTES = 2**28  # of an image file
 
 
 @dataclass
 class Session:
-    """A segmenter, its words, and the last images. Threads have to take turns."""
+    """A segmenter and the last images. Every request names its image and its words; threads have to
+    take turns.
+    """
 
     segmenter: Segmenter
     config: Config
     process: Process
     trained: list[str]  # names of the classes of the training, which count as seen
-    words: Words
+    words: Words  # that the segmenter has now
 
     def __post_init__(self):
-        # {number: (network input uint8 [3, H, W], proposals, size of the label map)}
-        self.images = {}
-        self.set_words(self.words)
+        self.images = {}  # {number: (proposals, size (height, width), preview)}
+        self.asked = None  # what `words` were read from
+        self.use(self.words)
 
-    def set_words(self, words):
+    def use(self, words):
         """Words that are refused leave everything as it was."""
         self.segmenter.set_classes(words.names, words.among(self.trained), words.synonyms)
         self.words = words
@@ -55,36 +57,61 @@ class Session:
     def add(self, content):
         """Pass an image file through the networks. Raises UserError for a broken one."""
         photo = read_image(io.BytesIO(content), turn=True)
-        [pixels] = network_inputs(photo, self.config.data)
+        [pixels], size, preview = prepare(photo, self.config)
         with self.process.autocast(self.config.model.bf16):
             proposals = self.segmenter.propose(pixels.to(self.process.device))
-        photo.thumbnail((MAX_EDGE, MAX_EDGE))
         number = secrets.randbits(48)  # a page of an earlier start finds no other image under it
-        self.images[number] = (pixels, proposals, photo.size[::-1])
+        self.images[number] = (proposals, size, preview)
         if len(self.images) > MAX_IMAGES:
             del self.images[next(iter(self.images))]
-        return {"image": number, "width": photo.width, "height": photo.height}
+        height, width = size
+        picture = base64_text(encode(preview))
+        return {"image": number, "width": width, "height": height, "photo": picture}
 
-    def label(self, image, words):
-        """The label map of an image for these words, as red + 256 x green of a PNG in base64; all
-        names and their colours; the classes in it, see `count_classes`.
+    def find(self, image, words, off):
+        """One of `images`, for these words but those that are switched `off`."""
+        if image not in self.images:
+            raise UserError("image", "is not stored any more", "drop it again")
+        if self.asked != (words, off):
+            self.use(parse_words(words).without(off))
+            self.asked = (words, off)
+        return self.images[image]
+
+    def segment(self, proposals, size):
+        """The label map at some size, and the classes in it, see `count_classes`."""
+        parts = (self.segmenter, self.config, self.process, [], size)
+        return count_classes(*segment_image(*parts, proposals=proposals), self.words.shown_names)
+
+    def label(self, image, words, off):
+        """What lies over the preview of an image, a PNG in base64; the names and their colours; the
+        classes in it; which words are off; a note.
         """
-        pixels, proposals, size = self.find(image)
-        if words:  # else those from the start, which may have commas in them
-            self.set_words(parse_words(words))
-        parts = (self.segmenter, self.config, self.process, [pixels], size)
-        names = self.words.shown_names
-        ids, classes = count_classes(*segment_image(*parts, proposals=proposals), names)
-        rgb = Image.fromarray(ids.astype("<u4")[..., None].view(np.uint8)[..., :3])
-        colours = colours_of(self.words).tolist()
-        return {"labels": base64_image(rgb), "names": names, "colours": colours, "classes": classes}
+        proposals, size, preview = self.find(image, words, off)
+        labels, classes = self.segment(proposals, min(size, preview.size[::-1]))
+        colours = colours_of(self.words)
+        return {
+            "layer": base64_text(encode(tint(labels, colours, preview.size))),
+            "names": self.words.shown_names,
+            "colours": colours.tolist(),
+            "classes": classes,
+            "off": [name for name in parse_words(words).names if name in off],
+            "note": self.words.note,
+        }
+
+    def results(self, image, words, off, name):
+        """The files that `--images` writes of an image called `name`: {ending: base64}."""
+        proposals, size, preview = self.find(image, words, off)
+        labels, classes = self.segment(proposals, size)
+        content = {"image": name, "classes": classes}
+        files = result_files(labels, preview, colours_of(self.words), content)
+        return {ending: base64_text(file) for ending, file in files.items()}
 
     @torch.inference_mode()
-    def pixel(self, image, x, y):
-        """The score of every class at a pixel of the label map, and the proposal that gives the
-        first one most of its score.
+    def pixel(self, image, words, off, x, y):
+        """The score of every class at a pixel of the photo, and the proposal that gives the first
+        one most of its score.
         """
-        _, proposals, (height, width) = self.find(image)
+        proposals, (height, width), _ = self.find(image, words, off)
         H, W = proposals.input_size
         row = y * H // height
         column = x * W // width
@@ -96,14 +123,8 @@ class Session:
         scores = self.segmenter.ensemble(self.segmenter.classify(proposals))
         total = masks @ scores
         query = int((masks * scores[:, total.argmax()]).argmax())
-        classes = dict(zip(self.words.names, total.tolist(), strict=True))
+        classes = [*zip(self.words.names, total.tolist(), strict=True)]
         return {"classes": classes, "query": query, "probability": float(masks[query])}
-
-    def find(self, image):
-        """One of `images`."""
-        if image not in self.images:
-            raise UserError("image", "is not stored any more", "drop it again")
-        return self.images[image]
 
 
 class Server(ThreadingHTTPServer):
@@ -116,28 +137,32 @@ class Server(ThreadingHTTPServer):
         with self, contextlib.suppress(KeyboardInterrupt):
             self.serve_forever()
 
+    def handle_error(self, *client):
+        if not isinstance(sys.exception(), OSError):  # a client that leaves is no error
+            super().handle_error(*client)
+
 
 class Handler(BaseHTTPRequestHandler):
-    """GET: the page. POST /image: a file; /label: {"image": 1, "words": "cat, dog"}; /pixel:
-    {"image": 1, "x": 2, "y": 3}. Answers are JSON; what the user can correct is {"error"}.
+    """GET: the page. POST /image: a file; /label: {"image": 1, "words": "cat, dog", "off":
+    ["cat"]}; /results: also its "name"; /pixel: also "x" and "y". Answers are JSON; what the user
+    can correct is {"error"}.
     """
 
     timeout = 60  # seconds that a client may be silent
     lock = threading.Lock()  # one request at a time
 
     def do_GET(self):
-        with contextlib.suppress(OSError):  # a client that leaves is no error
-            status = 200
-            try:
-                content = self.respond()
-            except UserError as error:
-                content = json.dumps({"error": str(error)})
-                status = 422
-            self.send_response(status)
-            kind = "text/html" if self.command == "GET" else "application/json"
-            self.send_header("Content-Type", f"{kind}; charset=utf-8")
-            self.end_headers()
-            self.wfile.write(content.encode())
+        status = 200
+        try:
+            content = self.respond()
+        except UserError as error:
+            content = json.dumps({"error": str(error)})
+            status = 422
+        self.send_response(status)
+        kind = "text/html" if self.command == "GET" else "application/json"
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
+        self.end_headers()
+        self.wfile.write(content.encode())
 
     do_POST = do_GET
 
@@ -150,35 +175,32 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             words = html.escape(format_words(session.words))
             return PAGE.read_text("utf-8").replace("{{words}}", words)
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        actions = {
-            "/image": lambda: session.add(body),
-            "/label": lambda: session.label(**json.loads(body)),
-            "/pixel": lambda: session.pixel(**json.loads(body)),
-        }
+        length = int(self.headers.get("Content-Length", 0))
+        if length > MAX_BYTES:
+            raise UserError("this file", f"has more than {MAX_BYTES >> 20} MiB", "give another")
+        body = self.rfile.read(length)
+        actions = {"/label": session.label, "/results": session.results, "/pixel": session.pixel}
         with self.lock:
-            return json.dumps(actions[self.path](), allow_nan=False)
+            if self.path == "/image":
+                return json.dumps(session.add(body))
+            try:
+                action = actions[self.path]
+                request = inspect.signature(action).bind(**json.loads(body))
+            except (KeyError, TypeError, ValueError, RecursionError):
+                raise UserError("this request", "is not the page's", "load it again") from None
+            return json.dumps(action(*request.args), allow_nan=False)
 
     def log_message(self, *_):
         pass
-
-
-def format_words(words):
-    """As `parse_words` reads them; "" for names with commas in them."""
-    if any("," in name for name in words.names):
-        return ""
-    rows = [" = ".join([name, *words.synonyms.get(name, [])]) for name in words.names]
-    if words.shown < len(rows):
-        rows[words.shown] = f"other: {rows[words.shown]}"
-    return ", ".join(rows)
 
 
 def open_server(port, config) -> Server:
     """A server on 127.0.0.1 that does not answer yet. UserError for a port that cannot be opened,
     and for what has no page.
     """
-    if not config.model.proposals:
-        why = "is for models with mask proposals, not for the one-stage baseline"
+    views = config.eval.sizes or config.eval.flip or config.eval.window
+    if views or not config.model.proposals:
+        why = "needs mask proposals of one view an image (eval.sizes, flip, window)"
         raise UserError("--serve", why, "use --images")
     try:
         return Server(("127.0.0.1", port), Handler)

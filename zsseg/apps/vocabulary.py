@@ -1,17 +1,25 @@
 """Vocabularies: what to look for in images, with synonyms and background words."""
 
 import itertools
+import json
 import os
 import re
 from dataclasses import dataclass, field
 
+from zsseg.config import load_config
 from zsseg.utils import UserError, expand_path, read_text
 
 OTHER = "other"  # what background words are shown as
 MAX_CLASSES = 2**16 - 1  # that a label map of 16 bits has room for
 BACKGROUND = re.compile(rf"\b{OTHER}s?\s*:", re.IGNORECASE)
-# Paths, names of files, brackets, quotes, tabs, comments behind a name, numbers or dashes before it
-NO_NAME = re.compile(r"""^[~./]|\.\w{2,5}$|[][{}<>"|\t]|\s#|^['`-]|^\d+[.:)]\s""")
+WIDE = str.maketrans("，、،；：＝", ",,,;:=")
+# A name in quotes, as JSON writes it, between separators
+QUOTED = r'"(?:[^"\\\n]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"'
+QUOTED = re.compile(rf"(?<![^,;:=，、،；：＝\n])[ \t]*({QUOTED})[ \t]*(?![^,;:=，、،；：＝\n])")
+# Paths, names of files, brackets, quotes, colons, tabs, comments behind a name, numbers or dashes
+# before it
+NO_NAME = re.compile(r"""^[~./]|\.\w{2,5}$|[][{}<>"“”„«»|:\t]|\s#|^[-'`*•–—]|^\d+[.)]\s""")
+PLAIN = re.compile(r"[^\W\d_]([\w ()'/+&.-]*[\w)'+.])?")  # names that need no quotes
 
 
 @dataclass
@@ -26,9 +34,25 @@ class Words:
     shown: int = MAX_CLASSES
 
     @property
+    def note(self):
+        """What to say of a single class, which may be a list in another format; else ""."""
+        if len(self.names) > 1:
+            return ""
+        todo = f"separate names by commas, and give the rest after {OTHER}:"
+        return f"1 class: {self.names[0]!r}, which every pixel gets; {todo}"
+
+    @property
     def shown_names(self):
         """The names of the ids in a label map."""
         return self.names[: self.shown] + [OTHER] * (self.shown < len(self.names))
+
+    def without(self, off) -> "Words":
+        """The words but for some of the classes that are shown. UserError if none is left."""
+        names = [name for name in self.names[: self.shown] if name not in off]
+        if not names:
+            raise UserError("classes", "are all switched off", "leave one on")
+        synonyms = {name: self.synonyms[name] for name in names if name in self.synonyms}
+        return Words(names + self.names[self.shown :], synonyms, len(names))
 
     def among(self, trained):
         """The ids of the words that are among the names of trained classes, however they are spaced
@@ -58,14 +82,17 @@ def trained_names(content, config):
 def seen_classes(data, content, config):
     """The class ids of a measured `datasets.DataSet` that count as seen.
 
-    Of the user's own data, and of the set that a checkpoint of ours was trained on, those whose
-    names were trained on, as for any words. Of another set those of its own split; without a split
-    all of its classes are unseen.
+    Of the set that a checkpoint of ours was trained on those of its split, as in the evaluation of
+    its training; of other data of the user's those whose names were trained on; of any other set
+    those of its own split. Without a split all classes of the first are seen, none of the last.
     """
-    own = "trained" in content and content["config"]["data"]["name"] == data.name
-    if own or data.name == "folder":
-        return Words(data.names).among(trained_names(content, config))
-    return data.seen
+    from zsseg.datasets import dataset
+
+    trained = trained_names(content, config)
+    own = load_config(base=content.get("config")).data
+    if "trained" in content and trained and data == dataset(own):
+        return data.trained
+    return Words(data.names).among(trained) if data.name == "folder" else data.seen
 
 
 def read_words(text) -> Words:
@@ -73,6 +100,7 @@ def read_words(text) -> Words:
     class a line:
 
         cat
+        "bread, sliced"            in quotes nothing separates
         sofa = couch, settee       with synonyms
         other: sky, wall           background words
         # a comment
@@ -89,14 +117,23 @@ def read_words(text) -> Words:
 
 def parse_words(text, in_file=False) -> Words:
     """The words in a text as `read_words` describes them; nothing is read. Classes are separated by
-    commas, semicolons and line breaks; in several lines, or `in_file`, the commas of a line that
-    begins with `name =` separate its synonyms.
+    commas, semicolons and line breaks, all but in "quotes"; in several lines, or `in_file`, the
+    commas of a line that begins with `name =` separate its synonyms.
     """
+    quoted = {}  # what stands in the text for a name in quotes, and the name
+
+    def stand_in(match):
+        key = f"\0{len(quoted)}"
+        quoted[key] = json.loads(match[1], strict=False)
+        return key
+
+    lines = text.replace("\0", " ").strip().splitlines()
+    in_lines = in_file or len(lines) > 1
+    text = "\n".join(line for line in lines if not line.lstrip().startswith("#"))
+    text = QUOTED.sub(stand_in, text).translate(WIDE)
     classes = []  # each: its name and, after =, its synonyms
     background = []
-    in_lines = in_file or "\n" in text.strip()
-    lines = [line for line in re.split("[\r\n]", text) if not line.strip().startswith("#")]
-    for line in ";".join(lines).split(";"):
+    for line in re.split("[\n;]", text):
         line, *other = BACKGROUND.split(line)
         background += ",".join(other).split(",")
         if in_lines and "=" in line.partition(",")[0]:
@@ -104,16 +141,33 @@ def parse_words(text, in_file=False) -> Words:
         classes += line.split(",")
     rows = [[word.strip() for word in entry.split("=") if word.strip()] for entry in classes]
     rows = [row for row in rows if row]
-    background = [word.strip() for word in background if word.strip()]
-    if not 0 < len(rows) <= MAX_CLASSES:
+    shown = len(rows)
+    if not 0 < shown <= MAX_CLASSES:
         todo = f"give 1 to {MAX_CLASSES}, e.g. 'cat, dog, grass'"
-        raise UserError("classes", f"are {len(rows)}", todo)
-    words = [*itertools.chain(*rows), *background]
-    for word in filter(NO_NAME.search, words):
-        why = "is no name, but a file or a list in another format"
-        raise UserError(f"class {word!r}", why, "check the path, or write names: cat, dog, grass")
+        raise UserError("classes", f"are {shown}", todo)
+    numbered = shown > 1 and all(re.match(r"\d+\s", name) for name, *_ in rows)
+    rows += [[word.strip()] for word in background if word.strip()]
+    for word in itertools.chain(*rows):
+        if numbered or NO_NAME.search(word):
+            why = "is no name, but a file or a list in another format"
+            todo = "check the path, or write names: cat, dog, grass"
+            raise UserError(f"class {word!r}", why, todo)
     from zsseg.tokenizer import check_names  # imports torch
 
-    check_names(words, "class")
+    rows = [[quoted.get(word, word) for word in row] for row in rows]
+    check_names([*itertools.chain(*rows)], "class")
     synonyms = {name: others for name, *others in rows if others}
-    return Words([row[0] for row in rows] + background, synonyms, len(rows))
+    return Words([row[0] for row in rows], synonyms, shown)
+
+
+def format_words(words):
+    """As `parse_words` reads them."""
+
+    def write(name):
+        plain = PLAIN.fullmatch(name) and not NO_NAME.search(name)
+        return name if plain else json.dumps(name, ensure_ascii=False)
+
+    rows = [" = ".join(map(write, [name, *words.synonyms.get(name, [])])) for name in words.names]
+    if words.shown < len(rows):
+        rows[words.shown] = f"{OTHER}: {rows[words.shown]}"
+    return ", ".join(rows)

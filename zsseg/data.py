@@ -90,9 +90,9 @@ def augment(image, labels, data_config, ignore, rng):
     # the same as for the full image.
     box = (left * W / width, top * H / height, (left + w) * W / width, (top + h) * H / height)
     image = image.resize((w, h), Image.Resampling.BILINEAR, box)
-    # floor(i * in / out) in fp32, which is `nearest` of F.interpolate, as in the original
-    rows = (np.arange(top, top + h, dtype=np.float32) * (H / height)).astype(int)
-    cols = (np.arange(left, left + w, dtype=np.float32) * (W / width)).astype(int)
+    # Labels: `nearest` of F.interpolate, in fp64 as in the original
+    rows = np.arange(top, top + h) * H // height
+    cols = np.arange(left, left + w) * W // width
     if data_config.color_jitter:
         image = ssd_jitter(image, rng)
 

@@ -147,10 +147,9 @@ def test_augmentation_moves_image_and_labels_together(size):
 
 def test_the_crop_is_resized_as_a_part_of_the_whole():
     """Resizing only what the crop shows gives the pixels of resizing it all, but for roundings, and
-    the labels of F.interpolate's nearest, which are not always those of exact numbers.
+    the labels of F.interpolate's nearest on fp64, which the original feeds it.
     """
     rng = np.random.default_rng(0)
-    others = 0
     for seed in range(60):
         H, W, short = rng.integers(1, 800, 3).tolist()
         image = Image.fromarray(rng.integers(0, 256, (H, W, 3), dtype=np.uint8))
@@ -164,14 +163,12 @@ def test_the_crop_is_resized_as_a_part_of_the_whole():
         top, left = int(draws.integers(height - h + 1)), int(draws.integers(width - w + 1))
         flipped = draws.random() < 0.5
         resized = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
-        whole = torch.from_numpy(labels)[None, None].float()
+        whole = torch.from_numpy(labels)[None, None].double()
         nearest = F.interpolate(whole, (height, width), mode="nearest")[0, 0].numpy()
         for ours, full, most in ((pixels.permute(1, 2, 0), resized, 2), (mask, nearest, 0)):
             part = full[top : top + h, left : left + w].astype(int)
             apart = (part[:, ::-1] if flipped else part) - ours[:h, :w].numpy()
             assert np.abs(apart).max() <= most, (H, W, short)
-        others += not np.array_equal(np.arange(height) * H // height, nearest[:, 0] // W)
-    assert others
 
 
 def test_jitter_is_ssd_s():

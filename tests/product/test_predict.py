@@ -266,7 +266,7 @@ def test_mistakes(trained, photos, tmp_path):
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["zsseg-coco-vld"], "did you mean zsseg-coco-vild?"),
+        (["zsseg-coco-vld"], "or give one of zsseg-coco-vild, "),
         (["eval.py", "--images", "tests", "--classes", "words.txt"], "is no name, but a file"),
         (["eval.py", "--config", "nowhere.toml"], "no such file"),
         (["eval.py", "--set", "clip.ensembl=1"], "did you mean clip.ensemble?"),

@@ -234,12 +234,12 @@ class BadSteps:
 
 def validation_split(config, root):
     """The split val or, for a data set of one's own without it, the one that is measured."""
-    split = config.data.split
     try:
         find_pairs(config.data, root, "val")
     except MissingSplit:
         if config.data.name != "folder":
             raise
+        split = config.data.split
         print_main(f"there is no split val: best.pt will be the best on data.split, {split}")
         return split
     return "val"
@@ -325,8 +325,9 @@ def train(config, root, out, process, saved):
     with checkpoint.graceful_stop(process) as asked_to_stop:
         for step, chunks in enumerate(bar, start):
             torch.manual_seed(mix_seed(settings.seed, 4, step, process.rank))  # dropout
+            factor = lr_factor(step, config)
             for group in optimizer.param_groups:
-                group["lr"] = group["base"] * lr_factor(step, config)
+                group["lr"] = group["base"] * factor
 
             # Nothing waits for the GPU but a step that is logged or saved.
             values, norm, bad = train_step(task, model, optimizer, chunks, settings.clip_grad)
@@ -336,8 +337,7 @@ def train(config, root, out, process, saved):
             last = done == steps or stopping
             if done % config.log.every == 0 or done == steps:
                 bad_steps.read()
-                lr = settings.lr * lr_factor(step, config)
-                bar.set_postfix_str(log.step(done, values, norm, lr))
+                bar.set_postfix_str(log.step(done, values, norm, settings.lr * factor))
             # A checkpoint that is due in a bad step waits for a good one: the weights may be why.
             due = due or last or done % settings.checkpoint_every == 0 or is_due(done)
             if due and (not bad_steps.read() or last):

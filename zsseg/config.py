@@ -213,7 +213,7 @@ def load_config(file=None, settings=(), base=None) -> Config:
     update(config, base or {}, "checkpoint's configuration")
     sources = read_toml(find_config(Path(file), Path())) if file else []
     given = {}
-    for setting in settings:
+    for setting in [settings] if isinstance(settings, str) else settings:
         name, sign, text = setting.partition("=")
         section, dot, key = name.strip().partition(".")
         if not sign or not dot:
@@ -282,7 +282,6 @@ def check_combinations(config):
     views = config.eval.sizes or config.eval.flip or config.eval.window
     parts = clip.ensemble and model.proposals and not views
     shared = model.hidden_dim % 32 or model.hidden_dim % model.num_heads
-    pixels = text and not model.proposer
     largest = max(data.short_edges, default=0)
     unique = len({*train.seeds}) == len(train.seeds)
     rules = {  # option: (whether it is right, what to do)
@@ -290,7 +289,7 @@ def check_combinations(config):
         "data.train_on": (data.train_on == "all" or text, 'a linear head needs "all"'),
         "model.hidden_dim": (not shared, "give a multiple of 32 and of model.num_heads"),
         "model.small_widths": (len(model.small_widths) == 4, "give four widths"),
-        "model.proposals": (model.proposals or pixels, "false needs a text head, no proposer"),
+        "model.proposals": (model.proposals or text, 'false needs class_head = "text"'),
         "model.proposer": (not model.proposer or text, 'it needs class_head = "text"'),
         "clip.ensemble": (not clip.ensemble or text, "a linear head needs false"),
         "clip.prompt": (clip.prompt, "give at least one template"),

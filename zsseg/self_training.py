@@ -2,15 +2,18 @@
 the pixels that training ignores.
 """
 
+import json
 from itertools import chain
 
+import numpy as np
 import torch
 
 from zsseg.data import TestImages, batches
 from zsseg.datasets import dataset
+from zsseg.images import read_values
 from zsseg.utils import UserError, digest, print_main, progress, write_json
 from zsseg.visualize import save_label_map
-from zsseg.weights import checkpoint_and_config, load_segmenter
+from zsseg.weights import checkpoint_and_config, find_model, load_segmenter
 
 
 def fill_ignored(labels, scores, unseen, min_probability, ignore):
@@ -41,43 +44,49 @@ def pseudo_labels(config, root, folder, process):
     lut = data.lut()
     lut[data.lut(training=True) == data.ignore] = data.ignore  # unseen classes are not read
     images = TestImages(config.data, root, "train", lut=lut)
-    missing = process.broadcast(lambda: missing_maps(config, images, folder))
-
-    content, settings = checkpoint_and_config(train.teacher, None, [])
+    content, settings = checkpoint_and_config(*find_model(train.teacher), [])
     teacher = load_segmenter(content, settings, root, train.teacher).to(process.device).eval()
     teacher.set_classes(data.names, data.seen)
+    missing = process.broadcast(lambda: missing_maps(config, images, folder))
+    unseen = torch.tensor([name in data.unseen for name in data.names], device=process.device)
     count = torch.zeros(1, device=process.device)  # of pixels filled in
     numbers = missing[process.rank :: process.world_size]
     samples = batches(images, numbers, None, config.data.workers)
     samples = progress(samples, "pseudo labels", len(numbers), process.is_main)
-    for number, ([image], labels, _) in zip(numbers, samples, strict=True):
+    for [image], labels, name in samples:
         image = image.to(process.device)
         labels = labels.to(process.device)
         size = tuple(labels.shape)
         with process.autocast(settings.model.bf16):
             scores = teacher.score_map(image, size)
-        filled = fill_ignored(labels, scores, ~teacher.seen, train.min_probability, data.ignore)
+        filled = fill_ignored(labels, scores, unseen, train.min_probability, data.ignore)
         count += (filled != labels).sum()
-        save_label_map(filled, folder / f"{number:06}.png", len(data.names))
+        save_label_map(filled, folder / f"{name}.png", len(data.names))
     process.sum(count)  # waits for all processes
     print_main(f"pseudo labels: {int(count)} pixels filled in")
-    if len(missing) == len(images) and not count:
+    maps = (folder / f"{name}.png" for name in images.names)
+    ids = unseen.nonzero().cpu()
+    if not count and not any(np.isin(read_values(file, 16), ids).any() for file in maps):
         todo = "delete the folder; lower train.min_probability, or take another teacher"
         raise UserError(f"pseudo labels {folder}", "have no pixel of an unseen class", todo)
 
 
 def missing_maps(config, images, folder):
-    """The numbers of the images without a label map; UserError if those in the folder depend on
-    something else.
+    """The numbers of the images without a label map; UserError if those in the folder were made
+    from something else.
     """
     data = config.data
     settings = [dataset(data), data.test_short_edge, data.max_size, data.exif_turn]
-    settings.append(config.train.min_probability)
-    files = [config.train.teacher, *chain(*images.pairs)]
-    mark = folder / f"{digest(settings, files)}.json"
-    if folder.exists() and not mark.exists():
-        why = "were made by another teacher, with other settings or from other images"
+    made = {
+        "by another teacher": digest([], [config.train.teacher]),
+        "with other settings": digest([*settings, config.train.min_probability]),
+        "from other images": digest([], chain(*images.pairs)),
+    }
+    mark = folder / "made.json"
+    before = json.loads(mark.read_text()) if mark.exists() else {}
+    other = [how for how, value in made.items() if before.get(how) != value]
+    if other and folder.exists():
         todo = "delete the folder, or give another --out"
-        raise UserError(f"pseudo labels {folder}", why, todo)
-    write_json(mark, config.train.teacher)
-    return [i for i in range(len(images)) if not (folder / f"{i:06}.png").exists()]
+        raise UserError(f"pseudo labels {folder}", f"were made {', '.join(other)}", todo)
+    write_json(mark, made)
+    return [i for i, name in enumerate(images.names) if not (folder / f"{name}.png").exists()]

@@ -118,10 +118,18 @@ def test_seeds_learn_side_by_side_as_they_would_alone(more_root, tmp_path):
     both, printed = learn(more_root, tmp_path / "both", "train.seeds=[3, 5]")
     names = {name: [*part] for name, part in both.items()}
     assert names == {"prompt": ["prefix"], "prompts": ["3.prefix", "5.prefix"]}
+    parts, _ = learn(
+        more_root,
+        tmp_path / "parts",
+        "train.seeds=[3, 5]",
+        "train.batch_size=1",
+        "train.accumulate=4",
+    )
     for seed in (3, 5):
         alone, _ = learn(more_root, tmp_path / str(seed), f"train.seeds=[{seed}]")
         prefix = both["prompts"][f"{seed}.prefix"]
         assert torch.allclose(prefix, alone["prompt"]["prefix"], atol=1e-5)
+        assert torch.allclose(prefix, parts["prompts"][f"{seed}.prefix"], atol=1e-5)
     result = json.loads((tmp_path / "both" / "metrics.json").read_text())
     best = result["best_seed"]
     assert {*result["seeds"]} == {"3", "5"}
@@ -129,6 +137,10 @@ def test_seeds_learn_side_by_side_as_they_would_alone(more_root, tmp_path):
     assert torch.equal(both["prompt"]["prefix"], both["prompts"][f"{best}.prefix"])
     assert f"the best is {best}" in printed
     lines = (tmp_path / "both" / "metrics.jsonl").read_text().splitlines()
+    summed = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+    for one, four in zip(map(json.loads, lines[:4]), map(json.loads, summed), strict=False):
+        for key in ("loss", "accuracy", "grad_norm"):
+            assert four[key] == pytest.approx(one[key], rel=1e-4)
     rates = [json.loads(line).get("lr") for line in lines][:4]
     cosine = [0.01 * (1 + np.cos(np.pi * step / 4)) for step in (1, 2, 3)]
     assert rates == pytest.approx([0.02 * 0.005, *cosine])  # a constant warm-up, then cosine
@@ -141,7 +153,7 @@ def test_only_the_prompt_learns_with_the_paper_s_step(more_root, tmp_path):
         assert torch.equal(task.state({"best_seed": str(seed)})["prompt"]["prefix"], prompt.prefix)
     batch = task.collate([task.samples[n] for n in range(16)])
     assert not task.model.train().clip.training
-    loss, _ = task.loss(task.model, batch)
+    loss = task.loss(task.model, batch, 1)["loss"]
     loss.backward()
     learned = [name for name, p in task.model.named_parameters() if p.grad is not None]
     assert learned == ["prompts.3.prefix", "prompts.5.prefix"]
@@ -149,7 +161,7 @@ def test_only_the_prompt_learns_with_the_paper_s_step(more_root, tmp_path):
     with torch.no_grad():
         for prompt in task.clipped:
             prompt.prefix -= 1e-3 * prompt.prefix.grad / prompt.prefix.grad.norm()
-    assert task.loss(task.model, batch)[0] < loss
+    assert task.loss(task.model, batch, 1)["loss"] < loss
     settings = ("train.seeds=[3, 5]", "train.steps=1", "prompts.warmup_steps=0")
     after, _ = learn(more_root, tmp_path / "step", *settings)
     for seed, prefix in zip((3, 5), before, strict=True):
@@ -180,7 +192,9 @@ def test_samples_are_crops_of_regions_as_clip_sees_them_at_inference(more_root, 
 
 
 def test_with_nothing_held_out_there_is_nothing_to_compare(shapes_root, tmp_path):
-    learned, _ = learn(shapes_root, tmp_path, "train.seeds=[3, 5]", "prompts.held_out=0")
+    settings = ("train.seeds=[3, 5]", "prompts.held_out=0", "prompts.warmup_steps=4")
+    learned, printed = learn(shapes_root, tmp_path, *settings)
+    assert "warning: prompts.warmup_steps: all of the training" in printed
     result = json.loads((tmp_path / "metrics.json").read_text())
     assert result["seeds"] == {"3": None, "5": None} and "prompt" in learned
 
@@ -228,23 +242,32 @@ def test_self_training_is_resumable_and_blind_to_hidden_labels(shapes_run, shape
     done = train("shapes", shapes_root, tmp_path / "a", *settings)
     fails_in_one_line(done, "train.teacher", "unseen classes", "train_on")
     settings += ("data.train_on=all",)
+    # A teacher that is not there has left no label maps.
+    done = train("shapes", shapes_root, tmp_path / "run", *settings, "train.teacher=no.pt")
+    fails_in_one_line(done, "no.pt", "no such file")
     done = train("shapes", shapes_root, tmp_path / "run", *settings)
     assert done.returncode == 0 and "pixels filled in" in done.stdout, done.stderr
+    words = ["--root", shapes_root, "--device", "cpu", "--out", tmp_path / "eval"]
+    assert command("eval.py", tmp_path / "run" / "last.pt", *words).returncode == 0
+    # Who is unseen is for the data set to say, and not for what is trained on, either.
+    results = [json.loads((tmp_path / f / "metrics.json").read_text()) for f in ("run", "eval")]
+    assert all(results[0][key] == results[1][key] for key in ("hIoU", "mIoU", "per_class"))
     config = tiny_config(*settings)
     folder = tmp_path / "run" / "pseudo"
     maps = {file.name: file.read_bytes() for file in folder.glob("*.png")}
     assert len(maps) == 10
-    for i, (_, label) in enumerate(find_pairs(config.data, shapes_root, "train")):
+    for image, label in find_pairs(config.data, shapes_root, "train"):
         truth = np.asarray(Image.open(label))
-        ours = np.asarray(Image.open(folder / f"{i:06}.png"))
+        ours = np.asarray(Image.open(folder / f"{image.stem}.png"))
         hidden = np.isin(truth, UNSEEN)
         assert (ours == truth)[~hidden].all() and np.isin(ours[hidden], [*UNSEEN, 255]).all()
     # Killed half-way: what is there stays, the rest comes out the same.
-    first, second = sorted(maps)[:2]
+    first, second, third = sorted(maps)[:3]
     (folder / first).unlink()
-    (folder / second).write_bytes(b"")
+    (folder / second).write_bytes(maps[third])
     pseudo_labels(config, shapes_root, folder, PROCESS)
-    assert (folder / first).read_bytes() == maps[first] and not (folder / second).read_bytes()
+    assert (folder / first).read_bytes() == maps[first]
+    assert (folder / second).read_bytes() == maps[third]
     # Other unseen classes in the truth: the same label maps.
     other = tmp_path / "root"
     shutil.copytree(shapes_root, other)
@@ -255,6 +278,24 @@ def test_self_training_is_resumable_and_blind_to_hidden_labels(shapes_run, shape
     again = tmp_path / "again"
     pseudo_labels(config, other, again, PROCESS)
     assert {file.name: file.read_bytes() for file in again.glob("*.png")} == maps
-    for root, setting in ((shapes_root, "train.steps=2"), (other, "train.min_probability=0.01")):
-        with pytest.raises(UserError, match="with other settings or from other images"):
+    for root, setting, how in (
+        (shapes_root, "train.steps=3", "from other images"),
+        (other, "train.min_probability=0.01", "with other settings"),
+        (other, f"train.teacher={shapes_run / 'last.pt'}", "by another teacher"),
+        (shapes_root, "data.max_size=99", "with other settings, from other images"),
+    ):
+        with pytest.raises(UserError, match=rf"pseudo labels .*: were made {how}; delete the fold"):
             pseudo_labels(tiny_config(*settings, setting), root, again, PROCESS)
+
+
+def test_a_teacher_that_fills_in_nothing_ends_the_run(shapes_run, shapes_root, tmp_path):
+    """Also the second time, when all label maps are there, or all but one."""
+    settings = (*TINY, "data.train_on=all", "train.min_probability=1")
+    settings += (f"train.teacher={shapes_run / 'last.pt'}",)
+    for again in range(3):
+        done = train("shapes", shapes_root, tmp_path / "run", *settings)
+        fails_in_one_line(done, "have no pixel of an unseen class; delete the folder; lower")
+        maps = [*(tmp_path / "run" / "pseudo").glob("*.png")]
+        assert len(maps) == 10 and not (tmp_path / "run" / "last.pt").exists()
+        if again:
+            maps[0].unlink()

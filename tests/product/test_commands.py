@@ -9,9 +9,19 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import own_data
 import pytest
 import torch
-from conftest import PROCESS, ROOT, TINY, command, fails_in_one_line, process, tiny_config
+from conftest import (
+    PROCESS,
+    ROOT,
+    TINY,
+    command,
+    fails_in_one_line,
+    process,
+    tiny_clip_state,
+    tiny_config,
+)
 from PIL import Image
 
 import train
@@ -140,7 +150,7 @@ def test_the_package_works_from_any_folder(tmp_path):
         (["--config", "configs/absent.toml"], ["absent.toml", "no such file"]),
         (["--config", "configs/shape.toml"], ["did you mean configs/shapes.toml?"]),
         (["{shapes}", "--device", "gpu"], ["gpu", "cuda"]),
-        (["{shapes}", "--set", "clip.weights=ViT-B/31"], ["did you mean ViT-B/32?"]),
+        (["{shapes}", "--set", "clip.weights=ViT-B/31"], ["one of OpenAI's", "ViT-B/32"]),
         ([], ["--config"]),
         (["{shapes}", "--resme"], ["--resme", "did you mean --resume?"]),
         (["{shapes}", "--set", "train.stps=1"], ["train.stps", "train.steps"]),
@@ -187,6 +197,31 @@ def test_a_resumed_run_must_fit_its_checkpoint(shapes_run, shapes_root, tmp_path
     fails_in_one_line(done, "last.pt", "cannot resume")
     done = command("train.py", *words, "--set", "model.num_queries=9")
     fails_in_one_line(done, "last.pt", "query_embed.weight")
+    torch.save(tiny_clip_state(1), tmp_path / "clip.pt")
+    done = command("train.py", *words, "--set", f"clip.weights={tmp_path / 'clip.pt'}")
+    assert "run/last.pt was made for another CLIP than clip.weights" in done.stdout
+
+
+def test_own_data_without_val_is_validated_on_what_is_measured(root):
+    """Roboflow's names; a split that is not there is named, and the option."""
+    for kind in ("images", "masks"):
+        (root / "a" / kind / "val").rename(root / "a" / kind / "valid")
+    words = ["--set", "train.eval_every=2"]
+    fails_in_one_line(own_data.train(root, *words), "for val", "data.split")
+    done = own_data.train(root, *words, "--set", "data.split=valid")
+    assert done.returncode == 0, done.stderr
+    assert "no split val: best.pt will be the best on data.split, valid" in done.stdout
+    lines = [json.loads(line) for line in (root / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "valid/mIoU" in line] == [2, 4]
+    assert load_checkpoint(root / "r" / "best.pt")["step"] == 2
+
+
+def test_a_known_data_set_is_not_validated_on_its_test_split(shapes_root, tmp_path):
+    shutil.copytree(shapes_root, tmp_path / "root")
+    shutil.rmtree(tmp_path / "root" / "shapes" / "images" / "val")
+    words = [*SHAPES, *SHORT, "--root", tmp_path / "root", "--out", tmp_path / "run"]
+    done = command("train.py", *words, "--set", "train.eval_every=2")
+    fails_in_one_line(done, "data set shapes: no 'val' images")
 
 
 def test_check_finds_an_unseen_pixel(monkeypatch, shapes_root):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import PROCESS, ROOT, TINY, command, process, start, tiny_config
+from conftest import PROCESS, ROOT, TINY, command, fails_in_one_line, process, start, tiny_config
 from PIL import Image
 
 import train
@@ -89,6 +89,13 @@ def test_a_broken_last_checkpoint_costs_one_interval(shapes_root, tmp_path):
         assert done.returncode == 0, done.stderr
         assert "going on from previous.pt" in done.stdout and "at step 3 of 4" in done.stdout
         assert same(weights(tmp_path), expected)
+        assert (tmp_path / "broken.pt").read_bytes() == content
+    (tmp_path / "broken.pt").unlink()
+    for name in ("last.pt", "previous.pt"):  # nothing goes on, and nothing is moved
+        (tmp_path / name).write_bytes(b"")
+    done = command("train.py", "--root", shapes_root, "--out", tmp_path, "--resume")
+    fails_in_one_line(done, "previous.pt")
+    assert (tmp_path / "last.pt").exists() and not (tmp_path / "broken.pt").exists()
 
 
 @pytest.mark.slow

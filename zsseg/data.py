@@ -90,7 +90,7 @@ def augment(image, labels, data_config, ignore, rng):
     # the same as for the full image.
     box = (left * W / width, top * H / height, (left + w) * W / width, (top + h) * H / height)
     image = image.resize((w, h), Image.Resampling.BILINEAR, box)
-    # Labels: `nearest` of F.interpolate, in fp64 as in the original
+    # Labels: `nearest` of F.interpolate, as in the original, whose roundings are left out
     rows = np.arange(top, top + h) * H // height
     cols = np.arange(left, left + w) * W // width
     if data_config.color_jitter:

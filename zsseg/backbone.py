@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torchvision import ops
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet, conv1x1, conv3x3
 from torchvision.models.swin_transformer import (
@@ -24,13 +24,13 @@ class FrozenBatchNorm2d(ops.FrozenBatchNorm2d):
     reads the map twice.
     """
 
-    def forward(self, x) -> Tensor:
+    def forward(self, x):
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
         )
 
 
-def conv_stem(norm, *sizes) -> list[nn.Module]:
+def conv_stem(norm, *sizes):
     """Convolutions of 3x3, each with norm and ReLU; sizes: (channels, width, stride) of each."""
     layers = []
     for channels, width, stride in sizes:
@@ -48,7 +48,7 @@ class DeepResNet(ResNet):
         del self.fc, self.avgpool
         self.channels = [256, 512, 1024, 2048]
 
-    def forward(self, x) -> list[Tensor]:
+    def forward(self, x):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         return [x := layer(x) for layer in (self.layer1, self.layer2, self.layer3, self.layer4)]
 
@@ -137,7 +137,7 @@ class Swin(SwinTransformer):
         for i, c in enumerate(channels):
             self.add_module(f"norm{i}", nn.LayerNorm(c))
 
-    def forward(self, x) -> list[Tensor]:
+    def forward(self, x):
         H, W = x.shape[-2:]
         x = F.pad(x, (0, -W % 4, 0, -H % 4))  # or torchvision would cut the rest off
         maps = []
@@ -168,7 +168,7 @@ class SmallResNet(nn.Module):
                 shortcut = nn.Sequential(conv, nn.BatchNorm2d(width))
             self.stages.append(BasicBlock(channels, width, stride, shortcut))
 
-    def forward(self, x) -> list[Tensor]:
+    def forward(self, x):
         x = self.stem(x)
         return [x := stage(x) for stage in self.stages]
 

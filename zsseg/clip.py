@@ -10,8 +10,8 @@ from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck
+from torch import nn
+from torchvision.models.resnet import Bottleneck, conv3x3
 
 from zsseg.backbone import SmallResNet
 from zsseg.utils import UserError
@@ -23,7 +23,7 @@ SCALE = 100.0  # where OpenAI's trained temperature ends
 
 
 class QuickGELU(nn.Module):
-    def forward(self, x) -> Tensor:
+    def forward(self, x):
         return (1.702 * x).sigmoid_() * x
 
 
@@ -65,11 +65,11 @@ class Block(nn.Module):
         self.attn = Attention(width, num_heads or width // 64)
         self.ln_1 = nn.LayerNorm(width)
         self.ln_2 = nn.LayerNorm(width)
-        layers = OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=ACTIVATIONS[activation]())
-        self.mlp = nn.Sequential(layers)
-        self.mlp.c_proj = nn.Linear(4 * width, width)
+        wide = 4 * width
+        layers = OrderedDict(c_fc=nn.Linear(width, wide), gelu=ACTIVATIONS[activation]())
+        self.mlp = nn.Sequential(layers | {"c_proj": nn.Linear(wide, width)})
 
-    def forward(self, x, causal=False, count=None) -> Tensor:
+    def forward(self, x, causal=False, count=None):
         x = x[:, :count] + self.attn(self.ln_1(x), causal, count)
         return x + self.mlp(self.ln_2(x))
 
@@ -83,7 +83,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(Block(width, num_heads, activation) for _ in range(layers))
 
-    def forward(self, x) -> Tensor:
+    def forward(self, x):
         for block in self.resblocks:
             x = block(x, causal=True)
         return x
@@ -119,7 +119,7 @@ class ConvStem(nn.Module):
         self.backbone = SmallResNet(widths)
         self.tokens = nn.Conv2d(widths[-1], width, 3, 2, 1)
 
-    def forward(self, images) -> Tensor:
+    def forward(self, images):
         return self.tokens(self.backbone(images)[-1])
 
 
@@ -196,11 +196,11 @@ class VisionTransformer(nn.Module):
 class PooledConv(nn.Conv2d):
     """A convolution of 1x1 whose stride is an average pool in front."""
 
-    def forward(self, x) -> Tensor:
+    def forward(self, x):
         return F.conv2d(F.avg_pool2d(x, self.stride), self.weight)
 
 
-def bottleneck(channels, planes, stride) -> Bottleneck:
+def bottleneck(channels, planes, stride):
     """ResNet block with `PooledConv`s for strides."""
     out = 4 * planes
     block = Bottleneck(channels, planes)
@@ -244,8 +244,7 @@ class ModifiedResNet(nn.Module):
         self.resolution = resolution
         channels = 3
         for i, out in enumerate((width // 2, width // 2, width), 1):
-            conv = nn.Conv2d(channels, out, 3, 2 if i == 1 else 1, 1, bias=False)
-            self.add_module(f"conv{i}", conv)
+            self.add_module(f"conv{i}", conv3x3(channels, out, 2 if i == 1 else 1))
             self.add_module(f"bn{i}", nn.BatchNorm2d(out))
             channels = out
         for i, depth in enumerate(layers):
@@ -343,7 +342,7 @@ class CLIP(nn.Module):
         return cosine_logits(features, text, self.scale)
 
 
-def build_clip(state, tokenizer, activation="quickgelu", heads=0, **statistics) -> CLIP:
+def build_clip(state, tokenizer, activation="quickgelu", heads=0, **statistics):
     """The model whose weights `state` contains (OpenAI names; any float dtype), in fp32, frozen, in
     eval mode.
 

@@ -28,7 +28,7 @@ class Process:
     def is_main(self):
         return self.rank == 0
 
-    def sum(self, tensor) -> torch.Tensor:
+    def sum(self, tensor):
         """Sum over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
@@ -71,7 +71,7 @@ class Process:
         for buffer in module.buffers() if self.world_size > 1 else ():
             dist.broadcast(buffer, 0)
 
-    def autocast(self, setting, training=False) -> torch.autocast:
+    def autocast(self, setting, training=False):
         """The networks' precision as `model.bf16` says, see `bf16`."""
         kind = self.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=self.bf16(setting, training))
@@ -114,7 +114,7 @@ def can_compile():
     return True
 
 
-def find_device(name) -> torch.device:
+def find_device(name):
     """A device by "auto" (a GPU, else the CPU) or by torch's name. UserError for one that is not
     here.
     """
@@ -125,7 +125,7 @@ def find_device(name) -> torch.device:
     return torch.device(("cuda" if gpus else "cpu") if name == "auto" else name)
 
 
-def init_distributed(device="auto") -> Process:
+def init_distributed(device="auto"):
     """Pick the device and join the process group if torchrun started this process."""
     cuda = find_device(device).type == "cuda"
     rank = int(os.environ.get("RANK", 0))

@@ -8,7 +8,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from zsseg.backbone import BACKBONES
 from zsseg.clip import cosine_logits
@@ -17,7 +17,7 @@ from zsseg.clip import cosine_logits
 PIXELS = {"pixel_mean": (123.675, 116.28, 103.53), "pixel_std": (58.395, 57.12, 57.375)}
 
 
-def conv_norm(channels, out, kernel) -> nn.Sequential:
+def conv_norm(channels, out, kernel):
     """Convolution without bias, then GroupNorm; Kaiming-uniform weights (a=1)."""
     conv = nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False)
     nn.init.kaiming_uniform_(conv.weight, a=1)
@@ -34,7 +34,7 @@ class PixelDecoder(nn.Module):
         self.output = nn.ModuleList(conv_norm(hidden_dim, hidden_dim, 3) for _ in channels[:-1])
         self.mask_features = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1)
 
-    def forward(self, features) -> Tensor:
+    def forward(self, features):
         y = F.relu(self.top(features[-1]))
         for i in (2, 1, 0):
             x = self.lateral[i](features[i])

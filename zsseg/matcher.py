@@ -105,6 +105,6 @@ def hungarian(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @hungarian.register_fake
-def _(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+def _(cost, counts):
     L, B, _, T = cost.shape
     return cost.new_empty(L, B, T, dtype=torch.int64), cost.new_empty(L, B, dtype=torch.bool)

@@ -102,7 +102,7 @@ def encode_crops(clip, crops, batch_size, shown=None):
     return torch.cat(features)[:count]
 
 
-def crop_features(clip, image, regions, config) -> Tensor:
+def crop_features(clip, image, regions, config):
     """The paper's: CLIP on the masked crop of each region, with the mask prompt of a CLIP that has
     one.
     """
@@ -125,7 +125,7 @@ def pool_features(features, masks):
     return share @ features.flatten(0, 1) / total.where(total > 0, 1)
 
 
-def pooled_features(clip, image, regions, config) -> Tensor:
+def pooled_features(clip, image, regions, config):
     """The mean of CLIP's dense features under each mask, from a single pass over the image: its
     shorter edge brought to about `dense_edge` pixels, both edges to multiples of CLIP's patch.
     """

@@ -68,7 +68,7 @@ class OpenVocabulary(nn.Module):
         self.region_prompt = region_prompt  # the paper's VOC: learned for the regions only
         self.config = config
         self.proposer = proposer or getattr(maskformer, "propose", None)
-        self.text_cache: dict[nn.Module, dict[str, Tensor]] = {}  # prompt -> word -> feature [D]
+        self.text_cache = {}  # prompt -> word -> feature [D]
 
     @torch.no_grad()
     def set_classes(self, names, seen=(), synonyms=None):
@@ -150,13 +150,13 @@ class OpenVocabulary(nn.Module):
         if self.clip is not None:
             self.clip.visual.compile(fullgraph=True, dynamic=False)
 
-    def learned_modules(self) -> dict[str, nn.Module]:
+    def learned_modules(self):
         """The parts with something learned besides CLIP."""
         others = ("clip", "proposer")
         parts = self.named_children()
         return {k: part for k, part in parts if k not in others and [*part.parameters()]}
 
-    def learned_state(self) -> dict[str, dict[str, Tensor]]:
+    def learned_state(self):
         """What a checkpoint must hold besides CLIP."""
         return {name: part.state_dict() for name, part in self.learned_modules().items()}
 
@@ -231,7 +231,7 @@ class Segmenter(OpenVocabulary):
         power = torch.where(self.seen & self.config.ensemble_seen, w, 1 - w)  # [C], of the proposer
         return p**power * c ** (1 - power)
 
-    def variants(self, proposals, weights) -> dict[str, Tensor]:
+    def variants(self, proposals, weights):
         """Class scores [Q, C] of the method's parts and of other ensemble weights, from one pass;
         none for `weights` None, or if there is one part only.
         """
@@ -298,7 +298,7 @@ class Segmenter(OpenVocabulary):
         return Segmentation(labels, best, maps)
 
 
-def windows(length, side, size) -> list[tuple[slice, slice]]:
+def windows(length, side, size):
     """Windows of `side` that overlap by two thirds and cover `length` pixels, all of them for side
     0; and their places in a label map of `size` pixels.
     """

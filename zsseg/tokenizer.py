@@ -29,14 +29,16 @@ def check_names(names, what="class name"):
     if isinstance(names, str) or not names:
         raise UserError(f"{what}s", f"are {names!r}", "give a list of at least one name")
     names = [name.strip() for name in names]
-    read = [clean(name) for name in names]
+    known = {}
     for i, name in enumerate(names):
-        if not any(map(str.isprintable, read[i].replace(" ", ""))):
+        read = clean(name)
+        if not any(map(str.isprintable, read.replace(" ", ""))):
             raise UserError(f"{what} {i}", f"is {name!r}, empty to CLIP", "give every class a name")
-        twin = names[read.index(read[i])]
-        if read[i] in read[:i]:
+        if read in known:
+            twin = known[read]
             why = "is given twice" if twin == name else f"is the same to CLIP as {twin!r}"
             raise UserError(f"{what} {name!r}", why, "give every class another name")
+        known[read] = name
     return names
 
 
@@ -55,8 +57,7 @@ class Tokenizer:
         # Bytes that print badly are written as characters that follow all bytes.
         odd = [b for b in range(256) if not chr(b).isprintable() or chr(b) == " "]
         self.table = {b: 256 + i for i, b in enumerate(odd)}
-        symbols = [chr(b) for b in range(256) if b not in odd]
-        symbols += map(chr, self.table.values())
+        symbols = sorted(chr(self.table.get(b, b)) for b in range(256))
         words = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
         self.index = {word: i for i, word in enumerate(words)}
         self.rank = {pair: i for i, pair in enumerate(merges)}

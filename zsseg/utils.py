@@ -45,7 +45,7 @@ def did_you_mean(word, names, default):
     return f"did you mean {near[0]}?" if near else default
 
 
-def no_such_file(what, path, todo="check the path") -> UserError:
+def no_such_file(what, path, todo="check the path"):
     """The error of a missing file; it names a file beside it with a similar name."""
     beside = map(str, path.parent.glob("*"))
     return UserError(what, "no such file", did_you_mean(str(path), beside, todo))
@@ -115,13 +115,13 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--root", metavar="DIR", type=expand_path, default=root, help=text)
 
 
-def parser(doc) -> Parser:
+def parser(doc):
     """The options of a script; `doc` is its docstring."""
     layout = argparse.RawDescriptionHelpFormatter
     return Parser(description=doc, epilog=ENVIRONMENT, formatter_class=layout, allow_abbrev=False)
 
 
-def run_parser(doc) -> Parser:
+def run_parser(doc):
     """The options that train.py and eval.py share."""
     shared = parser(doc)
     text = "TOML file of options; a checkpoint holds its configuration"

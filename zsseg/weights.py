@@ -13,7 +13,6 @@ import sys
 import tomllib
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zsseg.clip import CLIP, CONSTANTS, build_clip
+from zsseg.clip import CONSTANTS, build_clip
 from zsseg.config import CONFIGS, ClipConfig, Config, load_config
 from zsseg.datasets import dataset
 from zsseg.download import fetch
@@ -41,7 +40,6 @@ from zsseg.utils import (
     warn,
 )
 
-State = dict[str, Tensor]
 # What is published: models, OpenAI's CLIPs, backbones
 FILES = tomllib.loads((Path(__file__).parent / "published.toml").read_text("utf-8"))
 PUBLISHED = FILES["model"]
@@ -78,7 +76,7 @@ class ScriptModule(dict):
 
     __setstate__ = dict.update
 
-    def tensors(self, prefix="") -> State:
+    def tensors(self, prefix=""):
         """Those in it and in its submodules, by attribute path."""
         found = {}
         for name, value in self.items():
@@ -128,7 +126,7 @@ class Unpickler(pickle.Unpickler):
             return list
         return (ALLOWED | SCRIPT)[f"{module}.{name}"]
 
-    def persistent_load(self, key) -> Tensor:
+    def persistent_load(self, key):
         _, dtype, name, _, _ = key
         return torch.frombuffer(bytearray((self.folder / "data" / name).read_bytes()), dtype=dtype)
 
@@ -153,8 +151,8 @@ def unpickle(path):
     """See `read_torch`. Raises anything for a broken file."""
     if zipfile.is_zipfile(path):
         folder = next(zipfile.Path(path).iterdir())
-        sizes = [entry.file_size for entry in folder.root.infolist()]
-        if sum(sizes) > 2 * path.stat().st_size:  # torch's are not; it might fill the memory
+        size = sum(entry.file_size for entry in folder.root.infolist())
+        if size > 2 * path.stat().st_size:  # torch's are not; it might fill the memory
             raise pickle.UnpicklingError("it is compressed")
         if (folder / "constants.pkl").exists():
             reader = Unpickler((folder / "data.pkl").open("rb"))
@@ -179,7 +177,7 @@ def load_checkpoint(path, what="checkpoint"):
     return content
 
 
-def find_model(wanted) -> tuple[Path, Path | None]:
+def find_model(wanted):
     """The file of a checkpoint and, if `wanted` names a published model, its configuration's.
 
     Such a model is downloaded to the cache once; a file or folder of that name comes first.
@@ -199,10 +197,9 @@ def checkpoint_and_config(path, config, settings) -> tuple[dict, Config]:
     it. "-": no checkpoint, for a `model.proposer`. Raises UserError.
     """
     if str(path) == "-":
-        own = asdict(load_config(config, settings))
-        content = {"config": own, "model": {}, "trained": []}
-    else:
-        content = load_checkpoint(path)
+        config = load_config(config, settings)
+        return {"config": asdict(config), "model": {}, "trained": []}, config
+    content = load_checkpoint(path)
     if "config" not in content and not config:
         todo = "give its --config"
         raise UserError(f"checkpoint {path}", "contains no configuration", todo)
@@ -212,7 +209,7 @@ def checkpoint_and_config(path, config, settings) -> tuple[dict, Config]:
 # --- state dicts
 
 
-def strip_prefix(state, what) -> State:
+def strip_prefix(state, what):
     """A state dict, maybe below "model" or "state_dict", without what DataParallel ("module.") and
     torch.compile ("_orig_mod.") put before names. UserError for anything else.
     """
@@ -358,14 +355,14 @@ def our_name(name, deep_stem=False):
     return ""
 
 
-def import_original(state, what, strict=True) -> tuple[dict, list[str]]:
+def import_original(state, what, strict=True):
     """The original's state dict -> ({part: state dict of ours}, names that were dropped).
 
     Parts: "maskformer", "clip", "prompt" and, for a separate region adapter, "region_prompt" (its
     CLIP must be the same, since it is frozen). An unknown name is a UserError or, not `strict`,
     dropped.
     """
-    parts: dict[str, State] = {}
+    parts = {}
     dropped = []
     state = strip_prefix(state, what)
     deep_stem = "backbone.stem.conv3.weight" in state
@@ -386,7 +383,7 @@ def import_original(state, what, strict=True) -> tuple[dict, list[str]]:
     return parts, dropped + [f"_region_clip_adapter.clip_model.{key}" for key in region]
 
 
-def model_parts(content, what, strict=True) -> tuple[dict, list[str]]:
+def model_parts(content, what, strict=True):
     """A checkpoint, ours or the original's -> ({part: state dict}, names that were dropped)."""
     if "config" not in content:
         return import_original(content["model"], what, strict)
@@ -397,13 +394,9 @@ def model_parts(content, what, strict=True) -> tuple[dict, list[str]]:
 
 UNTOLD = ("heads", "mean", "std", "scale")  # what no weights tell
 OPENAI = "https://openaipublic.azureedge.net/clip/models"
-VOCABULARY = (
-    "https://github.com/openai/CLIP/raw/main/clip/bpe_simple_vocab_16e6.txt.gz",
-    "sha256:924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a",
-)
 
 
-def load_clip(section, root) -> CLIP:
+def load_clip(section, root):
     """The CLIP of `clip.weights`: an OpenAI name (downloaded to the cache), or a file with OpenAI's
     names, an archive or a state dict; `{root}` is the data root. Of a file that is neither OpenAI's
     nor our small one's, `clip.activation` must be given, and what else is assumed is printed.
@@ -433,7 +426,7 @@ def load_clip(section, root) -> CLIP:
     return make_clip(state, section, what)
 
 
-def make_clip(state, section, what) -> CLIP:
+def make_clip(state, section, what):
     """CLIP from its weights, and from what they do not tell."""
     dropped = [key for key in CONSTANTS if key in state]
     check_finite(state, what)
@@ -444,19 +437,18 @@ def make_clip(state, section, what) -> CLIP:
     return build_clip(state, tokenizer, section.activation or "quickgelu", **options)
 
 
-def load_tokenizer(vocab_size, context_length) -> Tokenizer:
+def load_tokenizer(vocab_size, context_length):
     """A tokenizer with the first merges of OpenAI's vocabulary file ($ZSSEG_VOCAB, else in the
     cache; downloaded if it is not there, and checked), as many as `vocab_size` has room for.
     """
     count = max(vocab_size - BYTES_ONLY, 0)
     merges = []
     if count:
-        file = os.environ.get("ZSSEG_VOCAB") or cache_dir() / "bpe_simple_vocab_16e6.txt.gz"
-        path = expand_path(file)
-        if "ZSSEG_VOCAB" in os.environ and not path.is_file():
+        given = os.environ.get("ZSSEG_VOCAB")
+        path = expand_path(given or cache_dir() / "bpe_simple_vocab_16e6.txt.gz")
+        if given and not path.is_file():
             raise no_such_file("ZSSEG_VOCAB", path)
-        url, checksum = VOCABULARY
-        fetch([url], path, checksum, "BPE vocabulary")
+        fetch([FILES["vocabulary"]["url"]], path, FILES["vocabulary"]["checksum"], "BPE vocabulary")
         lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
         merges = [tuple(line.split()) for line in lines[1 : count + 1]]  # the first is a version
     return Tokenizer(vocab_size, context_length, merges)
@@ -521,7 +513,7 @@ def load_backbone(backbone, name, weights, clip=None):
 # --- segmenters
 
 
-def build_segmenter(config, root, saved=None) -> Segmenter | OneStage:
+def build_segmenter(config, root, saved=None):
     """A segmenter to train: the configuration's CLIP, prompts and initial backbone, else fresh
     weights; over them those of the checkpoint `train.init`, as far as they fit.
 
@@ -550,7 +542,7 @@ def build_segmenter(config, root, saved=None) -> Segmenter | OneStage:
     return segmenter
 
 
-def load_segmenter(content, config, root, name) -> Segmenter | OneStage:
+def load_segmenter(content, config, root, name):
     """The segmenter of a loaded checkpoint, ours or the original's."""
     what = f"checkpoint {name}"
     parts, dropped = model_parts(content, what)
@@ -586,7 +578,7 @@ def assemble(config, clip) -> Segmenter | OneStage:
     return Segmenter(maskformer, clip, prompt, section, region_prompt, proposer)
 
 
-def find_proposer(name) -> Callable:
+def find_proposer(name):
     """The function that `model.proposer` names, "package.module:function"; modules in the current
     folder are found, too.
     """
@@ -611,7 +603,7 @@ def load_learned(segmenter, parts, dropped, what, given=frozenset(), strict=True
     load_known(nn.ModuleDict(modules), state, is_known, what, todo, dropped, strict)
 
 
-def load_prompts(segmenter, file) -> set[str]:
+def load_prompts(segmenter, file):
     """Load the learned prompt of a checkpoint (ours or the original's prompt learning), for head
     and regions alike; returns the parts that have it now.
     """

@@ -108,7 +108,7 @@ def paint(rng):
     return base + (other - base) * amount[..., None]
 
 
-def draw(split, index) -> tuple[np.ndarray, np.ndarray, dict]:
+def draw(split, index):
     """Image uint8 [96, 96, 3], class ids uint8 [96, 96] and a caption for every class in it."""
     rng = default_rng(mix_seed(list(SPLITS).index(split), index))
     # Unseen classes are rare in training, as in COCO-Stuff.
@@ -142,18 +142,19 @@ def generate(folder):
     caption}}, unless that exists. UserError for a folder with other files, or with a data set of
     other classes.
     """
-    captions = {"classes": NAMES}
-    if (folder / "captions.json").exists():
-        if json.loads((folder / "captions.json").read_text("utf-8")).get("classes") != NAMES:
+    file = folder / "captions.json"
+    if file.exists():
+        if json.loads(file.read_bytes()).get("classes") != NAMES:
             todo = "move it away, or give another --root"
             raise UserError(f"data set {folder}", "was drawn with other classes", todo)
         return
+    captions = {"classes": NAMES}
     claim_folder(folder)
     for split, count in SPLITS.items():
         for index in progress(range(count), f"draw {split}", count):
             name = f"{split}{index:05}"
             image, labels, captions[name] = draw(split, index)
-            file = folder / "images" / split / f"{name}.jpg"
-            save(image, file, "JPEG", quality=80, subsampling=0)
-            save(labels, folder / "labels" / split / f"{name}.png")
-    write_json(folder / "captions.json", captions)
+            stem = f"{split}/{name}"
+            save(image, folder / f"images/{stem}.jpg", "JPEG", quality=80, subsampling=0)
+            save(labels, folder / f"labels/{stem}.png")
+    write_json(file, captions)

@@ -23,7 +23,7 @@ STEPS = 450
 GROUPS = 4  # sets of distinct classes a step
 
 
-def build_small_clip() -> CLIP:
+def build_small_clip():
     """A CLIP with a small backbone for a stem (plain patches learn too slowly) and the 514 byte
     tokens.
     """
@@ -62,7 +62,7 @@ def train_small_clip(folder, steps=STEPS):
         torch.save(clip.state_dict(), file)
 
 
-def read_regions(folder) -> list[list[tuple]]:
+def read_regions(folder):
     """Of each class, all regions: (image uint8 [3, H, W], corners fp32 [2, 2] of its box,
     caption).
     """

@@ -139,7 +139,8 @@ class TrainConfig:
     # scores from 0 to about 1: for C classes probabilities lie between 1/C and 3/C, roughly.
     min_probability: Fraction = 0.0
     checkpoint_every: PositiveInt = 5000
-    # during training, on val (best.pt is the best of these); 0: only at the end
+    # during training, on val, or on data.split if own data has no val (best.pt is the best of
+    # these); 0: only at the end
     eval_every: NonNegativeInt = 5000
     # skipped steps in a row (NaN/Inf in the loss or gradient) before the run stops
     max_bad_steps: PositiveInt = 20

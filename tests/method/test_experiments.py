@@ -118,18 +118,13 @@ def test_seeds_learn_side_by_side_as_they_would_alone(more_root, tmp_path):
     both, printed = learn(more_root, tmp_path / "both", "train.seeds=[3, 5]")
     names = {name: [*part] for name, part in both.items()}
     assert names == {"prompt": ["prefix"], "prompts": ["3.prefix", "5.prefix"]}
-    parts, _ = learn(
-        more_root,
-        tmp_path / "parts",
-        "train.seeds=[3, 5]",
-        "train.batch_size=1",
-        "train.accumulate=4",
-    )
+    settings = ("train.seeds=[3, 5]", "train.batch_size=1", "train.accumulate=4")
+    parts, _ = learn(more_root, tmp_path / "parts", *settings)
     for seed in (3, 5):
         alone, _ = learn(more_root, tmp_path / str(seed), f"train.seeds=[{seed}]")
         prefix = both["prompts"][f"{seed}.prefix"]
         assert torch.allclose(prefix, alone["prompt"]["prefix"], atol=1e-5)
-        assert torch.allclose(prefix, parts["prompts"][f"{seed}.prefix"], atol=1e-5)
+        assert torch.allclose(prefix, parts["prompts"][f"{seed}.prefix"], atol=1e-6)
     result = json.loads((tmp_path / "both" / "metrics.json").read_text())
     best = result["best_seed"]
     assert {*result["seeds"]} == {"3", "5"}

@@ -154,27 +154,10 @@ def spoil(monkeypatch, steps: set[int], how: str) -> None:
     monkeypatch.setattr(train, "segmentation_losses", losses)
 
 
-class Lion(torch.optim.Optimizer):
-    """Somebody's optimizer, which knows nothing of bad steps."""
-
-    def __init__(self, parameters):
-        super().__init__(parameters, {"lr": 1e-3})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                momentum = self.state[p].setdefault("m", torch.zeros_like(p))
-                p.sub_((0.9 * momentum + 0.1 * p.grad).sign(), alpha=group["lr"])
-                momentum.lerp_(p.grad, 0.01)
-
-
 @pytest.mark.parametrize(
     ("optimizer_class", "how"),
     [(None, "masks"), (None, "gradient"), (None, "loss")]
-    + [(kind, "gradient") for kind in (torch.optim.RMSprop, torch.optim.Adagrad, Lion)],
+    + [(kind, "gradient") for kind in (torch.optim.RMSprop, torch.optim.Adagrad)],
 )
 def test_a_bad_step_changes_nothing(optimizer_class, how, shapes_root, tmp_path, monkeypatch):
     """Neither weights nor batch norm's statistics nor the state of any optimizer, fused or not."""

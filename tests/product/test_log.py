@@ -130,13 +130,12 @@ def test_wandb_s_environment_decides(wandb, environment, wanted, modes, tmp_path
 def test_a_run_that_cannot_go_on_loses_no_line(wandb, tmp_path):
     """Those of the steps after its checkpoint, which it would repeat."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n')
-    before = lines(tmp_path)
     wandb.refuses = ("offline",)
     with pytest.raises(UserError, match=r"log\.wandb: no answer; try again"):
         Log(tmp_path, PROCESS, tiny_config("log.wandb=offline"), 1)
-    assert lines(tmp_path) == before
+    assert len(lines(tmp_path)) == 2
     Log(tmp_path, PROCESS, tiny_config(), 1)
-    assert lines(tmp_path) == before[:1]
+    assert len(lines(tmp_path)) == 1
 
 
 def test_time_left_is_that_of_the_last_steps(tmp_path, monkeypatch, capsys):
@@ -144,11 +143,10 @@ def test_time_left_is_that_of_the_last_steps(tmp_path, monkeypatch, capsys):
     now = iter([0.0, 100.0, 101.0, 131.0])  # of the start, then of each logged step
     monkeypatch.setattr("zsseg.log.time.perf_counter", lambda: next(now))
     log = Log(tmp_path, PROCESS, tiny_config("train.steps=100", "train.accumulate=2"), 10)
-    values = {"loss": torch.tensor(1.0)}
     for done in (20, 30, 40):
-        log.step(done, values, torch.tensor(1.0), 0.1)
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[-1].startswith("segment step 40/100 loss 1.000, 2.7 images/s, 0:03:00 left")
+        log.step(done, {"loss": torch.tensor(1.0)}, torch.tensor(1.0), 0.1)
+    wanted = "segment step 40/100 loss 1.000, 2.7 images/s, 0:03:00 left"
+    assert capsys.readouterr().out.splitlines()[-1] == wanted
 
 
 def test_numbers_that_are_none_are_not_logged(tmp_path):

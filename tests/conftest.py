@@ -64,25 +64,19 @@ def golden(name: str) -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / name))
 
 
-def keys(name: str, entry: str | None = None) -> dict[str, list[int]]:
+def keys(name: str, entry: str | None = None) -> dict:
     content = json.loads((GOLDEN / name).read_text())
     return content[entry] if entry else content
 
 
-def original_state(
-    keys: dict[str, list[int]],
-    arrays: dict[str, np.ndarray] = {},  # noqa: B006
-) -> dict[str, torch.Tensor]:
+def original_state(keys: dict, arrays=()) -> dict[str, torch.Tensor]:
     """An original checkpoint of stand-in weights: {name: shape} plus the arrays stored as
     `override/<name>`.
     """
-    state = {}
-    for name, shape in keys.items():
-        state[name] = torch.as_tensor(recipe.make_tensor(name.split("clip_model.")[-1], shape))
-    for name, array in arrays.items():
-        if name.startswith("override/"):
-            state[name.removeprefix("override/")] = torch.from_numpy(array)
-    return state
+    make = lambda name, shape: torch.as_tensor(recipe.make_tensor(name, shape))
+    state = {name: make(name.split("clip_model.")[-1], shape) for name, shape in keys.items()}
+    stored = [name for name in arrays if name.startswith("override/")]
+    return state | {name.removeprefix("override/"): torch.tensor(arrays[name]) for name in stored}
 
 
 @pytest.fixture(scope="session")
@@ -195,8 +189,7 @@ def shapes_run(shapes_root, tmp_path_factory) -> Path:
         settings = (*TINY, "train.steps=4", "train.checkpoint_every=2", "train.eval_every=2")
         words = ["--config", "configs/shapes.toml", "--root", shapes_root, "--device", "cpu"]
         words += [word for setting in settings for word in ("--set", setting)]
-        done = command("train.py", *words, "--out", folder)
-        assert done.returncode == 0, done.stderr
+        succeed("train.py", *words, "--out", folder)
 
     return once(tmp_path_factory, "shapes_run", make)
 
@@ -211,8 +204,7 @@ def trained(tmp_path_factory) -> Path:
     def make(folder: Path) -> None:
         own_data.write(folder)
         words = ["--config", folder / "a.toml", "--root", folder, "--device", "cpu"]
-        done = command("train.py", *words, "--out", folder / "run")
-        assert done.returncode == 0, done.stderr
+        succeed("train.py", *words, "--out", folder / "run")
 
     return once(tmp_path_factory, "trained", make) / "run" / "last.pt"
 
@@ -220,12 +212,7 @@ def trained(tmp_path_factory) -> Path:
 # Commands
 
 
-def command(
-    *words: object,
-    env: dict[str, str] = {},  # noqa: B006
-    processes: int = 1,
-    stdin: str = "",
-) -> subprocess.CompletedProcess:
+def command(*words, env=None, processes=1, stdin="") -> subprocess.CompletedProcess:
     """Run `python SCRIPT ...` from the repository, in this process: with its own arguments, working
     directory, environment, streams, signal handlers and random numbers. Several processes are real
     ones.
@@ -236,7 +223,7 @@ def command(
     main = importlib.import_module(Path(words[0]).stem).main
     with tempfile.TemporaryDirectory() as folder:
         files = stream_files(Path(folder), stdin)
-        with isolated(words, os.environ | env, files):
+        with isolated(words, os.environ | (env or {}), files):
             code = 0
             try:
                 utils.command(main)
@@ -249,10 +236,17 @@ def command(
     return subprocess.CompletedProcess(words, code, *output)
 
 
+def succeed(*words, **options) -> subprocess.CompletedProcess:
+    """`command` without an error."""
+    done = command(*words, **options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def stream_files(folder: Path, stdin: str) -> list[Path]:
     files = [folder / name for name in ("stdin", "stdout", "stderr")]
-    for file, text in zip(files, (stdin, "", ""), strict=True):
-        file.write_text(text, "utf-8")
+    for file in files:
+        file.write_text(stdin if file == files[0] else "", "utf-8")
     return files
 
 
@@ -306,17 +300,13 @@ def redirected(files: list[Path]) -> Iterator[None]:
             os.close(copy)
 
 
-def process(
-    *words: object,
-    env: dict[str, str] = {},  # noqa: B006
-    processes: int = 1,
-    stdin: str = "",
-) -> subprocess.CompletedProcess:
+def process(*words, env=None, processes=1, stdin="") -> subprocess.CompletedProcess:
     """Run `python SCRIPT ...` as a user would, from the repository; several processes as torchrun
     would start them.
     """
+    env = dict(env or {})
     if processes > 1:
-        env = env | {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
+        env |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
         env["MASTER_PORT"] = str(free_port())
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         files = stream_files(Path(folder), stdin)
@@ -333,18 +323,13 @@ def process(
     return subprocess.CompletedProcess([*map(str, words)], max(codes, key=abs), *output)
 
 
-def start(
-    *words: object,
-    env: dict[str, str] = {},  # noqa: B006
-    **options: object,
-) -> subprocess.Popen:
+def start(*words, env=None, **options) -> subprocess.Popen:
     """A process that goes on, with the default signal handlers whatever the shell has set (it lets
     a job in the background ignore Ctrl-C). Its output is thrown away unless `options` say more.
     """
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT} | options
-    command = [sys.executable, *map(str, words)]
-    environment = os.environ | env
-    return subprocess.Popen(command, env=environment, preexec_fn=default_signals, **options)
+    options |= {"env": os.environ | (env or {}), "preexec_fn": default_signals}
+    return subprocess.Popen([sys.executable, *map(str, words)], **options)
 
 
 def default_signals() -> None:

@@ -39,11 +39,7 @@ def test_sizes_are_read_off_the_state_dict():
 
 def test_what_the_weights_do_not_tell_belongs_to_the_object():
     state = tiny_clip_state()
-    images = torch.randn(2, 3, 48, 48)
     plain = build_clip(state, TOKENIZER)
-    for options in ({"activation": "gelu"}, {"heads": 3}):
-        clip = build_clip(state, TOKENIZER, **options)
-        assert not torch.allclose(clip.encode_image(images), plain.encode_image(images), atol=1e-4)
     other = build_clip(state, TOKENIZER, mean=[0.5] * 3, std=[0.25] * 3, scale=10.0)
     assert plain.state_dict().keys() == other.state_dict().keys() == state.keys()
     image = torch.randint(0, 256, (3, 4, 5), dtype=torch.uint8)
@@ -57,27 +53,23 @@ def test_what_the_weights_do_not_tell_belongs_to_the_object():
         assert torch.equal(plain.logits(features, text), cosine_logits(features, text, 100.0))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda state: {k: v for k, v in state.items() if k != "visual.ln_post.weight"},
-        lambda state: {k: v for k, v in state.items() if not k.startswith("transformer.")},
-        lambda state: state | {"ln_final.weight": torch.zeros(3)},
-        lambda state: state | {"something": torch.zeros(3)},
-        lambda state: state | {"text_projection": torch.zeros(3)},
-        lambda state: [1],
-        lambda state: {},
-    ],
-    ids=["drop", "blocks", "shape", "extra", "flat", "list", "empty"],
-)
+ODD = {"shape": "ln_final.weight", "extra": "something", "flat": "text_projection"}
+WITHOUT = {"drop": "visual.ln_post.weight", "blocks": "transformer.", "all": ""}
+
+
+@pytest.mark.parametrize("change", [*ODD, *WITHOUT, "list", "heads"])
 def test_what_is_not_a_clip_is_refused(change):
-    with pytest.raises(UserError, match="not a CLIP state dict"):
-        build_clip(change(tiny_clip_state()), TOKENIZER)
-
-
-def test_heads_must_divide_the_width():
-    with pytest.raises(UserError, match=r"divisible by num_heads.*clip\.heads"):
-        build_clip(tiny_clip_state(), TOKENIZER, heads=5)
+    state, message, heads = tiny_clip_state(), "not a CLIP state dict", 0
+    if change in ODD:
+        state[ODD[change]] = torch.zeros(3)
+    elif change in WITHOUT:
+        state = {k: v for k, v in state.items() if not k.startswith(WITHOUT[change])}
+    elif change == "list":
+        state = [1]
+    else:
+        heads, message = 5, r"divisible by num_heads.*clip\.heads"
+    with pytest.raises(UserError, match=message):
+        build_clip(state, TOKENIZER, heads=heads)
 
 
 @torch.no_grad()

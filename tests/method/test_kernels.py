@@ -236,14 +236,6 @@ def test_mask_pool(Q, D, grid, h, w, size, dtype, threshold, plain):
     no_worse(pooled, reference, exact)
 
 
-def test_mask_pool_is_a_mean():
-    """Of the features of the cells that a mask covers, as far as it covers them."""
-    features, logits = torch.randn(4, 5, 3), torch.full((1, 8, 10), -9.0)
-    logits[0, 2:4, 4:6] = 9.0
-    pooled, valid = mask_pool.launch(*on_device(features, logits), (32, 40), 0.5)
-    assert valid.all() and torch.allclose(pooled[0].cpu(), features[1, 2], atol=1e-6)
-
-
 # --- regions and label map
 
 REGIONS = [

@@ -1,7 +1,6 @@
-"""The mask proposer: sizes, invariances, compilation."""
+"""The mask proposer: sizes and invariances."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -102,19 +101,3 @@ def test_every_parameter_learns():
     # biases to learn.
     names = ("self_attn.out_proj.weight", "norm1.weight", "self_attn.in_proj_weight")
     assert silent == {f"layers.0.{name}" for name in names}
-
-
-@pytest.mark.slow
-def test_inference_compiles_without_a_graph_break(monkeypatch):
-    """With R50, for an image of another size, too; test_compile.py compiles the small one."""
-    sizes = ["model.hidden_dim=32", "model.num_heads=2", "model.decoder_layers=1"]
-    model = build("model.backbone=R50", *sizes).eval()
-    images = [random_images(3, 64, 96), random_images(3, 70, 130)]
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    with torch.inference_mode():
-        eager = [model.propose(image) for image in images]
-        model.compile_inference()
-        compiled = [model.propose(image) for image in images]
-    for found, expected in zip(compiled, eager, strict=True):
-        for a, b in zip(found, expected, strict=True):
-            assert torch.allclose(a, b, rtol=1e-3, atol=1e-3)

@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, command, tiny_clip_state, tiny_config, tiny_segmenter
+from conftest import ROOT, succeed, tiny_clip_state, tiny_config, tiny_segmenter
 from torch import nn
 
 from zsseg import backbone, losses, metrics, regions
 from zsseg.clip import build_clip
-from zsseg.config import load_config
 from zsseg.log import scalars
 from zsseg.prompts import build_prompt
 from zsseg.segmenter import Segmenter
@@ -63,15 +62,13 @@ def test_another_clip_is_another_object():
         def encode(self, text):
             return super().encode(text)[::-1]
 
-    other = build_clip(
-        tiny_clip_state(), Backwards(514, 40), mean=(0.5,) * 3, std=(0.5,) * 3, scale=10.0
-    )
+    half = (0.5,) * 3
+    other = build_clip(tiny_clip_state(), Backwards(514, 40), mean=half, std=half, scale=10.0)
     found = []
     for clip in (tiny_segmenter().clip, other):
-        segmenter = Segmenter(
-            tiny_segmenter().maskformer, clip, tiny_segmenter().prompt, tiny_config().clip
-        )
-        segmenter.eval().set_classes(NAMES)
+        parts = (tiny_segmenter().maskformer, clip, tiny_segmenter().prompt, tiny_config().clip)
+        segmenter = Segmenter(*parts).eval()
+        segmenter.set_classes(NAMES)
         found.append((segmenter, segmenter.propose(IMAGE)))
     (ours, first), (segmenter, second) = found
     grey = torch.full((3, 8, 8), 127.5)
@@ -103,12 +100,11 @@ def test_a_proposer_without_class_features(grid):
 def test_a_proposer_by_name_in_every_command(root):
     words = ["eval.py", "-", "--config", root / "a.toml", "--root", root, "--device", "cpu"]
     words += ["--set", "model.proposer=grids:propose", "--out"]
-    done = command(*words, root / "measured")
-    assert done.returncode == 0, done.stderr
+    succeed(*words, root / "measured")
     assert json.loads((root / "measured" / "metrics.json").read_text())["images"] == 2
     photo = root / "a" / "images" / "val" / "0.png"
-    done = command(*words, root / "photos", "--images", photo, "--classes", "cat, dog")
-    assert done.returncode == 0 and (root / "photos" / "0.png").exists(), done.stderr
+    succeed(*words, root / "photos", "--images", photo, "--classes", "cat, dog")
+    assert (root / "photos" / "0.png").exists()
 
 
 def test_the_sam_proposer_of_the_readme(monkeypatch):
@@ -163,10 +159,8 @@ def test_another_region_classifier(monkeypatch):
 def test_all_classifiers_go_by_one_road(name, monkeypatch):
     """Each gets logits, masks and boxes of the regions that are not empty."""
     segmenter = tiny_segmenter(f"clip.regions={name}")
-    segmenter.proposer = lambda image: (
-        torch.tensor([9.0, -9])[:, None, None].expand(2, 16, 24),
-        None,
-    )
+    logits = torch.tensor([9.0, -9])[:, None, None].expand(2, 16, 24)
+    segmenter.proposer = lambda image: (logits, None)
     called = []
     original = regions.CLASSIFIERS[name]
     record = lambda *words: called.append(words[2]) or original(*words)
@@ -211,8 +205,7 @@ def test_another_loss(root, monkeypatch):
     monkeypatch.setitem(losses.LOSSES, "area", area)
     words = ["--config", root / "a.toml", "--root", root, "--out", root / "r", "--device", "cpu"]
     words += ["--set", "train.steps=1", "--set", "train.focal_weight=0", "--set", "log.every=1"]
-    done = command("train.py", *words)
-    assert done.returncode == 0, done.stderr
+    succeed("train.py", *words)
     line = json.loads((root / "r" / "metrics.jsonl").read_text().splitlines()[0])
     assert 0 < line["area"] < 1 and line["focal"] == 0
     assert line["loss"] == pytest.approx(line["class"] + line["dice"] + line["area"], rel=1e-4)
@@ -223,31 +216,9 @@ def test_another_metric(root, trained, monkeypatch):
     worst = lambda counts: float(counts.iou[counts.gt > 0].min())
     monkeypatch.setitem(metrics.METRICS, "worst", worst)
     words = ["--root", root, "--out", root / "e", "--device", "cpu", "--report"]
-    done = command("eval.py", trained, "--config", root / "a.toml", *words)
-    assert done.returncode == 0, done.stderr
+    done = succeed("eval.py", trained, "--config", root / "a.toml", *words)
     result = json.loads((root / "e" / "metrics.json").read_text())
     assert result["worst"] == min(values["IoU"] for values in result["per_class"].values())
     assert "worst" in done.stdout.split("ensemble")[0]
     assert '"worst"' in (root / "e" / "report.html").read_text()
     assert scalars({"val": result})["val/worst"] == result["worst"]
-
-
-def test_a_data_set_is_described_as_one_thing():
-    """It inherits nothing of another one, a checkpoint's or a base's; what is no description of
-    data stays.
-    """
-    settings = ["data.name=folder", "data.folder=a", "data.classes=['cat','dog']"]
-    settings += [
-        "data.values=[1,2]",
-        "data.unseen=['dog']",
-        "data.split=test",
-        "data.exif_turn=true",
-    ]
-    first = load_config(None, [*settings, "data.crop=64", "clip.ensemble_weight=0.3"])
-    base = {"data": vars(first.data), "clip": vars(first.clip)}
-    other = load_config(None, ["data.folder=b"], base).data
-    for key in ("images", "labels", "classes", "unseen", "values", "split", "exif_turn"):
-        assert getattr(other, key) == getattr(load_config().data, key), key
-    assert other.folder == "b" and other.crop == 64
-    same = load_config(None, ["data.split=val"], base)
-    assert same.data.values == [1, 2] and same.clip.ensemble_weight == 0.3

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, command, keys, original_state, tiny_config
+from conftest import ROOT, keys, original_state, succeed, tiny_config
 from PIL import Image
 from test_download import PAGE, Server, server  # noqa: F401  a fixture
 
@@ -78,8 +78,7 @@ def test_a_photo_and_words(drive, tmp_path):
     settings = ["data.test_short_edge=64", "model.bf16=off"]
     words = ["eval.py", "ovseg-r101c", "--images", tmp_path / "photo.jpg"]
     words += ["--classes", "cat, sofa", "--device", "cpu", "--out", tmp_path / "out"]
-    done = command(*words, *(word for setting in settings for word in ("--set", setting)))
-    assert done.returncode == 0, done.stderr
+    done = succeed(*words, *(word for setting in settings for word in ("--set", setting)))
     assert "CC BY-NC 4.0" in done.stdout and "171 classes" in done.stdout
     [file] = (tmp_path / "out").rglob("photo.png")
     predictor = zsseg.load("ovseg-r101c", device="cpu", settings=settings)

@@ -255,6 +255,7 @@ def test_mistakes(trained, photos, tmp_path):
         (["--images", photos, "--classes", "a very long name " * 9], "tokens"),
         (["--images", photos, "--budget"], "not allowed with"),
         (["--images", photos, "--serve"], "not allowed with"),
+        (["--report", "--budget"], "not allowed with"),
         (["--classes", "cat"], "add --images"),
         (["--resume"], "add --images"),
         (["--imges", photos], "did you mean --images?"),

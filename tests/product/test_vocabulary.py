@@ -102,6 +102,8 @@ def test_words_that_were_trained_on_are_seen():
         vocabulary.trained_names({}, ade) == []
     )  # the original's checkpoints are only measured there
     assert vocabulary.trained_names({"trained": ["wall"]}, ade) == ["wall"]
+    full = load_config(None, ["data.name=voc", "data.train_on=all"])
+    assert vocabulary.trained_names({}, full) == voc.names
 
 
 def test_a_measured_set_s_seen_classes():

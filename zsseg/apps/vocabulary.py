@@ -68,15 +68,16 @@ def trained_names(content, config):
     """The names of the classes that a checkpoint's segmenter was trained on: they count as seen in
     the ensemble.
 
-    The original's checkpoints do not tell; `config` does, whose data set has a seen/unseen split or
-    is only measured.
+    The original's checkpoints do not tell; `config` does, whose data set was trained on as a whole,
+    has a seen/unseen split or is only measured.
     """
     if "trained" in content:
         return content["trained"]
     from zsseg.datasets import dataset
 
     data = dataset(config.data)
-    return [data.names[i] for i in data.seen]
+    seen = range(len(data.names)) if config.data.train_on == "all" else data.seen
+    return [data.names[i] for i in seen]
 
 
 def seen_classes(data, content, config):

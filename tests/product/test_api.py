@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -59,9 +60,25 @@ def test_images_of_other_sizes_and_modes(trained):
             segmenter(image)
 
 
+def test_threads_take_turns(trained):
+    """Each with its own words."""
+    root = trained.parents[1]
+    segmenter = load(trained, root=root, device="cpu")
+    file = root / "a/images/val/0.png"
+    lists = [["cat", "dog"], ["tree", "sky", "Cat"], [f"thing {i}" for i in range(300)]]
+    expected = [segmenter(file, classes=names) for names in lists]
+    assert [labels.dtype for labels in expected] == [np.uint8, np.uint8, np.uint16]
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(lambda i: segmenter(file, classes=lists[i % 3]), range(18))]
+    assert all(np.array_equal(labels, expected[i % 3]) for i, labels in enumerate(found))
+
+
 def test_mistakes(tmp_path):
     with pytest.raises(utils.UserError, match="no such file"):
         load("nowhere.pt")
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(utils.UserError, match=f"device {device}: is not here"):
+            load("nowhere.pt", device=device)
     torch.save({"model": original_state({})}, tmp_path / "model_final.pth")
     with pytest.raises(utils.UserError, match="contains no configuration"):
         load(tmp_path / "model_final.pth")

@@ -6,6 +6,8 @@ import io
 import json
 import re
 import signal
+import socket
+import struct
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -217,7 +219,11 @@ def test_the_command(port, trained):
     try:
         while not (line := running.stdout.readline().decode()).startswith("open http"):
             assert line
-        _, page = ask(int(line.split(":")[2].split("/")[0]), "/")
+        address = ("127.0.0.1", int(line.split(":")[2].split("/")[0]))
+        with socket.create_connection(address) as client:  # which leaves in the midst of an upload
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.sendall(b"POST /image HTTP/1.1\r\nContent-Length: 99\r\n\r\nGIF")
+        _, page = ask(address[1], "/")
         assert page.startswith("<!doctype html>") and ">cat, dog, grass</textarea>" in page
         running.send_signal(signal.SIGINT)
         assert running.wait(30) == 0 and running.stdout.read() == b""

@@ -85,23 +85,6 @@ def test_other_resolutions_interpolate_the_positions(small_clip):
     assert resized.shape == (19, 8) and torch.equal(resized[0], positions[0])
 
 
-@torch.no_grad()
-def test_features_are_those_of_the_whole_last_block(small_clip):
-    """The class token's, and of dense patches those that attend to themselves only."""
-    visual = small_clip.visual
-    last = visual.transformer.resblocks[-1]
-    inputs = []
-    last.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    images = torch.randn(1, 3, 48, 64)
-    features = small_clip.encode_image(images)
-    x = inputs[0]
-    expected = visual.ln_post(last(x)[:, 0]) @ visual.proj
-    assert torch.allclose(features, expected, atol=1e-5)
-    alone = torch.stack([last.attn(last.ln_1(token[None, None]))[0, 0] for token in x[0, 1:]])
-    expected = (visual.ln_post(alone) @ visual.proj).unflatten(0, (3, 4))
-    assert torch.allclose(small_clip.encode_dense(images)[0], expected, atol=1e-5)
-
-
 def test_attention_is_pytorch_s():
     ours = Attention(128, 2)
     theirs = torch.nn.MultiheadAttention(128, 2, batch_first=True)

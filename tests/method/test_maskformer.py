@@ -1,14 +1,12 @@
 """The mask proposer: sizes and invariances."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_config
 
 from zsseg.backbone import BACKBONES
-from zsseg.maskformer import MaskFormer, sine_positions
+from zsseg.maskformer import MaskFormer
 
 TEXT = F.normalize(torch.randn(5, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
 
@@ -80,15 +78,6 @@ def test_a_linear_head_gives_the_logits():
     model = build("model.class_head=linear", "clip.ensemble=false", "data.train_on=all")
     logits, _ = model(model.prepare(random_images(1, 3, 64, 64)), None)
     assert logits.shape == (3, 1, 8, 64) and model.non_object is None
-
-
-def test_positions_count_from_one_y_before_x():
-    positions = sine_positions(torch.empty(1, 8, 3, 2)).view(3, 2, 8)
-    y = 2 / (3 + 1e-6) * 2 * math.pi  # second row
-    assert torch.allclose(positions[1, :, 0], torch.tensor(math.sin(y)))
-    assert torch.allclose(positions[1, :, 3], torch.tensor(math.cos(y / 10000 ** (2 / 4))))
-    assert torch.equal(positions[0, 1, :4], positions[0, 0, :4])
-    assert torch.equal(positions[2, 1, 4:], positions[0, 1, 4:])
 
 
 def test_every_parameter_learns():

@@ -39,18 +39,9 @@ def test_a_text_that_does_not_fit_is_named(small_clip):
         LearnedPrompt(64, prefix=3)(small_clip, ["a", long])
 
 
-@pytest.mark.parametrize(
-    "text, read",
-    [
-        (" Potted\t Plant\n", "potted plant"),
-        ("rock &amp;amp; roll", "rock & roll"),
-        ("schÃ¶n", "schön"),
-        ("ｃａｔ", "cat"),
-        ("猫", "猫"),
-    ],
-)
-def test_text_is_mended_as_clip_s_own_code_does(text, read):
-    assert clean(text) == read
+def test_text_is_mended_as_clip_s_own_code_does():
+    texts = (" Potted\t Plant\n", "rock &amp;amp; roll", "schÃ¶n", "ｃａｔ", "猫")
+    assert [*map(clean, texts)] == ["potted plant", "rock & roll", "schön", "cat", "猫"]
 
 
 @pytest.mark.parametrize(
@@ -116,14 +107,3 @@ def test_a_learned_prompt_stands_between_start_and_name(small_clip):
     features[0, 0].backward()
     assert [name for name, p in prompt.named_parameters() if p.grad.abs().sum() > 0] == ["prefix"]
     assert all(p.grad is None for p in small_clip.parameters())
-
-
-@torch.no_grad()
-def test_a_learned_prompt_of_words_is_those_words(small_clip):
-    """With embeddings of tokens as its prefix, the features of the text itself."""
-    tokenizer = small_clip.tokenizer
-    words = tokenizer.encode("a big")
-    prompt = LearnedPrompt(small_clip.width, len(words))
-    prompt.prefix.copy_(small_clip.token_embedding.weight[words])
-    expected = small_clip.encode_text(tokenizer(["a big star ."]))
-    assert torch.allclose(prompt(small_clip, ["star"]), F.normalize(expected, dim=-1), atol=1e-5)

@@ -1,7 +1,5 @@
 """The ensemble, score maps, test-time augmentation, and what must not change the result."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -69,9 +67,10 @@ def test_score_maps_are_sums_over_masks(segmenter, monkeypatch):
         assert torch.equal(labels, wanted.argmax(0)) and torch.allclose(best, wanted.amax(0))
 
 
-@pytest.mark.parametrize(
-    "setting", ["clip.regions=crops", "clip.regions=pool", "clip.ensemble=false"]
-)
+SETTINGS = ["clip.regions=crops", "clip.regions=pool", "clip.ensemble=false"]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_words_may_change_after_the_pass(setting):
     """Bit-exact: neither masks nor features depend on the words."""
     segmenter = tiny_segmenter(setting)
@@ -97,10 +96,8 @@ def test_a_synonym_shares_in_the_feature_and_every_word_is_encoded_once(segmente
 @pytest.mark.parametrize(
     ("names", "synonyms", "message"),
     [
-        (["cat", " "], {}, "empty to CLIP"),
         (["cat", "cat "], {}, "is given twice"),
         ("cat", {}, "'cat'; give a list"),
-        ([], {}, "give a list"),
         (["cat", "very " * 90], {}, "tokens"),
         (["cat"], {"cat": "kitten"}, "lists of words"),
         (["cat"], {"dog": ["puppy"]}, "names of classes"),
@@ -116,14 +113,12 @@ def test_refused_words_change_nothing(segmenter, names, synonyms, message):
         assert segmenter.seen.tolist() == [True, True, False]
 
 
-def test_invalid_queries_leave_the_class_to_the_head(segmenter):
+def test_a_part_may_be_missing(segmenter):
+    """Invalid queries leave the class to the head, and so does `ensemble = false`."""
     segmenter.config.mask_threshold = 1.0  # no pixel exceeds it
     proposals = segmenter.propose(random_image())
     assert not proposals.valid.any() and (proposals.clip_probs == 1).all()
     assert not segmenter.ensemble(proposals, 0).any()
-
-
-def test_ensemble_can_be_switched_off(segmenter):
     segmenter.config.ensemble = False
     proposals = segmenter.propose(random_image())
     assert proposals.clip_probs is None
@@ -202,10 +197,3 @@ def test_views_are_the_mean_over_sizes_of_the_mean_over_windows(regions):
     found = segmenter.segment(images, size, flip=True, window=64)
     assert torch.allclose(found.scores, mean.amax(0), atol=1e-6)
     assert (found.labels == mean.argmax(0)).float().mean() > 0.999 and not found.variants
-
-
-def test_scores_that_are_not_finite_are_told(segmenter):
-    assert segmenter.segment([random_image()], (9, 9), flip=True, weights=[0.5]).finite
-    with torch.no_grad():
-        segmenter.maskformer.mask_embed[-1].bias[0] = math.nan
-    assert not segmenter.segment([random_image()], (9, 9)).finite

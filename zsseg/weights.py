@@ -610,9 +610,11 @@ def load_prompts(segmenter, file):
     if not file:
         return set()
     what = f"clip.prompts {file}"
-    parts, dropped = model_parts(load_checkpoint(file, "clip.prompts"), what)
+    content = load_checkpoint(file, "clip.prompts")
+    parts, dropped = model_parts(content, what)
     wanted = segmenter.learned_modules().keys() - {"maskformer"}
     prompt = parts.pop("prompt", None) or parts.pop("region_prompt", {})
     parts |= dict.fromkeys(wanted, prompt)
     load_learned(segmenter, parts, dropped, what, {"maskformer"})
+    check_clip(content, segmenter.clip, what)
     return wanted

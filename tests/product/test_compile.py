@@ -117,8 +117,8 @@ def test_the_compiled_step_is_the_eager_step(shapes_root, aot_eager):
             task.compile()
         for step in range(3):
             batch = task.collate([task.samples[n] for n in range(4 * step, 4 * step + 4)])
-            loss, parts, norm, _ = train.train_step(task, task.model, optimizer, batch, 0.01)
-        steps.append([loss, *parts.values(), norm])
+            values, norm, _ = train.train_step(task, task.model, optimizer, [batch], 0.01)
+        steps.append([*values.values(), norm])
         assert list(task.state()["maskformer"]) == names
     assert graphs() == 2  # the network and its losses
     for eager, ours in zip(*steps, strict=True):
@@ -157,12 +157,14 @@ def test_the_losses_read_nothing_back(shapes_root):
         task.process = Process(torch.device("cuda"))
         images, *targets = map(mode.from_tensor, (images, *targets))
         with transfers:
-            loss, parts = task.loss(task.model, (images, Targets(*targets)))
-        assert loss.is_cuda and loss.requires_grad and all(v.is_cuda for v in parts.values())
+            batch = images, Targets(*targets)
+            parts = task.loss(task.model, batch, task.normalizers([batch]))
+        loss = parts["loss"]
+        assert loss.requires_grad and all(v.is_cuda for v in parts.values())
         with pytest.raises(DataDependentOutputException):
             loss.item()
-    # Images, labels, classes, counts: from pinned memory, and no others.
-    assert transfers.count == 4
+    # Images, labels, classes, counts: from pinned memory, and no others but the counts of a step.
+    assert transfers.count == 5
 
 
 @pytest.mark.gpu
@@ -177,7 +179,7 @@ def test_a_training_step_never_waits_for_the_gpu(shapes_root, compiled):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
         try:
-            loss, _, _, bad = train.train_step(task, task.model, optimizer, batch, 0.01)
+            values, _, bad = train.train_step(task, task.model, optimizer, [batch], 0.01)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert torch.isfinite(loss) and bad == 0
+        assert torch.isfinite(values["loss"]) and bad == 0

@@ -13,6 +13,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 import torch
@@ -180,17 +181,15 @@ class TrainImages(EndlessSamples):
         self.config = config.data
         self.seed = config.train.seed
         self.data = training_set(config.data)
-        pairs = find_pairs(config.data, root, "train")
+        images = TestImages(self.config, root, "train")
         if pseudo is None:
             self.lut = self.data.lut(training=True)
-            counts = training_counts(config, root)
-            shown = (counts[:, self.data.trained] > 0).any(1)
-            self.items = [pair for pair, used in zip(pairs, shown, strict=True) if used]
+            shown = training_counts(config, root)[:, self.data.trained] > 0
+            self.items = [*compress(images.pairs, shown.any(1))]
         else:  # label maps of class ids, by `zsseg.self_training`
             self.lut = np.arange(self.data.ignore + 1, dtype=self.data.lut().dtype)
-            names = TestImages(self.config, root, "train").names
-            files = [pseudo / f"{name}.png" for name in names]
-            self.items = [(image, file) for (image, _), file in zip(pairs, files, strict=True)]
+            files = [pseudo / f"{name}.png" for name in images.names]
+            self.items = [(pair[0], file) for pair, file in zip(images.pairs, files, strict=True)]
 
     def load(self, n) -> tuple[Tensor, Tensor, Tensor]:
         image_file, label_file = self.item(n)
@@ -231,6 +230,7 @@ def count_labels(data_config, root, split, workers=4, check=False) -> tuple[np.n
     full = data.lut()
     training = data.lut(training=True)
     unseen = [data.values[data.names.index(name)] for name in data.unseen]
+    leaks = [value for value in unseen if training[value] != data.ignore]  # should be none
     errors = []
 
     def count(pair):
@@ -241,8 +241,7 @@ def count_labels(data_config, root, split, workers=4, check=False) -> tuple[np.n
         except UserError as error:
             errors.append(str(error))
             return np.full(C + 1, -1)
-        trained = values[training[values] != data.ignore]
-        if np.isin(trained, unseen).any():
+        if np.isin(values, leaks).any():
             raise AssertionError(f"{label}: a pixel of an unseen class survives")
         ids = np.minimum(full[values], C)  # the ignore value is the largest
         return np.bincount(ids.ravel(), minlength=C + 1)

@@ -44,7 +44,6 @@ class Archive:
     take: list[tuple[str, str]]
     # Tried in order; without any the user has to register.
     urls: list[str] = field(default_factory=list)
-    bytes: int = 0  # 0: not published
     checksum: str = ""  # "sha256:..." or "sha1:..."; "": not published
 
 
@@ -69,16 +68,16 @@ class DataSet:
     register: str = ""  # what to do where nothing may be downloaded
 
     @property
-    def seen(self):
-        """Ids of the seen classes; empty without a seen/unseen split."""
-        return [i for i, n in enumerate(self.names) if n not in self.unseen] if self.unseen else []
+    def trained(self):
+        """Ids of the classes that targets show: all but the unseen ones. What a run is trained on
+        says its `training_set`.
+        """
+        return [i for i, name in enumerate(self.names) if name not in self.unseen]
 
     @property
-    def trained(self):
-        """Ids of the classes that targets show: the seen ones, or all without such a split. What a
-        run is trained on says its `training_set`.
-        """
-        return self.seen or list(range(len(self.names)))
+    def seen(self):
+        """Ids of the seen classes; empty without a seen/unseen split."""
+        return self.trained if self.unseen else []
 
     @property
     def training_names(self):
@@ -110,13 +109,13 @@ class DataSet:
                 todo = f"write what {{id}} stands for in {self.images}, one a line"
                 raise UserError(f"list {file}", f"{name[:100]!r} is no id: no {image}", todo)
             labels = [folder / pattern.replace("{id}", name) for pattern in self.labels]
-            pairs.append((image, next((path for path in labels if path.exists()), labels[0])))
+            pairs.append((image, next(filter(Path.exists, labels), labels[0])))
         return pairs
 
     def match(self, folder, split, pattern) -> dict[str, Path]:
         """{id: file} of those that match a pattern. Raises UserError for two files of an id."""
         before, after = pattern.replace("{split}", self.splits[split]).split("{id}")
-        base = os.path.join(folder / before, "")
+        base = f"{folder / before}/"
         matched = {}
         for file in walk(base) if os.path.isdir(base) else ():
             any_image = after == ".*" and is_image_name(file)
@@ -151,7 +150,7 @@ def listed_ids(file):
 
 
 def read_table(file) -> dict[str, DataSet]:
-    rows = tomllib.loads(file.read_text(encoding="utf-8"))
+    rows = tomllib.loads(file.read_text("utf-8"))
     for row in rows.values():
         row.setdefault("values", list(range(len(row["names"]))))
         row["archives"] = [Archive(**archive) for archive in row.get("archives", [])]
@@ -178,22 +177,22 @@ def own_dataset(config) -> DataSet:
     classes = config.classes
     values = config.values or list(range(len(classes)))
     lists = "{split}" not in config.images
-    stray = [name for name in config.unseen if name not in classes]
-    some = "give some of data.classes, not all, in a list"
-    some = did_you_mean("".join(stray[:1]), classes, some)
+    stray = "".join({*config.unseen} - {*classes})
+    some = did_you_mean(stray, classes, "give some of data.classes, not all, in a list")
     ids = f"give each of the {len(classes)} classes its own value, from 0 to 65535"
-    in_range = all(0 <= value < 2**16 for value in values)
+    unique = {*values} & {*range(2**16)}
     rules = (
         ("images", PATTERN.fullmatch(config.images), 'write e.g. "images/{split}/{id}.jpg"'),
         ("labels", PATTERN.fullmatch(config.labels), 'write e.g. "masks/{split}/{id}.png"'),
         ("labels", lists == ("{split}" not in config.labels), "write {split} as in data.images"),
         ("classes", classes, "name every class"),
         ("unseen", not isinstance(config.unseen, str) and {*config.unseen} < {*classes}, some),
-        ("values", in_range and len({*values}) == len(values) == len(classes), ids),
+        ("values", len(unique) == len(values) == len(classes), ids),
     )
     for key, valid, todo in rules:
         if not valid:
-            why = f"is {getattr(config, key) or 'missing (data.name is folder)'}"
+            missing = "missing (data.name is folder, which --config describes)"
+            why = f"is {getattr(config, key) or missing}"
             raise UserError(f"data.{key}", why, todo)
     check_names(classes)
     return DataSet(
@@ -234,7 +233,8 @@ def find_listing(name_or_config, root, split) -> Listing:
             images = data.match(folder, split, data.images)
             labels = data.match(folder, split, data.labels[0])
             pairs = [(images[i], labels[i]) for i in sorted(images.keys() & labels.keys())]
-        unpaired = sorted((images | labels)[i] for i in images.keys() ^ labels.keys())
+        files = images | labels
+        unpaired = sorted(files[i] for i in images.keys() ^ labels.keys())
         missing = [file for pair in pairs for file in pair if data.lists and not file.exists()]
         found.append(Listing(folder, pairs, unpaired, missing))
     best = min(found, key=lambda listing: (not listing.pairs, len(listing.missing)))
@@ -250,10 +250,10 @@ def find_listing(name_or_config, root, split) -> Listing:
     beside = {path.name for path in (folder / data.images.partition("{split}")[0]).glob("*")}
     near = did_you_mean(split, beside - {split}, "")
     todo = f"{near} correct data.images, data.labels or data.split, or give another data root"
-    patterns = f"{data.images} and {data.labels[0]}"
     listed = f"{split}.txt" if data.lists else split
+    why = f"no pair of files {data.images} and {data.labels[0]} in {folder} for {listed}"
     error = UserError if unpaired else MissingSplit
-    raise error("data.images", f"no pair of files {patterns} in {folder} for {listed}", todo)
+    raise error("data.images", why, todo)
 
 
 def find_pairs(name_or_config, root, split) -> list[Pair]:

@@ -14,48 +14,45 @@ from zsseg.utils import UserError
 TRIES = 5  # of each address
 
 
-def fetch(urls, path, checksum, what, size=0):
+def fetch(urls, path, checksum, what):
     """Download `path` from the first of `urls` that works, unless it exists, and check it.
 
     An incomplete file stays in `<path>.part`, where the next try or the next run resumes; other
     processes of torchrun wait meanwhile. `checksum` is "sha256:<hex>" or the like, of which the
-    first digits do, or "" if none is known; `size` in bytes, 0 if not known. Raises UserError.
+    first digits do, or "" if none is known. Raises UserError.
     """
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.ExitStack() as stack:
-            folder = os.open(path.parent, os.O_RDONLY)
-            stack.callback(os.close, folder)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(folder, fcntl.LOCK_EX)
             if path.exists():
-                check_file(path, checksum, what, size)
+                check_file(path, checksum, what)
                 return path
             download(urls, part, what)
             try:
-                check_file(part, checksum, what, size)
+                check_file(part, checksum, what)
             except UserError:
                 part.unlink()
                 raise
             return part.replace(path)
+        finally:
+            os.close(folder)
     except OSError as error:
         todo = "check the folder and the disk"
         raise UserError(what, f"cannot write {path} ({error})", todo) from None
 
 
-def check_file(file, checksum, what, size=0):
+def check_file(file, checksum, what):
     """UserError for a file that is not what was published."""
     method, _, expected = checksum.partition(":")
-    found = file.stat().st_size
-    wrong = f"{found} bytes instead of {size}" if size and found != size else ""
-    if checksum and not wrong:
-        with open(file, "rb") as content:
-            found = hashlib.file_digest(content, method).hexdigest()
-        if not found.startswith(expected):
-            wrong = f"{method} {found} instead of {expected}"
-    if wrong:
-        raise UserError(what, f"the file has {wrong}", f"run it again, or replace {file}")
+    with open(file, "rb") as content:
+        found = hashlib.file_digest(content, method or "sha256").hexdigest()
+    if not found.startswith(expected):
+        why = f"the file has {method} {found} instead of {expected}"
+        raise UserError(what, why, f"run it again, or replace {file}")
 
 
 def download(urls, part, what):

@@ -150,7 +150,7 @@ def test_half_of_an_archive_is_no_data_set(tmp_path, monkeypatch):
     """An empty folder is filled; of half a folder a file without a partner is named."""
     trees.coco_stuff(tmp_path)
     row = DATASETS["coco_stuff"]
-    rows = [dataclasses.replace(a, urls=[], bytes=0, checksum="") for a in row.archives]
+    rows = [dataclasses.replace(a, urls=[], checksum="") for a in row.archives]
     monkeypatch.setitem(DATASETS, "coco_stuff", dataclasses.replace(row, archives=rows))
     images = tmp_path / "coco/val2017"
     trees.pack(tmp_path / "coco", tmp_path / "val2017.zip", "val2017")

@@ -22,9 +22,10 @@ from conftest import command, fails_in_one_line
 
 import prepare_data
 from zsseg import download
-from zsseg.datasets import DATASETS, find_pairs
+from zsseg.datasets import DATASETS, Archive, find_pairs
 from zsseg.download import fetch
 from zsseg.prepare.archives import unpack
+from zsseg.prepare.official import obtain
 from zsseg.utils import UserError
 
 DATA = random.Random(0).randbytes(300_000)
@@ -86,8 +87,8 @@ def checksum(content: bytes, method: str = "sha256") -> str:
     return f"{method}:{hashlib.new(method, content).hexdigest()}"
 
 
-def get(server: Server, path: Path, digest: str = checksum(DATA), size: int = 0) -> bytes:
-    return fetch([server.url("data.bin")], path, digest, "data", size).read_bytes()
+def get(server: Server, path: Path, digest: str = checksum(DATA)) -> bytes:
+    return fetch([server.url("data.bin")], path, digest, "data").read_bytes()
 
 
 def test_a_cut_transfer_goes_on_where_it_was(server, tmp_path):
@@ -99,7 +100,7 @@ def test_a_cut_transfer_goes_on_where_it_was(server, tmp_path):
     starts = [int(r.strip("bytes=-")) for _, r in server.asked]
     assert starts == [0, 70_000, 70_000, 170_000, 170_000]
     server.cuts = []
-    assert get(server, path, size=len(DATA)) == DATA
+    assert get(server, path) == DATA
     assert server.asked[-1] == ("/data.bin", "bytes=170000-")
     assert [*path.parent.iterdir()] == [path]
     get(server, path)  # it exists: nothing is requested
@@ -113,11 +114,11 @@ def test_a_cut_transfer_goes_on_where_it_was(server, tmp_path):
     assert get(server, tmp_path / "third.bin") == DATA
 
 
-@pytest.mark.parametrize(("digest", "size"), [("sha256:00", 0), ("sha1:12", 0), ("", 299_999)])
-def test_a_wrong_file_is_not_kept(server, tmp_path, digest, size):
+@pytest.mark.parametrize("digest", ["sha256:00", "sha1:12"])
+def test_a_wrong_file_is_not_kept(server, tmp_path, digest):
     for path in (tmp_path / "data.bin", tmp_path / "mine.bin"):
-        with pytest.raises(UserError, match=f"instead of {size or digest.partition(':')[2]}"):
-            get(server, path, digest, size)
+        with pytest.raises(UserError, match=f"instead of {digest.partition(':')[2]}"):
+            get(server, path, digest)
         assert not (tmp_path / "data.bin").exists()
         (tmp_path / "mine.bin").write_bytes(DATA)  # the user's is not deleted
     assert [*tmp_path.iterdir()] == [tmp_path / "mine.bin"]
@@ -177,17 +178,18 @@ def test_unpacking_takes_what_is_missing(tmp_path, ending):
     take = [("top/a", "A"), ("top/b", "deep/B"), ("top/list.txt", "list.txt")]
     (folder / ".unpacking" / "0").mkdir(parents=True)  # left by a kill
     (folder / "list.txt").write_text("mine")
-    unpack(archive, take, folder, "data")
+    get = lambda *take: obtain(Archive(archive.name, take), DATASETS["voc"], tmp_path, folder)
+    get(*take)
     assert {name: content.decode() for name, content in files_below(folder).items()} == {
         "A/deep/1.txt": "top/a/deep/1.txt",
         "deep/B/2.txt": "top/b/2.txt",
         "list.txt": "mine",
     }
     with pytest.raises(UserError, match="contains no top/c"):
-        unpack(archive, [("top/b", "B2"), ("top/c", "C")], folder, "data")
+        get(("top/b", "B2"), ("top/c", "C"))
     archive.write_bytes(archive.read_bytes()[: archive.stat().st_size // 2])
     with pytest.raises(UserError, match=f"x{ending} cannot be unpacked"):
-        unpack(archive, [("top/b", "B2")], folder, "data")
+        get(("top/b", "B2"))
     assert not (folder / "B2").exists() and not (folder / ".unpacking").exists()
 
 
@@ -199,7 +201,7 @@ def test_nothing_is_unpacked_outside(tmp_path, ending, name):
     is_refused = ending == ".tar" and name.startswith("good")
     error = pytest.raises(UserError, match=r"x\.tar cannot be unpacked .*(outside|link)")
     with error if is_refused else contextlib.nullcontext():
-        unpack(archive, [("good", "good")], tmp_path / "in" / "out", "data")
+        unpack(archive, {tmp_path / "in/out/good": "good"}, tmp_path / "in/out/.unpacking", "data")
     assert not list(tmp_path.glob("*outside*")) and not list(tmp_path.glob("in/*outside*"))
     assert not any(file.is_symlink() for file in tmp_path.rglob("*"))
     assert (tmp_path / "in/out/good/a.txt").exists() != is_refused
@@ -222,8 +224,7 @@ def official(name: str, server: Server, folder: Path, monkeypatch) -> None:
         content = trees.pack(folder / "source", file, PACKED[name][row.file]).read_bytes()
         server.files[row.file] = content
         digest = checksum(content, row.checksum.partition(":")[0])
-        facts = {"checksum": digest, "bytes": row.bytes and len(content)}
-        rows.append(dataclasses.replace(row, urls=[server.url(row.file)], **facts))
+        rows.append(dataclasses.replace(row, urls=[server.url(row.file)], checksum=digest))
     monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], archives=rows))
     monkeypatch.setenv("ZSSEG_CACHE", str(folder / "cache"))
 

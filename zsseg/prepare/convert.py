@@ -6,15 +6,16 @@ so that a conversion that was killed continues where it was.
 """
 
 import contextlib
+import fnmatch
 import json
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms.functional import resize
 
-from zsseg.datasets import dataset, listed_ids, read_ids
+from zsseg.datasets import DATASETS, listed_ids, read_ids
 from zsseg.images import read_image, to_tensor
 from zsseg.utils import UserError, atomic_write, parallel, walk
 
@@ -40,7 +41,7 @@ def write_ids(file, ids):
 
 def voc_trainaug(folder, find_sbd, workers):
     """Write `SegmentationClassAug/` and the lists from VOC's own files and SBD's, for whose folder
-    `find_sbd` is asked with what is needed of it.
+    `find_sbd` is asked if it is needed.
 
     train = (VOC train + SBD train + SBD val) - VOC val, 10,582 images, or as a list says. An image
     that VOC segmented keeps VOC's mask (with its void borders); SBD's are for the others, and never
@@ -51,7 +52,7 @@ def voc_trainaug(folder, find_sbd, workers):
     train = next(filter(None, map(listed_ids, lists)), None)
     val = listed_ids(folder / "val.txt") or read_ids(official / "val.txt")
     if not train:
-        sbd = find_sbd("val.txt")  # which is unpacked last
+        sbd = find_sbd()
         files = (official / "train.txt", sbd / "train.txt", sbd / "val.txt")
         train = sorted({i for file in files for i in read_ids(file)} - {*val})
 
@@ -59,7 +60,7 @@ def voc_trainaug(folder, find_sbd, workers):
     both = (folder / "SegmentationClass", masks)
     missing = [i for i in train if not any((part / f"{i}.png").exists() for part in both)]
     if missing:
-        convert_mats(find_sbd("cls/*.mat") / "cls", missing, "GTcls", masks, workers)
+        convert_mats(find_sbd() / "cls", missing, "GTcls", masks, workers)
     write_ids(folder / "train.txt", train)
     write_ids(folder / "val.txt", val)
 
@@ -126,29 +127,26 @@ def pascal_context(folder, workers):
     """
     file = folder / "trainval_merged.json"
     annotations = defaultdict(list)
-    ids = {"train": [], "val": []}
 
     def convert(image):
-        stem = Path(image["file_name"]).stem
-        ids[image["phase"]].append(stem)
-        target = folder / "labels" / f"{stem}.png"
-        if target.exists():
-            return
-        values = np.zeros((image["height"], image["width"]), np.uint16)
-        for annotation in annotations[int(image["image_id"])]:
-            values[decode_runs(annotation["segmentation"])] = annotation["category_id"]
-        save(values, target)
+        target = folder / "labels" / f"{Path(image['file_name']).stem}.png"
+        if not target.exists():
+            values = np.zeros((image["height"], image["width"]), np.uint16)
+            for annotation in annotations[int(image["image_id"])]:
+                values[decode_runs(annotation["segmentation"])] = annotation["category_id"]
+            save(values, target)
+        return target.stem
 
     with naming(file):
         content = json.loads(file.read_bytes())
-        images = [image for image in content["images"] if image["phase"] in ids]
         for annotation in content["annos_segmentation"]:
             annotations[int(annotation["image_id"])].append(annotation)
-        list(parallel(convert, images, workers, "convert Context"))
-        if not ids["val"]:
-            raise ValueError("no image of phase val")
-    for split, stems in ids.items():
-        write_ids(folder / f"{split}.txt", sorted(stems))
+        for split in ("train", "val"):
+            images = [image for image in content["images"] if image["phase"] == split]
+            ids = sorted(parallel(convert, images, workers, f"convert Context {split}"))
+            if not ids:
+                raise ValueError(f"no image of phase {split}")
+            write_ids(folder / f"{split}.txt", ids)
 
 
 def pascal_context_full(folder, workers):
@@ -157,41 +155,38 @@ def pascal_context_full(folder, workers):
     convert_mats(folder / "trainval", ids, "LabelMap", folder / "labels_full", workers)
 
 
-def ade20k_full(folder, workers, train=False):
+def ade20k_full(folder, workers, train):
     """`images/ADE/**/<id>.jpg` and `<id>_seg.png` -> `images_detectron2/` and
     `annotations_detectron2/`, as MaskFormer does.
 
     Where both sides are longer than 512 the shorter one becomes 512: images bilinearly, label maps
     by nearest. The name of a file tells its split; `train`: convert the training images, too.
     """
-    data = dataset("ade20k_full")
+    data = DATASETS["ade20k_full"]
     # From object indices, 256 * (red // 10) + green, to class ids.
     lut = np.full(65536, data.ignore, np.uint16)
     lut[data.objects] = np.arange(len(data.objects))
 
-    def convert(jpeg):
+    def convert(file):
+        jpeg = Path(file)
         split = data.splits["val" if "_val_" in jpeg.stem else "train"]
         target = folder / data.labels[0].format(split=split, id=jpeg.stem)
         if target.exists():
             return
         segmentation = jpeg.with_name(f"{jpeg.stem}_seg.png")
-        colours = np.array(read_image(segmentation))
+        colours = np.array(read_image(segmentation), int)
         pixels = np.array(read_image(jpeg))
-        values = lut[colours[..., 0].astype(int) // 10 * 256 + colours[..., 1]]
+        values = lut[colours[..., 0] // 10 * 256 + colours[..., 1]]
         H, W = values.shape
-        if pixels.shape[:2] != values.shape:
+        if pixels.shape != colours.shape:
             why = f"has {values.shape} pixels, its image {pixels.shape[:2]}"
             raise UserError(f"label map {segmentation}", why, "make the two the same size")
         if min(H, W) > 512:
             h, w = (round(side / min(H, W) * 512) for side in (H, W))
-            planes = F.interpolate(to_tensor(pixels)[None].float(), (h, w), mode="bilinear")
-            pixels = planes[0].round().byte().permute(1, 2, 0).numpy()
-            rows = np.floor(np.arange(h) * (1 / (h / H))).astype(int)
-            cols = np.floor(np.arange(w) * (1 / (w / W))).astype(int)
-            values = values[rows[:, None], cols]
+            pixels = resize(to_tensor(pixels), (h, w), antialias=False).permute(1, 2, 0).numpy()
+            values = values[np.arange(h)[:, None] * H // h, np.arange(w) * W // w]
         save(pixels, folder / data.images.format(split=split, id=jpeg.stem), "JPEG")
         save(values, target, "TIFF", compression="tiff_deflate")
 
-    jpegs = map(Path, walk(folder / "images"))
-    jpegs = [f for f in jpegs if f.suffix == ".jpg" and (train or "_val_" in f.stem)]
+    jpegs = fnmatch.filter(walk(folder / "images"), "*.jpg" if train else "*_val_*.jpg")
     list(parallel(convert, jpegs, workers, "convert ADE20K"))

@@ -2,9 +2,10 @@
 
 import contextlib
 import shutil
+from pathlib import Path
 
 from zsseg.datasets import MissingSplit, dataset, find_listing, listed_ids
-from zsseg.download import check_file, fetch
+from zsseg.download import fetch
 from zsseg.prepare import convert
 from zsseg.prepare.archives import unpack
 from zsseg.utils import UserError, atomic_write, cache_dir
@@ -35,7 +36,7 @@ def prepare(name, root, workers, train):
     for archive in data.archives[listed : 1 if name == "voc" else None]:
         obtain(archive, data, root, folder)
     if name == "voc":
-        convert.voc_trainaug(folder, lambda file: find_sbd(file, data, root, folder), workers)
+        convert.voc_trainaug(folder, lambda: find_sbd(data, root, folder), workers)
     if name.startswith("pcontext") and not listed:
         convert.pascal_context(folder, workers)
     if full:
@@ -64,38 +65,34 @@ def lack(name, root, splits):
     return ""
 
 
-def find_sbd(file, data, root, folder):
-    """The folder with most masks of SBD, if it holds `file`, a pattern; else it is downloaded."""
+def find_sbd(data, root, folder):
+    """The folder with most masks of SBD; without any it is downloaded."""
     folders = [folder / "SBD", *(root / name for name in SBD_FOLDERS)]
     sbd = fullest(folders, "cls/*.mat")
-    if any(sbd.glob(file)):
-        return sbd
-    obtain(data.archives[1], data, root, folder)
-    return folders[0]
+    if not any(sbd.glob("cls/*.mat")):  # which are unpacked last
+        obtain(data.archives[1], data, root, folder)
+    return sbd
 
 
 def obtain(archive, data, root, folder):
     """Unpack an archive, or copy a single file, from the root or the cache, to which it is
     downloaded if it is in neither.
     """
-    targets = [folder / path for _, path in archive.take]
+    targets = {folder / path: inside for inside, path in archive.take}
     for target in targets:
         with contextlib.suppress(OSError):
             target.rmdir()  # an empty folder is none
-    if all(target.exists() for target in targets):
+    missing = {target: inside for target, inside in targets.items() if not target.exists()}
+    if not missing:
         return
-    what = f"data set {data.name}, {archive.file}"
-    file = cache_dir() / "downloads" / archive.file
-    given = [path for path in (root / archive.file, folder / archive.file) if path.is_file()]
-    if given:
-        file = given[0]
-        check_file(file, archive.checksum, what, archive.bytes)
-    elif archive.urls:
-        fetch(archive.urls, file, archive.checksum, what, archive.bytes)
-    else:
+    files = [parent / archive.file for parent in (root, folder, cache_dir() / "downloads")]
+    file = next(filter(Path.is_file, files), files[-1])
+    if not (archive.urls or file.is_file()):
         raise UserError(f"data set {data.name}", f"no {archive.file} in {root}", data.register)
+    what = f"data set {data.name}, {archive.file}"
+    fetch(archive.urls, file, archive.checksum, what)
     if archive.take[0][0]:
-        unpack(file, archive.take, folder, what)
+        unpack(file, missing, folder / ".unpacking", what)
     else:
-        with atomic_write(targets[0]) as temporary:
+        with atomic_write(*missing) as temporary:
             shutil.copyfile(file, temporary)

@@ -44,15 +44,8 @@ class Attention(nn.MultiheadAttention):
 
     def forward(self, x, causal=False, count=None):
         """[N, length, width] -> outputs of the first `count` tokens (all) [N, count, width]."""
-        weight = self.in_proj_weight
-        bias = self.in_proj_bias
-        width = x.shape[-1]
-        if count is None:
-            q, k, v = F.linear(x, weight, bias).chunk(3, -1)
-        else:
-            q = F.linear(x[:, :count], weight[:width], bias[:width])
-            k, v = F.linear(x, weight[width:], bias[width:]).chunk(2, -1)
-        return self.out_proj(attend(q, k, v, self.num_heads, causal))
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        return self.out_proj(attend(q[:, :count], k, v, self.num_heads, causal))
 
 
 class Block(nn.Module):

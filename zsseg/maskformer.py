@@ -63,8 +63,9 @@ class DecoderLayer(nn.Module):
     def __init__(self, model):
         super().__init__()
         dim = model.hidden_dim
-        self.self_attn = nn.MultiheadAttention(dim, model.num_heads, model.dropout)
-        self.cross_attn = nn.MultiheadAttention(dim, model.num_heads, model.dropout)
+        sizes = (dim, model.num_heads, model.dropout)
+        self.self_attn = nn.MultiheadAttention(*sizes)
+        self.cross_attn = nn.MultiheadAttention(*sizes)
         self.linear1 = nn.Linear(dim, model.feedforward)
         self.linear2 = nn.Linear(model.feedforward, dim)
         self.norm1 = nn.LayerNorm(dim)

@@ -105,10 +105,7 @@ class OpenVocabulary(nn.Module):
         known = self.text_cache.setdefault(prompt, {})
         if new := [w for w in itertools.chain(*words) if w not in known]:
             known |= zip(new, prompt(self.clip, new).cpu(), strict=True)
-        features = []
-        for row in words:
-            total = sum(known[w] for w in row)
-            features.append(total if len(row) == 1 else F.normalize(total, dim=0))
+        features = [F.normalize(sum(known[w] for w in row), dim=0) for row in words]
         return torch.stack(features).to(self.clip.mean.device)
 
     def segment_views(self, inputs, size, flip, window) -> Segmentation:

@@ -171,6 +171,11 @@ class EvalConfig:
     window: NonNegativeInt = 0
     max_images: NonNegativeInt = 0  # the first ones of the split; 0: all
 
+    @property
+    def views(self):
+        """Whether scores are a mean over several views of an image."""
+        return bool(self.sizes or self.flip or self.window)
+
 
 @dataclass
 class LogConfig:
@@ -181,21 +186,25 @@ class LogConfig:
 
 @dataclass
 class Config:
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    clip: ClipConfig = field(default_factory=ClipConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    prompts: PromptsConfig = field(default_factory=PromptsConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    log: LogConfig = field(default_factory=LogConfig)
+    data: DataConfig
+    model: ModelConfig
+    clip: ClipConfig
+    train: TrainConfig
+    prompts: PromptsConfig
+    eval: EvalConfig
+    log: LogConfig
+
+    def __init__(self):
+        """Every section with its defaults."""
+        for section in fields(self):
+            setattr(self, section.name, section.type())
 
 
-# Options that describe one thing: whoever gives one of the first begins with the defaults of all,
-# and inherits nothing from a checkpoint or a `base`.
-GROUPS = {
-    "data": (("name", "folder"), "folder images labels classes unseen values exif_turn split"),
-    "clip": (("weights",), "activation heads mean std scale"),
-}
+# Options that begin the description of one thing, and the rest of it, which then starts from the
+# defaults and inherits nothing from a checkpoint or a `base`.
+DATA = "folder images labels classes unseen values exif_turn split"
+CLIP = "activation heads mean std scale"
+DESCRIBED = {"data.name": DATA, "data.folder": DATA, "clip.weights": CLIP}
 OPTIONS = {
     f"{section.name}.{option.name}": option.type
     for section in fields(Config)
@@ -212,7 +221,7 @@ def load_config(file=None, settings=(), base=None) -> Config:
     """
     config = Config()
     update(config, base or {}, "checkpoint's configuration")
-    sources = read_toml(find_config(Path(file), Path())) if file else []
+    sources = read_toml(find_config(file, Path())) if file else []
     given = {}
     for setting in [settings] if isinstance(settings, str) else settings:
         name, sign, text = setting.partition("=")
@@ -230,10 +239,10 @@ def load_config(file=None, settings=(), base=None) -> Config:
     return config
 
 
-def describes(section, values):
-    """Whether values begin a description, see GROUPS."""
-    keys, _ = GROUPS.get(section, ((), ""))
-    return any(key in values.get(section, ()) for key in keys)
+def described(section, values):
+    """The options of a section that belong to the descriptions which begin in `values`."""
+    names = (f"{section}.{key}" for key in values.get(section, ()))
+    return {key for name in names for key in DESCRIBED.get(name, "").split()}
 
 
 def update(config, values, source, before=None):
@@ -243,16 +252,15 @@ def update(config, values, source, before=None):
     if not isinstance(values, dict):
         raise UserError(source, "is not a table of sections", "give a checkpoint of train.py")
     for section, options in values.items():
-        part = getattr(config, section, None)
+        part = vars(config).get(section)
         if part is None:
             raise unknown(source, section, vars(config))
         if not isinstance(options, dict):
             todo = f"write [{section}] with keys below it"
             raise UserError(f"{source}: {section}", "is a section, not a value", todo)
-        if describes(section, values) and not describes(section, before or {}):
-            defaults = type(part)()
-            for key in GROUPS[section][1].split():
-                setattr(part, key, getattr(defaults, key))
+        defaults = vars(type(part)())
+        for key in described(section, values) - described(section, before or {}):
+            setattr(part, key, defaults[key])
         for key, value in options.items():
             name = f"{section}.{key}"
             if name not in OPTIONS:
@@ -280,8 +288,7 @@ def check_combinations(config):
     train = config.train
     segments = train.task == "segment"
     text = model.class_head == "text"
-    views = config.eval.sizes or config.eval.flip or config.eval.window
-    parts = clip.ensemble and model.proposals and not views
+    parts = clip.ensemble and model.proposals and not config.eval.views
     shared = model.hidden_dim % 32 or model.hidden_dim % model.num_heads
     largest = max(data.short_edges, default=0)
     unique = len({*train.seeds}) == len(train.seeds)
@@ -331,8 +338,7 @@ def read_toml(file, derived=()):
     if base is None:
         return [(str(file), values)]
     derived = (*derived, file.resolve())
-    path = find_config(Path(base), file.parent) if isinstance(base, str) else None
-    if path is None or path.resolve() in derived:
+    if not isinstance(base, str) or (path := find_config(base, file.parent)).resolve() in derived:
         raise UserError(f"{what}: base", f"is {base!r}", "name another file")
     return [*read_toml(path, derived), (str(file), values)]
 

@@ -140,7 +140,7 @@ def read_torch(path, what, todo="check the path"):
     try:
         return unpickle(path)
     except Exception as error:  # torch raises many types, with advice to load such a file anyway
-        known = r"GLOBAL [\w.]+|'[\w.]+\.\w+'|\[Errno.*|it is compressed"
+        known = r"GLOBAL [\w.]+|'[\w.]+\.\w+'|\[Errno.*|it is compressed|it is in another format"
         reason = re.search(known, str(error))
         why = f"cannot be read as tensors ({reason[0] if reason else 'broken'})"
         todo = f"check {path}; it may contain only tensors and plain values"
@@ -149,6 +149,8 @@ def read_torch(path, what, todo="check the path"):
 
 def unpickle(path):
     """See `read_torch`. Raises anything for a broken file."""
+    if path.suffix == ".safetensors":
+        raise pickle.UnpicklingError("it is in another format")
     if zipfile.is_zipfile(path):
         folder = next(zipfile.Path(path).iterdir())
         size = sum(entry.file_size for entry in folder.root.infolist())

@@ -77,8 +77,11 @@ def test_templates():
     for templates in (["a photo of a cat"], []):
         with pytest.raises(UserError, match=r"has no \{\} for the class name"):
             build_prompt(templates, 64)
-    with pytest.raises(UserError, match=r"clip\.prompt: is 'vild2'; choose single, imagenet, vild"):
-        build_prompt("vild2", 64)
+    with pytest.raises(UserError, match=r"has no \{\} for"):
+        FixedPrompt("a photo of a {}.")  # letters
+    for spec in ("vild2", "a photo of a {}."):
+        with pytest.raises(UserError, match=r"clip\.prompt: is .*; choose single, imagenet, vild"):
+            build_prompt(spec, 64)
 
 
 @torch.no_grad()

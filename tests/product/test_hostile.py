@@ -64,8 +64,11 @@ def test_hostile_and_broken_files_are_one_line(name, ending, tmp_path, monkeypat
     assert not (tmp_path / "pwned").exists()
 
 
-def test_compressed_archives_are_refused(tmp_path):
+def test_other_formats_and_compressed_archives_are_refused(tmp_path):
     """torch compresses nothing; here are 256 MiB of zeros in a quarter of one."""
+    (tmp_path / "x.safetensors").write_bytes(b"\x08")
+    with pytest.raises(UserError, match=r"cannot be read as tensors \(it is in another format\)"):
+        read_torch(tmp_path / "x.safetensors", "file")
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "script.pt"))
     torch.save({"model": {"a": torch.zeros(2**20)}}, tmp_path / "whole.pt")
     assert read_torch(tmp_path / "script.pt", "file").keys() == {"weight", "bias"}

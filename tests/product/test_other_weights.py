@@ -4,18 +4,12 @@ import pytest
 import torch
 from conftest import tiny_clip_state
 
+from zsseg import weights
 from zsseg.clip import CLIP, VisionTransformer, build_clip
 from zsseg.config import ClipConfig, load_config
 from zsseg.tokenizer import Tokenizer
 from zsseg.utils import UserError
-from zsseg.weights import (
-    build_segmenter,
-    clip_digest,
-    load_checkpoint,
-    load_clip,
-    load_segmenter,
-    load_tokenizer,
-)
+from zsseg.weights import build_segmenter, load_checkpoint, load_clip
 
 
 @pytest.mark.parametrize("prefix", ["module._orig_mod.", ""])
@@ -28,7 +22,7 @@ def test_wrapped_state_dicts_and_arrays_are_taken(prefix, trained, tmp_path):
     torch.save(clip if prefix else clip["state_dict"], tmp_path / "clip.pt")
     torch.save(content | {"model": {"maskformer": wrap(before)}}, tmp_path / "x.pt")
     read = load_checkpoint(tmp_path / "x.pt")
-    segmenter = load_segmenter(read, load_config(base=read["config"]), tmp_path, "x")
+    segmenter = weights.load_segmenter(read, load_config(base=read["config"]), tmp_path, "x")
     after = segmenter.maskformer.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert {type(value) for value in after.values()} == {torch.Tensor}
@@ -89,18 +83,18 @@ def test_every_clip_of_openai_s_comes_by_its_name(name, tmp_path, monkeypatch):
 
 def test_the_vocabulary_s_file(tmp_path, monkeypatch):
     monkeypatch.setenv("ZSSEG_VOCAB", str(tmp_path / "bpe.txt.gz"))
-    assert load_tokenizer(514, 40).encode("cat")  # needs none
+    assert weights.load_tokenizer(514, 40).encode("cat")  # needs none
     (tmp_path / "bpe.txt.gz").write_bytes(b"junk")
     with pytest.raises(UserError, match=r"BPE vocabulary: the file has sha256 .*bpe\.txt\.gz"):
-        load_tokenizer(49408, 77)
+        weights.load_tokenizer(49408, 77)
 
 
 def test_a_digest_knows_a_clip(small_clip):
-    digest = clip_digest(small_clip)
+    digest = weights.clip_digest(small_clip)
     half = {k: v.half() for k, v in small_clip.state_dict().items()}
     small_clip.load_state_dict(half)
-    assert clip_digest(small_clip) == clip_digest(small_clip.half()) != digest
-    assert clip_digest(None) == ""
+    assert weights.clip_digest(small_clip) == weights.clip_digest(small_clip.half()) != digest
+    assert weights.clip_digest(None) == ""
 
 
 def test_training_starts_from_a_segmenter(trained, tmp_path, capsys):
@@ -138,3 +132,12 @@ def test_an_original_with_further_entries_starts_a_training(trained, tmp_path, c
     assert torch.equal(build_segmenter(config, root).maskformer.non_object, embedding)
     text = capsys.readouterr().out
     assert "1 tensors loaded, 1 dropped: extra.thing" in text and "start afresh" in text
+
+
+def test_a_prompt_of_another_clip_is_said(trained, tmp_path, capsys):
+    content = {"model": {"prompt": {"prefix": torch.randn(16, 64)}}, "config": {}, "clip": "other"}
+    torch.save(content, tmp_path / "prompt.pt")
+    root = trained.parent.parent
+    settings = ["clip.prompt=learned", f"clip.prompts={tmp_path}/prompt.pt"]
+    build_segmenter(load_config(root / "a.toml", settings), root)
+    assert "prompt.pt was made for another CLIP than clip.weights" in capsys.readouterr().out

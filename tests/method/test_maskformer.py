@@ -31,14 +31,15 @@ def test_masks_are_at_stride_4_of_the_padded_image(size):
     assert mask_logits.shape == (8, *padded) and features.shape == (8, 64)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (33, 50), (96, 128)])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_backbones_say_how_wide_their_maps_are(name):
+def test_backbones_say_how_wide_their_maps_are(name, size):
     with torch.device("meta"):
         backbone = BACKBONES[name](tiny_config(f"model.backbone={name}").model)
-        maps = backbone(torch.empty(2, 3, 96, 128))
+        maps = backbone(torch.empty(2, 3, *size))
     strides = (4, 8, 8, 8) if name == "small" else (4, 8, 16, 32)
     for x, channels, stride in zip(maps, backbone.channels, strides, strict=True):
-        assert x.shape == (2, channels, 96 // stride, 128 // stride)
+        assert x.shape == (2, channels, *[-(-side // stride) for side in size])
 
 
 @torch.no_grad()

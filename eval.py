@@ -12,8 +12,9 @@ overlay with a legend (.overlay.jpg) and its classes with pixels, share and mean
     python eval.py CHECKPOINT --images photo.jpg --classes "cat, dog, grass"
     python eval.py CHECKPOINT --images photos/ more/a.png --classes words.txt --out segmented
     torchrun --nproc-per-node=8 eval.py CHECKPOINT --images photos/ --classes words.txt --resume
-Lines of words.txt: `cat`, with synonyms `sofa = couch, settee`, or `other: sky, wall` for what is
-predicted but shown as "other". Without --classes, the classes are the data set's.
+Lines of words.txt: `cat`, with synonyms `sofa = couch, settee`, `"bread, sliced"` for a name with a
+comma in it, or `other: sky, wall` for what is predicted but shown as "other". Without --classes,
+the classes are the data set's.
 
 Ask for other words without computing again: the first command caches what the networks make of each
 image, the second reads it:

@@ -89,8 +89,8 @@ def parse(argv):
     for text in (args.checkpoint, *args.images):
         path = expand_path(text)
         if not path.exists() and text not in (*MODELS, "-"):
-            todo = f"check the path, or give one of {', '.join(MODELS)}"
-            raise no_such_file(f"file {text}", path, todo)
+            models = f", or give one of {', '.join(MODELS)}" if text == args.checkpoint else ""
+            raise no_such_file(f"file {text}", path, f"check the path{models}")
     load_config(args.config, args.set)
     return args
 

@@ -55,6 +55,8 @@ def parse(argv):
     if args.dataset not in names:
         todo = did_you_mean(args.dataset, names, f"choose one of {', '.join(names)}")
         raise UserError("command line", f"no data set {args.dataset}", todo)
+    if args.workers < 0:
+        options.error(f"--workers is {args.workers}, not 0 or more")
     return args
 
 

@@ -109,20 +109,18 @@ def ssd_jitter(image, rng) -> Image.Image:
     """SSD's colour jitter: brightness, contrast, saturation and hue, each with p = 0.5; contrast
     comes before or after saturation and hue with equal probability.
     """
-    brightness, contrast, saturation, hue, contrast_first = rng.random(5) < 0.5
-    u = rng.uniform(-1, 1, 4)
+    *drawn, contrast_first = rng.random(5) < 0.5
+    brightness, contrast, saturation, hue = drawn * rng.uniform(-1, 1, 4)  # 0: none
     values = np.arange(256.0)
-    hues = (values + round(256 * 18 / 360 * u[3])) % 256 if hue else values
-    saturations = values * (1 + u[2] / 2) if saturation else values
-    contrasts = ("RGB", 3 * [values * (1 + u[1] / 2)])
+    hues = (values + round(256 * 18 / 360 * hue)) % 256
+    colours = [hues, values * (1 + saturation / 2), values]
     steps = [
-        (brightness, ("RGB", 3 * [values + 32 * u[0]])),
-        (contrast and contrast_first, contrasts),
-        (saturation or hue, ("HSV", [hues, saturations, values])),  # as SSD does, in 8 bits
-        (contrast and not contrast_first, contrasts),
+        (brightness, "RGB", 3 * [values + 32 * brightness]),
+        (contrast, "RGB", 3 * [values * (1 + contrast / 2)]),
     ]
-    for drawn, (space, tables) in steps:
-        if drawn:
+    steps.insert(1 + contrast_first, (saturation or hue, "HSV", colours))  # as SSD does, in 8 bits
+    for amount, space, tables in steps:
+        if amount:
             table = np.concatenate(tables).clip(0, 255).astype(np.uint8).tolist()
             image = image.convert(space).point(table)
     return image.convert("RGB")
@@ -228,9 +226,7 @@ def count_labels(data_config, root, split, workers=4, check=False) -> tuple[np.n
             return content["counts"], content["errors"].tolist()
     C = len(data.names)
     full = data.lut()
-    training = data.lut(training=True)
-    unseen = [data.values[data.names.index(name)] for name in data.unseen]
-    leaks = [value for value in unseen if training[value] != data.ignore]  # should be none
+    leaks = (data.lut(training=True) != data.ignore) & ~np.isin(full, data.trained)  # none
     errors = []
 
     def count(pair):
@@ -239,9 +235,10 @@ def count_labels(data_config, root, split, workers=4, check=False) -> tuple[np.n
             size = read_image(image, turn=data_config.exif_turn).size if check else None
             values = read_values(label, data.bits, size)
         except UserError as error:
-            errors.append(str(error))
+            gone = [file.parent for file in pair if not file.parent.is_dir()]
+            errors.append(f"no folder {gone[0]}" if gone else str(error))
             return np.full(C + 1, -1)
-        if np.isin(values, leaks).any():
+        if leaks[values].any():
             raise AssertionError(f"{label}: a pixel of an unseen class survives")
         ids = np.minimum(full[values], C)  # the ignore value is the largest
         return np.bincount(ids.ravel(), minlength=C + 1)

@@ -83,8 +83,7 @@ def append(url, part, what):
     from tqdm import tqdm
 
     with open(part, "ab") as file:
-        start = file.tell()
-        headers = {"User-Agent": "zsseg", "Range": f"bytes={start}-"}
+        headers = {"User-Agent": "zsseg", "Range": f"bytes={file.tell()}-"}
         request = urllib.request.Request(url, headers=headers)
         with urllib.request.urlopen(request, timeout=60) as answer:
             if answer.headers.get_content_type() == "text/html":

@@ -104,11 +104,8 @@ def test_size(width, height, short, longest) -> tuple[int, int]:
     """(width, height) with the short edge resized to `short`, the long one to at most `longest`
     (detectron2's rule).
     """
-    scale = short / min(width, height)
-    w, h = (short, scale * height) if width <= height else (scale * width, short)
-    if max(w, h) > longest:
-        w, h = (x * longest / max(w, h) for x in (w, h))
-    return max(int(w + 0.5), 1), max(int(h + 0.5), 1)
+    scale = min(short / min(width, height), longest / max(width, height))
+    return max(int(scale * width + 0.5), 1), max(int(scale * height + 0.5), 1)
 
 
 def network_inputs(image, data_config, short_edges=()):

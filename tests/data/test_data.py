@@ -79,12 +79,13 @@ def test_a_leak_ends_the_counting(tmp_path, monkeypatch):
     """An unseen class that the table of training lets through."""
     trees.coco_stuff(tmp_path)
     data = DATASETS["coco_stuff"]
-    leaky = data.lut(training=True)
-    leaky[data.values[data.names.index(data.unseen[0])]] = 3
-    monkeypatch.setattr(type(data), "lut", lambda self, training=False: leaky)
+    luts = [data.lut(), data.lut(training=True)]
+    value = data.values[data.names.index(data.unseen[0])]
+    luts[True][value] = 3
+    monkeypatch.setattr(type(data), "lut", lambda self, training=False: luts[training])
     for _, label in find_pairs("coco_stuff", tmp_path, "train"):
-        values = np.full_like(Image.open(label), leaky.argmin())
-        values[0, 0] = data.values[data.names.index(data.unseen[0])]
+        values = np.full_like(Image.open(label), 0)
+        values[0, 0] = value
         Image.fromarray(values).save(label)
     with pytest.raises(AssertionError, match=r"\.png: a pixel of an unseen class survives"):
         count_labels(tiny_config("data.name=coco_stuff").data, tmp_path, "train")

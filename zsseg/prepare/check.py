@@ -14,9 +14,9 @@ def summarize(config, root, workers, check):
     for split in data.splits:
         try:
             listing = find_listing(config, root, split)
-        except MissingSplit as error:
+        except MissingSplit:
             if split == config.split:
-                raise error
+                raise
             print(f"{data.name} {split}: none")
             continue
         line = f"{data.name} {split}: {plural(len(listing.pairs), 'image')}"
@@ -30,11 +30,7 @@ def summarize(config, root, workers, check):
             if check:
                 broken += [f"{file} has no partner" for file in listing.unpaired]
                 print_shares(config, split, counts.clip(0).sum(0))
-            for folder in {file.parent for file in listing.missing if not file.parent.is_dir()}:
-                others = [line for line in broken if f"{folder}/" not in line]
-                if len(others) < len(broken) - 1:
-                    broken = [*others, f"no folder {folder}"]
-            for line in sorted(broken):
+            for line in sorted({*broken}):
                 print(f"  broken: {line}")
             problems.update(broken)
     if problems:

@@ -36,7 +36,7 @@ def write_ids(file, ids):
     """Write a list of ids unless it has some."""
     if not listed_ids(file):
         with atomic_write(file) as temporary:
-            temporary.write_text("".join(f"{i}\n" for i in ids), "utf-8")
+            temporary.write_text("\n".join(ids) + "\n", "utf-8")
 
 
 def voc_trainaug(folder, find_sbd, workers):
@@ -169,8 +169,8 @@ def ade20k_full(folder, workers, train):
 
     def convert(file):
         jpeg = Path(file)
-        split = data.splits["val" if "_val_" in jpeg.stem else "train"]
-        target = folder / data.labels[0].format(split=split, id=jpeg.stem)
+        split = "validation" if "_val_" in jpeg.stem else "training"
+        target = folder / f"annotations_detectron2/{split}/{jpeg.stem}.tif"
         if target.exists():
             return
         segmentation = jpeg.with_name(f"{jpeg.stem}_seg.png")
@@ -185,7 +185,7 @@ def ade20k_full(folder, workers, train):
             h, w = (round(side / min(H, W) * 512) for side in (H, W))
             pixels = resize(to_tensor(pixels), (h, w), antialias=False).permute(1, 2, 0).numpy()
             values = values[np.arange(h)[:, None] * H // h, np.arange(w) * W // w]
-        save(pixels, folder / data.images.format(split=split, id=jpeg.stem), "JPEG")
+        save(pixels, folder / f"images_detectron2/{split}/{jpeg.stem}.jpg", "JPEG")
         save(values, target, "TIFF", compression="tiff_deflate")
 
     jpegs = fnmatch.filter(walk(folder / "images"), "*.jpg" if train else "*_val_*.jpg")

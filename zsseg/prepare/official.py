@@ -1,6 +1,5 @@
 """The official files of a data set: found below the data root, or downloaded and unpacked."""
 
-import contextlib
 import shutil
 from pathlib import Path
 
@@ -24,10 +23,8 @@ def prepare(name, root, workers, train):
         convert.ade20k_full(folder, workers, train)  # skips what it has written before
     both = train or (data.lists and listed_ids(folder / "train.txt"))
     splits = ("val", "train") if both else ("val",)
-    if not (why := lack(name, root, splits)):
+    if not lack(name, root, splits):
         return
-    if not data.archives:
-        raise UserError(f"data set {name}", why, data.register)
 
     # SBD, the last, is asked for when it is needed; Context's annotations, the first, are the lists
     # of all 459 classes.
@@ -78,11 +75,9 @@ def obtain(archive, data, root, folder):
     """Unpack an archive, or copy a single file, from the root or the cache, to which it is
     downloaded if it is in neither.
     """
-    targets = {folder / path: inside for inside, path in archive.take}
-    for target in targets:
-        with contextlib.suppress(OSError):
-            target.rmdir()  # an empty folder is none
-    missing = {target: inside for target, inside in targets.items() if not target.exists()}
+    missing = {
+        folder / path: inside for inside, path in archive.take if not (folder / path).exists()
+    }
     if not missing:
         return
     files = [parent / archive.file for parent in (root, folder, cache_dir() / "downloads")]

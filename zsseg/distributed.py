@@ -119,7 +119,7 @@ def find_device(name):
     here.
     """
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    names = ["auto", "cpu", *(["cuda", *gpus] if gpus else [])]
+    names = ["auto", "cpu", *["cuda"] * bool(gpus), *gpus]
     if str(name) not in names:
         raise UserError(f"device {name}", "is not here", f"give one of {', '.join(names)}")
     return torch.device(("cuda" if gpus else "cpu") if name == "auto" else name)

@@ -49,12 +49,12 @@ def sine_positions(x):
     _, dim, height, width = x.shape
     steps = torch.arange(dim // 2, device=x.device)
     frequency = 10000 ** (4 * (steps // 2) / dim)
-    axes = []
-    for n in (height, width):
-        position = torch.arange(1, n + 1, device=x.device) / (n + 1e-6) * math.tau
-        angle = position[:, None] / frequency
-        axes.append(torch.where(steps % 2 == 0, angle.sin(), angle.cos()))  # [n, hidden_dim/2]
-    return torch.cat([axes[0].repeat_interleave(width, 0), axes[1].repeat(height, 1)], 1)
+
+    def axis(n):  # [n, hidden_dim/2]
+        angle = torch.arange(1, n + 1, device=x.device)[:, None] / (n + 1e-6) * math.tau / frequency
+        return torch.where(steps % 2 == 0, angle.sin(), angle.cos())
+
+    return torch.cat([axis(height).repeat_interleave(width, 0), axis(width).repeat(height, 1)], 1)
 
 
 class DecoderLayer(nn.Module):

@@ -98,8 +98,7 @@ def hungarian(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         for image, count in enumerate(counts.tolist()):
             problem = costs[layer, image, :, :count]
             bad[layer, image] = not problem.isfinite().all()
-            problem = problem.nan_to_num(LIMIT).clamp(-LIMIT, LIMIT)
-            query, target = linear_sum_assignment(problem)
+            query, target = linear_sum_assignment(problem.nan_to_num(LIMIT).clamp(-LIMIT, LIMIT))
             matched[layer, image, target] = torch.from_numpy(query)
     return matched.to(cost.device), bad.to(cost.device)
 

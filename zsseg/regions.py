@@ -20,8 +20,7 @@ def mask_probabilities(logits, size):
     """
     H, W = size
     logits = logits[None].to(torch.promote_types(logits.dtype, torch.float32))
-    logits = F.interpolate(logits, scale_factor=STRIDE, mode="bilinear")
-    return logits[0, :, :H, :W].sigmoid()
+    return F.interpolate(logits, scale_factor=STRIDE, mode="bilinear")[0, :, :H, :W].sigmoid()
 
 
 def box_of(masks):

@@ -288,8 +288,7 @@ class Segmenter(OpenVocabulary):
         if proposals is None and (flip or window or len(inputs) > 1):
             return self.segment_views(inputs, size, flip, window)
         found = self.classify(proposals) if proposals else self.propose(inputs[0])
-        scores = self.ensemble(found)
-        labels, best, _ = self.label_map(scores, found, size)
+        labels, best, _ = self.label_map(self.ensemble(found), found, size)
         others = self.variants(found, weights).items()
         maps = {name: self.label_map(part, found, size)[0] for name, part in others}
         return Segmentation(labels, best, maps)

@@ -203,8 +203,7 @@ def checkpoint_and_config(path, config, settings) -> tuple[dict, Config]:
         return {"config": asdict(config), "model": {}, "trained": []}, config
     content = load_checkpoint(path)
     if "config" not in content and not config:
-        todo = "give its --config"
-        raise UserError(f"checkpoint {path}", "contains no configuration", todo)
+        raise UserError(f"checkpoint {path}", "contains no configuration", "give its --config")
     return content, load_config(config, settings, content.get("config"))
 
 

@@ -117,8 +117,7 @@ def draw(split, index):
     ground = THINGS + rng.choice(len(stuff_share), p=stuff_share)
     while True:
         labels = np.full((SIDE, SIDE), ground, np.uint8)
-        count = rng.integers(2, 4)
-        things = rng.choice(THINGS, count, replace=False, p=things_share)
+        things = rng.choice(THINGS, rng.integers(2, 4), replace=False, p=things_share)
         covers = np.stack([silhouette(NAMES[k], rng) for k in things])  # [N, 2, 96, 96]
         areas = covers[:, 0] > 0.5
         for k, area in zip(things, areas, strict=True):

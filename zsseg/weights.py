@@ -235,43 +235,33 @@ def check_finite(state, what):
         raise UserError(what, f"contains NaN/Inf, in {join_some(broken, 3)}", todo)
 
 
-def load_into(module, state, what, todo, strict=True):
+def load_into(module, state, what, todo, strict=True, dropped=(), is_known=lambda name: True):
     """Load the tensors of a state dict that fit a module by name and shape; returns the names of
-    the others, and prints which of the module's start afresh.
+    the others. Prints how many were used, the names of all that were not, with those `dropped`
+    before, and which of the module's start afresh.
 
-    Raises UserError for NaN/Inf, if nothing fits or, with `strict`, if anything does not fit; the
-    module is then as before.
+    Raises UserError for NaN/Inf, if nothing fits or, with `strict`, if anything does not fit that
+    `is_known` by its name; the module is then as before.
     """
     state = strip_prefix(state, what)
     own = module.state_dict()
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     missing = [k for k in own if k not in fits]
     unused = [k for k in state if k not in fits]
-    if strict and (missing or unused):
+    wrong = missing + [k for k in unused if is_known(k) and k not in own]
+    if strict and wrong:
         shape = lambda tensor: "absent" if tensor is None else [*tensor.shape]
-        problems = [
-            f"{k} is {shape(state.get(k))} instead of {shape(own.get(k))}"
-            for k in dict.fromkeys(missing + unused)
-        ]
-        raise UserError(what, f"does not fit: {join_some(problems, 3)}", todo)
+        sizes = (f"{k} is {shape(state.get(k))} instead of {shape(own.get(k))}" for k in wrong)
+        raise UserError(what, f"does not fit: {join_some([*sizes], 3)}", todo)
     if own and not fits:
         raise UserError(what, "has no weight that fits", todo)
     check_finite(fits, what)
     module.load_state_dict(fits, strict=False)
+    log_loaded(what, len(fits), [*dropped, *unused])
     if missing:
         names = join_some(missing, 5)
         print_main(f"{what}: {len(missing)} of the model's tensors start afresh: {names}")
     return unused
-
-
-def load_known(module, state, is_known, what, todo, dropped=(), strict=True):
-    """`load_into` of the tensors whose names `is_known`; one line says how many were used and names
-    all that were not, with those `dropped` before.
-    """
-    known = {name: tensor for name, tensor in state.items() if is_known(name)}
-    unused = load_into(module, known, what, todo, strict)
-    unused += [name for name in state if name not in known]
-    log_loaded(what, len(state) - len(unused), [*dropped, *unused])
 
 
 def log_loaded(what, count, dropped):
@@ -507,8 +497,9 @@ def load_backbone(backbone, name, weights, clip=None):
         theirs = our_name(f"backbone.{key}", "stem.conv3.weight" in state)
         ours = theirs.removeprefix("maskformer.backbone.")
         renamed[ours if ours in own else key] = tensor
-    todo = f"give weights of {name}"  # what is not known is a classifier, or counters
-    load_known(backbone, renamed, own.__contains__, what, todo, strict=name != "SwinB")
+    # What is not known is a classifier, or counters.
+    strict = name != "SwinB"
+    load_into(backbone, renamed, what, f"give weights of {name}", strict, (), own.__contains__)
 
 
 # --- segmenters
@@ -601,7 +592,7 @@ def load_learned(segmenter, parts, dropped, what, given=frozenset(), strict=True
     state = {f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
     todo = "use the configuration of its training; a learned prompt may come from clip.prompts"
     is_known = lambda name: name.partition(".")[0] in modules
-    load_known(nn.ModuleDict(modules), state, is_known, what, todo, dropped, strict)
+    load_into(nn.ModuleDict(modules), state, what, todo, strict, dropped, is_known)
 
 
 def load_prompts(segmenter, file):

@@ -194,6 +194,14 @@ def find_model(wanted):
     return file, CONFIGS / f"{model['config']}.toml"
 
 
+def find_file(name, table, what):
+    """A file by its path, or by a name in a table of published.toml: downloaded to the cache."""
+    if name not in FILES[table]:
+        return expand_path(name)
+    url, checksum = FILES[table][name]
+    return fetch([url], cache_dir() / Path(url).name, checksum, what)
+
+
 def checkpoint_and_config(path, config, settings) -> tuple[dict, Config]:
     """The content of a checkpoint, and its configuration with that of a file and settings put over
     it. "-": no checkpoint, for a `model.proposer`. Raises UserError.
@@ -384,7 +392,6 @@ def model_parts(content, what, strict=True):
 # --- CLIP
 
 UNTOLD = ("heads", "mean", "std", "scale")  # what no weights tell
-OPENAI = "https://openaipublic.azureedge.net/clip/models"
 
 
 def load_clip(section, root):
@@ -394,13 +401,8 @@ def load_clip(section, root):
     """
     name = section.weights.replace("{root}", str(root))
     what = f"clip.weights {name}"
-    path = expand_path(name)
+    path = find_file(name, "clip", what)
     models = FILES["clip"]
-    if name in models:
-        checksum = models[name]
-        file = re.sub("[/@]", "-", f"{name}.pt")
-        url = f"{OPENAI}/{checksum}/{file}"
-        path = fetch([url], cache_dir() / file, f"sha256:{checksum}", what)
     # No "did you mean": a name with another digit is another model.
     todo = f"give a file, one of OpenAI's {', '.join(models)}, or the --root of the data"
     state = strip_prefix(read_torch(path, what, f"{todo}; or run prepare_data.py shapes"), what)
@@ -484,12 +486,8 @@ def load_backbone(backbone, name, weights, clip=None):
             raise UserError(what, "is for the small CLIP", todo) from None
     else:
         file = f"{name}.pth" if weights == "imagenet" else weights
-        path = expand_path(file)
-        published = FILES["backbone"]
-        if file in published:
-            url, checksum = published[file]
-            path = fetch([url], cache_dir() / file, checksum, what)
-        todo = f"give a file, or one of {', '.join(published)}"
+        path = find_file(file, "backbone", what)
+        todo = f"give a file, or one of {', '.join(FILES['backbone'])}"
         state = strip_prefix(read_torch(path, what, todo), what)
     own = backbone.state_dict()
     renamed = {}

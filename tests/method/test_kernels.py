@@ -150,14 +150,16 @@ def test_assignment_reports_costs_that_are_not_finite():
 # --- mask loss
 
 LOSSES = [(1, 1, 1, 1, 1, 1, 4), (1, 1, 2, 14, 29, 2, 4), (1, 1, 256, 3, 5, 2, 4)]
-LOSSES += [(1, 2, 9, 17, 20, 3, 2), (1, 1, 3, 5, 3, 2, 8), (1, 2, 4, 6, 6, 0, 4)]
+LOSSES += [(1, 2, 9, 17, 20, 3, 2), (1, 2, 3, 5, 3, 2, 8), (1, 2, 4, 6, 6, 0, 4)]
 LOSSES += [(2, 2, 7, 13, 11, 2, 4)]
 
 
 @pytest.mark.parametrize(("L", "B", "Q", "h", "w", "T", "R", "dtype"), in_all_types(LOSSES))
 def test_mask_loss_and_its_gradient(L, B, Q, h, w, T, R, dtype):
+    """One case has gaps in the memory of its masks: the gradient has other strides."""
     torch.manual_seed(0)
-    masks = permuted(rough(L, B, Q, h, w).to(dtype))
+    gaps = R == 8
+    masks = permuted(rough(L + gaps, B, Q, h, w).to(dtype))[gaps:]
     labels = torch.randint(0, T + 1, (B, R * h, R * w)).to(torch.uint8)
     classes = torch.stack([torch.randperm(max(T, 1))[:T] for _ in range(B)])
     matched = torch.rand(L, B, Q).argsort(-1)[..., :T].contiguous()
@@ -167,7 +169,7 @@ def test_mask_loss_and_its_gradient(L, B, Q, h, w, T, R, dtype):
     masks, labels, classes, matched, grads = on_device(masks, labels, classes, matched, grads)
     focal, dice, sums = mask_loss.launch_forward(masks, matched, labels, classes)
     grad = mask_loss.launch_backward(*grads, sums, masks, matched, labels, classes)
-    assert grad.dtype == dtype and grad.stride() == masks.stride()
+    assert grad.dtype == dtype and (grad.stride() == masks.stride()) != gaps
     results = []
     for precision in (torch.float32, torch.float64):
         x = masks.to(precision).clone().requires_grad_()
@@ -176,21 +178,6 @@ def test_mask_loss_and_its_gradient(L, B, Q, h, w, T, R, dtype):
         results.append((*found, of_masks))
     for ours, reference, exact in zip((focal, dice, grad), *results, strict=True):
         no_worse(ours, reference, exact)
-
-
-def test_the_gradient_of_a_part_of_the_layers():
-    """Masks whose memory has gaps: the gradient has other strides."""
-    torch.manual_seed(0)
-    whole = permuted(torch.randn(3, 2, 4, 9, 7))
-    labels, classes = torch.randint(0, 3, (2, 36, 28)), torch.tensor([[0, 1], [2, 0]])
-    matched = torch.tensor([[[2, 0], [1, 3]]])
-    masks, matched, labels, classes = on_device(whole[1:2], matched, labels, classes)
-    ones = torch.ones(1, 2, 2, device=DEVICE)
-    _, _, sums = mask_loss.launch_forward(masks, matched, labels, classes)
-    grad = mask_loss.launch_backward(ones, ones, sums, masks, matched, labels, classes)
-    x = masks.clone().requires_grad_()
-    sum(loss.sum() for loss in focal_and_dice(x, matched, labels, classes)).backward()
-    assert torch.allclose(grad, x.grad, atol=1e-7)
 
 
 def test_mask_loss_takes_label_maps_of_a_multiple_of_the_logits_size():

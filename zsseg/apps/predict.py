@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from zsseg.checkpoint import save
 from zsseg.images import is_image_name, network_inputs, read_image
@@ -29,7 +28,7 @@ from zsseg.visualize import GREY, encode, label_image, overlay, with_legend, wor
 OVERLAY_EDGE = 960  # the longer side of an overlay, whatever the image's
 
 
-def find_images(given, out) -> list[tuple[str, str]]:
+def find_images(given, out):
     """(file, name of its results) of the images that `--images` means, sorted: files, all images
     below folders, for `-` those on the lines of standard input. A name is the path below the folder
     that contains all of them, without its ending if it stays unique.
@@ -67,7 +66,7 @@ def find_images(given, out) -> list[tuple[str, str]]:
     return images
 
 
-def cached_proposals(segmenter, image, path, key) -> Proposals:
+def cached_proposals(segmenter, image, path, key):
     """What `Segmenter.propose` gives for an image [3, h, w]; from a file if an earlier call with
     this key wrote it, else computed and written there. It serves any classes.
     """
@@ -81,7 +80,7 @@ def cached_proposals(segmenter, image, path, key) -> Proposals:
     return proposals
 
 
-def prepare(image, config) -> tuple[list[Tensor], tuple, Image.Image]:
+def prepare(image, config):
     """Of an RGB image: network inputs uint8 [3, h, w], its size (height, width), and a preview for
     the overlay.
     """
@@ -91,7 +90,7 @@ def prepare(image, config) -> tuple[list[Tensor], tuple, Image.Image]:
     return network_inputs(image, config.data, config.eval.sizes), image.size[::-1], preview
 
 
-def read_photo(file, config) -> tuple[str, list[Tensor], tuple, Image.Image] | None:
+def read_photo(file, config):
     """The version of an image file (`digest`), and what `prepare` makes of it as a viewer would
     show it. None, and a line on stderr, if it cannot be read.
     """
@@ -121,7 +120,7 @@ def segment_image(segmenter, config, process, inputs, size, name="this image", p
     return found.labels, found.scores
 
 
-def count_classes(labels, scores, names) -> tuple[np.ndarray, list[dict]]:
+def count_classes(labels, scores, names):
     """Of a label map and its scores [H, W]: ids of `names` uint8 or uint16 [H, W]; the classes that
     it shows, the largest first, each with id, name, pixels, share and mean score.
     """

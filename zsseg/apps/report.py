@@ -32,7 +32,7 @@ class Report:
         self.data = dataset(config.data)
         C = len(self.data.names)
         self.matrix = torch.zeros(C, C, dtype=torch.int64, device=process.device)
-        self.cards: list[tuple[float, int, dict]] = []  # (score, number, what is shown), sorted
+        self.cards = []  # (score, number, what is shown), sorted
 
     def __call__(self, number, name, image, labels, predicted, matrix):
         """See `evaluate`. An image's score is the mean IoU of the classes in its ground truth;
@@ -79,7 +79,7 @@ class Report:
         print(f"-> {out / 'report.html'}")
 
 
-def confusions(matrix) -> list[list[float]]:
+def confusions(matrix):
     """The pixels of [C, C] whose confusion costs most: (class, predicted as, pixels, by how many
     points the class's IoU would rise if they were right).
     """
@@ -91,7 +91,7 @@ def confusions(matrix) -> list[list[float]]:
     return np.stack([i, j, matrix[i, j], gain[i, j]], 1).tolist()
 
 
-def curves(file) -> dict[str, list[tuple[int, float]]]:
+def curves(file):
     """What a run logged, {key: (step, value), the last one first}, about MAX_POINTS of each."""
     lines = read_lines(file)
     series = {key: [(line["step"], line[key]) for line in lines if key in line] for key in CURVES}

@@ -194,12 +194,11 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def open_server(port, config) -> Server:
+def open_server(port, config):
     """A server on 127.0.0.1 that does not answer yet. UserError for a port that cannot be opened,
     and for what has no page.
     """
-    views = config.eval.sizes or config.eval.flip or config.eval.window
-    if views or not config.model.proposals:
+    if config.eval.views or not config.model.proposals:
         why = "needs mask proposals of one view an image (eval.sizes, flip, window)"
         raise UserError("--serve", why, "use --images")
     try:

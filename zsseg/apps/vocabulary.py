@@ -46,7 +46,7 @@ class Words:
         """The names of the ids in a label map."""
         return self.names[: self.shown] + [OTHER] * (self.shown < len(self.names))
 
-    def without(self, off) -> "Words":
+    def without(self, off):
         """The words but for some of the classes that are shown. UserError if none is left."""
         names = [name for name in self.names[: self.shown] if name not in off]
         if not names:
@@ -96,7 +96,7 @@ def seen_classes(data, content, config):
     return Words(data.names).among(trained) if data.name == "folder" else data.seen
 
 
-def read_words(text) -> Words:
+def read_words(text):
     """The words themselves, "cat, sofa = couch, dog; other: sky, wall", or a text file of them, one
     class a line:
 
@@ -116,7 +116,7 @@ def read_words(text) -> Words:
     return parse_words(read_text(file, f"--classes {file}", todo), in_file=True)
 
 
-def parse_words(text, in_file=False) -> Words:
+def parse_words(text, in_file=False):
     """The words in a text as `read_words` describes them; nothing is read. Classes are separated by
     commas, semicolons and line breaks, all but in "quotes"; in several lines, or `in_file`, the
     commas of a line that begins with `name =` separate its synonyms.

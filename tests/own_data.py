@@ -82,10 +82,6 @@ def measure(model: Path, root: Path, *more: object) -> subprocess.CompletedProce
     return conftest.command("eval.py", model, *words(root), "--device", "cpu", *more)
 
 
-def check(root: Path, *more: object) -> subprocess.CompletedProcess:
-    return conftest.command("prepare_data.py", "folder", *words(root), "--check", *more)
-
-
 def described(*settings: str):
     """The [data] of a configuration of two classes."""
     return load_config(None, ["data.name=folder", "data.classes=['cat','dog']", *settings]).data

@@ -6,6 +6,7 @@ tables.
 """
 
 import io
+import itertools
 import json
 import tarfile
 import zipfile
@@ -82,31 +83,49 @@ def voc(root: Path, folder: str = "VOCdevkit/VOC2012", sbd: str = "benchmark_REL
     return expected
 
 
-def coco_stuff(root: Path) -> dict[str, np.ndarray]:
-    gaps, expected = [11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90], {}
-    ids_of = {v: i for i, v in enumerate(v for v in range(182) if v not in gaps)}
+def beside(base: Path, images: str, labels: str, splits: dict, allowed: list, ids: dict):
+    """Images and label maps by patterns; `splits`: {folder: ids}, the last is the test split."""
     rng = np.random.default_rng(2)
-    for split, count in (("train", 3), ("val", 4)):
-        for i in range(count):
-            size, name = SIZES[i % 4], f"{i + 100 * (split == 'val'):012}"
-            image(root / "coco" / f"{split}2017" / f"{name}.jpg", size, i % 4, i)
-            values = values_like(rng, [*range(182), 255], size, i % 3)
-            save_map(values, root / "coco" / "stuffthingmaps" / f"{split}2017" / f"{name}.png")
-            if split == "val":
-                expected[name] = by_value(values, ids_of)
+    for split, stems in splits.items():
+        expected = {}
+        for i, stem in enumerate(stems):
+            file = base / images.format(split=split, id=stem)
+            image(file, SIZES[i % 4], i % 4 if file.suffix == ".jpg" else 0, i)
+            values = values_like(rng, allowed, SIZES[i % 4], i % 3)
+            save_map(values, base / labels.format(split=split, id=stem))
+            expected[file.stem] = by_value(values, ids)
     return expected
 
 
+def coco_stuff(root: Path) -> dict[str, np.ndarray]:
+    gaps = [11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90]
+    ids_of = {v: i for i, v in enumerate(v for v in range(182) if v not in gaps)}
+    splits = {"train2017": [f"{i:012}" for i in range(3)]}
+    splits["val2017"] = [f"{i:012}" for i in range(100, 104)]
+    patterns = ("{split}/{id}.jpg", "stuffthingmaps/{split}/{id}.png")
+    return beside(root / "coco", *patterns, splits, [*range(182), 255], ids_of)
+
+
 def ade20k(root: Path) -> dict[str, np.ndarray]:
-    rng, expected, base = np.random.default_rng(3), {}, root / "ADEChallengeData2016"
-    for split, short in (("training", "train"), ("validation", "val")):
-        for i in range(3):
-            name = f"ADE_{short}_{i + 1:08}"
-            image(base / "images" / split / f"{name}.jpg", SIZES[i], i + 1, i)
-            values = values_like(rng, list(range(150, -1, -1)), SIZES[i], i)
-            save_map(values, base / "annotations" / split / f"{name}.png")
-            if short == "val":
-                expected[name] = by_value(values, {k: k - 1 for k in range(1, 151)})
+    base = root / "ADEChallengeData2016"
+    splits = {"training": [f"ADE_train_{i:08}" for i in (1, 2, 3)]}
+    splits["validation"] = [f"ADE_val_{i:08}" for i in (1, 2, 3)]
+    patterns = ("images/{split}/{id}.jpg", "annotations/{split}/{id}.png")
+    ids_of = {k: k - 1 for k in range(1, 151)}
+    return beside(base, *patterns, splits, list(range(150, -1, -1)), ids_of)
+
+
+def cityscapes(root: Path) -> dict[str, np.ndarray]:
+    """With maps of instances beside those of labels."""
+    used = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+    cities = [f"{city}/{city}_{i:06}_000019" for i, city in enumerate(["aachen", "ulm", "ulm"])]
+    ids_of = {value: k for k, value in enumerate(used)}
+    images = "leftImg8bit/{split}/{id}_leftImg8bit.png"
+    splits = {"train": cities, "val": cities}
+    for kind in ("instanceIds", "labelIds"):
+        patterns = (images, f"gtFine/{{split}}/{{id}}_gtFine_{kind}.png")
+        allowed = list(range(33, -1, -1))
+        expected = beside(root / "cityscapes", *patterns, splits, allowed, ids_of)
     return expected
 
 
@@ -139,13 +158,8 @@ def ade20k_full(root: Path) -> dict[str, np.ndarray]:
 
 def encode_runs(mask: np.ndarray, compressed: bool) -> dict:
     """COCO's run lengths of a mask, one run at a time."""
-    runs, current, count = [], False, 0
-    for value in mask.T.ravel():
-        if value != current:
-            runs.append(count)
-            current, count = value, 0
-        count += 1
-    runs.append(count)
+    groups = [(value, len([*run])) for value, run in itertools.groupby(mask.T.ravel())]
+    runs = [0] * bool(groups[0][0]) + [length for _, length in groups]
     if compressed:
         text = ""
         for i, run in enumerate(runs):
@@ -205,55 +219,30 @@ def pcontext_full(root: Path, folder: str = "pcontext") -> dict[str, np.ndarray]
     return expected
 
 
-def cityscapes(root: Path) -> dict[str, np.ndarray]:
-    used = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
-    rng, expected, base = np.random.default_rng(6), {}, root / "cityscapes"
-    for split in ("train", "val"):
-        for i, city in enumerate(["aachen", "ulm", "ulm"]):
-            stem = f"{city}_{i:06}_000019"
-            image(base / "leftImg8bit" / split / city / f"{stem}_leftImg8bit.png", SIZES[i], 0, i)
-            values = values_like(rng, list(range(33, -1, -1)), SIZES[i], i)
-            for kind in ("labelIds", "instanceIds"):
-                save_map(values, base / "gtFine" / split / city / f"{stem}_gtFine_{kind}.png")
-            if split == "val":
-                ids = by_value(values, {value: k for k, value in enumerate(used)})
-                expected[f"{stem}_leftImg8bit"] = ids
-    return expected
-
-
 BUILDERS = (voc, coco_stuff, ade20k, ade20k_full, pcontext, pcontext_full, cityscapes)
 BUILDERS = {builder.__name__: builder for builder in BUILDERS}
 
 
 def pack(folder: Path, archive: Path, *names: str) -> Path:
     """An archive of what is in `folder` (or of some of it), of the format that its ending says."""
-    archive.parent.mkdir(parents=True, exist_ok=True)
     files = {f.relative_to(folder): f for f in sorted(folder.rglob("*")) if f.is_file()}
-    files = {path: f for path, f in files.items() if not names or path.parts[0] in names}
-    if archive.suffix == ".zip":
-        with zipfile.ZipFile(archive, "w") as content:
-            for path, file in files.items():
-                content.write(file, path.as_posix())
-    else:
-        with tarfile.open(archive, "w:gz" if archive.suffix in (".tgz", ".gz") else "w") as content:
-            for path, file in files.items():
-                content.add(file, path.as_posix())
-    return archive
+    some = (path for path in files if not names or path.parts[0] in names)
+    return write(archive, {path.as_posix(): files[path].read_bytes() for path in some})
 
 
-def hostile(archive: Path, name: str, link: bool = False) -> Path:
-    """An archive with one good file and one that leads outside."""
-    members = {"good/a.txt": b"good", name: b"owned"}
+def write(archive: Path, files: dict[str, bytes], link: str = "") -> Path:
+    """An archive of these files, which need not be harmless; `link`: one that is a link to /etc."""
+    archive.parent.mkdir(parents=True, exist_ok=True)
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive, "w") as content:
-            for path, text in members.items():
-                content.writestr(path, text)
+            for name, text in files.items():
+                content.writestr(name, text)
         return archive
-    with tarfile.open(archive, "w") as content:
-        for path, text in members.items():
-            info = tarfile.TarInfo(path)
+    with tarfile.open(archive, "w:gz" if archive.suffix in (".tgz", ".gz") else "w") as content:
+        for name, text in files.items():
+            info = tarfile.TarInfo(name)
             info.size = len(text)
-            if link and path == name:
+            if name == link:
                 info.size, info.type, info.linkname = 0, tarfile.SYMTYPE, "/etc"
             content.addfile(info, io.BytesIO(text))
     return archive

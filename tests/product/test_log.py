@@ -3,8 +3,9 @@
 import json
 import math
 import sys
-import types
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,40 +20,29 @@ from zsseg.weights import load_checkpoint
 SETTINGS = ("train.steps=4", "train.eval_every=2", "eval.compare=false", "log.wandb=online")
 
 
-class Run(types.SimpleNamespace):
-    """What wandb.init gives, as far as the program uses it."""
-
-    def define_metric(self, name: str, step_metric: str) -> None:
-        self.metrics.append((name, step_metric))
-
-    def log(self, values: dict) -> None:
-        if len(self.rows) >= self.fails_at:
-            raise ConnectionError("the network is gone\nand more")
-        self.rows.append(values)
-
-    def finish(self) -> None:
-        self.finished = True
-
-
 @pytest.fixture
 def wandb(monkeypatch):
-    """A module of that name that records what it is given; `fails_at`: rows until it raises;
+    """A module of that name that records what it is given; `fails_at`: rows until a run raises;
     `refuses`: modes in which init raises.
     """
-    module = types.ModuleType("wandb")
-    module.fails_at = math.inf
-    module.refuses = ()
-    module.runs = []
+    module = SimpleNamespace(runs=[], fails_at=math.inf, refuses=())
 
-    def init(**options) -> Run:
+    def init(**options) -> Mock:
         if options["mode"] in module.refuses:
             raise ConnectionError("no answer")
-        state = {"rows": [], "metrics": [], "finished": False, "fails_at": module.fails_at}
-        module.runs.append(Run(id=options["id"] or "abc", options=options, **state))
-        return module.runs[-1]
+        run = Mock(id=options["id"] or "abc", options=options, rows=[])
+
+        def log(values: dict) -> None:
+            if len(run.rows) >= module.fails_at:
+                raise ConnectionError("the network is gone\nand more")
+            run.rows.append(values)
+
+        run.log = log
+        module.runs.append(run)
+        return run
 
     module.init = init
-    module.api = types.SimpleNamespace(api_key="key")
+    module.api = SimpleNamespace(api_key="key")
     module.Image = lambda pixels, caption, masks: (pixels, caption, masks)
     monkeypatch.setitem(sys.modules, "wandb", module)
     for name in ("MODE", "PROJECT", "DIR", "DISABLED"):
@@ -66,24 +56,24 @@ def lines(out: Path) -> list[dict]:
 
 
 def test_wandb_gets_the_configuration_every_number_and_images(wandb, shapes_root, tmp_path):
-    train.train(tiny_config(*SETTINGS), shapes_root, tmp_path, PROCESS, {})
+    """A resumed run under the same id; metrics.jsonl forgets what is repeated, and a line that a
+    kill cut.
+    """
+    config = tiny_config(*SETTINGS, "train.checkpoint_every=2")
+    train.train(config, shapes_root, tmp_path, PROCESS, {})
     [run] = wandb.runs
     assert run.options["config"]["train"]["steps"] == 4 and run.options["project"] == "zsseg"
-    assert run.finished and run.metrics == [("*", "step")]
+    run.finish.assert_called_once()
+    run.define_metric.assert_called_once_with("*", step_metric="step")
     numbers = [row for row in run.rows if not any("predictions" in key for key in row)]
     assert numbers == [scalars(line) for line in lines(tmp_path)]
-    images = [row for row in run.rows if "val/predictions" in row]
-    pixels, name, masks = images[0]["val/predictions"][0]
-    assert images[0]["step"] == 2 and len(images[0]["val/predictions"]) == 6
+    images = next(row for row in run.rows if "val/predictions" in row)
+    pixels, name, masks = images["val/predictions"][0]
+    assert images["step"] == 2 and len(images["val/predictions"]) == 6
     assert pixels.shape == (64, 64, 3) and pixels.dtype == np.uint8 and name == "val00000"
     truth = masks["ground_truth"]
     assert truth["mask_data"].shape == (64, 64) and truth["class_labels"][255] == "ignored"
 
-
-def test_a_resumed_run_continues_its_wandb_run(wandb, shapes_root, tmp_path):
-    """Under the same id; metrics.jsonl forgets what is repeated, and a line that a kill cut."""
-    config = tiny_config(*SETTINGS, "train.checkpoint_every=2")
-    train.train(config, shapes_root, tmp_path, PROCESS, {})
     saved = load_checkpoint(tmp_path / "previous.pt")
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "lo')
@@ -105,25 +95,20 @@ def test_no_fault_of_wandb_ends_a_run(wandb, fails_at, refuses, shapes_root, tmp
     assert len([line for line in lines(tmp_path) if "loss" in line]) == 4
 
 
-@pytest.mark.parametrize(
-    ("environment", "wanted", "modes"),
-    [
-        ({}, "offline", ["offline"]),
-        ({"MODE": "offline"}, "online", ["offline"]),
-        ({"MODE": "dryrun"}, "online", ["dryrun"]),
-        ({"MODE": "disabled"}, "online", []),
-        ({"DISABLED": "True"}, "online", []),
-        ({"MODE": "disabled"}, "offline", []),
-        ({"MODE": "online"}, "offline", ["offline"]),
-        ({"MODE": "online"}, "disabled", []),
-    ],
-)
-def test_wandb_s_environment_decides(wandb, environment, wanted, modes, tmp_path, monkeypatch):
+ENVIRONMENTS = [("", "offline", "offline"), ("MODE=online", "offline", "offline")]
+ENVIRONMENTS += [(f"MODE={mode}", "online", mode) for mode in ("offline", "dryrun")]
+ENVIRONMENTS += [(case, "online", "") for case in ("MODE=disabled", "DISABLED=True")]
+ENVIRONMENTS += [("MODE=disabled", "offline", ""), ("MODE=online", "disabled", "")]
+
+
+@pytest.mark.parametrize(("variable", "wanted", "mode"), ENVIRONMENTS)
+def test_wandb_s_environment_decides(wandb, variable, wanted, mode, tmp_path, monkeypatch):
     """On the mode where it says less than the configuration; always on project and folder."""
-    for name, value in {"PROJECT": "mine", "DIR": "here", **environment}.items():
-        monkeypatch.setenv(f"WANDB_{name}", value)
+    for pair in filter(None, ("PROJECT=mine", "DIR=here", variable)):
+        monkeypatch.setenv("WANDB_" + pair.split("=")[0], pair.split("=")[1])
     log = Log(tmp_path, PROCESS, tiny_config(f"log.wandb={wanted}"), run_id="old")
-    assert [run.options["mode"] for run in wandb.runs] == modes and log.run_id == "old"
+    assert log.run_id == "old"
+    assert [run.options["mode"] for run in wandb.runs] == [mode] * bool(mode)
     assert not any({"project", "dir"} & run.options.keys() for run in wandb.runs)
 
 

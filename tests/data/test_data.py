@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import pickle
 import time
-from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -190,13 +189,6 @@ def test_test_images_have_names_of_their_own(root):
 
 
 # --- broken files
-
-
-def test_a_broken_training_file_is_replaced_by_the_next(root):
-    samples = TrainImages(load_config(root / "a.toml"), root)
-    good = [samples[n][0] for n in (1, 3)]
-    Path(samples.source(2)).write_bytes(b"junk")
-    assert torch.equal(samples[1][0], good[0]) and torch.equal(samples[2][0], good[1])
 
 
 @pytest.mark.parametrize("workers", [0, 1])

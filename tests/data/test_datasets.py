@@ -23,7 +23,8 @@ from zsseg.utils import UserError
 NAMES = list(trees.BUILDERS)
 
 
-def prepare(name: str, root: Path, *more: str, env: dict = {}):  # noqa: B006
+def prepare(name: str, root: Path, *more: str):
+    env = {"ZSSEG_CACHE": str(root / "cache")}  # which is not there unless something was requested
     return command("prepare_data.py", name, "--root", root, *more, env=env)
 
 
@@ -98,7 +99,7 @@ def test_what_is_given_of_voc_is_taken_as_it_is(given, tmp_path):
         places = {"masks": base / "train.txt", "train_aug": official / "train_aug.txt"}
         shutil.copy(official / "train.txt", places[given])
     before = files(tmp_path)
-    done = prepare("voc", tmp_path, env={"ZSSEG_CACHE": str(tmp_path / "cache")})
+    done = prepare("voc", tmp_path)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "cache").exists() and before.items() <= files(tmp_path).items()
     assert all(p.exists() for pair in find_pairs("voc", tmp_path, "train") for p in pair)
@@ -107,7 +108,7 @@ def test_what_is_given_of_voc_is_taken_as_it_is(given, tmp_path):
 VOC = "VOCdevkit/VOC2012"
 LEFT_OVERS = [  # the folder in which all is, and empty files beside it
     ("voc", VOC, ["VOC2012/JPEGImages/notes.txt", "VOC2012/SegmentationClass/x.png"]),
-    ("voc", VOC, ["VOC2012/val.txt", f"{VOC}/val.txt", f"{VOC}/train.txt"]),
+    ("voc", VOC, ["VOC2012/notes.txt", "VOC2012/val.txt", f"{VOC}/val.txt", f"{VOC}/train.txt"]),
     ("voc", VOC, ["SBD/cls/notes.txt", f"{VOC}/SBD/cls/notes.txt", "sbd/val.txt"]),
     ("pcontext", "VOCdevkit/VOC2010", ["pcontext/JPEGImages/x.jpg", "VOC2010/train.txt"]),
     ("pcontext_full", "VOC2010", ["pcontext/trainval/2008_000003.mat", "VOC2010/val.txt"]),
@@ -120,7 +121,7 @@ def test_a_left_over_is_no_data_set(name, folder, others, tmp_path):
     for file in (tmp_path / other for other in others):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-    done = prepare(name, tmp_path, env={"ZSSEG_CACHE": str(tmp_path / "cache")})
+    done = prepare(name, tmp_path)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "cache").exists() and f"{name} train: none" not in done.stdout
     pairs = find_pairs(name, tmp_path, "val")
@@ -235,8 +236,8 @@ def test_a_broken_source_is_named(name, part, damage, tmp_path):
     trees.BUILDERS[name](tmp_path)
     damage(next(tmp_path.rglob(part)))
     for _ in range(2):  # what is there by now is not taken for the data set
-        fails_in_one_line(prepare(name, tmp_path, env={"ZSSEG_CACHE": str(tmp_path / "c")}), part)
-    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "c").exists()
+        fails_in_one_line(prepare(name, tmp_path), part)
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("part", ["list", "masks", "folders"])
@@ -250,8 +251,7 @@ def test_half_a_tree_is_no_data_set(part, tmp_path, monkeypatch):
         (folder / "val.txt").write_text("2007_000033\n")
     if part == "masks":
         trees.save_map(np.zeros((3, 3)), folder / "SegmentationClassAug" / "2007_000033.png")
-    cache = {"ZSSEG_CACHE": str(tmp_path / "cache")}
-    fails_in_one_line(prepare("voc", tmp_path, env=cache), "voc", "127.0.0.1:9")
+    fails_in_one_line(prepare("voc", tmp_path), "voc", "127.0.0.1:9")
     if part == "list":
         done = prepare("voc", tmp_path, "--check")
         fails_in_one_line(done, "1 problem ")
@@ -264,10 +264,9 @@ def test_a_list_requires_ids(tmp_path, capsys):
     folder = tmp_path / "VOC2012"
     for file in ("JPEGImages/x.jpg", "SegmentationClassAug/x.png"):
         trees.save_map(np.zeros((4, 4)), folder / file)
-    cache = {"ZSSEG_CACHE": str(tmp_path / "cache")}
     for line in ("/JPEGImages/x.jpg /SegmentationClassAug/x.png", "x.jpg", "x -1", "JPEGImages\\x"):
         (folder / "val.txt").write_text(f"{line}\n")
-        fails_in_one_line(prepare("voc", tmp_path, env=cache), "val.txt: ", " is no id", "{id}")
+        fails_in_one_line(prepare("voc", tmp_path), "val.txt: ", " is no id", "{id}")
         assert not (tmp_path / "cache").exists()  # nothing was asked of the network
     (folder / "val.txt").write_bytes(b"\xef\xbb\xbfx\r\n x\r\n./x\na//y\na/y\na/../x\nz\n")
     assert len(Images(tiny_config("data.name=voc").data, tmp_path, "val")) == 3

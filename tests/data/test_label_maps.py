@@ -135,7 +135,6 @@ def test_the_camera_s_turn_is_a_setting(tmp_path):
 
 
 def test_sizes_at_test_time():
-    assert size_at_test(640, 480, 512, 2048) == (683, 512)
-    assert size_at_test(170, 230, 512, 2048) == (512, 693)
-    assert size_at_test(1000, 10, 512, 2048) == (2048, 20)
+    sizes = {(640, 480): (683, 512), (170, 230): (512, 693), (1000, 10): (2048, 20)}
+    assert {size: size_at_test(*size, 512, 2048) for size in sizes} == sizes
     assert size_at_test(10000, 1, 640, 2560) == (2560, 1)

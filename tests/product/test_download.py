@@ -12,7 +12,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -29,7 +29,6 @@ from zsseg.prepare.official import obtain
 from zsseg.utils import UserError
 
 DATA = random.Random(0).randbytes(300_000)
-PAGE = b"\n <!DOCTYPE html><html><title>Quota exceeded</title></html>"
 
 
 class Server(ThreadingHTTPServer):
@@ -127,36 +126,25 @@ def test_mirrors_and_servers_that_refuse(server, tmp_path):
     assert len([a for a in server.asked if a[0] == "/data.bin"]) == 1 + download.TRIES
     with pytest.raises(UserError, match="cannot write"):
         get(server, tmp_path / "data.bin" / "data.bin")
-
-
-def test_a_web_page_is_never_saved_as_a_file(server, tmp_path):
-    """Google Drive sends one when it asks for a login, or its quota is spent."""
-    server.page = PAGE
-    (tmp_path / "data.bin.part").write_bytes(DATA[:1000])
+    # Google Drive sends a page when it asks for a login, or its quota is spent.
+    server.status, server.page = (
+        200,
+        b"\n <!DOCTYPE html><html><title>Quota exceeded</title></html>",
+    )
+    (tmp_path / "third.bin.part").write_bytes(DATA[:1000])
     advice = r"web page.*open that link in a browser, and put the file at"
     with pytest.raises(UserError, match=advice):
-        get(server, tmp_path / "data.bin", "")
+        get(server, tmp_path / "third.bin", "")
     server.page = b""
-    assert get(server, tmp_path / "data.bin") == DATA
-
-
-def in_child(work: Callable[[], bool]) -> int:
-    """A forked process that does some work; its number."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        os._exit(0 if work() else 1)
-    except BaseException:
-        os._exit(2)
+    assert get(server, tmp_path / "third.bin") == DATA
 
 
 def test_processes_that_want_the_same_file_wait_for_one_another(server, tmp_path):
     """Four at once, as torchrun starts them: one download, one complete file."""
     server.cuts = [1000, 70_000]
     path = tmp_path / "cache" / "data.bin"
-    children = [in_child(lambda: get(server, path) == DATA) for _ in range(4)]
-    assert [os.waitpid(child, 0)[1] for child in children] == 4 * [0]
+    with ThreadPoolExecutor() as pool:
+        assert [*pool.map(lambda _: get(server, path), range(4))] == 4 * [DATA]
     assert len(server.asked) == 3 and [*path.parent.iterdir()] == [path]
 
 
@@ -224,6 +212,8 @@ def files_below(root: Path) -> dict[str, bytes]:
 
 def killed(arguments: list[str], number: int) -> int:
     """How a forked prepare_data ends that kills itself at its rename of this number."""
+    if child := os.fork():
+        return os.waitpid(child, 0)[1]
     count = itertools.count(1)
 
     def rename(*paths: object) -> object:
@@ -231,13 +221,12 @@ def killed(arguments: list[str], number: int) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         return os.rename(*paths)
 
-    def work() -> bool:
+    with contextlib.suppress(BaseException):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.replace = Path.rename = Path.replace = rename
         prepare_data.main(arguments)
-        return True
-
-    return os.waitpid(in_child(work), 0)[1]
+        os._exit(0)
+    os._exit(1)
 
 
 @pytest.mark.parametrize("name", PACKED)

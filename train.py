@@ -45,7 +45,6 @@ from zsseg.distributed import init_distributed
 from zsseg.evaluate import evaluate
 from zsseg.log import Log
 from zsseg.losses import loss_normalizers, per_pixel_loss, segmentation_losses
-from zsseg.metrics import report
 from zsseg.prompt_learning import PromptTask
 from zsseg.self_training import pseudo_labels
 from zsseg.utils import claim_folder, git_commit, mix_seed, print_main
@@ -109,23 +108,20 @@ class SegmentTask:
         losses = self.losses(*outputs, targets, normalizers, self.config.train)
         parts = {"loss": sum(values.sum() for values in losses.values())}
         for name, values in losses.items():
-            parts[name] = values[-1]
-            for i, value in enumerate(values[:-1]):
+            *early, parts[name] = values
+            for i, value in enumerate(early):
                 parts[f"{name}/layer_{i}"] = value
         return parts
 
     def evaluate(self, split, out, on_image):
         where = (self.root, self.process, split, out)
-        result = evaluate(self.segmenter, self.config, *where, on_image=on_image)
-        if out and self.process.is_main:
-            report(result, self.config, out)
-        return result
+        return evaluate(self.segmenter, self.config, *where, on_image=on_image)
 
     def score(self, result):
         """What best.pt is chosen by: hIoU or, if that is equal or was not measured, mIoU."""
         return [-math.inf if result.get(k) is None else result[k] for k in ("hIoU", "mIoU")]
 
-    def state(self, result=None):
+    def state(self, result):
         return self.segmenter.learned_state()
 
 
@@ -190,7 +186,7 @@ def train_step(task, model, optimizer, batches, clip_grad):
 
     finite = total["loss"].isfinite() & norm.isfinite()
     bad = task.process.sum(1 - finite.float()).clamp(max=1)
-    if all(group.get("fused") for group in optimizer.param_groups):
+    if optimizer.defaults.get("fused"):
         optimizer.found_inf = bad  # PyTorch's own: where this is 1, a fused step changes nothing
         optimizer.step()
     elif not bad:
@@ -205,10 +201,10 @@ class BadSteps:
     nothing, and names their images; UserError after too many in a row.
     """
 
-    def __init__(self, samples, log, config, count):
+    def __init__(self, samples, log, count):
         self.samples = samples
         self.log = log
-        self.train = config.train
+        self.train = log.config.train
         self.count = count
         self.in_a_row = 0
         self.flags = []  # (step, whether it was bad), not waited for
@@ -217,9 +213,10 @@ class BadSteps:
         """Whether the last step was bad; the host waits for the device."""
         size = self.train.batch_size * self.train.accumulate
         for step, bad in self.flags:
-            self.in_a_row = self.in_a_row + 1 if bad else 0
             if not bad:
+                self.in_a_row = 0
                 continue
+            self.in_a_row += 1
             self.count += 1
             names = [self.samples.source(n) for n in range(step * size, (step + 1) * size)]
             text = f"step {step + 1} was skipped, NaN/Inf in its loss or gradient"
@@ -254,7 +251,10 @@ def train(config, root, out, process, saved):
     start = saved.get("step", 0)
     best = saved.get("best", UNMEASURED)
     size = settings.batch_size
-    share = size // process.world_size
+    share, left = divmod(size, process.world_size)
+    if left:
+        why = f"{size} cannot be shared by {process.world_size} processes"
+        raise UserError("train.batch_size", why, "change it")
     count = settings.accumulate  # batches of a step
     every = settings.eval_every or steps
     find_pairs(config.data, root, config.data.split)  # a missing one is noticed now
@@ -263,8 +263,8 @@ def train(config, root, out, process, saved):
 
     # model and optimizer; compiled before DDP wraps it, in place: names in the state dict stay
     torch.manual_seed(mix_seed(settings.seed, 0))
-    tasks = {"segment": SegmentTask, "prompts": PromptTask}
-    task = tasks[settings.task](config, root, out, process, saved.get("model"))
+    kind = SegmentTask if settings.task == "segment" else PromptTask
+    task = kind(config, root, out, process, saved.get("model"))
     optimizer = build_optimizer(task.model, config)
     if saved:
         what = f"checkpoint {out / 'last.pt'}"
@@ -278,15 +278,15 @@ def train(config, root, out, process, saved):
         model = DistributedDataParallel(model)
 
     # data: the order of samples over all processes does not depend on their number
-    firsts = (n * size + process.rank * share for n in range(start * count, steps * count))
-    numbers = (n for first in firsts for n in range(first, first + share))
+    numbers = range(start * count * size, steps * count * size)
+    numbers = (n for n in numbers if n // share % process.world_size == process.rank)
     loader = batches(task.samples, numbers, share, config.data.workers, task.collate)
 
     log = Log(out, process, config, start, saved.get("wandb", ""))
-    bad_steps = BadSteps(task.samples, log, config, saved.get("skipped", 0))
-    hidden = None if process.is_main else True  # None: shown on a terminal
+    bad_steps = BadSteps(task.samples, log, saved.get("skipped", 0))
     chunked = zip(*[log.timed(loader)] * count, strict=True)
-    bar = tqdm(chunked, settings.task, steps, initial=start, disable=hidden)
+    # None: shown on a terminal
+    bar = tqdm(chunked, settings.task, steps, initial=start, disable=not process.is_main or None)
 
     def save(name, step, result=None):
         """All that a run needs to go on: random numbers follow from (seed, step, rank), samples
@@ -309,21 +309,18 @@ def train(config, root, out, process, saved):
         return result
 
     def is_due(step):
+        """Whether an evaluation follows a step."""
         return step % every == 0 and 0 < step < steps
 
-    def validate(step):
-        """The evaluation that is due after a step; a run that goes on from there repeats it."""
-        nonlocal best
-        if is_due(step):
-            result = measure(validation, step)
-            if (score := task.score(result)) > best:
-                best = score
-                save("best.pt", step, result)
-
-    validate(start)
     due = False  # a checkpoint
     with checkpoint.graceful_stop(process) as asked_to_stop:
         for step, chunks in enumerate(bar, start):
+            if is_due(step):  # a run that goes on from here repeats it
+                result = measure(validation, step)
+                if (score := task.score(result)) > best:
+                    best = score
+                    save("best.pt", step, result)
+
             torch.manual_seed(mix_seed(settings.seed, 4, step, process.rank))  # dropout
             factor = lr_factor(step, config)
             for group in optimizer.param_groups:
@@ -346,7 +343,6 @@ def train(config, root, out, process, saved):
             if stopping:
                 print_main(f"stopped as asked, after step {done} of {steps}; --resume goes on")
                 return log.finish()
-            validate(done)
 
     result = measure(config.data.split, steps, out)
     if settings.task == "prompts":
@@ -365,10 +361,6 @@ def main(argv):
     if saved:
         step = f"step {saved['step']} of {config.train.steps}"
         print_main(f"resuming {out} at {step}: weights and options are those in it, and --set")
-    size = config.train.batch_size
-    if size % process.world_size:
-        why = f"{size} cannot be shared by {process.world_size} processes"
-        raise UserError("train.batch_size", why, "change it")
     train(config, args.root, out, process, saved)
 
 

@@ -63,15 +63,14 @@ def count_oracles(segmenter, image, labels, data, autocast):
     true_scores = torch.zeros_like(scores)
     true_scores[query, classes[target]] = 1
 
-    on_targets = {"valid": classes >= 0}
-    if proposals.clip_probs is not None:
-        on_targets["clip_probs"] = clip_probs
-    if proposals.class_probs is not None:
+    clip = None if proposals.clip_probs is None else clip_probs
+    head = proposals.class_probs
+    if head is not None:
         # A ground-truth mask without a proposal: only CLIP decides.
         head = scores.new_ones(len(classes), C)
         head[target] = proposals.class_probs[query]
-        on_targets["class_probs"] = head
-    predicted = segmenter.ensemble(replace(proposals, **on_targets)).argmax(1)
+    on_targets = replace(proposals, valid=classes >= 0, clip_probs=clip, class_probs=head)
+    predicted = segmenter.ensemble(on_targets).argmax(1)
 
     # A class without a pixel at network-input size becomes another class.
     wrong = (torch.arange(max(data.ignore, C) + 1, device=image.device) + 1) % C
@@ -92,21 +91,20 @@ def oracle_analysis(segmenter, config, root, process, split, seen):
 
     `seen`: ids of the classes that count as seen in the ensemble.
     """
-    views = config.eval.sizes or config.eval.flip or config.eval.window
-    if views or not config.model.proposals or segmenter.clip is None:
+    if config.eval.views or not config.model.proposals or segmenter.clip is None:
         why = "measures the proposals of one view of an image, and CLIP"
         raise UserError("--budget", why, "leave out eval.sizes, eval.flip and eval.window")
     data = dataset(config.data)
     C = len(data.names)
     segmenter.eval().set_classes(data.names, seen)
     autocast = process.autocast(config.model.bf16)
-    matrices = torch.zeros(len(ROWS) + 1, C, C, dtype=torch.int64, device=process.device)
+    matrices = 0  # int64 [5, C, C]
     overlaps = []  # IoU of each ground-truth mask with its best proposal
     for _, _, [image], labels in own_images(config, root, process, split, "analyse"):
         counts, iou = count_oracles(segmenter, image, labels, data, autocast)
-        matrices += counts
+        matrices = matrices + counts.cpu()
         overlaps += iou.tolist()
-    *matrices, by_clip = process.sum(matrices)
+    *matrices, by_clip = sum(process.gather([matrices]))
     overlaps = torch.tensor(process.gather(overlaps))
 
     share = lambda values: 100 * float(values.double().mean()) if len(values) else None

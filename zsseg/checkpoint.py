@@ -29,7 +29,7 @@ def load_last(out, resume, process):
     a new run. previous.pt takes the place of a last.pt that is broken or gone. Raises UserError.
     """
     files = [file for file in (out / "last.pt", out / "previous.pt") if file.exists()]
-    restarted = process.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0)
+    restarted = process.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
     if resume and not files:
         raise UserError(f"output {out}", "has no run", "leave --resume out to start one")
     if files and not (resume or restarted):
@@ -84,8 +84,11 @@ def graceful_stop(process) -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         received.add(number)
 
-    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, receive) for number in heard}
+    before = {
+        number: signal.signal(number, receive)
+        for number in SIGNALS
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield lambda: process.any(bool(received))
     finally:

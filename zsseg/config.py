@@ -291,7 +291,6 @@ def check_combinations(config):
     parts = clip.ensemble and model.proposals and not config.eval.views
     shared = model.hidden_dim % 32 or model.hidden_dim % model.num_heads
     largest = max(data.short_edges, default=0)
-    unique = len({*train.seeds}) == len(train.seeds)
     rules = {  # option: (whether it is right, what to do)
         "data.short_edges": (0 < largest <= data.max_size, "give some, none above data.max_size"),
         "data.train_on": (data.train_on == "all" or text, 'a linear head needs "all"'),
@@ -305,7 +304,7 @@ def check_combinations(config):
         "clip.std": (len(clip.std) == 3 and all(clip.std), "give three above 0"),
         "eval.weights": (not config.eval.weights or parts, "it needs an ensemble and one view"),
         "train.seeds": (
-            unique and not (segments and train.seeds),
+            len({*train.seeds}) == len(train.seeds) and not (segments and train.seeds),
             "give each once, to task prompts",
         ),
         "train.init": (not train.init or segments, "only task segment starts from one"),

@@ -1,34 +1,36 @@
 """Evaluation: the metrics of a split, its images shared among the processes."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from zsseg.data import TestImages, batches
 from zsseg.datasets import dataset
-from zsseg.metrics import confusion, summarize
+from zsseg.metrics import confusion, report, summarize
 from zsseg.utils import UserError, atomic_write, plural, progress
 from zsseg.visualize import comparison, palette, samples, save_label_map
 
 SAMPLES = 8  # images in samples.png
-# Called for every image: (index in the split, name, uint8 [3, h, w] at network-input size, class
-# ids int64 [H, W] true (with `ignore`) and predicted, pixel counts [C, C]).
-OnImage = Callable[[int, str, Tensor, Tensor, Tensor, Tensor], None]
 
 
 def own_images(
     config, root, process, split, title
 ) -> Iterator[tuple[int, str, list[Tensor], Tensor]]:
-    """This process's part of a split, on its device, with progress: (index, name, network inputs,
-    labels int64 [H, W]).
-    """
+    """This process's share of the images of a split that are measured, see `own_share`."""
     images = TestImages(config.data, root, split, config.eval.sizes)
-    count = min(len(images), config.eval.max_images or len(images))
-    numbers = range(process.rank, count, process.world_size)
+    numbers = range(len(images))[: config.eval.max_images or None]
+    return own_share(images, numbers, config, process, f"{title} {split}")
+
+
+def own_share(images, numbers, config, process, title):
+    """This process's share of the `TestImages` with these numbers, on its device, with progress:
+    (number, name, network inputs, labels int64 [H, W]).
+    """
+    numbers = numbers[process.rank :: process.world_size]
     items = batches(images, numbers, None, config.data.workers)
-    items = progress(items, f"{title} {split}", len(numbers), process.is_main)
+    items = progress(items, title, len(numbers), process.is_main)
     for number, (inputs, labels, name) in zip(numbers, items, strict=True):
         inputs = [image.to(process.device) for image in inputs]
         yield number, name, inputs, labels.to(process.device).long()
@@ -46,11 +48,13 @@ def evaluate(
     on_image=None,
     seen=None,
 ):
-    """Metrics of a split; with `out`, some images in samples.png there (rank 0). `segmenter`: a
-    `Segmenter` or a `OneStage`.
+    """Metrics of a split; with `out`, also on the screen and in metrics.json there, and some images
+    in samples.png (rank 0). `segmenter`: a `Segmenter` or a `OneStage`.
 
     `seen`: ids of the classes that count as seen in the ensemble; None: those that the set is
-    trained on. `on_image`: see `OnImage`. UserError if the model gives no numbers.
+    trained on. `on_image`: called for every image with its index in the split, its name, uint8
+    [3, h, w] at network-input size, class ids int64 [H, W] true (with `ignore`) and predicted,
+    pixel counts [C, C]. UserError if the model gives no numbers.
     """
     data = dataset(config.data)
     options = config.eval
@@ -58,9 +62,9 @@ def evaluate(
     segmenter.eval().set_classes(data.names, data.trained if seen is None else seen)
     weights = options.weights if options.compare or options.weights else None
 
-    totals: dict[str, Tensor] = {}  # int64: confusion matrices [C, C] and other counts
+    totals = {}  # int64: confusion matrices [C, C] and other counts
     comparisons = []
-    shown = torch.zeros(C, device=process.device)  # pixels of each class in them
+    shown = 0  # pixels of each class in them [C, C], true and predicted
     started = time.perf_counter()
     images = own_images(config, root, process, split, "evaluate")
     for number, name, inputs, labels in images:
@@ -69,35 +73,35 @@ def evaluate(
             found = segmenter.segment(inputs, size, options.flip, options.window, weights)
         maps = {"ensemble": found.labels} | found.variants
         counts = {k: confusion(labels, v, C, data.ignore) for k, v in maps.items()}
+        matrix = counts["ensemble"]
         if on_image:
-            on_image(number, name, inputs[0], labels, found.labels, counts["ensemble"])
+            on_image(number, name, inputs[0], labels, found.labels, matrix)
         counts["ignored"] = (labels == data.ignore).sum()  # pixels
         counts["broken"] = (~found.finite).sum()  # images
-        counts["images"] = torch.ones_like(counts["broken"])
+        counts["images"] = torch.tensor(1)
         totals = {k: totals.get(k, 0) + v for k, v in counts.items()}
         if save_predictions:
             save_label_map(found.labels, out / "predictions" / f"{name}.png", C)
         if out and process.is_main and len(comparisons) < SAMPLES:
             comparisons.append(comparison(inputs[0], labels, found.labels, C))
-            shown += counts["ensemble"].sum(0) + counts["ensemble"].sum(1)
+            shown = shown + matrix + matrix.T
 
-    seconds = torch.tensor(time.perf_counter() - started, device=process.device)
+    seconds = sum(process.gather([time.perf_counter() - started]))
     result = summarize_totals(totals, data, process)
-    rate = result["images"] * process.world_size / float(process.sum(seconds))
+    result["images_per_second"] = result["images"] * process.world_size / seconds
     if out and process.is_main:
         names = [name + " *" * (name in data.unseen) for name in data.names]
-        legend = [(palette(C)[i], name) for i, name in enumerate(names) if shown[i]]
+        legend = [(palette(C)[i], name) for i, name in enumerate(names) if shown[i].any()]
         with atomic_write(out / "samples.png") as file:
             samples(comparisons, legend).save(file, "PNG")
-    return result | {"images_per_second": rate}
+        report(result, config, out)
+    return result
 
 
 def summarize_totals(totals, data, process):
     """The metrics from what all processes have counted. The first one counts all that others do."""
-    shapes = process.broadcast(lambda: {name: count.shape for name, count in totals.items()})
-    for name, shape in shapes.items():
-        nothing = torch.zeros(shape, dtype=torch.int64, device=process.device)
-        totals[name] = process.sum(totals.get(name, nothing))
+    parts = process.gather([{name: count.cpu() for name, count in totals.items()}])
+    totals = {name: sum(part[name] for part in parts if part) for name in parts[0]}
     ignored, broken, images = (int(totals.pop(name)) for name in ("ignored", "broken", "images"))
     if broken:
         why = f"gives scores that are not finite in {plural(broken, 'image')}"

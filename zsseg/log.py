@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from zsseg.datasets import dataset
-from zsseg.utils import LINE_EVERY, UserError, atomic_write, format_time
+from zsseg.utils import LINE_EVERY, UserError, atomic_write, format_time, print_main
 
 MAX_IMAGES = 8  # of an evaluation that wandb gets
 # Seconds that wandb may take to begin and to upload the rest; the environment may say otherwise.
@@ -29,7 +29,7 @@ class Log:
         self.process = process
         self.config = config
         self.file = folder / "metrics.jsonl" if process.is_main else None
-        self.images = []  # (name, RGB uint8 [h, w, 3], true and predicted ids uint8 [h, w])
+        self.images = []  # of an evaluation, as wandb's
         self.run = None
         self.run_id = run_id
         self.done = step
@@ -43,10 +43,11 @@ class Log:
             self.run = start_wandb(config, folder, run_id, mode)
             self.run_id = self.run.id
         # A resumed run repeats the steps after its checkpoint, and the evaluation due then.
-        lines = read_lines(self.file) if step else []
-        with atomic_write(self.file) as file:
-            before = (json.dumps(line) + "\n" for line in lines if is_before(line, step))
-            file.write_text("".join(before))
+        with atomic_write(self.file) as temporary, open(temporary, "w") as file:
+            for line in read_lines(self.file) if step else ():
+                is_step = "loss" in line or "skipped" in line
+                if line["step"] < step + is_step:
+                    file.write(json.dumps(line) + "\n")
 
     def timed(self, batches):
         """The batches; the time that each takes to come counts as waiting."""
@@ -71,11 +72,11 @@ class Log:
         means = self.process.sum(means) / self.process.world_size
         values = dict(zip(values, means.tolist(), strict=True))
         now = time.perf_counter()
-        pace = (now - self.since) / (done - self.done)
+        seconds = now - self.since
+        pace = seconds / (done - self.done)
         speed = train.batch_size * train.accumulate / pace
-        wait = 100 * self.waited / (now - self.since)
-        values |= {"grad_norm": float(norm), "lr": lr}
-        values |= {"speed/images_per_second": speed, "speed/data_wait": wait}
+        values |= {"grad_norm": float(norm), "lr": lr, "speed/images_per_second": speed}
+        values["speed/data_wait"] = 100 * self.waited / seconds
         if self.process.device.type == "cuda":
             values["speed/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.since = now
@@ -84,23 +85,25 @@ class Log:
         self.write(done, **values)
         text = f"loss {values['loss']:.3f}, {speed:.1f} images/s"
         due = now - self.printed > LINE_EVERY or done == train.steps
-        if self.file and due and not sys.stderr.isatty():
+        if due and not sys.stderr.isatty():
             self.printed = now
             left = format_time(pace * (train.steps - done))
-            print(f"{train.task} step {done}/{train.steps} {text}, {left} left", flush=True)
+            print_main(f"{train.task} step {done}/{train.steps} {text}, {left} left")
         return text
 
     def write(self, step, **values):
         """Log values, nested ones too; nothing with NaN/Inf, which JSON does not know."""
-        if self.file is None or not all(map(math.isfinite, scalars(values).values())):
+        line = {"step": step, **values}
+        numbers = scalars(line)
+        if self.file is None or not all(map(math.isfinite, numbers.values())):
             return
         try:
-            with open(self.file, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+            with open(self.file, "a") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
         except OSError as error:
             why = f"cannot be written ({error.strerror})"
             raise UserError(f"file {self.file}", why, "check the disk; --resume") from None
-        self.send(lambda: self.run.log(scalars({"step": step, **values})))
+        self.send(lambda: self.run.log(numbers))
 
     def send(self, action):
         """wandb's errors end wandb, not the run."""
@@ -108,35 +111,29 @@ class Log:
             if self.run:
                 action()
         except Exception as error:
-            print(f"wandb: {first_line(error)}; going on without it", flush=True)
+            print_main(f"wandb: {first_line(error)}; going on without it")
             self.run = None
 
     def evaluation(self, step, split, result):
         """Log the result of an evaluation; wandb gets its first images, too."""
         self.write(step, **{f"{split}/{key}": value for key, value in result.items()})
-        self.send(lambda: self.run.log({"step": step, f"{split}/predictions": self.with_masks()}))
+        self.send(lambda: self.run.log({"step": step, f"{split}/predictions": self.images}))
         self.images = []
 
-    def with_masks(self):
-        """The images as wandb's, whose masks know the classes 0 to 254; 255 is all else."""
-        import wandb
-
-        labels = dict(enumerate(dataset(self.config.data).names[:255])) | {255: "ignored"}
-        images = []
-        for name, pixels, *maps in self.images:
-            masks = {
-                title: {"mask_data": mask, "class_labels": labels}
-                for title, mask in zip(("ground_truth", "prediction"), maps, strict=True)
-            }
-            images.append(wandb.Image(pixels, caption=name, masks=masks))
-        return images
-
     def on_image(self, number, name, image, labels, predicted, matrix):
-        """Collect the first images of an evaluation for wandb, at network-input size."""
+        """Collect the first images of an evaluation for wandb, at network-input size; its masks
+        know the classes 0 to 254, 255 is all else.
+        """
         if self.run and len(self.images) < MAX_IMAGES:
+            import wandb
+
+            classes = dict(enumerate(dataset(self.config.data).names[:255])) | {255: "ignored"}
             maps = torch.stack([labels, predicted])[None].clamp(max=255).float()
             maps = F.interpolate(maps, image.shape[1:], mode="nearest")[0].byte().cpu().numpy()
-            self.images.append((name, image.permute(1, 2, 0).cpu().numpy(), *maps))
+            pairs = zip(("ground_truth", "prediction"), maps, strict=True)
+            masks = {kind: {"mask_data": ids, "class_labels": classes} for kind, ids in pairs}
+            pixels = image.permute(1, 2, 0).cpu().numpy()
+            self.send(lambda: self.images.append(wandb.Image(pixels, caption=name, masks=masks)))
 
     def finish(self):
         """Give wandb its time to upload the rest; what is left stays in its folder."""
@@ -154,13 +151,6 @@ def read_lines(file):
     return lines
 
 
-def is_before(line, step):
-    """Whether a run that goes on from `step` does not repeat what a line of metrics.jsonl is
-    about.
-    """
-    return line["step"] < step or (line["step"] == step and ("loss" in line or "skipped" in line))
-
-
 def scalars(values, prefix=""):
     """The numbers among nested values as {"test/head_only/hIoU": 12.0}, without the tables of every
     class.
@@ -175,7 +165,7 @@ def scalars(values, prefix=""):
 
 
 def first_line(error):
-    return str(error or type(error).__name__).partition("\n")[0]
+    return (str(error) or type(error).__name__).partition("\n")[0]
 
 
 def wandb_mode(wanted):
@@ -191,8 +181,7 @@ def start_wandb(config, folder, run_id, mode):
     """wandb's run: a new one or, by its id, the one that is resumed; offline without a login or a
     network. wandb's environment decides on the project, the folder and how to resume.
     """
-    for name, value in WANDB.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(WANDB | os.environ)
     disable = "set log.wandb=disabled"
     try:
         import wandb  # takes seconds, and most runs do without
@@ -202,14 +191,14 @@ def start_wandb(config, folder, run_id, mode):
     options = {k: v for k, v in options.items() if f"WANDB_{k.upper()}" not in os.environ}
     options |= {"config": asdict(config), "id": run_id or None}
     if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-        print("wandb: no login (wandb login), logging offline", flush=True)
+        print_main("wandb: no login (wandb login), logging offline")
         mode = "offline"
     try:
         run = wandb.init(mode=mode, **options)
     except Exception as error:  # no network, no answer, an unknown login, ...
         if mode != "online":
             raise UserError("log.wandb", first_line(error), f"try again, or {disable}") from None
-        print(f"wandb: {first_line(error)}; logging offline (later: wandb sync)", flush=True)
-        run = wandb.init(mode="offline", **options)
+        print_main(f"wandb: {first_line(error)}; logging offline (later: wandb sync)")
+        return start_wandb(config, folder, run_id, "offline")
     run.define_metric("*", step_metric="step")
     return run

@@ -104,6 +104,6 @@ def per_pixel_loss(logits, labels, count):
     """Cross-entropy of logits [B, C, H, W] and labels [B, H, W], the sum over the pixels with a
     class, whose labels are below C, divided by `count`.
     """
-    labels = labels.long()
-    labels = labels.where(labels < logits.shape[1], -1)
-    return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum") / count
+    C = logits.shape[1]
+    labels = labels.long().clamp(max=C)
+    return F.cross_entropy(logits, labels, ignore_index=C, reduction="sum") / count

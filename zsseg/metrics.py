@@ -69,12 +69,11 @@ def summarize(matrix, data):
     accuracy = 100 * hits / np.maximum(gt, 1)
     seen = np.isin(np.arange(len(gt)), data.seen)
     counts = SimpleNamespace(gt=gt, iou=iou, accuracy=accuracy, present=union > 0, seen=seen)
-    names = [name for name in METRICS if data.seen or name not in SPLIT]
-    result = {name: METRICS[name](counts) for name in names}
-    values = [np.where(gt > 0, of_class, None) for of_class in (iou, accuracy)]
+    result = {k: f(counts) for k, f in METRICS.items() if data.seen or k not in SPLIT}
+    pairs = np.where(gt > 0, [iou, accuracy], None).T
     result["per_class"] = {
         name: {"IoU": iou, "Acc": accuracy}
-        for name, iou, accuracy in zip(data.names, *values, strict=True)
+        for name, (iou, accuracy) in zip(data.names, pairs, strict=True)
     }
     return result
 

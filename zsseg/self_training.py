@@ -8,10 +8,11 @@ from itertools import chain
 import numpy as np
 import torch
 
-from zsseg.data import TestImages, batches
+from zsseg.data import TestImages
 from zsseg.datasets import dataset
+from zsseg.evaluate import own_share
 from zsseg.images import read_values
-from zsseg.utils import UserError, digest, print_main, progress, write_json
+from zsseg.utils import UserError, digest, print_main, write_json
 from zsseg.visualize import save_label_map
 from zsseg.weights import checkpoint_and_config, find_model, load_segmenter
 
@@ -47,39 +48,35 @@ def pseudo_labels(config, root, folder, process):
     content, settings = checkpoint_and_config(*find_model(train.teacher), [])
     teacher = load_segmenter(content, settings, root, train.teacher).to(process.device).eval()
     teacher.set_classes(data.names, data.seen)
-    missing = process.broadcast(lambda: missing_maps(config, images, folder))
+    files = [folder / f"{name}.png" for name in images.names]
+    missing = process.broadcast(lambda: missing_maps(config, images, files))
     unseen = torch.tensor([name in data.unseen for name in data.names], device=process.device)
     count = torch.zeros(1, device=process.device)  # of pixels filled in
-    numbers = missing[process.rank :: process.world_size]
-    samples = batches(images, numbers, None, config.data.workers)
-    samples = progress(samples, "pseudo labels", len(numbers), process.is_main)
-    for [image], labels, name in samples:
-        image = image.to(process.device)
-        labels = labels.to(process.device)
-        size = tuple(labels.shape)
+    for number, _, [image], labels in own_share(images, missing, config, process, "pseudo labels"):
         with process.autocast(settings.model.bf16):
-            scores = teacher.score_map(image, size)
+            scores = teacher.score_map(image, tuple(labels.shape))
         filled = fill_ignored(labels, scores, unseen, train.min_probability, data.ignore)
         count += (filled != labels).sum()
-        save_label_map(filled, folder / f"{name}.png", len(data.names))
+        save_label_map(filled, files[number], len(data.names))
     process.sum(count)  # waits for all processes
     print_main(f"pseudo labels: {int(count)} pixels filled in")
-    maps = (folder / f"{name}.png" for name in images.names)
     ids = unseen.nonzero().cpu()
-    if not count and not any(np.isin(read_values(file, 16), ids).any() for file in maps):
+    if not any(np.isin(read_values(file, 16), ids).any() for file in files):
         todo = "delete the folder; lower train.min_probability, or take another teacher"
         raise UserError(f"pseudo labels {folder}", "have no pixel of an unseen class", todo)
 
 
-def missing_maps(config, images, folder):
-    """The numbers of the images without a label map; UserError if those in the folder were made
-    from something else.
+def missing_maps(config, images, files):
+    """The numbers of the images whose label map, of `files`, is not there; UserError if others in
+    its folder were made from something else.
     """
     data = config.data
+    folder = files[0].parent
     settings = [dataset(data), data.test_short_edge, data.max_size, data.exif_turn]
+    settings += [config.train.min_probability]
     made = {
         "by another teacher": digest([], [config.train.teacher]),
-        "with other settings": digest([*settings, config.train.min_probability]),
+        "with other settings": digest(settings),
         "from other images": digest([], chain(*images.pairs)),
     }
     mark = folder / "made.json"
@@ -89,4 +86,4 @@ def missing_maps(config, images, folder):
         todo = "delete the folder, or give another --out"
         raise UserError(f"pseudo labels {folder}", f"were made {', '.join(other)}", todo)
     write_json(mark, made)
-    return [i for i, name in enumerate(images.names) if not (folder / f"{name}.png").exists()]
+    return [i for i, file in enumerate(files) if not file.exists()]

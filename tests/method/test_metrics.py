@@ -80,11 +80,8 @@ def test_the_table_and_the_file(tmp_path, capsys):
     report(result, tiny_config(), tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-5].split() == ["seen", "unseen", "hIoU", "mIoU", "pAcc"]
-    assert [line.split("  ")[0] for line in lines[-4:-1]] == [
-        "head only",
-        "weight_0.3",
-        "as configured",
-    ]
+    titles = ["head only", "weight_0.3", "as configured"]
+    assert [line.split("  ")[0] for line in lines[-4:-1]] == titles
     assert "not measured, without a pixel of ground truth: b" in lines
     assert "12.3% of the pixels have no class and do not count" in lines
     assert json.loads((tmp_path / "metrics.json").read_text()) == result

@@ -99,28 +99,18 @@ def test_training_compares_interpolated_features(small_clip):
 
 @pytest.mark.parametrize("size", [(16, 200), (64, 64)])
 def test_images_of_any_size(small_clip, size):
+    """And several views of one; CLIP alone names all of it."""
     model = build(small_clip, "clip.ensemble_weight=0.5")
-    found = model.segment([torch.randint(0, 256, (3, *size), dtype=torch.uint8)], (30, 20))
-    assert found.labels.shape == found.scores.shape == (30, 20) and found.finite
-
-
-def test_weight_0_is_clip_only_and_one_label(small_clip):
-    model = build(small_clip, "clip.ensemble_weight=0")
-    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
-    scores = model.score_map(image, (8, 8))
-    assert torch.allclose(scores, scores[:, :1, :1].expand_as(scores))
-    assert torch.allclose(scores.sum(0), torch.ones(8, 8))
-
-
-def test_test_time_augmentation_is_a_mean_over_sizes(small_clip):
-    model = build(small_clip)
-    images = [torch.randint(0, 256, (3, s, s), dtype=torch.uint8) for s in (48, 64)]
-    maps = []
-    for image in images:
-        maps.append(model.score_map(image, (40, 40)))
-        maps.append(model.score_map(image.flip(-1), (40, 40)).flip(-1))
-    best = torch.stack(maps).mean(0).amax(0)
-    assert torch.allclose(model.segment(images, (40, 40), flip=True).scores, best, atol=1e-5)
+    images = [torch.randint(0, 256, (3, *s), dtype=torch.uint8) for s in (size, (48, 48))]
+    maps = [model.score_map(image, (30, 20)) for image in images]
+    maps += [model.score_map(image.flip(-1), (30, 20)).flip(-1) for image in images]
+    found = model.segment(images, (30, 20), flip=True)
+    assert found.labels.shape == (30, 20) and found.finite
+    assert torch.allclose(found.scores, torch.stack(maps).mean(0).amax(0), atol=1e-5)
+    model.config.ensemble_weight = 0
+    scores = model.score_map(images[0], (30, 20))
+    assert torch.allclose(scores, scores[:, :1, :1])
+    assert torch.allclose(scores.sum(0), torch.ones(30, 20))
 
 
 def test_it_trains_and_evaluates(shapes_root, tmp_path):

@@ -29,12 +29,6 @@ def test_overrides_come_last_and_need_no_quotes(tmp_path):
     assert load_config(None, "train.steps=9").train.steps == 9
 
 
-def test_a_checkpoint_s_configuration_round_trips():
-    config = load_config(None, ["clip.prompt=['x {}']", "train.lr=0.5"])
-    assert asdict(load_config(base=asdict(config))) == asdict(config)
-    assert load_config(None, ["train.lr=2"], asdict(config)).train.lr == 2
-
-
 @pytest.mark.parametrize(
     ("word", "parts"),
     [
@@ -44,7 +38,6 @@ def test_a_checkpoint_s_configuration_round_trips():
         ("train.steps=many", ["train.steps", "'many', not int above 0"]),
         ("train.steps=1.5", ["train.steps", "int"]),
         ("train.lr=fast", ["train.lr", "not float above 0"]),
-        ("train.seeds=[-1]", ["train.seeds", "0 or more"]),
         ("eval.compare=1", ["eval.compare", "not bool"]),
         ("data.short_edges=[1, 'a']", ["data.short_edges", "not list[int above 0]"]),
         ("steps=3", ["section.key=value"]),
@@ -55,7 +48,6 @@ def test_a_checkpoint_s_configuration_round_trips():
         ("model.num_heads=3", ["model.hidden_dim", "multiple"]),
         ("clip.prompt=[]", ["clip.prompt", "template"]),
         ("log.wandb=maybe", ["log.wandb", "offline"]),
-        ("train.lr=1" + "0" * 400, ["train.lr", "not float above 0"]),
         ("data.short_edges=[]", ["data.short_edges", "give some"]),
         ("data.short_edges=[64, 5000]", ["data.short_edges", "none above data.max_size"]),
         ("train.seeds=[1, 2, 1];train.task=prompts", ["train.seeds", "each once"]),

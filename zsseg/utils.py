@@ -51,14 +51,9 @@ def no_such_file(what, path, todo="check the path"):
     return UserError(what, "no such file", did_you_mean(str(path), beside, todo))
 
 
-def is_first():
-    """Whether this is the first of torchrun's processes, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def print_main(text):
     """Print on the first process only."""
-    if is_first():
+    if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
 
@@ -158,7 +153,7 @@ def command(main):
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if not is_first():
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(EXIT_DELAY)  # all processes tend to meet the same error: one line is enough
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -338,6 +333,6 @@ def parallel(function, items, workers, name):
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         try:
-            yield from progress(results(), name, len(items), is_first())
+            yield from progress(results(), name, len(items), os.environ.get("RANK", "0") == "0")
         finally:
             pool.shutdown(cancel_futures=True)

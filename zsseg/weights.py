@@ -462,7 +462,8 @@ def clip_digest(clip):
 
 def check_clip(content, clip, what):
     """A class head for one CLIP gives labels with another, too: say so."""
-    if content.get("clip", "") not in ("", clip_digest(clip)):
+    made_for = content.get("clip")
+    if made_for and made_for != clip_digest(clip):
         warn(f"{what} was made for another CLIP than clip.weights")
 
 
@@ -516,7 +517,7 @@ def build_segmenter(config, root, saved=None):
     clip = load_clip(config.clip, root) if model.class_head == "text" else None
     segmenter = assemble(config, clip)
     if saved is not None:
-        load_learned(segmenter, saved, [], "last.pt")
+        load_learned(segmenter, {}, saved, [], "last.pt")
         return segmenter
     if model.weights:
         load_backbone(segmenter.maskformer.backbone, model.backbone, model.weights, clip)
@@ -525,8 +526,7 @@ def build_segmenter(config, root, saved=None):
         what = f"train.init {config.train.init}"
         content = load_checkpoint(find_model(config.train.init)[0], "train.init")
         parts, dropped = model_parts(content, what, strict=False)
-        load_learned(segmenter, parts, dropped, what, given, strict=False)
-        check_clip(content, clip, what)
+        load_learned(segmenter, content, parts, dropped, what, given, strict=False)
     elif segmenter.learned_modules().keys() - {"maskformer", *given}:
         raise UserError("clip.prompt", "is learned, but not here", "set clip.prompts")
     return segmenter
@@ -545,8 +545,7 @@ def load_segmenter(content, config, root, name):
     recorded = content.get("config", {}).get("clip", {}) if parts else {}
     if config.clip.prompts != recorded.get("prompts", ""):  # else the checkpoint contains them
         given = load_prompts(segmenter, config.clip.prompts)
-    load_learned(segmenter, parts, dropped, what, given)
-    check_clip(content, clip, what)
+    load_learned(segmenter, content, parts, dropped, what, given)
     return segmenter
 
 
@@ -581,16 +580,17 @@ def find_proposer(name):
         raise UserError(f"model.proposer {name}", f"cannot be imported ({error})", todo) from None
 
 
-def load_learned(segmenter, parts, dropped, what, given=frozenset(), strict=True):
-    """Load `model_parts` into what the segmenter learns, but for the parts in `given`, which come
-    from elsewhere, and say how much was used and what was dropped. Not `strict`: only what fits.
-    Raises UserError.
+def load_learned(segmenter, content, parts, dropped, what, given=frozenset(), strict=True):
+    """Load the `model_parts` of a checkpoint's content into what the segmenter learns, but for the
+    parts in `given`, which come from elsewhere, and say how much was used, what was dropped, and
+    whether it was made for another CLIP. Not `strict`: only what fits. Raises UserError.
     """
     modules = {k: module for k, module in segmenter.learned_modules().items() if k not in given}
     state = {f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
     todo = "use the configuration of its training; a learned prompt may come from clip.prompts"
     is_known = lambda name: name.partition(".")[0] in modules
     load_into(nn.ModuleDict(modules), state, what, todo, strict, dropped, is_known)
+    check_clip(content, segmenter.clip, what)
 
 
 def load_prompts(segmenter, file):
@@ -605,6 +605,5 @@ def load_prompts(segmenter, file):
     wanted = segmenter.learned_modules().keys() - {"maskformer"}
     prompt = parts.pop("prompt", None) or parts.pop("region_prompt", {})
     parts |= dict.fromkeys(wanted, prompt)
-    load_learned(segmenter, parts, dropped, what, {"maskformer"})
-    check_clip(content, segmenter.clip, what)
+    load_learned(segmenter, content, parts, dropped, what, {"maskformer"})
     return wanted

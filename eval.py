@@ -143,8 +143,7 @@ def use_words(args, content, config, process, load):
         server = open_server(args.serve, config)
         return server.run(Session(load(0), config, process, trained, words))
 
-    views = config.eval.sizes or config.eval.flip or config.eval.window
-    if args.features and (views or not config.model.proposals):
+    if args.features and (config.eval.views or not config.model.proposals):
         why = "caches mask proposals, of one view an image (eval.sizes, flip, window)"
         raise UserError("--features", why, "leave it out")
     images = process.broadcast(lambda: find_images(args.images, args.out))
@@ -169,7 +168,6 @@ def measure(args, content, config, process, load):
     from zsseg.apps.report import Report
     from zsseg.datasets import dataset, find_pairs
     from zsseg.evaluate import evaluate
-    from zsseg.metrics import report
 
     split = config.data.split
     pairs = find_pairs(config.data, args.root, split)  # before anything is downloaded
@@ -182,7 +180,6 @@ def measure(args, content, config, process, load):
     page = Report(config, process) if args.report else None
     result = evaluate(*measured, args.out, args.save_predictions, page, seen)
     if process.is_main:
-        report(result, config, args.out)
         print(published_row(config), end="")
     if page:
         page.write(result, args.checkpoint, content.get("step"), args.out)

@@ -42,7 +42,7 @@ def save_pair(root: Path, split: str, name: str, labels: np.ndarray, **options: 
     colours = (labels[..., None] % 3 * np.array([80, 40, 90]) + 30).astype(np.uint8)
     for kind, array, more in (("images", colours, options), ("masks", labels, {})):
         file = root / "a" / kind / split / f"{name}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
+        touch(file.parent, file.name)
         Image.fromarray(array).save(file, **more)
 
 
@@ -61,6 +61,12 @@ def write(folder: Path) -> None:
             save_pair(folder, split, str(i), blocks())
     torch.save(conftest.tiny_clip_state(), folder / "clip.pt")
     (folder / "a.toml").write_text(CONFIG)
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
 
 
 @pytest.fixture

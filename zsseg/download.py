@@ -91,8 +91,8 @@ def append(url, part, what):
                 raise UserError(what, f"{url} gives a web page, not the file", todo)
             if answer.status != 206:  # the whole file
                 file.truncate(0)
-            options = {"desc": what, "total": answer.length, "disable": None}  # on a terminal
-            with tqdm.wrapattr(answer, "read", **options) as content:
+            # A bar on a terminal.
+            with tqdm.wrapattr(answer, "read", answer.length, desc=what, disable=None) as content:
                 shutil.copyfileobj(content, file)
             if answer.length:
                 raise ConnectionError("the transfer was cut")

@@ -87,14 +87,13 @@ def test_a_sample_is_a_function_of_its_number(shapes_root):
     once an epoch.
     """
     samples = TrainImages(tiny_config(), shapes_root)
-    first = [samples[n] for n in (0, 25, 7)]
+    first = {n: samples[n] for n in (0, 25, 7)}
     torch.manual_seed(123)
     state = torch.get_rng_state()
     again = pickle.loads(pickle.dumps(TrainImages(tiny_config(), shapes_root)))
-    again = [again[n] for n in (7, 0, 25)]
+    for n in (7, 0, 25):
+        assert all(torch.equal(x, y) for x, y in zip(first[n], again[n], strict=True))
     assert torch.equal(torch.get_rng_state(), state)
-    for a, b in zip(first, (again[1], again[2], again[0]), strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     loaded = list(batches(samples, [0, 25, 7, 8, 9], 2, 2, collate))
     assert [len(images) for images, _ in loaded] == [2, 2, 1]
     for (image, targets), n in zip(loaded, (0, 7, 9), strict=True):
@@ -154,10 +153,11 @@ def test_jitter_is_ssd_s():
     left to hide them.
     """
     rng = np.random.default_rng(0)
-    image = lambda colour: Image.new("RGB", (1, 1), colour)
-    draw = lambda *colour: np.array(
-        [data_module.ssd_jitter(image(colour), rng) for _ in range(300)]
-    )[:, 0, 0]
+
+    def draw(*colour: int) -> np.ndarray:
+        image = Image.new("RGB", (1, 1), colour)
+        return np.array([data_module.ssd_jitter(image, rng) for _ in range(300)])[:, 0, 0]
+
     means = draw(100, 100, 100).mean(1)
     # (100 - 32) / 2 and (100 + 32) * 1.5.
     assert 34 - 1 <= means.min() < 45 and 170 < means.max() <= 198 + 1
@@ -169,9 +169,6 @@ def test_jitter_is_ssd_s():
     hues = np.array([colorsys.rgb_to_hsv(*p)[0] for p in draw(130, 50, 50) / 255])  # not clipped
     turned = 360 * np.abs((hues + 0.5) % 1 - 0.5)
     assert 15 < turned.max() < 20  # degrees
-
-
-# --- test images
 
 
 def test_test_images_have_names_of_their_own(root):
@@ -186,9 +183,6 @@ def test_test_images_have_names_of_their_own(root):
     assert Images(config, root, "val").names == ["0", "1", "one/7", "two/7"]
     lut = np.full(65536, 255, np.uint8)
     assert (Images(config, root, "val", lut=lut)[0][1] == 255).all()
-
-
-# --- broken files
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, command, tiny_clip_state
-from own_data import described
+from own_data import described, touch
 from PIL import Image
 
 from zsseg.config import load_config
@@ -47,29 +47,22 @@ def test_the_walk_through(tmp_path):
         said = command("prepare_data.py", "folder", *words).stdout
         assert "folder train: 5 images" in said and "folder val: 3 images" in said
         assert ("of 1500 pixels of the 1 unseen class (zebra), 0 survive" in said) == survive
-    out = ["--out", tmp_path / "run", "--device", "cpu"]
-    out += [word for setting in SMALL for word in ("--set", setting)]
-    trained = command("train.py", *config, *root, *out)
-    assert trained.returncode == 0, trained.stderr
-    words = [tmp_path / "run" / "last.pt", *root, "--device", "cpu", "--save-predictions"]
-    done = command("eval.py", *words)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "run" / "eval" / "metrics.json").read_text())
+    run = tmp_path / "run"
+    words = [word for setting in SMALL for word in ("--set", setting)]
+    words = [*config, *words, "--out", run]
+    for command_line in (["train.py", *words], ["eval.py", run / "last.pt", "--save-predictions"]):
+        done = command(*command_line, *root, "--device", "cpu")
+        assert done.returncode == 0, done.stderr
+    result = json.loads((run / "eval" / "metrics.json").read_text())
     assert list(result["per_class"]) == ["cat", "dog", "grass", "zebra"]
     assert {"mIoU_seen", "mIoU_unseen"} <= result.keys()
-    maps = [*(tmp_path / "run" / "eval" / "predictions").iterdir()]
+    maps = [*(run / "eval" / "predictions").iterdir()]
     assert len(maps) == 3 and all(np.array(Image.open(f)).max() < 4 for f in maps)
     config = load_config(tmp_path / "my.toml", SMALL)
     samples = TrainImages(config, tmp_path)
     assert {int(c) for n in range(20) for c in samples[n][2]} == {0, 1, 2}  # cat, dog, grass
     labels = Images(config.data, tmp_path, "val")[0][1]
     assert labels.unique().tolist() == [1, 2, 3, 255] and (labels[:2] == 255).all()
-
-
-def touch(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
 
 
 def listing(images: str, labels: str, root: Path, *settings: str, split: str = "val"):

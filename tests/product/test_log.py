@@ -113,14 +113,18 @@ def test_wandb_s_environment_decides(wandb, variable, wanted, mode, tmp_path, mo
 
 
 def test_a_run_that_cannot_go_on_loses_no_line(wandb, tmp_path):
-    """Those of the steps after its checkpoint, which it would repeat."""
+    """Those of the steps after its checkpoint, which it would repeat. NaN/Inf are no JSON; null
+    stands for what was not measured.
+    """
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n')
     wandb.refuses = ("offline",)
     with pytest.raises(UserError, match=r"log\.wandb: no answer; try again"):
         Log(tmp_path, PROCESS, tiny_config("log.wandb=offline"), 1)
     assert len(lines(tmp_path)) == 2
-    Log(tmp_path, PROCESS, tiny_config(), 1)
-    assert len(lines(tmp_path)) == 1
+    log = Log(tmp_path, PROCESS, tiny_config(), 1)
+    log.write(1, loss=math.nan)
+    log.write(2, loss=1.0, hIoU=None)
+    assert lines(tmp_path) == [{"step": 1, "loss": 2}, {"step": 2, "loss": 1.0, "hIoU": None}]
 
 
 def test_time_left_is_that_of_the_last_steps(tmp_path, monkeypatch, capsys):
@@ -132,14 +136,6 @@ def test_time_left_is_that_of_the_last_steps(tmp_path, monkeypatch, capsys):
         log.step(done, {"loss": torch.tensor(1.0)}, torch.tensor(1.0), 0.1)
     wanted = "segment step 40/100 loss 1.000, 2.7 images/s, 0:03:00 left"
     assert capsys.readouterr().out.splitlines()[-1] == wanted
-
-
-def test_numbers_that_are_none_are_not_logged(tmp_path):
-    """NaN/Inf are no JSON; null stands for what was not measured."""
-    log = Log(tmp_path, PROCESS, tiny_config())
-    log.write(1, loss=math.nan)
-    log.write(2, loss=1.0, hIoU=None)
-    assert lines(tmp_path) == [{"step": 2, "loss": 1.0, "hIoU": None}]
 
 
 @pytest.mark.slow

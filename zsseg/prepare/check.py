@@ -22,8 +22,8 @@ def summarize(config, root, workers, check):
         line = f"{data.name} {split}: {plural(len(listing.pairs), 'image')}"
         if split in data.counts:
             line += f" (published: {data.counts[split]})"
-        if alone := len(listing.unpaired):
-            line += f", {plural(alone, 'file')} without a partner left out"
+        if listing.unpaired:
+            line += f", {plural(len(listing.unpaired), 'file')} without a partner left out"
         print(line, flush=True)
         if check or split == "train":  # training needs it
             counts, broken = count_labels(config, root, split, workers, check)

@@ -356,7 +356,7 @@ def build_clip(state, tokenizer, activation="quickgelu", heads=0, **statistics):
     return clip.eval().requires_grad_(False)
 
 
-def build_visual(state, embed_dim, activation, num_heads) -> nn.Module:
+def build_visual(state, embed_dim, activation, num_heads):
     """An image tower for the weights of a CLIP; arguments as of `build_clip`."""
     prefix = "visual." if "visual.proj" in state else "visual.attnpool."
     count, width = state[f"{prefix}positional_embedding"].shape

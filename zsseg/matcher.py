@@ -27,11 +27,11 @@ class Targets(NamedTuple):
     classes: Tensor  # [B, T] int64, padded with 0
     counts: Tensor  # [B] int64
 
-    def to(self, device) -> "Targets":
+    def to(self, device):
         """A copy on `device`; the host does not wait for it."""
         return Targets(*(t.to(device, non_blocking=True) for t in self))
 
-    def padded(self) -> "Targets":
+    def padded(self):
         """T raised to 15, 31, 63 or more: a compiled program serves one T, and the matching kernel
         a power of two less one.
         """

@@ -158,7 +158,7 @@ class LearnedPrompt(nn.Module):
         return F.normalize(clip.encode_embedded(self.embed(clip, tokens), ends), dim=-1)
 
 
-def build_prompt(spec, width, prefix=16) -> nn.Module:
+def build_prompt(spec, width, prefix=16):
     """The prompt that `clip.prompt` names; `width` is the text tower's, `prefix` the number of
     learned tokens. Raises UserError for an unknown name.
     """

@@ -108,7 +108,7 @@ class OpenVocabulary(nn.Module):
         features = [F.normalize(sum(known[w] for w in row), dim=0) for row in words]
         return torch.stack(features).to(self.clip.mean.device)
 
-    def segment_views(self, inputs, size, flip, window) -> Segmentation:
+    def segment_views(self, inputs, size, flip, window):
         """Test-time augmentation: the mean of the score maps of one image over its `inputs`
         [3, H, W] of several sizes, each the mean over its windows of side `window` (0: none) and,
         with `flip`, their mirror images.
@@ -168,7 +168,7 @@ class Segmenter(OpenVocabulary):
     """
 
     @torch.inference_mode()
-    def propose(self, image) -> Proposals:
+    def propose(self, image):
         """One pass of the networks; image: RGB uint8 or float in 0..255 [3, H, W] at network-input
         size.
         """
@@ -185,7 +185,7 @@ class Segmenter(OpenVocabulary):
         return self.classify(proposals)
 
     @torch.inference_mode()
-    def classify(self, proposals) -> Proposals:
+    def classify(self, proposals):
         """The same masks with the probabilities of the present classes: one product with the text
         features each.
         """
@@ -275,9 +275,7 @@ class Segmenter(OpenVocabulary):
         found = self.propose(image)
         return self.label_map(self.ensemble(found), found, size, True)[2]
 
-    def segment(
-        self, inputs, size, flip=False, window=0, weights=None, proposals=None
-    ) -> Segmentation:
+    def segment(self, inputs, size, flip=False, window=0, weights=None, proposals=None):
         """The label map, at the original `size`, of one image [3, H, W] in 0..255, and with
         `weights` those of all `variants`. `proposals`: of its only input, from an earlier
         `propose`; they are classified anew, without augmentation.

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -204,7 +203,7 @@ def split_lines(text):
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
 
 
-def walk(folder, skip="") -> Iterator[str]:
+def walk(folder, skip=""):
     """The files below a folder, sorted; hidden ones are ignored, every folder is entered once,
     whatever links to it. `skip`: the real path of a folder to leave out.
     """
@@ -225,7 +224,7 @@ def walk(folder, skip="") -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def atomic_write(path, previous=None) -> Iterator[Path]:
+def atomic_write(path, previous=None):
     """Yield a temporary path beside `path`, which takes its place when the block ends without an
     error and the content is on the disk. `previous`: the new name of the old file. The temporary
     name is always the same, so that the next try replaces what a kill has left. Raises UserError.

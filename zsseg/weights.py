@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from zsseg.clip import CONSTANTS, build_clip
-from zsseg.config import CONFIGS, ClipConfig, Config, load_config
+from zsseg.config import CONFIGS, ClipConfig, load_config
 from zsseg.datasets import dataset
 from zsseg.download import fetch
 from zsseg.maskformer import MaskFormer
@@ -202,7 +202,7 @@ def find_file(name, table, what):
     return fetch([url], cache_dir() / Path(url).name, checksum, what)
 
 
-def checkpoint_and_config(path, config, settings) -> tuple[dict, Config]:
+def checkpoint_and_config(path, config, settings):
     """The content of a checkpoint, and its configuration with that of a file and settings put over
     it. "-": no checkpoint, for a `model.proposer`. Raises UserError.
     """
@@ -549,7 +549,7 @@ def load_segmenter(content, config, root, name):
     return segmenter
 
 
-def assemble(config, clip) -> Segmenter | OneStage:
+def assemble(config, clip):
     """A segmenter with fresh weights and this CLIP (None: the fully supervised MaskFormer)."""
     model = config.model
     section = config.clip

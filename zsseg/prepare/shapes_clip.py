@@ -3,13 +3,12 @@ and captions of all classes on separate images. Two minutes; killed, it begins a
 """
 
 import json
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from zsseg.clip import CLIP, ConvStem, VisionTransformer
 from zsseg.datasets import find_pairs
@@ -77,7 +76,7 @@ def read_regions(folder):
     return regions
 
 
-def draw_samples(clip, regions, numbers) -> Iterator[tuple[Tensor, str]]:
+def draw_samples(clip, regions, numbers):
     """For every number one region of every class, so that no two of them match each other's
     caption: crop fp32 [1, 3, R, R], caption.
 

@@ -19,7 +19,6 @@ from scipy.io import savemat
 from zsseg.datasets import DATASETS
 
 SIZES = [(37, 53), (64, 48), (1, 1), (50, 33)]  # (height, width)
-IGNORE = 255
 
 
 def image(file: Path, size: tuple[int, int], variant: int, seed: int) -> None:
@@ -53,7 +52,7 @@ def save_map(values: np.ndarray, file: Path, palette: bool = False) -> None:
     image.save(file)
 
 
-def by_value(values: np.ndarray, ids: dict[int, int], ignore: int = IGNORE) -> np.ndarray:
+def by_value(values: np.ndarray, ids: dict[int, int], ignore: int = 255) -> np.ndarray:
     return np.vectorize(lambda value: ids.get(int(value), ignore))(values)
 
 

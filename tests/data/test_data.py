@@ -26,8 +26,6 @@ from zsseg.images import read_image, read_labels
 from zsseg.images import test_size as size_at_test
 from zsseg.utils import SIGNALS, UserError, warn
 
-# --- no pixel of an unseen class
-
 
 @pytest.mark.parametrize("name", ["shapes", "voc", "coco_stuff"])
 def test_no_pixel_and_no_name_of_an_unseen_class_reaches_the_segmenter(name, request, tmp_path):
@@ -149,9 +147,7 @@ def test_the_crop_is_resized_as_a_part_of_the_whole():
 
 
 def test_jitter_is_ssd_s():
-    """A grey image has neither saturation nor hue; a pure red one has no contrast or brightness
-    left to hide them.
-    """
+    """A grey image has neither saturation nor hue."""
     rng = np.random.default_rng(0)
 
     def draw(*colour: int) -> np.ndarray:

@@ -130,12 +130,11 @@ def test_half_of_an_archive_is_no_data_set(tmp_path, monkeypatch):
     row = DATASETS["coco_stuff"]
     rows = [dataclasses.replace(a, urls=[], checksum="") for a in row.archives]
     monkeypatch.setitem(DATASETS, "coco_stuff", dataclasses.replace(row, archives=rows))
-    images = tmp_path / "coco/val2017"
     trees.pack(tmp_path / "coco", tmp_path / "val2017.zip", "val2017")
-    shutil.rmtree(images)
+    shutil.rmtree(tmp_path / "coco/val2017")
     assert prepare("coco_stuff", tmp_path).returncode == 0
     for i in (100, 101, 103):
-        (images / f"{i:012}.jpg").unlink()
+        (tmp_path / f"coco/val2017/{i:012}.jpg").unlink()
     fails_in_one_line(prepare("coco_stuff", tmp_path), "not complete", f"{100:012}.png has no part")
 
 

@@ -1,6 +1,4 @@
-"""A data set of one's own: the README's walk-through with images made on the spot, layouts,
-mistakes.
-"""
+"""A data set of one's own: the README's walk-through, layouts, mistakes."""
 
 import json
 import re

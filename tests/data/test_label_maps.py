@@ -1,6 +1,4 @@
-"""Label maps are numbers, whatever a decoder of images makes of them; photographs are read one way
-only.
-"""
+"""Label maps are numbers, whatever a decoder makes of them; photographs are read one way only."""
 
 import contextlib
 import io
@@ -34,8 +32,7 @@ def grey_png(file: Path, values: np.ndarray, bits: int) -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
 def test_pngs_of_any_depth_hold_their_samples(bits, tmp_path):
-    values = VALUES.astype(np.int64) % 2**bits + {1: 0, 2: 0, 4: 12, 8: 250, 16: 700}[bits]
-    values %= 2**bits
+    values = (VALUES.astype(np.int64) + {1: 0, 2: 0, 4: 12, 8: 250, 16: 700}[bits]) % 2**bits
     grey_png(tmp_path / "x.png", values, bits)
     read = read_values(tmp_path / "x.png", 16, (5, 2))
     assert np.array_equal(read, values) and read.dtype == (np.uint16 if bits == 16 else np.uint8)

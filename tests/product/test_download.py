@@ -1,6 +1,4 @@
-"""Downloads from a server on this machine that cuts, lies and stops; archives that are broken or
-hostile; kills.
-"""
+"""Downloads from a server that cuts, lies and stops; broken and hostile archives; kills."""
 
 import contextlib
 import dataclasses
@@ -178,8 +176,6 @@ def test_nothing_is_unpacked_outside(tmp_path, ending, name):
     assert not any(file.is_symlink() for file in tmp_path.rglob("*"))
     assert (tmp_path / "in/out/good/a.txt").exists() != is_refused
 
-
-# --- complete data sets
 
 PACKED = {  # the archives of data sets and which folders of a tree they hold
     "voc": {"VOCtrainval_11-May-2012.tar": "VOCdevkit", "benchmark.tgz": "benchmark_RELEASE"},

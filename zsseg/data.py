@@ -18,7 +18,6 @@ from itertools import compress
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
@@ -62,7 +61,7 @@ class TestImages(Dataset):
     def __len__(self):
         return len(self.pairs)
 
-    def __getitem__(self, i) -> tuple[list[Tensor], Tensor, str]:
+    def __getitem__(self, i):
         image_file, label_file = self.pairs[i]
         image = read_image(image_file, turn=self.config.exif_turn)
         labels = torch.from_numpy(read_labels(label_file, self.lut, image.size))
@@ -105,7 +104,7 @@ def augment(image, labels, data_config, ignore, rng):
     return torch.from_numpy(pixels), torch.from_numpy(mask)
 
 
-def ssd_jitter(image, rng) -> Image.Image:
+def ssd_jitter(image, rng):
     """SSD's colour jitter: brightness, contrast, saturation and hue, each with p = 0.5; contrast
     comes before or after saturation and hue with equal probability.
     """
@@ -189,7 +188,7 @@ class TrainImages(EndlessSamples):
             files = [pseudo / f"{name}.png" for name in images.names]
             self.items = [(pair[0], file) for pair, file in zip(images.pairs, files, strict=True)]
 
-    def load(self, n) -> tuple[Tensor, Tensor, Tensor]:
+    def load(self, n):
         image_file, label_file = self.item(n)
         image = read_image(image_file, turn=self.config.exif_turn)
         labels = read_labels(label_file, self.lut, image.size)
@@ -199,7 +198,7 @@ class TrainImages(EndlessSamples):
         return pixels, mask, classes[classes != self.data.ignore]
 
 
-def collate(samples) -> tuple[Tensor, Targets]:
+def collate(samples):
     """Images uint8 [B, 3, S, S] and their targets, padded to the largest number of classes T."""
     images, labels, classes = zip(*samples, strict=True)
     counts = torch.tensor([len(c) for c in classes])
@@ -210,7 +209,7 @@ def collate(samples) -> tuple[Tensor, Targets]:
 # --- label counts
 
 
-def count_labels(data_config, root, split, workers=4, check=False) -> tuple[np.ndarray, list[str]]:
+def count_labels(data_config, root, split, workers=4, check=False):
     """Pixels of each class and, last, of no class in every label map of a split, int64 [n, C + 1],
     -1 for a map that cannot be read; and the errors of those.
 
@@ -251,7 +250,7 @@ def count_labels(data_config, root, split, workers=4, check=False) -> tuple[np.n
     return counts, errors
 
 
-def training_counts(config, root) -> np.ndarray:
+def training_counts(config, root):
     """`count_labels` of the training split; says what is left out and which classes have no pixel.
     Raises UserError if all have none.
     """

@@ -92,7 +92,7 @@ class DataSet:
         table[[self.values[i] for i in ids]] = np.arange(len(ids))
         return table
 
-    def read_list(self, folder, split) -> list[Pair]:
+    def read_list(self, folder, split):
         """The files of the ids in <split>.txt, if it exists: each once, which is said, however
         often and in whatever spelling it is listed. Raises UserError for a list that contains
         something else.
@@ -112,7 +112,7 @@ class DataSet:
             pairs.append((image, next(filter(Path.exists, labels), labels[0])))
         return pairs
 
-    def match(self, folder, split, pattern) -> dict[str, Path]:
+    def match(self, folder, split, pattern):
         """{id: file} of those that match a pattern. Raises UserError for two files of an id."""
         before, after = pattern.replace("{split}", self.splits[split]).split("{id}")
         base = f"{folder / before}/"
@@ -149,7 +149,7 @@ def listed_ids(file):
     return read_ids(file) if file.exists() else []
 
 
-def read_table(file) -> dict[str, DataSet]:
+def read_table(file):
     rows = tomllib.loads(file.read_text("utf-8"))
     for row in rows.values():
         row.setdefault("values", list(range(len(row["names"]))))
@@ -160,7 +160,7 @@ def read_table(file) -> dict[str, DataSet]:
 DATASETS = read_table(Path(__file__).parent / "datasets.toml")
 
 
-def dataset(name_or_config) -> DataSet:
+def dataset(name_or_config):
     """A row of the table, or the data set that a configuration describes ("folder")."""
     name = getattr(name_or_config, "name", name_or_config)
     if name == "folder":
@@ -172,7 +172,7 @@ def dataset(name_or_config) -> DataSet:
     return DATASETS[name]
 
 
-def own_dataset(config) -> DataSet:
+def own_dataset(config):
     """The user's own data set; UserError if its description cannot be right."""
     classes = config.classes
     values = config.values or list(range(len(classes)))
@@ -210,13 +210,13 @@ def own_dataset(config) -> DataSet:
     )
 
 
-def training_set(config) -> DataSet:
+def training_set(config):
     """The data set as training sees it: with `train_on = "all"` no class is unseen."""
     data = dataset(config)
     return replace(data, unseen=[]) if config.train_on == "all" else data
 
 
-def find_listing(name_or_config, root, split) -> Listing:
+def find_listing(name_or_config, root, split):
     """The files of a split, of the folder that lacks the fewest. Raises UserError if none holds any
     or lists any.
     """
@@ -256,7 +256,7 @@ def find_listing(name_or_config, root, split) -> Listing:
     raise error("data.images", why, todo)
 
 
-def find_pairs(name_or_config, root, split) -> list[Pair]:
+def find_pairs(name_or_config, root, split):
     """The (image, label map) files of a split; says how many files are left out. Raises UserError
     if it has none.
     """

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ def is_image_name(name):
 
 
 @contextlib.contextmanager
-def open_image(file, what) -> Iterator[Image.Image]:
+def open_image(file, what):
     """An image file, opened and not decoded yet. Errors while it is read, also that it has more
     pixels than Pillow allows, are a UserError that names it.
     """
@@ -39,7 +38,7 @@ def open_image(file, what) -> Iterator[Image.Image]:
         raise UserError(name, f"cannot be read ({why})", "give another") from None
 
 
-def read_image(file, turn=False) -> Image.Image:
+def read_image(file, turn=False):
     """An image in RGB: transparent parts on white, 16 bits reduced to 8.
 
     `turn`: as its EXIF entry says, which viewers do. Raises UserError for a missing or broken file.
@@ -51,7 +50,7 @@ def read_image(file, turn=False) -> Image.Image:
         return as_rgb(image)
 
 
-def as_rgb(image) -> Image.Image:
+def as_rgb(image):
     """An image in RGB, 16 bits reduced to 8, transparent parts on white; ValueError for one of
     fractions.
     """
@@ -100,7 +99,7 @@ def to_tensor(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def test_size(width, height, short, longest) -> tuple[int, int]:
+def test_size(width, height, short, longest):
     """(width, height) with the short edge resized to `short`, the long one to at most `longest`
     (detectron2's rule).
     """

@@ -184,7 +184,9 @@ def ade20k_full(folder, workers, train):
         if min(H, W) > 512:
             h, w = (round(side / min(H, W) * 512) for side in (H, W))
             pixels = resize(to_tensor(pixels), (h, w), antialias=False).permute(1, 2, 0).numpy()
-            values = values[np.arange(h)[:, None] * H // h, np.arange(w) * W // w]
+            sides = ((h, H), (w, W))
+            rows, cols = ((np.arange(n) * (1 / (n / old))).astype(int) for n, old in sides)
+            values = values[rows[:, None], cols]  # as OpenCV rounds
         save(pixels, folder / f"images_detectron2/{split}/{jpeg.stem}.jpg", "JPEG")
         save(values, target, "TIFF", compression="tiff_deflate")
 

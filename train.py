@@ -50,8 +50,6 @@ from zsseg.self_training import pseudo_labels
 from zsseg.utils import claim_folder, git_commit, mix_seed, print_main
 from zsseg.weights import build_segmenter, check_clip, clip_digest
 
-UNMEASURED = [-math.inf, -math.inf]  # what `score` of a task is compared with
-
 
 class SegmentTask:
     """MaskFormer, or the one-stage baseline, on the seen classes of a data set, CLIP frozen."""
@@ -118,8 +116,10 @@ class SegmentTask:
         return evaluate(self.segmenter, self.config, *where, on_image=on_image)
 
     def score(self, result):
-        """What best.pt is chosen by: hIoU or, if that is equal or was not measured, mIoU."""
-        return [-math.inf if result.get(k) is None else result[k] for k in ("hIoU", "mIoU")]
+        """What best.pt is chosen by: hIoU or, if that is equal or was not measured, mIoU; []
+        without any.
+        """
+        return [] if result["mIoU"] is None else [result.get("hIoU") or 0.0, result["mIoU"]]
 
     def state(self, result):
         return self.segmenter.learned_state()
@@ -249,7 +249,7 @@ def train(config, root, out, process, saved):
     settings = config.train
     steps = settings.steps
     start = saved.get("step", 0)
-    best = saved.get("best", UNMEASURED)
+    best = saved.get("best", [])  # score
     size = settings.batch_size
     share, left = divmod(size, process.world_size)
     if left:
@@ -302,9 +302,7 @@ def train(config, root, out, process, saved):
 
     def measure(split, step, folder=None):
         process.broadcast_buffers(task.model)
-        with log.paused():
-            result = task.evaluate(split, folder, log.on_image)
-        log.evaluation(step, split, result)
+        result = log.evaluation(step, split, lambda watch: task.evaluate(split, folder, watch))
         task.model.train()
         return result
 
@@ -347,9 +345,9 @@ def train(config, root, out, process, saved):
     result = measure(config.data.split, steps, out)
     if settings.task == "prompts":
         save("last.pt", steps, result)  # now that the best seed is known
-    if best == UNMEASURED:
+    if not best:
         save("best.pt", steps, result)
-    return log.finish()
+    log.finish()
 
 
 def main(argv):

@@ -57,9 +57,9 @@ def count_oracles(segmenter, image, labels, data, autocast):
         clip_probs = segmenter.region_logits(image, targets, box_of(targets)).softmax(-1)
     scores = segmenter.ensemble(proposals)
     iou = mask_iou(segmenter.binary_masks(proposals), targets)
-    pairs = np.stack(linear_sum_assignment(iou.cpu(), maximize=True))
-    pairs = torch.tensor(pairs, device=image.device)
-    query, target = pairs[:, iou[*pairs] > 0]
+    overlaps = iou.cpu().numpy()
+    pairs = np.stack(linear_sum_assignment(overlaps, maximize=True))
+    query, target = pairs[:, overlaps[*pairs] > 0]
     true_scores = torch.zeros_like(scores)
     true_scores[query, classes[target]] = 1
 
@@ -126,8 +126,8 @@ def write_analysis(result, out):
     write_json(out / "budget.json", result)
     print(metric_table([(title, result[row]) for row, title in ROWS.items()]))
     recall = ", ".join(f"{percent(value)} at {t}" for t, value in result["recall"].items())
-    best = percent(result["average_best_overlap"])
-    print(f"recall of {result['masks']} ground-truth masks: {recall}; average best IoU {best}")
+    best = f"average best IoU {percent(result['average_best_overlap'])}"
+    print(f"recall of {result['masks']} ground-truth masks: {recall}; {best}")
     print(f"CLIP names {percent(result['clip_accuracy'])}% of them rightly")
     for name, predicted, count in result["confusions"]:
         print(f"  {count:5} x {name} predicted as {predicted}")

@@ -224,12 +224,12 @@ def load_config(file=None, settings=(), base=None) -> Config:
     sources = read_toml(find_config(file, Path())) if file else []
     given = {}
     for setting in [settings] if isinstance(settings, str) else settings:
-        name, sign, text = setting.partition("=")
-        section, dot, key = name.strip().partition(".")
+        name, sign, text = map(str.strip, setting.partition("="))
+        section, dot, key = name.partition(".")
         if not sign or not dot:
             todo = "write e.g. train.steps=100"
             raise UserError(f"--set {setting}", "is not of the form section.key=value", todo)
-        given.setdefault(section, {})[key] = parse(text.strip(), OPTIONS.get(name.strip()))
+        given.setdefault(section, {})[key] = parse(text, OPTIONS.get(name))
     last = {}
     for name, last in sources:
         update(config, last, name)

@@ -1,6 +1,7 @@
 """Evaluation: the metrics of a split, its images shared among the processes."""
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -62,7 +63,7 @@ def evaluate(
     segmenter.eval().set_classes(data.names, data.trained if seen is None else seen)
     weights = options.weights if options.compare or options.weights else None
 
-    totals = {}  # int64: confusion matrices [C, C] and other counts
+    totals = Counter()  # int64: confusion matrices [C, C] and other counts
     comparisons = []
     shown = 0  # pixels of each class in them [C, C], true and predicted
     started = time.perf_counter()
@@ -79,7 +80,7 @@ def evaluate(
         counts["ignored"] = (labels == data.ignore).sum()  # pixels
         counts["broken"] = (~found.finite).sum()  # images
         counts["images"] = torch.tensor(1)
-        totals = {k: totals.get(k, 0) + v for k, v in counts.items()}
+        totals.update(counts)
         if save_predictions:
             save_label_map(found.labels, out / "predictions" / f"{name}.png", C)
         if out and process.is_main and len(comparisons) < SAMPLES:
@@ -99,9 +100,11 @@ def evaluate(
 
 
 def summarize_totals(totals, data, process):
-    """The metrics from what all processes have counted. The first one counts all that others do."""
+    """The metrics from what all processes have counted, some maybe nothing."""
     parts = process.gather([{name: count.cpu() for name, count in totals.items()}])
-    totals = {name: sum(part[name] for part in parts if part) for name in parts[0]}
+    totals = Counter()
+    for part in parts:
+        totals.update(part)
     ignored, broken, images = (int(totals.pop(name)) for name in ("ignored", "broken", "images"))
     if broken:
         why = f"gives scores that are not finite in {plural(broken, 'image')}"

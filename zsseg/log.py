@@ -6,7 +6,6 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 
 import torch
@@ -57,12 +56,6 @@ class Log:
             yield batch
             asked = time.perf_counter()
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - began
-
     def step(self, done, values, norm, lr):
         """Log the numbers of the step that was the `done`th, means over the processes; here the
         host waits for the device. What a progress bar shows of them.
@@ -87,8 +80,8 @@ class Log:
         due = now - self.printed > LINE_EVERY or done == train.steps
         if due and not sys.stderr.isatty():
             self.printed = now
-            left = format_time(pace * (train.steps - done))
-            print_main(f"{train.task} step {done}/{train.steps} {text}, {left} left")
+            left = f"{format_time(pace * (train.steps - done))} left"
+            print_main(f"{train.task} step {done}/{train.steps} {text}, {left}")
         return text
 
     def write(self, step, **values):
@@ -114,11 +107,15 @@ class Log:
             print_main(f"wandb: {first_line(error)}; going on without it")
             self.run = None
 
-    def evaluation(self, step, split, result):
-        """Log the result of an evaluation; wandb gets its first images, too."""
+    def evaluation(self, step, split, evaluate):
+        """The result of `evaluate(on_image)`, logged; wandb gets its first images, too."""
+        began = time.perf_counter()
+        result = evaluate(self.on_image)
+        self.since += time.perf_counter() - began
         self.write(step, **{f"{split}/{key}": value for key, value in result.items()})
         self.send(lambda: self.run.log({"step": step, f"{split}/predictions": self.images}))
         self.images = []
+        return result
 
     def on_image(self, number, name, image, labels, predicted, matrix):
         """Collect the first images of an evaluation for wandb, at network-input size; its masks

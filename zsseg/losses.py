@@ -89,8 +89,9 @@ def segmentation_losses(class_logits, mask_logits, targets, normalizers, train):
     never waits.
     """
     with torch.no_grad():
-        weights = (train.focal_weight, train.dice_weight)
-        cost = matching_cost(class_logits, mask_logits, targets, *weights)
+        cost = matching_cost(
+            class_logits, mask_logits, targets, train.focal_weight, train.dice_weight
+        )
         matched, bad = assign(cost, targets.counts)
     factor = torch.where(bad.any(1), torch.nan, 1.0)  # [L]; every gradient is NaN, too
     losses = {}

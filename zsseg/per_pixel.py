@@ -10,8 +10,6 @@ from zsseg.clip import cosine_logits
 from zsseg.maskformer import PixelNetwork
 from zsseg.segmenter import OpenVocabulary, Segmentation
 
-STRIDE = 4  # from embeddings to the network input
-
 
 class PerPixel(PixelNetwork):
     """Backbone and pixel decoder, then one embedding of CLIP's width D a pixel; arguments as of
@@ -38,7 +36,7 @@ class PerPixel(PixelNetwork):
         """
         H, W = images.shape[-2:]
         embeds = self.decode(images).float()
-        embeds = F.interpolate(embeds, scale_factor=STRIDE, mode="bilinear")[..., :H, :W]
+        embeds = F.interpolate(embeds, scale_factor=4, mode="bilinear")[..., :H, :W]
         if size:
             embeds = F.interpolate(embeds, size, mode="bilinear")
         return cosine_logits(embeds.movedim(1, -1), text, self.scale).movedim(-1, 1)
@@ -76,10 +74,7 @@ class OneStage(OpenVocabulary):
         """The label map of one image, with test-time augmentation, see `Segmenter.segment`; it has
         no variants.
         """
-        if flip or window or len(inputs) > 1:
-            return self.segment_views(inputs, size, flip, window)
-        best, labels = self.score_map(inputs[0], size).max(0)
-        return Segmentation(labels, best, {})
+        return self.segment_views(inputs, size, flip, window)
 
     def compile_tower(self):
         """Nothing: every image has another size here, and would have a program compiled for it."""

@@ -153,8 +153,8 @@ class RegionSamples(EndlessSamples):
         for i, category in enumerate(data.trained):
             images = rng.permutation(np.flatnonzero(counts[:, category] > 0))
             aside = min(config.prompts.held_out, len(images) // 5)
-            most = config.prompts.samples_per_class
-            images = images[:aside] if held_out else images[aside:][:most]
+            end = aside + config.prompts.samples_per_class
+            images = images[:aside] if held_out else images[aside:end]
             self.items += [(*pairs[image], i) for image in images]
 
     def load(self, n) -> tuple[Tensor, int]:

@@ -50,7 +50,7 @@ def pseudo_labels(config, root, folder, process):
     teacher.set_classes(data.names, data.seen)
     files = [folder / f"{name}.png" for name in images.names]
     missing = process.broadcast(lambda: missing_maps(config, images, files))
-    unseen = torch.tensor([name in data.unseen for name in data.names], device=process.device)
+    unseen = ~teacher.seen
     count = torch.zeros(1, device=process.device)  # of pixels filled in
     for number, _, [image], labels in own_share(images, missing, config, process, "pseudo labels"):
         with process.autocast(settings.model.bf16):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import PROCESS, ROOT, TINY, command, fails_in_one_line, process, start, tiny_config
+from conftest import PROCESS, TINY, command, fails_in_one_line, process, start, succeed, tiny_config
 from PIL import Image
 
 import train
@@ -47,12 +47,11 @@ def test_a_kill_while_a_checkpoint_is_written_costs_nothing(at, shapes_root, tmp
     bit for bit; several seeds of a prompt: test_experiments.py, kills at random: benchmarks/kills.
     """
     settings = ("train.steps=4", "train.checkpoint_every=1", "train.eval_every=2", PLAIN)
-    config = tiny_config(*settings)
-    train.train(config, shapes_root, tmp_path / "whole", PROCESS, {})
+    train.train(tiny_config(*settings), shapes_root, tmp_path / "whole", PROCESS, {})
     script = tmp_path / "killed.py"
     script.write_text(f"""
 import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
+sys.path.insert(0, os.getcwd())
 import train
 from zsseg import utils
 real, count = os.replace, iter(range(100))
@@ -70,8 +69,7 @@ utils.command(train.main)
 """)
     arguments = words(shapes_root, tmp_path / "run", *settings)
     assert process(script, *arguments).returncode == -signal.SIGKILL
-    done = command("train.py", "--out", tmp_path / "run", "--root", shapes_root, "--resume")
-    assert done.returncode == 0, done.stderr
+    done = succeed("train.py", "--out", tmp_path / "run", "--root", shapes_root, "--resume")
     assert f"at step {3 if at == 'after' else 2} of 4" in done.stdout
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
@@ -85,8 +83,7 @@ def test_a_broken_last_checkpoint_costs_one_interval(shapes_root, tmp_path):
     for content in (whole[: len(whole) // 2], b""):
         (tmp_path / "last.pt").write_bytes(content)
         (tmp_path / "previous.pt").write_bytes(before)
-        done = command("train.py", "--root", shapes_root, "--out", tmp_path, "--resume")
-        assert done.returncode == 0, done.stderr
+        done = succeed("train.py", "--root", shapes_root, "--out", tmp_path, "--resume")
         assert "going on from previous.pt" in done.stdout and "at step 3 of 4" in done.stdout
         assert same(weights(tmp_path), expected)
         assert (tmp_path / "broken.pt").read_bytes() == content
@@ -223,8 +220,7 @@ def test_too_many_bad_steps_stop_the_run(shapes_root, tmp_path, monkeypatch):
         train.train(tiny_config(*settings), shapes_root, tmp_path, PROCESS, {})
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 3
     monkeypatch.undo()
-    done = command("train.py", "--root", shapes_root, "--out", tmp_path, "--resume")
-    assert done.returncode == 0, done.stderr
+    succeed("train.py", "--root", shapes_root, "--out", tmp_path, "--resume")
     assert [line["step"] for line in lines(tmp_path) if "loss" in line] == list(range(1, 9))
 
 
@@ -264,28 +260,27 @@ def test_a_broken_image_in_an_evaluation_on_the_way_costs_no_step(shapes_root, t
 # R50 has no batch statistics, which are per process.
 PAIR = ("train.steps=20", "train.checkpoint_every=6", "model.dropout=0", "model.decoder_layers=1")
 PAIR += ("model.backbone=R50", "train.lr=3e-6", PLAIN)
+HALVES = ("train.accumulate=2", "train.batch_size=2")
 
 
 @pytest.mark.parametrize("proposals", ["true", "false"])
 def test_four_batches_a_step_learn_as_one(proposals, shapes_root, tmp_path):
     """Every loss is over all of them; prompts, and which samples: test_experiments.py."""
     config = tiny_config(*PAIR, f"model.proposals={proposals}", "model.weights=")
-    found = {}
+    found = []
     for size in (8, 2):
         torch.manual_seed(0)
         task = train.SegmentTask(config, shapes_root, tmp_path, PROCESS, None)
         optimizer = train.build_optimizer(task.model.train(), config)
+        numbers = []
         for step in range(3):
             firsts = range(8 * step, 8 * step + 8, size)
             chunks = [task.collate([task.samples[n + i] for i in range(size)]) for n in firsts]
             values, norm, _ = train.train_step(task, task.model, optimizer, chunks, 0.01)
-            numbers = torch.stack([*values.values(), norm]).tolist()
-            found.setdefault(size, []).append(dict(zip([*values, "norm"], numbers, strict=True)))
-        found[size] += [task.model.state_dict()]
-    *one, before = found[8]
-    *four, after = found[2]
-    for a, b in zip(one, four, strict=True):
-        assert b == pytest.approx(a, rel=1e-4)
+            numbers += torch.stack([*values.values(), norm]).tolist()
+        found.append((numbers, task.model.state_dict()))
+    (one, before), (four, after) = found
+    assert four == pytest.approx(one, rel=1e-4)
     assert all(torch.allclose(after[name], value, atol=1e-5) for name, value in before.items())
 
 
@@ -303,8 +298,7 @@ def pair(shapes_root, tmp_path_factory) -> Path:
             norm.weight.data.fill_(0.2)
     torch.save(calm.state_dict(), out / "r50.pth")
     for n in (1, 2):
-        settings = (*PAIR, f"model.weights={out / 'r50.pth'}", f"train.accumulate={n}")
-        settings += (f"train.batch_size={4 // n}",)
+        settings = (*PAIR, f"model.weights={out / 'r50.pth'}", *(HALVES if n == 2 else ()))
         arguments = words(shapes_root, out / str(n), *settings)
         done = process("train.py", *arguments, processes=n, env={"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
@@ -356,7 +350,7 @@ def test_a_dead_process_restarts_the_run_or_ends_it(pair, shapes_root, tmp_path)
     ends it with a message. One process may then finish what two began.
     """
     out = tmp_path / "run"
-    settings = (*PAIR, f"model.weights={pair / 'r50.pth'}")
+    settings = (*PAIR, f"model.weights={pair / 'r50.pth'}", *HALVES)
     run = start_two(shapes_root, out, *settings, options=("--max-restarts=1",))
     at_step(out, 8, run)
     os.kill(workers_of(run)[1], signal.SIGKILL)
@@ -364,8 +358,7 @@ def test_a_dead_process_restarts_the_run_or_ends_it(pair, shapes_root, tmp_path)
     os.kill(workers_of(run)[0], signal.SIGKILL)
     output, errors = run.communicate(timeout=60)
     assert run.returncode == 1 and "resuming" in output and "Signal 9" in errors
-    done = command("train.py", "--root", shapes_root, "--out", out, "--resume", "--device", "cpu")
-    assert done.returncode == 0, done.stderr
+    succeed("train.py", "--root", shapes_root, "--out", out, "--resume", "--device", "cpu")
     two, again = (lines(folder)[:20] for folder in (pair / "2", out))
     assert [line["step"] for line in again] == list(range(1, 21))
     # To the bit: two processes, too.

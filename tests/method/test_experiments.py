@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import shutil
+from unittest.mock import DEFAULT, Mock, patch
 
 import numpy as np
 import pytest
@@ -41,17 +42,6 @@ def test_its_pixels_never_change():
         assert drawn.hexdigest()[:16] == digits, split
 
 
-def interrupted(function, calls):
-    def call(*words, **options):
-        nonlocal calls
-        calls -= 1
-        if calls < 0:
-            raise KeyboardInterrupt
-        return function(*words, **options)
-
-    return call
-
-
 def test_it_begins_again_after_a_kill_and_leaves_a_whole_data_set_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "SPLITS", {"clip": 60, "train": 2})
     clip = tmp_path / "shapes" / "clip.pt"
@@ -61,8 +51,9 @@ def test_it_begins_again_after_a_kill_and_leaves_a_whole_data_set_alone(tmp_path
         shapes_clip.train_small_clip(clip.parent, steps=1)
 
     for module, name, calls in ((shapes, "draw", 61), (torch, "save", 0)):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(module, name, interrupted(getattr(module, name), calls))
+        results = calls * [DEFAULT] + 9 * [KeyboardInterrupt]
+        killed = Mock(wraps=getattr(module, name), side_effect=results)
+        with patch.object(module, name, killed), pytest.raises(KeyboardInterrupt):
             make()
         assert not clip.exists()
     make()
@@ -91,8 +82,7 @@ LEARN = SETTINGS.split()
 def more_root(shapes_root, tmp_path_factory):
     """Enough training images to set some regions of every class aside."""
     root = tmp_path_factory.mktemp("more")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shapes, "SPLITS", {"clip": 1, "train": 80, "val": 1, "test": 1})
+    with patch.object(shapes, "SPLITS", {"clip": 1, "train": 80, "val": 1, "test": 1}):
         shapes.generate(root / "shapes")
     shutil.copy(shapes_root / "shapes" / "clip.pt", root / "shapes" / "clip.pt")
     return root

@@ -125,7 +125,7 @@ class SegmentTask:
         return self.segmenter.learned_state()
 
 
-def build_optimizer(model, config) -> torch.optim.Optimizer:
+def build_optimizer(model, config):
     """AdamW; no weight decay for norm layers and embeddings, a smaller learning rate for the
     backbone. SGD for prompts.
     """

@@ -5,7 +5,6 @@ that ask for one. Files of tensors are read by `weights.py`.
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
 
 import torch
 
@@ -72,7 +71,7 @@ def restore(optimizer, state, what):
 
 
 @contextlib.contextmanager
-def graceful_stop(process) -> Iterator[Callable[[], bool]]:
+def graceful_stop(process):
     """Inside `with`, SIGTERM, SIGUSR1, Ctrl-C and SIGHUP (a closed terminal; not under nohup) ask
     for a stop at the end of the step, which all processes then make after the same step. A second
     Ctrl-C does not wait for that. Gives a function: whether any process was asked.

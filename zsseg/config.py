@@ -212,7 +212,7 @@ OPTIONS = {
 }
 
 
-def load_config(file=None, settings=(), base=None) -> Config:
+def load_config(file=None, settings=(), base=None):
     """The configuration of a run: `base` (a checkpoint's), then the TOML `file`, then settings
     "section.key=value".
 
@@ -275,7 +275,7 @@ def update(config, values, source, before=None):
             setattr(part, key, value)
 
 
-def unknown(source, name, names) -> UserError:
+def unknown(source, name, names):
     todo = did_you_mean(name, names, "all options are in zsseg/config.py")
     return UserError(f"{source}: {name}", "is not a known option", todo)
 

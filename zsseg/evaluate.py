@@ -2,10 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
 from zsseg.data import TestImages, batches
 from zsseg.datasets import dataset
@@ -16,9 +14,7 @@ from zsseg.visualize import comparison, palette, samples, save_label_map
 SAMPLES = 8  # images in samples.png
 
 
-def own_images(
-    config, root, process, split, title
-) -> Iterator[tuple[int, str, list[Tensor], Tensor]]:
+def own_images(config, root, process, split, title):
     """This process's share of the images of a split that are measured, see `own_share`."""
     images = TestImages(config.data, root, split, config.eval.sizes)
     numbers = range(len(images))[: config.eval.max_images or None]

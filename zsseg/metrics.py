@@ -18,19 +18,19 @@ def confusion(labels, predicted, classes, ignore):
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
-def mean(values, weights) -> float | None:
+def mean(values, weights):
     """A mean over classes, weighted; None, not zero, if all weights are 0."""
     return float(np.average(values, weights=weights)) if weights.any() else None
 
 
-def mean_iou(counts, classes) -> float | None:
+def mean_iou(counts, classes):
     """The original's, of some classes, bool [C]: over those with ground truth or predictions; None
     if none has ground truth.
     """
     return mean(counts.iou, classes & counts.present & (classes & (counts.gt > 0)).any())
 
 
-def harmonic_mean(seen, unseen) -> float | None:
+def harmonic_mean(seen, unseen):
     """0 if either is, None if one was not measured."""
     if seen is None or unseen is None:
         return None
@@ -88,7 +88,7 @@ def shown(result):
     return [k for k in METRICS if k in result and not ("hIoU" in result and k in DETAILS)]
 
 
-def rows(result) -> list[tuple[str, dict]]:
+def rows(result):
     """The rows of a table (title, metrics): the method's parts, and last the evaluation itself."""
     parts = [(PARTS.get(k, k), v) for k, v in result.items() if k in PARTS or "weight_" in k]
     return [*parts, ("as configured", result)]

@@ -8,7 +8,7 @@ from torch import nn
 
 from zsseg.clip import cosine_logits
 from zsseg.maskformer import PixelNetwork
-from zsseg.segmenter import OpenVocabulary, Segmentation
+from zsseg.segmenter import OpenVocabulary
 
 
 class PerPixel(PixelNetwork):
@@ -68,9 +68,7 @@ class OneStage(OpenVocabulary):
         return p**power * c ** (1 - power)
 
     @torch.inference_mode()
-    def segment(
-        self, inputs, size, flip=False, window=0, weights=None, proposals=None
-    ) -> Segmentation:
+    def segment(self, inputs, size, flip=False, window=0, weights=None, proposals=None):
         """The label map of one image, with test-time augmentation, see `Segmenter.segment`; it has
         no variants.
         """

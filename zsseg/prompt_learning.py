@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
 from torchvision.transforms.functional import crop
 
@@ -46,7 +46,7 @@ class PromptClassifier(nn.Module):
         text = F.normalize(text, dim=-1).unflatten(0, (len(self.prompts), -1))
         return self.clip.logits(self.clip.encode_image(crops), text)
 
-    def train(self, mode=True) -> "PromptClassifier":
+    def train(self, mode=True):
         return self  # a frozen CLIP stays in eval mode
 
 
@@ -157,7 +157,7 @@ class RegionSamples(EndlessSamples):
             images = images[:aside] if held_out else images[aside:end]
             self.items += [(*pairs[image], i) for image in images]
 
-    def load(self, n) -> tuple[Tensor, int]:
+    def load(self, n):
         image_file, label_file, category = self.item(n)
         image = read_image(image_file, turn=self.turn)
         mask = Image.fromarray(read_labels(label_file, self.lut, image.size) == category)

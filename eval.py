@@ -35,6 +35,7 @@ import inspect
 import operator
 import os
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 from zsseg.apps.vocabulary import Words, read_words, seen_classes, trained_names
@@ -52,13 +53,11 @@ from zsseg.utils import (
 
 MIN_IMAGES_TO_COMPILE = 1000  # images a process: for fewer, compiling takes longer than it saves
 PUBLISHED = tomllib.loads((CONFIGS.parent / "zsseg/published.toml").read_text("utf-8"))
-# The settings that a published number is of, besides whether there was a teacher
-PUBLISHED_FOR = operator.attrgetter(
-    *("data.name", "data.split", "data.train_on", "data.test_short_edge", "model.backbone"),
-    *("model.proposals", "clip.weights", "clip.prompt", "clip.region_prompt", "clip.ensemble"),
-    *("clip.ensemble_weight", "clip.mask_threshold", "eval.sizes", "eval.flip", "eval.window"),
-    *("eval.max_images",),
-)
+# The settings that a published number is of, besides section clip and whether there was a teacher
+PUBLISHED_FOR = """\
+data.name data.split data.train_on data.test_short_edge data.max_size
+model.backbone model.proposals model.proposer model.num_queries model.class_head
+eval.sizes eval.flip eval.window eval.max_images"""
 MODELS = [*PUBLISHED["model"]]
 
 
@@ -81,9 +80,9 @@ def parse(argv):
     args = parser.parse_args(argv)
 
     args.own = args.images or args.serve is not None
-    if args.own and args.save_predictions:
+    if args.save_predictions and (args.own or args.budget):
         raise UserError("--save-predictions", "is for measuring", "leave it out")
-    if not args.own and (args.classes or args.resume or args.features):
+    if (args.classes and not args.own) or ((args.resume or args.features) and not args.images):
         options = "--classes, --resume, --features"
         raise UserError(options, "are for images of your own", "add --images")
     for text in (args.checkpoint, *args.images):
@@ -185,12 +184,17 @@ def measure(args, content, config, process, load):
         page.write(result, args.checkpoint, content.get("step"), args.out)
 
 
+def published_for(config):
+    """All that a published number depends on."""
+    values = operator.attrgetter(*PUBLISHED_FOR.split())(config)
+    clip = replace(config.clip, prompts="", crop_batch_size=1)
+    return values, clip, bool(config.train.teacher)
+
+
 def published_row(config):
     """A line with the published numbers for the settings that are measured, or ""."""
     for row in PUBLISHED["row"]:
-        other = load_config(row["config"], row.get("set", []))
-        same = PUBLISHED_FOR(other) == PUBLISHED_FOR(config)
-        if same and bool(other.train.teacher) == bool(config.train.teacher):
+        if published_for(load_config(row["config"], row.get("set", []))) == published_for(config):
             found = [f"{key} {value}" for key, value in row.items() if isinstance(value, float)]
             return f"published ({row['name']}): {', '.join(found)}\n"
     return ""

@@ -270,6 +270,7 @@ def train(config, root, out, process, saved):
         what = f"checkpoint {out / 'last.pt'}"
         check_clip(saved, task.clip, what)
         checkpoint.restore(optimizer, saved["optimizer"], what)
+    clip = clip_digest(task.clip)  # which is frozen
     process.describe(config.model.bf16, training=True)
     if process.compiles(config.model.compile):
         task.compile()
@@ -293,12 +294,12 @@ def train(config, root, out, process, saved):
         from their number.
         """
         if process.is_main:
-            content = {"config": asdict(config), "step": step, "best": best, "wandb": log.run_id}
-            content |= {"trained": training_set(config.data).training_names, "commit": git_commit()}
-            content |= {"clip": clip_digest(task.clip), "skipped": bad_steps.count}
+            names = training_set(config.data).training_names
+            content = {"trained": names, "clip": clip, "commit": git_commit(), "best": best}
+            content |= {"step": step, "skipped": bad_steps.count, "wandb": log.run_id}
             content |= {"model": task.state(result), "optimizer": optimizer.state_dict()}
             previous = out / "previous.pt" if name == "last.pt" else None
-            checkpoint.save(out / name, previous, **content)
+            checkpoint.save(out / name, previous, config=asdict(config), **content)
 
     def measure(split, step, folder=None):
         process.broadcast_buffers(task.model)

@@ -22,7 +22,6 @@ ROWS = {
     "both": "GT masks, GT classes",
 }
 IOU_THRESHOLDS = (0.5, 0.7, 0.9)  # of the proposals' recall
-MAX_CONFUSIONS = 10
 
 
 def mask_iou(masks, targets):
@@ -86,7 +85,7 @@ def count_oracles(segmenter, image, labels, data, autocast):
 
 @torch.inference_mode()
 def oracle_analysis(segmenter, config, root, process, split, seen):
-    """The metrics of every row, the recall of the proposals, and CLIP's confusions on ground-truth
+    """The metrics of every row, the recall of the proposals, and CLIP's accuracy on ground-truth
     masks, over a split, in percent, None for nothing to measure; complete on the first process.
 
     `seen`: ids of the classes that count as seen in the ensemble.
@@ -95,7 +94,6 @@ def oracle_analysis(segmenter, config, root, process, split, seen):
         why = "measures the proposals of one view of an image, and CLIP"
         raise UserError("--budget", why, "leave out eval.sizes, eval.flip and eval.window")
     data = dataset(config.data)
-    C = len(data.names)
     segmenter.eval().set_classes(data.names, seen)
     autocast = process.autocast(config.model.bf16)
     matrices = 0  # int64 [5, C, C]
@@ -108,16 +106,12 @@ def oracle_analysis(segmenter, config, root, process, split, seen):
     overlaps = torch.tensor(process.gather(overlaps))
 
     share = lambda values: 100 * float(values.double().mean()) if len(values) else None
-    accuracy = summarize(by_clip, data)["pAcc"]
-    confused = by_clip.fill_diagonal_(0).flatten().topk(min(MAX_CONFUSIONS, C * C))
-    confused = torch.stack([*confused], 1).tolist()
     return {
         **{row: summarize(matrix, data) for row, matrix in zip(ROWS, matrices, strict=True)},
         "recall": {str(t): share(overlaps >= t) for t in IOU_THRESHOLDS},
         "average_best_overlap": share(overlaps),
         "masks": len(overlaps),
-        "clip_accuracy": accuracy,
-        "confusions": [[data.names[i // C], data.names[i % C], n] for n, i in confused if n],
+        "clip_accuracy": summarize(by_clip, data)["pAcc"],
     }
 
 
@@ -129,6 +123,4 @@ def write_analysis(result, out):
     best = f"average best IoU {percent(result['average_best_overlap'])}"
     print(f"recall of {result['masks']} ground-truth masks: {recall}; {best}")
     print(f"CLIP names {percent(result['clip_accuracy'])}% of them rightly")
-    for name, predicted, count in result["confusions"]:
-        print(f"  {count:5} x {name} predicted as {predicted}")
     print(f"-> {out / 'budget.json'}")

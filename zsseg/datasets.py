@@ -237,7 +237,7 @@ def find_listing(name_or_config, root, split):
         unpaired = sorted(files[i] for i in images.keys() ^ labels.keys())
         missing = [file for pair in pairs for file in pair if data.lists and not file.exists()]
         found.append(Listing(folder, pairs, unpaired, missing))
-    best = min(found, key=lambda listing: (not listing.pairs, len(listing.missing)))
+    best = min(found, key=lambda f: (not f.pairs, len(f.missing), -len(f.pairs)))
     if best.pairs:
         return best
     if data.name != "folder":

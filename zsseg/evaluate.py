@@ -8,7 +8,7 @@ import torch
 from zsseg.data import TestImages, batches
 from zsseg.datasets import dataset
 from zsseg.metrics import confusion, report, summarize
-from zsseg.utils import UserError, atomic_write, plural, progress
+from zsseg.utils import UserError, atomic_write, plural, progress, warn
 from zsseg.visualize import comparison, palette, samples, save_label_map
 
 SAMPLES = 8  # images in samples.png
@@ -18,6 +18,8 @@ def own_images(config, root, process, split, title):
     """This process's share of the images of a split that are measured, see `own_share`."""
     images = TestImages(config.data, root, split, config.eval.sizes)
     numbers = range(len(images))[: config.eval.max_images or None]
+    if len(numbers) < len(images):
+        warn(f"eval.max_images: the first {len(numbers)} of {len(images)} images")
     return own_share(images, numbers, config, process, f"{title} {split}")
 
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from zsseg.utils import UserError
 
 # Pillow's others are other programs' files, or programs themselves (PostScript).
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+FORMATS = "BMP GIF JPEG JPEG2000 PNG PPM TGA TIFF WEBP"
 # Bits of the files whose samples Pillow leaves as stored, or stretches.
 LABEL_BITS = {"PNG 1": 8, "PNG L": 8, "PNG P": 8}
 LABEL_BITS |= {"PNG I": 16, "PNG I;16": 16, "TIFF I;16": 16, "TIFF I;16B": 16}
@@ -20,7 +20,7 @@ STRETCH = {"L;2": 85, "L;4": 17}  # what it multiplies those of 2 and 4 bits wit
 
 def is_image_name(name):
     ending = os.path.splitext(name)[1].lower()
-    return Image.registered_extensions().get(ending) in FORMATS
+    return Image.registered_extensions().get(ending, "?") in FORMATS.split()
 
 
 @contextlib.contextmanager
@@ -30,7 +30,7 @@ def open_image(file, what):
     """
     name = f"this {what}" if isinstance(file, io.BytesIO) else f"{what} {file}"
     try:
-        with Image.open(file, formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS.split()) as image:
             yield image
     except (OSError, SyntaxError, ValueError, LookupError, Image.DecompressionBombError) as error:
         # Its text would name the file object.

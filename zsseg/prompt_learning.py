@@ -15,7 +15,7 @@ from zsseg.datasets import find_pairs, training_set
 from zsseg.images import read_image, read_labels, to_tensor
 from zsseg.prompts import LearnedPrompt
 from zsseg.regions import region_crops
-from zsseg.utils import mix_seed, warn, write_json
+from zsseg.utils import mix_seed, write_json
 from zsseg.weights import load_clip, load_into
 
 
@@ -66,8 +66,6 @@ class PromptTask:
         self.model = PromptClassifier(self.clip, config)
         self.prompts = self.model.prompts
         self.clipped = self.prompts.values()  # the gradient of each by itself
-        if config.prompts.warmup_steps >= config.train.steps:
-            warn("prompts.warmup_steps: all of the training, at a rate of next to nothing")
         if saved:
             what = f"checkpoint {out / 'last.pt'}"
             load_into(self.prompts, saved.get("prompts"), what, "use the configuration of its run")

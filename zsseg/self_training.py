@@ -49,7 +49,7 @@ def pseudo_labels(config, root, folder, process):
     teacher = load_segmenter(content, settings, root, train.teacher).to(process.device).eval()
     teacher.set_classes(data.names, data.seen)
     files = [folder / f"{name}.png" for name in images.names]
-    missing = process.broadcast(lambda: missing_maps(config, images, files))
+    missing = process.broadcast(lambda: missing_maps(config, images, folder, files))
     unseen = ~teacher.seen
     count = torch.zeros(1, device=process.device)  # of pixels filled in
     for number, _, [image], labels in own_share(images, missing, config, process, "pseudo labels"):
@@ -66,12 +66,11 @@ def pseudo_labels(config, root, folder, process):
         raise UserError(f"pseudo labels {folder}", "have no pixel of an unseen class", todo)
 
 
-def missing_maps(config, images, files):
+def missing_maps(config, images, folder, files):
     """The numbers of the images whose label map, of `files`, is not there; UserError if others in
-    its folder were made from something else.
+    the folder were made from something else.
     """
     data = config.data
-    folder = files[0].parent
     settings = [dataset(data), data.test_short_edge, data.max_size, data.exif_turn]
     settings += [config.train.min_probability]
     made = {
@@ -82,7 +81,7 @@ def missing_maps(config, images, files):
     mark = folder / "made.json"
     before = json.loads(mark.read_text()) if mark.exists() else {}
     other = [how for how, value in made.items() if before.get(how) != value]
-    if other and folder.exists():
+    if other and any(file.exists() for file in files):
         todo = "delete the folder, or give another --out"
         raise UserError(f"pseudo labels {folder}", f"were made {', '.join(other)}", todo)
     write_json(mark, made)

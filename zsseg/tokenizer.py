@@ -31,8 +31,8 @@ def check_names(names, what="class name"):
     names = [name.strip() for name in names]
     known = {}
     for i, name in enumerate(names):
-        read = clean(name)
-        if not any(map(str.isprintable, read.replace(" ", ""))):
+        read = "".join(filter(str.isprintable, clean(name)))  # marks that nobody sees tell nothing
+        if not read.strip():
             raise UserError(f"{what} {i}", f"is {name!r}, empty to CLIP", "give every class a name")
         if read in known:
             twin = known[read]

@@ -279,10 +279,10 @@ def digest(settings, files=()):
 @functools.cache
 def git_commit():
     """The program's git commit, with "-dirty" if files were changed; "" without git."""
-    words = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    words = "git describe --always --dirty --abbrev=40 --exclude=*"
     options = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL, "timeout": 10}
     try:
-        return subprocess.check_output(words, text=True, **options).strip()
+        return subprocess.check_output(words.split(), text=True, **options).strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 

@@ -25,8 +25,14 @@ LUMINANCE = (0.2126, 0.7152, 0.0722, 0)  # of red, green and blue, as in CSS's g
 STRIP_HEIGHT = 160  # pixels of each image in a comparison
 GAP = 4  # pixels between them
 ROWS = ("image", "ground truth", "prediction")  # of a comparison
-FONTS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts")
-FONTS += ("/System/Library/Fonts", "/Library/Fonts", "C:/Windows/Fonts")
+FONTS = """\
+/usr/share/fonts
+/usr/local/share/fonts
+~/.fonts
+~/.local/share/fonts
+/System/Library/Fonts
+/Library/Fonts
+C:/Windows/Fonts""".splitlines()
 
 
 def palette(count):
@@ -40,12 +46,14 @@ def word_colours(words):
     """The colours of words, uint8 [C, 3]: each has the same in every list, as long as no other word
     there has a claim to it, which is decided by the words and not by their order.
     """
-    places = DISTINCT if len(words) <= DISTINCT else len(PALETTE)
+    pools = itertools.cycle([range(DISTINCT), range(DISTINCT, len(PALETTE))])
     colours = np.zeros((len(words), 3), np.uint8)
     free = []
     for key, i in sorted((int(digest(word), 16), i) for i, word in enumerate(words)):
-        free = free or list(range(places))
-        place = min(free, key=lambda place: (place - key) % places)
+        if not free:
+            pool = next(pools)
+            free = [*pool]
+        place = min(free, key=lambda place: (place - key) % len(pool))
         free.remove(place)
         colours[i] = PALETTE[place]
     return colours
@@ -74,7 +82,8 @@ def with_legend(image, legend):
     """An image with a legend on its right: (colour, text), in as many columns as it takes."""
     size = max(image.height // 36, 14)
     texts = [text for _, text in legend]
-    font = find_font("".join(sorted({*"".join(texts)})), size)
+    letters = {letter for letter in "".join(texts) if not letter.isascii()}
+    font = find_font("".join(sorted(letters)), size)
     width = 4 * size + int(max(map(font.getlength, texts), default=0))
     rows = max(image.height // (2 * size), 1)
     columns = -(-len(legend) // rows)
@@ -90,21 +99,21 @@ def with_legend(image, legend):
 
 @functools.cache
 def find_font(letters, size):
-    """Pillow's font or, for letters beyond ASCII, the first one of this system that has all of
-    them; if there is none, that is said.
+    """The first font of this system that has all these letters beyond ASCII; Pillow's for none, and
+    if there is no such font, which is said.
     """
     default = ImageFont.load_default(size)
-    if letters.isascii():
+    if not letters:
         return default
     folders = filter(os.path.isdir, map(expand_path, FONTS))
     files = itertools.chain(*map(walk, folders))
-    for file in sorted(files, key=lambda file: ("Sans" not in file, len(file))):
+    for file in sorted(files, key=len):
         with contextlib.suppress(OSError):  # no font of any size
             font = ImageFont.truetype(file, size)
             missing, *drawn = (bytes(font.getmask(letter)) for letter in "\uffff" + letters)
             if missing not in drawn:
                 return font
-    warn(f"no font of this system has all of {letters}: legends show boxes")
+    warn("no font of this system has all letters of these words: legends show boxes")
     return default
 
 

@@ -406,16 +406,18 @@ def load_clip(section, root):
     # No "did you mean": a name with another digit is another model.
     todo = f"give a file, one of OpenAI's {', '.join(models)}, or the --root of the data"
     state = strip_prefix(read_torch(path, what, f"{todo}; or run prepare_data.py shapes"), what)
-    if any(key.startswith(("text_model.", "vision_model.")) for key in state):
+    if any(re.search(r"(^|\.)(text_model|vision_model)\.", key) for key in state):
         raise UserError(what, "has Hugging Face's names", "give OpenAI's or OpenCLIP's file")
+    default = vars(ClipConfig())
+    other = [key for key in ("activation", *UNTOLD) if getattr(section, key) != default[key]]
     if name not in models and "visual.conv1.tokens.weight" not in state:
         if not section.activation:
             todo = "set clip.activation to quickgelu (OpenAI's) or gelu (most of LAION's)"
             raise UserError(what, "does not tell its activation", todo)
-        default = vars(ClipConfig())
-        options = [key for key in UNTOLD if getattr(section, key) == default[key]]
-        if options:
+        if options := [key for key in UNTOLD if key not in other]:
             print_main(f"{what}: assumed to be OpenAI's: clip.{', clip.'.join(options)}")
+    elif other:
+        warn(f"{what}: other than OpenAI's: clip.{', clip.'.join(other)}")
     return make_clip(state, section, what)
 
 
@@ -522,12 +524,13 @@ def build_segmenter(config, root, saved=None):
     if model.weights:
         load_backbone(segmenter.maskformer.backbone, model.backbone, model.weights, clip)
     given = load_prompts(segmenter, config.clip.prompts)
+    parts = {}
     if config.train.init:
         what = f"train.init {config.train.init}"
         content = load_checkpoint(find_model(config.train.init)[0], "train.init")
         parts, dropped = model_parts(content, what, strict=False)
         load_learned(segmenter, content, parts, dropped, what, given, strict=False)
-    elif segmenter.learned_modules().keys() - {"maskformer", *given}:
+    if segmenter.learned_modules().keys() - {"maskformer", *given, *parts}:
         raise UserError("clip.prompt", "is learned, but not here", "set clip.prompts")
     return segmenter
 
@@ -541,6 +544,8 @@ def load_segmenter(content, config, root, name):
         own = parts.pop("clip", None)
         clip = make_clip(own, config.clip, f"{what}, CLIP") if own else load_clip(config.clip, root)
     segmenter = assemble(config, clip)
+    if clip is None:
+        segmenter.set_classes(content.get("trained", segmenter.names))
     given = set()
     recorded = content.get("config", {}).get("clip", {}) if parts else {}
     if config.clip.prompts != recorded.get("prompts", ""):  # else the checkpoint contains them
@@ -554,8 +559,10 @@ def assemble(config, clip):
     model = config.model
     section = config.clip
     if clip is None:
-        num_classes = len(dataset(config.data).names)
-        return Segmenter(MaskFormer(model, num_classes + 1), None, None, section)
+        names = dataset(config.data).names
+        segmenter = Segmenter(MaskFormer(model, len(names) + 1), None, None, section)
+        segmenter.set_classes(names)
+        return segmenter
     sizes = (clip.width, section.prompt_prefix)
     prompt = build_prompt(section.prompt, *sizes)
     # The paper's VOC setting: fixed prompts for the segmenter's head, learned ones for the regions.

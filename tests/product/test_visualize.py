@@ -76,7 +76,7 @@ def test_legends_are_complete():
 def test_letters_of_legends(capsys):
     """A font of the system that has them; where none has, that is said."""
     missing = lambda font: bytes(font.getmask("\uffff"))
-    assert find_font("cat 12.5%", 14).getname() == ImageFont.load_default(14).getname()
+    assert find_font("", 14).getname() == ImageFont.load_default(14).getname()
     find_font("\U00011a3a", 14)  # of a script that hardly any font has
     said = capsys.readouterr().out
     font = find_font("ñü", 14)

@@ -54,7 +54,7 @@ def test_names_of_every_data_set_read_back_as_they_are_written():
 
 
 @pytest.mark.parametrize(
-    "text", ["cat", "cat dog grass", "cat. dog.", "猫 狗", "0 cat", "cat & dog"]
+    "text", ["cat", "cat dog grass", "cat. dog.", "猫 狗", "7 up", "cat & dog"]
 )
 def test_of_one_class_it_is_said_what_was_taken_for_it(text):
     assert f"1 class: {text!r}, which every pixel gets" in parse_words(text).note
@@ -81,7 +81,7 @@ def test_words_that_are_switched_off():
         ("is no name", ['["cat"]', "'cat', 'dog'", "cat | dog", "- cat", "1. cat", "0: cat"]),
         (
             "is no name",
-            ["cat\tdog", "cat # a note", "0 cat\n1 dog", "* cat\n* dog", "“cat”, “dog”"],
+            ["cat\tdog", "cat # a note", "0 cat", "1 cat\n2 dog", "* cat\n* dog", "“cat”, “dog”"],
         ),
         ("is no name", ["cat, background: sky", "其他：天", '19" tv', '"cat" dog, bird']),
     ],

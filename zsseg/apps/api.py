@@ -19,6 +19,7 @@ from zsseg.apps.vocabulary import Words, trained_names
 from zsseg.datasets import dataset
 from zsseg.distributed import Process, find_device
 from zsseg.images import as_rgb, network_inputs, read_image
+from zsseg.tokenizer import check_names
 from zsseg.utils import expand_path
 from zsseg.weights import checkpoint_and_config, find_model, load_segmenter
 
@@ -54,10 +55,11 @@ class Predictor:
         synonyms: {name: further names of the class}, whose text features are averaged with the
         name's. UserError for names that CLIP cannot tell apart or read; nothing has changed then.
         """
+        names = check_names(names if isinstance(names, str) else [*names])
         seen = Words(names, synonyms or {}).among(self.trained)
         with self.lock:
             self.segmenter.set_classes(names, seen, synonyms)
-            self.names = self.segmenter.names
+            self.names = [*names]
 
     @torch.inference_mode()
     def __call__(self, image, return_scores=False, classes=None):
@@ -77,7 +79,7 @@ class Predictor:
         inputs = network_inputs(image, self.config.data, self.config.eval.sizes)
         parts = (self.segmenter, self.config, self.process, inputs, image.size[::-1])
         with self.lock:
-            if classes:
+            if classes is not None:
                 self.set_classes(classes)
             labels, scores = segment_image(*parts)
             dtype = np.min_scalar_type(len(self.names))

@@ -60,7 +60,8 @@ def find_images(given, out):
     for file in sorted(files):
         stem = os.path.splitext(file)[0]
         taken = stem in files  # beside a.jpg, a.jpg.png is not a.jpg
-        taken |= any(map(os.path.isdir, (f"{stem}.png", f"{stem}.json")))  # nor beside a.png/
+        results = (f"{stem}.png", f"{stem}.overlay.jpg", f"{stem}.json")
+        taken |= any(map(os.path.isdir, results))  # nor beside a.png/
         unique = stems[stem] == 1 and not taken
         images.append((file, os.path.relpath(stem if unique else file, base)))
     return images
@@ -168,13 +169,14 @@ def is_done(file, stem, made_with):
     path = Path(f"{stem}.json")
     try:
         content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        other = content.get("image", file)
+    except (AttributeError, OSError, ValueError):
         return False  # none, or a broken one
-    other = content.get("image", file)
     if other != file and os.path.exists(other):  # else it was moved
         why = f"is the result of another image, {other}, not of {file}"
         raise UserError(f"file {path}", why, "give another --out")
-    return content.get("made_with") == made_with + digest("", [file])
+    whole = os.path.exists(f"{stem}.png") and os.path.exists(f"{stem}.overlay.jpg")
+    return whole and content.get("made_with") == made_with + digest("", [file])
 
 
 def segment_images(segmenter, config, process, words, images, out, model, resume, cache):

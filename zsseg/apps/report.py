@@ -17,8 +17,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 MAX_CARDS = 12  # worst images, and as many best ones
 MAX_CONFUSIONS = 12
 MAX_POINTS = 600  # of a curve
-CURVES = ("loss", "class", "focal", "dice")  # keys in metrics.jsonl
-CURVES += ("val/mIoU_seen", "val/mIoU_unseen", "val/hIoU", "val/mIoU")
+CURVES = "loss class focal dice val/mIoU_seen val/mIoU_unseen val/hIoU val/mIoU"  # of metrics.jsonl
 
 
 class Report:
@@ -94,5 +93,8 @@ def confusions(matrix):
 def curves(file):
     """What a run logged, {key: (step, value), the last one first}, about MAX_POINTS of each."""
     lines = read_lines(file)
-    series = {key: [(line["step"], line[key]) for line in lines if key in line] for key in CURVES}
-    return {key: points[:: -(len(points) // MAX_POINTS + 1)] for key, points in series.items()}
+    series = {}
+    for key in CURVES.split():
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        series[key] = points[:: -(len(points) // MAX_POINTS + 1)]
+    return series

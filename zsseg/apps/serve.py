@@ -30,6 +30,7 @@ from zsseg.visualize import base64_text, encode, tint
 PAGE = Path(__file__).with_name("serve.html")
 MAX_IMAGES = 4  # whose proposals are stored
 MAX_BYTES = 2**28  # of an image file
+TYPES = {"image": int, "words": str, "off": list, "name": str, "x": int, "y": int}
 
 
 @dataclass
@@ -89,13 +90,14 @@ class Session:
         proposals, size, preview = self.find(image, words, off)
         labels, classes = self.segment(proposals, min(size, preview.size[::-1]))
         colours = colours_of(self.words)
+        typed = parse_words(words)
         return {
             "layer": base64_text(encode(tint(labels, colours, preview.size))),
             "names": self.words.shown_names,
             "colours": colours.tolist(),
             "classes": classes,
-            "off": [name for name in parse_words(words).names if name in off],
-            "note": self.words.note,
+            "off": [name for name in typed.names if name in off],
+            "note": typed.note,
         }
 
     def results(self, image, words, off, name):
@@ -175,10 +177,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             words = html.escape(format_words(session.words))
             return PAGE.read_text("utf-8").replace("{{words}}", words)
-        length = int(self.headers.get("Content-Length", 0))
-        if length > MAX_BYTES:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdecimal() or int(length) > MAX_BYTES:
             raise UserError("this file", f"has more than {MAX_BYTES >> 20} MiB", "give another")
-        body = self.rfile.read(length)
+        body = self.rfile.read(int(length))
         actions = {"/label": session.label, "/results": session.results, "/pixel": session.pixel}
         with self.lock:
             if self.path == "/image":
@@ -186,6 +188,8 @@ class Handler(BaseHTTPRequestHandler):
             try:
                 action = actions[self.path]
                 request = inspect.signature(action).bind(**json.loads(body))
+                if any(type(value) is not TYPES[k] for k, value in request.arguments.items()):
+                    raise TypeError
             except (KeyError, TypeError, ValueError, RecursionError):
                 raise UserError("this request", "is not the page's", "load it again") from None
             return json.dumps(action(*request.args), allow_nan=False)

@@ -11,14 +11,15 @@ from zsseg.utils import UserError, expand_path, read_text
 
 OTHER = "other"  # what background words are shown as
 MAX_CLASSES = 2**16 - 1  # that a label map of 16 bits has room for
-BACKGROUND = re.compile(rf"\b{OTHER}s?\s*:", re.IGNORECASE)
-WIDE = str.maketrans("，、،；：＝", ",,,;:=")
+BACKGROUND = re.compile(rf"(?:^|(?<=,))\s*{OTHER}s?\s*:", re.IGNORECASE)
+WIDE = str.maketrans("，、،；؛：＝", ",,,;;:=")
 # A name in quotes, as JSON writes it, between separators
 QUOTED = r'"(?:[^"\\\n]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*"'
-QUOTED = re.compile(rf"(?<![^,;:=，、،；：＝\n])[ \t]*({QUOTED})[ \t]*(?![^,;:=，、،；：＝\n])")
-# Paths, names of files, brackets, quotes, colons, tabs, comments behind a name, numbers or dashes
-# before it
-NO_NAME = re.compile(r"""^[~./]|\.\w{2,5}$|[][{}<>"“”„«»|:\t]|\s#|^[-'`*•–—]|^\d+[.)]\s""")
+QUOTED = re.compile(rf"(?<![^,;:=，、،；؛：＝\n])[ \t]*({QUOTED})[ \t]*(?![^,;:=，、،；؛：＝\n])")
+# Paths, names of files, brackets, quotes, colons, tabs; comments behind a name; bullets, numbers or
+# letters of a list before it
+NO_NAME = r"""^[~./]|\.\w{2,5}$|[][{}<>"“”„«»‘‚‹›「」|:\t]|\s#|^[-'`*•·◦▪●+#–—①-⑳]"""
+NO_NAME = re.compile(NO_NAME + r"|^\(?(\w|\d+)[.)]\s|^[01]\s")
 PLAIN = re.compile(r"[^\W\d_]([\w ()'/+&.-]*[\w)'+.])?")  # names that need no quotes
 
 
@@ -146,10 +147,9 @@ def parse_words(text, in_file=False):
     if not 0 < shown <= MAX_CLASSES:
         todo = f"give 1 to {MAX_CLASSES}, e.g. 'cat, dog, grass'"
         raise UserError("classes", f"are {shown}", todo)
-    numbered = shown > 1 and all(re.match(r"\d+\s", name) for name, *_ in rows)
     rows += [[word.strip()] for word in background if word.strip()]
     for word in itertools.chain(*rows):
-        if numbered or NO_NAME.search(word):
+        if NO_NAME.search(word):
             why = "is no name, but a file or a list in another format"
             todo = "check the path, or write names: cat, dog, grass"
             raise UserError(f"class {word!r}", why, todo)

@@ -51,9 +51,9 @@ METRICS = {
     "pAcc_seen": lambda c: mean(c.accuracy, c.gt * c.seen),
     "pAcc_unseen": lambda c: mean(c.accuracy, c.gt * ~c.seen),
 }
-SPLIT = ("mIoU_seen", "mIoU_unseen", "hIoU", "pAcc_seen", "pAcc_unseen")  # need unseen classes
+SPLIT = "mIoU_seen mIoU_unseen hIoU pAcc_seen pAcc_unseen"  # need unseen classes
 # Not in the tables of data with unseen classes, which would be too wide.
-DETAILS = ("mIoU_gt", "fwIoU", "mAcc", "pAcc_seen", "pAcc_unseen")
+DETAILS = "mIoU_gt fwIoU mAcc pAcc_seen pAcc_unseen"
 PARTS = {"head_only": "head only", "clip_only": "CLIP only", "clip_objectness": "CLIP x objectness"}
 
 
@@ -69,7 +69,7 @@ def summarize(matrix, data):
     accuracy = 100 * hits / np.maximum(gt, 1)
     seen = np.isin(np.arange(len(gt)), data.seen)
     counts = SimpleNamespace(gt=gt, iou=iou, accuracy=accuracy, present=union > 0, seen=seen)
-    result = {k: f(counts) for k, f in METRICS.items() if data.seen or k not in SPLIT}
+    result = {k: f(counts) for k, f in METRICS.items() if data.seen or k not in SPLIT.split()}
     pairs = np.where(gt > 0, [iou, accuracy], None).T
     result["per_class"] = {
         name: {"IoU": iou, "Acc": accuracy}
@@ -85,7 +85,7 @@ def percent(value):
 
 def shown(result):
     """The metrics of a result that tables show."""
-    return [k for k in METRICS if k in result and not ("hIoU" in result and k in DETAILS)]
+    return [k for k in METRICS if k in result and not ("hIoU" in result and k in DETAILS.split())]
 
 
 def rows(result):

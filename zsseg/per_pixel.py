@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zsseg.clip import cosine_logits
 from zsseg.maskformer import PixelNetwork
 from zsseg.segmenter import OpenVocabulary
 
@@ -33,13 +32,21 @@ class PerPixel(PixelNetwork):
     def forward(self, images, text, size=None):
         """`prepare`d images [B, 3, H, W], text features [C, D] -> class logits fp32 [B, C, H, W] or
         [B, C, *size]; what torch.compile and DDP wrap.
+
+        The cosine of the enlarged embeddings, as in the original; but what is enlarged are their
+        dot products with the text and, a few channels at a time, the embeddings for their norms.
         """
         H, W = images.shape[-2:]
+
+        def enlarge(maps):
+            maps = F.interpolate(maps, scale_factor=4, mode="bilinear")[..., :H, :W]
+            return F.interpolate(maps, size, mode="bilinear") if size else maps
+
         embeds = self.decode(images).float()
-        embeds = F.interpolate(embeds, scale_factor=4, mode="bilinear")[..., :H, :W]
-        if size:
-            embeds = F.interpolate(embeds, size, mode="bilinear")
-        return cosine_logits(embeds.movedim(1, -1), text, self.scale).movedim(-1, 1)
+        dots = enlarge(torch.einsum("bdhw,cd->bchw", embeds, text.float()))
+        parts = embeds.split(32, 1)
+        squares = sum(enlarge(part).square().sum(1, keepdim=True) for part in parts)
+        return self.scale * dots / squares.sqrt().clamp(min=1e-12)
 
 
 class OneStage(OpenVocabulary):

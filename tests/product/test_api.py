@@ -42,6 +42,11 @@ def test_six_lines(trained, tmp_path):
     ):
         with pytest.raises(utils.UserError):
             segmenter.set_classes(names, *synonyms)
+    for names in ([], "", ["cat", "cat"]):
+        with pytest.raises(utils.UserError):
+            segmenter(file, classes=names)
+    segmenter.names.append("x")  # the caller's own list
+    segmenter.set_classes(name for name in ["Cat", "tree", "sky"])
     assert segmenter.names == ["Cat", "tree", "sky"]
     image = Image.open(file)
     for other in (str(file), image, np.array(image)):

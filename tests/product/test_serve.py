@@ -202,6 +202,7 @@ def test_the_server_refuses(port, session, monkeypatch):
         "not the page's": ask(port, "/label", b"[" * 100_000),
         "this request": ask(port, "/label", b"cat"),
         "load it again": ask(port, "/pixel", {**about, "image": stored["image"]}),
+        "is not the": ask(port, "/label", {**about, "image": stored["image"], "off": "cat"}),
         "not stored": forgotten,
     }
     for text, (status, content) in refused.items():
@@ -226,7 +227,7 @@ def test_the_command(port, trained):
         _, page = ask(address[1], "/")
         assert page.startswith("<!doctype html>") and ">cat, dog, grass</textarea>" in page
         running.send_signal(signal.SIGINT)
-        assert running.wait(30) == 0 and running.stdout.read() == b""
+        assert (running.wait(30), running.stdout.read()) == (0, b"")
     finally:
         running.kill()
 

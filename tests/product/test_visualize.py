@@ -43,6 +43,8 @@ def test_a_word_has_its_colour_wherever_it_stands():
     assert np.mean(same) > 0.95
     for count in (33, 34, 255):
         assert len(np.unique(word_colours([f"word {i}" for i in range(count)]), axis=0)) == count
+    few, many = ([f"word {i}" for i in range(count)] for count in (33, 36))
+    assert (word_colours(few) == word_colours(many)[:33]).all(1).sum() > 16
     assert word_colours([f"word {i}" for i in range(300)]).shape == (300, 3)
 
 

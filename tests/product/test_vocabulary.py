@@ -75,6 +75,7 @@ def test_words_that_are_switched_off():
         ("are 0; give 1 to 65535", ["", " ,; = ", "other: sky"]),
         ("are 70000; give 1 to 65535", [", ".join(map(str, range(70_000)))]),
         ("'Cat': is the same to CLIP as 'cat'", ["cat, Cat"]),
+        ("is the same to CLIP", ["cat, \u200bcat", "c\u00adat; cat"]),
         ("is given twice", ["sofa = couch; couch", "cat; other: cat", 'cat, "cat"']),
         ("empty to CLIP", ['cat, ""']),
         ("is no name, but a file", ["wrods.csv", "a/w.json", "/words", "./words", "cat, a.txt"]),
@@ -83,7 +84,7 @@ def test_words_that_are_switched_off():
             "is no name",
             ["cat\tdog", "cat # a note", "0 cat", "1 cat\n2 dog", "* cat\n* dog", "“cat”, “dog”"],
         ),
-        ("is no name", ["cat, background: sky", "其他：天", '19" tv', '"cat" dog, bird']),
+        ("is no name", ["+ cat", "(1) cat, (2) dog", "① cat", "the other: cat", "cat, background: sky", "其他：天", '19" tv', '"cat" dog, bird']),
     ],
 )
 def test_word_lists_that_cannot_be(texts, part):

@@ -22,7 +22,7 @@ from PIL import Image
 from zsseg.checkpoint import save
 from zsseg.images import is_image_name, network_inputs, read_image
 from zsseg.segmenter import Proposals
-from zsseg.utils import UserError, atomic_write, digest, parallel, plural, split_lines, walk, warn
+from zsseg.utils import UserError, atomic_write, digest, parallel, plural, split_lines, walk
 from zsseg.visualize import GREY, encode, label_image, overlay, with_legend, word_colours
 
 OVERLAY_EDGE = 960  # the longer side of an overlay, whatever the image's
@@ -39,11 +39,11 @@ def find_images(given, out):
     results = os.path.realpath(out)
     if given == ["-"]:
         given = split_lines(os.fsdecode(sys.stdin.buffer.read().replace(b"\0", b"\n")))
-    files = []
+    files = set()
     folders = set()
     for path in [os.path.abspath(word) for word in given if word.strip()]:
         is_folder = os.path.isdir(path)
-        files += filter(is_image_name, walk(path, results)) if is_folder else [path]
+        files.update(filter(is_image_name, walk(path, results)) if is_folder else [path])
         folders.add(path if is_folder else os.path.dirname(path))
     for folder in folders:
         if Path(os.path.realpath(folder)).is_relative_to(results):
@@ -51,9 +51,6 @@ def find_images(given, out):
     if not files:
         todo = "give images that Pillow reads (.jpg, .png, .webp, .tif, ...)"
         raise UserError("--images", "no image is there", todo)
-    if twice := len(files) - len({*files}):
-        warn(f"given twice and segmented once: {plural(twice, 'image')}")
-    files = {*files}
     base = os.path.commonpath(folders)
     stems = Counter(os.path.splitext(file)[0] for file in files)
     images = []
@@ -175,8 +172,8 @@ def is_done(file, stem, made_with):
     if other != file and os.path.exists(other):  # else it was moved
         why = f"is the result of another image, {other}, not of {file}"
         raise UserError(f"file {path}", why, "give another --out")
-    whole = os.path.exists(f"{stem}.png") and os.path.exists(f"{stem}.overlay.jpg")
-    return whole and content.get("made_with") == made_with + digest("", [file])
+    same = content.get("made_with") == made_with + digest("", [file])
+    return same and os.path.exists(f"{stem}.png")
 
 
 def segment_images(segmenter, config, process, words, images, out, model, resume, cache):

@@ -52,7 +52,7 @@ class Words:
         names = [name for name in self.names[: self.shown] if name not in off]
         if not names:
             raise UserError("classes", "are all switched off", "leave one on")
-        synonyms = {name: self.synonyms[name] for name in names if name in self.synonyms}
+        synonyms = {name: words for name, words in self.synonyms.items() if name in names}
         return Words(names + self.names[self.shown :], synonyms, len(names))
 
     def among(self, trained):

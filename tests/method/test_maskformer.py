@@ -1,12 +1,18 @@
 """The mask proposer: sizes and invariances."""
 
+from dataclasses import asdict
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_config
 
 from zsseg.backbone import BACKBONES
+from zsseg.datasets import dataset
 from zsseg.maskformer import MaskFormer
+from zsseg.utils import UserError
+from zsseg.weights import assemble, load_segmenter
 
 TEXT = F.normalize(torch.randn(5, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
 
@@ -79,6 +85,19 @@ def test_a_linear_head_gives_the_logits():
     model = build("model.class_head=linear", "clip.ensemble=false", "data.train_on=all")
     logits, _ = model(model.prepare(random_images(1, 3, 64, 64)), None)
     assert logits.shape == (3, 1, 8, 64) and model.non_object is None
+
+
+def test_a_linear_head_has_the_classes_of_its_training():
+    """However many others there are."""
+    config = tiny_config("model.class_head=linear", "clip.ensemble=false", "data.train_on=all")
+    segmenter, names = assemble(config, None), dataset("shapes").names
+    content = {"config": asdict(config), "model": segmenter.learned_state(), "trained": names}
+    for others in (names[::-1], [f"word {i}" for i in range(25)], names[1:]):
+        with pytest.raises(UserError, match="for other classes than these"):
+            segmenter.set_classes(others)
+        with pytest.raises(UserError, match="for other classes than these"):
+            load_segmenter(content | {"trained": others}, config, Path(), "last.pt")
+    assert segmenter.names == load_segmenter(content, config, Path(), "last.pt").names == names
 
 
 def test_every_parameter_learns():

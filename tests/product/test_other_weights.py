@@ -105,6 +105,9 @@ def test_training_starts_from_a_segmenter(trained, tmp_path, capsys):
     before = load_checkpoint(trained)["model"]["maskformer"]
     torch.save(tiny_clip_state(), tmp_path / "clip.pt")
     classes = ['data.classes=["sheep", "road"]', f"train.init={trained}", "model.weights=clip"]
+    with pytest.raises(UserError, match="is learned, but not here"):  # nor in train.init
+        build_segmenter(load_config(root / "a.toml", [*classes, "clip.prompt=learned"]), root)
+    capsys.readouterr()
     segmenter = build_segmenter(load_config(root / "a.toml", classes), root)
     after = segmenter.maskformer.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)

@@ -84,7 +84,19 @@ def test_words_that_are_switched_off():
             "is no name",
             ["cat\tdog", "cat # a note", "0 cat", "1 cat\n2 dog", "* cat\n* dog", "“cat”, “dog”"],
         ),
-        ("is no name", ["+ cat", "(1) cat, (2) dog", "① cat", "the other: cat", "cat, background: sky", "其他：天", '19" tv', '"cat" dog, bird']),
+        (
+            "is no name",
+            [
+                "+ cat",
+                "(1) cat, (2) dog",
+                "① cat",
+                "the other: cat",
+                "cat, background: sky",
+                "其他：天",
+                '19" tv',
+                '"cat" dog, bird',
+            ],
+        ),
     ],
 )
 def test_word_lists_that_cannot_be(texts, part):

@@ -56,10 +56,9 @@ def find_images(given, out):
     images = []
     for file in sorted(files):
         stem = os.path.splitext(file)[0]
-        taken = stem in files  # beside a.jpg, a.jpg.png is not a.jpg
-        results = (f"{stem}.png", f"{stem}.overlay.jpg", f"{stem}.json")
-        taken |= any(map(os.path.isdir, results))  # nor beside a.png/
-        unique = stems[stem] == 1 and not taken
+        # Beside a.jpg, a.jpg.png is not a.jpg; nor is a.jpg a beside a folder a.png.
+        folders = filter(os.path.isdir, (f"{stem}.png", f"{stem}.overlay.jpg", f"{stem}.json"))
+        unique = stems[stem] == 1 and stem not in files and not any(folders)
         images.append((file, os.path.relpath(stem if unique else file, base)))
     return images
 

@@ -2,11 +2,11 @@
 change of words is answered from its features. Nothing is written to the disk.
 """
 
-import contextlib
 import html
 import inspect
 import io
 import json
+import os
 import secrets
 import sys
 import threading
@@ -136,8 +136,11 @@ class Server(ThreadingHTTPServer):
         """Answer until Ctrl-C."""
         self.session = session
         print(f"open http://127.0.0.1:{self.server_port}/ (Ctrl-C ends it)")
-        with self, contextlib.suppress(KeyboardInterrupt):
-            self.serve_forever()
+        try:
+            with self:
+                self.serve_forever()
+        except KeyboardInterrupt:
+            os._exit(0)  # threads that still answer would make the interpreter's own end abort
 
     def handle_error(self, *client):
         if not isinstance(sys.exception(), OSError):  # a client that leaves is no error
@@ -190,7 +193,7 @@ class Handler(BaseHTTPRequestHandler):
                 request = inspect.signature(action).bind(**json.loads(body))
                 if any(type(value) is not TYPES[k] for k, value in request.arguments.items()):
                     raise TypeError
-            except (KeyError, TypeError, ValueError, RecursionError):
+            except Exception:  # any JSON may have come
                 raise UserError("this request", "is not the page's", "load it again") from None
             return json.dumps(action(*request.args), allow_nan=False)
 

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 from unittest.mock import DEFAULT, Mock, patch
 
 import numpy as np
@@ -18,7 +19,7 @@ from zsseg.datasets import dataset, find_pairs
 from zsseg.prepare import shapes, shapes_clip
 from zsseg.prompt_learning import PromptTask
 from zsseg.regions import box_of, region_crops
-from zsseg.self_training import fill_ignored, pseudo_labels
+from zsseg.self_training import fill_ignored, missing_maps, pseudo_labels
 from zsseg.utils import UserError
 from zsseg.weights import load_checkpoint
 
@@ -188,6 +189,25 @@ def test_only_ignored_pixels_are_filled_in_and_only_with_unseen_classes():
     assert fill_ignored(known, scores, unseen, 0.0, 255).tolist() == [[0], [1], [1]]
     # The third: 1.2e-4.
     assert fill_ignored(known, scores, unseen, 0.01, 255).tolist() == [[0], [1], [255]]
+
+
+def test_label_maps_of_another_teacher_are_found_in_every_folder(tmp_path):
+    """Images may have folders in their names; without a map the folder may have any mark."""
+    teacher = tmp_path / "teacher.pt"
+    teacher.touch()
+    config = load_config(None, [f"train.teacher={teacher}", "data.train_on=all"])
+    images = SimpleNamespace(pairs=[(teacher.with_name("a"), teacher.with_name("b"))])
+    folder = tmp_path / "pseudo"
+    files = [folder / "a" / "0.png", folder / "b" / "0.png"]
+    assert missing_maps(config, images, folder, files) == [0, 1]
+    files[1].parent.mkdir()
+    files[1].touch()
+    assert missing_maps(config, images, folder, files) == [0]
+    teacher.write_bytes(b"another")
+    with pytest.raises(UserError, match=r"pseudo: were made by another teacher; delete"):
+        missing_maps(config, images, folder, files)
+    files[1].unlink()
+    assert missing_maps(config, images, folder, files) == [0, 1]
 
 
 def test_self_training_is_resumable_and_blind_to_hidden_labels(shapes_run, shapes_root, tmp_path):

@@ -57,8 +57,8 @@ def find_images(given, out):
     for file in sorted(files):
         stem = os.path.splitext(file)[0]
         # Beside a.jpg, a.jpg.png is not a.jpg; nor is a.jpg a beside a folder a.png.
-        folders = filter(os.path.isdir, (f"{stem}.png", f"{stem}.overlay.jpg", f"{stem}.json"))
-        unique = stems[stem] == 1 and stem not in files and not any(folders)
+        taken = filter(os.path.isdir, (f"{stem}.png", f"{stem}.overlay.jpg", f"{stem}.json"))
+        unique = stems[stem] == 1 and stem not in files and not any(taken)
         images.append((file, os.path.relpath(stem if unique else file, base)))
     return images
 

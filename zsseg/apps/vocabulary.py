@@ -90,11 +90,12 @@ def seen_classes(data, content, config):
     """
     from zsseg.datasets import dataset
 
-    trained = trained_names(content, config)
     own = load_config(base=content.get("config")).data
-    if "trained" in content and trained and data == dataset(own):
+    if content.get("trained") and data == dataset(own):
         return data.trained
-    return Words(data.names).among(trained) if data.name == "folder" else data.seen
+    if data.name == "folder":
+        return Words(data.names).among(trained_names(content, config))
+    return data.seen
 
 
 def read_words(text):

@@ -51,7 +51,6 @@ from zsseg.utils import (
     warn,
 )
 
-MIN_IMAGES_TO_COMPILE = 1000  # images a process: for fewer, compiling takes longer than it saves
 PUBLISHED = tomllib.loads((CONFIGS.parent / "zsseg/published.toml").read_text("utf-8"))
 # The settings that a published number is of, besides section clip and whether there was a teacher
 PUBLISHED_FOR = """\
@@ -96,7 +95,7 @@ def parse(argv):
 
 def main(argv):
     args = parse(argv)
-    from zsseg.distributed import can_compile, init_distributed
+    from zsseg.distributed import init_distributed
     from zsseg.weights import checkpoint_and_config, find_model, load_segmenter
 
     named = args.checkpoint
@@ -110,16 +109,10 @@ def main(argv):
         config = load_config(args.config or published, ["model.bf16=off", *args.set])
 
     def load(images):
-        """The segmenter, compiled if that saves time with so many images; says what it runs on."""
+        """The segmenter, made fast for so many images; says what it runs on."""
         segmenter = load_segmenter(content, config, args.root, args.checkpoint)
-        segmenter.to(process.device).eval()
         process.describe(config.model.bf16)
-        setting = config.model.compile
-        many = images >= MIN_IMAGES_TO_COMPILE * process.world_size
-        if process.compiles(setting) and (many or setting == "on"):
-            segmenter.compile_parts()
-        elif many and setting == "auto" and segmenter.clip is not None and can_compile():
-            segmenter.compile_tower()  # on a CPU all else is little beside it
+        process.accelerate(segmenter, config.model, images)
         return segmenter
 
     use = use_words if args.own else measure

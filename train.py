@@ -61,7 +61,10 @@ class SegmentTask:
         pseudo = out / "pseudo" if config.train.teacher else None
         if pseudo and not saved:
             pseudo_labels(config, root, pseudo, process)
-        self.segmenter = build_segmenter(config, root, saved).to(process.device)
+        # As tensor cores read them, or they are brought to it in every step.
+        order = torch.channels_last if process.device.type == "cuda" else torch.preserve_format
+        segmenter = build_segmenter(config, root, saved)
+        self.segmenter = segmenter.to(process.device, memory_format=order)
         self.segmenter.set_classes(training_set(config.data).training_names)
         self.text = self.segmenter.text_features  # an evaluation sets other classes
         self.clip = self.segmenter.clip
@@ -212,7 +215,8 @@ class BadSteps:
     def read(self):
         """Whether the last step was bad; the host waits for the device."""
         size = self.train.batch_size * self.train.accumulate
-        for step, bad in self.flags:
+        read = torch.stack([bad for _, bad in self.flags]).tolist() if self.flags else []
+        for (step, _), bad in zip(self.flags, read, strict=True):
             if not bad:
                 self.in_a_row = 0
                 continue

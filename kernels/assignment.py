@@ -9,19 +9,18 @@ minus that column's price.
 import torch
 from torch import Tensor
 
-from kernels.jit import jit, next_power_of_2, on_device, tl
+from kernels.jit import SIZES, jit, next_power_of_2, on_device, tl
 
-MAX_QUERIES = 128  # that fit one program; see `is_supported`
-MAX_TARGETS = 64
+MAX_SIZE = 128  # queries or targets that fit one program; see `is_supported`
 LIMIT = 1e6  # costs that are not finite count as this much
 
 
-def is_supported(cost: Tensor) -> bool:
+def is_supported(cost):
     """Whether a problem fits one program: cost [L, B, Q, T]."""
-    return cost.shape[2] <= MAX_QUERIES and cost.shape[3] <= MAX_TARGETS
+    return max(cost.shape[2:]) <= MAX_SIZE
 
 
-@jit
+@jit(do_not_specialize=[*SIZES, "stride_problem"])
 def assignment_solve_kernel(
     cost_ptr,  # fp32 [L*B, Q, T], any strides
     counts_ptr,  # int32 [B]
@@ -56,7 +55,7 @@ def assignment_solve_kernel(
     infinity = float("inf")
     price = tl.zeros((BLOCK_N,), tl.float32)
     owner = tl.full((BLOCK_N,), -1, tl.int32)  # the row of each column
-    has_nonfinite = 0
+    bad = column < 0
     row = 0
     while row < rows:
         shortest = tl.full((BLOCK_N,), infinity, tl.float32)
@@ -69,25 +68,20 @@ def assignment_solve_kernel(
         steps = 0
         while (sink < 0) & (steps <= rows):
             c = tl.load(base + current * stride_row, mask=inside, other=0.0)
-            finite = tl.abs(c) < infinity  # false for NaN, too
-            has_nonfinite = tl.maximum(has_nonfinite, tl.max(tl.where(finite, 0, 1), 0))
+            bad |= (tl.abs(c) < infinity) == 0  # NaN, too
             c = tl.where(c == c, tl.minimum(tl.maximum(c, -limit), limit), limit)
             own = tl.sum(tl.where(here, c - price, 0.0), 0)  # the row's price; 0 at first
             length = reached + (c - price - own)
-            open_ = inside & (scanned == 0)
-            better = open_ & (length < shortest)
+            unscanned = inside & (scanned == 0)
+            better = unscanned & (length < shortest)
             shortest = tl.where(better, length, shortest)
             before = tl.where(better, current, before)
-            reached = tl.min(tl.where(open_, shortest, infinity), 0)
-            # Among equally near columns a free one ends the search.
-            nearest = open_ & (shortest == reached)
-            free = tl.min(tl.where(nearest & (owner < 0), column, BLOCK_N), 0)
-            nearest_column = tl.min(tl.where(nearest, column, BLOCK_N), 0)
-            chosen = tl.where(free < BLOCK_N, free, nearest_column)
-            here = column == chosen
+            open_lengths = tl.where(unscanned, shortest, infinity)
+            reached, nearest = tl.min(open_lengths, 0, return_indices=True)
+            here = column == nearest
             scanned = scanned | here
             next_row = tl.max(tl.where(here, owner, -1), 0)
-            sink = tl.where(next_row < 0, chosen, -1)
+            sink = tl.where(next_row < 0, nearest, -1)
             current = tl.where(next_row < 0, current, next_row)
             steps += 1
         price = tl.where(scanned, price - (reached - shortest), price)
@@ -106,13 +100,13 @@ def assignment_solve_kernel(
     query = tl.where(swapped, owner, column)
     out = matched_ptr + problem.to(tl.int64) * T + target
     tl.store(out, query.to(tl.int64), mask=inside & (owner >= 0))
-    tl.store(bad_ptr + problem, has_nonfinite.to(tl.int8))
+    tl.store(bad_ptr + problem, tl.max(bad.to(tl.int8), 0))
 
 
 @on_device
-def launch(cost: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """cost [L, B, Q <= 128, T <= 64], counts [B] -> (query of each target int64 [L, B, T], bool [L,
-    B]: a cost was not finite).
+def launch(cost, counts):
+    """cost [L, B, Q, T], counts [B] -> (query of each target int64 [L, B, T], bool [L, B]: a cost
+    was not finite). See `is_supported`.
 
     -1 where a target is padding (its number is at least the image's count) or has no query because
     there are too few.

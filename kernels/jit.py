@@ -10,16 +10,23 @@ from torch import Tensor
 
 try:
     import triton.language as tl
-    from triton import cdiv, jit, next_power_of_2
+    from triton import cdiv, jit, knobs, next_power_of_2
+    from triton.language.extra import libdevice
+
+    FAST = tl.constexpr(not knobs.runtime.interpret)  # the interpreter has no libdevice
 except ImportError:  # not on this platform: plain PyTorch serves
     cdiv = next_power_of_2 = None
 
-    def jit(function):
-        return function
+    def jit(function=None, **options):
+        return function or jit
 
     class tl:
         constexpr = None  # all that a definition needs
 
+
+# Arguments that serve index arithmetic only: one program for all of their values.
+SIZES = ["Q", "C", "h", "w", "H", "W", "Ho", "Wo", "rows", "columns", "cells", "blocks"]
+SIZES += ["B", "T", "steps"]
 
 # Whether CUDA tensors go to the kernels, or to plain PyTorch.
 ENABLED = cdiv is not None and os.environ.get("ZSSEG_KERNELS", "1") != "0"
@@ -68,19 +75,44 @@ def logit(probability: float) -> float:
 
 @jit
 def sigmoid_parts(x):
-    """p = sigmoid(x), 1 - p and log(1 + exp(-|x|)), each without cancellation."""
-    e = tl.exp(-tl.abs(x))
-    p = tl.where(x >= 0, 1.0, e) / (1.0 + e)
-    q = tl.where(x >= 0, e, 1.0) / (1.0 + e)
-    return p, q, tl.log(1.0 + e)
+    """p = sigmoid(x), 1 - p and log(1 + exp(-|x|)), without cancellation in p and 1 - p."""
+    # The fast functions err by some units in the last place, but the logarithm, of 1 + e, by 4e-7
+    # wherever it is. A loss in which that is much has a factor (1 - p)^2 or p^2 = e^2 with it, and
+    # is nothing beside losses that count.
+    if FAST:
+        e = libdevice.fast_expf(-tl.abs(x))
+        major = libdevice.fast_dividef(1.0, 1.0 + e)
+        log1pexp = libdevice.fast_logf(1.0 + e)
+    else:
+        e = tl.exp(-tl.abs(x))
+        major = 1.0 / (1.0 + e)
+        log1pexp = tl.log(1.0 + e)
+    minor = e * major
+    return tl.where(x >= 0, major, minor), tl.where(x >= 0, minor, major), log1pexp
 
 
 @jit
-def dot_exact(a, b, acc):
-    """acc + a b in fp32's accuracy on tensor cores, where b [K, N] is exact in fp16: a [M, K], fp32
-    below 65,504, is multiplied in two fp16 pieces.
+def neighbours(index, step, size):
+    """PyTorch's bilinear sampling at pixels `step` apart (half-pixel centres): the neighbour below,
+    the one above, share of the latter.
     """
-    high = a.to(tl.float16)
-    low = (a - high.to(tl.float32)).to(tl.float16)
-    b = b.to(tl.float16)
-    return tl.dot(high, b, tl.dot(low, b, acc))
+    position = tl.maximum((index.to(tl.float32) + 0.5) * step - 0.5, 0.0)
+    low = tl.minimum(position.to(tl.int32), size - 1)
+    return low, tl.minimum(low + 1, size - 1), position - low.to(tl.float32)
+
+
+@jit
+def between(ptr, rows, u0, u1, share):
+    """Of rows, which begin `rows` elements behind ptr, the mean of columns u0 and u1, fp32."""
+    left = tl.load(ptr + (rows + u0)).to(tl.float32)
+    return left * (1.0 - share) + tl.load(ptr + (rows + u1)).to(tl.float32) * share
+
+
+@jit
+def upsampled(plane_ptr, row, x, h, w):
+    """Mask logits [h, w] at stride 4, upsampled along x: the rows above and below the pixel rows
+    4 row - 2 to 4 row + 1. In pixel row 4 row - 2 + k the lower one's share is (2 k + 1) / 8.
+    """
+    u0, u1, share = neighbours(x, 0.25, w)
+    upper = between(plane_ptr, tl.maximum(row - 1, 0) * w, u0, u1, share)
+    return upper, between(plane_ptr, tl.minimum(row, h - 1) * w, u0, u1, share)

@@ -1,74 +1,89 @@
 """The crop that CLIP gets of each region, straight from mask logits at stride 4 and the image's
 bytes (Xu et al. 2021).
 
-Two kernels: the first upsamples the logits bilinearly, compares them with the threshold, writes the
-mask as bytes and each row block's bounds; the second samples the masked, normalised image inside
-every box bicubically. The host learns nothing in between, so that there is no sync.
+Three kernels: the first upsamples the logits bilinearly, compares them with the threshold, writes
+the mask as bytes and each block's bounds; the second makes boxes of these; the third samples
+the masked, normalised image inside every box bicubically. The host learns nothing in between, so
+that there is no sync.
 """
+
+import math
 
 import torch
 from torch import Tensor
 
-from kernels.jit import cdiv, contiguous, jit, logit, on_device, tl
+from kernels.jit import SIZES, cdiv, contiguous, jit, logit, on_device, tl, upsampled
 
-STRIDE = 4  # of the logits, to the padded network input
-MASKS = {"BLOCK_H": 16, "BLOCK_W": 64, "num_warps": 4, "num_stages": 1}
+# Two kernels make masks and boxes: a single one, a block for each of 100 masks, would leave a
+# quarter of an H100's 132 multiprocessors without work.
+MASKS = {"BLOCK_V": 8, "BLOCK_W": 128, "num_warps": 4, "num_stages": 1}
+BOXES = {"BLOCK": 64, "num_warps": 1, "num_stages": 1}
 CROPS = {"BLOCK": 256, "num_warps": 4, "num_stages": 1}
 CUBIC = -0.75  # PyTorch's
 
 
-@jit
+@jit(do_not_specialize=SIZES)
 def region_masks_kernel(
     logits_ptr,  # [Q, h, w], any float
     masks_ptr,  # out: uint8 [Q, H, W]
-    bounds_ptr,  # out: int32 [Q, blocks, 4]: x0, y0, x1, y1 of each row block; x1 = 0 where empty
+    bounds_ptr,  # out: int32 [Q, 4, blocks]: x0, y0, -x1, -y1 of each block; W, H, 0, 0 if empty
     h,
     w,
     H,
     W,
-    blocks,
     logit_threshold,
-    BLOCK_H: tl.constexpr,
+    BLOCK_V: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    """mask = (bilinear mean of logits > logit_threshold), and its bounds. The block owns BLOCK_H
-    rows of one mask, and goes through them BLOCK_W columns at a time.
+    """mask = (bilinear mean of logits > logit_threshold), and its bounds. The block owns the pixels
+    between BLOCK_V pairs of logit rows, BLOCK_W columns of them, so that four share their loads.
     """
-    query = tl.program_id(1).to(tl.int64)
-    block = tl.program_id(0)
-    y = block * BLOCK_H + tl.arange(0, BLOCK_H)
-    at_y = tl.maximum((y.to(tl.float32) + 0.5) * 0.25 - 0.5, 0.0)
-    v0 = tl.minimum(at_y.to(tl.int32), h - 1)
-    v1 = tl.minimum(v0 + 1, h - 1)
-    fy = (at_y - v0.to(tl.float32))[:, None]
-    upper_ptrs = logits_ptr + query * h * w + v0[:, None] * w
-    lower_ptrs = logits_ptr + query * h * w + v1[:, None] * w
-    out_ptrs = masks_ptr + (query * H + y[:, None]) * W
-    x0 = tl.zeros((BLOCK_H,), tl.int32) + W
-    x1 = tl.zeros((BLOCK_H,), tl.int32)
-    for start in tl.range(0, W, BLOCK_W):
-        x = start + tl.arange(0, BLOCK_W)
-        at_x = tl.maximum((x.to(tl.float32) + 0.5) * 0.25 - 0.5, 0.0)
-        u0 = tl.minimum(at_x.to(tl.int32), w - 1)
-        u1 = tl.minimum(u0 + 1, w - 1)[None, :]
-        fx = (at_x - u0.to(tl.float32))[None, :]
-        u0 = u0[None, :]
-        mask = (y[:, None] < H) & (x[None, :] < W)
-        a = tl.load(upper_ptrs + u0, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(upper_ptrs + u1, mask=mask, other=0.0).to(tl.float32)
-        c = tl.load(lower_ptrs + u0, mask=mask, other=0.0).to(tl.float32)
-        d = tl.load(lower_ptrs + u1, mask=mask, other=0.0).to(tl.float32)
-        upper = a * (1.0 - fx) + b * fx
-        lower = c * (1.0 - fx) + d * fx
-        inside = mask & (upper * (1.0 - fy) + lower * fy > logit_threshold)
-        tl.store(out_ptrs + x[None, :], inside.to(tl.uint8), mask=mask)
-        x0 = tl.minimum(x0, tl.min(tl.where(inside, x[None, :], W), 1))
-        x1 = tl.maximum(x1, tl.max(tl.where(inside, x[None, :] + 1, 0), 1))
-    out_ptr = bounds_ptr + (query * blocks + block) * 4
-    tl.store(out_ptr, tl.min(x0, 0))
-    tl.store(out_ptr + 1, tl.min(tl.where(x1 > 0, y, H), 0))
-    tl.store(out_ptr + 2, tl.max(x1, 0))
-    tl.store(out_ptr + 3, tl.max(tl.where(x1 > 0, y + 1, 0), 0))
+    query = tl.program_id(2).to(tl.int64)
+    row = (tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V))[:, None]
+    x = (tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W))[None, :]
+    upper, lower = upsampled(logits_ptr + query * h * w, row, x, h, w)
+    y0 = tl.zeros((BLOCK_V, BLOCK_W), tl.int32) + H
+    y1 = tl.zeros((BLOCK_V, BLOCK_W), tl.int32)
+    for k in tl.static_range(4):
+        y = row * 4 - 2 + k
+        mask = (y >= 0) & (y < H) & (x < W)
+        z = upper * (0.875 - k * 0.25) + lower * (0.125 + k * 0.25)
+        inside = mask & (z > logit_threshold)
+        tl.store(masks_ptr + query * H * W + (y * W + x), inside.to(tl.uint8), mask=mask)
+        y0 = tl.minimum(y0, tl.where(inside, y, H))
+        y1 = tl.where(inside, -1 - y, y1)
+    blocks = tl.num_programs(0) * tl.num_programs(1)
+    block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    out_ptr = bounds_ptr + query * 4 * blocks + block
+    tl.store(out_ptr, tl.min(tl.where(y0 < H, x, W)))
+    tl.store(out_ptr + blocks, tl.min(y0))
+    tl.store(out_ptr + 2 * blocks, tl.min(tl.where(y0 < H, -1 - x, 0)))
+    tl.store(out_ptr + 3 * blocks, tl.min(y1))
+
+
+@jit(do_not_specialize=SIZES)
+def region_boxes_kernel(
+    bounds_ptr,  # int32 [Q, 4, blocks], see above
+    boxes_ptr,  # out: int64 [Q, 4]: x0, y0, x1, y1
+    valid_ptr,  # out: bool [Q]
+    H,
+    W,
+    blocks,
+    BLOCK: tl.constexpr,
+):
+    """The bounds of one mask's blocks, joined."""
+    query = tl.program_id(0)
+    side = tl.arange(0, 4)
+    box = tl.zeros((4,), tl.int32) + 2**30
+    for start in tl.range(0, blocks, BLOCK):
+        block = start + tl.arange(0, BLOCK)[None, :]
+        ptrs = bounds_ptr + (query * 4 + side[:, None]) * blocks + block
+        box = tl.minimum(box, tl.min(tl.load(ptrs, mask=block < blocks, other=2**30), 1))
+    valid = tl.min(box) < 0
+    whole = tl.where(side == 2, W, tl.where(side == 3, H, 0))
+    box = tl.where(valid, tl.abs(box), whole)
+    tl.store(boxes_ptr + query * 4 + side, box.to(tl.int64))
+    tl.store(valid_ptr + query, valid)
 
 
 @jit
@@ -86,11 +101,12 @@ def cubic(t, k: tl.constexpr, A: tl.constexpr):
     return ((A * d - 5.0 * A) * d + 8.0 * A) * d - 4.0 * A
 
 
-@jit
+@jit(do_not_specialize=SIZES)
 def region_crop_kernel(
     image_ptr,  # uint8 [3, H, W]
-    masks_ptr,  # uint8 [P, H, W]
-    boxes_ptr,  # int32 [P, 4]
+    masks_ptr,  # uint8 [Q, H, W]
+    boxes_ptr,  # int64 [Q, 4]
+    index_ptr,  # int64 [P]: the mask of each crop
     crops_ptr,  # out: [P, 3, side, side]
     r_scale,
     g_scale,
@@ -110,10 +126,11 @@ def region_crop_kernel(
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     crop = tl.program_id(1).to(tl.int64)
     mask = pixel < side * side
-    x0 = tl.load(boxes_ptr + crop * 4)
-    y0 = tl.load(boxes_ptr + crop * 4 + 1)
-    width = tl.load(boxes_ptr + crop * 4 + 2) - x0
-    height = tl.load(boxes_ptr + crop * 4 + 3) - y0
+    query = tl.load(index_ptr + crop)
+    x0 = tl.load(boxes_ptr + query * 4).to(tl.int32)
+    y0 = tl.load(boxes_ptr + query * 4 + 1).to(tl.int32)
+    width = tl.load(boxes_ptr + query * 4 + 2).to(tl.int32) - x0
+    height = tl.load(boxes_ptr + query * 4 + 3).to(tl.int32) - y0
     # Divided exactly, as PyTorch does: 2 ulp more or less move the samples.
     step_y = tl.div_rn(height.to(tl.float32), side + 0.0)
     step_x = tl.div_rn(width.to(tl.float32), side + 0.0)
@@ -131,7 +148,7 @@ def region_crop_kernel(
         wy = cubic(ty, i, A)
         for j in tl.static_range(4):
             x = tl.minimum(tl.maximum(floor_x.to(tl.int32) + (j - 1), 0), width - 1) + x0
-            inside = mask & (tl.load(masks_ptr + (crop * H + y) * W + x, mask=mask, other=0) != 0)
+            inside = mask & (tl.load(masks_ptr + (query * H + y) * W + x, mask=mask, other=0) != 0)
             weight = tl.where(inside, wy * cubic(tx, j, A), 0.0)
             tap_ptrs = image_ptr + y * W + x
             red = tl.load(tap_ptrs, mask=inside, other=0).to(tl.float32)
@@ -148,54 +165,44 @@ def region_crop_kernel(
 
 
 @on_device
-def launch_masks(
-    logits: Tensor, size: tuple[int, int], threshold: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def launch_masks(logits, size, threshold):
     """logits [Q, h, w] -> masks uint8 [Q, *size], 1 where the sigmoid of the upsampled logits is
     above threshold; tight boxes int64 [Q, 4] as x0, y0, x1, y1 (ends excluded; of an empty mask the
-    whole), and valid [Q]: the mask is not empty.
+    whole), and valid bool [Q]: the mask is not empty.
     """
     (Q, h, w), (H, W) = logits.shape, size
-    blocks = cdiv(H, MASKS["BLOCK_H"])
-    masks = torch.empty(Q, H, W, dtype=torch.uint8, device=logits.device)
-    bounds = torch.empty(Q, blocks, 4, dtype=torch.int32, device=logits.device)
+    tiles = (cdiv(W, MASKS["BLOCK_W"]), cdiv(H + 2, 4 * MASKS["BLOCK_V"]))
+    blocks = math.prod(tiles)
+    masks = logits.new_empty(Q, H, W, dtype=torch.uint8)
+    bounds = logits.new_empty(Q, 4, blocks, dtype=torch.int32)
+    boxes = logits.new_empty(Q, 4, dtype=torch.int64)
+    valid = logits.new_empty(Q, dtype=torch.bool)
     if Q:
-        sizes = (h, w, H, W, blocks, logit(threshold))
-        region_masks_kernel[(blocks, Q)](logits.contiguous(), masks, bounds, *sizes, **MASKS)
-    x0, y0 = bounds[..., :2].amin(1).unbind(1)
-    x1, y1 = bounds[..., 2:].amax(1).unbind(1)
-    valid = x1 > 0
-    boxes = (x0.where(valid, 0), y0.where(valid, 0), x1.where(valid, W), y1.where(valid, H))
-    return masks, torch.stack(boxes, 1).long(), valid
+        sizes = (h, w, H, W, logit(threshold))
+        region_masks_kernel[(*tiles, Q)](logits.contiguous(), masks, bounds, *sizes, **MASKS)
+        region_boxes_kernel[(Q,)](bounds, boxes, valid, H, W, blocks, **BOXES)
+    return masks, boxes, valid
 
 
 @on_device
-def launch_crops(
-    image: Tensor,
-    masks: Tensor,
-    boxes: Tensor,
-    mean: list[float],
-    std: list[float],
-    side: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Crops [P, 3, side, side] of (image / 255 - mean) / std around each mask, bicubic, 0 outside
-    it.
+def launch_crops(image, masks, boxes, index, mean, std, side, dtype):
+    """Crops [P, 3, side, side] of (image / 255 - mean) / std around the masks `index`, bicubic, 0
+    outside them.
 
-    image uint8 [3, H, W], masks uint8 [P, H, W], boxes [P, 4] as of `launch_masks`.
+    image uint8 [3, H, W]; masks uint8 [Q, H, W], boxes int64 [Q, 4] as of `launch_masks`; index
+    int64 [P].
     """
     H, W = image.shape[-2:]
-    P = len(masks)
-    crops = torch.empty(P, 3, side, side, dtype=dtype, device=image.device)
-    if not P:
-        return crops
-    scale = [1 / (255 * s) for s in std]
-    shift = [-m / s for m, s in zip(mean, std, strict=True)]
-    image, masks, boxes = contiguous(image, masks, boxes.int())
-    numbers = (*scale, *shift, H, W, side)
-    region_crop_kernel[(cdiv(side * side, CROPS["BLOCK"]), P)](
-        image, masks, boxes, crops, *numbers, A=CUBIC, **CROPS
-    )
+    P = len(index)
+    crops = image.new_empty(P, 3, side, side, dtype=dtype)
+    if P:
+        scale = [1 / (255 * s) for s in std]
+        shift = [-m / s for m, s in zip(mean, std, strict=True)]
+        region_crop_kernel[(cdiv(side * side, CROPS["BLOCK"]), P)](
+            *contiguous(image, masks, boxes, index),
+            *(crops, *scale, *shift, H, W, side),
+            **{"A": CUBIC, **CROPS},
+        )
     return crops
 
 
@@ -204,7 +211,7 @@ def region_masks(
     logits: Tensor, size: list[int], threshold: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `launch_masks`."""
-    return launch_masks(logits, tuple(size), threshold)
+    return launch_masks(logits, size, threshold)
 
 
 @region_masks.register_fake
@@ -219,15 +226,16 @@ def region_crop(
     image: Tensor,
     masks: Tensor,
     boxes: Tensor,
+    index: Tensor,
     mean: list[float],
     std: list[float],
     side: int,
     dtype: torch.dtype,
 ) -> Tensor:
     """See `launch_crops`."""
-    return launch_crops(image, masks, boxes, mean, std, side, dtype)
+    return launch_crops(image, masks, boxes, index, mean, std, side, dtype)
 
 
 @region_crop.register_fake
-def _(image, masks, boxes, mean, std, side, dtype):
-    return image.new_empty(masks.shape[0], 3, side, side, dtype=dtype)
+def _(image, masks, boxes, index, mean, std, side, dtype):
+    return image.new_empty(index.shape[0], 3, side, side, dtype=dtype)

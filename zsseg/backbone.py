@@ -10,7 +10,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision import ops
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet, conv1x1, conv3x3
 from torchvision.models.swin_transformer import (
     ShiftedWindowAttention,
@@ -18,16 +17,17 @@ from torchvision.models.swin_transformer import (
     SwinTransformerBlock,
 )
 
+from kernels.frozen import FrozenBatchNorm2d, convolve, pairs
 
-class FrozenBatchNorm2d(ops.FrozenBatchNorm2d):
-    """Batch norm whose four tensors are buffers (eps 1e-5), as one operator: torchvision's own
-    reads the map twice.
-    """
+
+class FrozenBottleneck(Bottleneck):
+    """torchvision's block, with its frozen norms folded into the convolutions."""
 
     def forward(self, x):
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-        )
+        y = convolve(self.conv1, self.bn1, x).relu_()
+        y = convolve(self.conv2, self.bn2, y).relu_()
+        y = convolve(self.conv3, self.bn3, y)
+        return (y + (convolve(*self.downsample, x) if self.downsample else x)).relu_()
 
 
 def conv_stem(norm, *sizes):
@@ -44,12 +44,14 @@ class DeepResNet(ResNet):
     """
 
     def __init__(self, depths=(3, 4, 6, 3)):
-        super().__init__(Bottleneck, depths, norm_layer=FrozenBatchNorm2d)
+        super().__init__(FrozenBottleneck, depths, norm_layer=FrozenBatchNorm2d)
         del self.fc, self.avgpool
         self.channels = [256, 512, 1024, 2048]
 
     def forward(self, x):
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for conv, norm in pairs(self.conv1, self.bn1):
+            x = convolve(conv, norm, x).relu_()
+        x = self.maxpool(x)
         return [x := layer(x) for layer in (self.layer1, self.layer2, self.layer3, self.layer4)]
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import Bottleneck, conv3x3
 
+from kernels.frozen import Linear, QuickGELU, accelerated, freeze, linear
 from zsseg.backbone import SmallResNet
 from zsseg.utils import UserError
 
@@ -20,11 +21,6 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of RGB in 0..1
 STD = (0.26862954, 0.26130258, 0.27577711)
 CONSTANTS = ("input_resolution", "context_length", "vocab_size")  # in OpenAI's files
 SCALE = 100.0  # where OpenAI's trained temperature ends
-
-
-class QuickGELU(nn.Module):
-    def forward(self, x):
-        return (1.702 * x).sigmoid_() * x
 
 
 ACTIVATIONS = {"quickgelu": QuickGELU, "gelu": nn.GELU}  # OpenAI's; that of most OpenCLIP models
@@ -44,8 +40,14 @@ class Attention(nn.MultiheadAttention):
 
     def forward(self, x, causal=False, count=None):
         """[N, length, width] -> outputs of the first `count` tokens (all) [N, count, width]."""
-        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
-        return self.out_proj(attend(q[:, :count], k, v, self.num_heads, causal))
+        q, k, v = linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        x = attend(q[:, :count], k, v, self.num_heads, causal)
+        return linear(x, self.out_proj.weight, self.out_proj.bias)
+
+    def values(self, x):
+        """What `forward` would give if every token attended to itself alone."""
+        x = linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)[2]
+        return linear(x, self.out_proj.weight, self.out_proj.bias)
 
 
 class Block(nn.Module):
@@ -59,8 +61,8 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.ln_2 = nn.LayerNorm(width)
         wide = 4 * width
-        layers = OrderedDict(c_fc=nn.Linear(width, wide), gelu=ACTIVATIONS[activation]())
-        self.mlp = nn.Sequential(layers | {"c_proj": nn.Linear(wide, width)})
+        layers = OrderedDict(c_fc=Linear(width, wide), gelu=ACTIVATIONS[activation]())
+        self.mlp = nn.Sequential(layers | {"c_proj": Linear(wide, width)})
 
     def forward(self, x, causal=False, count=None):
         x = x[:, :count] + self.attn(self.ln_1(x), causal, count)
@@ -171,9 +173,7 @@ class VisionTransformer(nn.Module):
             x = self.hide(block(x), shown, layer)
         if not dense:
             return self.ln_post(last(x, count=1)[:, 0]) @ self.proj
-        attn = last.attn
-        x = F.linear(last.ln_1(x[:, 1:]), attn.in_proj_weight, attn.in_proj_bias)
-        x = attn.out_proj(x.chunk(3, -1)[2])  # of the values
+        x = last.attn.values(last.ln_1(x[:, 1:]))
         return (self.ln_post(x) @ self.proj).unflatten(1, grid)
 
     def hide(self, x, shown, layer):
@@ -316,7 +316,15 @@ class CLIP(nn.Module):
 
     def encode_dense(self, images):
         """Normalised images [N, 3, H, W] -> one feature a patch [N, H/p, W/p, D]."""
-        return self.visual.forward(images, dense=True)  # compiled for no size
+        return self.visual(images, dense=True)
+
+    def accelerate(self, dtype, graphs=False, compiled=False):
+        """Make the image tower, which does not learn from now on, as fast as it can be, with
+        products in `dtype`; see `accelerated`.
+        """
+        freeze(self.visual, dtype, pack=self.mean.device.type == "cpu" and not compiled)
+        self.encode_image = accelerated(self.encode_image, graphs, compiled)
+        self.encode_dense = accelerated(self.encode_dense, graphs)
 
     def encode_text(self, tokens):
         """int64 [N, length] -> [N, D], read at the end token (the largest id)."""

@@ -7,10 +7,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from zsseg.utils import UserError, plural, print_main
+from zsseg.utils import UserError, cache_dir, plural, print_main
 
 # For processes whose share of the work takes less long; a dead one is noticed at once.
 DIST_TIMEOUT = timedelta(days=30)
+MIN_IMAGES_TO_COMPILE = 1000  # images a process: for fewer, compiling takes longer than it saves
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,31 @@ class Process:
         for buffer in module.buffers() if self.world_size > 1 else ():
             dist.broadcast(buffer, 0)
 
+    def put(self, tensor):
+        """A copy on the device; the host does not wait for it."""
+        pinned = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return pinned.to(self.device, non_blocking=True)
+
+    def fetch(self, *tensors):
+        """Start to copy tensors to the host; the result, called, waits for the copies."""
+        copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+        if self.device.type != "cuda":
+            return lambda: copies
+        done = torch.cuda.current_stream(self.device).record_event()
+        return lambda: done.synchronize() or copies
+
+    def accelerate(self, segmenter, model, images=0):
+        """Bring a segmenter to this device, as fast as the section [model] allows with so many
+        images, and for inference only from now on.
+        """
+        segmenter.to(self.device).eval()
+        setting = model.compile
+        many = images >= MIN_IMAGES_TO_COMPILE * self.world_size
+        compiled = (many or setting == "on") and self.compiles(setting)
+        dtype = torch.bfloat16 if self.bf16(model.bf16) else torch.float32
+        graphs = self.device.type == "cuda" and setting != "off"
+        segmenter.accelerate(dtype, graphs, compiled)
+
     def autocast(self, setting, training=False):
         """The networks' precision as `model.bf16` says, see `bf16`."""
         kind = self.device.type
@@ -88,8 +114,12 @@ class Process:
         return has_bf16 and not training
 
     def compiles(self, setting):
-        """Whether all of a network is compiled. "auto": on CUDA."""
-        return setting == "on" or (setting == "auto" and self.device.type == "cuda")
+        """Whether networks are compiled, which is said, since it takes long. "auto": on CUDA."""
+        found = setting == "on" or (setting == "auto" and self.device.type == "cuda")
+        if found:
+            folder = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{cache_dir()}/compiled")
+            print_main(f"compiling for some minutes, or less with what is in {folder}")
+        return found
 
     def describe(self, setting, training=False):
         """Print the device and the precision of this run: both decide how fast it is, and the last
@@ -100,18 +130,6 @@ class Process:
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
         print_main(f"computing on {name}: {precision}")
-
-
-def can_compile():
-    """Whether torch.compile works here: on a CPU it needs a C++ compiler and Python's headers,
-    which not every machine has.
-    """
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8))
-    except Exception as error:  # of any type, a compiler's own among them
-        print_main(f"not compiled: {error!r:.200}")
-        return False
-    return True
 
 
 def find_device(name):

@@ -31,8 +31,7 @@ def own_share(images, numbers, config, process, title):
     items = batches(images, numbers, None, config.data.workers)
     items = progress(items, title, len(numbers), process.is_main)
     for number, (inputs, labels, name) in zip(numbers, items, strict=True):
-        inputs = [image.to(process.device) for image in inputs]
-        yield number, name, inputs, labels.to(process.device).long()
+        yield number, name, [*map(process.put, inputs)], process.put(labels).long()
 
 
 @torch.inference_mode()

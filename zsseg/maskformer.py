@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels.frozen import accelerated, freeze
 from zsseg.backbone import BACKBONES
 from zsseg.clip import cosine_logits
 
@@ -21,7 +22,16 @@ def conv_norm(channels, out, kernel):
     """Convolution without bias, then GroupNorm; Kaiming-uniform weights (a=1)."""
     conv = nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False)
     nn.init.kaiming_uniform_(conv.weight, a=1)
-    return nn.Sequential(conv, nn.GroupNorm(min(32, out // 2), out))
+    return nn.Sequential(conv, GroupNorm(min(32, out // 2), out))
+
+
+class GroupNorm(nn.GroupNorm):
+    """In the type of its input, with sums in fp32; autocast would keep all of it in fp32."""
+
+    def forward(self, x):
+        weights = (self.weight.to(x.dtype), self.bias.to(x.dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, *weights, self.eps)
 
 
 class PixelDecoder(nn.Module):
@@ -109,6 +119,13 @@ class PixelNetwork(nn.Module):
             return x.contiguous(memory_format=torch.channels_last)  # as tensor cores read it
         return x
 
+    def accelerate(self, dtype, graphs=False, compiled=False):
+        """Make inference fast, after which nothing is learned: products in `dtype`, on a CPU in
+        fp32; see `accelerated`. One program serves images of every size.
+        """
+        freeze(self, dtype if self.pixel_mean.is_cuda else torch.float32)
+        self.decode = accelerated(self.decode, graphs, compiled, dynamic=True)
+
 
 class MaskFormer(PixelNetwork):
     """Everything of the segmenter that learns.
@@ -185,9 +202,3 @@ class MaskFormer(PixelNetwork):
         """
         embeds, mask_logits = self.decode(self.prepare(image[None]))
         return mask_logits[-1, 0].float(), embeds[-1, 0]
-
-    def compile_inference(self):
-        """Compile what inference uses, for images of any size; another program than the one that
-        training compiles.
-        """
-        self.decode = torch.compile(self.decode, fullgraph=True, dynamic=True)

@@ -81,7 +81,6 @@ class OneStage(OpenVocabulary):
         """
         return self.segment_views(inputs, size, flip, window)
 
-    def compile_tower(self):
-        """Nothing: every image has another size here, and would have a program compiled for it."""
-
-    compile_parts = compile_tower
+    def accelerate(self, dtype, graphs=False, compiled=False):
+        """As `Segmenter`'s. Nothing is compiled: CLIP would need a program for every size."""
+        super().accelerate(dtype, graphs)

@@ -44,15 +44,16 @@ def region_masks(logits, size, threshold):
 
 @dataclass
 class Regions:
-    """The regions of an image that CLIP is to name, none of them empty."""
+    """The masks of an image, and those of them that CLIP is to name, none of which is empty."""
 
-    mask_logits: Tensor | None  # [P, h, w] at stride 4; None for masks from elsewhere
-    masks: Tensor  # 0 or 1, [P, H, W]
-    boxes: Tensor  # int64 [P, 4], see `box_of`
+    masks: Tensor  # 0 or 1, [Q, H, W]
+    boxes: Tensor  # int64 [Q, 4], see `box_of`
+    index: Tensor  # int64 [P], their numbers
 
 
-def region_crops(clip, image, masks, boxes):
-    """Masked crops: image [3, H, W] in 0..255, masks [P, H, W], boxes [P, 4] -> [P, 3, R, R].
+def region_crops(clip, image, masks, boxes, index=None):
+    """Masked crops: image [3, H, W] in 0..255, masks [Q, H, W], boxes [Q, 4] -> [P, 3, R, R] of
+    those in `index` [P] (None: all).
 
     The image inside the mask and CLIP's mean colour outside, normalised, cropped to the box,
     resized to R x R with bicubic interpolation (a = -0.75, half-pixel centres, no anti-aliasing).
@@ -60,14 +61,16 @@ def region_crops(clip, image, masks, boxes):
     """
     R = clip.resolution
     dtype = torch.bfloat16 if torch.is_autocast_enabled(image.device.type) else torch.float32
+    if index is None:
+        index = torch.arange(len(masks), device=masks.device)
     if use_triton(image) and image.dtype == torch.uint8:
-        return kernel.region_crop(image, masks.byte(), boxes, *clip.pixel_stats, R, dtype)
+        return kernel.region_crop(image, masks.byte(), boxes, index, *clip.pixel_stats, R, dtype)
     image = clip.normalize(image)
-    crops = image.new_empty(len(masks), 3, R, R)
-    for crop, mask, (x0, y0, x1, y1) in zip(crops, masks != 0, boxes.tolist(), strict=True):
-        region = image[None, :, y0:y1, x0:x1] * mask[y0:y1, x0:x1]
-        crop[:] = F.interpolate(region, (R, R), mode="bicubic")[0]
-    return crops.to(dtype)
+    crops = []
+    for i, (x0, y0, x1, y1) in zip(index.tolist(), boxes[index].tolist(), strict=True):
+        region = image[None, :, y0:y1, x0:x1] * (masks[i, y0:y1, x0:x1] != 0)
+        crops.append(F.interpolate(region, (R, R), mode="bicubic"))
+    return torch.cat(crops).to(dtype)
 
 
 def patch_masks(masks, boxes, resolution, patch):
@@ -91,6 +94,8 @@ def encode_crops(clip, crops, batch_size, shown=None):
     The last batch is filled up to a quarter, a half, three quarters or a whole of the others, with
     its last crop: a compiled tower sees few sizes.
     """
+    if crops.device.type == "cpu":
+        batch_size = min(batch_size, 8)  # more fall out of its caches
     count = len(crops)
     missing = -count % max(batch_size // 4, 1)
     order = torch.arange(count + missing, device=crops.device).clamp(max=count - 1)
@@ -105,10 +110,11 @@ def crop_features(clip, image, regions, config):
     """The paper's: CLIP on the masked crop of each region, with the mask prompt of a CLIP that has
     one.
     """
-    crops = region_crops(clip, image, regions.masks, regions.boxes)
+    masks, boxes, index = regions.masks, regions.boxes, regions.index
+    crops = region_crops(clip, image, masks, boxes, index)
     shown = None
     if config.mask_prompt and clip.has_mask_prompt:
-        shown = patch_masks(regions.masks, regions.boxes, clip.resolution, clip.patch)
+        shown = patch_masks(masks[index], boxes[index], clip.resolution, clip.patch)
     return encode_crops(clip, crops, config.crop_batch_size, shown)
 
 
@@ -133,9 +139,8 @@ def pooled_features(clip, image, regions, config):
     edges = [max(round(scale * s), 1) * clip.patch for s in size]
     resized = F.interpolate(clip.normalize(image)[None], edges, mode="bicubic", antialias=True)
     dense = clip.encode_dense(resized)[0]  # [h', w', D]
-    if use_triton(dense) and regions.mask_logits is not None:
-        return mask_pool(dense, regions.mask_logits, size, config.mask_threshold)[0]
-    return pool_features(dense, regions.masks)
+    pool = mask_pool if use_triton(dense) else pool_features
+    return pool(dense, regions.masks.byte())[regions.index]
 
 
 # `clip.regions`: (clip, image [3, H, W] in 0..255, regions, section clip) -> CLIP features [P, D]

@@ -131,21 +131,13 @@ class OpenVocabulary(nn.Module):
         best, labels = mean.max(0)
         return Segmentation(labels, best, {})
 
-    def compile_parts(self):
-        """Hand the mask proposer and CLIP's image tower to torch.compile, in place: names in state
-        dicts stay as they are.
-
-        One program of the proposer serves images of every size, since they are padded to multiples
-        of 32 and no further.
+    def accelerate(self, dtype, graphs=False, compiled=False):
+        """Make the networks, which learn no more, fast: products in `dtype`, as CUDA graphs and
+        through torch.compile if wanted. Results stay the same up to rounding.
         """
-        if self.maskformer is not None:
-            self.maskformer.compile_inference()
-        self.compile_tower()
-
-    def compile_tower(self):
-        """CLIP's image tower only, which is most of the work."""
-        if self.clip is not None:
-            self.clip.visual.compile(fullgraph=True, dynamic=False)
+        for network in (self.maskformer, self.clip):
+            if network is not None:
+                network.accelerate(dtype, graphs, compiled)
 
     def learned_modules(self):
         """The parts with something learned besides CLIP."""
@@ -180,8 +172,7 @@ class Segmenter(OpenVocabulary):
         proposals = Proposals(mask_logits, size, valid, class_features)
         if self.clip is not None and (self.config.ensemble or class_features is None):
             index = valid.nonzero()[:, 0]  # once: a GPU is waited for
-            regions = Regions(mask_logits[index], masks[index], boxes[index])
-            proposals.region_features = self.encode_regions(image, regions)
+            proposals.region_features = self.encode_regions(image, Regions(masks, boxes, index))
         return self.classify(proposals)
 
     @torch.inference_mode()
@@ -202,7 +193,7 @@ class Segmenter(OpenVocabulary):
 
     def encode_regions(self, image, regions):
         """CLIP's features, fp32 [P, D], of the regions of an image [3, H, W]."""
-        if not len(regions.masks):
+        if not len(regions.index):
             return image.new_zeros(0, self.clip.embed_dim, dtype=torch.float32)
         return CLASSIFIERS[self.config.regions](self.clip, image, regions, self.config)
 
@@ -210,7 +201,8 @@ class Segmenter(OpenVocabulary):
         """CLIP's class logits, fp32 [P, C], of regions: masks [P, H, W], none empty, and their
         boxes [P, 4].
         """
-        features = self.encode_regions(image, Regions(None, masks, boxes))
+        index = torch.arange(len(masks), device=masks.device)
+        features = self.encode_regions(image, Regions(masks, boxes, index))
         return self.clip.logits(features, self.region_text_features)
 
     def ensemble(self, proposals, weight=None):
@@ -254,7 +246,7 @@ class Segmenter(OpenVocabulary):
         """
         logits = proposals.mask_logits
         inside = proposals.input_size
-        if use_triton(scores) and semantic_map.is_supported(logits):
+        if use_triton(scores) and semantic_map.is_supported(logits, inside):
             return semantic_map.semantic_map(logits, scores, inside, size, all_scores)
         pixels = math.prod(inside) + math.prod(size)
         tile = scores.shape[1] if all_scores else max(MAX_SCORE_BYTES // (4 * pixels), 1)

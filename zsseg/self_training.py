@@ -46,7 +46,8 @@ def pseudo_labels(config, root, folder, process):
     lut[data.lut(training=True) == data.ignore] = data.ignore  # unseen classes are not read
     images = TestImages(config.data, root, "train", lut=lut)
     content, settings = checkpoint_and_config(*find_model(train.teacher), [])
-    teacher = load_segmenter(content, settings, root, train.teacher).to(process.device).eval()
+    teacher = load_segmenter(content, settings, root, train.teacher)
+    process.accelerate(teacher, settings.model, len(images))
     teacher.set_classes(data.names, data.seen)
     files = [folder / f"{name}.png" for name in images.names]
     missing = process.broadcast(lambda: missing_maps(config, images, folder, files))

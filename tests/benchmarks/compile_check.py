@@ -3,12 +3,17 @@ tests.benchmarks.compile_check`.
 
 A row for each kernel and architecture: registers a thread, bytes of spilled registers and of shared
 memory, asynchronous copies in its code (cp.async; TMA), and the occupancy that follows: how many
-of a multiprocessor's 64 warps can be resident. Then a row for each operation: bytes that must be
-read or written, floating-point operations one by one and in products of matrices, and the time that
-no H100 can beat.
+of a multiprocessor's 64 warps can be resident; the instructions that a warp executes, and the
+microseconds that an A100 or H100 needs to issue those of all warps. Then a row for each operation:
+bytes that must be read or written, floating-point operations one by one and in products of
+matrices, and the time that no H100 can beat.
+
+Instructions are counted in the machine code: those of a loop as often as LOOPS says, others once,
+taken branches or not. Where LOOPS does not fit the code, each counts once and there is no time.
 """
 
 import dataclasses
+import math
 import re
 import subprocess
 import tempfile
@@ -18,9 +23,11 @@ from unittest.mock import patch
 
 import torch
 import triton
+from triton import cdiv
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import KernelInterface
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, KernelInterface, create_function_from_signature
 
 from kernels import assignment, mask_loss, mask_pool, matching_cost, region_crop, semantic_map
 
@@ -30,6 +37,9 @@ SHARED = {80: 167_936, 90: 233_472}  # bytes of a multiprocessor, of which each 
 BANDWIDTH = 3.35e12  # bytes
 RATE = 33e12  # operations one by one: 132 multiprocessors x 128 x 1.98 GHz
 PRODUCT_RATE = 990e12  # dense bf16 operations of the tensor cores
+# Instructions that all multiprocessors of an A100 or H100 issue a second, each of a warp.
+ISSUED = {80: 108 * 4 * 1.41e9, 90: 132 * 4 * 1.98e9}
+COLUMNS = ("registers", "spilled", "shared", "copies", "tma", "warps", "instructions", "issue us")
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -38,6 +48,7 @@ TYPES = {
     torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.bool: "i1",
 }
 
 
@@ -84,6 +95,17 @@ def recorded(call: Callable[[], object]) -> list[Launch]:
     return found
 
 
+def program(launch: Launch) -> tuple[str, ...]:
+    """What Triton compiles a program for: types, constants, and what it knows of numbers."""
+    kernel = launch.kernel
+    if not isinstance(kernel, JITFunction):  # the interpreter's
+        kernel = JITFunction(kernel.fn, **kernel.kwargs)
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    _, known, options = bind(**launch.arguments, **launch.options)
+    return kernel.fn.__name__, str(known), str(options)
+
+
 def calls(s: Sizes) -> dict[str, Callable[[], object]]:
     """A call of every operation's launcher, on tensors without values."""
 
@@ -100,7 +122,8 @@ def calls(s: Sizes) -> dict[str, Callable[[], object]]:
     sums, pairs = new(s.L, s.B, s.T, 4), (masks, matched, labels, classes)
     logits, size = new(s.Q, s.h, s.w), (4 * s.h, 4 * s.w)
     image, binary = new(3, *size, dtype=torch.uint8), new(s.Q, *size, dtype=torch.uint8)
-    crops = (new(s.Q, 4, dtype=torch.int64), [0.5] * 3, [0.2] * 3, s.side, s.dtype)
+    boxes, index = new(s.Q, 4, dtype=torch.int64), new(s.Q, dtype=torch.int64)
+    crops = (image, binary, boxes, index, [0.5] * 3, [0.2] * 3, s.side, s.dtype)
     features = new(s.grid, s.grid, s.D, dtype=s.dtype)
     return {
         "matching_cost": lambda: matching_cost.launch(*cost_inputs, 20.0, 1.0),
@@ -108,16 +131,16 @@ def calls(s: Sizes) -> dict[str, Callable[[], object]]:
         "mask_loss": lambda: mask_loss.launch_forward(*pairs),
         "mask_loss, backward": lambda: mask_loss.launch_backward(losses, losses, sums, *pairs),
         "region_masks": lambda: region_crop.launch_masks(logits, size, 0.5),
-        "region_crop": lambda: region_crop.launch_crops(image, binary, *crops),
+        "region_crop": lambda: region_crop.launch_crops(*crops),
         "semantic_map": lambda: semantic_map.launch(logits, new(s.Q, s.C), size, size),
-        "mask_pool": lambda: mask_pool.launch(features, logits, size, 0.5),
+        "mask_pool": lambda: mask_pool.launch(features, binary),
     }
 
 
 def work(s: Sizes) -> dict[str, tuple[int, int, int]]:
     """{operation: (bytes that must be read or written, operations one by one, operations in
-    products)}. A product of M x K and K x N counts as 2 M N K; an element of a loss as 30, of a
-    bilinear mean as 10, of a bicubic one as 100.
+    products)}. A product of M x K and K x N counts as 2 M N K; an element of a loss as 20, of its
+    gradient as 30, of a bilinear mean as 10, of a bicubic one as 100.
     """
     size = s.dtype.itemsize
     pixels = s.h * s.w
@@ -137,16 +160,16 @@ def work(s: Sizes) -> dict[str, tuple[int, int, int]]:
         "region_masks": inference + full,
         "region_crop": full + 3 * 16 * pixels + size * crops,
         "semantic_map": inference + 4 * s.Q * s.C + 2 * output,
-        "mask_pool": inference + size * dense + 4 * s.Q * s.D,
+        "mask_pool": full + size * dense + 4 * s.Q * s.D,
     }
     single = {
-        "matching_cost": 30 * queries * pixels,
-        "mask_loss": 30 * pairs * 16 * pixels,
-        "mask_loss, backward": 50 * pairs * 16 * pixels,
+        "matching_cost": 20 * queries * pixels,
+        "mask_loss": 20 * pairs * 16 * pixels,
+        "mask_loss, backward": 30 * pairs * 16 * pixels,
         "region_masks": 10 * full,
         "region_crop": 100 * crops,
         "semantic_map": 10 * full,
-        "mask_pool": 10 * full,
+        "mask_pool": full,
     }
     products = {
         "matching_cost": 4 * queries * pixels * s.T,
@@ -161,15 +184,48 @@ def floor(moved: int, single: int, products: int) -> float:
     return 1000 * max(moved / BANDWIDTH, single / RATE, products / PRODUCT_RATE)
 
 
-def compiled(launch: Launch, architecture: int) -> dict[str, int]:
-    """{"registers", "spilled", "shared", "copies", "tma", "warps"} of a kernel compiled for
-    sm_<architecture> as this launch would have it: numbers that are 1 or multiples of 16 are known
-    to the compiler. Raises what the compiler raises.
+# {kernel: (its arguments) -> how often a block runs each loop, on average, in the order of their
+# first lines; of an inner loop, each time that it gets there}. Others have none, but for
+# assignment_solve, whose depend on the costs, and mask_shares, whose the compiler unrolls in two
+# ways. If a kernel's loops change, so must these.
+LOOPS = {
+    "matching_cost_sums_kernel": lambda a: [a["steps"]],
+    "mask_loss_forward_kernel": lambda a: [(a["h"] + 1) / cdiv(a["h"] + 1, a["ROWS"])],
+    "mask_loss_backward_kernel": lambda a: [a["h"] / cdiv(a["h"], a["ROWS"]) + 1],
+    "region_boxes_kernel": lambda a: [cdiv(a["blocks"], a["BLOCK"])],
+    "semantic_map_argmax_kernel": lambda a: [cdiv(a["C"], a["BLOCK_C"])],
+    "mask_pool_kernel": lambda a: [cdiv(a["cells"], a["BLOCK_CELL"])],
+}
+
+
+def executed(code: str, trips: list[float]) -> tuple[int, bool]:
+    """How many instructions of this listing a warp executes, and whether `trips` fits its loops,
+    which end in branches backward; if not, each counts once.
+    """
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]+?) *;", code)
+    lines = [(int(address, 16), text) for address, text in found]
+    # What follows are rare cases of divisions, and filling.
+    end = max(address for address, text in lines if text.split()[-1] == "EXIT")
+    lines = [(address, text) for address, text in lines if address <= end]
+    jumps = ((re.search(r"BRA .*0x([0-9a-f]+)$", text), address) for address, text in lines)
+    loops = sorted({(int(jump[1], 16), address) for jump, address in jumps if jump})
+    loops = [(first, last) for first, last in loops if first <= last]
+    if len(trips) != len(loops):
+        return len(lines), False
+    times = [(range(first, last + 1), n) for (first, last), n in zip(loops, trips, strict=True)]
+    return round(sum(math.prod(n for r, n in times if a in r) for a, _ in lines)), True
+
+
+def compiled(launch: Launch, architecture: int) -> dict[str, float]:
+    """{column: number} of a kernel compiled for sm_<architecture> as this launch would have it:
+    numbers that are 1 or multiples of 16 are known to the compiler, but for those that the kernel
+    does not specialise. Raises what the compiler raises.
     """
     signature, constants, hints = {}, {}, {}
-    annotations = {p.name for p in launch.kernel.params if p.is_constexpr}
     for i, (name, value) in enumerate(launch.arguments.items()):
-        if name in annotations or (isinstance(value, int) and value == 1):
+        parameter = launch.kernel.params[i]
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or (special and isinstance(value, int) and value == 1):
             signature[name], constants[(i,)] = "constexpr", value
             continue
         aligned = True
@@ -178,7 +234,8 @@ def compiled(launch: Launch, architecture: int) -> dict[str, int]:
         elif isinstance(value, float):
             signature[name], aligned = "fp32", False
         else:
-            signature[name], aligned = "i32" if value < 2**31 else "i64", value % 16 == 0
+            signature[name] = "i32" if value < 2**31 else "i64"
+            aligned = special and value % 16 == 0
         hints |= {(i,): [["tt.divisibility", 16]]} if aligned else {}
     result = triton.compile(
         ASTSource(launch.kernel, signature, constants, hints),
@@ -189,19 +246,26 @@ def compiled(launch: Launch, architecture: int) -> dict[str, int]:
         file.write(result.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        usage = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        run = lambda option: subprocess.check_output(
+            [tool, option, file.name], stderr=subprocess.DEVNULL, text=True
+        )
+        usage, code = run("-res-usage"), run("-sass")
     used = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     shared, warps = result.metadata.shared, launch.options.get("num_warps", 4)
-    return {
-        "registers": used["REG"],
-        "spilled": used["STACK"] + used["LOCAL"],
-        "shared": shared,
-        "copies": len(re.findall(r"cp\.async\.c[ag]\.", result.asm["ptx"])),
-        "tma": len(re.findall(r"cp\.async\.bulk\.", result.asm["ptx"])),
-        "warps": resident_warps(used["REG"], shared, warps, architecture),
-    }
+    trips = LOOPS.get(launch.kernel.__name__, lambda arguments: [])(launch.arguments)
+    instructions, is_known = executed(code, trips)
+    seconds = instructions * warps * math.prod(launch.grid) / ISSUED[architecture]
+    numbers = (
+        used["REG"],
+        used["STACK"] + used["LOCAL"],
+        shared,
+        len(re.findall(r"cp\.async\.c[ag]\.", result.asm["ptx"])),
+        len(re.findall(r"cp\.async\.bulk\.", result.asm["ptx"])),
+        resident_warps(used["REG"], shared, warps, architecture),
+        instructions,
+        round(1e6 * seconds, 1) if is_known else math.nan,
+    )
+    return dict(zip(COLUMNS, numbers, strict=True))
 
 
 def resident_warps(registers: int, shared: int, warps: int, architecture: int) -> int:
@@ -212,13 +276,11 @@ def resident_warps(registers: int, shared: int, warps: int, architecture: int) -
 
 
 def main() -> None:
-    columns = ("registers", "spilled", "shared", "copies", "tma", "warps")
-    print("kernel\tsm", *columns, sep="\t")
+    print("kernel\tsm", *COLUMNS, sep="\t")
     for call in calls(Sizes()).values():
         for launch in recorded(call):
             for architecture in (80, 90):
-                found = compiled(launch, architecture)
-                numbers = (found[column] for column in columns)
+                numbers = compiled(launch, architecture).values()
                 print(launch.kernel.__name__, architecture, *numbers, sep="\t", flush=True)
     print("\noperation\tMiB\tGFLOP\tGFLOP in products\tfloor on an H100 (us)")
     for name, (moved, single, products) in work(Sizes()).items():

@@ -23,23 +23,27 @@ from statistics import mean, median
 import torch
 import torch.nn.functional as F
 
+from tests.benchmarks.hardware import MadeUpTask, random_clip
 from tests.benchmarks.kernels import machine, measure
 
-INFERENCE = ("plain", "isa", "kernels", "bf16", "compile")
+INFERENCE = ("plain", "isa", "kernels", "bf16", "fast", "graphs", "compile")
 TRAINING = ("plain", "kernels", "bf16", "compile")
 WHAT = {
-    "plain": "plain eager fp32 (on a CPU: held to AVX2)",
+    "plain": "plain eager fp32, all crops in one batch (on a CPU: held to AVX2)",
     "isa": "+ all instructions that the processor has",
     "kernels": "+ Triton kernels",
     "bf16": "+ bf16 autocast",
+    "fast": "+ weights cast and packed once, norms and QuickGELU's factor folded",
+    "fast32": "the same without bf16",
+    "graphs": "+ CUDA graphs",
     "compile": "+ torch.compile",
     "baseline": "the same without Triton kernels: bf16 and torch.compile of plain PyTorch",
     "pool": "one pass of CLIP, dense features pooled under the masks, with all of these",
 }
-ROWS = [f"inference:{name}" for name in (*INFERENCE, "baseline", "pool")]
+ROWS = [f"inference:{name}" for name in (*INFERENCE, "fast32", "baseline", "pool")]
 ROWS += [f"training:{name}" for name in (*TRAINING, "baseline")]
 # Left out on these, unless asked for.
-ELSEWHERE = {"cpu": ("kernels", "compile", "baseline"), "cuda": ("isa",)}
+ELSEWHERE = {"cpu": ("kernels", "graphs", "compile", "baseline"), "cuda": ("isa", "fast", "fast32")}
 HELD = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 SIZES = {"cpu": (480, 640, 20), "cuda": (640, 853, 171)}  # height, width, words
 
@@ -75,19 +79,10 @@ def vary(segmenter, image: torch.Tensor) -> None:
     segmenter.region_text_features = directions(segmenter.clip.encode_image(crops))
 
 
-def random_clip():
-    """A ViT-B/16 with random weights; bytes as tokens, so that no vocabulary is needed."""
-    from zsseg.clip import CLIP, VisionTransformer
-    from zsseg.tokenizer import Tokenizer
-
-    torch.manual_seed(0)
-    visual = VisionTransformer(224, 16, 768, 12, 512)
-    clip = CLIP(visual, Tokenizer(514, 160), 512, 160, 514, 64, 1)
-    return clip.eval().requires_grad_(False)
-
-
 def inference(done: set[str], args: argparse.Namespace) -> dict:
     """Seconds an image; `done` holds the optimisations up to this row."""
+    from zsseg import regions
+    from zsseg.apps.predict import segment_image
     from zsseg.config import load_config
     from zsseg.distributed import init_distributed
     from zsseg.weights import assemble
@@ -95,39 +90,42 @@ def inference(done: set[str], args: argparse.Namespace) -> dict:
     process = init_distributed(args.device)
     cuda = process.device.type == "cuda"
     bf16 = "on" if "bf16" in done else "off"
-    regions = "pool" if args.row == "inference:pool" else "crops"
-    settings = ["clip.prompt=single", f"model.bf16={bf16}", f"clip.regions={regions}"]
+    way = "pool" if args.row == "inference:pool" else "crops"
+    settings = ["clip.prompt=single", f"model.bf16={bf16}", f"clip.regions={way}"]
     config = load_config(None, settings)
     segmenter = assemble(config, random_clip()).to(process.device).eval()
-    words = [f"thing {i}" for i in range(args.words)]
-    segmenter.set_classes(words, list(range(args.words * 3 // 4)))
+    # Their text features come below, so that no tokenizer is needed.
+    segmenter.names = [f"thing {i}" for i in range(args.words)]
+    segmenter.seen = torch.arange(args.words, device=process.device) < args.words * 3 // 4
     generator = torch.Generator().manual_seed(1)
     sizes = ((args.height, args.width), (args.width, args.height))[: 2 if cuda else 1]
     coarse = torch.rand(1, 3, 6, 6, generator=generator)
     images = [(255 * F.interpolate(coarse, size, mode="bilinear")[0]).byte() for size in sizes]
     vary(segmenter, images[0].to(process.device))
-    if "compile" in done:
-        segmenter.compile_parts() if cuda else segmenter.clip.visual.compile(fullgraph=True)
+    with process.autocast(config.model.bf16):
+        valid = int(segmenter.propose(images[0].to(process.device)).valid.sum())
+    if not done:
+        at_once = lambda clip, crops, _, shown=None: clip.encode_image(crops, shown).float()
+        regions.encode_crops = at_once
+    if "fast" in done:
+        dtype = torch.bfloat16 if "bf16" in done else torch.float32
+        segmenter.accelerate(dtype, cuda and "graphs" in done, "compile" in done)
 
     def go() -> list:
-        with process.autocast(config.model.bf16):
-            on_device = [image.to(process.device) for image in images]
-            return [segmenter.segment([x], tuple(x.shape[1:])).labels for x in on_device]
+        parts = (segmenter, config, process)
+        results = [segment_image(*parts, [x], tuple(x.shape[1:])) for x in images]
+        return [result()[0] for result in results]
 
     for _ in range(3 if cuda else 1):
         maps = go()
-    with process.autocast(config.model.bf16):
-        valid = int(segmenter.propose(images[0].to(process.device)).valid.sum())
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(20 if cuda else 1):
         started = time.perf_counter()
         go()
-        if cuda:
-            torch.cuda.synchronize()
         times.append((time.perf_counter() - started) / len(images))
-    torch.save([m.to(torch.int16).cpu() for m in maps], args.maps)
+    torch.save([m.to(torch.int16) for m in maps], args.maps)
     found = {"seconds": median(times), "regions": valid, "peak_MiB": peak(cuda)}
     if cuda:
         crops = torch.randn(100, 3, 224, 224, device=process.device)
@@ -139,48 +137,20 @@ def inference(done: set[str], args: argparse.Namespace) -> dict:
 
 def training(done: set[str], args: argparse.Namespace) -> dict:
     """Seconds an image of training steps."""
-    import train
     from zsseg.config import load_config
     from zsseg.distributed import init_distributed
-    from zsseg.losses import segmentation_losses
-    from zsseg.maskformer import MaskFormer
-    from zsseg.matcher import Targets
 
     process = init_distributed(args.device)
     cuda = process.device.type == "cuda"
     torch.manual_seed(0)
-    B, side, classes = (16, 512, 15) if cuda else (2, 128, 15)
+    B, side = (16, 512) if cuda else (2, 128)
     bf16 = "on" if "bf16" in done else "off"
     settings = ["model.backbone=R50", f"model.bf16={bf16}", f"train.batch_size={B}"]
-    config = load_config(None, settings)
-
-    class Step(train.SegmentTask):
-        """The real step on made-up images."""
-
-        def __init__(self):
-            self.config = config
-            self.process = process
-            self.losses = segmentation_losses
-            self.model = MaskFormer(config.model, 512).to(process.device).train()
-            self.clipped = [self.model]
-            text = F.normalize(torch.randn(classes, 512, device=process.device), dim=-1)
-            self.text = text
-            self.compiled = False
-
-    def batch(T: int) -> tuple:
-        coarse = torch.randint(0, T, (B, 1, 8, 8)).float()
-        labels = F.interpolate(coarse, (side, side), mode="nearest")[:, 0].to(torch.uint8)
-        targets = Targets(labels, torch.arange(T).expand(B, T).contiguous(), torch.full((B,), T))
-        images = torch.randint(0, 256, (B, 3, side, side), dtype=torch.uint8)
-        targets = Targets(*(t.pin_memory() for t in targets)) if cuda else targets
-        return images.pin_memory() if cuda else images, targets
-
-    task = Step()
-    optimizer = train.build_optimizer(task.model, config)
+    task = MadeUpTask(load_config(None, settings), process, side, 15)
     if "compile" in done:
         task.compile()
-    batches = [batch(T) for T in (3, 6, 1, 9)]
-    step = lambda i: train.train_step(task, task.model, optimizer, [batches[i % 4]], 0.01)
+    batches = [task.batch(T) for T in (3, 6, 1, 9)]
+    step = lambda i: task.step(batches[i % 4])
     for i in range(6 if cuda else 1):
         step(i)
     if cuda:
@@ -211,8 +181,10 @@ def optimisations(row: str, device: str) -> set[str]:
     names = TRAINING if part == "training" else INFERENCE
     if name == "baseline":
         return set(names) - {"plain", "kernels"}
+    if name == "fast32":
+        return {"isa", "fast"}
     if name == "pool":
-        name = "isa" if device == "cpu" else "compile"
+        name = "fast" if device == "cpu" else "compile"
     return set(names[: names.index(name) + 1]) - {"plain"}
 
 

@@ -192,7 +192,7 @@ def test_norms_and_position_biases_of_swin_do_not_decay():
 def features(state: dict, masks: torch.Tensor, image: torch.Tensor, **options) -> torch.Tensor:
     """`crop_features` of a CLIP."""
     clip = build_clip(state, Tokenizer(514, 40))
-    regions = Regions(None, masks, box_of(masks))
+    regions = Regions(masks, box_of(masks), torch.arange(len(masks)))
     with torch.no_grad():
         return crop_features(clip, image, regions, ClipConfig(**options))
 

@@ -98,12 +98,12 @@ def test_fixed_prompts_are_a_mean_of_directions(small_clip):
 
 def test_a_learned_prompt_stands_between_start_and_name(small_clip):
     prompt = build_prompt("learned", small_clip.width, prefix=3)
-    tokens, ends = prompt.layout(small_clip.tokenizer, ["az", "a"])
+    tokens, ends = prompt.layout(small_clip, ["az", "a"])
     dot = small_clip.tokenizer.encode(".")
     assert tokens[0, 4:8].tolist() == [A, Z + 256, *dot, 513]
     assert ends.tolist() == [7, 6] and not tokens[1, 7:].any()
     x = prompt.embed(small_clip, tokens)
-    assert x.shape == (2, 40, 64) and torch.equal(x[0, 1:4], prompt.prefix)
+    assert x.shape == (2, 8, 64) and torch.equal(x[0, 1:4], prompt.prefix)
     assert torch.equal(x[1, [0, 4]], small_clip.token_embedding.weight[[512, A + 256]])
     features = prompt(small_clip, ["az", "a"])
     assert torch.allclose(features.norm(dim=-1), torch.ones(2))

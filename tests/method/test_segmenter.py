@@ -160,6 +160,28 @@ def test_on_a_cpu_bf16_is_for_clip_alone():
     assert torch.equal(rough.mask_logits, plain.mask_logits)
     assert torch.equal(rough.class_probs, plain.class_probs)
     assert 0 < (rough.clip_probs - plain.clip_probs).abs().max() < 0.05
+    segmenter.accelerate(torch.bfloat16)  # the same roundings but for QuickGELU's factor
+    with Process(torch.device("cpu")).autocast("on"):
+        fast = segmenter.propose(image)
+    assert 0 < (fast.clip_probs - rough.clip_probs).abs().max() < 0.05
+    assert layer.weight.dtype == torch.bfloat16 and layer.weight.is_mkldnn
+
+
+@pytest.mark.parametrize("backbone", ["small", "R101c"])
+def test_networks_that_are_made_fast_give_the_same(backbone):
+    """Folded norms and factors, packed weights."""
+    segmenter, image = tiny_segmenter(f"model.backbone={backbone}"), random_image(64, 96)
+    state = segmenter.maskformer.state_dict()
+    for name in (name for name in state if ".bn" in name and "tracked" not in name):
+        state[name] = torch.rand_like(state[name]) + 0.1
+    segmenter.maskformer.load_state_dict(state)
+    plain = segmenter.propose(image)
+    segmenter.accelerate(torch.float32)
+    fast = segmenter.propose(image)
+    assert torch.allclose(fast.mask_logits, plain.mask_logits, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(fast.class_probs, plain.class_probs, atol=1e-4)
+    assert torch.allclose(fast.clip_probs, plain.clip_probs, atol=1e-4)
+    assert not any(p.requires_grad for p in segmenter.parameters() if p.ndim > 1)
 
 
 # Test-time augmentation

@@ -43,8 +43,8 @@ class Predictor:
         self.lock = threading.RLock()
         file, published = find_model(path)
         content, self.config = checkpoint_and_config(file, config or published, settings)
-        segmenter = load_segmenter(content, self.config, expand_path(root), str(file))
-        self.segmenter = segmenter.to(self.process.device).eval()
+        self.segmenter = load_segmenter(content, self.config, expand_path(root), str(file))
+        self.process.accelerate(self.segmenter, self.config.model)
         # Names of the classes of the training, which count as seen
         self.trained = trained_names(content, self.config)
         self.set_classes(dataset(self.config.data).names)
@@ -81,10 +81,10 @@ class Predictor:
         with self.lock:
             if classes is not None:
                 self.set_classes(classes)
-            labels, scores = segment_image(*parts)
+            labels, scores = segment_image(*parts)()
             dtype = np.min_scalar_type(len(self.names))
-        labels = labels.cpu().numpy().astype(dtype)
-        return (labels, scores.float().cpu().numpy()) if return_scores else labels
+        labels = labels.numpy().astype(dtype)
+        return (labels, scores.numpy()) if return_scores else labels
 
 
 load = Predictor

@@ -64,15 +64,14 @@ def find_images(given, out):
 
 
 def cached_proposals(segmenter, image, path, key):
-    """What `Segmenter.propose` gives for an image [3, h, w]; from a file if an earlier call with
-    this key wrote it, else computed and written there. It serves any classes.
+    """What `Segmenter.propose` gives for an image [3, h, w] on its device; from a file if an
+    earlier call with this key wrote it, else computed and written there. It serves any classes.
     """
-    device = segmenter.seen.device
     with contextlib.suppress(Exception):  # missing, or broken in any way
-        found = torch.load(path, device, weights_only=True)
+        found = torch.load(path, image.device, weights_only=True)
         if found.pop("key") == key:
             return Proposals(**found)
-    proposals = segmenter.propose(image.to(device))
+    proposals = segmenter.propose(image)
     save(path, key=key, **vars(proposals))
     return proposals
 
@@ -101,20 +100,27 @@ def read_photo(file, config):
 
 @torch.inference_mode()
 def segment_image(segmenter, config, process, inputs, size, name="this image", proposals=None):
-    """The class of every pixel and its score, int64 and fp32 `size` (height, width); inputs: uint8
-    [3, h, w] at each network-input size; proposals: of the only one, if they are known.
+    """Start to compute the class of every pixel and its score; inputs: uint8 [3, h, w] at each
+    network-input size; proposals: of the only one, if they are known. The result, called, waits for
+    both: int64 and fp32 `size` (height, width), on the host.
 
     The score is the sum over the queries of class score x mask. Raises UserError for a score that
     is NaN or infinite.
     """
-    inputs = [image.to(process.device) for image in inputs]
+    inputs = [*map(process.put, inputs)]
     with process.autocast(config.model.bf16):
         views = (config.eval.flip, config.eval.window)
         found = segmenter.segment(inputs, size, *views, None, proposals)
-    if not found.finite:
-        why = f"gives scores that are not finite for {name}"
-        raise UserError("the model", why, "check its weights, or set model.bf16=off")
-    return found.labels, found.scores
+    fetched = process.fetch(found.labels, found.scores, found.finite)
+
+    def result():
+        labels, scores, finite = fetched()
+        if not finite:
+            why = f"gives scores that are not finite for {name}"
+            raise UserError("the model", why, "check its weights, or set model.bf16=off")
+        return labels, scores
+
+    return result
 
 
 def count_classes(labels, scores, names):
@@ -130,7 +136,7 @@ def count_classes(labels, scores, names):
         if n
     ]
     classes.sort(key=lambda c: -c["pixels"])
-    return labels.cpu().numpy().astype(np.min_scalar_type(len(names))), classes
+    return labels.numpy().astype(np.min_scalar_type(len(names))), classes
 
 
 def colours_of(words):
@@ -152,8 +158,11 @@ def result_files(labels, preview, colours, content):
     }
 
 
-def write_results(stem, *parts):
-    for ending, content in result_files(*parts).items():
+def write_results(stem, result, preview, words, content):
+    """Wait for a `result` of `segment_image` and write its files."""
+    labels, classes = count_classes(*result(), words.shown_names)
+    parts = (preview, colours_of(words), content | {"classes": classes})
+    for ending, content in result_files(labels, *parts).items():
         with atomic_write(Path(f"{stem}{ending}")) as temporary:
             temporary.write_bytes(content)
 
@@ -185,7 +194,6 @@ def segment_images(segmenter, config, process, words, images, out, model, resume
     made_with = digest([model, words, segmenter.seen.tolist()])
     is_ready = lambda file, name: is_done(file, out / name, made_with) and resume
     left = process.broadcast(lambda: [image for image in images if not is_ready(*image)])
-    colours = colours_of(words)
     read = 0
     started = time.perf_counter()
     share = left[process.rank :: process.world_size]
@@ -199,13 +207,13 @@ def segment_images(segmenter, config, process, words, images, out, model, resume
             version, inputs, size, preview = photo
             with process.autocast(config.model.bf16):
                 place = cache and (cache / digest(file), model + version)
-                proposals = cache and cached_proposals(segmenter, inputs[0], *place)
-            found = segment_image(segmenter, config, process, inputs, size, file, proposals)
-            labels, classes = count_classes(*found, words.shown_names)
-            content = {"image": file, "made_with": made_with + version, "classes": classes}
+                first = process.put(inputs[0])
+                proposals = cache and cached_proposals(segmenter, first, *place)
+            result = segment_image(segmenter, config, process, inputs, size, file, proposals)
+            content = {"image": file, "made_with": made_with + version}
             written.result()  # raises the last one's error
-            pixels = (labels, preview, colours)
-            written = writer.submit(write_results, out / name, *pixels, content)
+            # What waits for a GPU is another thread: the next image follows at once.
+            written = writer.submit(write_results, out / name, result, preview, words, content)
             read += 1
         written.result()
 

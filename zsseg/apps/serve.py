@@ -60,7 +60,7 @@ class Session:
         photo = read_image(io.BytesIO(content), turn=True)
         [pixels], size, preview = prepare(photo, self.config)
         with self.process.autocast(self.config.model.bf16):
-            proposals = self.segmenter.propose(pixels.to(self.process.device))
+            proposals = self.segmenter.propose(self.process.put(pixels))
         number = secrets.randbits(48)  # a page of an earlier start finds no other image under it
         self.images[number] = (proposals, size, preview)
         if len(self.images) > MAX_IMAGES:
@@ -81,7 +81,8 @@ class Session:
     def segment(self, proposals, size):
         """The label map at some size, and the classes in it, see `count_classes`."""
         parts = (self.segmenter, self.config, self.process, [], size)
-        return count_classes(*segment_image(*parts, proposals=proposals), self.words.shown_names)
+        found = segment_image(*parts, proposals=proposals)()
+        return count_classes(*found, self.words.shown_names)
 
     def label(self, image, words, off):
         """What lies over the preview of an image, a PNG in base64; the names and their colours; the

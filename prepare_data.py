@@ -10,13 +10,8 @@ that is allowed (to $ZSSEG_CACHE, else ~/.cache/zsseg) or one line says what to 
 it again changes nothing; killed half-way and run again it finishes.
 """
 
-import tomllib
-from pathlib import Path
-
 from zsseg.config import DataConfig, load_config
-from zsseg.utils import UserError, command, did_you_mean, expand_path, parser
-
-TABLE = Path(__file__).parent / "zsseg" / "datasets.toml"
+from zsseg.utils import UserError, command, did_you_mean, parser, read_table
 
 
 def main(argv):
@@ -40,17 +35,12 @@ def main(argv):
 
 def parse(argv):
     options = parser(__doc__)
-    names = [*tomllib.loads(TABLE.read_text("utf-8")), "folder"]
-    options.add_argument("dataset", metavar="DATASET", help=f"one of {', '.join(names)}")
-    text = "TOML file that describes data set folder"
-    options.add_argument("--config", metavar="FILE", type=expand_path, help=text)
-    options.add_root()
-    text = "threads that read and convert (4)"
-    options.add_argument("--workers", type=int, default=4, help=text)
-    text = "get the training images, too, where only the test split exists"
-    options.add_argument("--train", action="store_true", help=text)
-    text = "only verify: counts, unreadable files, label histogram"
-    options.add_argument("--check", action="store_true", help=text)
+    names = [*read_table("datasets.toml"), "folder"]
+    add = options.add_argument
+    add("dataset", metavar="DATASET", help=f"one of {', '.join(names)}")
+    add("--workers", type=int, default=4, help="threads that read and convert (4)")
+    add("--train", action="store_true", help="training images, too, if only the test split exists")
+    add("--check", action="store_true", help="only verify: counts, broken files, label histogram")
     args = options.parse_args(argv)
     if args.dataset not in names:
         todo = did_you_mean(args.dataset, names, f"choose one of {', '.join(names)}")

@@ -29,7 +29,7 @@ from kernels.jit import (
 PROBABILITIES = {"BLOCK_V": 8, "BLOCK_W": 128, "num_warps": 4, "num_stages": 1}
 BLOCK_C = 32
 MAX_QUERIES = 512  # see `is_supported`
-HELD = 2**13  # probabilities that a block of the last kernel holds, queries x pixels
+HELD = 2**12  # probabilities that a block of the last kernel holds, queries x pixels
 
 
 @jit(do_not_specialize=SIZES)
@@ -161,7 +161,7 @@ def launch(logits, classes, input_size, size, want_scores=False):
     tiles = cdiv(C, BLOCK_C)
     matrix = classes.new_empty(2, tiles * BLOCK_C, BLOCK_Q, dtype=torch.float16)
     class_pieces_kernel[(tiles,)](classes, matrix, Q, C, BLOCK_Q, BLOCK_C)
-    BLOCK_HW = min(HELD // BLOCK_Q, 64)
+    BLOCK_HW = max(min(HELD // BLOCK_Q, 64), 16)
     semantic_map_argmax_kernel[(cdiv(Ho * Wo, BLOCK_HW),)](
         *(p, matrix, labels, top, scores, Q, H, W, Ho, Wo, C, H / Ho, W / Wo),
         *(want_scores, BLOCK_HW, BLOCK_Q, BLOCK_C),

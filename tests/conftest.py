@@ -55,11 +55,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 # Reference values
 
 
-def relative_error(ours: torch.Tensor, reference: np.ndarray) -> float:
-    """Largest difference relative to the reference's largest absolute value."""
-    return float(np.abs(ours.detach().cpu().numpy() - reference).max() / np.abs(reference).max())
-
-
 def golden(name: str) -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / name))
 
@@ -186,10 +181,8 @@ def shapes_run(shapes_root, tmp_path_factory) -> Path:
     """The folder of a run of four steps on the synthetic data, with an evaluation on the way."""
 
     def make(folder: Path) -> None:
-        settings = (*TINY, "train.steps=4", "train.checkpoint_every=2", "train.eval_every=2")
-        words = ["--config", "configs/shapes.toml", "--root", shapes_root, "--device", "cpu"]
-        words += [word for setting in settings for word in ("--set", setting)]
-        succeed("train.py", *words, "--out", folder)
+        settings = ("train.steps=4", "train.checkpoint_every=2", "train.eval_every=2")
+        succeed("train.py", *shapes_words(shapes_root, folder, *settings))
 
     return once(tmp_path_factory, "shapes_run", make)
 
@@ -210,6 +203,22 @@ def trained(tmp_path_factory) -> Path:
 
 
 # Commands
+
+
+def overrides(*settings: str) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def shapes_words(shapes_root: Path, out: Path, *settings: str) -> list:
+    """Arguments of train.py for a few steps on the synthetic data set."""
+    words = ["--config", "configs/shapes.toml", "--device", "cpu", "--out", out]
+    return [*words, "--root", shapes_root, *overrides(*TINY, *settings)]
+
+
+def logged(out: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    text = (out / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
 
 
 def command(*words, env=None, processes=1, stdin="") -> subprocess.CompletedProcess:
@@ -310,8 +319,7 @@ def process(*words, env=None, processes=1, stdin="") -> subprocess.CompletedProc
         env["MASTER_PORT"] = str(free_port())
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         files = stream_files(Path(folder), stdin)
-        names = ("stdin", "stdout", "stderr")
-        streams = {n: stack.enter_context(open(f, "a+")) for n, f in zip(names, files, strict=True)}
+        streams = {file.name: stack.enter_context(open(file, "a+")) for file in files}
         streams["stdin"].seek(0)
         running = []
         for rank in range(processes):

@@ -63,6 +63,12 @@ def write(folder: Path) -> None:
     (folder / "a.toml").write_text(CONFIG)
 
 
+def files_below(folder: Path) -> dict[str, bytes]:
+    """But for the mark of a folder of results."""
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != ".zsseg"]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
 def touch(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

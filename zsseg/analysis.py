@@ -72,13 +72,9 @@ def count_oracles(segmenter, image, labels, data, autocast):
     predicted = segmenter.ensemble(on_targets).argmax(1)
 
     # A class without a pixel at network-input size becomes another class.
-    wrong = (torch.arange(max(data.ignore, C) + 1, device=image.device) + 1) % C
-    maps = [
-        segmenter.label_map(scores, proposals, size)[0],
-        segmenter.label_map(true_scores, proposals, size)[0],
-        wrong.scatter(0, classes, predicted)[labels],
-        wrong.scatter(0, classes, classes)[labels],
-    ]
+    wrong = (torch.arange(data.ignore + 1, device=image.device) + 1) % C
+    maps = [segmenter.label_map(s, proposals, size)[0] for s in (scores, true_scores)]
+    maps += [wrong.scatter(0, classes, found)[labels] for found in (predicted, classes)]
     counts = [confusion(labels, found, C, data.ignore) for found in maps]
     return torch.stack([*counts, confusion(classes, clip_probs.argmax(1), C, -1)]), iou.amax(0)
 

@@ -32,8 +32,7 @@ def load_last(out, resume, process):
     if resume and not files:
         raise UserError(f"output {out}", "has no run", "leave --resume out to start one")
     if files and not (resume or restarted):
-        todo = "add --resume, or give another --out"
-        raise UserError(f"output {out}", "has a run already", todo)
+        raise UserError(f"output {out}", "has a run already", "add --resume, or give another --out")
     saved = {}
     broken = None
     for file in files:

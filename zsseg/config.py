@@ -174,7 +174,7 @@ class EvalConfig:
     @property
     def views(self):
         """Whether scores are a mean over several views of an image."""
-        return bool(self.sizes or self.flip or self.window)
+        return self.sizes or self.flip or self.window
 
 
 @dataclass
@@ -224,17 +224,17 @@ def load_config(file=None, settings=(), base=None):
     sources = read_toml(find_config(file, Path())) if file else []
     given = {}
     for setting in [settings] if isinstance(settings, str) else settings:
-        name, sign, text = map(str.strip, setting.partition("="))
-        section, dot, key = name.partition(".")
-        if not sign or not dot:
+        parts = re.fullmatch(r"\s*(\w+)\.([^=]*?)\s*=\s*(.*?)\s*", setting, re.DOTALL)
+        if not parts:
             todo = "write e.g. train.steps=100"
             raise UserError(f"--set {setting}", "is not of the form section.key=value", todo)
-        given.setdefault(section, {})[key] = parse(text, OPTIONS.get(name))
-    last = {}
-    for name, last in sources:
-        update(config, last, name)
+        section, key, text = parts.groups()
+        given.setdefault(section, {})[key] = parse(text, OPTIONS.get(f"{section}.{key}"))
+    values = {}
+    for name, values in sources:
+        update(config, values, name)
     # What the command line adds to its file describes the same things.
-    update(config, given, "--set", last)
+    update(config, given, "--set", values)
     check_combinations(config)
     return config
 
@@ -324,22 +324,24 @@ def find_config(name, folder):
     raise no_such_file(f"config {name}", folder / name, "give the path of a TOML file")
 
 
-def read_toml(file, derived=()):
-    """(name, tables) of a file, after those of the file that its `base` names. `derived`: the files
-    that led here.
+def read_toml(file):
+    """(name, tables) of a file, after those of the files that `base` names, from one to the next.
+    Raises UserError.
     """
-    what = f"config {file}"
-    try:
-        values = tomllib.loads(read_text(file, what, "check the file"))
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(what, f"is not TOML: {error}", "correct that line") from None
-    base = values.pop("base", None)
-    if base is None:
-        return [(str(file), values)]
-    derived = (*derived, file.resolve())
-    if not isinstance(base, str) or (path := find_config(base, file.parent)).resolve() in derived:
-        raise UserError(f"{what}: base", f"is {base!r}", "name another file")
-    return [*read_toml(path, derived), (str(file), values)]
+    sources = {}
+    while file.resolve() not in sources:
+        what = f"config {file}"
+        try:
+            values = tomllib.loads(read_text(file, what, "check the file"))
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(what, f"is not TOML: {error}", "correct that line") from None
+        sources[file.resolve()] = (str(file), values)
+        base = values.pop("base", None)
+        if base is None:
+            return [*reversed(sources.values())]
+        if isinstance(base, str):
+            file = find_config(base, file.parent)
+    raise UserError(f"{what}: base", f"is {base!r}", "name another file")
 
 
 def parse(text, expected):

@@ -43,13 +43,13 @@ class TestImages(Dataset):
     """Item i: (image uint8 [3, h, w] at each input size, class ids uint8 or int32 [H, W] at the
     image's own size, name), the name being the file's without its ending, with folders if need be.
 
-    The shorter edge is each of `edges`, or else `data.test_short_edge`. `lut`: label value ->
-    class id, if not the data set's.
+    The shorter edge is each of `edges`, or else `data.test_short_edge`. `lut`: label value -> class
+    id.
     """
 
-    def __init__(self, data_config, root, split, edges=(), lut=None):
+    def __init__(self, data_config, root, split, edges=()):
         self.config = data_config
-        self.lut = dataset(data_config).lut() if lut is None else lut
+        self.lut = dataset(data_config).lut()
         self.edges = edges
         self.pairs = find_pairs(data_config, root, split)
         files = [image.with_suffix("") for image, _ in self.pairs]
@@ -63,7 +63,7 @@ class TestImages(Dataset):
 
     def __getitem__(self, i):
         image_file, label_file = self.pairs[i]
-        image = read_image(image_file, turn=self.config.exif_turn)
+        image = read_image(image_file, self.config.exif_turn)
         labels = torch.from_numpy(read_labels(label_file, self.lut, image.size))
         return network_inputs(image, self.config, self.edges), labels, self.names[i]
 
@@ -79,12 +79,11 @@ def augment(image, labels, data_config, ignore, rng):
     """
     S = data_config.crop
     W, H = image.size
-    short = int(rng.choice(data_config.short_edges))
-    width, height = test_size(W, H, short, data_config.max_size)
+    width, height = test_size(W, H, rng.choice(data_config.short_edges), data_config.max_size)
     h = min(height, S)
     w = min(width, S)
-    top = int(rng.integers(height - h + 1))
-    left = int(rng.integers(width - w + 1))
+    top = rng.integers(height - h + 1)
+    left = rng.integers(width - w + 1)
 
     # Only the crop is resized. Pillow's filter still reads the pixels around it, so the result is
     # the same as for the full image.
@@ -100,7 +99,7 @@ def augment(image, labels, data_config, ignore, rng):
     mask = np.full((S, S), ignore, labels.dtype)
     step = -1 if rng.random() < 0.5 else 1  # flip
     pixels[:, :h, :w] = np.asarray(image)[:, ::step].transpose(2, 0, 1)
-    mask[:h, :w] = labels[rows[:, None], cols[::step]]
+    mask[:h, :w] = labels[np.ix_(rows, cols[::step])]
     return torch.from_numpy(pixels), torch.from_numpy(mask)
 
 
@@ -158,7 +157,7 @@ class EndlessSamples(Dataset):
 @functools.cache
 def print_once(text):
     """On any process: only the one whose sample it is meets a broken file."""
-    print(text, flush=True)
+    print(text)
 
 
 @functools.lru_cache(maxsize=2)
@@ -181,16 +180,16 @@ class TrainImages(EndlessSamples):
         images = TestImages(self.config, root, "train")
         if pseudo is None:
             self.lut = self.data.lut(training=True)
-            shown = training_counts(config, root)[:, self.data.trained] > 0
+            shown = shown_classes(config, root)
             self.items = [*compress(images.pairs, shown.any(1))]
         else:  # label maps of class ids, by `zsseg.self_training`
             self.lut = np.arange(self.data.ignore + 1, dtype=self.data.lut().dtype)
-            files = [pseudo / f"{name}.png" for name in images.names]
-            self.items = [(pair[0], file) for pair, file in zip(images.pairs, files, strict=True)]
+            named = zip(images.pairs, images.names, strict=True)
+            self.items = [(image, pseudo / f"{name}.png") for (image, _), name in named]
 
     def load(self, n):
         image_file, label_file = self.item(n)
-        image = read_image(image_file, turn=self.config.exif_turn)
+        image = read_image(image_file, self.config.exif_turn)
         labels = read_labels(label_file, self.lut, image.size)
         rng = np.random.default_rng(mix_seed(self.seed, 2, n))
         pixels, mask = augment(image, labels, self.config, self.data.ignore, rng)
@@ -231,7 +230,7 @@ def count_labels(data_config, root, split, workers=4, check=False):
     def count(pair):
         image, label = pair
         try:
-            size = read_image(image, turn=data_config.exif_turn).size if check else None
+            size = read_image(image, data_config.exif_turn).size if check else None
             values = read_values(label, data.bits, size)
         except UserError as error:
             gone = [file.parent for file in pair if not file.parent.is_dir()]
@@ -239,8 +238,8 @@ def count_labels(data_config, root, split, workers=4, check=False):
             return np.full(C + 1, -1)
         if leaks[values].any():
             raise AssertionError(f"{label}: a pixel of an unseen class survives")
-        ids = np.minimum(full[values], C)  # the ignore value is the largest
-        return np.bincount(ids.ravel(), minlength=C + 1)
+        # The ignore value is the largest.
+        return np.bincount(np.minimum(full[values], C).ravel(), minlength=C + 1)
 
     counts = np.stack([*parallel(count, listing.pairs, workers, f"count {data.name} {split}")])
     if not check:
@@ -250,23 +249,23 @@ def count_labels(data_config, root, split, workers=4, check=False):
     return counts, errors
 
 
-def training_counts(config, root):
-    """`count_labels` of the training split; says what is left out and which classes have no pixel.
-    Raises UserError if all have none.
+def shown_classes(config, root):
+    """Whether each training image shows each class that is trained on, bool [n, T]; says what is
+    left out and which classes no image shows. Raises UserError if that are all.
     """
     counts, errors = count_labels(config.data, root, "train", config.data.workers)
     if errors:
         warn(f"{plural(len(errors), 'label map')} left out: {join_some(errors, 3)}")
     data = training_set(config.data)
-    shown = (counts > 0).any(0)
-    absent = [data.names[i] for i in data.trained if not shown[i]]
-    if len(absent) == len(data.trained):
+    shown = counts[:, data.trained] > 0
+    absent = [*compress(data.training_names, ~shown.any(0))]
+    if not shown.any():
         why = "no training image shows a class that is trained on"
         raise UserError(f"data set {data.name}", why, "check data.values")
     if absent:
         count = f"{len(absent)} of {len(data.trained)} classes"
         warn(f"no pixel in train of {count}: {join_some(absent, 20)}")
-    return counts
+    return shown
 
 
 # --- loading

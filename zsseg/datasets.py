@@ -6,7 +6,6 @@ For training, the table maps unseen classes to the ignore value.
 
 import os
 import re
-import tomllib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,13 +19,13 @@ from zsseg.utils import (
     did_you_mean,
     no_such_file,
     plural,
+    read_table,
     read_text,
     split_lines,
     walk,
     warn,
 )
 
-Pair = tuple[Path, Path]  # (image, label map)
 # {id} once, at the beginning or after a slash, and no brace but those of {split}
 PATTERN = re.compile(r"(([^{}]|\{split\})*/)?\{id\}([^{}]|\{split\})*")
 
@@ -100,8 +99,10 @@ class DataSet:
         file = folder / f"{split}.txt"
         counts = Counter(map(os.path.normpath, listed_ids(file)))
         if twice := [name for name, count in counts.items() if count > 1]:
-            images = plural(len(twice), "image")
-            warn(f"list {file} names {images} more than once, e.g. {twice[0]}; each counts once")
+            warn(
+                f"list {file} names {plural(len(twice), 'image')} more than once,"
+                f" e.g. {twice[0]}; each counts once"
+            )
         pairs = []
         for name in counts:
             image = folder / self.images.replace("{id}", name)
@@ -117,7 +118,7 @@ class DataSet:
         before, after = pattern.replace("{split}", self.splits[split]).split("{id}")
         base = f"{folder / before}/"
         matched = {}
-        for file in walk(base) if os.path.isdir(base) else ():
+        for file in walk(base):
             any_image = after == ".*" and is_image_name(file)
             suffix = os.path.splitext(file)[1] if any_image else after
             name = file.removeprefix(base).removesuffix(suffix)
@@ -133,7 +134,7 @@ class Listing:
     """The files of a split."""
 
     folder: Path  # of the data set
-    pairs: list[Pair]  # as listed, or sorted by id
+    pairs: list[tuple[Path, Path]]  # (image, label map), as listed, or sorted by id
     unpaired: list[Path]  # files without a partner
     missing: list[Path]  # listed files that do not exist
 
@@ -149,15 +150,15 @@ def listed_ids(file):
     return read_ids(file) if file.exists() else []
 
 
-def read_table(file):
-    rows = tomllib.loads(file.read_text("utf-8"))
+def read_datasets():
+    rows = read_table("datasets.toml")
     for row in rows.values():
         row.setdefault("values", list(range(len(row["names"]))))
         row["archives"] = [Archive(**archive) for archive in row.get("archives", [])]
     return {name: DataSet(name, **row) for name, row in rows.items()}
 
 
-DATASETS = read_table(Path(__file__).parent / "datasets.toml")
+DATASETS = read_datasets()
 
 
 def dataset(name_or_config):
@@ -192,13 +193,12 @@ def own_dataset(config):
     for key, valid, todo in rules:
         if not valid:
             missing = "missing (data.name is folder, which --config describes)"
-            why = f"is {getattr(config, key) or missing}"
-            raise UserError(f"data.{key}", why, todo)
+            raise UserError(f"data.{key}", f"is {getattr(config, key) or missing}", todo)
     check_names(classes)
     return DataSet(
         name="folder",
         names=classes,
-        folders=[config.folder or "."],
+        folders=[config.folder],
         images=config.images,
         labels=[config.labels],
         splits={split: split for split in ("train", "val", "test", config.split)},
@@ -261,7 +261,6 @@ def find_pairs(name_or_config, root, split):
     if it has none.
     """
     listing = find_listing(name_or_config, root, split)
-    if alone := listing.unpaired:
-        files = plural(len(alone), "file")
-        warn(f"left out: {files} without a partner in {split}, e.g. {alone[0]}")
+    if left := listing.unpaired:
+        warn(f"left out: {plural(len(left), 'file')} without a partner in {split}, e.g. {left[0]}")
     return listing.pairs

@@ -41,8 +41,9 @@ def fetch(urls, path, checksum, what):
         finally:
             os.close(folder)
     except OSError as error:
-        todo = "check the folder and the disk"
-        raise UserError(what, f"cannot write {path} ({error})", todo) from None
+        raise UserError(
+            what, f"cannot write {path} ({error})", "check the folder and the disk"
+        ) from None
 
 
 def check_file(file, checksum, what):
@@ -59,7 +60,7 @@ def download(urls, part, what):
     """Complete `part` from the first of `urls` that works."""
     todo = f"run it again to go on, or put the file at {part.with_suffix('')}"
     for url in urls:
-        print(f"{what}: {url}", flush=True)
+        print(f"{what}: {url}")
         for _ in range(TRIES):
             try:
                 append(url, part, what)

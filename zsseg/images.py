@@ -55,8 +55,7 @@ def as_rgb(image):
     fractions.
     """
     if image.mode.startswith("I"):
-        values = np.asarray(image).clip(0, 65535)
-        image = Image.fromarray((values // 257).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("its numbers are not those of an image, but fractions")
     if image.has_transparency_data:
@@ -104,7 +103,7 @@ def test_size(width, height, short, longest):
     (detectron2's rule).
     """
     scale = min(short / min(width, height), longest / max(width, height))
-    return max(int(scale * width + 0.5), 1), max(int(scale * height + 0.5), 1)
+    return tuple(max(int(scale * side + 0.5), 1) for side in (width, height))
 
 
 def network_inputs(image, data_config, short_edges=()):

@@ -27,7 +27,7 @@ class Log:
     def __init__(self, folder, process, config, step=0, run_id=""):
         self.process = process
         self.config = config
-        self.file = folder / "metrics.jsonl" if process.is_main else None
+        self.file = folder / "metrics.jsonl"
         self.images = []  # of an evaluation, as wandb's
         self.run = None
         self.run_id = run_id
@@ -88,7 +88,7 @@ class Log:
         """Log values, nested ones too; nothing with NaN/Inf, which JSON does not know."""
         line = {"step": step, **values}
         numbers = scalars(line)
-        if self.file is None or not all(map(math.isfinite, numbers.values())):
+        if not self.process.is_main or not all(map(math.isfinite, numbers.values())):
             return
         try:
             with open(self.file, "a") as file:

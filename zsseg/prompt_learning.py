@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.transforms import RandomHorizontalFlip, RandomResizedCrop
 from torchvision.transforms.functional import crop
 
-from zsseg.data import EndlessSamples, batches, training_counts
+from zsseg.data import EndlessSamples, batches, shown_classes
 from zsseg.datasets import find_pairs, training_set
 from zsseg.images import read_image, read_labels, to_tensor
 from zsseg.prompts import LearnedPrompt
@@ -29,15 +29,12 @@ class PromptClassifier(nn.Module):
         super().__init__()
         self.clip = clip
         self.prompts = nn.ModuleDict()
-        device = clip.mean.device
         for seed in config.train.seeds or [config.train.seed]:
             torch.manual_seed(mix_seed(seed, 0))
             prompt = LearnedPrompt(clip.width, config.clip.prompt_prefix)
-            self.prompts[str(seed)] = prompt.to(device)
-        tokens, ends = prompt.layout(clip.tokenizer, training_set(config.data).training_names)
-        # Nothing reads what follows the last end token.
-        self.tokens = tokens[:, : int(ends.max()) + 1].to(device)
-        self.ends = ends.to(device).repeat(len(self.prompts))
+            self.prompts[str(seed)] = prompt.to(clip.mean.device)
+        self.tokens, ends = prompt.layout(clip, training_set(config.data).training_names)
+        self.ends = ends.repeat(len(self.prompts))
 
     def forward(self, crops):
         """Crops [B, 3, R, R] -> logits [S, B, C] of every prompt."""
@@ -78,14 +75,14 @@ class PromptTask:
 
     def crops(self, batch):
         """Samples of `RegionSamples` -> what CLIP sees of them [B, 3, R, R], classes [B]."""
-        device = self.process.device
         crops = []
         for region, _ in batch:
-            region = region.to(device, non_blocking=True)
+            region = self.process.put(region)
             _, h, w = region.shape
-            box = torch.tensor([[0, 0, w, h]], device=device)
+            box = torch.tensor([[0, 0, w, h]], device=region.device)
             crops.append(region_crops(self.clip, region[:3], region[3:], box))
-        return torch.cat(crops), torch.tensor([category for _, category in batch], device=device)
+        classes = self.process.put(torch.tensor([category for _, category in batch]))
+        return torch.cat(crops), classes
 
     def normalizers(self, batches):
         """Their number: all are of one size."""
@@ -145,11 +142,10 @@ class RegionSamples(EndlessSamples):
         self.held_out = held_out
         self.lut = data.lut(training=True)
         pairs = find_pairs(config.data, root, "train")
-        counts = training_counts(config, root)
         rng = np.random.default_rng(self.seed)
         self.items = []  # (image, label map, class)
-        for i, category in enumerate(data.trained):
-            images = rng.permutation(np.flatnonzero(counts[:, category] > 0))
+        for i, shown in enumerate(shown_classes(config, root).T):
+            images = rng.permutation(np.flatnonzero(shown))
             aside = min(config.prompts.held_out, len(images) // 5)
             end = aside + config.prompts.samples_per_class
             images = images[:aside] if held_out else images[aside:end]
@@ -157,7 +153,7 @@ class RegionSamples(EndlessSamples):
 
     def load(self, n):
         image_file, label_file, category = self.item(n)
-        image = read_image(image_file, turn=self.turn)
+        image = read_image(image_file, self.turn)
         mask = Image.fromarray(read_labels(label_file, self.lut, image.size) == category)
         box = mask.getbbox()
         region = to_tensor(np.dstack([image.crop(box), mask.crop(box)]))

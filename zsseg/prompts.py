@@ -108,6 +108,15 @@ There is a large {} in the scene.""".splitlines(),
 }
 
 
+def tokenize(clip, texts):
+    """Texts -> token ids [N, length], the longest as far as its end token since nothing reads what
+    follows, and where each ends [N], on CLIP's device. UserError for a text that does not fit.
+    """
+    tokens = clip.tokenizer(texts).to(clip.mean.device)
+    ends = tokens.argmax(-1)
+    return tokens[:, : int(ends.max()) + 1], ends
+
+
 class FixedPrompt(nn.Module):
     """Templates with `{}` for the name: encode, normalise, average over the templates,
     normalise.
@@ -124,9 +133,7 @@ class FixedPrompt(nn.Module):
     def forward(self, clip, names):
         """Names -> normalised features [C, D]."""
         texts = [template.replace("{}", name) for template in self.templates for name in names]
-        tokens = clip.tokenizer(texts)
-        length = int(tokens.argmax(-1).max()) + 1  # nothing reads what follows the last end token
-        tokens = tokens[:, :length].to(clip.mean.device)
+        tokens, _ = tokenize(clip, texts)
         features = torch.cat([clip.encode_text(chunk) for chunk in tokens.split(256)])
         features = F.normalize(features, dim=-1).view(len(self.templates), len(names), -1)
         return F.normalize(features.mean(0), dim=-1)
@@ -139,12 +146,11 @@ class LearnedPrompt(nn.Module):
         super().__init__()
         self.prefix = nn.Parameter(0.02 * torch.randn(prefix, width))
 
-    def layout(self, tokenizer, names):
-        """Token ids [C, context], with a token that `embed` replaces for each of the prompt's, and
-        the position of the end token [C], on the CPU. UserError for a name that does not fit.
+    def layout(self, clip, names):
+        """`tokenize`d names in the prompt, with a token that `embed` replaces for each of its
+        prefix.
         """
-        tokens = tokenizer(["x " * len(self.prefix) + f"{name} ." for name in names])
-        return tokens, tokens.argmax(-1)
+        return tokenize(clip, ["x " * len(self.prefix) + f"{name} ." for name in names])
 
     def embed(self, clip, tokens):
         """What enters the text tower for the tokens of a `layout`: [C, length, width]."""
@@ -154,7 +160,7 @@ class LearnedPrompt(nn.Module):
 
     def forward(self, clip, names):
         """Names -> normalised features [C, D]; differentiable in the prompt."""
-        tokens, ends = (t.to(self.prefix.device) for t in self.layout(clip.tokenizer, names))
+        tokens, ends = self.layout(clip, names)
         return F.normalize(clip.encode_embedded(self.embed(clip, tokens), ends), dim=-1)
 
 

@@ -42,9 +42,8 @@ def pseudo_labels(config, root, folder, process):
     if not data.unseen or config.data.train_on != "all":
         todo = 'use a data set with a split and data.train_on = "all"'
         raise UserError("train.teacher", "fills in unseen classes", todo)
-    lut = data.lut()
-    lut[data.lut(training=True) == data.ignore] = data.ignore  # unseen classes are not read
-    images = TestImages(config.data, root, "train", lut=lut)
+    images = TestImages(config.data, root, "train")
+    images.lut[data.lut(training=True) == data.ignore] = data.ignore  # unseen ones are not read
     content, settings = checkpoint_and_config(*find_model(train.teacher), [])
     teacher = load_segmenter(content, settings, root, train.teacher)
     process.accelerate(teacher, settings.model, len(images))

@@ -8,17 +8,19 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # that ask a run to stop
-MARK = ".zsseg"  # the file in every folder of results
+
 LINE_EVERY = 15  # seconds between two lines of progress where there is no terminal
 EXIT_DELAY = 2  # seconds: torchrun ends the other processes sooner once the first has failed
 ENVIRONMENT = """\
@@ -50,15 +52,20 @@ def no_such_file(what, path, todo="check the path"):
     return UserError(what, "no such file", did_you_mean(str(path), beside, todo))
 
 
+def is_main():
+    """Whether this is the first process, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_main(text):
     """Print on the first process only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
+    if is_main():
+        print(text)
 
 
 @functools.cache
 def warn(text):
-    """Print a warning at once, each text once."""
+    """Print a warning, each text once."""
     print_main(f"warning: {text}")
 
 
@@ -68,14 +75,16 @@ def join_some(names, most):
     return ", ".join(names[:most]) + more
 
 
-def plural(count, noun, many=""):
+def plural(count, noun):
     """A number and its noun."""
-    return f"{count} {noun if count == 1 else many or noun + 's'}"
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def format_table(heads, rows):
-    """Lines of a table: the first column aligned to the left, the others to the right."""
-    lines = [[str(cell) for cell in row] for row in (heads, *rows)]
+    """Lines of a table of strings: the first column aligned to the left, the others to the
+    right.
+    """
+    lines = [heads, *rows]
     width = max(len(line[0]) for line in lines)
     return "\n".join(
         title.ljust(width) + "".join(f" {cell:>9}" for cell in cells) for title, *cells in lines
@@ -103,42 +112,42 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError("command line", message, f"see {self.prog} --help")
 
-    def add_root(self):
-        root = os.environ.get("ZSSEG_DATA") or "datasets"
-        text = "data root ($ZSSEG_DATA, else ./datasets)"
-        self.add_argument("--root", metavar="DIR", type=expand_path, default=root, help=text)
-
 
 def parser(doc):
-    """The options of a script; `doc` is its docstring."""
+    """The options that all scripts share; `doc` is the docstring of one."""
     layout = argparse.RawDescriptionHelpFormatter
-    return Parser(description=doc, epilog=ENVIRONMENT, formatter_class=layout, allow_abbrev=False)
+    shared = Parser(description=doc, epilog=ENVIRONMENT, formatter_class=layout, allow_abbrev=False)
+    text = "TOML file of options, or of your own data set; a checkpoint holds its configuration"
+    shared.add_argument("--config", metavar="FILE", type=expand_path, help=text)
+    root = os.environ.get("ZSSEG_DATA") or "datasets"
+    text = "data root ($ZSSEG_DATA, else ./datasets)"
+    shared.add_argument("--root", metavar="DIR", type=expand_path, default=root, help=text)
+    return shared
 
 
 def run_parser(doc):
     """The options that train.py and eval.py share."""
     shared = parser(doc)
-    text = "TOML file of options; a checkpoint holds its configuration"
-    shared.add_argument("--config", metavar="FILE", type=expand_path, help=text)
+    add = shared.add_argument
     text = "override one option, e.g. train.steps=100; may be repeated (see zsseg/config.py)"
-    shared.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help=text)
-    shared.add_root()
-    text = "where results go (default: see above)"
-    shared.add_argument("--out", metavar="DIR", type=expand_path, help=text)
-    shared.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--set", metavar="KEY=VALUE", action="append", default=[], help=text)
+    add("--out", metavar="DIR", type=expand_path, help="where results go (default: see above)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return shared
 
 
 class Stream(io.TextIOWrapper):
     """stdout or stderr: what a reader that is gone or a full disk does not take is lost."""
 
+    lost = contextlib.suppress(OSError, ValueError)
+
     def write(self, text):
-        with contextlib.suppress(OSError, ValueError):
+        with self.lost:
             super().write(text)
         return len(text)
 
     def flush(self):
-        with contextlib.suppress(OSError, ValueError):
+        with self.lost:
             super().flush()
 
 
@@ -146,13 +155,13 @@ def command(main):
     """Run `main(argv)`; a UserError becomes `error: ...` on stderr and exit code 2."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper) and not isinstance(stream, Stream):
-            options = {"errors": "backslashreplace", "line_buffering": True}
-            setattr(sys, name, Stream(stream.buffer, stream.encoding, **options))
+        if type(stream) is io.TextIOWrapper:
+            options = (stream.encoding, "backslashreplace")
+            setattr(sys, name, Stream(stream.buffer, *options, line_buffering=True))
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
+        if not is_main():
             time.sleep(EXIT_DELAY)  # all processes tend to meet the same error: one line is enough
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -169,11 +178,10 @@ def command(main):
 
 
 def expand_path(text):
-    """A path as a shell would read it: `~` is the home folder, also in --out=~/x."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        return Path(text)  # no such user: the name begins with ~
+    """A path as a shell would read it: `~` is the home folder, also in --out=~/x; what begins with
+    ~ and is no user's stays.
+    """
+    return Path(os.path.expanduser(text))
 
 
 def cache_dir():
@@ -184,7 +192,7 @@ def cache_dir():
 def read_text(file, what, todo):
     """A text file of the user's in UTF-8, with or without a mark. Raises UserError."""
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        text = file.read_text("utf-8-sig")
         if "\0" not in text:  # else UTF-16
             return text
     except FileNotFoundError:
@@ -196,21 +204,27 @@ def read_text(file, what, todo):
     raise UserError(what, "is not UTF-8 text", "save it as UTF-8")
 
 
+def read_table(name):
+    """A TOML file of this package."""
+    return tomllib.loads((Path(__file__).parent / name).read_text("utf-8"))
+
+
 def split_lines(text):
-    """Lines end at newlines and carriage returns, and at nothing else: a name may contain any
-    other character.
+    """The lines but the empty ones; they end at newlines and carriage returns, and at nothing else:
+    a name may contain any other character.
     """
-    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n")
+    return re.findall("[^\r\n]+", text)
 
 
 def walk(folder, skip=""):
-    """The files below a folder, sorted; hidden ones are ignored, every folder is entered once,
-    whatever links to it. `skip`: the real path of a folder to leave out.
+    """The files below a folder, if it exists, sorted; hidden ones are ignored, every folder is
+    entered once, whatever links to it. `skip`: the real path of a folder to leave out.
     """
 
     def refuse(error):
-        why = f"cannot be read ({error.strerror})"
-        raise UserError(f"folder {error.filename}", why, "check its rights") from None
+        if os.path.exists(error.filename):
+            why = f"cannot be read ({error.strerror})"
+            raise UserError(f"folder {error.filename}", why, "check its rights")
 
     visited = {skip}
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
@@ -239,8 +253,9 @@ def atomic_write(path, previous=None):
             os.replace(path, previous)
         os.replace(temporary, path)
     except OSError as error:
-        why = f"cannot be written ({error.strerror})"
-        raise UserError(f"file {path}", why, "check the folder and the disk") from None
+        raise UserError(
+            f"file {path}", f"cannot be written ({error.strerror})", "check the folder and the disk"
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -256,7 +271,7 @@ def claim_folder(out):
     """Make a folder of results. UserError for one that contains files and was not made by this
     program, so that no file of the user's is ever replaced.
     """
-    mark = out / MARK
+    mark = out / ".zsseg"
     with atomic_write(mark) as temporary:
         if not mark.exists() and {*out.iterdir()} - {temporary}:
             why = "contains files that are not this program's"
@@ -280,9 +295,10 @@ def digest(settings, files=()):
 def git_commit():
     """The program's git commit, with "-dirty" if files were changed; "" without git."""
     words = "git describe --always --dirty --abbrev=40 --exclude=*"
-    options = {"cwd": Path(__file__).parent, "stderr": subprocess.DEVNULL, "timeout": 10}
     try:
-        return subprocess.check_output(words.split(), text=True, **options).strip()
+        return subprocess.run(
+            words.split(), cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -294,7 +310,7 @@ def mix_seed(*numbers):
     """One well-mixed 63-bit seed from several small numbers, e.g. (run seed, step, rank)."""
     import numpy as np
 
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def progress(items, name, total, show=True):
@@ -312,7 +328,7 @@ def progress(items, name, total, show=True):
         if i == total or seconds > LINE_EVERY:
             pace = (i - done) / seconds
             left = format_time((total - i) / pace)
-            print(f"{name} {i}/{total}, {pace:.1f}/s, {left} left", flush=True)
+            print(f"{name} {i}/{total}, {pace:.1f}/s, {left} left")
             printed += seconds
             done = i
 
@@ -332,6 +348,6 @@ def parallel(function, items, workers, name):
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         try:
-            yield from progress(results(), name, len(items), os.environ.get("RANK", "0") == "0")
+            yield from progress(results(), name, len(items), is_main())
         finally:
             pool.shutdown(cancel_futures=True)

@@ -5,7 +5,6 @@ import contextlib
 import functools
 import io
 import itertools
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,7 @@ from zsseg.utils import atomic_write, digest, expand_path, walk, warn
 
 NEAREST = Image.Resampling.NEAREST
 # By tests/benchmarks/palette.py, far from one another, from black, white and GREY, in CIEDE2000.
-PALETTE = bytes.fromhex(Path(__file__).with_name("palette.txt").read_text())
-PALETTE = np.frombuffer(PALETTE, np.uint8).reshape(-1, 3)
+PALETTE = np.loadtxt(Path(__file__).with_name("palette.txt"), np.uint8)
 DISTINCT = 33  # the first ones, which differ by 20 or more
 GREY = 96  # of background words
 ALPHA = 150  # of a class's colour over the photo, of 255
@@ -39,7 +37,7 @@ def palette(count):
     """The colours of a data set's classes and, last, black for ignored pixels: uint8 [count + 1,
     3]. Those of more than 255 repeat.
     """
-    return np.concatenate([np.resize(PALETTE, (count, 3)), np.zeros((1, 3), np.uint8)])
+    return np.pad(np.resize(PALETTE, (count, 3)), ((0, 1), (0, 0)))
 
 
 def word_colours(words):
@@ -105,8 +103,7 @@ def find_font(letters, size):
     default = ImageFont.load_default(size)
     if not letters:
         return default
-    folders = filter(os.path.isdir, map(expand_path, FONTS))
-    files = itertools.chain(*map(walk, folders))
+    files = itertools.chain(*map(walk, map(expand_path, FONTS)))
     for file in sorted(files, key=len):
         with contextlib.suppress(OSError):  # no font of any size
             font = ImageFont.truetype(file, size)

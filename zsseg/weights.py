@@ -10,7 +10,6 @@ import os
 import pickle
 import re
 import sys
-import tomllib
 import zipfile
 from collections import OrderedDict
 from dataclasses import asdict
@@ -37,11 +36,12 @@ from zsseg.utils import (
     join_some,
     no_such_file,
     print_main,
+    read_table,
     warn,
 )
 
 # What is published: models, OpenAI's CLIPs, backbones
-FILES = tomllib.loads((Path(__file__).parent / "published.toml").read_text("utf-8"))
+FILES = read_table("published.toml")
 PUBLISHED = FILES["model"]
 # With the answer to what it would ask of a large file: that it is not scanned for viruses.
 DRIVE = "https://drive.usercontent.google.com/download?id={}&export=download&confirm=t"
@@ -138,33 +138,28 @@ def read_torch(path, what, todo="check the path"):
     if not path.exists():
         raise no_such_file(what, path, todo)
     try:
-        return unpickle(path)
+        if path.suffix == ".safetensors":
+            raise pickle.UnpicklingError("it is in another format")
+        if zipfile.is_zipfile(path):
+            folder = next(zipfile.Path(path).iterdir())
+            size = sum(entry.file_size for entry in folder.root.infolist())
+            if size > 2 * path.stat().st_size:  # torch's are not; it might fill the memory
+                raise pickle.UnpicklingError("it is compressed")
+            if (folder / "constants.pkl").exists():
+                reader = Unpickler((folder / "data.pkl").open("rb"))
+                reader.folder = folder
+                return reader.load().tensors()
+        elif path.suffix == ".pkl":
+            with open(path, "rb") as file:
+                return Unpickler(file, encoding="latin1").load()
+        with torch.serialization.safe_globals([(value, name) for name, value in ALLOWED.items()]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types, with advice to load such a file anyway
         known = r"GLOBAL [\w.]+|'[\w.]+\.\w+'|\[Errno.*|it is compressed|it is in another format"
         reason = re.search(known, str(error))
         why = f"cannot be read as tensors ({reason[0] if reason else 'broken'})"
         todo = f"check {path}; it may contain only tensors and plain values"
         raise UserError(what, why, todo) from None
-
-
-def unpickle(path):
-    """See `read_torch`. Raises anything for a broken file."""
-    if path.suffix == ".safetensors":
-        raise pickle.UnpicklingError("it is in another format")
-    if zipfile.is_zipfile(path):
-        folder = next(zipfile.Path(path).iterdir())
-        size = sum(entry.file_size for entry in folder.root.infolist())
-        if size > 2 * path.stat().st_size:  # torch's are not; it might fill the memory
-            raise pickle.UnpicklingError("it is compressed")
-        if (folder / "constants.pkl").exists():
-            reader = Unpickler((folder / "data.pkl").open("rb"))
-            reader.folder = folder
-            return reader.load().tensors()
-    elif path.suffix == ".pkl":
-        with open(path, "rb") as file:
-            return Unpickler(file, encoding="latin1").load()
-    with torch.serialization.safe_globals([(value, name) for name, value in ALLOWED.items()]):
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_checkpoint(path, what="checkpoint"):
@@ -189,17 +184,10 @@ def find_model(wanted):
     if path.exists() or not model:
         return path, None
     print_main(f"{path}: trained on {model['trained_on']}; licence: {model['licence']}")
-    url = DRIVE.format(model["drive"])
-    file = fetch([url], cache_dir() / model["file"], model["checksum"], str(path))
+    file = fetch(
+        [DRIVE.format(model["drive"])], cache_dir() / model["file"], model["checksum"], wanted
+    )
     return file, CONFIGS / f"{model['config']}.toml"
-
-
-def find_file(name, table, what):
-    """A file by its path, or by a name in a table of published.toml: downloaded to the cache."""
-    if name not in FILES[table]:
-        return expand_path(name)
-    url, checksum = FILES[table][name]
-    return fetch([url], cache_dir() / Path(url).name, checksum, what)
 
 
 def checkpoint_and_config(path, config, settings):
@@ -231,8 +219,18 @@ def strip_prefix(state, what):
             for name, tensor in state.items()
         }
     except (AttributeError, TypeError):
-        todo = "give a file of names and tensors"
-        raise UserError(what, "is not a state dict", todo) from None
+        raise UserError(what, "is not a state dict", "give names and tensors") from None
+
+
+def read_state(name, table, what, todo):
+    """The state dict in a file, given by its path or by a name in a table of published.toml, which
+    is downloaded to the cache.
+    """
+    path = expand_path(name)
+    if name in FILES[table]:
+        url, checksum = FILES[table][name]
+        path = fetch([url], cache_dir() / Path(url).name, checksum, what)
+    return strip_prefix(read_torch(path, what, todo), what)
 
 
 def check_finite(state, what):
@@ -259,8 +257,8 @@ def load_into(module, state, what, todo, strict=True, dropped=(), is_known=lambd
     wrong = missing + [k for k in unused if is_known(k) and k not in own]
     if strict and wrong:
         shape = lambda tensor: "absent" if tensor is None else [*tensor.shape]
-        sizes = (f"{k} is {shape(state.get(k))} instead of {shape(own.get(k))}" for k in wrong)
-        raise UserError(what, f"does not fit: {join_some([*sizes], 3)}", todo)
+        sizes = [f"{k} is {shape(state.get(k))} instead of {shape(own.get(k))}" for k in wrong]
+        raise UserError(what, f"does not fit: {join_some(sizes, 3)}", todo)
     if own and not fits:
         raise UserError(what, "has no weight that fits", todo)
     check_finite(fits, what)
@@ -401,16 +399,14 @@ def load_clip(section, root):
     """
     name = section.weights.replace("{root}", str(root))
     what = f"clip.weights {name}"
-    path = find_file(name, "clip", what)
-    models = FILES["clip"]
     # No "did you mean": a name with another digit is another model.
-    todo = f"give a file, one of OpenAI's {', '.join(models)}, or the --root of the data"
-    state = strip_prefix(read_torch(path, what, f"{todo}; or run prepare_data.py shapes"), what)
+    todo = f"give a file, one of OpenAI's {', '.join(FILES['clip'])}, or the --root of the data"
+    state = read_state(name, "clip", what, f"{todo}; or run prepare_data.py shapes")
     if any(re.search(r"(^|\.)(text_model|vision_model)\.", key) for key in state):
         raise UserError(what, "has Hugging Face's names", "give OpenAI's or OpenCLIP's file")
     default = vars(ClipConfig())
     other = [key for key in ("activation", *UNTOLD) if getattr(section, key) != default[key]]
-    if name not in models and "visual.conv1.tokens.weight" not in state:
+    if name not in FILES["clip"] and "visual.conv1.tokens.weight" not in state:
         if not section.activation:
             todo = "set clip.activation to quickgelu (OpenAI's) or gelu (most of LAION's)"
             raise UserError(what, "does not tell its activation", todo)
@@ -436,16 +432,16 @@ def load_tokenizer(vocab_size, context_length):
     """A tokenizer with the first merges of OpenAI's vocabulary file ($ZSSEG_VOCAB, else in the
     cache; downloaded if it is not there, and checked), as many as `vocab_size` has room for.
     """
-    count = max(vocab_size - BYTES_ONLY, 0)
-    merges = []
-    if count:
-        given = os.environ.get("ZSSEG_VOCAB")
-        path = expand_path(given or cache_dir() / "bpe_simple_vocab_16e6.txt.gz")
-        if given and not path.is_file():
-            raise no_such_file("ZSSEG_VOCAB", path)
-        fetch([FILES["vocabulary"]["url"]], path, FILES["vocabulary"]["checksum"], "BPE vocabulary")
-        lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-        merges = [tuple(line.split()) for line in lines[1 : count + 1]]  # the first is a version
+    count = vocab_size - BYTES_ONLY
+    if count <= 0:
+        return Tokenizer(vocab_size, context_length)
+    given = os.environ.get("ZSSEG_VOCAB")
+    path = expand_path(given or cache_dir() / "bpe_simple_vocab_16e6.txt.gz")
+    if given and not path.is_file():
+        raise no_such_file("ZSSEG_VOCAB", path)
+    fetch([FILES["vocabulary"]["url"]], path, FILES["vocabulary"]["checksum"], "BPE vocabulary")
+    lines = gzip.decompress(path.read_bytes()).decode().split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : count + 1]]  # the first is a version
     return Tokenizer(vocab_size, context_length, merges)
 
 
@@ -489,9 +485,8 @@ def load_backbone(backbone, name, weights, clip=None):
             raise UserError(what, "is for the small CLIP", todo) from None
     else:
         file = f"{name}.pth" if weights == "imagenet" else weights
-        path = find_file(file, "backbone", what)
         todo = f"give a file, or one of {', '.join(FILES['backbone'])}"
-        state = strip_prefix(read_torch(path, what, todo), what)
+        state = read_state(file, "backbone", what, todo)
     own = backbone.state_dict()
     renamed = {}
     for key, tensor in state.items():
@@ -514,8 +509,7 @@ def build_segmenter(config, root, saved=None):
     """
     model = config.model
     if model.proposer:
-        why = "gives masks that nothing trains"
-        raise UserError("model.proposer", why, "leave it out of a training")
+        raise UserError("model.proposer", "gives masks that nothing trains", "leave it out")
     clip = load_clip(config.clip, root) if model.class_head == "text" else None
     segmenter = assemble(config, clip)
     if saved is not None:

@@ -100,7 +100,7 @@ def choose() -> np.ndarray:
 
 def main() -> None:
     colours = choose()
-    FILE.write_text("".join(f"{bytes(colour).hex()}\n" for colour in colours))
+    np.savetxt(FILE, colours, "%d")
     for count in (10, 25, visualize.DISTINCT, 50, 100, 171, COUNT):
         print(f"the first {count}: {spread(colours[:count]):.1f}")
 

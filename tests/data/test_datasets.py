@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import trees
 from conftest import command, fails_in_one_line, process, tiny_config
+from own_data import files_below as files
 from own_data import touch
 from PIL import Image
 from scipy.io import savemat
@@ -24,10 +25,6 @@ VOC = "VOCdevkit/VOC2012"
 def prepare(name: str, root: Path, *more: str):
     env = {"ZSSEG_CACHE": str(root / "cache")}  # which is not there unless something was requested
     return command("prepare_data.py", name, "--root", root, *more, env=env)
-
-
-def files(root: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(root)): f.read_bytes() for f in root.rglob("*") if f.is_file()}
 
 
 @pytest.mark.parametrize("name", trees.BUILDERS)

@@ -10,7 +10,8 @@ from unittest.mock import DEFAULT, Mock, patch
 import numpy as np
 import pytest
 import torch
-from conftest import PROCESS, TINY, command, fails_in_one_line, succeed, tiny_config
+from conftest import PROCESS, TINY, command, fails_in_one_line, overrides, succeed, tiny_config
+from conftest import logged as lines_of
 from PIL import Image
 
 from zsseg.checkpoint import save
@@ -29,12 +30,8 @@ UNSEEN = [shapes.NAMES.index(name) for name in shapes.UNSEEN]
 
 
 def test_its_pixels_never_change():
-    wanted = {
-        "clip": "b5b485965888652b",
-        "train": "4a44facd62f3d3cd",
-        "val": "7abad153391abdf5",
-        "test": "a6112a88d46fe85b",
-    }
+    wanted = {"clip": "b5b485965888652b", "train": "4a44facd62f3d3cd"}
+    wanted |= {"val": "7abad153391abdf5", "test": "a6112a88d46fe85b"}
     for split, digits in wanted.items():
         drawn = hashlib.sha256()
         for index in (0, 3, 11):
@@ -91,8 +88,7 @@ def more_root(shapes_root, tmp_path_factory):
 
 def train(config, root, out, *settings):
     words = ["train.py", "--config", f"configs/{config}.toml", "--root", root, "--out", out]
-    words += [word for setting in settings for word in ("--set", setting)]
-    return command(*words, "--device", "cpu")
+    return command(*words, "--device", "cpu", *overrides(*settings))
 
 
 def learn(root, out, *settings):
@@ -118,12 +114,11 @@ def test_seeds_learn_side_by_side_as_they_would_alone(more_root, tmp_path):
     assert result["seeds"][best] == max(result["seeds"].values())
     assert torch.equal(both["prompt"]["prefix"], both["prompts"][f"{best}.prefix"])
     assert f"the best is {best}" in printed
-    lines = (tmp_path / "both" / "metrics.jsonl").read_text().splitlines()
-    summed = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
-    for one, four in zip(map(json.loads, lines[:4]), map(json.loads, summed), strict=False):
+    lines, summed = (lines_of(tmp_path / name)[:4] for name in ("both", "parts"))
+    for one, four in zip(lines, summed, strict=True):
         for key in ("loss", "accuracy", "grad_norm"):
             assert four[key] == pytest.approx(one[key], rel=1e-4)
-    rates = [json.loads(line).get("lr") for line in lines][:4]
+    rates = [line["lr"] for line in lines]
     cosine = [0.01 * (1 + np.cos(np.pi * step / 4)) for step in (1, 2, 3)]
     assert rates == pytest.approx([0.02 * 0.005, *cosine])  # a constant warm-up, then cosine
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import recipe
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, GPU, PROCESS, golden, keys, original_state, relative_error, succeed
+from conftest import GOLDEN, GPU, PROCESS, golden, keys, original_state, succeed
 from PIL import Image
+from recipe import check_proposals, make_labels, make_tensor, random_image, relative_error
 
 from train import build_optimizer, train_step
 from zsseg.clip import build_clip
@@ -53,10 +53,6 @@ def build(state: dict, backbone: str, **clip: object) -> Segmenter:
     for key, value in clip.items():
         setattr(config.clip, key, value)
     return load_segmenter({"model": state}, config, Path(), "reference").eval()
-
-
-def random_image(size: np.ndarray, seed: int) -> torch.Tensor:
-    return torch.from_numpy(recipe.make_image(*size, int(seed))).permute(2, 0, 1).contiguous()
 
 
 def test_tokens():
@@ -128,15 +124,7 @@ def test_proposals(inference, process):
     100,000.
     """
     (arrays, segmenter, image), most = prepared(inference, process), tolerance(process)
-    maskformer = segmenter.maskformer
-    with torch.no_grad():
-        embeds, masks = (x[-1, 0] for x in maskformer.decode(maskformer.prepare(image[None])))
-    assert relative_error(embeds, arrays["pred_logits"]) < most
-    assert relative_error(masks[:12], arrays["pred_masks_first12"]) < most
-    assert relative_error(masks.mean((1, 2)), arrays["pred_masks_mean"]) < most
-    assert relative_error(masks.std((1, 2), unbiased=False), arrays["pred_masks_std"]) < most
-    text = torch.cat([segmenter.text_features, F.normalize(maskformer.non_object)])
-    assert relative_error(text, arrays["text_features"]) < most
+    check_proposals(segmenter, image, arrays, most)
     region_text = arrays["region_text_features"][:-1]
     assert relative_error(segmenter.region_text_features, region_text) < most
     proposals = segmenter.propose(image)
@@ -174,21 +162,17 @@ def test_regions(inference, process):
 
 
 @on_cpu_and_gpu
-@pytest.mark.parametrize(
-    ("file", "key_file", "backbone"),
-    [
-        ("train_voc_r50.npz", "keys_voc_r50_tinyclip.json", "R50"),
-        ("train_coco_r101c.npz", "keys_coco_r101c_tinyclip.json", "R101c"),
-    ],
-)
-def test_training_step(file, key_file, backbone, process):
-    arrays, device, most = golden(file), process.device, tolerance(process)
-    segmenter = build(original_state(keys(key_file), arrays), backbone).to(device)
+@pytest.mark.parametrize(("data_set", "backbone"), [("voc", "R50"), ("coco", "R101c")])
+def test_training_step(data_set, backbone, process):
+    name = f"{data_set}_{backbone.lower()}"
+    arrays, device, most = golden(f"train_{name}.npz"), process.device, tolerance(process)
+    state = original_state(keys(f"keys_{name}_tinyclip.json"), arrays)
+    segmenter = build(state, backbone).to(device)
     segmenter.set_classes([str(n) for n in arrays["class_names"]])
     seed, size = int(arrays["image_seed"]), arrays["image_size"]
     present = arrays["classes"].tolist()
     images = torch.stack([random_image(size, seed + i) for i in range(2)]).to(device)
-    maps = [recipe.make_labels(*size, present[: 4 - i], seed + i) for i in range(2)]
+    maps = [make_labels(*size, present[: 4 - i], seed + i) for i in range(2)]
     labels = torch.from_numpy(np.stack(maps))
     classes = torch.tensor([present, [*present[:3], 0]])
     targets = Targets(labels, classes, torch.tensor([4, 3])).to(device)
@@ -237,10 +221,10 @@ def test_prompt_learning(seeds, inference, process):
     task.prompts, task.crops = task.model.prompts, lambda batch: batch
     task.clipped = task.prompts.values()
     prefix = task.prompts["0"].prefix
-    prefix.data.copy_(0.4 * torch.from_numpy(recipe.make_tensor("prefix_prompt", (16, 128))))
+    prefix.data.copy_(0.4 * torch.from_numpy(make_tensor("prefix_prompt", (16, 128))))
     assert relative_error(prefix, arrays["before"]) == 0
     images = torch.stack([random_image((224, 224), 70 + i) for i in range(8)])
-    maps = [recipe.make_labels(224, 224, [i, 3, 5], 70 + i) == i for i in range(8)]
+    maps = [make_labels(224, 224, [i, 3, 5], 70 + i) == i for i in range(8)]
     masks = torch.from_numpy(np.stack(maps))[:, None].to(device)
     crops = torch.where(masks, clip.normalize(images.to(device)), clip.mean.view(3, 1, 1))
     batch = crops, torch.arange(8, device=device)

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PROCESS
-from scipy.optimize import linear_sum_assignment
+from conftest import PROCESS, tiny_config
 
+import train
+from zsseg import losses as module
 from zsseg.config import TrainConfig
 from zsseg.losses import loss_normalizers, segmentation_losses
 from zsseg.matcher import Targets, assign, matching_cost
@@ -65,29 +66,6 @@ def test_matching_cost_is_the_formula():
             assert float(cost[layer, b, q, t]) == pytest.approx(float(wanted), rel=1e-5)
 
 
-def test_assignment_is_minimal_and_marks_what_has_no_query():
-    torch.manual_seed(0)
-    counts = torch.tensor([4, 0, 7, 2])
-    cost = torch.randn(3, 4, 5, 7)
-    cost[1, 0] = 1.0  # all ties
-    matched, _ = assign(cost, counts)
-    for layer in range(3):
-        for b, count in enumerate(counts.tolist()):
-            row = matched[layer, b]
-            real = row[:count][row[:count] >= 0]
-            assert len(real) == min(count, 5) and len(set(real.tolist())) == len(real)
-            assert (row[count:] == -1).all()
-            ours = sum(cost[layer, b, q, t] for t, q in enumerate(row[:count].tolist()) if q >= 0)
-            best = linear_sum_assignment(cost[layer, b, :, :count].numpy())
-            assert float(ours) == pytest.approx(float(cost[layer, b][best].sum()), abs=1e-6)
-
-
-def test_assignment_survives_values_that_are_not_finite():
-    cost = torch.tensor([[[[float("nan"), 1.0], [0.0, float("inf")], [2.0, 3.0]]]])
-    matched, bad = assign(cost, torch.tensor([2]))
-    assert matched.tolist() == [[[1, 0]]] and bad.all()
-
-
 def test_losses_are_the_formulas():
     logits, masks, targets = case(mixed_labels())
     losses = losses_of(logits, masks, targets)
@@ -141,3 +119,13 @@ def test_bf16_network_outputs_are_summed_in_fp32():
     cost = matching_cost(logits.bfloat16(), masks.bfloat16(), targets, 20, 1)
     exact = matching_cost(logits.bfloat16().float(), masks.bfloat16().float(), targets, 20, 1)
     assert cost.dtype == torch.float32 and torch.equal(cost, exact)
+
+
+def test_costs_and_losses_run_outside_autocast(shapes_root, tmp_path, monkeypatch):
+    dtypes = set()
+    cost = module.matching_cost
+    spy = lambda *a: dtypes.add(torch.is_autocast_enabled("cpu")) or cost(*a)
+    monkeypatch.setattr(module, "matching_cost", spy)
+    config = tiny_config("train.steps=1", "model.bf16=on", "eval.compare=false")
+    train.train(config, shapes_root, tmp_path, PROCESS, {})
+    assert dtypes == {False}

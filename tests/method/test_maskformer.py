@@ -81,12 +81,6 @@ def test_class_logits_are_scaled_cosines_with_no_object_last():
         assert torch.equal(model.classify(embeds, TEXT), logits)
 
 
-def test_a_linear_head_gives_the_logits():
-    model = build("model.class_head=linear", "clip.ensemble=false", "data.train_on=all")
-    logits, _ = model(model.prepare(random_images(1, 3, 64, 64)), None)
-    assert logits.shape == (3, 1, 8, 64) and model.non_object is None
-
-
 def test_a_linear_head_has_the_classes_of_its_training():
     """However many others there are."""
     config = tiny_config("model.class_head=linear", "clip.ensemble=false", "data.train_on=all")

@@ -2,30 +2,26 @@
 not reach.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
-import recipe
 import torch
-import torch.nn.functional as F
 from conftest import ROOT, golden, keys, original_state, tiny_clip_state, tiny_config
-from conftest import relative_error as error
+from recipe import check_proposals, random_image
+from recipe import relative_error as error
 
 from zsseg.backbone import BACKBONES
 from zsseg.clip import build_clip
 from zsseg.config import ClipConfig, Config, load_config
 from zsseg.maskformer import MaskFormer
-from zsseg.prompts import build_prompt
 from zsseg.regions import Regions, box_of, crop_features, patch_masks, region_crops
 from zsseg.segmenter import Segmenter
 from zsseg.tokenizer import Tokenizer
-from zsseg.weights import import_original, load_tokenizer
+from zsseg.weights import import_original, load_segmenter, load_tokenizer
 
 MOST = 1e-4  # of the largest value of an array
 Arrays = dict[str, np.ndarray]
-
-
-def image_of(size: np.ndarray, seed: int) -> torch.Tensor:
-    return torch.from_numpy(recipe.make_image(*size, int(seed))).permute(2, 0, 1).contiguous()
 
 
 def state_of(name: str, arrays=()) -> dict[str, torch.Tensor]:
@@ -41,15 +37,11 @@ def ovseg(vocabulary) -> tuple[Arrays, Segmenter, torch.Tensor]:
     config.model.backbone = "SwinB"
     config.clip.ensemble_weight = 0.7
     config.clip.mask_threshold = float(arrays["mask_threshold"])
-    state = state_of("keys_ovseg_tinyclip.json", arrays)
-    parts, dropped = import_original(state, "reference")
-    assert sum(map(len, parts.values())) + len(dropped) == len(state)
-    clip = build_clip(parts["clip"], load_tokenizer(49408, 77))
-    maskformer = MaskFormer(config.model, clip.embed_dim, clip.scale)
-    maskformer.load_state_dict(parts["maskformer"])
-    segmenter = Segmenter(maskformer, clip, build_prompt("vild", clip.width), config.clip)
-    segmenter.eval().set_classes([str(name) for name in arrays["class_names"]])
-    return arrays, segmenter, image_of(arrays["image_size"], arrays["image_seed"])
+    config.clip.prompt = "vild"
+    content = {"model": state_of("keys_ovseg_tinyclip.json", arrays)}
+    segmenter = load_segmenter(content, config, Path(), "reference").eval()
+    segmenter.set_classes([str(name) for name in arrays["class_names"]])
+    return arrays, segmenter, random_image(arrays["image_size"], arrays["image_seed"])
 
 
 @pytest.mark.parametrize("case", ["odd", "wide"])
@@ -57,7 +49,7 @@ def ovseg(vocabulary) -> tuple[Arrays, Segmenter, torch.Tensor]:
 def test_swin(ovseg, case):
     arrays = golden("ovseg/ovseg_swin.npz")
     model = ovseg[1].maskformer
-    image = image_of(arrays[f"{case}/image_size"], arrays["image_seed"])
+    image = random_image(arrays[f"{case}/image_size"], arrays["image_seed"])
     maps = model.backbone(((image - model.pixel_mean) / model.pixel_std)[None])
     for i, ours in enumerate(maps):
         name = f"{case}/res{i + 2}"
@@ -75,7 +67,7 @@ def test_clip_of_full_size():
     arrays = golden("ovseg/ovseg_clip.npz")
     tokenizer = load_tokenizer(49408, 77)
     clip = build_clip(state_of("ovseg_clip_vitl14_keys.json"), tokenizer)
-    crops = torch.stack([image_of((224, 224), seed) for seed in arrays["image_seeds"]])
+    crops = torch.stack([random_image((224, 224), seed) for seed in arrays["image_seeds"]])
     crops = clip.normalize(crops)
     masks = torch.zeros(3, 224, 224, dtype=torch.uint8)
     for i, (y0, x0, y1, x1) in enumerate(arrays["mask_boxes"]):
@@ -99,17 +91,9 @@ def stored_regions(arrays: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
     return masks, box_of(masks)
 
 
-@torch.no_grad()
 def test_proposals(ovseg):
     arrays, segmenter, image = ovseg
-    model = segmenter.maskformer
-    embeds, masks = (x[-1, 0] for x in model.decode(model.prepare(image[None])))
-    assert error(embeds, arrays["pred_logits"]) < MOST
-    assert error(masks[:12], arrays["pred_masks_first12"]) < MOST
-    assert error(masks.mean((1, 2)), arrays["pred_masks_mean"]) < MOST
-    assert error(masks.std((1, 2), unbiased=False), arrays["pred_masks_std"]) < MOST
-    text = torch.cat([segmenter.text_features, F.normalize(model.non_object)])
-    assert error(text, arrays["text_features"]) < MOST
+    check_proposals(segmenter, image, arrays)
 
 
 def test_regions(ovseg):

@@ -2,20 +2,21 @@
 program.
 """
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import PROCESS, golden, keys, original_state, relative_error, tiny_config
+from conftest import PROCESS, golden, keys, original_state, tiny_config, tiny_segmenter
+from recipe import relative_error
 
 from zsseg import load
-from zsseg.clip import build_clip
 from zsseg.config import Config
 from zsseg.datasets import dataset
 from zsseg.losses import per_pixel_loss
-from zsseg.per_pixel import OneStage, PerPixel
-from zsseg.prompts import build_prompt
-from zsseg.weights import import_original, load_tokenizer
+from zsseg.per_pixel import OneStage
+from zsseg.weights import load_segmenter
 
 SIZE = (200, 280)  # of the reference label maps
 
@@ -27,13 +28,9 @@ def reference(vocabulary) -> tuple[dict[str, np.ndarray], OneStage, torch.Tensor
     config = Config()
     config.data.name = "coco_stuff"
     config.clip.ensemble_weight = 0.7
-    state = original_state(keys("per_pixel_keys.json"), arrays)
-    parts, dropped = import_original(state, "reference")
-    assert sum(map(len, parts.values())) + len(dropped) == len(state)
-    clip = build_clip(parts["clip"], load_tokenizer(49408, 77))
-    network = PerPixel(config.model, clip.embed_dim, clip.scale)
-    network.load_state_dict(parts["maskformer"])
-    model = OneStage(network, clip, build_prompt("single", clip.width), config.clip).eval()
+    config.model.proposals = False
+    content = {"model": original_state(keys("per_pixel_keys.json"), arrays)}
+    model = load_segmenter(content, config, Path(), "reference").eval()
     data = dataset(config.data)
     model.set_classes(data.names, data.trained)
     return arrays, model, torch.from_numpy(arrays["image"])
@@ -67,18 +64,9 @@ def test_the_ensemble_is_the_original_s(reference):
     assert (labels.numpy() == arrays["labels_w07"]).mean() > 0.99
 
 
-def build(small_clip, *settings: str) -> OneStage:
-    config = tiny_config("model.proposals=false", *settings)
-    torch.manual_seed(0)
-    network = PerPixel(config.model, small_clip.embed_dim, small_clip.scale)
-    model = OneStage(network, small_clip, build_prompt("single", small_clip.width), config.clip)
-    model.eval().set_classes(["star", "tree", "brick"], [0, 1])
-    return model
-
-
-def test_training_compares_interpolated_features(small_clip):
+def test_training_compares_interpolated_features():
     """Cross-entropy at full size, of every pixel that is not ignored."""
-    model = build(small_clip)
+    model = tiny_segmenter("model.proposals=false")
     network = model.maskformer.train()
     images = network.prepare(torch.randint(0, 256, (2, 3, 37, 50), dtype=torch.uint8))
     assert images.shape[-2:] == (37, 50)
@@ -98,9 +86,9 @@ def test_training_compares_interpolated_features(small_clip):
 
 
 @pytest.mark.parametrize("size", [(16, 200), (64, 64)])
-def test_images_of_any_size(small_clip, size):
+def test_images_of_any_size(size):
     """And several views of one; CLIP alone names all of it."""
-    model = build(small_clip, "clip.ensemble_weight=0.5")
+    model = tiny_segmenter("model.proposals=false", "clip.ensemble_weight=0.5")
     images = [torch.randint(0, 256, (3, *s), dtype=torch.uint8) for s in (size, (48, 48))]
     maps = [model.score_map(image, (30, 20)) for image in images]
     maps += [model.score_map(image.flip(-1), (30, 20)).flip(-1) for image in images]

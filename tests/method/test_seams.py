@@ -6,10 +6,11 @@ import sys
 import types
 
 import numpy as np
+import own_data
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, succeed, tiny_clip_state, tiny_config, tiny_segmenter
+from conftest import ROOT, logged, overrides, tiny_clip_state, tiny_config, tiny_segmenter
 from torch import nn
 
 from zsseg import backbone, losses, metrics, regions
@@ -98,12 +99,11 @@ def test_a_proposer_without_class_features(grid):
 
 @pytest.mark.usefixtures("grid")
 def test_a_proposer_by_name_in_every_command(root):
-    words = ["eval.py", "-", "--config", root / "a.toml", "--root", root, "--device", "cpu"]
-    words += ["--set", "model.proposer=grids:propose", "--out"]
-    succeed(*words, root / "measured")
+    words = ["-", root, "--set", "model.proposer=grids:propose", "--out"]
+    own_data.measure(*words, root / "measured")
     assert json.loads((root / "measured" / "metrics.json").read_text())["images"] == 2
     photo = root / "a" / "images" / "val" / "0.png"
-    succeed(*words, root / "photos", "--images", photo, "--classes", "cat, dog")
+    own_data.measure(*words, root / "photos", "--images", photo, "--classes", "cat, dog")
     assert (root / "photos" / "0.png").exists()
 
 
@@ -195,10 +195,8 @@ def test_another_loss(root, monkeypatch):
         return {"area": train.dice_weight * mask_logits.sigmoid().mean((1, 2, 3, 4))}
 
     monkeypatch.setitem(losses.LOSSES, "area", area)
-    words = ["--config", root / "a.toml", "--root", root, "--out", root / "r", "--device", "cpu"]
-    words += ["--set", "train.steps=1", "--set", "train.focal_weight=0", "--set", "log.every=1"]
-    succeed("train.py", *words)
-    line = json.loads((root / "r" / "metrics.jsonl").read_text().splitlines()[0])
+    own_data.train(root, *overrides("train.steps=1", "train.focal_weight=0", "log.every=1"))
+    line = logged(root / "r")[0]
     assert 0 < line["area"] < 1 and line["focal"] == 0
     assert line["loss"] == pytest.approx(line["class"] + line["dice"] + line["area"], rel=1e-4)
 
@@ -207,8 +205,7 @@ def test_another_metric(root, trained, monkeypatch):
     """One entry that JSON, table, page and wandb show."""
     worst = lambda counts: float(counts.iou[counts.gt > 0].min())
     monkeypatch.setitem(metrics.METRICS, "worst", worst)
-    words = ["--root", root, "--out", root / "e", "--device", "cpu", "--report"]
-    done = succeed("eval.py", trained, "--config", root / "a.toml", *words)
+    done = own_data.measure(trained, root, "--out", root / "e", "--report")
     result = json.loads((root / "e" / "metrics.json").read_text())
     assert result["worst"] == min(values["IoU"] for values in result["per_class"].values())
     assert "worst" in done.stdout.split("ensemble")[0]

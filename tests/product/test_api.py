@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, command, original_state
+from conftest import ROOT, succeed
 from PIL import Image
 
 from zsseg import load, utils
@@ -27,19 +26,11 @@ def test_six_lines(trained, tmp_path):
     labels, scores = segmenter(file, return_scores=True)
     assert labels.dtype == np.uint8 and labels.shape == scores.shape == (48, 60)
     words = ("--classes", "Cat, tree, sky = brick", "--device", "cpu", "--out", tmp_path / "o")
-    done = command("eval.py", trained, "--root", root, "--images", file, *words)
-    assert done.returncode == 0, done.stderr
+    succeed("eval.py", trained, "--root", root, "--images", file, *words)
     assert np.array_equal(np.array(Image.open(tmp_path / "o/0.png")), labels)
     for found in json.loads((tmp_path / "o/0.json").read_text())["classes"]:
         assert scores[labels == found["id"]].mean() == pytest.approx(found["score"], abs=1e-4)
-    for names, *synonyms in (
-        ["cat"],
-        [[]],
-        [["cat", "cat"]],
-        [["cat", "very " * 90]],
-        [["cat", "sofa"], {"sofa": "couch"}],
-        [["cat"], {"sofa": ["couch"]}],
-    ):
+    for names, *synonyms in (["cat"], [[]], [["cat", "very " * 90]], [["cat"], {"sofa": ["x"]}]):
         with pytest.raises(utils.UserError):
             segmenter.set_classes(names, *synonyms)
     for names in ([], "", ["cat", "cat"]):
@@ -78,15 +69,10 @@ def test_threads_take_turns(trained):
     assert all(np.array_equal(labels, expected[i % 3]) for i, labels in enumerate(found))
 
 
-def test_mistakes(tmp_path):
-    with pytest.raises(utils.UserError, match="no such file"):
-        load("nowhere.pt")
+def test_a_device_that_is_not_here():
     for device in ("gpu", "cuda:99"):
         with pytest.raises(utils.UserError, match=f"device {device}: is not here"):
             load("nowhere.pt", device=device)
-    torch.save({"model": original_state({})}, tmp_path / "model_final.pth")
-    with pytest.raises(utils.UserError, match="contains no configuration"):
-        load(tmp_path / "model_final.pth")
 
 
 def test_the_readme_s_lines(trained, tmp_path, monkeypatch):

@@ -15,14 +15,7 @@ from zsseg.config import ModelConfig, load_config
 from zsseg.maskformer import MaskFormer
 from zsseg.prompts import LearnedPrompt
 from zsseg.utils import UserError
-from zsseg.weights import (
-    build_segmenter,
-    import_original,
-    load_backbone,
-    load_checkpoint,
-    load_into,
-    load_segmenter,
-)
+from zsseg.weights import build_segmenter, import_original, load_checkpoint, load_segmenter
 
 LISTS = keys("upstream_keys.json")
 
@@ -46,7 +39,7 @@ def test_every_key_of_the_original_is_used_or_dropped(name):
             width = parts["maskformer"]["non_object"].shape[1]
             modules["maskformer"] = MaskFormer(ModelConfig(backbone), width)
     for part, module in modules.items():
-        assert load_into(module, parts[part], name, "") == []
+        assert weights.load_into(module, parts[part], name, "") == []
 
 
 def test_entries_that_have_no_place_are_refused():
@@ -64,17 +57,17 @@ def test_what_does_not_fit_is_listed(capsys):
     state = {"weight": torch.zeros(3, 5), "extra": torch.zeros(1)}
     wrong = r"weight is \[3, 5\] instead of \[3, 2\], bias is absent .*, extra is \[1\] instead"
     with pytest.raises(UserError, match=wrong):
-        load_into(module, state, "file", "hint")
+        weights.load_into(module, state, "file", "hint")
     assert torch.equal(module.weight, before)
     for broken in (5, {"weight": 5}, {5: before}):
         with pytest.raises(UserError, match="is not a state dict"):
-            load_into(module, broken, "file", "hint")
+            weights.load_into(module, broken, "file", "hint")
     state = {"weight": torch.ones(3, 2), "bias": torch.zeros(4), "extra": torch.zeros(1)}
-    assert load_into(module, state, "file", "hint", strict=False) == ["bias", "extra"]
+    assert weights.load_into(module, state, "file", "hint", strict=False) == ["bias", "extra"]
     assert (module.weight == 1).all()
     assert "file: 1 of the model's tensors start afresh: bias" in capsys.readouterr().out
     with pytest.raises(UserError, match="no weight that fits; hint"):
-        load_into(module, {"extra": torch.zeros(1)}, "file", "hint", strict=False)
+        weights.load_into(module, {"extra": torch.zeros(1)}, "file", "hint", strict=False)
 
 
 def to_detectron(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -106,14 +99,14 @@ def test_backbone_weights_from_torchvision_and_detectron2(tmp_path, capsys, monk
         ("R-50.pkl", 3, "stem.fc.weight, stem.fc.bias"),
     ):
         backbone = DeepResNet()
-        load_backbone(backbone, "R50", name)
+        weights.load_backbone(backbone, "R50", name)
         assert all(torch.equal(v, state[k]) for k, v in backbone.state_dict().items())
         text = capsys.readouterr().out
         assert f"{name}: 265 tensors loaded, {count} dropped: " in text and part in text
         with pytest.raises(UserError, match="does not fit"):
-            load_backbone(R101c(), "R101c", name)
+            weights.load_backbone(R101c(), "R101c", name)
     with pytest.raises(UserError, match=r"imagenet: no such file; .*R-103\.pkl"):
-        load_backbone(R101c(), "R101c", "imagenet")
+        weights.load_backbone(R101c(), "R101c", "imagenet")
 
 
 def test_the_small_backbone_starts_from_the_small_clip_s(shapes_root, capsys):

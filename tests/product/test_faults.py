@@ -1,7 +1,6 @@
 """Nothing wastes a run: kills, signals, NaN/Inf, broken files, processes that die."""
 
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -13,19 +12,16 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import PROCESS, TINY, command, fails_in_one_line, process, start, succeed, tiny_config
+from conftest import PROCESS, command, fails_in_one_line, process, start, succeed, tiny_config
+from conftest import logged as lines
+from conftest import shapes_words as words
 from PIL import Image
 
 import train
 from zsseg import checkpoint, data, utils
 from zsseg.weights import load_checkpoint
 
-SHAPES = ["--config", "configs/shapes.toml", "--device", "cpu"]
 PLAIN = "eval.compare=false"
-
-
-def lines(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -34,11 +30,6 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
-def words(root: Path, out: Path, *settings: str) -> list:
-    pairs = [word for setting in (*TINY, *settings) for word in ("--set", setting)]
-    return [*SHAPES, *pairs, "--root", root, "--out", out]
 
 
 @pytest.mark.parametrize("at", ["before", "middle", "after"])

@@ -1,16 +1,15 @@
 """The log of training: metrics.jsonl and wandb, whose faults never end a run."""
 
-import json
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import PROCESS, TINY, process, tiny_config
+from conftest import PROCESS, process, shapes_words, tiny_config
+from conftest import logged as lines
 
 import train
 from zsseg.log import Log, scalars
@@ -48,11 +47,6 @@ def wandb(monkeypatch):
     for name in ("MODE", "PROJECT", "DIR", "DISABLED"):
         monkeypatch.delenv(f"WANDB_{name}", raising=False)
     return module
-
-
-def lines(out: Path) -> list[dict]:
-    text = (out / "metrics.jsonl").read_text()
-    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
 
 
 def test_wandb_gets_the_configuration_every_number_and_images(wandb, shapes_root, tmp_path):
@@ -141,10 +135,8 @@ def test_time_left_is_that_of_the_last_steps(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_the_real_wandb_offline(shapes_root, tmp_path):
     pytest.importorskip("wandb")
-    words = ["--config", "configs/shapes.toml", "--device", "cpu", "--root", shapes_root]
-    for setting in (*TINY, *SETTINGS, "log.wandb=offline"):
-        words += ["--set", setting]
+    words = shapes_words(shapes_root, tmp_path / "run", *SETTINGS, "log.wandb=offline")
     environment = {"HOME": str(tmp_path), "WANDB__DISABLE_VIEWER": "true"}
-    done = process("train.py", *words, "--out", tmp_path / "run", env=environment)
+    done = process("train.py", *words, env=environment)
     assert done.returncode == 0, done.stderr
     assert [*(tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")]

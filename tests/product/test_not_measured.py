@@ -1,11 +1,10 @@
 """Nothing to measure is no zero, and NaN is no number. (Of metrics: tests/method/test_metrics.)"""
 
-import json
 import math
 
 import numpy as np
 import torch
-from conftest import command, fails_in_one_line
+from conftest import command, fails_in_one_line, logged
 from own_data import blocks, measure, save_pair, train
 
 from train import SegmentTask
@@ -20,8 +19,7 @@ def test_the_best_of_a_run_is_chosen_by_what_was_measured(root):
     for i in range(2):
         save_pair(root, "val", str(i), np.minimum(blocks(), 1))
     train(root, "--set", "train.eval_every=1", "--set", "data.unseen=['grass']")
-    lines = [json.loads(line) for line in (root / "r" / "metrics.jsonl").read_text().splitlines()]
-    measured = [line for line in lines if "val/mIoU" in line]
+    measured = [line for line in logged(root / "r") if "val/mIoU" in line]
     assert all(line["val/hIoU"] is None for line in measured)
     scores = {line["step"]: line["val/mIoU"] for line in measured if line["step"] < 4}
     first = next(step for step in scores if scores[step] == max(scores.values()))

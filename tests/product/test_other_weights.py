@@ -135,12 +135,3 @@ def test_an_original_with_further_entries_starts_a_training(trained, tmp_path, c
     assert torch.equal(build_segmenter(config, root).maskformer.non_object, embedding)
     text = capsys.readouterr().out
     assert "1 tensors loaded, 1 dropped: extra.thing" in text and "start afresh" in text
-
-
-def test_a_prompt_of_another_clip_is_said(trained, tmp_path, capsys):
-    content = {"model": {"prompt": {"prefix": torch.randn(16, 64)}}, "config": {}, "clip": "other"}
-    torch.save(content, tmp_path / "prompt.pt")
-    root = trained.parent.parent
-    settings = ["clip.prompt=learned", f"clip.prompts={tmp_path}/prompt.pt"]
-    build_segmenter(load_config(root / "a.toml", settings), root)
-    assert "prompt.pt was made for another CLIP than clip.weights" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Any images, any words: finding images, what is written, resuming, several processes, mistakes."""
+"""Any images, any words: finding images, what is written, resuming, cached features, mistakes."""
 
 import io
 import json
@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, fails_in_one_line, process
+from conftest import ROOT, command, fails_in_one_line, process, succeed
+from own_data import files_below as results
 from PIL import Image
 
 import eval as evaluation
 from zsseg.apps import predict
 from zsseg.apps.predict import find_images
 from zsseg.images import read_image
-from zsseg.utils import UserError
+from zsseg.segmenter import Segmenter
+from zsseg.utils import UserError, split_lines
 from zsseg.visualize import with_legend, word_colours
 
 MAX_FUNCTIONS = 150
@@ -51,14 +53,9 @@ def photos(tmp_path) -> Path:
     return folder
 
 
-def segment(model: Path, out: Path, *more: object):
+def segment(model: Path, out: Path, *more: object, run=succeed):
     words = ("--root", model.parents[1], "--device", "cpu", "--out", out)
-    return command("eval.py", model, *words, *more)
-
-
-def results(out: Path) -> dict[str, bytes]:
-    files = (file for file in out.rglob("*") if file.is_file() and file.name != ".zsseg")
-    return {file.relative_to(out).as_posix(): file.read_bytes() for file in files}
+    return run("eval.py", model, *words, *more)
 
 
 # --- finding images
@@ -94,6 +91,16 @@ def test_images_where_results_go_are_refused(photos, tmp_path, monkeypatch):
             find_images([given], Path(out))
 
 
+def test_lines_end_at_newlines_alone(tmp_path, monkeypatch):
+    """A file's name may hold what str.splitlines takes for an end, and bytes that are no UTF-8."""
+    names = ["a\x0bb", "a\x1cb", "a\u2028b", "a\x85b", " a ", os.fsdecode(b"\xff")]
+    assert split_lines("\r\n".join(names) + "\n") == names
+    content = b"\n".join(os.fsencode(tmp_path / name) for name in names) + b"\n\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    found = find_images(["-"], tmp_path / "out")
+    assert found == sorted((str(tmp_path / name), name) for name in names)
+
+
 # --- segmenting
 
 
@@ -127,7 +134,7 @@ def test_every_image_gets_its_files(trained, photos, tmp_path, monkeypatch):
     draw = lambda image, legend: drawn.append(legend) or with_legend(image, legend)
     monkeypatch.setattr(predict, "with_legend", draw)
     words = ("--images", photos, "--classes", "cat, couch = sofa; other: sky, dog")
-    done = segment(trained, out, *words)
+    done = segment(trained, out, *words, run=command)
     assert done.returncode == 2, done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == 3 and lines[-1].startswith("error: images: 2 of 8 cannot be read")
@@ -154,18 +161,15 @@ def test_every_image_gets_its_files(trained, photos, tmp_path, monkeypatch):
     (photos / "more" / "not.png").unlink()
     before = results(out)
     again = segment(trained, out, *words, "--resume")
-    assert again.returncode == 0 and "1 image in" in again.stdout, again.stderr
+    assert "1 image in" in again.stdout
     assert before.items() < results(out).items() and (out / "cut.json").exists()
 
 
-@pytest.mark.parametrize(
-    "settings", [[], ["--set", "eval.flip=true", "--set", "eval.sizes=[64,96]"]]
-)
+@pytest.mark.parametrize("settings", [[], ["--set=eval.flip=true", "--set=eval.sizes=[64,96]"]])
 def test_the_data_set_s_images_come_out_as_in_evaluation(settings, trained, tmp_path):
     images = trained.parents[1] / "a/images/val"
-    measured = segment(trained, tmp_path / "a", "--save-predictions", *settings)
-    done = segment(trained, tmp_path / "b", "--images", images, *settings)
-    assert measured.returncode == done.returncode == 0, done.stderr
+    segment(trained, tmp_path / "a", "--save-predictions", *settings)
+    segment(trained, tmp_path / "b", "--images", images, *settings)
     for file in (tmp_path / "a" / "predictions").iterdir():
         other = Image.open(tmp_path / "b" / file.name)
         assert np.array_equal(Image.open(file), other), file.name
@@ -193,7 +197,6 @@ def test_resuming_segments_what_is_missing(trained, tmp_path):
     def count(*more: object, words: str = "cat, dog") -> int:
         options = ("--root", trained.parents[1], "--images", images, "--classes", words)
         done = segment(Path(model), out, *options, *more)
-        assert done.returncode == 0, done.stderr
         return int(re.search(r"^(\d+) images? in", done.stdout, re.M).group(1))
 
     assert count() == 4 and count("--resume") == 0
@@ -219,8 +222,7 @@ def test_resuming_segments_what_is_missing(trained, tmp_path):
 def test_many_words_are_sixteen_bits(trained, photos, tmp_path):
     words = tmp_path / "words.txt"
     words.write_text("\n".join(f"thing {i}" for i in range(300)))
-    done = segment(trained, tmp_path / "out", "--images", photos / "a.jpg", "--classes", words)
-    assert done.returncode == 0, done.stderr
+    segment(trained, tmp_path / "out", "--images", photos / "a.jpg", "--classes", words)
     labels = np.array(Image.open(tmp_path / "out" / "a.png"))
     classes = json.loads((tmp_path / "out" / "a.json").read_text())["classes"]
     assert labels.dtype == np.uint16
@@ -245,6 +247,64 @@ def test_two_processes_leave_what_one_leaves(trained, photos, tmp_path):
     assert results(tmp_path / "2") == whole
 
 
+# --- cached features
+
+
+@pytest.fixture
+def passes(trained, tmp_path, monkeypatch):
+    """A function of (name of the output, options): segments the images in tmp_path, and returns how
+    many passed the networks.
+    """
+    images = trained.parents[1] / "a/images/train"
+    shutil.copytree(images, tmp_path / "images")
+    passed = []
+    propose = Segmenter.propose
+    monkeypatch.setattr(Segmenter, "propose", lambda *a: passed.append(1) or propose(*a))
+
+    def passes(out: str, *more: object) -> int:
+        passed.clear()
+        segment(trained, tmp_path / out, "--images", tmp_path / "images", *more)
+        return len(passed)
+
+    return passes
+
+
+def test_other_words_cost_no_pass(passes, tmp_path):
+    """And their label maps are those of a fresh pass."""
+    cache = ("--features", tmp_path / "f")
+    words = ("--classes", "cat, sofa = couch; other: sky")
+    assert passes("fresh", *words) == 4
+    assert passes("cached", *cache, "--classes", "dog") == 4
+    assert passes("cached", *cache, *words) == 0
+    for file in (tmp_path / "fresh").glob("*.png"):
+        assert np.array_equal(Image.open(file), Image.open(tmp_path / "cached" / file.name))
+
+
+def test_what_is_missing_or_broken_or_changed_is_computed(passes, tmp_path):
+    cache = tmp_path / "f"
+    words = ("--features", cache, "--classes", "cat, dog")
+    assert passes("o", *words) == 4
+    file, other, *_ = sorted(file for file in cache.iterdir() if file.name != ".zsseg")
+    content = file.read_bytes()
+    file.write_bytes(content[:-9])
+    other.unlink()
+    assert passes("o", *words) == 2 and passes("o", *words) == 0
+    images = tmp_path / "images"
+    shutil.copy(images / "1.png", images / "new.png")
+    shutil.copystat(images / "0.png", images / "new.png")
+    (images / "new.png").replace(images / "0.png")  # another image of this name and time
+    assert passes("o", *words) == 1
+    assert passes("o", *words, "--set", "clip.mask_threshold=0.4") == 4
+
+
+def test_what_cannot_be_cached_is_refused(trained, tmp_path):
+    words = ("--images", trained.parents[1] / "a/images/val", "--features", tmp_path / "f")
+    for setting in ("eval.flip=true", "eval.sizes=[64]", "eval.window=64", "model.proposals=false"):
+        refused = segment(trained, tmp_path / "o", *words, "--set", setting, run=command)
+        fails_in_one_line(refused, "--features", "one view an image")
+    assert not (tmp_path / "f").exists()
+
+
 # --- mistakes
 
 
@@ -263,24 +323,8 @@ def test_mistakes(trained, photos, tmp_path):
         (["--resume"], "add --images"),
         (["--imges", photos], "did you mean --images?"),
     ]:
-        fails_in_one_line(segment(trained, out, *more), part)
+        fails_in_one_line(segment(trained, out, *more, run=command), part)
     assert [file.name for file in out.iterdir()] == [".zsseg"]
-
-
-@pytest.mark.parametrize(
-    ("words", "part"),
-    [
-        (["zsseg-coco-vld"], "or give one of zsseg-coco-vild, "),
-        (["eval.py", "--images", "tests", "--classes", "words.txt"], "is no name, but a file"),
-        (["eval.py", "--config", "nowhere.toml"], "no such file"),
-        (["eval.py", "--set", "clip.ensembl=1"], "did you mean clip.ensemble?"),
-    ],
-)
-def test_mistakes_are_told_before_anything_is_loaded(words, part):
-    done = process("-X", "importtime", "eval.py", *words)
-    *imported, line = done.stderr.splitlines()
-    assert done.returncode == 2 and line.startswith("error: ") and part in line
-    assert not any(name.endswith((" torch", " numpy")) for name in imported)
 
 
 def test_published_rows_stand_under_what_is_measured():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from chromium import browser, window  # noqa: F401  a fixture
-from conftest import PROCESS, command
+from conftest import PROCESS, succeed
 from PIL import Image
 
 from zsseg.apps import report
@@ -83,8 +83,8 @@ def test_confusions_are_those_of_counting_again():
 
 def test_the_command_writes_the_page(shapes_run, shapes_root, tmp_path):
     words = ("--root", shapes_root, "--device", "cpu", "--out", tmp_path, "--report")
-    done = command("eval.py", shapes_run / "last.pt", *words)
-    assert done.returncode == 0 and f"-> {tmp_path / 'report.html'}" in done.stdout, done.stderr
+    done = succeed("eval.py", shapes_run / "last.pt", *words)
+    assert f"-> {tmp_path / 'report.html'}" in done.stdout
     one = read(tmp_path)
     assert len(one["worst"]) == len(one["best"]) == 4
     metrics = json.loads((tmp_path / "metrics.json").read_text())

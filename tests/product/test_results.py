@@ -2,22 +2,17 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import command, fails_in_one_line
+from conftest import fails_in_one_line
 from own_data import blocks, save_pair
+from own_data import measure as run
 from PIL import Image
 
 from zsseg import utils
 from zsseg.visualize import save_label_map
-
-
-def run(checkpoint: Path, root: Path, *more: object):
-    config = ("--config", root / "a.toml")
-    return command("eval.py", checkpoint, *config, "--root", root, "--device", "cpu", *more)
 
 
 @pytest.mark.parametrize("option", ["--save-predictions", "--images", "--features"])

@@ -24,11 +24,8 @@ def test_colours_are_far_apart():
         assert ciede2000(np.array(one), np.array(other)) == pytest.approx(difference, abs=1e-4)
     assert visualize.DISTINCT >= 25 and spread(PALETTE[: visualize.DISTINCT]) >= 20
     assert len(PALETTE) == 255 and spread(PALETTE) >= 8
-    grey = visualize.GREY
-    apart = [
-        ciede2000(lab(PALETTE), lab(taken)).min() for taken in ((0,) * 3, (255,) * 3, (grey,) * 3)
-    ]
-    assert min(apart[0], apart[1]) > 8 and apart[2] > 8
+    for taken in (0, 255, visualize.GREY):
+        assert ciede2000(lab(PALETTE), lab((taken,) * 3)).min() > 8
     assert palette(300)[-1].tolist() == [0, 0, 0] and len(palette(300)) == 301
 
 
@@ -99,10 +96,7 @@ def test_samples_have_rows_gaps_and_a_legend():
         labels = torch.tensor(rng.choice([0, 1, 255], (20, width)))
         strips.append(visualize.comparison(image, labels, labels.clamp(max=1), 2))
     height, gap = visualize.STRIP_HEIGHT, visualize.GAP
-    assert [strip.size for strip in strips] == [
-        (120, 3 * (height + gap)),
-        (240, 3 * (height + gap)),
-    ]
+    assert [strip.size for strip in strips] == [(w, 3 * (height + gap)) for w in (120, 240)]
     sheet = np.array(visualize.samples(strips, [(palette(2)[1], "tree *")]))
     assert (sheet[height : height + gap] == 255).all()  # from side to side
     assert (sheet[:, -1] == 255).all() and (sheet[height // 2 :][:14, :100] < 255).any()

@@ -1,14 +1,21 @@
 """Word lists: classes, synonyms, background words, which of them were trained on."""
 
+import json
+
 import pytest
+from conftest import PROCESS
+from own_data import CONFIG, measure
 
 from zsseg.apps import vocabulary
 from zsseg.apps.vocabulary import Words, format_words, parse_words, read_words
 from zsseg.config import load_config
 from zsseg.datasets import DATASETS, dataset
+from zsseg.evaluate import evaluate
 from zsseg.utils import UserError
+from zsseg.weights import load_checkpoint, load_segmenter
 
 LINES = "cat, dog\n# a comment = none\nsofa = couch, settee\n\nothers : sky, wall\n  hot dog  "
+QUOTED = '"a, b" = "c=d", "19\\" tv"; other: "x; y"'
 ODD = "tv/monitor, St. Bernard, bull's eye, door (wooden), C++, 3d printer"
 
 
@@ -22,12 +29,7 @@ ODD = "tv/monitor, St. Bernard, bull's eye, door (wooden), C++, 3d printer"
         (ODD, ODD.split(", "), {}, 6),
         ("猫，狗、草；other：天＝空", ["猫", "狗", "草", "天＝空"], {}, 3),
         ("cat\ndog\u2028bird\r\n", ["cat", "dog", "bird"], {}, 3),
-        (
-            '"a, b" = "c=d", "19\\" tv"; other: "x; y"',
-            ["a, b", '19" tv', "x; y"],
-            {"a, b": ["c=d"]},
-            2,
-        ),
+        (QUOTED, ["a, b", '19" tv', "x; y"], {"a, b": ["c=d"]}, 2),
         ('"cat",\n"dog: big"', ["cat", "dog: big"], {}, 2),
         ("18 wheeler, 3 seater sofa, sofa", ["18 wheeler", "3 seater sofa", "sofa"], {}, 3),
     ],
@@ -80,23 +82,9 @@ def test_words_that_are_switched_off():
         ("empty to CLIP", ['cat, ""']),
         ("is no name, but a file", ["wrods.csv", "a/w.json", "/words", "./words", "cat, a.txt"]),
         ("is no name", ['["cat"]', "'cat', 'dog'", "cat | dog", "- cat", "1. cat", "0: cat"]),
-        (
-            "is no name",
-            ["cat\tdog", "cat # a note", "0 cat", "1 cat\n2 dog", "* cat\n* dog", "“cat”, “dog”"],
-        ),
-        (
-            "is no name",
-            [
-                "+ cat",
-                "(1) cat, (2) dog",
-                "① cat",
-                "the other: cat",
-                "cat, background: sky",
-                "其他：天",
-                '19" tv',
-                '"cat" dog, bird',
-            ],
-        ),
+        ("is no name", ["cat\tdog", "cat # a note", "0 cat", "1 cat\n2 dog", "* cat\n* dog"]),
+        ("is no name", ["“cat”, “dog”", "+ cat", "(1) cat, (2) dog", "① cat", "the other: cat"]),
+        ("is no name", ["cat, background: sky", "其他：天", '19" tv', '"cat" dog, bird']),
     ],
 )
 def test_word_lists_that_cannot_be(texts, part):
@@ -111,9 +99,8 @@ def test_words_that_were_trained_on_are_seen():
     # Sofa and pottedplant are unseen.
     assert read_words(text).among([voc.names[i] for i in voc.seen]) == [0, 4, 5]
     ade = load_config(None, ["data.name=ade20k"])
-    assert (
-        vocabulary.trained_names({}, ade) == []
-    )  # the original's checkpoints are only measured there
+    # The original's checkpoints are only measured there.
+    assert vocabulary.trained_names({}, ade) == []
     assert vocabulary.trained_names({"trained": ["wall"]}, ade) == ["wall"]
     full = load_config(None, ["data.name=voc", "data.train_on=all"])
     assert vocabulary.trained_names({}, full) == voc.names
@@ -131,3 +118,47 @@ def test_a_measured_set_s_seen_classes():
     assert vocabulary.seen_classes(dataset("ade20k"), content, config) == []
     content["config"]["data"]["name"] = "ade20k"
     assert vocabulary.seen_classes(dataset("ade20k"), content, config) == [*range(150)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "seen"),
+    [
+        ([], [0, 1, 2]),  # own data without `unseen`: all that were trained on
+        (["data.unseen=['grass']"], [0, 1, 2]),  # this run was trained on it, whatever it is called
+        (["data.classes=['Grass','zebra','cat']"], [0, 2]),  # by their names
+    ],
+)
+def test_own_classes_that_were_trained_on_are_seen(root, trained, settings, seen):
+    config = load_config(root / "a.toml", settings)
+    assert vocabulary.seen_classes(dataset(config.data), load_checkpoint(trained), config) == seen
+    if not settings:  # the original's checkpoints were not trained on it
+        assert vocabulary.seen_classes(dataset(config.data), {"model": {}}, config) == []
+
+
+def test_the_weight_of_the_ensemble_of_own_data(root, trained):
+    """Measuring takes head^w CLIP^(1-w) for all classes: what w' = 1 - w gives where all are taken
+    for unseen.
+    """
+    numbers = []
+    for weight, seen in ((0.7, None), (0.3, [])):
+        config = load_config(root / "a.toml", [f"clip.ensemble_weight={weight}"])
+        segmenter = load_segmenter(load_checkpoint(trained), config, root, "last.pt").eval()
+        result = evaluate(segmenter, config, root, PROCESS, "val", seen=seen)
+        numbers.append(result["per_class"])
+    done = measure(trained, root, "--out", root / "o", "--set", "clip.ensemble_weight=0.7")
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((root / "o" / "metrics.json").read_text())["per_class"]
+    assert numbers[0] == numbers[1] == measured
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_text_as_editors_save_it(encoding, root):
+    text = CONFIG.replace("\n", "\r\n").replace("grass", "猫")
+    (root / "b.toml").write_bytes(text.encode(encoding))
+    assert load_config(root / "b.toml").data.classes == ["cat", "dog", "猫"]
+    (root / "words").write_bytes("cat\r\nsofa = couch\r\n".encode(encoding))
+    assert read_words(str(root / "words")).names == ["cat", "sofa"]
+    for content in ("cat".encode("utf-16"), b"caf\xe9"):
+        (root / "words").write_bytes(content)
+        with pytest.raises(UserError, match="not UTF-8"):
+            read_words(str(root / "words"))

@@ -43,6 +43,11 @@ class Words:
         return f"1 class: {self.names[0]!r}, which every pixel gets; {todo}"
 
     @property
+    def rows(self):
+        """All words for each class, its name first."""
+        return [[name, *self.synonyms.get(name, [])] for name in self.names]
+
+    @property
     def shown_names(self):
         """The names of the ids in a label map."""
         return self.names[: self.shown] + [OTHER] * (self.shown < len(self.names))
@@ -61,8 +66,7 @@ class Words:
         """
         normalise = lambda name: re.sub(r"[\W_]", "", name.casefold()) or name
         seen = set(map(normalise, trained))
-        texts = ([name, *self.synonyms.get(name, [])] for name in self.names)
-        return [i for i, names in enumerate(texts) if seen & set(map(normalise, names))]
+        return [i for i, row in enumerate(self.rows) if seen & set(map(normalise, row))]
 
 
 def trained_names(content, config):
@@ -77,8 +81,9 @@ def trained_names(content, config):
     from zsseg.datasets import dataset
 
     data = dataset(config.data)
-    seen = range(len(data.names)) if config.data.train_on == "all" else data.seen
-    return [data.names[i] for i in seen]
+    if config.data.train_on == "all":
+        return data.names
+    return [data.names[i] for i in data.seen]
 
 
 def seen_classes(data, content, config):
@@ -90,8 +95,7 @@ def seen_classes(data, content, config):
     """
     from zsseg.datasets import dataset
 
-    own = load_config(base=content.get("config")).data
-    if content.get("trained") and data == dataset(own):
+    if content.get("trained") and data == dataset(load_config(base=content.get("config")).data):
         return data.trained
     if data.name == "folder":
         return Words(data.names).among(trained_names(content, config))
@@ -169,7 +173,7 @@ def format_words(words):
         plain = PLAIN.fullmatch(name) and not NO_NAME.search(name)
         return name if plain else json.dumps(name, ensure_ascii=False)
 
-    rows = [" = ".join(map(write, [name, *words.synonyms.get(name, [])])) for name in words.names]
+    rows = [" = ".join(map(write, row)) for row in words.rows]
     if words.shown < len(rows):
         rows[words.shown] = f"{OTHER}: {rows[words.shown]}"
     return ", ".join(rows)

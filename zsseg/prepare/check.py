@@ -24,7 +24,7 @@ def summarize(config, root, workers, check):
             line += f" (published: {data.counts[split]})"
         if listing.unpaired:
             line += f", {plural(len(listing.unpaired), 'file')} without a partner left out"
-        print(line, flush=True)
+        print(line)
         if check or split == "train":  # training needs it
             counts, broken = count_labels(config, root, split, workers, check)
             if check:
@@ -46,9 +46,9 @@ def print_shares(config, split, pixels):
         print(f"  {name[:40]:40}{percent:7.2f} %")
     if split == "train" and data.unseen:
         hidden = sum(pixels[data.names.index(name)] for name in data.unseen)
-        classes = plural(len(data.unseen), "unseen class", "unseen classes")
+        count = len(data.unseen)
         # count_labels raises an error otherwise.
         print(
-            f"  training targets: of {hidden} pixels of the {classes}"
-            f" ({', '.join(data.unseen)}), 0 survive"
+            f"  training targets: of {hidden} pixels of the {count} unseen"
+            f" class{'es' * (count != 1)} ({', '.join(data.unseen)}), 0 survive"
         )

@@ -28,8 +28,9 @@ def naming(file):
     except UserError:
         raise
     except Exception as error:  # SciPy raises many types, and JSON may contain anything
-        why = f"cannot be read ({error!r:.200})"
-        raise UserError(f"file {file}", why, "replace the file") from None
+        raise UserError(
+            f"file {file}", f"cannot be read ({error!r:.200})", "replace the file"
+        ) from None
 
 
 def write_ids(file, ids):
@@ -186,7 +187,7 @@ def ade20k_full(folder, workers, train):
             pixels = resize(to_tensor(pixels), (h, w), antialias=False).permute(1, 2, 0).numpy()
             sides = ((h, H), (w, W))
             rows, cols = ((np.arange(n) * (1 / (n / old))).astype(int) for n, old in sides)
-            values = values[rows[:, None], cols]  # as OpenCV rounds
+            values = values[np.ix_(rows, cols)]  # as OpenCV rounds
         save(pixels, folder / f"images_detectron2/{split}/{jpeg.stem}.jpg", "JPEG")
         save(values, target, "TIFF", compression="tiff_deflate")
 

@@ -32,8 +32,16 @@ def prepare(name, root, workers, train):
     listed = full and all(listed_ids(folder / f"{split}.txt") for split in splits)
     for archive in data.archives[listed : 1 if name == "voc" else None]:
         obtain(archive, data, root, folder)
+
+    def find_sbd():
+        """The folder with most masks of SBD; without any it is downloaded."""
+        sbd = fullest([folder / "SBD", *(root / name for name in SBD_FOLDERS)], "cls/*.mat")
+        if not any(sbd.glob("cls/*.mat")):  # which are unpacked last
+            obtain(data.archives[1], data, root, folder)
+        return sbd
+
     if name == "voc":
-        convert.voc_trainaug(folder, lambda: find_sbd(data, root, folder), workers)
+        convert.voc_trainaug(folder, find_sbd, workers)
     if name.startswith("pcontext") and not listed:
         convert.pascal_context(folder, workers)
     if full:
@@ -60,15 +68,6 @@ def lack(name, root, splits):
         if len(listing.unpaired) > len(listing.pairs):
             return f"{listing.unpaired[0]} has no partner"
     return ""
-
-
-def find_sbd(data, root, folder):
-    """The folder with most masks of SBD; without any it is downloaded."""
-    folders = [folder / "SBD", *(root / name for name in SBD_FOLDERS)]
-    sbd = fullest(folders, "cls/*.mat")
-    if not any(sbd.glob("cls/*.mat")):  # which are unpacked last
-        obtain(data.archives[1], data, root, folder)
-    return sbd
 
 
 def obtain(archive, data, root, folder):

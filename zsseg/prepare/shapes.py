@@ -8,8 +8,6 @@ The small CLIP is trained on separate images (split "clip").
 
 import colorsys
 import json
-import tomllib
-from pathlib import Path
 
 import numpy as np
 from numpy.random import default_rng
@@ -17,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from zsseg.datasets import DATASETS
 from zsseg.prepare.convert import save
-from zsseg.utils import UserError, claim_folder, mix_seed, progress, write_json
+from zsseg.utils import UserError, claim_folder, mix_seed, progress, read_table, write_json
 
 NAMES = DATASETS["shapes"].names
 UNSEEN = DATASETS["shapes"].unseen
@@ -26,7 +24,7 @@ SIDE = 96  # pixels
 SPLITS = {"clip": 2000, "train": 2000, "val": 200, "test": 300}  # images; the order gives the seeds
 MIN_VISIBLE = 0.75  # an image with a thing of which a smaller share is visible is drawn again
 FINE = 4  # a silhouette is drawn with 4 x 4 points a pixel
-DRAWING = tomllib.loads((Path(__file__).parent / "shapes.toml").read_text("utf-8"))
+DRAWING = read_table("prepare/shapes.toml")
 
 
 def outline(kind, values):
@@ -100,8 +98,9 @@ def paint(rng):
     angle = rng.uniform(0, np.pi)
     period = rng.uniform(6, 10)
     y, x = np.mgrid[:SIDE, :SIDE]
-    waves = [x * np.cos(a) + y * np.sin(a) for a in (angle, angle + np.pi / 2)]
-    along, across = (wave % period - period / 2 for wave in waves)
+    along, across = (
+        (x * np.cos(a) + y * np.sin(a)) % period - period / 2 for a in (angle, angle + np.pi / 2)
+    )
     patterns = [0 * x, along < 0, along**2 + across**2 < 5]  # plain, stripes, dots, or clouds
     kind = rng.integers(4)
     amount = noise(rng, 4, 4) if kind == 3 else patterns[kind]

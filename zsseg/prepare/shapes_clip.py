@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from zsseg.checkpoint import save
 from zsseg.clip import CLIP, ConvStem, VisionTransformer
 from zsseg.datasets import find_pairs
 from zsseg.images import read_image, to_tensor
 from zsseg.prepare.shapes import NAMES
 from zsseg.regions import region_crops
 from zsseg.tokenizer import Tokenizer
-from zsseg.utils import atomic_write, mix_seed, progress
+from zsseg.utils import mix_seed, progress
 
 STEPS = 450
 GROUPS = 4  # sets of distinct classes a step
@@ -47,8 +48,7 @@ def train_small_clip(folder, steps=STEPS):
     for step in progress(range(steps), "train the small CLIP", steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * (1 - step / steps) ** 0.9
-        numbers = range(GROUPS * step, GROUPS * step + GROUPS)
-        crops, captions = zip(*draw_samples(clip, regions, numbers), strict=True)
+        crops, captions = zip(*draw_samples(clip, regions, step), strict=True)
         features = clip.encode_image(torch.cat(crops)), clip.encode_text(clip.tokenizer(captions))
         image, text = (F.normalize(x.unflatten(0, (GROUPS, -1)), dim=-1) for x in features)
         logits = clip.logit_scale.exp().clamp(max=100) * image @ text.mT  # [GROUPS, N, N]
@@ -57,8 +57,7 @@ def train_small_clip(folder, steps=STEPS):
         (loss / 2).backward()
         nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
         optimizer.step()
-    with atomic_write(folder / "clip.pt") as file:
-        torch.save(clip.state_dict(), file)
+    save(folder / "clip.pt", **clip.state_dict())
 
 
 def read_regions(folder):
@@ -76,14 +75,14 @@ def read_regions(folder):
     return regions
 
 
-def draw_samples(clip, regions, numbers):
-    """For every number one region of every class, so that no two of them match each other's
-    caption: crop fp32 [1, 3, R, R], caption.
+def draw_samples(clip, regions, step):
+    """Of a step: for every group one region of every class, so that no two of them match each
+    other's caption: crop fp32 [1, 3, R, R], caption.
 
     A crop is the box around the region and a little more or less; nothing is masked in it, as in
     what the real CLIP was trained on.
     """
-    for n in numbers:
+    for n in range(GROUPS * step, GROUPS * step + GROUPS):
         rng = np.random.default_rng(mix_seed(0, 3, n))
         for choices in regions:
             image, corners, caption = choices[rng.integers(len(choices))]

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torchvision import ops
 
+from kernels.jit import on_device
+
 ROWS = 8 * 197  # that packed weights are laid out for: 8 crops of a ViT-B/16
 PACKS = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 MAX_GRAPHS = 64  # that a function keeps; those used last
@@ -149,8 +151,10 @@ class Graphs:
         return held, graph, results
 
 
-def accelerated(function, graphs=False, compiled=False, dynamic=False):
-    """A function of tensors for inference, through torch.compile and as CUDA graphs if wanted."""
+def accelerated(function, graphs=False, compiled=False):
+    """A function of tensors for inference, through torch.compile (one program for all sizes) and as
+    CUDA graphs if wanted.
+    """
     if compiled:
-        function = torch.compile(function, fullgraph=True, dynamic=dynamic)
-    return Graphs(function) if graphs else function
+        function = torch.compile(function, fullgraph=True, dynamic=True)
+    return on_device(Graphs(function)) if graphs else function

@@ -80,7 +80,3 @@ class OneStage(OpenVocabulary):
         no variants.
         """
         return self.segment_views(inputs, size, flip, window)
-
-    def accelerate(self, dtype, graphs=False, compiled=False):
-        """As `Segmenter`'s. Nothing is compiled: CLIP would need a program for every size."""
-        super().accelerate(dtype, graphs)

@@ -222,10 +222,10 @@ class Segmenter(OpenVocabulary):
 
     def variants(self, proposals, weights):
         """Class scores [Q, C] of the method's parts and of other ensemble weights, from one pass;
-        none for `weights` None, or if there is one part only.
+        none if there is one part only.
         """
         p = proposals.class_probs
-        if weights is None or p is None or self.clip is None:
+        if p is None or self.clip is None:
             return {}
         scores = {"head_only": p}
         if proposals.clip_probs is not None:
@@ -279,8 +279,8 @@ class Segmenter(OpenVocabulary):
             return self.segment_views(inputs, size, flip, window)
         found = self.classify(proposals) if proposals else self.propose(inputs[0])
         labels, best, _ = self.label_map(self.ensemble(found), found, size)
-        others = self.variants(found, weights).items()
-        maps = {name: self.label_map(part, found, size)[0] for name, part in others}
+        others = {} if weights is None else self.variants(found, weights)
+        maps = {name: self.label_map(part, found, size)[0] for name, part in others.items()}
         return Segmentation(labels, best, maps)
 
 

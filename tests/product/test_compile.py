@@ -38,7 +38,7 @@ def graphs() -> int:
 
 @pytest.mark.slow
 def test_one_program_serves_images_of_all_sizes(aot_eager):
-    """And CLIP's tower needs one for each of four numbers of crops."""
+    """And another one CLIP's tower, for all numbers of crops."""
     segmenter = tiny_segmenter("clip.crop_batch_size=16")
     # A CPU's convolutions distinguish maps smaller than these.
     sizes = ((448, 640), (640, 449), (512, 500))
@@ -58,7 +58,7 @@ def test_one_program_serves_images_of_all_sizes(aot_eager):
         for count in (1, 2, 3, 7, 8, 9, 16, 17, 31, 39, 5, 30):
             few = encode_crops(segmenter.clip, crops[:count], 16)
             assert torch.allclose(few, features[:count], atol=1e-4)
-    assert graphs() == 1 + 4
+    assert graphs() == 2
     with torch._dynamo.config.patch(error_on_recompile=True):
         for image, labels in zip(images, expected, strict=True):
             found = segmenter.segment([image], (90, 70)).labels

@@ -24,7 +24,7 @@ from zsseg.segmenter import Segmenter
 from zsseg.utils import UserError, split_lines
 from zsseg.visualize import with_legend, word_colours
 
-MAX_FUNCTIONS = 150
+MAX_FUNCTIONS = 162
 MAX_FILES = 17
 PHOTOS = ["a.jpg", "a.png", "deep16", "more/deep/ünïcode", "more/one pixel", "more/palette"]
 

@@ -25,7 +25,7 @@ from zsseg.utils import UserError, split_lines
 from zsseg.visualize import with_legend, word_colours
 
 MAX_FUNCTIONS = 162
-MAX_FILES = 17
+MAX_FILES = 18
 PHOTOS = ["a.jpg", "a.png", "deep16", "more/deep/ünïcode", "more/one pixel", "more/palette"]
 
 

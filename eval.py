@@ -34,12 +34,11 @@ program.
 import inspect
 import operator
 import os
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 from zsseg.apps.vocabulary import Words, read_words, seen_classes, trained_names
-from zsseg.config import CONFIGS, load_config
+from zsseg.config import load_config
 from zsseg.utils import (
     UserError,
     claim_folder,
@@ -47,11 +46,12 @@ from zsseg.utils import (
     digest,
     expand_path,
     no_such_file,
+    read_table,
     run_parser,
     warn,
 )
 
-PUBLISHED = tomllib.loads((CONFIGS.parent / "zsseg/published.toml").read_text("utf-8"))
+PUBLISHED = read_table("published.toml")
 # The settings that a published number is of, besides section clip and whether there was a teacher
 PUBLISHED_FOR = """\
 data.name data.split data.train_on data.test_short_edge data.max_size

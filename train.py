@@ -30,6 +30,7 @@ def parse(argv):
 if __name__ == "__main__":
     command(parse)  # --help and mistakes need not wait for these:
 
+import gc
 import math
 from dataclasses import asdict
 
@@ -61,10 +62,8 @@ class SegmentTask:
         pseudo = out / "pseudo" if config.train.teacher else None
         if pseudo and not saved:
             pseudo_labels(config, root, pseudo, process)
-        # As tensor cores read them, or they are brought to it in every step.
-        order = torch.channels_last if process.device.type == "cuda" else torch.preserve_format
-        segmenter = build_segmenter(config, root, saved)
-        self.segmenter = segmenter.to(process.device, memory_format=order)
+            gc.collect()  # the teacher and its graphs
+        self.segmenter = build_segmenter(config, root, saved).to(process.device)
         self.segmenter.set_classes(training_set(config.data).training_names)
         self.text = self.segmenter.text_features  # an evaluation sets other classes
         self.clip = self.segmenter.clip

@@ -3,6 +3,8 @@ them; CUDA graphs, which a single launch replays.
 """
 
 import itertools
+import threading
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,6 @@ from torchvision import ops
 from kernels.jit import on_device
 
 ROWS = 8 * 197  # that packed weights are laid out for: 8 crops of a ViT-B/16
-PACKS = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 MAX_GRAPHS = 64  # that a function keeps; those used last
 
 
@@ -90,8 +91,9 @@ def freeze(network, dtype, pack=False):
     call `linear` then.
     """
     for conv, norm in pairs(network):
-        for name, weight in (("weight", folded(conv, norm)), ("bias", norm.shift)):
+        for name, weight in (("weight", folded(conv, norm)), ("bias", norm.shift.clone())):
             conv.register_parameter(name, nn.Parameter(weight))
+        norm.load_state_dict(FrozenBatchNorm2d(len(norm.shift)).state_dict())  # now does nothing
     layers = [*network.requires_grad_(False).modules()]
     for mlp in layers:
         if isinstance(mlp, nn.Sequential) and any(isinstance(part, QuickGELU) for part in mlp):
@@ -100,6 +102,9 @@ def freeze(network, dtype, pack=False):
             before.bias.mul_(1.702)
             after.weight.div_(1.702)
             mlp.register_module([*mlp._modules][1], nn.SiLU())
+    packs = pack and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    if packs and dtype == torch.bfloat16:
+        packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     packed = (Linear, nn.MultiheadAttention, NonDynamicallyQuantizableLinear)
     for layer in layers:
         if not isinstance(layer, nn.Linear | nn.Conv2d | nn.MultiheadAttention):
@@ -108,17 +113,20 @@ def freeze(network, dtype, pack=False):
             ready = weight.to(dtype)
             if weight.ndim == 4 and weight.is_cuda:  # as tensor cores read them
                 ready = ready.contiguous(memory_format=torch.channels_last)
-            if pack and PACKS and isinstance(layer, packed) and weight.ndim == 2:
+            if packs and isinstance(layer, packed) and weight.ndim == 2:
                 ready = torch.ops.mkldnn._reorder_linear_weight(ready, ROWS)
             layer.register_parameter(name, nn.Parameter(ready, requires_grad=False))
 
 
 class Graphs:
-    """A function of CUDA tensors (or None) that reads nothing back, as CUDA graphs: one for each
-    kind of inputs that came twice, so that the host launches once what were hundreds of kernels.
+    """A function of CUDA tensors (or None) as CUDA graphs: one for each kind of inputs that came
+    twice, so that the host launches once what were hundreds of kernels. A function that reads
+    something back is warned of and called as it is.
 
     Its results are new tensors: they stay when it is called again.
     """
+
+    one_at_a_time = threading.Lock()
 
     def __init__(self, function):
         self.function = function
@@ -134,20 +142,28 @@ class Graphs:
             return self.function(*inputs)
         held, graph, results = self.graphs.pop(kind, None) or self.capture(inputs)
         self.graphs[kind] = held, graph, results  # the last one
+        if len(self.graphs) > MAX_GRAPHS:
+            self.graphs.pop(next(iter(self.graphs)))
+        if graph is None:
+            return self.function(*inputs)
         for place, x in zip(held, inputs, strict=True):
             if x is not None:
                 place.copy_(x)
         graph.replay()
-        if len(self.graphs) > MAX_GRAPHS:
-            self.graphs.pop(next(iter(self.graphs)))
         return results.clone() if torch.is_tensor(results) else [x.clone() for x in results]
 
     def capture(self, inputs):
         held = [None if x is None else x.clone() for x in inputs]
+        self.function(*held)  # what each thread makes once cannot be made in a capture
         graph = torch.cuda.CUDAGraph()
-        # Other threads may copy meanwhile.
-        with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
-            results = self.function(*held)
+        # A stream of its own: PyTorch's is that of the first device. Other threads may copy.
+        options = {"stream": torch.cuda.Stream(), "capture_error_mode": "thread_local"}
+        try:
+            with self.one_at_a_time, torch.cuda.graph(graph, self.pool, **options):
+                results = self.function(*held)
+        except RuntimeError as error:
+            warnings.warn(f"no CUDA graph, which is slower: {error}", stacklevel=2)
+            return None, None, None
         return held, graph, results
 
 

@@ -138,7 +138,7 @@ def semantic_map_argmax_kernel(
 def is_supported(logits, input_size):
     """Whether a tile of 16 pixels of all masks [Q, h, w] fits a block, and int32 their places."""
     Q = len(logits)
-    return Q <= MAX_QUERIES and Q * math.prod(input_size) < 2**31
+    return 0 < Q <= MAX_QUERIES and Q * math.prod(input_size) < 2**31
 
 
 @on_device

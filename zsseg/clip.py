@@ -323,8 +323,9 @@ class CLIP(nn.Module):
         products in `dtype`; see `accelerated`.
         """
         freeze(self.visual, dtype, pack=self.mean.device.type == "cpu" and not compiled)
-        self.encode_image = accelerated(self.encode_image, graphs, compiled)
-        self.encode_dense = accelerated(self.encode_dense, graphs)
+        if graphs or compiled:
+            self.encode_image = accelerated(self.encode_image, graphs, compiled)
+            self.encode_dense = accelerated(self.encode_dense, graphs)
 
     def encode_text(self, tokens):
         """int64 [N, length] -> [N, D], read at the end token (the largest id)."""

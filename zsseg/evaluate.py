@@ -29,7 +29,7 @@ def own_share(images, numbers, config, process, title):
     """
     numbers = numbers[process.rank :: process.world_size]
     items = batches(images, numbers, None, config.data.workers)
-    items = progress(items, title, len(numbers), process.is_main)
+    items = progress(items, title, len(numbers))
     for number, (inputs, labels, name) in zip(numbers, items, strict=True):
         yield number, name, [*map(process.put, inputs)], process.put(labels).long()
 

@@ -124,7 +124,8 @@ class PixelNetwork(nn.Module):
         fp32; see `accelerated`. One program serves images of every size.
         """
         freeze(self, dtype if self.pixel_mean.is_cuda else torch.float32)
-        self.decode = accelerated(self.decode, graphs, compiled)
+        if graphs or compiled:
+            self.decode = accelerated(self.decode, graphs, compiled)
 
 
 class MaskFormer(PixelNetwork):

@@ -95,7 +95,8 @@ def encode_crops(clip, crops, batch_size, shown=None):
     its last crop: a compiled tower sees few sizes.
     """
     if crops.device.type == "cpu":
-        batch_size = min(batch_size, 8)  # more fall out of its caches
+        # 8 of 224 x 224: more fall out of its caches.
+        batch_size = min(batch_size, -(-8 * 224**2 // crops[0, 0].numel()))
     count = len(crops)
     missing = -count % max(batch_size // 4, 1)
     order = torch.arange(count + missing, device=crops.device).clamp(max=count - 1)

@@ -222,7 +222,7 @@ def walk(folder, skip=""):
     """
 
     def refuse(error):
-        if os.path.exists(error.filename):
+        if not isinstance(error, FileNotFoundError):
             why = f"cannot be read ({error.strerror})"
             raise UserError(f"folder {error.filename}", why, "check its rights")
 
@@ -313,12 +313,12 @@ def mix_seed(*numbers):
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
-def progress(items, name, total, show=True):
+def progress(items, name, total):
     """The items, with a progress bar on a terminal, else with a line every LINE_EVERY seconds."""
-    if sys.stderr.isatty() or not show:
+    if sys.stderr.isatty() or not is_main():
         from tqdm import tqdm
 
-        yield from tqdm(items, name, total, disable=not show)
+        yield from tqdm(items, name, total, disable=not is_main())
         return
     printed = time.perf_counter()
     done = 0  # when the last line was printed: the pace is that since then
@@ -348,6 +348,6 @@ def parallel(function, items, workers, name):
 
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         try:
-            yield from progress(results(), name, len(items), is_main())
+            yield from progress(results(), name, len(items))
         finally:
             pool.shutdown(cancel_futures=True)

@@ -149,9 +149,7 @@ class MadeUpTask(train.SegmentTask):
         self.config = config
         self.process = process
         self.losses = segmentation_losses
-        order = torch.channels_last if process.device.type == "cuda" else torch.preserve_format
-        model = MaskFormer(config.model, 512).to(process.device, memory_format=order)
-        self.model = model.train()
+        self.model = MaskFormer(config.model, 512).to(process.device).train()
         self.clipped = [self.model]
         self.text = F.normalize(torch.randn(classes, 512), dim=-1).to(process.device)
         self.compiled = False

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_config
 
+from kernels.frozen import FrozenBatchNorm2d, convolve, freeze
 from zsseg.backbone import BACKBONES
 from zsseg.datasets import dataset
 from zsseg.maskformer import MaskFormer
@@ -104,3 +105,17 @@ def test_every_parameter_learns():
     # biases to learn.
     names = ("self_attn.out_proj.weight", "norm1.weight", "self_attn.in_proj_weight")
     assert silent == {f"layers.0.{name}" for name in names}
+
+
+def test_a_frozen_norm_is_applied_once():
+    """Whoever applies it, before `freeze` and after."""
+    torch.manual_seed(0)
+    conv, norm = torch.nn.Conv2d(3, 5, 3, bias=False), FrozenBatchNorm2d(5)
+    norm.load_state_dict({name: torch.rand(5) + 0.5 for name in norm.state_dict()})
+    network = torch.nn.Sequential(conv, norm)
+    x = torch.randn(2, 3, 8, 8)
+    expected = network(x)
+    assert torch.allclose(convolve(conv, norm, x), expected, atol=1e-5)
+    freeze(network, torch.float32)
+    assert torch.allclose(network(x), expected, atol=1e-4)
+    assert torch.allclose(convolve(conv, norm, x), expected, atol=1e-5)

@@ -147,10 +147,10 @@ def test_graphs_give_the_labels_of_the_eager_networks():
     eager, fast = (tiny_segmenter().cuda() for _ in range(2))
     fast.accelerate(torch.bfloat16, graphs=True)
     make = lambda *size: torch.randint(0, 256, (3, *size), dtype=torch.uint8, device="cuda")
-    images = make(96, 128), make(64, 80)
     for segmenter in (eager, fast):
         segmenter.set_classes(segmenter.names, [0, 1])
     with GPU.autocast("on"):
-        for image in 3 * images:
+        for size in 3 * [(96, 128), (64, 80)]:
+            image = make(*size)
             labels, ours = (s.segment([image], (90, 120)).labels for s in (eager, fast))
             assert (ours == labels).float().mean() > 0.99

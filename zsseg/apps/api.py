@@ -84,7 +84,8 @@ class Predictor:
             labels, scores = segment_image(*parts)()
             dtype = np.min_scalar_type(len(self.names))
         labels = labels.numpy().astype(dtype)
-        return (labels, scores.numpy()) if return_scores else labels
+        # A copy: what came from a GPU lies in memory that cannot be swapped.
+        return (labels, scores.numpy().copy()) if return_scores else labels
 
 
 load = Predictor

@@ -248,8 +248,8 @@ def test_prompt_learning(seeds, inference, process):
         assert relative_error(moved, prompt - arrays["before"]) < 10 * most
 
 
-@pytest.mark.parametrize("bf16", ["off", pytest.param("auto", marks=pytest.mark.slow)])
-def test_end_to_end(tmp_path, bf16):
+@pytest.mark.parametrize("settings", [["model.bf16=off"], pytest.param([], marks=pytest.mark.slow)])
+def test_end_to_end(tmp_path, settings):
     arrays = {f"override/{k}": v for k, v in golden("e2e/voc_r50_single_override.npz").items()}
     state = original_state(keys("e2e/voc_r50_single_keys.json"), arrays)
     torch.save({"model": state}, tmp_path / "model_final.pth")
@@ -258,9 +258,10 @@ def test_end_to_end(tmp_path, bf16):
     assert "voc val: 3 images" in result.stdout
     words = ["--config", "configs/voc_r50_single.toml", "--root", tmp_path, "--out"]
     words += [tmp_path / "out", "--save-predictions", "--device", "cpu"]
-    words += ["--set", "data.test_short_edge=160", "--set", f"model.bf16={bf16}"]
+    for setting in ("data.test_short_edge=160", *settings):
+        words += ["--set", setting]
     result = succeed("eval.py", tmp_path / "model_final.pth", *words)
-    assert "fp32\n" in result.stdout  # "auto", too: its numbers are compared with the original's
+    assert "fp32\n" in result.stdout  # by itself: its numbers are compared with the original's
     assert "tensors loaded, " in result.stdout and " dropped: " in result.stdout
     data = dataset("voc")
     matrix = torch.zeros(20, 20, dtype=torch.int64)

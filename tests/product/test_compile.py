@@ -39,15 +39,15 @@ def graphs() -> int:
 @pytest.mark.slow
 def test_one_program_serves_images_of_all_sizes(aot_eager):
     """And another one CLIP's tower, for all numbers of crops."""
-    segmenter = tiny_segmenter("clip.crop_batch_size=16")
-    # A CPU's convolutions distinguish maps smaller than these.
+    segmenter = tiny_segmenter("clip.crop_batch_size=12")
+    # A CPU's convolutions distinguish maps smaller than these, and batches above 15.
     sizes = ((448, 640), (640, 449), (512, 500))
     images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes]
     expected = [segmenter.segment([image], (90, 70)).labels for image in images]
     side = segmenter.clip.resolution
     with torch.inference_mode():
         crops = torch.randn(39, 3, side, side)
-        features = encode_crops(segmenter.clip, crops, 16)
+        features = encode_crops(segmenter.clip, crops, 12)
     segmenter.accelerate(torch.float32, compiled=True)
     segmenter.config.ensemble = False
     for image in images:
@@ -55,8 +55,8 @@ def test_one_program_serves_images_of_all_sizes(aot_eager):
     assert graphs() == 1
     segmenter.config.ensemble = True
     with torch.inference_mode():
-        for count in (1, 2, 3, 7, 8, 9, 16, 17, 31, 39, 5, 30):
-            few = encode_crops(segmenter.clip, crops[:count], 16)
+        for count in (1, 2, 3, 7, 8, 9, 12, 13, 31, 39, 5, 30):
+            few = encode_crops(segmenter.clip, crops[:count], 12)
             assert torch.allclose(few, features[:count], atol=1e-4)
     assert graphs() == 2
     with torch._dynamo.config.patch(error_on_recompile=True):

@@ -26,7 +26,7 @@ def main(argv):
 
     if args.dataset == "shapes" and not args.check:
         folder = args.root / "shapes"
-        shapes.generate(folder)
+        shapes.generate(folder, args.workers)
         shapes_clip.train_small_clip(folder)
     elif args.dataset != "folder" and not args.check:
         official.prepare(args.dataset, args.root, args.workers, args.train)

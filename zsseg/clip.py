@@ -44,11 +44,6 @@ class Attention(nn.MultiheadAttention):
         x = attend(q[:, :count], k, v, self.num_heads, causal)
         return linear(x, self.out_proj.weight, self.out_proj.bias)
 
-    def values(self, x):
-        """What `forward` would give if every token attended to itself alone."""
-        x = linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)[2]
-        return linear(x, self.out_proj.weight, self.out_proj.bias)
-
 
 class Block(nn.Module):
     """Pre-norm transformer block; arguments of `forward` as in `Attention`; `num_heads` 0: width /
@@ -173,7 +168,9 @@ class VisionTransformer(nn.Module):
             x = self.hide(block(x), shown, layer)
         if not dense:
             return self.ln_post(last(x, count=1)[:, 0]) @ self.proj
-        x = last.attn.values(last.ln_1(x[:, 1:]))
+        attn = last.attn
+        x = linear(last.ln_1(x[:, 1:]), attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)[2]
+        x = linear(x, attn.out_proj.weight, attn.out_proj.bias)
         return (self.ln_post(x) @ self.proj).unflatten(1, grid)
 
     def hide(self, x, shown, layer):

@@ -75,7 +75,7 @@ def evaluate(
         if on_image:
             on_image(number, name, inputs[0], labels, found.labels, matrix)
         counts["ignored"] = (labels == data.ignore).sum()  # pixels
-        counts["broken"] = (~found.finite).sum()  # images
+        counts["broken"] = 1 - (found.scores >= 0).all().long()  # images
         counts["images"] = torch.tensor(1)
         totals.update(counts)
         if save_predictions:

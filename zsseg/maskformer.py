@@ -29,9 +29,9 @@ class GroupNorm(nn.GroupNorm):
     """In the type of its input, with sums in fp32; autocast would keep all of it in fp32."""
 
     def forward(self, x):
-        weights = (self.weight.to(x.dtype), self.bias.to(x.dtype))
         with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, *weights, self.eps)
+            weight = self.weight.to(x.dtype)
+            return F.group_norm(x, self.num_groups, weight, self.bias.to(x.dtype), self.eps)
 
 
 class PixelDecoder(nn.Module):
@@ -124,6 +124,7 @@ class PixelNetwork(nn.Module):
         fp32; see `accelerated`. One program serves images of every size.
         """
         freeze(self, dtype if self.pixel_mean.is_cuda else torch.float32)
+        graphs = graphs and self.divisor > 1  # else every image has a size of its own
         if graphs or compiled:
             self.decode = accelerated(self.decode, graphs, compiled)
 

@@ -80,7 +80,3 @@ class OneStage(OpenVocabulary):
         no variants.
         """
         return self.segment_views(inputs, size, flip, window)
-
-    def accelerate(self, dtype, graphs=False, compiled=False):
-        """As `Segmenter`'s; no graphs, since every image has a size of its own here."""
-        super().accelerate(dtype, False, compiled)

@@ -1,6 +1,6 @@
 """Region classification (Xu et al. 2021, section 3.3): masks -> masked crops -> CLIP features."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,8 +42,7 @@ def region_masks(logits, size, threshold):
     return masks, box_of(masks), masks.flatten(1).any(1)
 
 
-@dataclass
-class Regions:
+class Regions(NamedTuple):
     """The masks of an image, and those of them that CLIP is to name, none of which is empty."""
 
     masks: Tensor  # 0 or 1, [Q, H, W]
@@ -111,7 +110,7 @@ def crop_features(clip, image, regions, config):
     """The paper's: CLIP on the masked crop of each region, with the mask prompt of a CLIP that has
     one.
     """
-    masks, boxes, index = regions.masks, regions.boxes, regions.index
+    masks, boxes, index = regions
     crops = region_crops(clip, image, masks, boxes, index)
     shown = None
     if config.mask_prompt and clip.has_mask_prompt:

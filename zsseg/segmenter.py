@@ -41,15 +41,10 @@ class Segmentation:
     """What `Segmenter.segment` finds in an image."""
 
     labels: Tensor  # class ids int64 [H, W]
-    scores: Tensor  # the score of each pixel's class, fp32 [H, W]
+    # The score of each pixel's class, fp32 [H, W]; below 0 or NaN where the labels mean nothing,
+    # since masks or scores were no numbers
+    scores: Tensor
     variants: dict[str, Tensor]  # other label maps, see `Segmenter.variants`
-
-    @property
-    def finite(self):
-        """bool []: masks and scores are numbers, else the labels mean nothing; a maximum of none is
-        NaN or negative.
-        """
-        return (self.scores >= 0).all()
 
 
 class OpenVocabulary(nn.Module):
@@ -135,9 +130,8 @@ class OpenVocabulary(nn.Module):
         """Make the networks, which learn no more, fast: products in `dtype`, as CUDA graphs and
         through torch.compile if wanted. Results stay the same up to rounding.
         """
-        for network in (self.maskformer, self.clip):
-            if network is not None:
-                network.accelerate(dtype, graphs, compiled)
+        for network in filter(None, (self.maskformer, self.clip)):
+            network.accelerate(dtype, graphs, compiled)
 
     def learned_modules(self):
         """The parts with something learned besides CLIP."""

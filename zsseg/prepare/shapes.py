@@ -8,11 +8,14 @@ The small CLIP is trained on separate images (split "clip").
 
 import colorsys
 import json
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.random import default_rng
 from PIL import Image, ImageDraw, ImageFilter
 
+from zsseg.data import batches
 from zsseg.datasets import DATASETS
 from zsseg.prepare.convert import save
 from zsseg.utils import UserError, claim_folder, mix_seed, progress, read_table, write_json
@@ -135,7 +138,23 @@ def draw(split, index):
     return image, labels, {k: rng.choice(DRAWING["captions"]).format(NAMES[k]) for k in present}
 
 
-def generate(folder):
+@dataclass
+class Drawings:
+    """Item i: an image of a split, drawn and written: its name, and a caption for every class."""
+
+    folder: Path
+    split: str
+
+    def __getitem__(self, index):
+        name = f"{self.split}{index:05}"
+        image, labels, captions = draw(self.split, index)
+        stem = f"{self.split}/{name}"
+        save(image, self.folder / f"images/{stem}.jpg", "JPEG", quality=80, subsampling=0)
+        save(labels, self.folder / f"labels/{stem}.png")
+        return name, captions
+
+
+def generate(folder, workers=0):
     """Write `images/`, `labels/` and, last, `captions.json`, {name of an image: {class id:
     caption}}, unless that exists. UserError for a folder with other files, or with a data set of
     other classes.
@@ -149,10 +168,6 @@ def generate(folder):
     captions = {"classes": NAMES}
     claim_folder(folder)
     for split, count in SPLITS.items():
-        for index in progress(range(count), f"draw {split}", count):
-            name = f"{split}{index:05}"
-            image, labels, captions[name] = draw(split, index)
-            stem = f"{split}/{name}"
-            save(image, folder / f"images/{stem}.jpg", "JPEG", quality=80, subsampling=0)
-            save(labels, folder / f"labels/{stem}.png")
+        drawn = batches(Drawings(folder, split), range(count), None, workers)
+        captions |= progress(drawn, f"draw {split}", count)
     write_json(file, captions)

@@ -29,7 +29,9 @@ from zsseg.visualize import ALPHA, LUMINANCE, overlay
 
 DROP = """files => {
     const data = new DataTransfer();
-    for (const [name, bytes] of files) data.items.add(new File([Uint8Array.from(bytes)], name));
+    for (const [name, bytes] of files)
+        if (name) data.items.add(new File([Uint8Array.from(bytes)], name));
+        else data.setData("text/uri-list", bytes);
     document.dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true}));
 }"""
 
@@ -236,6 +238,7 @@ def test_the_page_in_a_browser(browser, port, width):  # noqa: F811
         expect(names).to_have_count(2, timeout=30_000)
         page.fill("#words", 'cat, "red,  bird"\ndog')
         expect(names).to_have_count(3)
+        page.click("#absent summary:text('2 classes have no pixel')")
         assert {*names.all_inner_texts()} == {"cat", "red, bird", "dog"}
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         expect(page.locator("#pixel li")).to_have_count(3)
@@ -251,6 +254,8 @@ def test_the_page_in_a_browser(browser, port, width):  # noqa: F811
             page.click("text=Label map")
         assert download.value.suggested_filename == "a.png"
         assert np.array(Image.open(download.value.path())).max() <= 1
+        page.click("#legend [title='Remove dog']")
+        expect(page.locator("#words")).to_have_value('cat, "red,  bird"')
         page.fill("#words", "moon")
         expect(off).to_have_count(0)
         expect(page.locator("#status")).to_contain_text("1 class: 'moon'")
@@ -259,7 +264,7 @@ def test_the_page_in_a_browser(browser, port, width):  # noqa: F811
         assert page.evaluate("document.activeElement.id") == "words"
 
 
-def test_what_fails_leaves_the_page_as_it_was(browser, port):  # noqa: F811
+def test_what_fails_leaves_the_page_as_it_was(browser, port, tmp_path):  # noqa: F811
     """Refused words, broken images, no files, two at once; of two images the one chosen last stays."""
     from playwright.sync_api import expect
 
@@ -272,9 +277,16 @@ def test_what_fails_leaves_the_page_as_it_was(browser, port):  # noqa: F811
         before = shown()
         bad = page.locator("#status.bad")
         page.evaluate(DROP, [["broken.png", [1, 2, 3]]])
-        expect(bad).to_contain_text("this image: ")
+        expect(bad).to_have_text("broken.png cannot be read (no image). Give another.")
         page.evaluate(DROP, [])
         expect(bad).to_contain_text("save the image first")
+        page.evaluate(DROP, [["", "http://localhost/a.png"]])
+        expect(bad).to_contain_text("on another page")
+        folder = {"items": [], "files": [str(tmp_path)], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            event = {"type": kind, "x": 99, "y": 99, "data": folder}
+            page.context.new_cdp_session(page).send("Input.dispatchDragEvent", event)
+        expect(bad).to_contain_text(f"{tmp_path.name} is a folder")
         page.fill("#words", "cat, cat")
         expect(bad).to_contain_text("cat")
         page.evaluate(DROP, [["b.png", list(photo(seed=2))]])
@@ -289,8 +301,56 @@ def test_what_fails_leaves_the_page_as_it_was(browser, port):  # noqa: F811
         expect(page.locator("#status")).to_contain_text("words to overlay")
         page.evaluate(SLOW)
         page.evaluate(DROP, [["slow.png", list(photo(seed=5))]])
+        expect(page.locator("#status")).to_contain_text("slow.png: segmenting, about ")
+        expect(page.locator("#progress")).to_be_visible()
         page.evaluate(DROP, [["last.png", list(photo(seed=6))]])
         expect(page.locator("#status")).to_contain_text(re.compile(r"last\.png: \d"))
         last = shown()
         page.wait_for_timeout(1500)
         assert shown() == last
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_several_images(browser, port, session, tmp_path, monkeypatch, width, height):  # noqa: F811
+    """All in view, nothing moves with the words; the first of three is forgotten; a pin."""
+    from playwright.sync_api import expect
+
+    monkeypatch.setattr(serve, "MAX_IMAGES", 2)
+    for i, file in enumerate(files := [tmp_path / f"{i}.png" for i in range(3)]):
+        file.write_bytes(photo(96, 40, seed=i))
+    with window(browser, width) as page:
+        page.set_viewport_size({"width": width, "height": height})
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.locator("#file").set_input_files(files)
+        images = page.locator("#strip button")
+        numbers = []
+        for i in (0, 1, 2, 1, 0):
+            images.nth(i).click()
+            page.wait_for_selector(f"#status:text('{i}.png'):text('words to overlay')")
+            numbers.append([*session.images])
+        assert numbers[2] == numbers[3] and numbers[4] == [numbers[3][1], numbers[4][1]]
+        page.locator("#file").set_input_files(files[0])
+        expect(images).to_have_count(3)
+        box = "i => { const b = $(i).getBoundingClientRect(); return [b.x, b.y + scrollY, b.width, b.height]; }"
+        boxes = lambda: [page.evaluate(box, name) for name in ("drop", "view", "classes")]
+        drop, view, classes = before = boxes()
+        assert view[3] <= 0.7 * height and view[2] / view[3] == pytest.approx(40 / 96, rel=0.01)
+        assert drop[1] + drop[3] <= height and classes[1] + classes[3] <= height
+        side = int(width < 800)  # beside the photo, or below it
+        assert classes[side] >= drop[side] + drop[side + 2] and classes[1 - side] == drop[1 - side]
+        page.fill("#words", ", ".join(f"thing {i}" for i in range(40)))
+        expect(page.locator("summary")).to_have_text(re.compile(r"3\d classes have no pixel"))
+        assert page.evaluate("$('words').clientHeight") > 60 and boxes() == before
+        page.fill("#words", "cat, cat")
+        expect(page.locator("#status.bad")).to_contain_text("Class 'cat' is given twice.")
+        assert boxes() == before
+        said = page.locator("#said")
+        page.click("#view", position={"x": 50, "y": 60})
+        expect(said).to_have_text(re.compile(r"\d+, \d+: thing \d+: 0"))
+        pinned = said.inner_text()
+        page.hover("#view", position={"x": 90, "y": 60})
+        page.keyboard.press("ArrowDown")
+        expect(said).not_to_have_text(pinned)
+        assert said.inner_text().split(",")[0] == pinned.split(",")[0]  # the same column
+        page.click("#view", position={"x": 50, "y": 60})
+        expect(said).to_have_text("no pin")

@@ -53,7 +53,7 @@ def main() -> None:
             page.locator("#file").set_input_files(file)
             page.wait_for_selector("#pixel li")
             page.screenshot(path=shot)
-        save(Image.open(shot).crop((0, 0, 900, 750)), "serve.png")
+        save(Image.open(shot).crop((0, 0, 900, 770)), "serve.png")
         server.shutdown()
         with window(browser, 1000) as page:
             page.goto((out / "measured" / "report.html").as_uri())

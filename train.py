@@ -87,7 +87,7 @@ class SegmentTask:
             targets.counts if model.proposals else (targets.labels < len(self.text)).sum((1, 2))
             for _, targets in batches
         ]
-        counts = torch.cat(counts).to(self.process.device, non_blocking=True)
+        counts = self.process.put(torch.cat(counts))
         sizes = (counts, model.num_queries, self.config.train.no_object_weight)
         return loss_normalizers(*sizes, self.process.sum, self.process.world_size)
 
@@ -96,7 +96,7 @@ class SegmentTask:
         and of the others as `name/layer_i`. Nothing in here makes the host wait for a GPU.
         """
         images, targets = batch
-        images = images.to(self.process.device, non_blocking=True)
+        images = self.process.put(images)
         targets = targets.to(self.process.device)
         # The network only: costs and losses need fp32.
         with self.process.autocast(self.config.model.bf16, training=True):

@@ -101,7 +101,7 @@ def freeze(network, dtype, pack=False):
             before.weight.mul_(1.702)
             before.bias.mul_(1.702)
             after.weight.div_(1.702)
-            mlp.register_module([*mlp._modules][1], nn.SiLU())
+            mlp[1] = nn.SiLU()
     packs = pack and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     if packs and dtype == torch.bfloat16:
         packs = torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -79,7 +79,7 @@ class PromptTask:
         for region, _ in batch:
             region = self.process.put(region)
             _, h, w = region.shape
-            box = torch.tensor([[0, 0, w, h]], device=region.device)
+            box = self.process.put(torch.tensor([[0, 0, w, h]]))
             crops.append(region_crops(self.clip, region[:3], region[3:], box))
         classes = self.process.put(torch.tensor([category for _, category in batch]))
         return torch.cat(crops), classes

@@ -207,8 +207,7 @@ def segment_images(segmenter, config, process, words, images, out, model, resume
             version, inputs, size, preview = photo
             with process.autocast(config.model.bf16):
                 place = cache and (cache / digest(file), model + version)
-                first = process.put(inputs[0])
-                proposals = cache and cached_proposals(segmenter, first, *place)
+                proposals = cache and cached_proposals(segmenter, process.put(inputs[0]), *place)
             result = segment_image(segmenter, config, process, inputs, size, file, proposals)
             content = {"image": file, "made_with": made_with + version}
             written.result()  # raises the last one's error

@@ -32,6 +32,7 @@ if __name__ == "__main__":
 
 import gc
 import math
+import shlex
 from dataclasses import asdict
 
 import torch
@@ -40,8 +41,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from zsseg import checkpoint
-from zsseg.data import TrainImages, batches, collate
-from zsseg.datasets import MissingSplit, find_pairs, training_set
+from zsseg.apps.vocabulary import Words, format_words
+from zsseg.data import TestImages, TrainImages, batches, collate
+from zsseg.datasets import MissingSplit, dataset, find_pairs, training_set
 from zsseg.distributed import init_distributed
 from zsseg.evaluate import evaluate
 from zsseg.log import Log
@@ -352,6 +354,24 @@ def train(config, root, out, process, saved):
     if not best:
         save("best.pt", steps, result)
     log.finish()
+    if settings.task == "segment" and config.clip.ensemble and config.model.proposals:
+        print_commands(config, root, out / "last.pt")
+
+
+def print_commands(config, root, file):
+    """What to do with a trained segmenter: the classes of a test image looked for in it, the page,
+    the report.
+    """
+    images = TestImages(config.data, root, config.data.split)
+    _, labels, _ = images[0]
+    names = dataset(config.data).names
+    words = Words([names[k] for k in labels.unique() if k < len(names)] or names)
+    place = [] if str(root) == run_parser("").get_default("root") else ["--root", root]
+    print_main("now, for instance:")
+    photo = ["--images", images.pairs[0][0], "--classes", format_words(words)]
+    for options in (photo, ["--serve"], ["--report"]):
+        line = ["python", "eval.py", file, *options, *place]
+        print_main("    " + shlex.join(map(str, line)))
 
 
 def main(argv):

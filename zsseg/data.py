@@ -8,7 +8,6 @@ import atexit
 import contextlib
 import functools
 import multiprocessing
-import operator
 import os
 import signal
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from zsseg.datasets import dataset, find_listing, find_pairs, training_set
-from zsseg.images import network_inputs, read_image, read_labels, read_values, test_size
+from zsseg.images import network_inputs, read_image, read_pair, read_values, test_size
 from zsseg.matcher import Targets
 from zsseg.utils import (
     SIGNALS,
@@ -62,10 +61,9 @@ class TestImages(Dataset):
         return len(self.pairs)
 
     def __getitem__(self, i):
-        image_file, label_file = self.pairs[i]
-        image = read_image(image_file, self.config.exif_turn)
-        labels = torch.from_numpy(read_labels(label_file, self.lut, image.size))
-        return network_inputs(image, self.config, self.edges), labels, self.names[i]
+        image, labels = read_pair(*self.pairs[i], self.lut, self.config.exif_turn)
+        inputs = network_inputs(image, self.config, self.edges)
+        return inputs, torch.from_numpy(labels), self.names[i]
 
 
 # --- training samples
@@ -154,10 +152,8 @@ class EndlessSamples(Dataset):
         raise last
 
 
-@functools.cache
-def print_once(text):
-    """On any process: only the one whose sample it is meets a broken file."""
-    print(text)
+# On any process: only the one whose sample it is meets a broken file.
+print_once = functools.cache(print)
 
 
 @functools.lru_cache(maxsize=2)
@@ -180,17 +176,14 @@ class TrainImages(EndlessSamples):
         images = TestImages(self.config, root, "train")
         if pseudo is None:
             self.lut = self.data.lut(training=True)
-            shown = shown_classes(config, root)
-            self.items = [*compress(images.pairs, shown.any(1))]
+            self.items = [*compress(images.pairs, shown_classes(config, root).any(1))]
         else:  # label maps of class ids, by `zsseg.self_training`
             self.lut = np.arange(self.data.ignore + 1, dtype=self.data.lut().dtype)
             named = zip(images.pairs, images.names, strict=True)
             self.items = [(image, pseudo / f"{name}.png") for (image, _), name in named]
 
     def load(self, n):
-        image_file, label_file = self.item(n)
-        image = read_image(image_file, self.config.exif_turn)
-        labels = read_labels(label_file, self.lut, image.size)
+        image, labels = read_pair(*self.item(n), self.lut, self.config.exif_turn)
         rng = np.random.default_rng(mix_seed(self.seed, 2, n))
         pixels, mask = augment(image, labels, self.config, self.data.ignore, rng)
         classes = mask.unique().long()
@@ -200,7 +193,7 @@ class TrainImages(EndlessSamples):
 def collate(samples):
     """Images uint8 [B, 3, S, S] and their targets, padded to the largest number of classes T."""
     images, labels, classes = zip(*samples, strict=True)
-    counts = torch.tensor([len(c) for c in classes])
+    counts = torch.tensor([*map(len, classes)])
     classes = pad_sequence(classes, batch_first=True)  # [B, T]
     return torch.stack(images), Targets(torch.stack(labels), classes, counts)
 
@@ -300,10 +293,10 @@ def batches(samples, numbers, batch_size, workers, collate_fn=list):
     the main process, which still needs the batches, handles a scheduler's signals to all.
     """
     loader = DataLoader(
-        Batches(samples, collate_fn if batch_size else operator.itemgetter(0)),
+        Batches(samples, collate_fn),
         batch_size=None,
         sampler=BatchSampler(numbers, batch_size or 1, drop_last=False),
-        num_workers=min(workers, os.cpu_count() or 1),
+        num_workers=min(workers, os.cpu_count()),
         pin_memory=torch.cuda.is_available(),
     )
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -313,6 +306,6 @@ def batches(samples, numbers, batch_size, workers, collate_fn=list):
         for item in iterator:
             if isinstance(item, UserError):
                 raise item
-            yield item
+            yield item if batch_size else item[0]
     finally:
         del iterator  # left to the garbage collection, its workers would end 10 seconds later

@@ -150,15 +150,11 @@ def listed_ids(file):
     return read_ids(file) if file.exists() else []
 
 
-def read_datasets():
-    rows = read_table("datasets.toml")
-    for row in rows.values():
-        row.setdefault("values", list(range(len(row["names"]))))
-        row["archives"] = [Archive(**archive) for archive in row.get("archives", [])]
-    return {name: DataSet(name, **row) for name, row in rows.items()}
-
-
-DATASETS = read_datasets()
+DATASETS = {}
+for name, row in read_table("datasets.toml").items():
+    row.setdefault("values", list(range(len(row["names"]))))
+    row["archives"] = [Archive(**archive) for archive in row.get("archives", [])]
+    DATASETS[name] = DataSet(name, **row)
 
 
 def dataset(name_or_config):

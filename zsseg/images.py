@@ -20,7 +20,7 @@ STRETCH = {"L;2": 85, "L;4": 17}  # what it multiplies those of 2 and 4 bits wit
 
 def is_image_name(name):
     ending = os.path.splitext(name)[1].lower()
-    return Image.registered_extensions().get(ending, "?") in FORMATS.split()
+    return Image.registered_extensions().get(ending) in FORMATS.split()
 
 
 @contextlib.contextmanager
@@ -83,14 +83,15 @@ def read_values(file, bits, size=None):
             raise UserError(f"label map {file}", why, todo)
         stretch = STRETCH.get(image.tile[0].args, 1)
         values = np.array(image)
-    return values.astype(np.uint8 if LABEL_BITS[kind] == 8 else np.uint16) // stretch
+    return values.astype(f"uint{LABEL_BITS[kind]}") // stretch
 
 
-def read_labels(file, lut, size):
-    """A label map through `lut` [256 or 65536]: [H, W] of its dtype. `size`: its image's (width,
-    height).
+def read_pair(image_file, label_file, lut, turn):
+    """An image, see `read_image`, and its label map through `lut` [256 or 65536]: [H, W] of its
+    dtype. Raises UserError.
     """
-    return lut[read_values(file, 8 if len(lut) == 256 else 16, size)]
+    image = read_image(image_file, turn)
+    return image, lut[read_values(label_file, 8 if len(lut) == 256 else 16, image.size)]
 
 
 def to_tensor(image):

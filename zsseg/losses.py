@@ -59,18 +59,23 @@ def focal_and_dice(masks, matched, labels, classes):
     if not classes.shape[1]:
         return (masks[:, :, :0, 0, 0].to(dtype),) * 2  # so that the masks get a gradient, of zeros
     t = labels[:, None] == classes[:, :, None, None]  # [B, T, H, W]
-    alpha = torch.where(t, 0.25, 0.75)  # of the focal loss (Lin et al. 2017); gamma is 2
+    sign = torch.where(t, -1.0, 1.0).to(dtype)
+    alpha = torch.where(t, 0.25, 0.75).to(dtype)  # of the focal loss (Lin et al. 2017); gamma is 2
+    area = t.sum((2, 3))
     losses = []
     for layer_masks, query in zip(masks, matched, strict=True):
         index = query.clamp(min=0)[..., None, None]
         x = layer_masks.take_along_dim(index, 1).to(dtype)  # [B, T, h, w]
-        x = F.interpolate(x, labels.shape[-2:], mode="bilinear")
-        x_true = torch.where(t, x, -x)  # the logit of what is true
-        missed = (-x_true).sigmoid()  # 1 - p of it
-        focal = -(alpha * missed**2 * F.logsigmoid(x_true)).mean((2, 3))
-        p = x.sigmoid()
-        ratio = (2 * (p * t).sum((2, 3)) + 1) / (p.sum((2, 3)) + t.sum((2, 3)) + 1)
-        losses.append(torch.where(query >= 0, torch.stack([focal, 1 - ratio]), 0))
+        # The logit and the probability of what is false: few passes, a CPU is slow at `where`.
+        x = sign * F.interpolate(x, labels.shape[-2:], mode="bilinear")
+        missed = x.sigmoid()
+        focal = (alpha * missed**2 * F.softplus(x)).mean((2, 3))
+        # Mask and target overlap in the area less what is missed of it, and what is in one of them
+        # alone is all that is missed.
+        overlap = area - (missed * t).sum((2, 3))
+        missed = missed.sum((2, 3))
+        dice = missed / (2 * overlap + missed + 1)
+        losses.append(torch.where(query >= 0, torch.stack([focal, dice]), 0))
     return torch.stack(losses, 1).unbind()
 
 

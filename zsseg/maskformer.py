@@ -25,6 +25,13 @@ def conv_norm(channels, out, kernel):
     return nn.Sequential(conv, GroupNorm(min(32, out // 2), out))
 
 
+def kaiming(conv):
+    """The convolution with Kaiming-uniform weights (a=1) and no bias at first."""
+    nn.init.kaiming_uniform_(conv.weight, a=1)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
 class GroupNorm(nn.GroupNorm):
     """In the type of its input, with sums in fp32; autocast would keep all of it in fp32."""
 
@@ -42,7 +49,7 @@ class PixelDecoder(nn.Module):
         self.top = conv_norm(channels[-1], hidden_dim, 3)
         self.lateral = nn.ModuleList(conv_norm(c, hidden_dim, 1) for c in channels[:-1])
         self.output = nn.ModuleList(conv_norm(hidden_dim, hidden_dim, 3) for _ in channels[:-1])
-        self.mask_features = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1)
+        self.mask_features = kaiming(nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1))
 
     def forward(self, features):
         y = F.relu(self.top(features[-1]))
@@ -140,15 +147,12 @@ class MaskFormer(PixelNetwork):
         super().__init__(model)
         self.scale = scale
         dim = model.hidden_dim
-        self.input_proj = nn.Conv2d(self.backbone.channels[-1], dim, 1)
+        self.input_proj = kaiming(nn.Conv2d(self.backbone.channels[-1], dim, 1))
         self.layers = nn.ModuleList(DecoderLayer(model) for _ in range(model.decoder_layers))
         self.norm = nn.LayerNorm(dim)
         for p in self.layers.parameters():
             if p.ndim > 1:
                 nn.init.xavier_uniform_(p)
-        for conv in (self.input_proj, self.pixel_decoder.mask_features):
-            nn.init.kaiming_uniform_(conv.weight, a=1)
-            nn.init.zeros_(conv.bias)
         self.query_embed = nn.Embedding(model.num_queries, dim)
         relu = nn.ReLU(inplace=True)
         layers = [nn.Linear(dim, dim), relu, nn.Linear(dim, dim), relu, nn.Linear(dim, dim)]

@@ -20,9 +20,6 @@ class PerPixel(PixelNetwork):
     def __init__(self, model, embed_dim, scale=100.0):
         super().__init__(model)
         self.scale = scale
-        conv = self.pixel_decoder.mask_features
-        nn.init.kaiming_uniform_(conv.weight, a=1)
-        nn.init.zeros_(conv.bias)
         self.pixel_embed = nn.Conv2d(model.hidden_dim, embed_dim, 1)
 
     def decode(self, images):

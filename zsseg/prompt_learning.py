@@ -12,7 +12,7 @@ from torchvision.transforms.functional import crop
 
 from zsseg.data import EndlessSamples, batches, shown_classes
 from zsseg.datasets import find_pairs, training_set
-from zsseg.images import read_image, read_labels, to_tensor
+from zsseg.images import read_pair, to_tensor
 from zsseg.prompts import LearnedPrompt
 from zsseg.regions import region_crops
 from zsseg.utils import mix_seed, write_json
@@ -152,11 +152,10 @@ class RegionSamples(EndlessSamples):
             self.items += [(*pairs[image], i) for image in images]
 
     def load(self, n):
-        image_file, label_file, category = self.item(n)
-        image = read_image(image_file, self.turn)
-        mask = Image.fromarray(read_labels(label_file, self.lut, image.size) == category)
-        box = mask.getbbox()
-        region = to_tensor(np.dstack([image.crop(box), mask.crop(box)]))
+        *files, category = self.item(n)
+        image, labels = read_pair(*files, self.lut, self.turn)
+        image.putalpha(Image.fromarray((labels == category).astype(np.uint8)))
+        region = to_tensor(image.crop(image.getbbox()))  # the box of what is not transparent
         if self.held_out:
             return region, category
         torch.manual_seed(mix_seed(self.seed, 6, n))

@@ -170,7 +170,9 @@ def build_prompt(spec, width, prefix=16):
     """
     if spec == "learned":
         return LearnedPrompt(width, prefix)
-    if isinstance(spec, str) and spec not in TEMPLATES:
-        todo = f"choose {', '.join(TEMPLATES)} or learned, or give a list of templates"
-        raise UserError("clip.prompt", f"is {spec!r}", todo)
-    return FixedPrompt(TEMPLATES[spec] if isinstance(spec, str) else spec)
+    if isinstance(spec, str):
+        if spec not in TEMPLATES:
+            todo = f"choose {', '.join(TEMPLATES)} or learned, or give a list of templates"
+            raise UserError("clip.prompt", f"is {spec!r}", todo)
+        spec = TEMPLATES[spec]
+    return FixedPrompt(spec)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # that ask a run to stop
 
-LINE_EVERY = 15  # seconds between two lines of progress where there is no terminal
+LINE_EVERY = 10  # seconds; then the next line of progress comes where there is no terminal
 EXIT_DELAY = 2  # seconds: torchrun ends the other processes sooner once the first has failed
 ENVIRONMENT = """\
 environment: ZSSEG_DATA (data root), ZSSEG_CACHE (downloads and CLIP's weights; else

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torchvision.transforms.functional import to_pil_image
 
 from zsseg.utils import atomic_write, digest, expand_path, walk, warn
 
-NEAREST = Image.Resampling.NEAREST
 # By tests/benchmarks/palette.py, far from one another, from black, white and GREY, in CIEDE2000.
 PALETTE = np.loadtxt(Path(__file__).with_name("palette.txt"), np.uint8)
 DISTINCT = 33  # the first ones, which differ by 20 or more
@@ -61,7 +61,7 @@ def tint(labels, colours, size):
     """A label map [h, w] as what is laid over a photo of `size` (width, height): RGBA of its
     `colours` uint8 [C, 3], with white outlines.
     """
-    ids = np.asarray(Image.fromarray(labels).resize(size, NEAREST))
+    ids = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
     rgba = np.dstack([colours[ids], np.full(ids.shape, ALPHA, np.uint8)])
     rgba[:-1][np.diff(ids, axis=0) != 0] = 255
     rgba[:, :-1][np.diff(ids) != 0] = 255
@@ -128,7 +128,7 @@ def comparison(image, labels, predicted, classes):
     image: uint8 [3, H, W]. labels, predicted: class ids [h, w].
     """
     size = (max(STRIP_HEIGHT * image.shape[2] // image.shape[1], 1), STRIP_HEIGHT)
-    photo = Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).resize(size)
+    photo = to_pil_image(image).resize(size)
     maps = torch.stack([labels, predicted]).clamp(max=classes).int().cpu().numpy()
     return join([photo, *(overlay(photo, ids, palette(classes)) for ids in maps)], 0)
 
@@ -143,21 +143,21 @@ def samples(comparisons, legend):
     return with_legend(sheet, legend)
 
 
-def label_image(labels, classes, colours=None):
-    """Class ids [H, W] as an image of 8 bits, 16 above 255 classes; those of 8 bits with a palette
-    if there are `colours` uint8 [C, 3].
-    """
-    labels = torch.as_tensor(labels).cpu().numpy().astype(np.min_scalar_type(classes))
+def label_image(labels, colours):
+    """Class ids, an array [H, W], as an image; those of 8 bits with a palette, uint8 [C, 3]."""
     image = Image.fromarray(labels)
-    if colours is not None and image.mode == "L":
+    if image.mode == "L":
         image.putpalette(colours.tobytes())
     return image
 
 
 def save_label_map(labels, path, classes):
-    """Write a `label_image` as a PNG. Raises UserError if that fails."""
+    """Write class ids [H, W] as a PNG of 8 bits, 16 above 255 classes. Raises UserError if that
+    fails.
+    """
     with atomic_write(path) as temporary:
-        label_image(labels, classes).save(temporary, "PNG")
+        ids = labels.cpu().numpy().astype(np.min_scalar_type(classes))
+        Image.fromarray(ids).save(temporary, "PNG")
 
 
 def encode(image, format="PNG", **options):

@@ -66,7 +66,8 @@ class Array(Tensor):
 
     def __setstate__(self, state):
         _, shape, dtype, fortran, data = state
-        data = data.encode("latin1") if isinstance(data, str) else data
+        if isinstance(data, str):
+            data = data.encode("latin1")
         array = np.frombuffer(bytearray(data), dtype.text)
         self.data = torch.from_numpy(array.reshape(shape, order="F" if fortran else "C"))
 
@@ -139,12 +140,12 @@ def read_torch(path, what, todo="check the path"):
         raise no_such_file(what, path, todo)
     try:
         if path.suffix == ".safetensors":
-            raise pickle.UnpicklingError("it is in another format")
+            raise ValueError("it is in another format")
         if zipfile.is_zipfile(path):
             folder = next(zipfile.Path(path).iterdir())
             size = sum(entry.file_size for entry in folder.root.infolist())
             if size > 2 * path.stat().st_size:  # torch's are not; it might fill the memory
-                raise pickle.UnpicklingError("it is compressed")
+                raise ValueError("it is compressed")
             if (folder / "constants.pkl").exists():
                 reader = Unpickler((folder / "data.pkl").open("rb"))
                 reader.folder = folder
@@ -210,10 +211,9 @@ def strip_prefix(state, what):
     """A state dict, maybe below "model" or "state_dict", without what DataParallel ("module.") and
     torch.compile ("_orig_mod.") put before names. UserError for anything else.
     """
-    for key in ("model", "state_dict"):
-        if isinstance(state, dict):
-            state = state.get(key, state)
     try:
+        for key in ("model", "state_dict"):
+            state = state.get(key, state)
         return {
             re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor.as_subclass(Tensor)
             for name, tensor in state.items()
@@ -241,21 +241,21 @@ def check_finite(state, what):
         raise UserError(what, f"contains NaN/Inf, in {join_some(broken, 3)}", todo)
 
 
-def load_into(module, state, what, todo, strict=True, dropped=(), is_known=lambda name: True):
+def load_into(module, state, what, todo, must_fit=lambda name: True, dropped=()):
     """Load the tensors of a state dict that fit a module by name and shape; returns the names of
     the others. Prints how many were used, the names of all that were not, with those `dropped`
     before, and which of the module's start afresh.
 
-    Raises UserError for NaN/Inf, if nothing fits or, with `strict`, if anything does not fit that
-    `is_known` by its name; the module is then as before.
+    Raises UserError for NaN/Inf, if nothing fits or if anything does not fit that, by its name,
+    `must_fit`; the module is then as before.
     """
     state = strip_prefix(state, what)
     own = module.state_dict()
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     missing = [k for k in own if k not in fits]
     unused = [k for k in state if k not in fits]
-    wrong = missing + [k for k in unused if is_known(k) and k not in own]
-    if strict and wrong:
+    wrong = [k for k in own | state if k not in fits and must_fit(k)]
+    if wrong:
         shape = lambda tensor: "absent" if tensor is None else [*tensor.shape]
         sizes = [f"{k} is {shape(state.get(k))} instead of {shape(own.get(k))}" for k in wrong]
         raise UserError(what, f"does not fit: {join_some(sizes, 3)}", todo)
@@ -439,7 +439,7 @@ def load_tokenizer(vocab_size, context_length):
     path = expand_path(given or cache_dir() / "bpe_simple_vocab_16e6.txt.gz")
     if given and not path.is_file():
         raise no_such_file("ZSSEG_VOCAB", path)
-    fetch([FILES["vocabulary"]["url"]], path, FILES["vocabulary"]["checksum"], "BPE vocabulary")
+    fetch(path=path, what="BPE vocabulary", **FILES["vocabulary"])
     lines = gzip.decompress(path.read_bytes()).decode().split("\n")
     merges = [tuple(line.split()) for line in lines[1 : count + 1]]  # the first is a version
     return Tokenizer(vocab_size, context_length, merges)
@@ -494,8 +494,8 @@ def load_backbone(backbone, name, weights, clip=None):
         ours = theirs.removeprefix("maskformer.backbone.")
         renamed[ours if ours in own else key] = tensor
     # What is not known is a classifier, or counters.
-    strict = name != "SwinB"
-    load_into(backbone, renamed, what, f"give weights of {name}", strict, (), own.__contains__)
+    must_fit = lambda key: key in own and name != "SwinB"
+    load_into(backbone, renamed, what, f"give weights of {name}", must_fit)
 
 
 # --- segmenters
@@ -581,7 +581,7 @@ def find_proposer(name):
         raise UserError(f"model.proposer {name}", f"cannot be imported ({error})", todo) from None
 
 
-def load_learned(segmenter, content, parts, dropped, what, given=frozenset(), strict=True):
+def load_learned(segmenter, content, parts, dropped, what, given=(), strict=True):
     """Load the `model_parts` of a checkpoint's content into what the segmenter learns, but for the
     parts in `given`, which come from elsewhere, and say how much was used, what was dropped, and
     whether it was made for another CLIP. Not `strict`: only what fits. Raises UserError.
@@ -589,8 +589,8 @@ def load_learned(segmenter, content, parts, dropped, what, given=frozenset(), st
     modules = {k: module for k, module in segmenter.learned_modules().items() if k not in given}
     state = {f"{part}.{k}": v for part, tensors in parts.items() for k, v in tensors.items()}
     todo = "use the configuration of its training; a learned prompt may come from clip.prompts"
-    is_known = lambda name: name.partition(".")[0] in modules
-    load_into(nn.ModuleDict(modules), state, what, todo, strict, dropped, is_known)
+    must_fit = lambda name: strict and name.partition(".")[0] in modules
+    load_into(nn.ModuleDict(modules), state, what, todo, must_fit, dropped)
     check_clip(content, segmenter.clip, what)
 
 

@@ -52,13 +52,15 @@ def main() -> None:
             page.wait_for_load_state("networkidle")
             page.locator("#file").set_input_files(file)
             page.wait_for_selector("#pixel li")
-            page.screenshot(path=shot)
-        save(Image.open(shot).crop((0, 0, 900, 770)), "serve.png")
+            page.locator("main").screenshot(path=shot)
+        save(Image.open(shot), "serve.png")
         server.shutdown()
         with window(browser, 1000) as page:
             page.goto((out / "measured" / "report.html").as_uri())
             page.screenshot(path=shot, full_page=True)
-        save(Image.open(shot).crop((0, 0, 1000, 1500)), "report.png")
+            card = page.locator(".card").first.bounding_box()  # its row is the last that is shown
+        bottom = int(card["y"] + card["height"]) + 12
+        save(Image.open(shot).crop((0, 0, 1000, bottom)), "report.png")
 
 
 if __name__ == "__main__":

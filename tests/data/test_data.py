@@ -22,7 +22,7 @@ from zsseg.config import load_config
 from zsseg.data import TestImages as Images  # pytest would take it for a test
 from zsseg.data import TrainImages, augment, batches, collate, count_labels
 from zsseg.datasets import DATASETS, find_pairs
-from zsseg.images import read_image, read_labels
+from zsseg.images import read_pair
 from zsseg.images import test_size as size_at_test
 from zsseg.utils import SIGNALS, UserError, warn
 
@@ -48,7 +48,7 @@ def test_no_pixel_and_no_name_of_an_unseen_class_reaches_the_segmenter(name, req
     for n in range(len(samples)):
         image, label = samples.item(n)
         raw = np.array(Image.open(label))
-        ids = read_labels(label, samples.lut, read_image(image).size)
+        _, ids = read_pair(image, label, samples.lut, False)
         hidden += np.isin(raw, unseen).sum()
         kept = ids != data.ignore
         assert not np.isin(raw[kept], unseen).any() and kept.any()
@@ -229,7 +229,7 @@ def test_counts_are_those_of_the_files_and_cached(tmp_path, monkeypatch):
     counts, _ = count_labels(config, tmp_path, "val")
     assert counts.shape == (4, 172) and counts.dtype == np.int64
     for row, (image, label) in zip(counts, find_pairs("coco_stuff", tmp_path, "val"), strict=True):
-        ids = read_labels(label, data.lut(), read_image(image).size)
+        _, ids = read_pair(image, label, data.lut(), False)
         assert row.tolist() == [(ids == i).sum() for i in [*range(171), 255]]
 
     read = Mock(wraps=data_module.read_values)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from zsseg.images import is_image_name, read_image, read_labels, read_values
+from zsseg.images import is_image_name, read_image, read_pair, read_values
 from zsseg.images import test_size as size_at_test
 from zsseg.utils import UserError
 
@@ -49,7 +49,7 @@ def test_palettes_and_tiffs_hold_numbers(tmp_path):
         Image.frombytes(mode, (5, 2), values.astype(order)).save(tmp_path / "x.tif")
         assert np.array_equal(read_values(tmp_path / "x.tif", 16), values)
         lut = np.arange(65536, dtype=np.int32) - 700
-        assert np.array_equal(read_labels(tmp_path / "x.tif", lut, (5, 2)), VALUES)
+        assert np.array_equal(read_pair(*2 * [tmp_path / "x.tif"], lut, False)[1], VALUES)
 
 
 REFUSED = [

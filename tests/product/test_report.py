@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -23,11 +24,14 @@ from zsseg.metrics import confusion, summarize
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 NAMES = ["sky", HOSTILE, "<!--<script>", "a & b"]
 MANY = [f"plane {i}" for i in range(50)]
+BOX = "all => all.map(e => e.getBoundingClientRect()).map(b => [b.left, b.top, b.right, b.bottom])"
+LOOK = """["body", "section", "h2", "button"].map(e => getComputedStyle(document.querySelector(e)))
+    .map(s => [s.background, s.color, s.border, s.borderRadius, s.fontFamily, s.fontSize])"""
 
 
 def shown(numbers: Iterable[int], names: list[str] = NAMES) -> report.Report:
-    """A report that was shown random images, each a function of its number, of a data set of the
-    user's own.
+    """A report that was shown random images, each a function of its number, every second one tall,
+    of a data set of the user's own.
     """
     words = ["data.name=folder", "data.images=p/{split}/{id}.png", "data.labels=l/{split}/{id}.png"]
     words += [f"data.classes={json.dumps(names)}", f"data.unseen={json.dumps(names[3:4])}"]
@@ -35,7 +39,7 @@ def shown(numbers: Iterable[int], names: list[str] = NAMES) -> report.Report:
     C = len(names)
     for number in numbers:
         rng = np.random.default_rng(number)
-        image = torch.tensor(rng.integers(0, 256, (3, 48, 72), np.uint8))
+        image = torch.tensor(rng.integers(0, 256, (3, 48 * 15 ** (number % 2), 72), np.uint8))
         labels = torch.tensor(rng.choice([*range(C), 255], (24, 36)))
         wrong = torch.tensor(rng.random((24, 36)) < rng.random()) | (labels == 255)
         predicted = torch.tensor(rng.integers(0, C, (24, 36))).where(wrong, labels)
@@ -77,8 +81,7 @@ def test_confusions_are_those_of_counting_again():
     matrix = np.array([[50, 30, 0], [5, 20, 5], [0, 0, 0]])  # the third class is only predicted
     found = report.confusions(matrix)[:3]
     assert [row[:3] for row in found] == [[0, 1, 30], [1, 0, 5], [1, 2, 5]]
-    gains = [100 * (80 - 50) / 85, 100 * 5 / 60, 100 * 5 / 60]
-    assert [gain for *_, gain in found] == pytest.approx(gains)
+    assert [row[3] for row in found] == pytest.approx([100 * 30 / 85, 100 * 5 / 60, 100 * 5 / 60])
 
 
 def test_the_command_writes_the_page(shapes_run, shapes_root, tmp_path):
@@ -92,38 +95,45 @@ def test_the_command_writes_the_page(shapes_run, shapes_root, tmp_path):
     assert one["per_class"] == [values["IoU"] for values in metrics["per_class"].values()]
     assert one["unseen"] == dataset("shapes").unseen and "4 images" in one["facts"][1]
     assert len(one["curves"]["loss"]) == 4 and one["curves"]["val/mIoU"]
-    picture = base64.b64decode(one["worst"][0][2]["picture"])
-    assert Image.open(io.BytesIO(picture)).format == "PNG"
+    assert Image.open(io.BytesIO(base64.b64decode(one["worst"][0][2]["picture"]))).format == "PNG"
     text = (tmp_path / "report.html").read_text("utf-8")
     assert not re.search(r"(?:src|href)=|url\(|@import|fetch\(|XMLHttp|innerHTML|eval\(", text)
 
 
-@pytest.mark.parametrize("width", [1280, 360])
-def test_the_page_in_a_browser(browser, tmp_path, width):  # noqa: F811
-    """Complete at each width; names are text; images in both orders; many classes are searched."""
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_the_page_in_a_browser(browser, tmp_path, width, height):  # noqa: F811
+    """Complete and in serve.html's look at each size; names are text; many classes are searched."""
     (tmp_path / "run").mkdir()
     lines = [json.dumps({"step": i, "loss": 1.0, "val/mIoU": 10.0 * i}) for i in range(1, 2001)]
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 3, "lo']))
     page = written(shown(range(3)), tmp_path)
     loss = page["curves"]["loss"]  # a kill has cut a line, and most of thousands are left out
     assert loss[0] == [2000, 1.0] and 400 < len(loss) <= 600
-    with window(browser, width, dark=width == 360) as view:
+    with window(browser, width, dark=width == 390) as view:
+        view.set_viewport_size({"width": width, "height": height})
         texts = lambda selector: view.locator(selector).all_inner_texts()
+        boxes = lambda selector: view.locator(selector).evaluate_all(BOX)
+        view.goto(report.TEMPLATE.with_name("serve.html").as_uri())
+        look = view.evaluate(LOOK)
         view.goto((tmp_path / "report.html").as_uri())
-        assert view.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        back = view.evaluate("getComputedStyle(document.body).backgroundColor")
-        assert (back == "rgb(255, 255, 255)") == (width != 360)
+        assert view.evaluate(LOOK) == look
+        assert view.evaluate("document.documentElement.scrollWidth") == width
+        for a, b in itertools.combinations(boxes("body :not(:has(*), svg *, .legend *)"), 2):
+            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (a, b)
+        assert (gains := texts("#confusions td:nth-child(2)")) == sorted(gains, key=float)[::-1]
+        assert all(box[2] <= width for box in boxes("#confusions td:nth-child(2), .bars b, img"))
         assert len(texts("section")) == 5 and view.locator("polyline").count() == 2
         assert texts("#metrics tr.main td") == [f"{v:.1f}" for v in page["rows"][-1][1]]
         assert sorted(texts(".bars li > span:first-child")) == sorted(NAMES)
         assert texts("#classes h3") == ["seen (3)", "unseen (1)"]
-        assert view.locator("img[src=x], main script").count() == 0
-        assert view.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
-        assert HOSTILE in texts(".card figcaption span")[0]
+        third = "i => Math.abs(i.width * i.naturalHeight / i.height / i.naturalWidth - 3) < 0.1"
+        assert view.evaluate(f"[...document.images].every({third})")
+        assert not texts("img[src=x], main script") and HOSTILE in texts(".title")[0]
         scores = texts(".card strong")
         view.click("button:text('best first')")
         assert texts(".card strong") == scores[::-1] == sorted(scores, key=float)[::-1]
         written(shown(range(2), MANY), tmp_path)
         view.reload()
+        assert max(bottom - top for _, top, _, bottom in boxes(".card")) <= height / 2
         view.fill("input[type=search]", "Plane 4")
         assert view.locator(".bars li:visible").count() == 11

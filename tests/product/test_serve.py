@@ -208,8 +208,19 @@ def test_the_command(port, trained):
         address = ("127.0.0.1", int(line.split(":")[2].split("/")[0]))
         with socket.create_connection(address) as client:  # which leaves in the midst of an upload
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            client.sendall(b"POST /image HTTP/1.1\r\nContent-Length: 99\r\n\r\nGIF")
-        _, page = ask(address[1], "/")
+            client.sendall(b"POST /image HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 99\r\n\r\nGIF")
+        token = re.search(r"\?token=\S+", line)[0]
+        for query, host, origin, served in (
+            ("", "[::1]:9", "http://localhost:8", True),  # tunnels
+            ("", "localhost.box", "http://localhost.box", False),  # a name that was led here
+            ("?token=x", "m\xfcbox", "http://m\xfcbox", False),
+            (token, "mybox", "https://mybox", True),
+            (token, "localhost", "http://evil.example", False),
+        ):
+            _, found = ask(address[1], f"/label{query}", b"", Host=host, Origin=origin)
+            assert ("lacks its token" in found["error"]) != served, host
+        assert ask(address[1], "/", Host="mybox")[0] == 422
+        _, page = ask(address[1], f"/{token}", Host="mybox")
         assert page.startswith("<!doctype html>") and ">cat, dog, grass</textarea>" in page
         running.send_signal(signal.SIGINT)
         assert (running.wait(30), running.stdout.read()) == (0, b"")
@@ -219,11 +230,12 @@ def test_the_command(port, trained):
 
 @pytest.mark.parametrize("width", [1280, 360])
 def test_the_page_in_a_browser(browser, port, width):  # noqa: F811
-    """Choose or drop an image, change words, point, switch a word off, save."""
+    """Choose or drop an image, change words, point, switch a word off, save; by two addresses."""
     from playwright.sync_api import expect
 
     with window(browser, width, dark=width == 360) as page:
-        page.goto(f"http://127.0.0.1:{port}/")
+        other = f"http://mybox.localhost:{port}/?token={serve.Server.token}"
+        page.goto(other if width == 360 else f"http://127.0.0.1:{port}/")
         expect(page.locator("#words")).to_have_value("star, tree")
         back = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert back == ("rgb(22, 23, 26)" if width == 360 else "rgb(246, 246, 244)")
@@ -312,7 +324,7 @@ def test_what_fails_leaves_the_page_as_it_was(browser, port, tmp_path):  # noqa:
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
 def test_several_images(browser, port, session, tmp_path, monkeypatch, width, height):  # noqa: F811
-    """All in view, nothing moves with the words; the first of three is forgotten; a pin."""
+    """All in view, nothing moves with the words; the first of three is forgotten; a pin; they go."""
     from playwright.sync_api import expect
 
     monkeypatch.setattr(serve, "MAX_IMAGES", 2)
@@ -322,7 +334,7 @@ def test_several_images(browser, port, session, tmp_path, monkeypatch, width, he
         page.set_viewport_size({"width": width, "height": height})
         page.goto(f"http://127.0.0.1:{port}/")
         page.locator("#file").set_input_files(files)
-        images = page.locator("#strip button")
+        images = page.locator("#strip [aria-current]")
         numbers = []
         for i in (0, 1, 2, 1, 0):
             images.nth(i).click()
@@ -354,3 +366,11 @@ def test_several_images(browser, port, session, tmp_path, monkeypatch, width, he
         assert said.inner_text().split(",")[0] == pinned.split(",")[0]  # the same column
         page.click("#view", position={"x": 50, "y": 60})
         expect(said).to_have_text("no pin")
+        page.fill("#words", "cat, dog")
+        for i, left, text in (("1", "0.png", "words"), ("0", "2.png", "2.png: w"), ("2", "", "")):
+            page.locator(f"[aria-label='Remove {i}.png']").press("Enter")
+            expect(page.locator(f"[title='{left}']" if left else "#choose")).to_be_focused()
+            expect(page.locator("#status")).to_contain_text(text)
+        expect(page.locator("#view")).to_be_hidden()
+        page.locator("#file").set_input_files(files[1])
+        expect(images).to_have_count(1)

@@ -59,7 +59,7 @@ class Predictor:
         seen = Words(names, synonyms or {}).among(self.trained)
         with self.lock:
             self.segmenter.set_classes(names, seen, synonyms)
-            self.names = [*names]
+            self.names = names
 
     @torch.inference_mode()
     def __call__(self, image, return_scores=False, classes=None):
@@ -82,8 +82,7 @@ class Predictor:
             if classes is not None:
                 self.set_classes(classes)
             labels, scores = segment_image(*parts)()
-            dtype = np.min_scalar_type(len(self.names))
-        labels = labels.numpy().astype(dtype)
+            labels = labels.numpy().astype(np.min_scalar_type(len(self.names)))
         # A copy: what came from a GPU lies in memory that cannot be swapped.
         return (labels, scores.numpy().copy()) if return_scores else labels
 

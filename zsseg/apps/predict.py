@@ -152,7 +152,7 @@ def result_files(labels, preview, colours, content):
     legend = [(colours[c["id"]], text.format(**c)) for c in content["classes"]]
     drawn = with_legend(overlay(preview, labels, colours), legend)
     return {
-        ".png": encode(label_image(labels, len(colours), colours)),
+        ".png": encode(label_image(labels, colours)),
         ".overlay.jpg": encode(drawn, "JPEG", quality=90),
         ".json": json.dumps(content, indent=1, allow_nan=False).encode(),
     }

@@ -7,13 +7,13 @@ import inspect
 import io
 import json
 import os
+import re
 import secrets
 import sys
 import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 
@@ -30,6 +30,7 @@ from zsseg.visualize import base64_text, encode, tint
 PAGE = Path(__file__).with_name("serve.html")
 MAX_IMAGES = 4  # whose proposals are stored
 MAX_BYTES = 2**28  # of an image file
+LOCAL = r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"  # this machine; a tunnel has its own port
 TYPES = {"image": int, "words": str, "off": list, "name": str, "x": int, "y": int}
 
 
@@ -57,17 +58,20 @@ class Session:
 
     def add(self, content):
         """Pass an image file through the networks. Raises UserError for a broken one."""
-        photo = read_image(io.BytesIO(content), turn=True)
-        [pixels], size, preview = prepare(photo, self.config)
+        [pixels], size, preview = prepare(read_image(io.BytesIO(content), turn=True), self.config)
         with self.process.autocast(self.config.model.bf16):
             proposals = self.segmenter.propose(self.process.put(pixels))
         number = secrets.randbits(48)  # a page of an earlier start finds no other image under it
-        self.images[number] = (proposals, size, preview)
+        self.images[number] = proposals, size, preview
         if len(self.images) > MAX_IMAGES:
             del self.images[next(iter(self.images))]
         height, width = size
-        picture = base64_text(encode(preview))
-        return {"image": number, "width": width, "height": height, "photo": picture}
+        return {
+            "image": number,
+            "width": width,
+            "height": height,
+            "photo": base64_text(encode(preview)),
+        }
 
     def find(self, image, words, off):
         """One of `images`, for these words but those that are switched `off`."""
@@ -75,13 +79,14 @@ class Session:
             raise UserError("image", "is not stored any more", "drop it again")
         if self.asked != (words, off):
             self.use(parse_words(words).without(off))
-            self.asked = (words, off)
+            self.asked = words, off
         return self.images[image]
 
     def segment(self, proposals, size):
         """The label map at some size, and the classes in it, see `count_classes`."""
-        parts = (self.segmenter, self.config, self.process, [], size)
-        found = segment_image(*parts, proposals=proposals)()
+        found = segment_image(
+            self.segmenter, self.config, self.process, [], size, proposals=proposals
+        )()
         return count_classes(*found, self.words.shown_names)
 
     def label(self, image, words, off):
@@ -126,17 +131,22 @@ class Session:
         scores = self.segmenter.ensemble(self.segmenter.classify(proposals))
         total = masks @ scores
         query = int((masks * scores[:, total.argmax()]).argmax())
-        classes = [*zip(self.words.names, total.tolist(), strict=True)]
-        return {"classes": classes, "query": query, "probability": float(masks[query])}
+        return {
+            "classes": [*zip(self.words.names, total.tolist(), strict=True)],
+            "query": query,
+            "probability": float(masks[query]),
+        }
 
 
 class Server(ThreadingHTTPServer):
-    """Serves one session to this machine."""
+    """Serves one session to this machine and, by other names of it, to who has the token."""
+
+    token = secrets.token_urlsafe()  # another one every start
 
     def run(self, session):
         """Answer until Ctrl-C."""
         self.session = session
-        print(f"open http://127.0.0.1:{self.server_port}/ (Ctrl-C ends it)")
+        print(f"open http://127.0.0.1:{self.server_port}/?token={self.token} (Ctrl-C ends it)")
         try:
             with self:
                 self.serve_forever()
@@ -173,10 +183,20 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def respond(self):
-        """UserError for other pages in the same browser; a tunnel may come from another port."""
-        origin = urlsplit(self.headers.get("Origin", "//localhost"))  # a browser's POST always says
-        if origin.hostname not in ("127.0.0.1", "localhost"):
-            raise UserError("this page", "is not the program's", "open the address it printed")
+        """UserError for other pages in the same browser, even if their names lead to this machine,
+        and for other names of this machine without the token.
+        """
+        host = self.headers["Host"]
+        origin = self.headers.get("Origin", f"http://{host}")  # a browser's POST always says
+        path = self.path.split("?")[0]
+        # The address that was printed, by another name of this machine
+        known = f"{origin.split('//')[0]}//{host}{path}?token={self.server.token}"
+        if not (
+            re.fullmatch(f"{LOCAL} https?://{LOCAL}", f"{host} {origin}")
+            or secrets.compare_digest(f"{origin}{self.path}".encode(), known.encode())
+        ):
+            why = "is not the program's or lacks its token"
+            raise UserError("this page", why, "open the address it printed")
         session = self.server.session
         if self.command == "GET":
             words = html.escape(format_words(session.words))
@@ -187,10 +207,10 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(length))
         actions = {"/label": session.label, "/results": session.results, "/pixel": session.pixel}
         with self.lock:
-            if self.path == "/image":
+            if path == "/image":
                 return json.dumps(session.add(body))
             try:
-                action = actions[self.path]
+                action = actions[path]
                 request = inspect.signature(action).bind(**json.loads(body))
                 if any(type(value) is not TYPES[k] for k, value in request.arguments.items()):
                     raise TypeError

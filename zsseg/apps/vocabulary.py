@@ -161,7 +161,7 @@ def parse_words(text, in_file=False):
     from zsseg.tokenizer import check_names  # imports torch
 
     rows = [[quoted.get(word, word) for word in row] for row in rows]
-    check_names([*itertools.chain(*rows)], "class")
+    check_names(itertools.chain(*rows), "class")
     synonyms = {name: others for name, *others in rows if others}
     return Words([row[0] for row in rows], synonyms, shown)
 

@@ -98,7 +98,8 @@ def decode_runs(segmentation):
     """
     height, width = segmentation["size"]
     counts = segmentation["counts"]
-    counts = decompress(counts) if isinstance(counts, str) else counts
+    if isinstance(counts, str):
+        counts = decompress(counts)
     if sum(counts) != height * width:
         raise ValueError("run lengths that do not add up to the image")
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
@@ -150,12 +151,6 @@ def pascal_context(folder, workers):
             write_ids(folder / f"{split}.txt", ids)
 
 
-def pascal_context_full(folder, workers):
-    """`trainval/<id>.mat` -> `labels_full/<id>.png` of the listed ids."""
-    ids = [i for split in ("train", "val") for i in listed_ids(folder / f"{split}.txt")]
-    convert_mats(folder / "trainval", ids, "LabelMap", folder / "labels_full", workers)
-
-
 def ade20k_full(folder, workers, train):
     """`images/ADE/**/<id>.jpg` and `<id>_seg.png` -> `images_detectron2/` and
     `annotations_detectron2/`, as MaskFormer does.
@@ -185,9 +180,9 @@ def ade20k_full(folder, workers, train):
         if min(H, W) > 512:
             h, w = (round(side / min(H, W) * 512) for side in (H, W))
             pixels = resize(to_tensor(pixels), (h, w), antialias=False).permute(1, 2, 0).numpy()
-            sides = ((h, H), (w, W))
-            rows, cols = ((np.arange(n) * (1 / (n / old))).astype(int) for n, old in sides)
-            values = values[np.ix_(rows, cols)]  # as OpenCV rounds
+            rows = np.arange(h) * H // h
+            cols = np.arange(w) * W // w
+            values = values[np.ix_(rows, cols)]
         save(pixels, folder / f"images_detectron2/{split}/{jpeg.stem}.jpg", "JPEG")
         save(values, target, "TIFF", compression="tiff_deflate")
 

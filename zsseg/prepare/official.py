@@ -19,7 +19,7 @@ def prepare(name, root, workers, train):
     """
     data = dataset(name)
     folder = fullest([root / name for name in data.folders], "*/*")
-    if name == "ade20k_full" and (folder / "images").is_dir():
+    if name == "ade20k_full":
         convert.ade20k_full(folder, workers, train)  # skips what it has written before
     both = train or (data.lists and listed_ids(folder / "train.txt"))
     splits = ("val", "train") if both else ("val",)
@@ -45,7 +45,8 @@ def prepare(name, root, workers, train):
     if name.startswith("pcontext") and not listed:
         convert.pascal_context(folder, workers)
     if full:
-        convert.pascal_context_full(folder, workers)
+        ids = [i for split in ("train", "val") for i in listed_ids(folder / f"{split}.txt")]
+        convert.convert_mats(folder / "trainval", ids, "LabelMap", folder / "labels_full", workers)
     if why := lack(name, root, splits):
         todo = "move it away, or put in the official files"
         raise UserError(f"data set {name}", f"{folder} is not complete: {why}", todo)

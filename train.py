@@ -371,7 +371,7 @@ def print_commands(config, root, file):
     photo = ["--images", images.pairs[0][0], "--classes", format_words(words)]
     for options in (photo, ["--serve"], ["--report"]):
         line = ["python", "eval.py", file, *options, *place]
-        print_main("    " + shlex.join(map(str, line)))
+        print_main(f"    {shlex.join(map(str, line))}")
 
 
 def main(argv):

@@ -151,9 +151,9 @@ class Swin(SwinTransformer):
 
 class SmallResNet(nn.Module):
     """One basic block a stage, batch norm: the small CLIP's and, from there, the segmenter's, for
-    images of 96 x 96.
+    images of 64 x 64.
 
-    The last two stages stay at stride 8: at stride 32 such an image would be nine tokens, too few
+    The last two stages stay at stride 8: at stride 32 such an image would be four tokens, too few
     for queries to find objects by.
     """
 

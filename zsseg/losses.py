@@ -58,15 +58,15 @@ def focal_and_dice(masks, matched, labels, classes):
     dtype = torch.promote_types(masks.dtype, torch.float32)
     if not classes.shape[1]:
         return (masks[:, :, :0, 0, 0].to(dtype),) * 2  # so that the masks get a gradient, of zeros
-    t = labels[:, None] == classes[:, :, None, None]  # [B, T, H, W]
-    sign = torch.where(t, -1.0, 1.0).to(dtype)
-    alpha = torch.where(t, 0.25, 0.75).to(dtype)  # of the focal loss (Lin et al. 2017); gamma is 2
+    t = (labels[:, None] == classes[:, :, None, None]).to(dtype)  # [B, T, H, W]
+    alpha = 0.75 - 0.5 * t  # of the focal loss (Lin et al. 2017); gamma is 2
+    sign = 1 - 2 * t
     area = t.sum((2, 3))
     losses = []
     for layer_masks, query in zip(masks, matched, strict=True):
         index = query.clamp(min=0)[..., None, None]
         x = layer_masks.take_along_dim(index, 1).to(dtype)  # [B, T, h, w]
-        # The logit and the probability of what is false: few passes, a CPU is slow at `where`.
+        # The logit and the probability of what is false
         x = sign * F.interpolate(x, labels.shape[-2:], mode="bilinear")
         missed = x.sigmoid()
         focal = (alpha * missed**2 * F.softplus(x)).mean((2, 3))

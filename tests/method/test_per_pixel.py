@@ -114,4 +114,4 @@ def test_it_trains_and_evaluates(shapes_root, tmp_path):
     assert "pixel_embed.weight" in content["model"]["maskformer"]
     assert (tmp_path / "metrics.json").exists()
     segmenter = load(tmp_path / "last.pt", root=shapes_root, device="cpu")
-    assert segmenter(shapes_root / "shapes/images/test/test00000.jpg").shape == (96, 96)
+    assert segmenter(shapes_root / "shapes/images/test/test00000.jpg").shape == (64, 64)

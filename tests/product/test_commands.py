@@ -67,7 +67,7 @@ def test_evaluation_repeats_the_numbers_of_training(shapes_run, shapes_root, tmp
     assert [file.name for file in maps] == [f"test0000{i}.png" for i in range(4)]
     for file in maps:
         labels = np.array(Image.open(file))
-        assert labels.shape == (96, 96) and labels.max() < 25
+        assert labels.shape == (64, 64) and labels.max() < 25
 
 
 def test_supervised_training_needs_no_clip(shapes_root, tmp_path):

@@ -362,7 +362,7 @@ def test_processes_stop_together_and_need_no_targets(shapes_root, tmp_path):
     root = tmp_path / "root"
     shutil.copytree(shapes_root, root)
     for file in (root / "shapes" / "labels" / "train").iterdir():
-        labels = np.full((96, 96), 255, np.uint8)
+        labels = np.full((64, 64), 255, np.uint8)
         labels[0, 0] = 0
         Image.fromarray(labels).save(file)
     settings = ("data.crop=32", "train.steps=5000", "train.checkpoint_every=5000", "model.weights=")

@@ -1,4 +1,4 @@
-"""The synthetic data set: 96 x 96 images of stickers on textured ground, from fixed seeds.
+"""The synthetic data set: 64 x 64 images of stickers on textured ground, from fixed seeds.
 
 Every fifth class of two alphabetical lists is unseen: the segmenter gets neither its masks nor its
 name. A class is a silhouette or a texture with a plain noun for a name. The colour, pattern, size
@@ -23,7 +23,7 @@ from zsseg.utils import UserError, claim_folder, mix_seed, progress, read_table,
 NAMES = DATASETS["shapes"].names
 UNSEEN = DATASETS["shapes"].unseen
 THINGS = 20  # the first classes; the others are textures
-SIDE = 96  # pixels
+SIDE = 64  # pixels
 SPLITS = {"clip": 2000, "train": 2000, "val": 200, "test": 300}  # images; the order gives the seeds
 MIN_VISIBLE = 0.75  # an image with a thing of which a smaller share is visible is drawn again
 FINE = 4  # a silhouette is drawn with 4 x 4 points a pixel
@@ -41,10 +41,10 @@ def outline(kind, values):
 
 def silhouette(name, rng):
     """The share of every pixel that a thing somewhere in the image covers, with and without a rim
-    of a pixel: float64 [2, 96, 96].
+    of a pixel: float64 [2, 64, 64].
     """
-    centre = rng.uniform(22, SIDE - 22, 2)
-    scale = rng.uniform(18, 27)
+    centre = rng.uniform(15, SIDE - 15, 2)
+    scale = rng.uniform(12, 18)
     angle = rng.uniform(-0.3, 0.3)
     turn = [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]
     canvas = Image.new("L", (SIDE * FINE, SIDE * FINE))
@@ -64,13 +64,13 @@ def colour(rng, hue, spread, *rest):
 
 
 def noise(rng, *cells):
-    """Smooth noise of 0 to 1 with that many cells down and across, float64 [96, 96]."""
+    """Smooth noise of 0 to 1 with that many cells down and across, float64 [64, 64]."""
     coarse = Image.fromarray(rng.integers(0, 256, cells, np.uint8))
     return np.asarray(coarse.resize((SIDE, SIDE))) / 255
 
 
 def texture(name, rng):
-    """A piece of ground, float64 [96, 96, 3]."""
+    """A piece of ground, float64 [64, 64, 3]."""
     y, x = np.mgrid[:SIDE, :SIDE] + rng.uniform(0, 50, (2, 1, 1))
     base, other = (colour(rng, *values) for values in DRAWING["colours"][name])
     match name:
@@ -92,7 +92,7 @@ def texture(name, rng):
 
 
 def paint(rng):
-    """The surface of a thing, whatever it is: any colour, plain or with a pattern; float64 [96, 96,
+    """The surface of a thing, whatever it is: any colour, plain or with a pattern; float64 [64, 64,
     3].
     """
     hue = rng.random()
@@ -111,7 +111,7 @@ def paint(rng):
 
 
 def draw(split, index):
-    """Image uint8 [96, 96, 3], class ids uint8 [96, 96] and a caption for every class in it."""
+    """Image uint8 [64, 64, 3], class ids uint8 [64, 64] and a caption for every class in it."""
     rng = default_rng(mix_seed(list(SPLITS).index(split), index))
     # Unseen classes are rare in training, as in COCO-Stuff.
     share = np.array([0.25 if split == "train" and name in UNSEEN else 1 for name in NAMES])
@@ -120,7 +120,7 @@ def draw(split, index):
     while True:
         labels = np.full((SIDE, SIDE), ground, np.uint8)
         things = rng.choice(THINGS, rng.integers(2, 4), replace=False, p=things_share)
-        covers = np.stack([silhouette(NAMES[k], rng) for k in things])  # [N, 2, 96, 96]
+        covers = np.stack([silhouette(NAMES[k], rng) for k in things])  # [N, 2, 64, 64]
         areas = covers[:, 0] > 0.5
         for k, area in zip(things, areas, strict=True):
             labels[area] = k
@@ -157,15 +157,15 @@ class Drawings:
 def generate(folder, workers=0):
     """Write `images/`, `labels/` and, last, `captions.json`, {name of an image: {class id:
     caption}}, unless that exists. UserError for a folder with other files, or with a data set of
-    other classes.
+    other classes or of another size.
     """
     file = folder / "captions.json"
+    captions = {"classes": NAMES, "side": SIDE}
     if file.exists():
-        if json.loads(file.read_bytes()).get("classes") != NAMES:
+        if not captions.items() <= json.loads(file.read_bytes()).items():
             todo = "move it away, or give another --root"
-            raise UserError(f"data set {folder}", "was drawn with other classes", todo)
+            raise UserError(f"data set {folder}", "was drawn by an earlier version", todo)
         return
-    captions = {"classes": NAMES}
     claim_folder(folder)
     for split, count in SPLITS.items():
         drawn = batches(Drawings(folder, split), range(count), None, workers)

@@ -31,11 +31,11 @@ def build_small_clip():
     return CLIP(visual, Tokenizer(514, 40), 64, 40, 514, 64, 2)
 
 
-def train_small_clip(folder, steps=STEPS):
+def train_small_clip(folder, steps=STEPS, seed=0):
     """Write `clip.pt` to the folder of the data set, unless it is there."""
     if (folder / "clip.pt").exists():
         return
-    torch.manual_seed(mix_seed(0, 0))
+    torch.manual_seed(mix_seed(seed, 0))
     clip = build_small_clip()
     plain = (nn.LayerNorm, nn.BatchNorm2d, nn.Embedding)  # without weight decay
     groups = []
@@ -48,7 +48,7 @@ def train_small_clip(folder, steps=STEPS):
     for step in progress(range(steps), "train the small CLIP", steps):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * (1 - step / steps) ** 0.9
-        crops, captions = zip(*draw_samples(clip, regions, step), strict=True)
+        crops, captions = zip(*draw_samples(clip, regions, seed, step), strict=True)
         features = clip.encode_image(torch.cat(crops)), clip.encode_text(clip.tokenizer(captions))
         image, text = (F.normalize(x.unflatten(0, (GROUPS, -1)), dim=-1) for x in features)
         logits = clip.logit_scale.exp().clamp(max=100) * image @ text.mT  # [GROUPS, N, N]
@@ -75,7 +75,7 @@ def read_regions(folder):
     return regions
 
 
-def draw_samples(clip, regions, step):
+def draw_samples(clip, regions, seed, step):
     """Of a step: for every group one region of every class, so that no two of them match each
     other's caption: crop fp32 [1, 3, R, R], caption.
 
@@ -83,7 +83,7 @@ def draw_samples(clip, regions, step):
     what the real CLIP was trained on.
     """
     for n in range(GROUPS * step, GROUPS * step + GROUPS):
-        rng = np.random.default_rng(mix_seed(0, 3, n))
+        rng = np.random.default_rng(mix_seed(seed, 3, n))
         for choices in regions:
             image, corners, caption = choices[rng.integers(len(choices))]
             centre = corners.mean(0)

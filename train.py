@@ -354,19 +354,21 @@ def train(config, root, out, process, saved):
     if not best:
         save("best.pt", steps, result)
     log.finish()
-    if settings.task == "segment" and config.clip.ensemble and config.model.proposals:
+    two_stages = config.clip.ensemble and config.model.proposals
+    if settings.task == "segment" and two_stages and not config.eval.views:
         print_commands(config, root, out / "last.pt")
 
 
 def print_commands(config, root, file):
-    """What to do with a trained segmenter: the classes of a test image looked for in it, the page,
+    """What to do with a trained segmenter: look for the classes of a test image in it, the page,
     the report.
     """
     images = TestImages(config.data, root, config.data.split)
     _, labels, _ = images[0]
     names = dataset(config.data).names
-    words = Words([names[k] for k in labels.unique() if k < len(names)] or names)
-    place = [] if str(root) == run_parser("").get_default("root") else ["--root", root]
+    shown = [names[k] for k in labels.unique() if k < len(names)]
+    words = Words(shown if len(shown) > 1 else names)
+    place = [] if str(root) == "datasets" else ["--root", root]
     print_main("now, for instance:")
     photo = ["--images", images.pairs[0][0], "--classes", format_words(words)]
     for options in (photo, ["--serve"], ["--report"]):

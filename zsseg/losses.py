@@ -70,12 +70,11 @@ def focal_and_dice(masks, matched, labels, classes):
         x = sign * F.interpolate(x, labels.shape[-2:], mode="bilinear")
         missed = x.sigmoid()
         focal = (alpha * missed**2 * F.softplus(x)).mean((2, 3))
-        # Mask and target overlap in the area less what is missed of it, and what is in one of them
-        # alone is all that is missed.
-        overlap = area - (missed * t).sum((2, 3))
-        missed = missed.sum((2, 3))
-        dice = missed / (2 * overlap + missed + 1)
-        losses.append(torch.where(query >= 0, torch.stack([focal, dice]), 0))
+        # Mask and target overlap in the area less what is missed of it, and differ in all that is
+        # missed.
+        overlap = 2 * (area - (missed * t).sum((2, 3)))
+        ratio = (overlap + 1) / (overlap + missed.sum((2, 3)) + 1)
+        losses.append(torch.where(query >= 0, torch.stack([focal, 1 - ratio]), 0))
     return torch.stack(losses, 1).unbind()
 
 

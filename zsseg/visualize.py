@@ -143,14 +143,6 @@ def samples(comparisons, legend):
     return with_legend(sheet, legend)
 
 
-def label_image(labels, colours):
-    """Class ids, an array [H, W], as an image; those of 8 bits with a palette, uint8 [C, 3]."""
-    image = Image.fromarray(labels)
-    if image.mode == "L":
-        image.putpalette(colours.tobytes())
-    return image
-
-
 def save_label_map(labels, path, classes):
     """Write class ids [H, W] as a PNG of 8 bits, 16 above 255 classes. Raises UserError if that
     fails.

@@ -4,8 +4,8 @@ of seen, unseen and hIoU.
     python -m tests.benchmarks.table [--out runs/table] [--seeds 0 1 2] [--only base ...]
 
 Every training and evaluation is one of the project's commands, on two processes as in the README;
-what is finished in --out is not run again. The data set is the same for all seeds; CLIP, prompts
-and segmenter are trained anew for each. The test split is measured. --out must be a new folder when
+what is finished in --out is not run again. The data set is the same for all seeds; CLIP and what is
+trained on it begin anew for each. The test split is measured. --out must be a new folder when
 settings change.
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from zsseg.prepare import shapes
 from zsseg.prepare.shapes_clip import train_small_clip
 from zsseg.prompts import TEMPLATES
 
@@ -91,8 +92,7 @@ def run(name: str, words: list[str], seed: int, out: Path) -> None:
 
 def prepare(seed: int, out: Path) -> None:
     """The data root of a seed: the drawings, which all share, and a CLIP."""
-    words = [sys.executable, "prepare_data.py", "shapes", "--root", out / "datasets"]
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    shapes.generate(out / "datasets" / "shapes", workers=2)
     folder = out / f"datasets_{seed}" / "shapes"
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("images", "labels", "captions.json"):
@@ -124,16 +124,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("--out", type=Path, default=Path("runs/table"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=RUNS, help="these trainings and evaluations")
+    parser.add_argument("--only", nargs="+", choices=RUNS, help="these alone; some need others")
     args = parser.parse_args()
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    for seed in args.seeds:
+    for i, seed in enumerate(args.seeds):
         prepare(seed, args.out)
-        for name in args.only or RUNS:
-            run(name, RUNS[name], seed, args.out)
-        print_table(args, [s for s in args.seeds if s <= seed])
+        for name in RUNS:
+            if not args.only or name in args.only:
+                run(name, RUNS[name], seed, args.out)
+        print_table(args, args.seeds[: i + 1])
     minutes = (time.perf_counter() - started) / 60
     print(f"{minutes:.0f} minutes, torch {torch.__version__}, 2 processes")
 

@@ -171,8 +171,8 @@ def test_the_class_named_at_a_pixel_is_drawn_there(session):
 def test_the_server_refuses(port, session, monkeypatch):
     """Other pages, what is no image, images that it has forgotten, scores that are not finite."""
     monkeypatch.setattr(serve, "MAX_IMAGES", 2)
-    for origin in (f"http://localhost:{port}", "http://localhost:9", "http://127.0.0.1"):  # tunnels
-        _, stored = ask(port, "/image", photo(), Origin=origin)
+    for host in (f"localhost:{port}", "localhost:9", "127.0.0.1"):  # tunnels
+        _, stored = ask(port, "/image", photo(), Host=host, Origin=f"http://{host}")
     assert len(session.images) == 2
     about = {"words": "cat, dog", "off": []}
     forgotten = ask(port, "/label", {**about, "image": 1})
@@ -211,11 +211,11 @@ def test_the_command(port, trained):
             client.sendall(b"POST /image HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 99\r\n\r\nGIF")
         token = re.search(r"\?token=\S+", line)[0]
         for query, host, origin, served in (
-            ("", "[::1]:9", "http://localhost:8", True),  # tunnels
+            ("", "[::1]:9", "http://[::1]:9", True),  # a tunnel
+            ("", "localhost:9", "http://localhost:8", False),  # another program's page
             ("", "localhost.box", "http://localhost.box", False),  # a name that was led here
             ("?token=x", "m\xfcbox", "http://m\xfcbox", False),
-            (token, "mybox", "https://mybox", True),
-            (token, "localhost", "http://evil.example", False),
+            (f"{token}&x=1", "localhost", "https://mybox", True),  # a proxy
         ):
             _, found = ask(address[1], f"/label{query}", b"", Host=host, Origin=origin)
             assert ("lacks its token" in found["error"]) != served, host

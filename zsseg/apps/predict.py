@@ -23,7 +23,7 @@ from zsseg.checkpoint import save
 from zsseg.images import is_image_name, network_inputs, read_image
 from zsseg.segmenter import Proposals
 from zsseg.utils import UserError, atomic_write, digest, parallel, plural, split_lines, walk
-from zsseg.visualize import GREY, encode, label_image, overlay, with_legend, word_colours
+from zsseg.visualize import GREY, encode, overlay, with_legend, word_colours
 
 OVERLAY_EDGE = 960  # the longer side of an overlay, whatever the image's
 
@@ -151,8 +151,11 @@ def result_files(labels, preview, colours, content):
     text = "{name}  {share:.1%}"
     legend = [(colours[c["id"]], text.format(**c)) for c in content["classes"]]
     drawn = with_legend(overlay(preview, labels, colours), legend)
+    label_map = Image.fromarray(labels)
+    if label_map.mode == "L":
+        label_map.putpalette(colours.tobytes())
     return {
-        ".png": encode(label_image(labels, colours)),
+        ".png": encode(label_map),
         ".overlay.jpg": encode(drawn, "JPEG", quality=90),
         ".json": json.dumps(content, indent=1, allow_nan=False).encode(),
     }

@@ -14,6 +14,7 @@ import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import torch
 
@@ -183,18 +184,16 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def respond(self):
-        """UserError for other pages in the same browser, even if their names lead to this machine,
-        and for other names of this machine without the token.
+        """UserError for who has not the token, but for this machine's own pages by its own names: a
+        page from elsewhere in the same browser has another origin, a name that was led here
+        another host.
         """
-        host = self.headers["Host"]
+        host = self.headers.get("Host", "")
         origin = self.headers.get("Origin", f"http://{host}")  # a browser's POST always says
-        path = self.path.split("?")[0]
-        # The address that was printed, by another name of this machine
-        known = f"{origin.split('//')[0]}//{host}{path}?token={self.server.token}"
-        if not (
-            re.fullmatch(f"{LOCAL} https?://{LOCAL}", f"{host} {origin}")
-            or secrets.compare_digest(f"{origin}{self.path}".encode(), known.encode())
-        ):
+        url = urlsplit(self.path)
+        [token] = parse_qs(url.query).get("token", [""])
+        local = re.fullmatch(LOCAL, host) and origin == f"http://{host}"
+        if not local and not secrets.compare_digest(token.encode(), self.server.token.encode()):
             why = "is not the program's or lacks its token"
             raise UserError("this page", why, "open the address it printed")
         session = self.server.session
@@ -207,10 +206,10 @@ class Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(length))
         actions = {"/label": session.label, "/results": session.results, "/pixel": session.pixel}
         with self.lock:
-            if path == "/image":
+            if url.path == "/image":
                 return json.dumps(session.add(body))
             try:
-                action = actions[path]
+                action = actions[url.path]
                 request = inspect.signature(action).bind(**json.loads(body))
                 if any(type(value) is not TYPES[k] for k, value in request.arguments.items()):
                     raise TypeError

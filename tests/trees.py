@@ -146,7 +146,7 @@ def ade20k_full(root: Path) -> dict[str, np.ndarray]:
             Image.fromarray(colours.astype(np.uint8)).save(folder / f"{name}_seg.png")
             save_map(values % 2, folder / f"{name}_parts_1.png")
             save_map(values % 2, folder / name / "instance_000_ADE.png")
-            if size == (600, 700):  # the shorter side becomes 512: nearest by OpenCV's rule
+            if size == (600, 700):  # the shorter side becomes 512: the nearest pixel
                 columns = (np.arange(597) * (700 / 597)).astype(int)
                 values = values[(np.arange(512) * 600 // 512)[:, None], columns]
             if short == "val":

@@ -14,7 +14,7 @@ import threading
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import torch
 
@@ -184,16 +184,15 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def respond(self):
-        """UserError for who has not the token, but for this machine's own pages by its own names: a
-        page from elsewhere in the same browser has another origin, a name that was led here
-        another host.
+        """UserError unless a request has the token, or is the page's by one of this machine's own
+        names: another page in the same browser has another origin, a name that was led here another
+        host.
         """
         host = self.headers.get("Host", "")
         origin = self.headers.get("Origin", f"http://{host}")  # a browser's POST always says
         url = urlsplit(self.path)
-        [token] = parse_qs(url.query).get("token", [""])
         local = re.fullmatch(LOCAL, host) and origin == f"http://{host}"
-        if not local and not secrets.compare_digest(token.encode(), self.server.token.encode()):
+        if not local and f"token={self.server.token}" not in url.query.split("&"):
             why = "is not the program's or lacks its token"
             raise UserError("this page", why, "open the address it printed")
         session = self.server.session

@@ -10,6 +10,7 @@ settings change.
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -115,8 +116,20 @@ def print_table(args: argparse.Namespace, seeds: list[int]) -> None:
         cells = [f"{statistics.mean(c):7.1f} +-{statistics.pstdev(c):5.1f}" for c in cells]
         if cells:
             print(f"{title:46}{''.join(cells)}")
-    if recall := [result["recall"]["0.5"] for result in read("budget", "budget.json")]:
-        print(f"recall of the ground-truth masks at IoU 0.5: {statistics.mean(recall):.1f}")
+    budgets = read("budget", "budget.json")
+    for seed, base, budget in zip(seeds, read("base", "metrics.json"), budgets, strict=False):
+        parts = {"head": base["head_only"], "CLIP": base["clip_only"], "ensemble": base}
+        text = "; ".join(
+            f"{title} hIoU {part['hIoU']:.1f}, unseen {part['mIoU_unseen']:.1f}"
+            for title, part in parts.items()
+        )
+        print(f"seed {seed}: {budget['clip_accuracy']:.1f}% of the true masks named; {text}")
+    if budgets:
+        mean = lambda *keys: statistics.mean(functools.reduce(dict.get, keys, b) for b in budgets)
+        print(f"recall of the true masks at IoU 0.5: {mean('recall', '0.5'):.1f}")
+        for name in ("true_classes", "true_masks"):
+            seen, unseen = (mean(name, key) for key in KEYS[:2])
+            print(f"{name}: {seen:.1f} seen, {unseen:.1f} unseen")
 
 
 def main() -> None:

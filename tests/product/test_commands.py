@@ -195,7 +195,7 @@ def test_own_data_without_val_is_validated_on_what_is_measured(root, shapes_root
     (root / "shapes" / "images").mkdir(parents=True)
     for name in ("labels", "images/train", "images/test"):
         (root / "shapes" / name).symlink_to(shapes_root / "shapes" / name)
-    done = command("train.py", *SHAPES, "--root", root, "--out", root / "s")
+    done = command("train.py", *SHAPES, *words, "--root", root, "--out", root / "s")
     fails_in_one_line(done, "data set shapes: no 'val' images")
 
 

@@ -85,4 +85,4 @@ def test_the_time_left_is_of_the_recent_pace(monkeypatch, capsys):
     assert [*utils.progress(range(200), "x", 200)] == [*range(200)]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "x 1/200, 0.0/s, 1:39:30 left"
-    assert lines[2].endswith("/200, 10.0/s, 0:00:05 left") and len(lines) == 4
+    assert lines[2].endswith("/200, 10.0/s, 0:00:10 left") and len(lines) == 4

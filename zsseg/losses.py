@@ -72,8 +72,8 @@ def focal_and_dice(masks, matched, labels, classes):
         focal = (alpha * missed**2 * F.softplus(x)).mean((2, 3))
         # Mask and target overlap in the area less what is missed of it, and differ in all that is
         # missed.
-        overlap = 2 * (area - (missed * t).sum((2, 3)))
-        ratio = (overlap + 1) / (overlap + missed.sum((2, 3)) + 1)
+        overlap = area - (missed * t).sum((2, 3))
+        ratio = (2 * overlap + 1) / (2 * overlap + missed.sum((2, 3)) + 1)
         losses.append(torch.where(query >= 0, torch.stack([focal, 1 - ratio]), 0))
     return torch.stack(losses, 1).unbind()
 

@@ -10,7 +10,6 @@ settings change.
 """
 
 import argparse
-import functools
 import json
 import os
 import statistics
@@ -118,18 +117,19 @@ def print_table(args: argparse.Namespace, seeds: list[int]) -> None:
             print(f"{title:46}{''.join(cells)}")
     budgets = read("budget", "budget.json")
     for seed, base, budget in zip(seeds, read("base", "metrics.json"), budgets, strict=False):
-        parts = {"head": base["head_only"], "CLIP": base["clip_only"], "ensemble": base}
-        text = "; ".join(
-            f"{title} hIoU {part['hIoU']:.1f}, unseen {part['mIoU_unseen']:.1f}"
-            for title, part in parts.items()
-        )
-        print(f"seed {seed}: {budget['clip_accuracy']:.1f}% of the true masks named; {text}")
+        print(f"seed {seed}: CLIP names {budget['clip_accuracy']:.1f}% of the true masks rightly")
+        for title, part in (
+            ("head", base["head_only"]),
+            ("CLIP", base["clip_only"]),
+            ("both", base),
+        ):
+            print(f"  {title}: hIoU {part['hIoU']:.1f}, unseen {part['mIoU_unseen']:.1f}")
     if budgets:
-        mean = lambda *keys: statistics.mean(functools.reduce(dict.get, keys, b) for b in budgets)
-        print(f"recall of the true masks at IoU 0.5: {mean('recall', '0.5'):.1f}")
+        recall = statistics.mean(budget["recall"]["0.5"] for budget in budgets)
+        print(f"recall of the true masks at IoU 0.5: {recall:.1f}")
         for name in ("true_classes", "true_masks"):
-            seen, unseen = (mean(name, key) for key in KEYS[:2])
-            print(f"{name}: {seen:.1f} seen, {unseen:.1f} unseen")
+            means = [statistics.mean(budget[name][key] for budget in budgets) for key in KEYS[:2]]
+            print("{}: {:.1f} seen, {:.1f} unseen".format(name, *means))
 
 
 def main() -> None:

@@ -63,6 +63,8 @@ def test_it_begins_again_after_a_kill_and_leaves_a_whole_data_set_alone(tmp_path
     clip.unlink()
     make()
     assert all(torch.equal(tensor, weights[key]) for key, tensor in torch.load(clip).items())
+    with patch.object(shapes, "SIDE", 96), pytest.raises(UserError, match="an earlier version"):
+        make()
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match="not this program's"):
         shapes.generate(tmp_path)
